@@ -1,0 +1,109 @@
+"""From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised, channels last."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lib.config import Config
+from lib.seeding import position_bits, position_uniform
+
+# channel statistics of PCam's training split in [0, 1] (262,144 patches, summed in 64 bits)
+PCAM_MEAN = (0.7008, 0.5384, 0.6916)
+PCAM_STD = (0.2350, 0.2774, 0.2129)
+PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
+
+CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
+SYMMETRY, SHIFT_Y, SHIFT_X, BRIGHTNESS, GAIN = range(5)  # purposes of a draw
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for a batch: geometry as integers, colour as a gain and an offset per sample and channel."""
+
+    symmetry: torch.Tensor  # (B,) int64 in 0..7: bit 0 flips x, bit 1 flips y, bit 2 transposes afterwards
+    shift: torch.Tensor  # (B, 2) int64, pixels in y and x
+    gain: torch.Tensor  # (B, 3) float32, of intensities in [0, 1]
+    offset: torch.Tensor  # (B, 3) float32
+
+
+def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
+    """The draws for samples `keys` int64 (B,) on the CPU: a function of (seed, epoch, sample) alone."""
+    num = len(keys)
+
+    def spread(purpose):  # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
+        uniforms = [position_uniform(keys, cfg.seed, epoch, purpose, part) for part in range(3)]
+        return (sum(uniforms) - 1.5) * 2.0
+
+    symmetry = position_bits(keys, cfg.seed, epoch, SYMMETRY) & 7
+    span = 2 * cfg.shift + 1
+    shift = [(position_bits(keys, cfg.seed, epoch, axis) >> 33) % span - cfg.shift for axis in (SHIFT_Y, SHIFT_X)]
+    brightness = cfg.brightness_jitter * spread(BRIGHTNESS)
+    gain = 1 + cfg.stain_jitter * torch.stack([spread(GAIN + channel) for channel in range(3)], 1)
+    return Draws(
+        symmetry if cfg.symmetries else torch.zeros(num, dtype=torch.int64),
+        torch.stack(shift, 1),
+        gain,
+        # light passes through: white (1.0) stays white under a gain, so stains grow or fade while the background holds
+        (1 - gain) + brightness[:, None],
+    )
+
+
+def no_augmentation(num: int) -> Draws:
+    """Draws that leave patches as they are."""
+    zeros = torch.zeros(num, 2, dtype=torch.int64)
+    return Draws(zeros[:, 0], zeros, torch.ones(num, 3), torch.zeros(num, 3))
+
+
+def view_draws(num: int, symmetry: int) -> Draws:
+    """Draws that apply one of the eight symmetries to every patch, for prediction over views."""
+    plain = no_augmentation(num)
+    return Draws(torch.full((num,), symmetry), plain.shift, plain.gain, plain.offset)
+
+
+def move_pixels(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Flip, transpose and shift patches uint8 (B, 96, 96, 3); the edge is repeated where a shift leaves the patch.
+
+    One gather of whole pixels serves all: output pixel (i, j) reads row[i] + column[j] of its patch, which with x and y
+    exchanged is a transposition.
+    """
+    num, size = len(images), images.shape[1]
+    if not draws.symmetry.any() and not draws.shift.any():
+        return images
+    ramp = torch.arange(size)
+
+    def source(axis, flip_bit):  # (B, 96): where each output position reads along an axis
+        flipped = torch.where((draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp)
+        return (flipped - draws.shift[:, axis, None]).clamp(0, size - 1)
+
+    y, x = source(0, 1) * size, source(1, 0)
+    transposed = (draws.symmetry >> 2).bool()[:, None]
+    first = torch.arange(num)[:, None] * size * size
+    along_rows = (torch.where(transposed, x, y) + first).to(images.device, torch.int32, non_blocking=True)
+    along_columns = torch.where(transposed, y, x).to(images.device, torch.int32, non_blocking=True)
+    index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * 96 * 96,)
+    return torch.index_select(images.reshape(-1, 3), 0, index).view(images.shape)
+
+
+def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
+    """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96) `dtype`, channels last."""
+    num, height, width, num_channels = images.shape
+    mean, std = torch.tensor(mean), torch.tensor(std)
+    scale = draws.gain / (255.0 * std)
+    bias = (draws.offset - mean) / std
+    # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner loop is long and plain
+    scale, bias = (
+        values.repeat(1, width).view(num, 1, width * num_channels).to(images.device, non_blocking=True)
+        for values in (scale, bias)
+    )
+    rows = images.reshape(num, height, width * num_channels)
+    out = torch.empty(rows.shape, dtype=dtype, device=images.device)
+    chunk = CHUNK if images.device.type == "cpu" else num
+    for start in range(0, num, chunk):
+        part = slice(start, start + chunk)
+        out[part] = torch.addcmul(bias[part], rows[part].float(), scale[part])
+    return out.view(images.shape).permute(0, 3, 1, 2)
+
+
+def model_input(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
+    """Patches uint8 (B, 96, 96, 3) as the model takes them: (B, 3, 96, 96) `dtype`, channels last."""
+    return normalise(move_pixels(images, draws), draws, mean, std, dtype)

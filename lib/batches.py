@@ -1,0 +1,256 @@
+"""Which patches make up a batch, and how they get from the file to the device while the model is busy with the last one."""
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lib.command import BadInput, say
+from lib.config import Config
+from lib.device import free_device_bytes, memory_limit_bytes
+from lib.logger import read_csv
+from lib.pcam import PATCH_SHAPE, Images, Split, open_split
+from lib.progress import Progress
+from lib.seeding import position_bits, position_permutation
+
+HOST_BYTES = 1 << 30  # `auto` never takes more memory than this for a split: the rest of the machine may be somebody else's
+NUM_BUFFERS = 3  # one with the model, one ready, one being filled
+ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Part of a split: row numbers int64 (N,) in file order, their labels uint8 (N,), and what was left out {reason: count}."""
+
+    index: np.ndarray
+    labels: np.ndarray
+    left_out: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def describe(self) -> dict:
+        """For meta.json: counts as they are in the data, whatever a sampler makes of them."""
+        counts = np.bincount(self.labels, minlength=2).tolist()
+        return {"num": len(self), "num_negative": counts[0], "num_positive": counts[1], "left_out": self.left_out}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Patches uint8 (B, 96, 96, 3) and labels float32 (B,) on the device; `keys` int64 (B,) on the CPU say what to draw."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    keys: torch.Tensor
+    num_rows: int  # of the split: a key modulo this is a row
+    wait_s: float = 0.0
+
+
+class PatchSource:
+    """The patches of a split, gathered by row number from where they reside: the mapped file, host memory or the device."""
+
+    def __init__(self, images: Images, residence: str, device: torch.device):
+        self.images, self.device = images, device
+        self.residence = choose_residence(images, residence, device)
+        if self.residence == "disk":
+            self.patches = None if images.mapped is None else torch.from_numpy(images.mapped)
+            if images.mapped is None:
+                say(f"note: {images.path.name} is {images.layout}: read slowly, patch by patch; prepare.py repack mends that")
+        else:
+            self.patches = read_whole(images, device if self.residence == "device" else torch.device("cpu"))
+        self.rows = None if self.patches is None else self.patches.view(images.num, -1)
+
+    def __len__(self) -> int:
+        return self.images.num
+
+    def gather(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Copy the patches at `rows` int64 (B,) into `out` uint8 (B, 96, 96, 3), or, on the device, into a fresh tensor."""
+        if self.residence == "device":
+            return torch.index_select(self.rows, 0, rows.to(self.device)).view(-1, *PATCH_SHAPE)
+        if self.rows is None:
+            out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
+        else:
+            torch.index_select(self.rows, 0, rows, out=out.view(len(rows), -1))
+        return out
+
+
+def choose_residence(images: Images, residence: str, device: torch.device) -> str:
+    """`disk`, `host` or `device`; `auto` takes the fastest that leaves at least half of the free memory."""
+    if residence == "device" and device.type == "cpu":
+        return "host"
+    if residence != "auto":
+        return residence
+    if device.type == "cuda" and images.num_bytes < free_device_bytes(device) // 2:
+        return "device"
+    return "host" if images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2) else "disk"
+
+
+def read_whole(images: Images, device: torch.device) -> torch.Tensor:
+    """All patches uint8 (N, 96, 96, 3) on the device, read once in file order: what a networked disk is fast at."""
+    patches = torch.empty((images.num, *PATCH_SHAPE), dtype=torch.uint8, device=device)
+    with Progress(images.num, f"reading {images.path.name}") as progress:
+        for start, block in images.blocks():
+            patches[start : start + len(block)] = torch.from_numpy(block)
+            progress.add(len(block))
+    return patches
+
+
+def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
+    """The rows of a split that a run uses: its folds, without quarantined samples, up to the limit.
+
+    With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing, or one class, is left.
+    """
+    index = np.arange(len(split))
+    left_out = {}
+    if cfg.num_folds:
+        in_fold = fold_of_rows(split, cfg.num_folds) == cfg.fold
+        index = index[in_fold if held_out else ~in_fold]
+    if cfg.quarantine and not held_out:  # validation keeps all, so that scores with and without stay comparable
+        suspects = read_quarantine(cfg.quarantine, split.name, cfg.quarantine_reasons)
+        beyond = [row for row in suspects if row >= len(split)]
+        if beyond:
+            raise BadInput(f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has {len(split):,} patches")
+        index = index[~np.isin(index, list(suspects))]
+        for reason in suspects.values():
+            left_out[reason] = left_out.get(reason, 0) + 1
+    limit = cfg.limit_valid if held_out or split.name != "train" else cfg.limit_train
+    if limit and limit < len(index):
+        # a random part, so that a file sorted by class or slide still gives a fair one
+        index = np.sort(index[position_permutation(len(index), LIMIT).numpy()[:limit]])
+    labels = split.labels[index]
+    if len(np.unique(labels)) < 2:
+        raise BadInput(f"split {split.name} leaves {len(index):,} patches of {len(np.unique(labels))} class: both are needed")
+    return Rows(index, labels, left_out)
+
+
+def read_quarantine(path, split: str, reasons) -> dict[int, str]:
+    """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such reason."""
+    try:
+        rows = read_csv(path)
+    except OSError as error:
+        raise BadInput(f"quarantine {path}: {error.strerror.lower()}") from None
+    if rows and not {"split", "index", "reason"} <= set(rows[0]):
+        raise BadInput(f"quarantine {path} lacks a column, it must have split, index and reason")
+    suspects = {}
+    for number, row in enumerate(rows, 2):
+        if row["split"] != split or row["reason"] not in reasons:
+            continue
+        if not row["index"].isdigit():
+            raise BadInput(f"quarantine {path}, line {number}: the index {row['index']!r} is not a row number")
+        suspects.setdefault(int(row["index"]), row["reason"])
+    return suspects
+
+
+def fold_of_rows(split: Split, num_folds: int) -> np.ndarray:
+    """The fold of each row, (N,): whole slides, else whole groups of identical patches, so that no copy is on both sides."""
+    if split.slides is not None:
+        names = split.slides
+    else:
+        names = np.array([hash(patch.tobytes()) for _, block in split.images.blocks() for patch in block])
+    _, first_row, group, sizes = np.unique(names, return_index=True, return_inverse=True, return_counts=True)
+    # groups in an order drawn by their first rows, dealt out by the number of rows before them: folds of near-equal size
+    order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()
+    rows_before = np.empty_like(sizes)
+    rows_before[order] = np.cumsum(sizes[order]) - sizes[order]
+    return rows_before[group] * num_folds // len(split)
+
+
+def open_train_valid(cfg: Config) -> tuple[tuple[Split, Rows], tuple[Split, Rows]]:
+    """The split and rows to train on, and those to validate on. Raises BadInput for data that cannot be used."""
+    train = open_split(cfg.data_dir, "train")
+    valid = train if cfg.num_folds else open_split(cfg.data_dir, "valid")
+    return (train, select_rows(train, cfg)), (valid, select_rows(valid, cfg, held_out=True))
+
+
+def fit_batch_size(cfg: Config, num_rows: int) -> int:
+    """Patches per step: batch_size, or all there are when they are fewer, as a multiple of shards."""
+    size = min(cfg.batch_size, num_rows // cfg.shards * cfg.shards)
+    if not size:
+        raise BadInput(f"{num_rows} training patches are too few for {cfg.shards} shards")
+    return size
+
+
+def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config) -> torch.Tensor:
+    """Sample keys of an epoch, int64 (N,), a function of (seed, epoch).
+
+    A key is row + repeat * num_total: with `balance: sampler` the smaller class comes up several times an epoch, and each
+    time something else is drawn for it.
+    """
+    index, labels = torch.from_numpy(rows.index), rows.labels
+    if cfg.balance != "sampler":
+        return index[position_permutation(len(index), cfg.seed, epoch, ORDER)]
+    share = len(index) // 2
+    parts = []
+    for label in (0, 1):
+        members = index[torch.from_numpy(np.flatnonzero(labels == label))]
+        for repeat in range(-(-share // len(members))):
+            order = position_permutation(len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat)
+            parts.append(members[order][: share - repeat * len(members)] + repeat * num_total)
+    keys = torch.cat(parts)
+    return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER)]
+
+
+def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=True) -> Iterator[Batch]:
+    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,), gathered by a background thread.
+
+    A batch lives in one of a few reused buffers: it is valid until the next one is asked for. `wait_s` is the time that the
+    caller spent waiting for it. An error in the thread is raised here.
+    """
+    if not batches:
+        return
+    device, pin = source.device, source.device.type == "cuda"
+    targets = torch.from_numpy(np.ascontiguousarray(labels)).float()
+    size = max(len(keys) for keys in batches)
+    buffers = [torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=pin) for _ in range(NUM_BUFFERS)]
+
+    def fill(keys, buffer) -> Batch:
+        rows = keys % len(source)
+        images = source.gather(rows, buffer[: len(keys)])
+        batch_targets = targets[rows]
+        if pin:
+            images = images.to(device, non_blocking=True)
+            batch_targets = batch_targets.pin_memory().to(device, non_blocking=True)
+            torch.cuda.current_stream(device).synchronize()  # of this thread's own stream: the model's goes on
+        return Batch(images, batch_targets, keys, len(source))
+
+    if not prefetch:
+        for keys in batches:
+            started = time.perf_counter()
+            batch = fill(keys, buffers[0])
+            yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
+        return
+
+    free, ready = queue.SimpleQueue(), queue.SimpleQueue()
+    for buffer in buffers:
+        free.put(buffer)
+
+    def work():
+        try:
+            # a stream of its own, so that copies overlap with the model instead of queueing behind it
+            with torch.cuda.stream(torch.cuda.Stream(device) if pin else None):
+                for keys in batches:
+                    buffer = free.get()
+                    if buffer is None:
+                        return
+                    ready.put((fill(keys, buffer), buffer))
+        except BaseException as error:  # raised again where the batch was asked for
+            ready.put((error, None))
+
+    thread = threading.Thread(target=work, daemon=True, name="prefetch")
+    thread.start()
+    try:
+        for _ in batches:
+            started = time.perf_counter()
+            batch, buffer = ready.get()
+            if isinstance(batch, BaseException):
+                raise batch
+            yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
+            free.put(buffer)
+    finally:
+        free.put(None)
+        thread.join()

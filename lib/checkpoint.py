@@ -1,0 +1,125 @@
+"""Checkpoints: all that the next step, or an inference elsewhere, depends on, as tensors and plain values alone."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.augment import PREPROCESSING
+from lib.command import BadInput
+from lib.config import Config, config_from_dict
+from lib.logger import atomic_write
+from lib.models import build_model, fit_state, load_pickle_free
+
+SCHEMA = 1
+KIND = "pcam-checkpoint"
+# keys that a later schema added to the config, each with the value that older checkpoints were made with
+ADDED_KEYS: dict[int, dict] = {}
+# keys of a checkpoint and their types; what is None belongs to later work or does not apply
+FIELDS = {
+    "config": dict,
+    "model": dict,  # raw weights after the last step
+    "averaged": (dict, type(None)),  # their moving average: what is evaluated, where there is one
+    "optimizer": (dict, type(None)),  # absent in best.pt
+    "progress": dict,  # epoch, step, and what the schedule and the choice of the best have to remember
+    "metrics": dict,  # on validation, of the evaluated weights
+    "data": dict,  # SHA-256 of the data files
+    "preprocessing": dict,  # mean and std of the channels
+    "threshold": float,  # of the decision, on probabilities
+    "calibration": (dict, type(None)),
+    "reference": (dict, type(None)),  # statistics of the training data, to notice other data by
+}
+
+
+def weights_sha256(state: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over a model's state, names sorted: name, dtype, shape and bytes of each tensor."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def state_sha256(value, digest=None) -> str:
+    """SHA-256 over nested dicts and lists of tensors and plain values."""
+    digest = digest or hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(f"{key!r}:".encode())
+            state_sha256(value[key], digest)
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            state_sha256(item, digest)
+    else:
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, **fields) -> dict:
+    """A checkpoint as a dict; `fields` give what FIELDS names besides config and weights."""
+    return {
+        "config": cfg.as_dict(),
+        "model": dict(model.state_dict()),
+        "averaged": averaged and dict(averaged.state_dict()),
+        "optimizer": None,
+        "preprocessing": PREPROCESSING,
+        "threshold": 0.5,
+        "calibration": None,
+        "reference": None,
+        **fields,
+    }
+
+
+def save_checkpoint(path, checkpoint: dict) -> None:
+    """Write a checkpoint atomically, with its schema and a checksum over all that it holds."""
+    with atomic_write(path) as file:
+        torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(checkpoint), **checkpoint}, file)
+
+
+def load_checkpoint(path) -> dict:
+    """Read a checkpoint. Raises BadInput for a file that is empty, cut, altered, foreign, newer, or that holds code."""
+    checkpoint = load_pickle_free(path)
+    if not isinstance(checkpoint, dict) or checkpoint.pop("kind", None) != KIND:
+        raise BadInput(f"{path} is not a checkpoint of this program (train.py writes best.pt and last.pt)")
+    schema, checksum = checkpoint.pop("schema", None), checkpoint.pop("sha256", None)
+    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+        raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
+    for name, kind in FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise BadInput(f"{path} is damaged: its {name} is {'of a wrong type' if name in checkpoint else 'missing'}")
+    if checksum != state_sha256(checkpoint):
+        raise BadInput(f"{path} is damaged: its content does not match its checksum")
+    for added_in, values in ADDED_KEYS.items():
+        if schema < added_in:
+            checkpoint["config"] = values | checkpoint["config"]
+    return checkpoint
+
+
+def checkpoint_path(ckpt) -> Path:
+    """The file that `--ckpt` means: a run folder's best.pt, or the file itself."""
+    path = Path(ckpt)
+    if not path.exists() and (Path("runs") / ckpt).is_dir():
+        path = Path("runs") / ckpt
+    if path.is_dir():
+        if not (path / "best.pt").is_file():
+            raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
+        path = path / "best.pt"
+    return path
+
+
+def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
+    """The model of a checkpoint with the weights that were evaluated, ready to predict; its config; the checkpoint."""
+    path = checkpoint_path(ckpt)
+    checkpoint = load_checkpoint(path)
+    cfg = config_from_dict(checkpoint["config"], source=str(path))
+    with torch.device("meta"):  # no memory is taken before every shape has been compared
+        model = build_model(cfg)
+    fit_state(model, checkpoint["averaged"] or checkpoint["model"], path)
+    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint

@@ -1,0 +1,88 @@
+"""What every script promises to the shell: exit codes, one sentence for bad input, one JSON object at the end."""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import sys
+
+EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+class BadInput(Exception):
+    """Input that cannot be used. Its text is one sentence: what, where, what is allowed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with wrong use reported as one sentence instead of the whole usage."""
+
+    def error(self, message):
+        raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def one_line(error) -> str:
+    """The first line of an exception's text; libraries append pages of internals to theirs."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def nearest(name, allowed) -> str:
+    """A hint such as `, did you mean 'lr'?` or an empty string."""
+    import difflib
+
+    match = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
+    return f", did you mean '{match[0]}'?" if match else ""
+
+
+def say(text) -> None:
+    """A line for the person at the terminal; stdout is kept for the result."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def without_nan(value):
+    """`value` with every NaN and infinity replaced by None: JSON has no word for them."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def print_result(result: dict) -> None:
+    """Print `result` as the last line of stdout."""
+    print(json.dumps(without_nan(result)), flush=True)
+
+
+def script(main):
+    """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
+
+    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2,
+    Ctrl-C becomes 130. Anything else is a bug and keeps its traceback.
+    """
+
+    def fail(sentence, code):
+        say(f"error: {sentence}")
+        # a reader of the result that has gone away must not turn a clear refusal into a traceback
+        with contextlib.suppress(BrokenPipeError):
+            print_result({"error": sentence, "exit": code})
+        return code
+
+    @functools.wraps(main)
+    def wrapper(argv=None) -> int:
+        try:
+            return main(argv)
+        except BadInput as error:
+            return fail(str(error), EXIT_USAGE)
+        except SystemExit as stop:  # argparse leaves this way after --help
+            return int(stop.code or 0)
+        except KeyboardInterrupt:
+            return fail("interrupted", EXIT_INTERRUPTED)
+        except OSError as error:
+            if error.errno is None:
+                raise
+            where = f": {error.filename}" if error.filename else ""
+            return fail(f"{(error.strerror or one_line(error)).lower()}{where}", EXIT_USAGE)
+
+    return wrapper

@@ -1,0 +1,94 @@
+"""Where the computing happens: the device, its number type, and what the machine is."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from lib.command import BadInput, one_line
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """`auto` takes the first GPU if there is one. Raises BadInput for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"--device {name}: unknown, allowed are auto, cpu, cuda and cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BadInput(f"--device {name}: this machine offers no CUDA device (use --device cpu)")
+        device = torch.device("cuda", device.index or 0)
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
+    return device
+
+
+def layer_precision(device: torch.device, precision: str):
+    """The context in which layers compute: autocast to bfloat16, or plain float32."""
+    if precision == "bf16":
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def memory_limit_bytes() -> int:
+    """Memory that this process may still take: what the machine has free, or what its control group leaves."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    return max(free, 0)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Free memory of a CUDA device, 0 for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What a reader needs in order to repeat a run elsewhere: processor, memory, accelerator, driver, system."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    machine = {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu": cpu,
+        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "num_multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _nvidia_smi("driver_version"),
+            "mig": "MIG" in properties.name,
+        }
+    return machine
+
+
+def _nvidia_smi(field: str) -> str:
+    try:
+        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({one_line(error)})"

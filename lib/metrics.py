@@ -1,0 +1,108 @@
+"""Scores of a binary classifier, in float64 numpy. A score that is not defined is NaN, never a made-up number."""
+
+import numpy as np
+
+PROBABILITY_FLOOR = 1e-7  # a log loss clipped here stays finite: 16.1 for a certain and wrong answer
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of logits, without overflow."""
+    logits = np.asarray(logits, np.float64)
+    return np.exp(-np.logaddexp(0.0, -logits))
+
+
+def compute_auc(labels, scores) -> float:
+    """Area under the ROC curve by ranks, ties counted half (Mann-Whitney); NaN when a class is missing."""
+    labels, scores = np.asarray(labels, bool), np.asarray(scores, np.float64)
+    num_positive, num_negative = int(labels.sum()), int((~labels).sum())
+    if not num_positive or not num_negative or np.isnan(scores).any():
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each distinct score, from 1
+    rank_sum = ranks[inverse][labels].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def compute_pr_auc(labels, scores) -> float:
+    """Average precision: precision summed over the steps of recall, without interpolation; NaN without positives."""
+    labels, scores = np.asarray(labels, bool), np.asarray(scores, np.float64)
+    if not labels.any() or np.isnan(scores).any():
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    labels, scores = labels[order], scores[order]
+    last_of_tie = np.append(scores[1:] != scores[:-1], True)
+    true_positives = np.cumsum(labels)[last_of_tie]
+    num_called = np.flatnonzero(last_of_tie) + 1
+    recall_steps = np.diff(true_positives, prepend=0) / labels.sum()
+    return float((recall_steps * true_positives / num_called).sum())
+
+
+def compute_confusion(labels, predictions) -> dict[str, int]:
+    """Counts tp, fp, fn, tn; they add up to the number of labels."""
+    labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
+    return {
+        "tp": int((labels & predictions).sum()),
+        "fp": int((~labels & predictions).sum()),
+        "fn": int((labels & ~predictions).sum()),
+        "tn": int((~labels & ~predictions).sum()),
+    }
+
+
+def compute_fbeta(confusion: dict[str, int], beta: float) -> float:
+    """F-beta (van Rijsbergen 1979): recall weighs beta times as much as precision; NaN when there is nothing to find."""
+    weighted_hits = (1 + beta**2) * confusion["tp"]
+    total = weighted_hits + beta**2 * confusion["fn"] + confusion["fp"]
+    return weighted_hits / total if total else float("nan")
+
+
+def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
+    """Every score of a set of logits (N,) against labels (N,): loss (mean log loss), accuracy, f1, f2, auc, pr_auc, counts."""
+    labels, probs = np.asarray(labels, bool), sigmoid(logits)
+    predictions = probs >= threshold
+    confusion = compute_confusion(labels, predictions)
+    logits = np.asarray(logits, np.float64)
+    return {
+        "loss": float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits)))),
+        "accuracy": float(np.mean(labels == predictions)),
+        "f1": compute_fbeta(confusion, 1.0),
+        "f2": compute_fbeta(confusion, 2.0),
+        "auc": compute_auc(labels, logits),
+        "pr_auc": compute_pr_auc(labels, logits),
+        "positive_share": float(np.mean(predictions)),
+        **confusion,
+    }
+
+
+def constant_baselines(labels) -> dict[str, float]:
+    """What a model that never looks scores: always positive, always negative. A score below these is worse than none."""
+    labels = np.asarray(labels, bool)
+    always, never = (compute_confusion(labels, np.full(len(labels), answer)) for answer in (True, False))
+    prevalence = float(labels.mean())
+    return {
+        "prevalence": prevalence,
+        "majority_accuracy": max(prevalence, 1 - prevalence),
+        "always_positive_f1": compute_fbeta(always, 1.0),
+        "always_positive_f2": compute_fbeta(always, 2.0),
+        "always_negative_f2": compute_fbeta(never, 2.0),
+        "constant_auc": 0.5,
+        "constant_pr_auc": prevalence,
+        "prior_loss": binary_entropy(prevalence),
+    }
+
+
+def binary_entropy(probability: float) -> float:
+    """Log loss, in nats, of always answering with the true prevalence."""
+    p = np.clip(probability, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    return float(-(p * np.log(p) + (1 - p) * np.log(1 - p)))
+
+
+def constant_alarm(metrics: dict[str, float], labels) -> str:
+    """A warning for a model that answers always the same, or an empty string."""
+    if metrics["positive_share"] not in (0.0, 1.0):
+        return ""
+    answer = "positive" if metrics["positive_share"] else "negative"
+    baseline = constant_baselines(labels)["always_positive_f2"]
+    return (
+        f"ALARM: every validation patch is called {answer}; F2 {metrics['f2']:.3f} is what a constant gives "
+        f"(always positive: {baseline:.3f})"
+    )

@@ -1,0 +1,117 @@
+"""The classifiers: each takes (B, 3, 96, 96) normalised patches and gives one logit a patch, float32 (B,)."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lib.command import BadInput, one_line
+from lib.config import Config
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016)."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *conv_norm(num_channels, num_channels), nn.ReLU(inplace=True), *conv_norm(num_channels, num_channels)
+        )
+
+    def forward(self, x):
+        return torch.relu(x + self.layers(x))
+
+
+def conv_norm(num_in: int, num_out: int, size: int = 3, stride: int = 1) -> tuple[nn.Module, nn.Module]:
+    """A convolution and its batch norm."""
+    return nn.Conv2d(num_in, num_out, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(num_out)
+
+
+def build_cnn(cfg: Config) -> nn.Module:
+    """The default: a small residual network on a quarter of the resolution."""
+    width = cfg.cnn_width
+    return nn.Sequential(
+        *conv_norm(3, width, 4, 4),
+        nn.ReLU(inplace=True),
+        Residual(width),
+        *conv_norm(width, 2 * width, 3, 2),
+        nn.ReLU(inplace=True),
+        Residual(2 * width),
+        *conv_norm(2 * width, 4 * width, 3, 2),
+        nn.ReLU(inplace=True),
+        Residual(4 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(cfg.dropout),
+        nn.Linear(4 * width, 1),
+    )
+
+
+def build_mlp(cfg: Config) -> nn.Module:
+    """Flattened pixels through hidden layers: the baseline that a convolution has to beat."""
+    sizes = [96 * 96 * 3, *cfg.mlp_hidden]
+    layers = [nn.Flatten()]
+    for num_in, num_out in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(num_in, num_out), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), nn.Linear(sizes[-1], 1))
+
+
+def build_resnet18(cfg: Config) -> nn.Module:
+    """torchvision's ResNet-18 with one output, from random weights."""
+    from torchvision.models import resnet18
+
+    model = resnet18(weights=None)
+    model.fc = nn.Sequential(nn.Dropout(cfg.dropout), nn.Linear(model.fc.in_features, 1))
+    return model
+
+
+def build_densenet121(cfg: Config) -> nn.Module:
+    """torchvision's DenseNet-121 with one output, from random weights."""
+    from torchvision.models import densenet121
+
+    model = densenet121(weights=None)
+    model.classifier = nn.Sequential(nn.Dropout(cfg.dropout), nn.Linear(model.classifier.in_features, 1))
+    return model
+
+
+BUILDERS = {"cnn": build_cnn, "mlp": build_mlp, "resnet18": build_resnet18, "densenet121": build_densenet121}
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model that the config names, in float32 and channels last, its weights drawn from torch's generator."""
+    return BUILDERS[cfg.model](cfg).to(memory_format=torch.channels_last)
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
+    """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit."""
+    own = model.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f"{source} does not hold the weights of a model")
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state or name not in own:
+            raise BadInput(f"{source} is of another model: the tensor {name} is {'missing' if name in own else 'unknown'}")
+        if own[name].shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            raise BadInput(f"{source} is of another model: the tensor {name} has shape {shapes}")
+    model.load_state_dict(state, assign=next(iter(own.values())).is_meta)
+    return model
+
+
+def load_pickle_free(path) -> object:
+    """What torch.save wrote to `path`, as tensors and plain values on the CPU; code in it is refused, never run."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"no file {path}")
+    if not path.stat().st_size:
+        raise BadInput(f"{path} is an empty file, not a checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers") from None
+    except Exception as error:  # whatever a damaged archive provokes in torch's reader
+        raise BadInput(f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)})") from None

@@ -1,0 +1,53 @@
+"""A model applied to patches: float32 logits in input order, over one view or averaged over the eight symmetries."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.augment import PREPROCESSING, move_pixels, no_augmentation, normalise, view_draws
+from lib.batches import Batch, PatchSource, Rows, load_batches
+from lib.device import layer_precision
+from lib.metrics import compute_metrics
+
+
+@torch.inference_mode()
+def predict_batch(model: nn.Module, images: torch.Tensor, precision: str, views: int, preprocessing: dict) -> torch.Tensor:
+    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3): the mean over `views` symmetries."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    plain = no_augmentation(len(images))
+    logits = torch.zeros(len(images), device=images.device)
+    for symmetry in range(views):
+        seen = move_pixels(images, view_draws(len(images), symmetry))
+        inputs = normalise(seen, plain, preprocessing["mean"], preprocessing["std"], dtype)
+        with layer_precision(images.device, precision):
+            logits += model(inputs).float().flatten()
+    return logits / views
+
+
+def predict_batches(
+    model: nn.Module, batches: Iterable[Batch], precision: str, views: int, preprocessing: dict, progress=None
+) -> Iterator[np.ndarray]:
+    """Yield float32 logits (B,) for each batch. The model is put into evaluation mode and changed in nothing."""
+    model.eval()
+    for batch in batches:
+        logits = predict_batch(model, batch.images, precision, views, preprocessing)
+        if progress:
+            progress.add(len(logits))
+        yield logits.cpu().numpy()
+
+
+def predict_rows(model, source: PatchSource, index: np.ndarray, cfg, preprocessing=None, progress=None) -> np.ndarray:
+    """Logits float32 (N,) of the rows `index` int64 (N,) of a split, in that order, with the config's views and precision."""
+    batches = torch.from_numpy(index).split(cfg.eval_batch_size)
+    no_labels = np.zeros(len(source), np.uint8)  # prediction knows none
+    loaded = load_batches(source, no_labels, batches)
+    return np.concatenate(
+        list(predict_batches(model, loaded, cfg.precision, cfg.views, preprocessing or PREPROCESSING, progress))
+    )
+
+
+def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg) -> dict[str, float]:
+    """Scores of a model on `rows` at threshold 0.5."""
+    return compute_metrics(rows.labels, predict_rows(model, source, rows.index, cfg))

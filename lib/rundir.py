@@ -1,0 +1,264 @@
+"""The tracker: a run is a folder, made once, written by one process, read by anybody at any time."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lib.command import BadInput, nearest, say
+from lib.config import Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
+from lib.logger import CsvLog, atomic_write, read_json, write_json
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
+JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_PARTITION", "SLURMD_NODENAME")
+PATCH_BYTES_KEPT = 1 << 20
+
+STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
+SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
+BASELINES = ("always_positive_f2", "majority_accuracy", "constant_auc", "constant_pr_auc", "prior_loss")
+EPOCH_COLUMNS = (
+    *("epoch", "step", "train_loss", "is_best"),
+    *(f"val_{name}" for name in SCORES),
+    *BASELINES,
+    *("train_s", "eval_s", "images_per_s"),
+)
+
+
+def create_run(runs_dir, cfg: Config) -> Path:
+    """Make a new run folder `<utc>-<name>-s<seed>-<4 hex>` with config.yaml in it. mkdir decides who owns a name."""
+    runs_dir = Path(runs_dir)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    while True:
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
+        try:
+            run.mkdir()
+        except FileExistsError:
+            continue
+        with atomic_write(run / "config.yaml", "w") as file:
+            file.write(dump_config(cfg))
+        return run
+
+
+def find_run(name, runs_dir="runs") -> Path:
+    """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest name."""
+    for run in (Path(name), Path(runs_dir) / name):
+        if run.is_dir():
+            if (run / "config.yaml").is_file():
+                return run
+            raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
+    there = [entry.name for entry in Path(runs_dir).iterdir()] if Path(runs_dir).is_dir() else []
+    raise BadInput(f"no run {name}{nearest(Path(name).name, there)}")
+
+
+def read_run_config(run: Path) -> Config:
+    """The configuration that a run was started with."""
+    return config_from_dict(read_yaml(run / "config.yaml"), source=str(run / "config.yaml"))
+
+
+def resume_config(run: Path, overrides) -> Config:
+    """The configuration to go on with: the run's own, with changes of keys that leave the weights alone.
+
+    A relative data folder is looked for from here, then from where the run was started.
+    """
+    cfg = read_run_config(run)
+    if not Path(cfg.data_dir).is_dir() and (run / "meta.json").is_file():
+        elsewhere = Path(read_json(run / "meta.json").get("cwd", "")) / cfg.data_dir
+        if elsewhere.is_dir():
+            cfg = dataclasses.replace(cfg, data_dir=str(elsewhere))
+    return change_free_keys(cfg, parse_overrides(overrides))
+
+
+def is_finished(run: Path) -> bool:
+    """summary.json is written last: without one the run did not finish."""
+    return (run / "summary.json").is_file()
+
+
+def git_state() -> dict:
+    """Commit, uncommitted changes as a patch, and untracked files of this repository; None and empty outside of one."""
+
+    def git(*arguments):
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True).stdout
+        except (OSError, subprocess.SubprocessError):
+            return ""
+
+    patch = git("diff", "HEAD")
+    return {
+        "commit": git("rev-parse", "HEAD").strip() or None,
+        "uncommitted_patch": patch[:PATCH_BYTES_KEPT],
+        "uncommitted_patch_cut": len(patch) > PATCH_BYTES_KEPT,
+        "untracked_files": git("ls-files", "--others", "--exclude-standard").splitlines()[:1000],
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run uses."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def environment() -> dict:
+    """Who ran what where: argv, commit and patch, versions, Slurm job."""
+    return {
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "pid": os.getpid(),
+        **git_state(),
+        "versions": package_versions(),
+        "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
+    }
+
+
+def write_meta(run: Path, meta: dict) -> None:
+    """Write meta.json; a resumed run keeps what earlier starts wrote, under `earlier_starts`."""
+    path = run / "meta.json"
+    if path.exists():
+        before = read_json(path)
+        meta = meta | {"earlier_starts": [*before.pop("earlier_starts", []), before]}
+    write_json(path, meta)
+
+
+class Diverged(Exception):
+    """A loss that is not a finite number: at which step, over which rows of the training split."""
+
+    def __init__(self, step: int, loss: float, rows: list[int]):
+        super().__init__(f"the loss of step {step} is {loss}; its batch holds the training rows {rows}")
+        self.step, self.rows = step, rows
+
+
+class RunLog:
+    """steps.csv and epochs.csv of a run, and where its time went.
+
+    A step's loss is read one step late, so that a GPU never waits for the logging. `progress` is the training state's: it
+    says which rows a resumed run keeps, and carries the sum of the epoch's losses.
+    """
+
+    def __init__(self, run: Path, progress: dict):
+        self.progress = progress
+        kept_step, kept_epoch = progress["num_steps"], progress["epoch"]
+        self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
+        self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
+        self.pending, self.note = None, ""
+        self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
+        self.created_at, self.first_step_s = time.monotonic(), None
+
+    def start_epoch(self) -> None:
+        self.epoch_images, self.epoch_started_at = 0, time.perf_counter()
+        self.step_started_at = self.epoch_started_at
+
+    def add_step(self, result, batch, lr: float) -> None:
+        """Note a step that was just made. Raises Diverged if the loss of the one before was not finite."""
+        now = time.perf_counter()
+        step_s, self.step_started_at = now - self.step_started_at, now
+        self.train_s, self.wait_s = self.train_s + step_s, self.wait_s + batch.wait_s
+        self.num_images, self.epoch_images = self.num_images + len(batch.keys), self.epoch_images + len(batch.keys)
+        if self.first_step_s is None:
+            self.first_step_s = time.monotonic() - self.created_at
+        before, self.pending = self.pending, (self.progress["num_steps"], self.progress["epoch"], result, batch, lr, step_s)
+        if before:
+            self._write(*before)
+        self.log_s += time.perf_counter() - now
+
+    def _write(self, step, epoch, result, batch, lr, step_s) -> None:
+        loss = float(result.loss)
+        if not math.isfinite(loss):
+            self.pending = None
+            raise Diverged(step, loss, sorted((batch.keys % batch.num_rows).tolist()))
+        self.progress["loss_sum"] += loss
+        self.note = f"loss {loss:.4f}"
+        self.steps.add(
+            step=step,
+            epoch=epoch + 1,
+            loss=loss,
+            lr=lr,
+            grad_norm=float(result.grad_norm),
+            images_per_s=round(len(batch.keys) / step_s, 1),
+            wait_share=round(batch.wait_s / step_s, 5),
+        )
+
+    def flush(self) -> None:
+        """Put every row on disk. Raises Diverged as add_step does."""
+        started_at = time.perf_counter()
+        before, self.pending = self.pending, None
+        if before:
+            self._write(*before)
+        self.steps.flush()
+        self.epochs.flush()
+        self.log_s += time.perf_counter() - started_at
+
+    def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:
+        """Note an epoch's evaluation, beside what constants score, and tell the person who waits."""
+        train_s = time.perf_counter() - self.epoch_started_at - eval_s
+        self.eval_s += eval_s
+        train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
+        self.epochs.add(
+            epoch=self.progress["epoch"] + 1,
+            step=self.progress["num_steps"],
+            train_loss=train_loss,
+            is_best=int(is_best),
+            **{f"val_{name}": scores[name] for name in SCORES},
+            **{name: baselines[name] for name in BASELINES},
+            train_s=round(train_s, 3),
+            eval_s=round(eval_s, 3),
+            images_per_s=round(self.epoch_images / train_s, 1),
+        )
+        say(
+            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}, "
+            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
+            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f}), "
+            f"{self.epoch_images / train_s:,.0f} images/s{', best' if is_best else ''}"
+        )
+
+    def times(self) -> dict[str, float]:
+        """Where this process's time went: shares are of the training time."""
+        return {
+            "train_s": round(self.train_s, 3),
+            "eval_s": round(self.eval_s, 3),
+            "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
+            "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
+            "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,
+        }
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        for log in (self.steps, self.epochs):
+            if kind is None:
+                log.close()
+            else:
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    log.close()
+
+
+def write_summary(run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details) -> dict:
+    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of best.pt."""
+    summary = {
+        "status": status,
+        "weights_sha256": weights_digest,
+        "num_steps": progress["num_steps"],
+        "num_epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"],
+        **{f"val_{name}": value for name, value in progress["best_scores"].items()},
+        **baselines,
+        **details,
+    }
+    write_json(run / "summary.json", summary)
+    return summary

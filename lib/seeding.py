@@ -1,0 +1,70 @@
+"""Randomness as a function of position: a draw depends on the seed and on where it is used, never on what came before."""
+
+import os
+import random
+
+# cuBLAS reads this when CUDA starts; importing this module is early enough, setting it later is not
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import torch
+
+_SIGNED = 1 << 63
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the signed integer that torch's int64 holds."""
+    return (value + _SIGNED) % (1 << 64) - _SIGNED
+
+
+def _shift_right(values: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Logical shift; torch's own keeps the sign."""
+    return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
+
+
+def _mix(values: torch.Tensor) -> torch.Tensor:
+    """splitmix64's finaliser (Steele et al., OOPSLA 2014) over int64; integer, so equal on every device."""
+    values = values + _signed(0x9E3779B97F4A7C15)
+    values = (values ^ _shift_right(values, 30)) * _signed(0xBF58476D1CE4E5B9)
+    values = (values ^ _shift_right(values, 27)) * _signed(0x94D049BB133111EB)
+    return values ^ _shift_right(values, 31)
+
+
+def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
+    """64 random bits for each of `keys` int64 (N,) at a position such as (seed, epoch, purpose): int64 (N,)."""
+    state = torch.zeros((), dtype=torch.int64)
+    for part in position:
+        state = _mix(state ^ part)
+    return _mix(_mix(keys ^ state.to(keys.device)) ^ _signed(0xD1B54A32D192ED03))
+
+
+def position_uniform(keys: torch.Tensor, *position: int) -> torch.Tensor:
+    """One number in [0, 1) for each of `keys` int64 (N,): float32 (N,), a multiple of 2^-24."""
+    return _shift_right(position_bits(keys, *position), 40).to(torch.float32) * 2.0**-24
+
+
+def position_permutation(num: int, *position: int) -> torch.Tensor:
+    """A permutation of range(num) that is a function of the position alone: int64 (num,)."""
+    return torch.argsort(position_bits(torch.arange(num), *position), stable=True)
+
+
+def position_seed(*position: int) -> int:
+    """A non-negative seed for a generator, from a position."""
+    return int(_shift_right(position_bits(torch.zeros(1, dtype=torch.int64), *position), 1))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch on every device: the initial weights are drawn from these."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def set_determinism(deterministic: bool, threads: int) -> None:
+    """Fix the thread count and choose, or not, only algorithms that repeat to the bit on the same machine."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+    # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of which there are none here
+    torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,0 +1,215 @@
+"""The optimisation step, the learning rate of a step, and the state that steps move forward."""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lib.augment import draw_augmentation, model_input
+from lib.batches import Batch
+from lib.checkpoint import build_checkpoint, load_checkpoint
+from lib.command import BadInput
+from lib.config import Config
+from lib.device import layer_precision
+from lib.models import build_model, fit_state, load_pickle_free
+from lib.seeding import position_seed, seed_everything
+
+DROPOUT = 201  # purpose of a draw
+LOWER_IS_BETTER = ("loss",)
+
+
+@dataclass
+class TrainState:
+    """All that a step changes. `progress` holds the position and what the schedule and the choice of the best remember."""
+
+    model: nn.Module
+    averaged: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    progress: dict
+
+    def checkpoint(self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True) -> dict:
+        """This state as a checkpoint's fields; the tensors are not copied."""
+        return build_checkpoint(
+            cfg,
+            self.model,
+            self.averaged,
+            optimizer=self.optimizer.state_dict() if with_optimizer else None,
+            progress=dict(self.progress),
+            metrics=metrics,
+            data=data,
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading them waits for the step."""
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+
+
+def build_state(cfg: Config, device: torch.device) -> TrainState:
+    """A state before the first step, the initial weights drawn from the seed on the CPU, so that they are the same anywhere."""
+    seed_everything(cfg.seed)
+    model = build_model(cfg)
+    if cfg.weights:
+        loaded = load_pickle_free(cfg.weights)
+        if isinstance(loaded, dict) and "model" in loaded and "config" in loaded:  # a checkpoint of this program
+            loaded = load_checkpoint(cfg.weights)
+            loaded = loaded["averaged"] or loaded["model"]
+        fit_state(model, loaded, cfg.weights)
+    model.to(device)
+    averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
+    progress = {"epoch": 0, "step": 0, "num_steps": 0, "loss_sum": 0.0, "lr_scale": 1.0}
+    progress |= {"best": None, "best_epoch": 0, "best_scores": {}, "stale_epochs": 0}
+    return TrainState(model, averaged, build_optimizer(model, cfg), progress)
+
+
+def restore_state(state: TrainState, checkpoint: dict, source) -> None:
+    """Put a checkpoint into a state, in place. Raises BadInput if it is of another model or optimiser."""
+    fit_state(state.model, checkpoint["model"], source)
+    if state.averaged is not None:
+        fit_state(state.averaged, checkpoint["averaged"], source)
+    try:
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{source}: the optimizer's state does not fit the config") from None
+    state.progress.update(checkpoint["progress"])
+
+
+def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """AdamW or SGD; biases and batch-norm factors are not decayed."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if cfg.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)
+    return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+
+
+def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float = 1.0) -> float:
+    """The rate of step 0, 1, ...: a linear warm-up, then the schedule. `lr_scale` is what plateaus have made of it so far."""
+    warmup_steps = cfg.warmup_epochs * steps_per_epoch
+    if step < warmup_steps:
+        return cfg.lr * (step + 1) / math.ceil(warmup_steps)
+    if cfg.schedule == "cosine":
+        total = max(1.0, cfg.epochs * steps_per_epoch - warmup_steps)
+        return cfg.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / total))
+    if cfg.schedule == "step":
+        return cfg.lr * cfg.decay_factor ** (step // steps_per_epoch // cfg.decay_epochs)
+    return cfg.lr * lr_scale
+
+
+def class_weights(labels: np.ndarray, cfg: Config, device: torch.device) -> torch.Tensor | None:
+    """Loss weights (2,) that give both classes the same say, mean 1 over the samples; None unless `balance: loss`."""
+    if cfg.balance != "loss":
+        return None
+    counts = np.bincount(labels, minlength=2)
+    return torch.tensor(len(labels) / (2 * counts), dtype=torch.float32, device=device)
+
+
+def compute_loss(logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weights: torch.Tensor | None) -> torch.Tensor:
+    """Mean log loss of float32 logits (B,) against labels (B,) in {0, 1}."""
+    smoothed = labels * (1 - cfg.label_smoothing) + 0.5 * cfg.label_smoothing
+    losses = functional.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
+    return (losses if weights is None else losses * weights[labels.long()]).mean()
+
+
+def training_step(state: TrainState, batch: Batch, cfg: Config, lr: float, weights: torch.Tensor | None = None) -> StepResult:
+    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it waits for the device."""
+    device = batch.images.device
+    epoch, step = state.progress["epoch"], state.progress["step"]
+    draws = draw_augmentation(batch.keys, epoch, cfg)
+    inputs = model_input(batch.images, draws, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+
+    state.model.train()
+    loss = add_shard_gradients(state.model, inputs, batch.labels, cfg, weights, (cfg.seed, epoch, step, DROPOUT), device)
+
+    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    if cfg.grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, grad_norm)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.optimizer.step()
+    state.progress["step"] = step + 1
+    state.progress["num_steps"] += 1
+    if state.averaged is not None:
+        average_weights(state, cfg)
+    return StepResult(loss.detach(), grad_norm)
+
+
+def add_shard_gradients(model, inputs, labels, cfg: Config, weights, position, device) -> torch.Tensor:
+    """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and return its loss.
+
+    Each part has its own batch-norm statistics and starts from the same running ones. Loss, gradients and running
+    statistics of the parts are added in a fixed binary tree, so that whoever computes a part, the sum has the same bits.
+    """
+    parameters = list(model.parameters())
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+    before = [[buffer.clone() for buffer in group] for group in (buffers, counters)] if cfg.shards > 1 else None
+    parts = []
+    for shard, (x, y) in enumerate(zip(inputs.chunk(cfg.shards), labels.chunk(cfg.shards), strict=True)):
+        if cfg.dropout:
+            torch.manual_seed(position_seed(*position, shard))
+        if before:
+            for group, values in zip((buffers, counters), before, strict=True):
+                for buffer, value in zip(group, values, strict=True):
+                    buffer.copy_(value)
+        with layer_precision(device, cfg.precision):
+            logits = model(x)
+        loss = compute_loss(logits.float().flatten(), y, cfg, weights)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        if not before:
+            return loss
+        parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *buffers)]))
+    mean = tree_sum(parts) / cfg.shards
+    loss, *values = mean.split([1, *(t.numel() for t in (*parameters, *buffers))])
+    for target, value in zip([*(p.grad for p in parameters), *buffers], values, strict=True):
+        target.copy_(value.view(target.shape))
+    return loss[0]
+
+
+def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    """The sum of a power of two of tensors, neighbours first: ((a+b)+(c+d)), an order that ranks can share."""
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def average_weights(state: TrainState, cfg: Config) -> None:
+    """Move the averaged weights towards the current ones; early on faster, so that the start is forgotten soon."""
+    num_steps = state.progress["num_steps"]
+    decay = min(cfg.ema_decay, (1 + num_steps) / (10 + num_steps))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(state.averaged.parameters()), list(state.model.parameters()), 1 - decay)
+        for mean, current in zip(state.averaged.buffers(), state.model.buffers(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(current, 1 - decay)
+            else:
+                mean.copy_(current)
+
+
+def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
+    """Update best metric and plateau after an epoch's evaluation; True if this epoch is the best so far."""
+    sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
+    value = scores[cfg.select_metric]
+    is_best = progress["best"] is None or sign * value > sign * progress["best"]
+    if is_best:
+        progress |= {"best": value, "best_epoch": progress["epoch"] + 1, "best_scores": scores, "stale_epochs": 0}
+    else:
+        progress["stale_epochs"] += 1
+        if cfg.schedule == "plateau" and progress["stale_epochs"] % cfg.decay_epochs == 0:
+            progress["lr_scale"] *= cfg.decay_factor
+    return is_best
+
+
+def is_stale(progress: dict, cfg: Config) -> bool:
+    """Whether early stopping has run out of patience."""
+    return bool(cfg.early_stop_epochs) and progress["stale_epochs"] >= cfg.early_stop_epochs

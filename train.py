@@ -1,0 +1,156 @@
+"""Train a tumour-patch classifier: one run, from config to run folder.
+
+python train.py [--config F] [--runs DIR] [--device D] [key=value ...]
+python train.py --resume RUN
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = Parser(prog="train.py", description="Train one run, from config to run folder, or go on with one.")
+    parser.add_argument("--config", default="", metavar="F", help="YAML file that holds every key (default: config.yaml)")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)")
+    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3")
+    return parser.parse_intermixed_args(argv)
+
+
+@script
+def main(argv=None) -> int:
+    args = parse(argv)
+
+    from lib.config import DEFAULT_PATH, load_config
+    from lib.rundir import find_run, is_finished, resume_config
+
+    if not args.resume:
+        return train(load_config(args.config or DEFAULT_PATH, args.overrides), args)
+    run = find_run(args.resume, args.runs)
+    if args.config:
+        raise BadInput(f"--config does not go with --resume: {run} has its own config.yaml")
+    if is_finished(run):
+        say(f"{run} is finished, there is nothing to resume")
+        print_result({"run": str(run), "status": "finished"})
+        return EXIT_DONE
+    return train(resume_config(run, args.overrides), args, run)
+
+
+def train(cfg, args, run: Path | None = None) -> int:
+    """Train to the end of the config's epochs, in a new run folder or, given one, from its last checkpoint."""
+    started_at = time.monotonic()
+    from lib import batches, rundir, training
+    from lib.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
+    from lib.device import choose_device, describe_machine
+    from lib.launch import StopFlag
+    from lib.metrics import constant_alarm, constant_baselines
+    from lib.models import num_parameters
+    from lib.pcam import fingerprint
+    from lib.predict import evaluate
+    from lib.progress import Progress
+    from lib.seeding import set_determinism
+
+    # open the data; whatever can be refused is refused before a folder is made
+    device = choose_device(args.device)
+    set_determinism(cfg.deterministic, cfg.threads)
+    (train_split, train_rows), (valid_split, valid_rows) = batches.open_train_valid(cfg)
+    batch_size = batches.fit_batch_size(cfg, len(train_rows))
+    steps_per_epoch = len(train_rows) // batch_size
+    data = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"])
+
+    # build the state before the first step, or bring back the one of the last checkpoint
+    state, scores = training.build_state(cfg, device), {}
+    if run and (run / "last.pt").is_file():
+        saved = load_checkpoint(run / "last.pt")
+        if saved["data"] != data:
+            raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
+        training.restore_state(state, saved, run / "last.pt")
+        scores = saved["metrics"]
+    progress = state.progress
+
+    # write down what runs where
+    run = run or rundir.create_run(args.runs, cfg)
+    baselines = constant_baselines(valid_rows.labels)
+    meta = rundir.environment() | {
+        "machine": describe_machine(device),
+        "data": data,
+        "identity": cfg.identity_digest(data),
+        "rows": {"train": train_rows.describe(), "valid": valid_rows.describe()},
+        "constant_baselines": baselines,
+        "model": {"name": cfg.model, "num_parameters": num_parameters(state.model)},
+        "batch_size": batch_size,
+        "steps_per_epoch": steps_per_epoch,
+        "start_step": progress["num_steps"],
+    }
+    rundir.write_meta(run, meta)
+    say(f"run {run}")
+    size = f"{cfg.model} of {num_parameters(state.model):,} parameters on {device}"
+    say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on; {size}")
+
+    # put the patches where they can be gathered fast
+    train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
+    valid_source = train_source if cfg.num_folds else batches.PatchSource(valid_split.images, cfg.data_residence, device)
+    weights = training.class_weights(train_rows.labels, cfg, device)
+
+    def save(name: str, with_optimizer: bool = True) -> None:
+        log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
+        save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer))
+
+    with StopFlag() as stop, rundir.RunLog(run, progress) as log:
+        try:
+            while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
+                # train an epoch, or what is left of it
+                epoch = progress["epoch"]
+                keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg)
+                todo = keys[: steps_per_epoch * batch_size].split(batch_size)[progress["step"] :]
+                log.start_epoch()
+                with Progress(len(todo) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
+                    for batch in batches.load_batches(train_source, train_split.labels, todo):
+                        lr = training.learning_rate(cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"])
+                        result = training.training_step(state, batch, cfg, lr, weights)
+                        log.add_step(result, batch, lr)
+                        bar.add(batch_size, log.note)
+                        if stop:
+                            save("last.pt")
+                            say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
+                            print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
+                            return EXIT_INTERRUPTED
+                        if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:
+                            save("last.pt")
+
+                # evaluate
+                log.flush()
+                eval_started_at = time.perf_counter()
+                model = state.averaged or state.model
+                scores = evaluate(model, valid_source, valid_rows, cfg)
+                is_best = training.note_epoch(progress, scores, cfg)
+                log.add_epoch(scores, baselines, is_best, steps_per_epoch, time.perf_counter() - eval_started_at)
+                if alarm := constant_alarm(scores, valid_rows.labels):
+                    say(alarm)
+
+                # keep
+                progress |= {"epoch": epoch + 1, "step": 0}
+                if is_best:
+                    save("best.pt", with_optimizer=False)
+                save("last.pt")
+            status, details = "finished", {}
+        except rundir.Diverged as error:
+            good = "last.pt" if (run / "last.pt").is_file() else "none yet"
+            say(f"error: {error}; the last good checkpoint of {run} is {good}")
+            status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
+
+    # summary.json comes last: it says that the run is over
+    details |= {"wall_s": round(time.monotonic() - started_at, 3), **log.times()}
+    digest = weights_sha256(state.model.state_dict())
+    summary = rundir.write_summary(run, status, digest, progress, baselines, **details)
+    print_result({"run": str(run), **summary})
+    return EXIT_DONE if status == "finished" else EXIT_FINDING
+
+
+if __name__ == "__main__":
+    sys.exit(main())
