@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
 
+STARTED_AT = time.monotonic()  # torch is imported after this: that is most of the time to the first step
+
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="train.py", description="Train one run, from config to run folder, or go on with one.")
@@ -43,7 +45,6 @@ def main(argv=None) -> int:
 
 def train(cfg, args, run: Path | None = None) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its last checkpoint."""
-    started_at = time.monotonic()
     from lib import batches, rundir, training
     from lib.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
     from lib.device import choose_device, describe_machine
@@ -101,7 +102,7 @@ def train(cfg, args, run: Path | None = None) -> int:
         log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
         save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer))
 
-    with StopFlag() as stop, rundir.RunLog(run, progress) as log:
+    with StopFlag() as stop, rundir.RunLog(run, progress, STARTED_AT) as log:
         try:
             while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
@@ -145,7 +146,7 @@ def train(cfg, args, run: Path | None = None) -> int:
             status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
 
     # summary.json comes last: it says that the run is over
-    details |= {"wall_s": round(time.monotonic() - started_at, 3), **log.times()}
+    details |= {"wall_s": round(time.monotonic() - STARTED_AT, 3), **log.times()}
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.write_summary(run, status, digest, progress, baselines, **details)
     print_result({"run": str(run), **summary})

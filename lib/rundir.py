@@ -150,14 +150,14 @@ class RunLog:
     says which rows a resumed run keeps, and carries the sum of the epoch's losses.
     """
 
-    def __init__(self, run: Path, progress: dict):
+    def __init__(self, run: Path, progress: dict, started_at: float):
         self.progress = progress
         kept_step, kept_epoch = progress["num_steps"], progress["epoch"]
         self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
         self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
         self.pending, self.note = None, ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
-        self.created_at, self.first_step_s = time.monotonic(), None
+        self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
 
     def start_epoch(self) -> None:
         self.epoch_images, self.epoch_started_at = 0, time.perf_counter()
@@ -170,7 +170,7 @@ class RunLog:
         self.train_s, self.wait_s = self.train_s + step_s, self.wait_s + batch.wait_s
         self.num_images, self.epoch_images = self.num_images + len(batch.keys), self.epoch_images + len(batch.keys)
         if self.first_step_s is None:
-            self.first_step_s = time.monotonic() - self.created_at
+            self.first_step_s = time.monotonic() - self.started_at
         before, self.pending = self.pending, (self.progress["num_steps"], self.progress["epoch"], result, batch, lr, step_s)
         if before:
             self._write(*before)
@@ -229,6 +229,7 @@ class RunLog:
     def times(self) -> dict[str, float]:
         """Where this process's time went: shares are of the training time."""
         return {
+            "first_step_s": self.first_step_s and round(self.first_step_s, 3),
             "train_s": round(self.train_s, 3),
             "eval_s": round(self.eval_s, 3),
             "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,

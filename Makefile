@@ -1,0 +1,57 @@
+# Every target sets up .venv when it is missing; PYTHON=/path/to/python uses that interpreter instead.
+# Variables: SEED=1 DATA=data/pcam RUN=runs/... ARGS="key=value ..."
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint train infer data sample verify bench-loader clean
+
+SEED ?= 1
+DATA ?=
+SPLIT ?=
+ARGS ?=
+
+ifdef PYTHON
+setup_done :=
+test_setup_done :=
+else
+PYTHON := .venv/bin/python
+setup_done := .venv/.installed
+test_setup_done := .venv/.installed-test
+endif
+BASE_PYTHON ?= python3
+
+# a seed reaches a command line: nothing but a number may pass
+digits := 0 1 2 3 4 5 6 7 8 9
+without_digits = $(if $(2),$(call without_digits,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,10,$(2))),$(1))
+ifneq ($(if $(value SEED),$(call without_digits,$(value SEED),$(digits)),empty),)
+$(error SEED must be a number such as 1, it is: $(value SEED))
+endif
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(setup_done)  ## make .venv with the pinned packages
+
+.venv/.installed: requirements.txt
+	$(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.installed-test: .venv/.installed requirements-test.txt
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	touch $@
+
+test: $(test_setup_done)  ## run all tests
+	$(PYTHON) -m pytest $(ARGS)
+
+lint: $(test_setup_done)  ## check style and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sample epochs=5"
+	$(PYTHON) train.py seed=$(SEED) $(ARGS)
+
+clean:  ## remove what tools cache; data/ and runs/ stay
+	rm -rf .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
