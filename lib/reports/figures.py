@@ -1,0 +1,133 @@
+"""Plots in one style: readable in print and by the colour-blind, axes with units, returned as images for a page or a file."""
+
+import base64
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen on a cluster
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image
+
+# Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+STYLE = {
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "font.size": 10,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
+    """A row of axes in the common style: (figure, list of axes)."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, num_axes, figsize=(width * num_axes, height), squeeze=False)
+    return figure, list(axes[0])
+
+
+def figure_png(figure, dpi: int = 110) -> bytes:
+    """A figure as PNG; the figure is closed."""
+    buffer = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def patch_png(patch: np.ndarray) -> bytes:
+    """A patch uint8 (H, W, 3) as PNG, in its own colours."""
+    buffer = io.BytesIO()
+    Image.fromarray(patch).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as the text that an <img> takes in place of a file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def column(rows: list[dict], name: str) -> np.ndarray:
+    """A column of CSV rows as float64, empty cells as NaN."""
+    return np.array([float(row[name] or "nan") for row in rows])
+
+
+def plot_epochs(epochs: list[dict]):
+    """Loss and scores per epoch, each beside what a constant answer gets."""
+    figure, (left, middle, right) = new_figure(3)
+    epoch = column(epochs, "epoch")
+    for axes, title, names, baseline in (
+        (left, "log loss (nats)", ("train_loss", "val_loss"), "prior_loss"),
+        (middle, "ROC-AUC and PR-AUC on validation", ("val_auc", "val_pr_auc"), "constant_auc"),
+        (right, "F2 and accuracy on validation", ("val_f2", "val_accuracy"), "always_positive_f2"),
+    ):
+        for name in names:
+            axes.plot(epoch, column(epochs, name), marker="o", markersize=3, label=name)
+        axes.axhline(column(epochs, baseline)[0], color="black", linestyle=":", label=baseline)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+        axes.legend()
+    return figure
+
+
+def plot_steps(steps: list[dict]):
+    """Training loss, global gradient norm and learning rate per step."""
+    figure, (left, middle, right) = new_figure(3)
+    step = column(steps, "step")
+    for axes, name, title in (
+        (left, "loss", "training loss (nats)"),
+        (middle, "grad_norm", "global gradient norm, before clipping"),
+        (right, "lr", "learning rate"),
+    ):
+        axes.plot(step, column(steps, name), linewidth=0.8)
+        axes.set(title=title, xlabel="step")
+    middle.set_yscale("log")
+    return figure
+
+
+def curve_points(labels: np.ndarray, probs: np.ndarray) -> dict[str, np.ndarray]:
+    """Recall, precision and false positive rate at every distinct threshold, from strict to lax."""
+    order = np.argsort(-probs, kind="stable")
+    last_of_tie = np.append(np.diff(probs[order]) != 0, True)
+    true_positives = np.cumsum(labels[order])[last_of_tie]
+    num_called = np.flatnonzero(last_of_tie) + 1
+    num_negative = max(1, len(labels) - labels.sum())
+    return {
+        "threshold": probs[order][last_of_tie],
+        "recall": true_positives / max(1, labels.sum()),
+        "precision": true_positives / num_called,
+        "false_positive_rate": (num_called - true_positives) / num_negative,
+    }
+
+
+def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, confusion: dict[str, int]):
+    """ROC, precision-recall and the confusion matrix at a threshold."""
+    figure, (roc, pr, matrix) = new_figure(3)
+    points = curve_points(labels, probs)
+    at = np.searchsorted(-points["threshold"], -threshold, side="right") - 1
+    for axes, x, y, chance in (
+        (roc, "false_positive_rate", "recall", ([0, 1], [0, 1])),
+        (pr, "recall", "precision", ([0, 1], [labels.mean()] * 2)),
+    ):
+        axes.plot(points[x], points[y])
+        axes.plot(*chance, color="black", linestyle=":", label="constant answer")
+        if at >= 0:
+            axes.plot(points[x][at], points[y][at], "o", color=COLOURS[1], label=f"threshold {threshold:g}")
+        axes.set(xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
+        axes.legend(loc="lower right" if axes is roc else "lower left")
+    roc.set_title("ROC")
+    pr.set_title("precision and recall")
+    counts = np.array([[confusion["tn"], confusion["fp"]], [confusion["fn"], confusion["tp"]]])
+    matrix.imshow(counts, cmap="Blues", vmin=0, vmax=counts.sum())
+    for (row, col), count in np.ndenumerate(counts):
+        matrix.text(col, row, f"{count:,}", ha="center", va="center", fontsize=12)
+    matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label", xticks=(0, 1), yticks=(0, 1))
+    matrix.grid(False)
+    return figure

@@ -1,0 +1,94 @@
+"""A run on one page: what it is, its curves, its scores beside constant answers, and patches with what was said of them."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.command import BadInput
+from lib.inputs import read_inputs
+from lib.logger import read_csv, read_json
+from lib.metrics import compute_confusion, compute_metrics, constant_baselines
+from lib.pcam import open_images
+from lib.reports.figures import figure_png, patch_png, plot_decisions, plot_epochs, plot_steps
+from lib.reports.pages import gallery, note, picture, section, table, write_page
+from lib.rundir import read_run_config
+
+NUM_EXAMPLES = 12
+SHOWN_SCORES = {
+    "AUC": ("auc", "constant_auc"),
+    "PR-AUC": ("pr_auc", "constant_pr_auc"),
+    "F2": ("f2", "always_positive_f2"),
+    "F1": ("f1", "always_positive_f1"),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "log loss (nats)": ("loss", "prior_loss"),
+}
+
+
+def write_run_page(run: Path, predictions, threshold: float, out, remark: str = "") -> Path:
+    """Write the page of a finished run; `predictions` is a predictions.csv with labels, of any labelled data."""
+    if not (run / "summary.json").is_file():
+        raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
+    cfg, meta, summary = read_run_config(run), read_json(run / "meta.json"), read_json(run / "summary.json")
+    facts = [
+        ("run", run.name),
+        ("status", summary["status"]),
+        ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
+        ("trained on", f"{meta['rows']['train']['num']:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
+        ("speed", f"{summary['images_per_s']:,.0f} images/s on {meta['machine']['cpu']}, {meta['machine']['device']}"),
+        ("wall time", f"{summary['wall_s']:.0f} s"),
+        ("commit", meta["commit"] or "not in a git repository"),
+        ("weights SHA-256", summary["weights_sha256"]),
+    ]
+    sections = [
+        *([note(remark)] if remark else []),
+        section("The run", table(("what", "value"), facts)),
+        section("Epoch by epoch", picture(figure_png(plot_epochs(read_csv(run / "epochs.csv"))), "loss and scores per epoch")),
+        section(
+            "Step by step", picture(figure_png(plot_steps(read_csv(run / "steps.csv"))), "loss, gradient norm, rate per step")
+        ),
+    ]
+    if predictions:
+        sections += prediction_sections(predictions, threshold)
+    return write_page(out, f"Run {run.name}", sections)
+
+
+def prediction_sections(predictions, threshold: float) -> list[str]:
+    """Scores, curves and example patches of a predictions.csv."""
+    rows = [row for row in read_csv(predictions) if row["probability"]]
+    if not rows or not rows[0].get("label"):
+        raise BadInput(f"{predictions} has no labels: predict a labelled split (inference.py --split test)")
+    labels = np.array([int(row["label"]) for row in rows])
+    probs = np.array([float(row["probability"]) for row in rows])
+    logits = np.log(np.clip(probs, 1e-12, 1)) - np.log(np.clip(1 - probs, 1e-12, 1))
+    scores, baselines = compute_metrics(labels, logits, threshold), constant_baselines(labels)
+    confusion = compute_confusion(labels, probs >= threshold)
+    compared = [(name, scores[key], baselines[constant]) for name, (key, constant) in SHOWN_SCORES.items()]
+    certainty = np.where(labels == 1, probs, 1 - probs)  # given to the true class
+    kinds = (
+        ("Found: tumour called tumour, the most certain first", (labels == 1) & (probs >= threshold), -certainty),
+        ("Cleared: normal called normal, the most certain first", (labels == 0) & (probs < threshold), -certainty),
+        ("Missed: tumour called normal, the most certain errors first", (labels == 1) & (probs < threshold), certainty),
+        ("False alarms: normal called tumour, the most certain errors first", (labels == 0) & (probs >= threshold), certainty),
+    )
+    parts = []
+    for title, chosen, order in kinds:
+        picked = sorted(np.flatnonzero(chosen), key=order.__getitem__)[:NUM_EXAMPLES]
+        patches = [patch_png(read_patch(rows[row])) for row in picked]
+        captions = [f"row {rows[row]['index']}, p = {probs[row]:.3f}" for row in picked]
+        parts += [f"<h3>{title} ({int(chosen.sum()):,})</h3>", gallery(patches, captions) if picked else note("none")]
+    return [
+        section(
+            f"Scores on {len(rows):,} patches that were not trained on",
+            table(("score", "model", "constant answer"), compared),
+            note(f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says nothing for the model."),
+            picture(figure_png(plot_decisions(labels, probs, threshold, confusion)), "ROC, precision-recall, confusion matrix"),
+        ),
+        section("Example predictions", *parts),
+    ]
+
+
+def read_patch(row: dict) -> np.ndarray:
+    """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
+    if row["source"].endswith((".h5", ".hdf5")):
+        return open_images(row["source"]).read([int(row["index"])])[0]
+    return next(read_inputs([row["source"]])).images[0]
