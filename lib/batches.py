@@ -13,7 +13,7 @@ import torch
 from lib.command import BadInput, say
 from lib.config import Config
 from lib.device import free_device_bytes, memory_limit_bytes
-from lib.logger import read_csv
+from lib.logger import read_edited_csv
 from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
@@ -115,9 +115,10 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
         beyond = [row for row in suspects if row >= len(split)]
         if beyond:
             raise BadInput(f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has {len(split):,} patches")
-        index = index[~np.isin(index, list(suspects))]
-        for reason in suspects.values():
-            left_out[reason] = left_out.get(reason, 0) + 1
+        is_suspect = np.isin(index, list(suspects))
+        for row in index[is_suspect].tolist():
+            left_out[suspects[row]] = left_out.get(suspects[row], 0) + 1
+        index = index[~is_suspect]
     limit = cfg.limit_valid if held_out or split.name != "train" else cfg.limit_train
     if limit and limit < len(index):
         # a random part, so that a file sorted by class or slide still gives a fair one
@@ -131,11 +132,9 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
 def read_quarantine(path, split: str, reasons) -> dict[int, str]:
     """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such reason."""
     try:
-        rows = read_csv(path)
+        rows = read_edited_csv(path, ("split", "index", "reason"))
     except OSError as error:
         raise BadInput(f"quarantine {path}: {error.strerror.lower()}") from None
-    if rows and not {"split", "index", "reason"} <= set(rows[0]):
-        raise BadInput(f"quarantine {path} lacks a column, it must have split, index and reason")
     suspects = {}
     for number, row in enumerate(rows, 2):
         if row["split"] != split or row["reason"] not in reasons:
@@ -249,6 +248,9 @@ def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Te
             batch, buffer = ready.get()
             if isinstance(batch, BaseException):
                 raise batch
+            if pin:  # the copy's memory must not be handed out again before the model's stream is done with it
+                for tensor in (batch.images, batch.labels):
+                    tensor.record_stream(torch.cuda.current_stream(device))
             yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
             free.put(buffer)
     finally:

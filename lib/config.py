@@ -222,7 +222,7 @@ def read_yaml(path) -> dict:
         values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (derived from the safe loader)
     except FileNotFoundError:
         raise BadInput(f"no configuration at {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         where = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or one_line(error)
         raise BadInput(f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}") from None
@@ -238,11 +238,12 @@ def parse_overrides(pairs) -> dict[str, str]:
     values = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
+        key = key.strip()
         if not equals:
             raise BadInput(f"{pair!r} is not of the form key=value")
         if key in values:
             raise BadInput(f"{key} is given twice")
-        values[key.strip()] = value
+        values[key] = value
     return values
 
 

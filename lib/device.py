@@ -43,12 +43,13 @@ def memory_limit_bytes() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        group = Path("/sys/fs/cgroup", next(line for line in lines if line.startswith("0::"))[3:].lstrip("/"))
+        for folder in (group, *group.parents):  # a job's limit may stand above the group of its step
+            with contextlib.suppress(OSError, ValueError):
+                used = int((folder / "memory.current").read_text())
+                free = min(free, int((folder / "memory.max").read_text()) - used)
     return max(free, 0)
 
 

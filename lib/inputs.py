@@ -2,14 +2,16 @@
 
 import io
 import itertools
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lib.command import BadInput, one_line
 from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path
@@ -39,11 +41,15 @@ def decode_patch(data: bytes, name) -> np.ndarray:
             if (image.height, image.width) != PATCH_SHAPE[:2]:
                 size = f"{image.width}x{image.height}"
                 raise BadInput(f"{name} is {size} pixels, it must be 96x96 (cut patches at 0.97 um a pixel, do not scale)")
+            if any(";16" in str(tile[3]) for tile in image.tile):  # Pillow drops the lower bits of such RGB in silence
+                raise BadInput(f"{name} has 16 bits a channel, it must be 8")
             if image.mode not in EXACT_MODES:
                 raise BadInput(f"{name} has the pixel type {image.mode}, allowed are {', '.join(EXACT_MODES)}")
             return np.asarray(image.convert("RGB"))
     except BadInput:
         raise
+    except UnidentifiedImageError:  # its text names a memory address
+        raise BadInput(f"{name} is not a readable image (of no kind that is known)") from None
     except Exception as error:  # whatever damage provokes in a decoder
         raise BadInput(f"{name} is not a readable image ({one_line(error)})") from None
 
@@ -106,8 +112,10 @@ def _image_blocks(named: Iterator[tuple[str, Callable[[], bytes]]]) -> Iterator[
     """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
 
     def decode(item):
-        name, data = item
+        name, data, refusal = item
         try:
+            if refusal:
+                raise BadInput(refusal)
             return decode_patch(data, name), None
         except BadInput as error:
             return np.zeros(PATCH_SHAPE, np.uint8), str(error)
@@ -115,15 +123,15 @@ def _image_blocks(named: Iterator[tuple[str, Callable[[], bytes]]]) -> Iterator[
     def read(item):
         name, read_bytes = item
         try:
-            return name, read_bytes()
+            return name, read_bytes(), None
         except OSError as error:
-            return name, f"{name}: {error.strerror}".encode()
+            return name, b"", f"{name}: {one_line(error)}"
 
     named = iter(named)
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
         while chunk := [read(item) for item in itertools.islice(named, BLOCK)]:
             patches, errors = zip(*pool.map(decode, chunk), strict=True)
-            names = [name for name, _ in chunk]
+            names = [name for name, _, _ in chunk]
             yield Block(names, [0] * len(chunk), np.stack(patches), [None] * len(chunk), list(errors))
 
 
@@ -134,6 +142,7 @@ def _tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
             for member in tar:
                 name = safe_member_name(member.name, path)
                 if member.isfile() and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                    yield f"{path}/{name}", tar.extractfile(member).read
-    except (tarfile.TarError, EOFError, OSError) as error:
+                    data = tar.extractfile(member).read()  # here, where a tar that is cut off is refused
+                    yield f"{path}/{name}", lambda data=data: data
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise BadInput(f"{path} is not a readable tar ({one_line(error)})") from None

@@ -77,6 +77,22 @@ def read_csv(path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in reader if len(row) == len(header)]
 
 
+def read_edited_csv(path, needed) -> list[dict[str, str]]:
+    """The rows of a CSV file that a person may have edited: nothing is dropped.
+
+    Raises BadInput for a column of `needed` that is missing and for a row whose fields do not match the header.
+    """
+    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+        reader = csv.DictReader(file)
+        if lacking := sorted(set(needed) - set(reader.fieldnames or ())):
+            raise BadInput(f"{path} lacks the column {lacking[0]}; it has: {', '.join(reader.fieldnames or ()) or 'nothing'}")
+        rows = list(reader)
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise BadInput(f"{path}: row {number} has not as many fields as the header")
+    return rows
+
+
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
@@ -97,8 +113,9 @@ class CsvLog:
         self.rows, self.flushed_at = [], time.monotonic()
         if not self.path.exists():
             write_csv(self.path, self.header, [])
-        elif keep is not None:
-            kept = [list(row.values()) for row in read_csv(self.path) if list(row) == self.header and keep(row)]
+        else:
+            rows = [row for row in read_csv(self.path) if list(row) == self.header]
+            kept = [list(row.values()) for row in rows if keep is None or keep(row)]
             write_csv(self.path, self.header, kept)
         self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the log is)
 

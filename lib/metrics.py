@@ -56,12 +56,15 @@ def compute_fbeta(confusion: dict[str, int], beta: float) -> float:
 
 
 def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
-    """Every score of a set of logits (N,) against labels (N,): loss (mean log loss), accuracy, f1, f2, auc, pr_auc, counts."""
+    """Every score of logits (N,) against labels (N,): loss (mean log loss), accuracy, f1, f2, auc, pr_auc, and counts.
+
+    A logit that is not a number makes every score NaN.
+    """
     labels, probs = np.asarray(labels, bool), sigmoid(logits)
     predictions = probs >= threshold
     confusion = compute_confusion(labels, predictions)
     logits = np.asarray(logits, np.float64)
-    return {
+    scores = {
         "loss": float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits)))),
         "accuracy": float(np.mean(labels == predictions)),
         "f1": compute_fbeta(confusion, 1.0),
@@ -69,8 +72,10 @@ def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
         "auc": compute_auc(labels, logits),
         "pr_auc": compute_pr_auc(labels, logits),
         "positive_share": float(np.mean(predictions)),
-        **confusion,
     }
+    if np.isnan(logits).any():
+        scores = dict.fromkeys(scores, float("nan"))
+    return scores | confusion
 
 
 def constant_baselines(labels) -> dict[str, float]:

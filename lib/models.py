@@ -1,4 +1,4 @@
-"""The classifiers: each takes (B, 3, 96, 96) normalised patches and gives one logit a patch, float32 (B,)."""
+"""The classifiers: each takes normalised patches (B, 3, 96, 96) and gives one logit a patch, (B, 1)."""
 
 import pickle
 from pathlib import Path
@@ -105,12 +105,13 @@ def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
     own = model.state_dict()
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise BadInput(f"{source} does not hold the weights of a model")
-    for name in sorted(own.keys() | state.keys()):
+    for name in sorted(own.keys() | state.keys(), key=str):
         if name not in state or name not in own:
             raise BadInput(f"{source} is of another model: the tensor {name} is {'missing' if name in own else 'unknown'}")
         if own[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
             raise BadInput(f"{source} is of another model: the tensor {name} has shape {shapes}")
+    state = {name: state[name].to(value.dtype) for name, value in own.items()}
     model.load_state_dict(state, assign=next(iter(own.values())).is_meta)
     return model
 

@@ -4,7 +4,6 @@ Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N
 """
 
 import contextlib
-import csv
 import os
 import shutil
 import tempfile
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import file_digest, read_json, sync_folder, write_json
+from lib.logger import file_digest, read_edited_csv, read_json, sync_folder, write_csv, write_json
 
 SPLITS = ("train", "valid", "test")
 PATCH_SHAPE = (96, 96, 3)
@@ -94,7 +93,7 @@ class Images:
         with open_dataset(self.path, "x") as dataset:
             patches = np.empty((len(rows), *PATCH_SHAPE), np.uint8)
             for position in np.argsort(rows, kind="stable"):  # in file order, so that a chunk is decoded once
-                patches[position] = to_uint8(self._read(dataset, rows[position]))
+                patches[position] = to_uint8(read_dataset(self.path, dataset, rows[position]))
             return patches
 
     def blocks(self, num_rows: int = 1024):
@@ -105,13 +104,15 @@ class Images:
             return
         with open_dataset(self.path, "x") as dataset:
             for start in range(0, self.num, num_rows):
-                yield start, to_uint8(self._read(dataset, slice(start, start + num_rows)))
+                yield start, to_uint8(read_dataset(self.path, dataset, slice(start, start + num_rows)))
 
-    def _read(self, dataset, where):
-        try:
-            return dataset[where]
-        except OSError as error:
-            raise BadInput(f"{self.path}: patch data at {where} cannot be decoded ({one_line(error)})") from None
+
+def read_dataset(path, dataset, where) -> np.ndarray:
+    """`dataset[where]`. Raises BadInput for data that cannot be decoded."""
+    try:
+        return dataset[where]
+    except OSError as error:
+        raise BadInput(f"{path}: patch data at {where} cannot be decoded ({one_line(error)})") from None
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
@@ -153,8 +154,8 @@ def open_images(path) -> Images:
         mapped = map_dataset(dataset)
         layout = f"{dataset.dtype}, chunks {dataset.chunks}, compression {dataset.compression}"
         if dataset.dtype.kind == "f":
-            sample = dataset[:: max(1, len(dataset) // 64)]
-            if np.nanmax(np.where(np.isfinite(sample), sample, 0)) <= 1.0:
+            sample = read_dataset(path, dataset, slice(None, None, max(1, len(dataset) // 64)))
+            if 0 < np.max(sample, where=np.isfinite(sample), initial=0) <= 1:
                 raise BadInput(f"{path}: x seems scaled to [0, 1]; prepare.py repack brings it back to 0..255")
         return Images(path, len(dataset), mapped, "mapped" if mapped is not None else layout)
 
@@ -204,12 +205,7 @@ def open_split(directory, split: str) -> Split:
 
 def read_meta(path) -> list[dict[str, str]]:
     """The rows of a meta CSV, with at least `coord_y`, `coord_x` and `wsi`."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        lacking = {"coord_y", "coord_x", "wsi"} - set(reader.fieldnames or ())
-        if lacking:
-            raise BadInput(f"{path} lacks the column {sorted(lacking)[0]}; it has {reader.fieldnames}")
-        return list(reader)
+    return read_edited_csv(path, ("coord_y", "coord_x", "wsi"))
 
 
 class SplitWriter:
@@ -246,17 +242,25 @@ class SplitWriter:
         """Give the files their official names. Raises ValueError if rows are missing."""
         if self.num_done != self.num or len(self.meta) not in (0, self.num):
             raise ValueError(f"{self.num_done} of {self.num} patches and {len(self.meta)} meta rows were written")
+        paths = {part: split_path(self.directory, self.split, part) for part in ("meta", "y", "x")}
+        ready = {part: path.with_name(f"{Path(self.temporary).name}.{part}") for part, path in paths.items() if part != "x"}
         try:
             self.file.close()
             with open(self.temporary, "rb+") as file:
                 os.fsync(file.fileno())
+            write_labels(ready["y"], self.labels)
+            if self.meta:
+                write_meta(ready["meta"], self.meta)
+            os.chmod(self.temporary, 0o644)
+            for part, path in ready.items():
+                if part != "meta" or self.meta:
+                    os.replace(path, paths[part])
+            os.replace(self.temporary, paths["x"])  # x last: its presence says that all is there
         except (OSError, RuntimeError) as error:
             raise self._refused(error) from None
-        os.chmod(self.temporary, 0o644)
-        write_labels(split_path(self.directory, self.split, "y"), self.labels)
-        if self.meta:
-            write_meta(split_path(self.directory, self.split, "meta"), self.meta)
-        os.replace(self.temporary, split_path(self.directory, self.split, "x"))  # x last: its presence says that all is there
+        finally:
+            for path in ready.values():
+                path.unlink(missing_ok=True)
         sync_folder(self.directory)
 
     def _refused(self, error) -> BadInput:
@@ -270,13 +274,14 @@ class SplitWriter:
         return self
 
     def __exit__(self, kind, *_):
-        if kind is None:
-            self.finish()
-            return
-        with contextlib.suppress(Exception):  # the first error is the one to report
-            self.file.close()
-        with contextlib.suppress(OSError):
-            os.unlink(self.temporary)
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                self.file.close()
+            with contextlib.suppress(OSError):  # after a good end it is there no more
+                os.unlink(self.temporary)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
@@ -292,8 +297,6 @@ def write_labels(path, labels: np.ndarray) -> None:
 
 def write_meta(path, rows) -> None:
     """Write a meta CSV: rows are (coord_y, coord_x, tumor_patch, center_tumor_patch, wsi)."""
-    from lib.logger import write_csv
-
     write_csv(path, META_COLUMNS, [(index, *row) for index, row in enumerate(rows)])
 
 

@@ -200,7 +200,7 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
     """Update best metric and plateau after an epoch's evaluation; True if this epoch is the best so far."""
     sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
     value = scores[cfg.select_metric]
-    is_best = progress["best"] is None or sign * value > sign * progress["best"]
+    is_best = progress["best"] is None or not math.isfinite(progress["best"]) or sign * value > sign * progress["best"]
     if is_best:
         progress |= {"best": value, "best_epoch": progress["epoch"] + 1, "best_scores": scores, "stale_epochs": 0}
     else:

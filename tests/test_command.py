@@ -1,0 +1,66 @@
+"""The promises to the shell: exit codes, one sentence, one JSON object, and bugs that are not dressed up as bad input."""
+
+import errno
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+from lib.command import BadInput, Parser, print_result, script
+
+
+@pytest.mark.parametrize(
+    "error, code, sentence",
+    [
+        (BadInput("x has 3 rows"), 2, "error: x has 3 rows"),
+        (OSError(errno.ENOSPC, "No space left on device", "/full/x.h5"), 2, "error: no space left on device: /full/x.h5"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(error, code, sentence, capsys):
+    @script
+    def main(_argv=None):
+        raise error
+
+    assert main([]) == code
+    printed = capsys.readouterr()
+    assert printed.err == sentence + "\n"
+    assert json.loads(printed.out) == {"error": sentence.removeprefix("error: "), "exit": code}
+
+
+@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), AssertionError("x"), OSError("without a number")])
+def test_a_bug_keeps_its_traceback(bug):
+    @script
+    def main(_argv=None):
+        raise bug
+
+    with pytest.raises(type(bug)):
+        main([])
+
+
+def test_help_is_0_wrong_use_is_2_and_other_codes_pass_through(capsys):
+    main = script(lambda argv=None: Parser(prog="x.py").parse_args(argv) and 1)
+    assert (main([]), main(["--help"])) == (1, 0)
+    capsys.readouterr()
+    assert main(["--nonsense"]) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense (see x.py --help)\n"
+
+
+def test_the_result_is_strict_json_whatever_is_not_finite(capsys):
+    print_result({"auc": math.nan, "rows": [math.inf, 1.5, (2, -math.inf)], 3: {"deep": math.nan}, "name": "nan"})
+    parsed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert parsed == {"auc": None, "rows": [None, 1.5, [2, None]], "3": {"deep": None}, "name": "nan"}
+
+
+def test_a_reader_that_has_gone_away_leaves_a_refusal_clear_and_no_library_was_needed_for_it():
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys\nfrom lib.command import BadInput, script\n@script\ndef main(_=None): raise BadInput('no such thing')\n"
+    code += "code = main([])\nassert not {'torch', 'numpy', 'yaml'} & set(sys.modules)\nsys.exit(code)"
+    result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (2, "error: no such thing\n")

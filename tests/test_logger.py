@@ -1,0 +1,76 @@
+"""Files that survive: replaced whole or not at all, appended by whole rows, read back without a torn last line."""
+
+import hashlib
+import os
+import stat
+
+import pytest
+
+from lib.command import BadInput
+from lib.logger import BLOCK_BYTES, CsvLog, atomic_write, file_digest, read_csv, read_json, write_csv, write_json
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "a file.bin"
+    path.write_bytes(b"old")
+    for error in (RuntimeError(), KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)) as refusal, atomic_write(path) as file:
+            file.write(b"half")
+            file.flush()
+            raise error
+        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == [path.name]
+    assert refusal.value.filename == str(path), "a full disk names the file"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old", "nothing shows before the end"
+    assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [path.name]
+    os.umask(umask := os.umask(0))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, "others can read it: mkstemp alone would make it private"
+
+
+def test_json_and_csv_come_back_equal_and_json_is_strict(tmp_path):
+    write_json(tmp_path / "x.json", {"a": [1, 2.5, "ü"], "b": None, "auc": float("nan")})
+    assert read_json(tmp_path / "x.json") == {"a": [1, 2.5, "ü"], "b": None, "auc": None}
+    for text in (b"", b"{", b"[1]", b"\xff\xfe", b'"x"'):
+        (tmp_path / "x.json").write_bytes(text)
+        with pytest.raises(BadInput, match=r"x\.json"):
+            read_json(tmp_path / "x.json")
+    cells = ["plain", "a,b", 'quoted "x"', "line\nbreak", "", "ü—漢", " spaces ", "1e-3"]
+    write_csv(tmp_path / "t.csv", ["first", "second"], [[cell, cells[0]] for cell in cells])
+    assert [row["first"] for row in read_csv(tmp_path / "t.csv")] == cells
+
+
+def test_whatever_is_cut_off_the_end_readers_see_only_whole_rows(tmp_path):
+    write_csv(tmp_path / "s.csv", ["step", "loss"], [[step, 0.5 + step] for step in range(12)])
+    whole, rows = (tmp_path / "s.csv").read_bytes(), read_csv(tmp_path / "s.csv")
+    for num_bytes in range(len(whole) + 1):
+        (tmp_path / "s.csv").write_bytes(whole[:num_bytes])
+        assert read_csv(tmp_path / "s.csv") == rows[: max(0, whole[:num_bytes].count(b"\n") - 1)]
+
+
+@pytest.mark.parametrize("keep", [None, lambda row: int(row["step"]) <= 2], ids=["plain", "keep"])
+@pytest.mark.parametrize("torn", [b"", b"3,", b"3,0.25"])
+def test_a_continued_log_has_one_header_and_whole_rows_alone(tmp_path, torn, keep):
+    (tmp_path / "s.csv").write_bytes(b"step,loss\n1,0.5\n2,0.4\n" + (b"3,0.9\n" if keep else b"") + torn)
+    log = CsvLog(tmp_path / "s.csv", ["step", "loss"], keep=keep)
+    log.add(loss=0.3, step=3)
+    log.close()
+    assert (tmp_path / "s.csv").read_bytes() == b"step,loss\n1,0.5\n2,0.4\n3,0.3\n"
+
+
+def test_rows_wait_in_memory_until_their_time_and_a_missing_column_is_a_bug(tmp_path):
+    lazy, eager = (CsvLog(tmp_path / f"{flush_s}.csv", ["a"], flush_s=flush_s) for flush_s in (1000, 0))
+    for log in (lazy, eager):
+        log.add(a=1)
+        with pytest.raises(KeyError):
+            log.add(b=1)
+    assert (len(read_csv(lazy.path)), len(read_csv(eager.path))) == (0, 1)
+    lazy.flush()
+    assert read_csv(lazy.path) == read_csv(eager.path) == [{"a": "1"}]
+
+
+def test_a_digest_is_the_file_s_and_its_progress_adds_up(tmp_path):
+    data, heard = os.urandom(BLOCK_BYTES + 3), []
+    (tmp_path / "x").write_bytes(data)
+    assert file_digest(tmp_path / "x", on_block=heard.append) == hashlib.sha256(data).hexdigest()
+    assert file_digest(tmp_path / "x", "md5") == hashlib.md5(data).hexdigest() and heard == [BLOCK_BYTES, 3]

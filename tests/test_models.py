@@ -1,0 +1,123 @@
+"""The models: one logit a patch, equal for equal seeds, loaded from tensors alone."""
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from lib.command import BadInput
+from lib.config import load_config
+from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, num_parameters
+
+torch.set_num_threads(1)
+
+
+def build(model="mlp", seed=1, mlp_hidden="8", cnn_width=4, dropout=0.0, device="cpu"):
+    torch.manual_seed(seed)
+    values = {"model": model, "mlp_hidden": mlp_hidden, "cnn_width": cnn_width, "dropout": dropout}
+    with torch.device(device):
+        return build_model(load_config(overrides=[f"{key}={value}" for key, value in values.items()]))
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_model_gives_one_finite_logit_a_patch_and_learns_in_both_precisions(name):
+    model = build(name)
+    x = torch.rand(2, 3, 96, 96).to(memory_format=torch.channels_last)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = model(x.to(dtype)).float().flatten()
+        assert logits.shape == (2,) and logits.isfinite().all()
+        model.zero_grad()
+        logits.sum().backward()
+        grads = [parameter.grad for parameter in model.parameters()]
+        assert all(grad is not None and grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+        assert sum(bool(grad.any()) for grad in grads) > len(grads) / 2
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_weights_are_a_function_of_the_seed_and_the_dropout_is_the_config_s(name):
+    model = build(name, dropout=0.25)
+    assert equal(model, build(name)) and not equal(model, build(name, seed=2))
+    assert 0.25 in [layer.p for layer in model.modules() if isinstance(layer, torch.nn.Dropout)]
+
+
+def test_the_config_shapes_the_models_and_a_trained_one_sees_each_patch_alone():
+    assert [layer.out_features for layer in build(mlp_hidden="7,5") if isinstance(layer, torch.nn.Linear)] == [7, 5, 1]
+    assert num_parameters(build(mlp_hidden="")) == 96 * 96 * 3 + 1, "no hidden layer: logistic regression"
+    assert num_parameters(build("cnn", cnn_width=32)) > 3 * num_parameters(build("cnn", cnn_width=16))
+    x = torch.rand(5, 3, 96, 96)
+    for model in (build("cnn", dropout=0.5).eval(), build(dropout=0.5).eval()):
+        assert torch.allclose(model(x)[3:4], model(x[3:4]), atol=1e-5)
+
+
+def test_a_state_goes_in_and_comes_out_equal_in_the_model_s_own_number_type():
+    model = build("cnn")
+    for device in ("cpu", "meta"):
+        assert equal(fit_state(build("cnn", seed=2, device=device), model.state_dict(), "a.pt"), model)
+        doubles = {name: value.double() for name, value in model.state_dict().items()}
+        other = build("cnn", seed=2, device=device)
+        try:
+            assert equal(fit_state(other, doubles, "a.pt"), model) and next(other.parameters()).dtype == torch.float32
+        except BadInput:
+            assert not equal(other, model), "refused is as good as converted"
+
+
+def test_a_state_of_another_model_is_refused_with_its_first_tensor_that_differs():
+    model, state = build("cnn"), dict(build("cnn", seed=2).state_dict())
+    first, second = sorted(state)[:2]
+    wrong = [
+        ({name: value for name, value in state.items() if name not in (first, second)}, f"tensor {first} is missing"),
+        (state | {"0.a": torch.zeros(1), "zzz": torch.zeros(1)}, "tensor 0.a is unknown"),
+        (build("cnn", cnn_width=8).state_dict(), f"tensor {first} has shape .4, 3, 3, 3. instead of .2, 3, 3, 3."),
+        *((value, "does not hold the weights") for value in ({first: 3}, [1], None, torch.zeros(3))),
+        ({1: torch.zeros(3)}, ""),
+    ]
+    for values, words in wrong:
+        with pytest.raises(BadInput, match=f"^a.pt .*{words}"):
+            fit_state(model, values, "a.pt")
+    assert equal(model, build("cnn")), "a refusal changes nothing"
+
+
+class Trap:
+    """A pickle of this touches a file when it is loaded carelessly."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self.path}'",)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    sprung = tmp_path / "sprung"
+    torch.save({"model": Trap(sprung)}, tmp_path / "zip.pt")
+    torch.save({"model": Trap(sprung)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(sprung)))
+    torch.save(build(), tmp_path / "module.pt")
+    for name in ("zip.pt", "legacy.pt", "raw.pt", "module.pt"):
+        with pytest.raises(BadInput, match=f"{name} is refused[^\n]*$"):
+            load_pickle_free(tmp_path / name)
+    assert not sprung.exists()
+    pickle.loads((tmp_path / "raw.pt").read_bytes())  # noqa: S301 (our own)
+    assert sprung.exists(), "the trap works"
+
+
+def test_a_damaged_checkpoint_is_refused_wherever_it_is_cut(tmp_path):
+    torch.save({"model": build("cnn").state_dict(), "lr": 1e-3}, tmp_path / "x.pt")
+    whole = (tmp_path / "x.pt").read_bytes()
+    assert load_pickle_free(tmp_path / "x.pt")["lr"] == 1e-3
+    cuts = [whole[: int(len(whole) * share)] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)]
+    for data in (*cuts, whole[:-1], whole[1:], b"garbage", b"\x80", b"\x80\x02.", b"PK\x03\x04", bytes(1000)):
+        (tmp_path / "x.pt").write_bytes(data)
+        with pytest.raises(BadInput, match=r"x\.pt [^\n]*$" if data else r"x\.pt is an empty file"):
+            load_pickle_free(tmp_path / "x.pt")
+    for path in (tmp_path, tmp_path / "none.pt"):
+        with pytest.raises(BadInput, match="no file"):
+            load_pickle_free(path)

@@ -1,0 +1,241 @@
+"""The PCam files: mapped where they can be, read equal where they cannot, refused by name where they are damaged."""
+
+import os
+import shutil
+import subprocess
+
+import h5py
+import numpy as np
+import pytest
+from conftest import draw_patches, write_pcam
+
+from lib import pcam
+from lib.command import BadInput, script
+from lib.logger import file_digest
+from lib.pcam import SplitWriter, fingerprint, open_images, open_split, read_labels, read_meta, split_path, write_labels
+
+IMAGES, LABELS = draw_patches(40, 3)
+LAYOUTS = {
+    "contiguous": {},
+    "user block": {"userblock": 4096},
+    "chunked": {"chunks": (8, 96, 96, 3)},
+    "odd chunks": {"chunks": (16, 12, 12, 1)},
+    "gzip": {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1},
+    "float32": {"dtype": np.float32},
+    "float64 gzip": {"dtype": np.float64, "chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1},
+}
+
+
+def write_h5(path, values, key="x", userblock=0, libver=None, **options):
+    with h5py.File(path, "w", userblock_size=userblock, libver=libver) as file:
+        file.create_dataset(key, data=values, **options)
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("libver", ["earliest", "latest"])
+def test_every_layout_reads_as_h5py_does_in_any_order_and_in_blocks(tmp_path, layout, libver):
+    images = open_images(write_h5(tmp_path / "x.h5", IMAGES, libver=libver, **LAYOUTS[layout]))
+    assert (images.mapped is not None) == (layout in ("contiguous", "user block")), images.layout
+    rows = [39, 0, 7, 7, 12, 39, 1]
+    with h5py.File(tmp_path / "x.h5") as file:
+        expected = np.stack([file["x"][row] for row in rows])
+    assert images.read(rows).dtype == np.uint8 and np.array_equal(images.read(rows), expected)
+    starts, blocks = zip(*images.blocks(16), strict=True)
+    assert starts == (0, 16, 32) and np.array_equal(np.concatenate(blocks), IMAGES)
+    assert images.read([]).shape == (0, 96, 96, 3) and images.num == 40
+
+
+def test_nothing_done_to_the_patches_reaches_the_file(tmp_path):
+    digest = file_digest(write_h5(tmp_path / "x.h5", IMAGES))
+    open_images(tmp_path / "x.h5").mapped[:] = 7
+    assert file_digest(tmp_path / "x.h5") == digest and np.array_equal(open_images(tmp_path / "x.h5").mapped, IMAGES)
+
+
+def test_damage_in_floats_reads_as_documented(tmp_path):
+    values = IMAGES[:4].astype(np.float32)
+    values[0, 0, 0] = [np.nan, np.inf, -np.inf]
+    values[1, 0, 0] = [-5, 255.4, 1e5]
+    values[2, 0, 0] = [0.5, 1.5, 254.6]  # halves to the even neighbour, as numpy rounds
+    read = open_images(write_h5(tmp_path / "x.h5", values)).read([0, 1, 2, 3])
+    assert read[:3, 0, 0].tolist() == [[0, 255, 0], [0, 255, 255], [0, 2, 255]]
+    assert np.array_equal(read[3], IMAGES[3]) and np.array_equal(read[:, 1:], IMAGES[:4, 1:])
+
+
+def part(folder, name):
+    return split_path(folder, "train", name)
+
+
+def put_x(values, **options):
+    return lambda folder: write_h5(part(folder, "x"), values, **options)
+
+
+def put_y(values):
+    return lambda folder: write_h5(part(folder, "y"), values, "y")
+
+
+def put_meta(text):
+    return lambda folder: part(folder, "meta").write_text(text)
+
+
+def cut(name, share):
+    return lambda folder: os.truncate(part(folder, name), int(part(folder, name).stat().st_size * share))
+
+
+def rename_x(name):
+    return lambda folder: part(folder, "x").rename(folder / name)
+
+
+def corrupt_chunk(dtype):
+    def damage(folder):
+        path = write_h5(part(folder, "x"), IMAGES[:8].astype(dtype), chunks=(1, 96, 96, 3), compression="gzip")
+        with h5py.File(path) as file:
+            offset = file["x"].id.get_chunk_info(0).byte_offset
+        with open(path, "r+b") as file:
+            file.seek(offset + 10)
+            file.write(b"\xff" * 64)
+
+    return damage
+
+
+X, Y, META = (part(".", name).name for name in ("x", "y", "meta"))
+DAMAGES = {
+    "no folder": (shutil.rmtree, ["no folder"]),
+    "missing patches": (lambda folder: part(folder, "x").unlink(), [X]),
+    "missing labels": (lambda folder: part(folder, "y").unlink(), [Y]),
+    "misnamed": (rename_x("camelyonpatch_level_2_split_trian_x.h5"), [X, "did you mean", "trian"]),
+    "still packed": (rename_x(X + ".gz"), [X + ".gz", "packed"]),
+    "shorter y": (put_y(np.zeros((7, 1, 1, 1), np.uint8)), ["train", "8 patches", "7 labels"]),
+    "other size": (put_x(np.zeros((8, 32, 32, 3), np.uint8)), [X, "(8, 32, 32, 3)", "(N, 96, 96, 3)"]),
+    "channels first": (put_x(np.zeros((8, 3, 96, 96), np.uint8)), [X, "(8, 3, 96, 96)"]),
+    "int64": (put_x(IMAGES[:8].astype(np.int64)), [X, "int64", "uint8"]),
+    "int8": (put_x(IMAGES[:8].astype(np.int8)), [X, "int8", "uint8"]),
+    "scaled": (put_x(IMAGES[:8] / np.float32(255)), [X, "[0, 1]", "repack"]),
+    "empty split": (put_x(IMAGES[:0]), [X, "empty"]),
+    "other key": (put_x(IMAGES[:8], key="images"), [X, "'x'", "images"]),
+    "empty file": (cut("x", 0), [X, "not a readable HDF5"]),
+    "cut header": (cut("x", 0.001), [X]),
+    "cut half": (cut("x", 0.5), [X, "cut off"]),
+    "cut last byte": (cut("x", 0.99999), [X, "cut off"]),
+    "cut labels": (cut("y", 0.5), [Y, "cut off"]),
+    "not HDF5": (lambda folder: part(folder, "x").write_text("hello"), [X, "not a readable HDF5"]),
+    "label 2": (put_y(np.array([0, 1, 2, 0, 1, 1, 0, 3])), [Y, "row 2", "label 2", "2 such rows"]),
+    "label -1": (put_y(np.array([0, -1] * 4)), [Y, "row 1", "-1"]),
+    "label nan": (put_y(np.array([0.5, np.nan] * 4)), [Y, "8 such rows"]),
+    "two columns": (put_y(np.zeros((8, 2), np.uint8)), [Y, "(8, 2)"]),
+    "text labels": (put_y([b"tumor"] * 8), [Y, "it must be numbers"]),
+    "short meta": (put_meta(",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7), [META, "7", "8"]),
+    "foreign meta": (put_meta("a,b\n1,2\n"), [META, "coord_x"]),
+    "torn meta": (put_meta(",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7 + "7,1,2\n"), [META]),
+    "bad float chunk": (corrupt_chunk(np.float32), [X]),
+    "bad uint8 chunk": (corrupt_chunk(np.uint8), [X, "cannot be decoded"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, damage):
+    folder = write_pcam(tmp_path / "a folder", 8, 4)
+    apply, words = DAMAGES[damage]
+    apply(folder)
+    with pytest.raises(BadInput) as refusal:
+        pcam.require_splits(folder)
+        open_split(folder, "train").images.read(np.arange(8))
+    sentence = str(refusal.value)
+    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
+
+
+def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
+    folder = write_pcam(tmp_path, 8, 4)
+    assert pcam.require_splits(folder) == ["train", "valid"]
+    write_labels(split_path(folder, "test", "y"), LABELS[:4])
+    with pytest.raises(BadInput, match="split_test_x"):
+        pcam.require_splits(folder)
+    write_h5(split_path(folder, "test", "x"), IMAGES[:4])
+    assert pcam.require_splits(folder) == ["train", "valid", "test"]
+
+
+def test_labels_of_any_number_type_and_shape_become_uint8(tmp_path):
+    for values in (LABELS, LABELS[:, None], LABELS.astype(np.float64), LABELS.astype(bool)):
+        labels = read_labels(write_h5(tmp_path / "y.h5", values, "y"))
+        assert labels.dtype == np.uint8 and labels.shape == (40,) and np.array_equal(labels, LABELS)
+
+
+def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
+    meta = [(3, 4, 1, 0, "camelyon16_train_tumor_001"), (5, 6, 0, 0, "slide, with comma")] * 20
+    with SplitWriter(tmp_path, "valid", 40) as writer:
+        for rows in (slice(0, 15), slice(15, 40)):
+            writer.add(IMAGES[rows], LABELS[rows], meta[rows])
+        assert not list(tmp_path.glob("camelyon*")), "nothing official before the end"
+    split = open_split(tmp_path, "valid")
+    assert np.array_equal(split.images.mapped, IMAGES) and np.array_equal(split.labels, LABELS) and len(split) == 40
+    assert split.slides.tolist() == [row[4] for row in meta]
+    paths = {name: split_path(tmp_path, "valid", name) for name in ("x", "y", "meta")}
+    assert [row["coord_y"] for row in read_meta(paths["meta"])] == ["3", "5"] * 20
+    with h5py.File(paths["y"]) as file:
+        assert file["y"].shape == (40, 1, 1, 1) and file["y"].dtype == np.uint8
+    assert set(tmp_path.iterdir()) == set(paths.values()), "nothing else is left"
+
+
+@pytest.mark.parametrize("way", ["error", "interrupt", "rows missing", "too many", "wrong type", "meta missing"])
+def test_a_writer_that_fails_leaves_nothing(tmp_path, way):
+    with pytest.raises((ValueError, KeyboardInterrupt, ZeroDivisionError)), SplitWriter(tmp_path, "train", 20) as writer:
+        writer.add(IMAGES[:10], LABELS[:10], [(0, 0, 1, 1, "s")] * 10 if way == "meta missing" else ())
+        if way in ("error", "interrupt"):
+            raise ZeroDivisionError if way == "error" else KeyboardInterrupt
+        if way in ("too many", "wrong type", "meta missing"):
+            images = {"too many": IMAGES[:11], "wrong type": IMAGES[:10].astype(np.float32)}.get(way, IMAGES[:10])
+            writer.add(images, LABELS[: len(images)])
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs root, to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("what, num, spare_pages", [("patches", 40, 0), ("labels", 30, 0), ("meta", 30, 1)])
+def test_a_full_disk_is_refused_by_name_and_leaves_nothing(small_disk, capsys, what, num, spare_pages):
+    @script
+    def write(_argv=None):
+        with SplitWriter(small_disk, "train", num) as writer:
+            writer.add(IMAGES[:num], LABELS[:num], [(0, 0, 1, 1, "slide")] * num if what == "meta" else ())
+            writer.file.flush()
+            (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096 * spare_pages))
+
+    assert write() == 2
+    sentence = capsys.readouterr().err
+    assert str(small_disk) in sentence and sentence.count("\n") == 1, sentence
+    assert set(os.listdir(small_disk)) <= {"filler"}
+
+
+def test_the_fingerprint_is_the_files_sha256_and_notices_a_change(tmp_path, monkeypatch):
+    folder = write_pcam(tmp_path, 8, 4)
+    paths = [split_path(folder, split, name) for split in ("train", "valid") for name in "xy"]
+    found = fingerprint(folder)
+    assert found == {path.name: file_digest(path) for path in paths}
+    with monkeypatch.context() as patch:
+        patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
+        assert fingerprint(folder) == found and fingerprint(folder, ["valid"]).items() <= found.items()
+    write_labels(paths[3], 1 - open_split(folder, "valid").labels)  # the same size
+    changed = fingerprint(folder)
+    assert [name for name in found if found[name] != changed[name]] == [paths[3].name]
+    for text in ("", "[]", "{", f'{{"{paths[3].name}": 3}}', f'{{"{paths[3].name}": {{"stamp": null}}}}'):
+        (folder / pcam.FINGERPRINT_FILE).write_text(text)
+        assert fingerprint(folder) == changed, "a damaged store is not believed"
+
+
+def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
+    datasets = pytest.importorskip("torchvision.datasets")
+    (tmp_path / "pcam").symlink_to(pcam_dir)
+    for split, their_name in (("train", "train"), ("valid", "val")):
+        dataset, ours = datasets.PCAM(tmp_path, their_name), open_split(pcam_dir, split)
+        assert len(dataset) == len(ours)
+        for row in range(0, len(ours), 7):
+            image, label = dataset[row]
+            assert np.array_equal(np.asarray(image), ours.images.mapped[row]) and label == ours.labels[row]

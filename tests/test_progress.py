@@ -1,0 +1,59 @@
+"""Progress: a live bar for a person, few plain lines for a log, nothing for short work in a log."""
+
+import io
+
+import pytest
+
+from lib import progress
+from lib.progress import Progress, format_duration
+
+
+def stream_to(terminal: bool) -> io.StringIO:
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    return stream
+
+
+@pytest.fixture
+def wait(monkeypatch):
+    """A clock that moves only when told: `wait(seconds)`."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_a_duration_reads_like_a_clock():
+    durations = {0: "0:00", -3: "0:00", 59.6: "1:00", 75: "1:15", 3599.4: "59:59", 3700: "1:01:40", 360000: "100:00:00"}
+    assert {seconds: format_duration(seconds) for seconds in durations} == durations
+
+
+def test_rate_and_time_left_follow_from_what_is_done(wait):
+    bar = Progress(1000, "epoch 1/2", stream=stream_to(False))
+    assert bar.line() == "epoch 1/2: 0/1,000 patches (0%), 0/s, 0:00 left"
+    wait(10)
+    bar.add(250, "loss 0.5")
+    bar.add(0)
+    assert bar.line() == "epoch 1/2: 250/1,000 patches (25%), 25/s, 0:30 left, loss 0.5"
+    assert Progress(0, "reading", "files", stream_to(False)).line() == "reading: 0 files, 0/s"
+
+
+def test_a_log_gets_a_line_every_so_often_and_short_work_none(wait):
+    stream = stream_to(False)
+    for label, seconds in (("short", 0.2), ("long", progress.LINE_EVERY_S / 10)):
+        with Progress(100, label, stream=stream) as bar:
+            for _ in range(100):
+                wait(seconds)
+                bar.add()
+    lines = stream.getvalue().splitlines()
+    assert 9 <= len(lines) <= 11 and all(line.startswith("long: ") for line in lines) and "100/100" in lines[-1]
+    assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+
+
+def test_a_terminal_gets_one_line_overwritten_in_place(wait):
+    stream = stream_to(True)
+    with Progress(1000, "live", stream=stream) as bar:
+        for _ in range(1000):
+            wait(progress.BAR_EVERY_S / 100)
+            bar.add()
+    assert stream.getvalue().count("\n") == 1 and "1,000/1,000" in stream.getvalue().rpartition("\r")[2]
+    assert 9 <= stream.getvalue().count("\r") <= 12, "no more often than the eye follows"
