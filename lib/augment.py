@@ -60,18 +60,18 @@ def view_draws(num: int, symmetry: int) -> Draws:
     return Draws(torch.full((num,), symmetry), plain.shift, plain.gain, plain.offset)
 
 
-def move_pixels(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Flip, transpose and shift patches uint8 (B, 96, 96, 3); the edge is repeated where a shift leaves the patch.
+def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:
+    """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop, 3).
 
-    One gather of whole pixels serves all: output pixel (i, j) reads row[i] + column[j] of its patch, which with x and y
-    exchanged is a transposition.
+    The edge is repeated where a shift leaves the patch. One gather of whole pixels serves all: output pixel (i, j) reads
+    row[i] + column[j] of its patch, which with x and y exchanged is a transposition.
     """
     num, size = len(images), images.shape[1]
-    if not draws.symmetry.any() and not draws.shift.any():
+    if crop == size and not draws.symmetry.any() and not draws.shift.any():
         return images
-    ramp = torch.arange(size)
+    ramp = torch.arange(crop) + (size - crop) // 2
 
-    def source(axis, flip_bit):  # (B, 96): where each output position reads along an axis
+    def source(axis, flip_bit):  # (B, crop): where each output position reads along an axis
         flipped = torch.where((draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp)
         return (flipped - draws.shift[:, axis, None]).clamp(0, size - 1)
 
@@ -80,8 +80,8 @@ def move_pixels(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     first = torch.arange(num)[:, None] * size * size
     along_rows = (torch.where(transposed, x, y) + first).to(images.device, torch.int32, non_blocking=True)
     along_columns = torch.where(transposed, y, x).to(images.device, torch.int32, non_blocking=True)
-    index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * 96 * 96,)
-    return torch.index_select(images.reshape(-1, 3), 0, index).view(images.shape)
+    index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * crop * crop,)
+    return torch.index_select(images.reshape(-1, 3), 0, index).view(num, crop, crop, 3)
 
 
 def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
@@ -104,6 +104,11 @@ def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, 
     return out.view(images.shape).permute(0, 3, 1, 2)
 
 
-def model_input(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
-    """Patches uint8 (B, 96, 96, 3) as the model takes them: (B, 3, 96, 96) `dtype`, channels last."""
-    return normalise(move_pixels(images, draws), draws, mean, std, dtype)
+def model_input(images: torch.Tensor, draws: Draws, crop: int = 96, dtype=torch.float32) -> torch.Tensor:
+    """Patches uint8 (B, 96, 96, 3) as the model learns from them: (B, 3, crop, crop) `dtype`, channels last."""
+    return normalise(move_pixels(images, draws, crop), draws, dtype=dtype)
+
+
+def patch_size(cfg: Config, epoch: int) -> int:
+    """How many pixels of the centre an epoch (from 0) learns from: little context first, which is fast, then all of it."""
+    return cfg.crop if epoch < cfg.crop_epochs and cfg.model != "mlp" else 96

@@ -68,6 +68,8 @@ class Config:
     weights: str
 
     symmetries: bool
+    crop: Annotated[int, Range(32, 96)]
+    crop_epochs: Natural
     shift: Annotated[int, Range(0, 48)]
     stain_jitter: NonNegative
     brightness_jitter: NonNegative
@@ -196,6 +198,8 @@ def _check_together(cfg: Config) -> None:
         raise BadInput(f"shards is {cfg.shards}, it must be a power of two, so that the sum is a full binary tree")
     if cfg.num_folds == 1 or (cfg.fold and cfg.fold >= cfg.num_folds):
         raise BadInput(f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is below it")
+    if cfg.crop % 32:
+        raise BadInput(f"crop {cfg.crop} must be 32, 64 or 96, so that the centre 32 pixels are whole cells of the model")
     if cfg.name != cfg.name.strip() or not cfg.name or any(c in cfg.name for c in "/\\\0\n") or len(cfg.name) > 60:
         raise BadInput(f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a folder's name")
 

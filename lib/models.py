@@ -52,8 +52,10 @@ class CentreNet(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, 1))
 
     def forward(self, x):
-        x = self.features(x)  # (B, 4 * width, 6, 6)
-        return self.head(torch.cat([x.mean((2, 3)), x[:, :, 2:4, 2:4].mean((2, 3))], 1))
+        x = self.features(x)  # (B, 4 * width, 6, 6), less of a smaller crop
+        first = x.shape[-1] // 2 - 1
+        centre = x[:, :, first : first + 2, first : first + 2]
+        return self.head(torch.cat([x.mean((2, 3)), centre.mean((2, 3))], 1))
 
 
 def build_cnn(cfg: Config) -> nn.Module:

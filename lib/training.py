@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lib.augment import draw_augmentation, model_input
+from lib.augment import draw_augmentation, model_input, patch_size
 from lib.batches import Batch
 from lib.checkpoint import build_checkpoint, load_checkpoint
 from lib.command import BadInput
@@ -124,7 +124,8 @@ def training_step(state: TrainState, batch: Batch, cfg: Config, lr: float, weigh
     device = batch.images.device
     epoch, step = state.progress["epoch"], state.progress["step"]
     draws = draw_augmentation(batch.keys, epoch, cfg)
-    inputs = model_input(batch.images, draws, dtype=torch.bfloat16 if cfg.precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    inputs = model_input(batch.images, draws, patch_size(cfg, epoch), dtype)
 
     state.model.train()
     loss = add_shard_gradients(state.model, inputs, batch.labels, cfg, weights, (cfg.seed, epoch, step, DROPOUT), device)

@@ -15,6 +15,7 @@ from lib.augment import (
     move_pixels,
     no_augmentation,
     normalise,
+    patch_size,
     view_draws,
 )
 from lib.config import load_config
@@ -60,6 +61,21 @@ def test_a_shift_repeats_the_edge_and_goes_before_the_symmetry_each_patch_by_its
     for row in range(37):
         expected = apply_reference(IMAGES[row].numpy(), int(draws.symmetry[row]), *draws.shift[row].tolist())
         assert np.array_equal(moved[row], expected), row
+
+
+@pytest.mark.parametrize("crop", [32, 64])
+def test_a_crop_is_the_centre_of_what_was_moved(crop):
+    draws, edge = draw_augmentation(torch.arange(37), 3, load_config(overrides=["shift=9"])), (96 - crop) // 2
+    whole = move_pixels(IMAGES, draws)[:, edge : 96 - edge, edge : 96 - edge]
+    assert torch.equal(move_pixels(IMAGES, draws, crop), whole)
+    plain = move_pixels(IMAGES, no_augmentation(37), crop)
+    assert torch.equal(plain, IMAGES[:, edge : 96 - edge, edge : 96 - edge])
+
+
+def test_only_the_first_epochs_are_cropped_and_never_for_the_mlp():
+    cropped = load_config(overrides=["crop=64", "crop_epochs=2"])
+    assert [patch_size(cropped, epoch) for epoch in range(4)] == [64, 64, 96, 96]
+    assert patch_size(dataclasses.replace(cropped, model="mlp"), 0) == 96
 
 
 def test_a_draw_is_a_function_of_seed_epoch_and_sample_whatever_the_batch():

@@ -121,3 +121,15 @@ def test_a_damaged_checkpoint_is_refused_wherever_it_is_cut(tmp_path):
     for path in (tmp_path, tmp_path / "none.pt"):
         with pytest.raises(BadInput, match="no file"):
             load_pickle_free(path)
+
+
+@pytest.mark.parametrize("num_cells", [2, 4, 6])
+def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_cells):
+    model = build("cnn", cnn_width=8)
+    model.features, seen = torch.nn.Identity(), []
+    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.zeros(1, 32, num_cells, num_cells)
+    edge = num_cells // 2 - 1
+    x[:, :, edge : num_cells - edge, edge : num_cells - edge] = 1
+    model(x)
+    assert torch.equal(seen[0][0, 32:], torch.ones(32)) and seen[0][0, :32].allclose(torch.tensor(4 / num_cells**2))
