@@ -32,7 +32,7 @@ def main(argv=None) -> int:
     from lib.rundir import find_run, is_finished, resume_config
 
     if not args.resume:
-        return train(load_config(args.config or DEFAULT_PATH, args.overrides), args)
+        return start(load_config(args.config or DEFAULT_PATH, args.overrides), args)
     run = find_run(args.resume, args.runs)
     if args.config:
         raise BadInput(f"--config does not go with --resume: {run} has its own config.yaml")
@@ -40,14 +40,24 @@ def main(argv=None) -> int:
         say(f"{run} is finished, there is nothing to resume")
         print_result({"run": str(run), "status": "finished"})
         return EXIT_DONE
-    return train(resume_config(run, args.overrides), args, run)
+    return start(resume_config(run, args.overrides), args, run)
 
 
-def train(cfg, args, run: Path | None = None) -> int:
-    """Train to the end of the config's epochs, in a new run folder or, given one, from its last checkpoint."""
+def start(cfg, args, run: Path | None = None) -> int:
+    """Train on the chosen device; under torchrun, or srun with several tasks, as one of several ranks."""
+    from lib.device import choose_device
+    from lib.launch import join_ranks
+
+    device = choose_device(args.device)
+    with join_ranks(device, cfg.shards) as ranks:
+        return train(cfg, args, run, device, ranks)
+
+
+def train(cfg, args, run: Path | None, device, ranks) -> int:
+    """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
     from lib import batches, rundir, training
-    from lib.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-    from lib.device import choose_device, describe_machine
+    from lib.checkpoint import newest_checkpoint, save_checkpoint, weights_sha256
+    from lib.device import describe_machine
     from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
@@ -57,7 +67,6 @@ def train(cfg, args, run: Path | None = None) -> int:
     from lib.seeding import set_determinism
 
     # open the data; whatever can be refused is refused before a folder is made
-    device = choose_device(args.device)
     set_determinism(cfg.deterministic, cfg.threads)
     (train_split, train_rows), (valid_split, valid_rows) = batches.open_train_valid(cfg)
     batch_size = batches.fit_batch_size(cfg, len(train_rows))
@@ -66,16 +75,15 @@ def train(cfg, args, run: Path | None = None) -> int:
 
     # build the state before the first step, or bring back the one of the last checkpoint
     state, scores = training.build_state(cfg, device), {}
-    if run and (run / "last.pt").is_file():
-        saved = load_checkpoint(run / "last.pt")
+    if run and (newest := newest_checkpoint(run)):
+        saved, path = newest
         if saved["data"] != data:
             raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
-        training.restore_state(state, saved, run / "last.pt")
+        training.restore_state(state, saved, path)
         scores = saved["metrics"]
     progress = state.progress
 
     # write down what runs where
-    run = run or rundir.create_run(args.runs, cfg)
     baselines = constant_baselines(valid_rows.labels)
     meta = rundir.environment() | {
         "machine": describe_machine(device),
@@ -87,39 +95,46 @@ def train(cfg, args, run: Path | None = None) -> int:
         "batch_size": batch_size,
         "steps_per_epoch": steps_per_epoch,
         "start_step": progress["num_steps"],
+        "num_ranks": ranks.num,
     }
-    rundir.write_meta(run, meta)
-    say(f"run {run}")
-    size = f"{cfg.model} of {num_parameters(state.model):,} parameters on {device}"
-    say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on; {size}")
+    if ranks.is_first:
+        run = run or rundir.create_run(args.runs, cfg)
+        rundir.write_meta(run, meta)
+        say(f"run {run}")
+        size = f"{cfg.model} of {num_parameters(state.model):,} parameters on {device}"
+        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on; {size}")
 
     # put the patches where they can be gathered fast
     train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
     valid_source = train_source if cfg.num_folds else batches.PatchSource(valid_split.images, cfg.data_residence, device)
     weights = training.class_weights(train_rows.labels, cfg, device)
 
-    def save(name: str, with_optimizer: bool = True) -> None:
+    def save(name: str) -> None:
         log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
-        save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer))
+        if ranks.is_first:
+            is_last = name == "last.pt"  # the other, best.pt, is for prediction
+            save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer=is_last), keep_previous=is_last)
 
-    with StopFlag() as stop, rundir.RunLog(run, progress, STARTED_AT) as log:
+    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, STARTED_AT) as log:
         try:
             while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
                 epoch = progress["epoch"]
                 keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg)
                 todo = keys[: steps_per_epoch * batch_size].split(batch_size)[progress["step"] :]
+                mine = [ranks.part(keys) for keys in todo]
                 log.start_epoch()
                 with Progress(len(todo) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
-                    for batch in batches.load_batches(train_source, train_split.labels, todo):
+                    for batch in batches.load_batches(train_source, train_split.labels, mine):
                         lr = training.learning_rate(cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"])
-                        result = training.training_step(state, batch, cfg, lr, weights)
+                        result = training.training_step(state, batch, cfg, lr, weights, ranks)
                         log.add_step(result, batch, lr)
                         bar.add(batch_size, log.note)
-                        if stop:
+                        if ranks.any(stop, device):
                             save("last.pt")
-                            say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
-                            print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
+                            if ranks.is_first:
+                                say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
+                                print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
                             return EXIT_INTERRUPTED
                         if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:
                             save("last.pt")
@@ -128,29 +143,33 @@ def train(cfg, args, run: Path | None = None) -> int:
                 log.flush()
                 eval_started_at = time.perf_counter()
                 model = state.averaged or state.model
-                scores = evaluate(model, valid_source, valid_rows, cfg)
+                scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, time.perf_counter() - eval_started_at)
-                if alarm := constant_alarm(scores, valid_rows.labels):
+                if ranks.is_first and (alarm := constant_alarm(scores, valid_rows.labels)):
                     say(alarm)
 
                 # keep
                 progress |= {"epoch": epoch + 1, "step": 0}
                 if is_best:
-                    save("best.pt", with_optimizer=False)
+                    save("best.pt")
                 save("last.pt")
             status, details = "finished", {}
         except rundir.Diverged as error:
-            good = "last.pt" if (run / "last.pt").is_file() else "none yet"
-            say(f"error: {error}; the last good checkpoint of {run} is {good}")
+            if ranks.is_first:
+                good = "last.pt" if (run / "last.pt").is_file() else "none yet"
+                say(f"error: {error}; the last good checkpoint of {run} is {good}")
             status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
 
     # summary.json comes last: it says that the run is over
+    exit_code = EXIT_DONE if status == "finished" else EXIT_FINDING
+    if not ranks.is_first:
+        return exit_code
     details |= {"wall_s": round(time.monotonic() - STARTED_AT, 3), **log.times()}
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.write_summary(run, status, digest, progress, baselines, **details)
     print_result({"run": str(run), **summary})
-    return EXIT_DONE if status == "finished" else EXIT_FINDING
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """Checkpoints: all that the next step, or an inference elsewhere, depends on, as tensors and plain values alone."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from lib.augment import PREPROCESSING
-from lib.command import BadInput
+from lib.command import BadInput, say
 from lib.config import Config, config_from_dict
 from lib.logger import atomic_write
 from lib.models import build_model, fit_state, load_pickle_free
 
 SCHEMA = 1
+PREVIOUS = "previous.pt"
 KIND = "pcam-checkpoint"
 # keys that a later schema added to the config, each with the value that older checkpoints were made with
 ADDED_KEYS: dict[int, dict] = {}
@@ -77,10 +79,32 @@ def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, 
     }
 
 
-def save_checkpoint(path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically, with its schema and a checksum over all that it holds."""
+def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None:
+    """Write a checkpoint atomically, with its schema and a checksum over all that it holds.
+
+    With `keep_previous` the one that was there stays beside it as previous.pt, at every instant at least one is whole.
+    """
+    path = Path(path)
     with atomic_write(path) as file:
         torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(checkpoint), **checkpoint}, file)
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name(PREVIOUS))
+
+
+def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
+    """The checkpoint to resume a run from: last.pt, or the one before it, with a warning, when last.pt is damaged.
+
+    None where the run has none. Raises BadInput when those that it has are all damaged.
+    """
+    paths = [path for path in (run / "last.pt", run / PREVIOUS) if path.exists()]
+    for path in paths:
+        try:
+            return load_checkpoint(path), path
+        except BadInput as error:
+            if path == paths[-1]:
+                raise
+            say(f"warning: {error}; going on from {paths[-1]}")
+    return None
 
 
 def load_checkpoint(path) -> dict:

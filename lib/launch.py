@@ -1,9 +1,20 @@
-"""How a process hears that it has to stop: signals set a flag, and the loop leaves at a place from which it can go on."""
+"""How processes work together, and how they hear that they have to stop."""
 
+import contextlib
+import datetime
+import os
 import signal
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
+
+from lib.command import BadInput
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PATIENCE = datetime.timedelta(minutes=30)  # a rank may wait that long for another, which may be reading data
 
 
 @dataclass
@@ -30,7 +41,74 @@ class StopFlag:
     def __bool__(self):
         return self.signal is not None
 
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank 0 writes the files."""
+
+    rank: int = 0
+    num: int = 1
+
     @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
-        return 128 + int(self.signal)
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def part(self, values: torch.Tensor) -> torch.Tensor:
+        """This rank's contiguous part of the samples of a batch (B,): whole shards, in order."""
+        return values.chunk(self.num)[self.rank]
+
+    def shard_range(self, num_shards: int) -> range:
+        """The numbers of the shards that this rank computes."""
+        each = num_shards // self.num
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """`values` of every rank, of equal shape, in rank order."""
+        if self.num == 1:
+            return [values]
+        gathered = [torch.empty_like(values) for _ in range(self.num)]
+        dist.all_gather(gathered, values.contiguous())
+        return gathered
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up on any rank: all of them have to leave at the same step."""
+        if self.num == 1:
+            return bool(flag)
+        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))))
+
+    def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)), whoever holds what."""
+        return _tree(self.gather(_tree(parts)))
+
+
+def _tree(parts: list[torch.Tensor]) -> torch.Tensor:
+    while len(parts) > 1:
+        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+@contextlib.contextmanager
+def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
+    """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of several.
+
+    Raises BadInput where the shards cannot be shared out equally.
+    """
+    environment = os.environ
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        rank, num = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        rank, num = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
+        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname())
+        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    else:
+        rank, num = 0, 1
+    if num == 1:
+        yield Ranks()
+        return
+    if num_shards % num or num & (num - 1):
+        raise BadInput(f"{num} ranks cannot share out {num_shards} shards: both must be powers of two, shards not fewer")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num, timeout=PATIENCE)
+    try:
+        yield Ranks(rank, num)
+    finally:
+        dist.destroy_process_group()

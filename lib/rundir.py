@@ -150,11 +150,13 @@ class RunLog:
     says which rows a resumed run keeps, and carries the sum of the epoch's losses.
     """
 
-    def __init__(self, run: Path, progress: dict, started_at: float):
+    def __init__(self, run: Path | None, progress: dict, started_at: float):
         self.progress = progress
-        kept_step, kept_epoch = progress["num_steps"], progress["epoch"]
-        self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
-        self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
+        self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
+        if run:  # ranks after the first note the same, and write nothing
+            self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
+            self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
+            self.logs = (self.steps, self.epochs)
         self.pending, self.note = None, ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
         self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
@@ -183,6 +185,8 @@ class RunLog:
             raise Diverged(step, loss, sorted((batch.keys % batch.num_rows).tolist()))
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
+        if not self.logs:
+            return
         self.steps.add(
             step=step,
             epoch=epoch + 1,
@@ -199,8 +203,8 @@ class RunLog:
         before, self.pending = self.pending, None
         if before:
             self._write(*before)
-        self.steps.flush()
-        self.epochs.flush()
+        for log in self.logs:
+            log.flush()
         self.log_s += time.perf_counter() - started_at
 
     def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:
@@ -208,6 +212,8 @@ class RunLog:
         train_s = time.perf_counter() - self.epoch_started_at - eval_s
         self.eval_s += eval_s
         train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
+        if not self.logs:
+            return
         self.epochs.add(
             epoch=self.progress["epoch"] + 1,
             step=self.progress["num_steps"],
@@ -241,7 +247,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind, *_):
-        for log in (self.steps, self.epochs):
+        for log in self.logs:
             if kind is None:
                 log.close()
             else:

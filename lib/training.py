@@ -15,11 +15,13 @@ from lib.checkpoint import build_checkpoint, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
+from lib.launch import Ranks
 from lib.models import build_model, fit_state, load_pickle_free
 from lib.seeding import position_seed, seed_everything
 
 DROPOUT = 201  # purpose of a draw
 LOWER_IS_BETTER = ("loss",)
+ALONE = Ranks()
 
 
 @dataclass
@@ -119,21 +121,26 @@ def compute_loss(logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weight
     return (losses if weights is None else losses * weights[labels.long()]).mean()
 
 
-def training_step(state: TrainState, batch: Batch, cfg: Config, lr: float, weights: torch.Tensor | None = None) -> StepResult:
-    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it waits for the device."""
-    device = batch.images.device
+def training_step(
+    state: TrainState, batch: Batch, cfg: Config, lr: float, weights: torch.Tensor | None = None, ranks: Ranks = ALONE
+) -> StepResult:
+    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it waits for the device.
+
+    `batch` is this rank's part; loss, norm and the new weights are those of the whole batch, equal on every rank.
+    """
     epoch, step = state.progress["epoch"], state.progress["step"]
     draws = draw_augmentation(batch.keys, epoch, cfg)
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     inputs = model_input(batch.images, draws, patch_size(cfg, epoch), dtype)
 
     state.model.train()
-    loss = add_shard_gradients(state.model, inputs, batch.labels, cfg, weights, (cfg.seed, epoch, step, DROPOUT), device)
+    position = (cfg.seed, epoch, step, DROPOUT)
+    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, position, ranks)
 
-    parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+    gradients = [parameter.grad for parameter in state.model.parameters()]
+    grad_norm = nn.utils.get_total_norm(gradients)
     if cfg.grad_clip:
-        nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, grad_norm)
+        nn.utils.clip_grads_with_norm_(state.model.parameters(), cfg.grad_clip, grad_norm)
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
@@ -141,47 +148,38 @@ def training_step(state: TrainState, batch: Batch, cfg: Config, lr: float, weigh
     state.progress["num_steps"] += 1
     if state.averaged is not None:
         average_weights(state, cfg)
-    return StepResult(loss.detach(), grad_norm)
+    return StepResult(loss, grad_norm)
 
 
-def add_shard_gradients(model, inputs, labels, cfg: Config, weights, position, device) -> torch.Tensor:
+def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE) -> torch.Tensor:
     """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and return its loss.
 
     Each part has its own batch-norm statistics and starts from the same running ones. Loss, gradients and running
-    statistics of the parts are added in a fixed binary tree, so that whoever computes a part, the sum has the same bits.
+    statistics of the parts are added in one binary tree, so that whoever computes a part, the sum has the same bits.
     """
     parameters = list(model.parameters())
-    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    counters = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
-    before = [[buffer.clone() for buffer in group] for group in (buffers, counters)] if cfg.shards > 1 else None
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []  # counters of batches too
+    shards = ranks.shard_range(cfg.shards)
     parts = []
-    for shard, (x, y) in enumerate(zip(inputs.chunk(cfg.shards), labels.chunk(cfg.shards), strict=True)):
+    for shard, x, y in zip(shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True):
+        for buffer, value in before:
+            buffer.copy_(value)
         if cfg.dropout:
             torch.manual_seed(position_seed(*position, shard))
-        if before:
-            for group, values in zip((buffers, counters), before, strict=True):
-                for buffer, value in zip(group, values, strict=True):
-                    buffer.copy_(value)
-        with layer_precision(device, cfg.precision):
+        with layer_precision(inputs.device, cfg.precision):
             logits = model(x)
         loss = compute_loss(logits.float().flatten(), y, cfg, weights)
         model.zero_grad(set_to_none=True)
         loss.backward()
-        if not before:
-            return loss
-        parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *buffers)]))
-    mean = tree_sum(parts) / cfg.shards
-    loss, *values = mean.split([1, *(t.numel() for t in (*parameters, *buffers))])
-    for target, value in zip([*(p.grad for p in parameters), *buffers], values, strict=True):
+        if cfg.shards == 1:
+            return loss.detach()
+        parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *statistics)]))
+    mean = ranks.tree_sum(parts) / cfg.shards
+    loss, *means = mean.split([1, *(t.numel() for t in (*parameters, *statistics))])
+    for target, value in zip([*(p.grad for p in parameters), *statistics], means, strict=True):
         target.copy_(value.view(target.shape))
     return loss[0]
-
-
-def tree_sum(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The sum of a power of two of tensors, neighbours first: ((a+b)+(c+d)), an order that ranks can share."""
-    while len(parts) > 1:
-        parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
 
 
 def average_weights(state: TrainState, cfg: Config) -> None:
