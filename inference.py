@@ -6,6 +6,7 @@ python inference.py --ckpt RUN|FILE INPUT... [--out predictions.csv] [--threshol
 import argparse
 import sys
 import time
+from pathlib import Path
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
 
@@ -45,6 +46,8 @@ def main(argv=None) -> int:
     from lib.progress import Progress
 
     device = choose_device(args.device)
+    if not Path(args.out).absolute().parent.is_dir():
+        raise BadInput(f"--out {args.out}: there is no folder {Path(args.out).parent}")
     model, cfg, checkpoint = load_model(args.ckpt)
     model.to(device)
     views = args.views or cfg.views

@@ -5,13 +5,12 @@ python train.py --resume RUN
 """
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
-
-STARTED_AT = time.monotonic()  # torch is imported after this: that is most of the time to the first step
 
 
 def parse(argv) -> argparse.Namespace:
@@ -27,19 +26,22 @@ def parse(argv) -> argparse.Namespace:
 @script
 def main(argv=None) -> int:
     args = parse(argv)
+    args.started_at = time.monotonic()  # torch is imported after this, which is most of the time to the first step
 
     from lib.config import DEFAULT_PATH, load_config
+    from lib.logger import read_json
     from lib.rundir import find_run, is_finished, resume_config
 
-    if not args.resume:
+    if args.resume is None:
         return start(load_config(args.config or DEFAULT_PATH, args.overrides), args)
     run = find_run(args.resume, args.runs)
     if args.config:
         raise BadInput(f"--config does not go with --resume: {run} has its own config.yaml")
     if is_finished(run):
-        say(f"{run} is finished, there is nothing to resume")
-        print_result({"run": str(run), "status": "finished"})
-        return EXIT_DONE
+        status = read_json(run / "summary.json").get("status")
+        say(f"{run} is {status}, there is nothing to resume")
+        print_result({"run": str(run), "status": status})
+        return EXIT_DONE if status == "finished" else EXIT_FINDING
     return start(resume_config(run, args.overrides), args, run)
 
 
@@ -56,7 +58,7 @@ def start(cfg, args, run: Path | None = None) -> int:
 def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
     from lib import batches, rundir, training
-    from lib.checkpoint import newest_checkpoint, save_checkpoint, weights_sha256
+    from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine
     from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
@@ -73,12 +75,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     steps_per_epoch = len(train_rows) // batch_size
     data = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"])
 
+    if run:
+        rundir.require_same_run(run, cfg, data)
+
     # build the state before the first step, or bring back the one of the last checkpoint
     state, scores = training.build_state(cfg, device), {}
     if run and (newest := newest_checkpoint(run)):
         saved, path = newest
-        if saved["data"] != data:
-            raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
         training.restore_state(state, saved, path)
         scores = saved["metrics"]
     progress = state.progress
@@ -111,11 +114,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     def save(name: str) -> None:
         log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
+        if not training.is_finite(state):
+            log.diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other, best.pt, is for prediction
             save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer=is_last), keep_previous=is_last)
 
-    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, STARTED_AT) as log:
+    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, args.started_at) as log:
         try:
             while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
@@ -144,6 +149,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 eval_started_at = time.perf_counter()
                 model = state.averaged or state.model
                 scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
+                if not math.isfinite(scores["loss"]):
+                    log.diverged(f"the validation loss after step {progress['num_steps']} is {scores['loss']}")
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, time.perf_counter() - eval_started_at)
                 if ranks.is_first and (alarm := constant_alarm(scores, valid_rows.labels)):
@@ -165,7 +172,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     exit_code = EXIT_DONE if status == "finished" else EXIT_FINDING
     if not ranks.is_first:
         return exit_code
-    details |= {"wall_s": round(time.monotonic() - STARTED_AT, 3), **log.times()}
+    (run / PREVIOUS).unlink(missing_ok=True)
+    details |= {"wall_s": round(time.monotonic() - args.started_at, 3), **log.times()}
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.write_summary(run, status, digest, progress, baselines, **details)
     print_result({"run": str(run), **summary})

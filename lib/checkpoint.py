@@ -1,6 +1,8 @@
 """Checkpoints: all that the next step, or an inference elsewhere, depends on, as tensors and plain values alone."""
 
 import hashlib
+import io
+import math
 import os
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from lib.logger import atomic_write
 from lib.models import build_model, fit_state, load_pickle_free
 
 SCHEMA = 1
-PREVIOUS = "previous.pt"
+PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
 # keys that a later schema added to the config, each with the value that older checkpoints were made with
 ADDED_KEYS: dict[int, dict] = {}
@@ -84,9 +86,10 @@ def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None
 
     With `keep_previous` the one that was there stays beside it as previous.pt, at every instant at least one is whole.
     """
-    path = Path(path)
+    path, buffer = Path(path), io.BytesIO()  # torch's writer would turn a full disk into an error of its own
+    torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(checkpoint), **checkpoint}, buffer)
     with atomic_write(path) as file:
-        torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(checkpoint), **checkpoint}, file)
+        file.write(buffer.getbuffer())
         if keep_previous and path.exists():
             os.replace(path, path.with_name(PREVIOUS))
 
@@ -118,12 +121,30 @@ def load_checkpoint(path) -> dict:
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name), kind):
             raise BadInput(f"{path} is damaged: its {name} is {'of a wrong type' if name in checkpoint else 'missing'}")
+    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in _tensors(checkpoint)):
+        raise BadInput(f"{path} is damaged: a tensor in it is larger than what is stored of it")
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
     for added_in, values in ADDED_KEYS.items():
         if schema < added_in:
             checkpoint["config"] = values | checkpoint["config"]
     return checkpoint
+
+
+def _tensors(value):
+    """Every tensor in nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _is_preprocessing(value: dict) -> bool:
+    numbers = [value.get(name) for name in ("mean", "std")]
+    return all(
+        isinstance(v, list) and len(v) == 3 and all(isinstance(x, float) and math.isfinite(x) for x in v) for v in numbers
+    )
 
 
 def checkpoint_path(ckpt) -> Path:
@@ -143,7 +164,12 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     path = checkpoint_path(ckpt)
     checkpoint = load_checkpoint(path)
     cfg = config_from_dict(checkpoint["config"], source=str(path))
-    with torch.device("meta"):  # no memory is taken before every shape has been compared
-        model = build_model(cfg)
+    if not _is_preprocessing(checkpoint["preprocessing"]):
+        raise BadInput(f"{path} is damaged: its preprocessing must hold a mean and a std of three numbers")
+    try:
+        with torch.device("meta"):  # no memory is taken before every shape has been compared
+            model = build_model(cfg)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
     fit_state(model, checkpoint["averaged"] or checkpoint["model"], path)
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint

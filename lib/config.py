@@ -101,7 +101,10 @@ class Config:
     def identity(self) -> dict:
         """The keys that change the weights."""
         hints = typing.get_type_hints(Config, include_extras=True)
-        return {k: v for k, v in self.as_dict().items() if NOT_IDENTITY not in getattr(hints[k], "__metadata__", ())}
+        listens = self.schedule == "plateau" or self.early_stop_epochs  # then the score, and what moves it, reaches the weights
+        counted = ("views", "eval_batch_size") if listens else ()
+        free = {k for k in hints if NOT_IDENTITY in getattr(hints[k], "__metadata__", ()) and k not in counted}
+        return {k: v for k, v in self.as_dict().items() if k not in free}
 
     def identity_digest(self, data: dict[str, str]) -> str:
         """Hex digest of the identity keys and the data's fingerprint: equal digests promise equal weights."""

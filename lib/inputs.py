@@ -82,7 +82,12 @@ def read_inputs(paths, split: str = "") -> Iterator[Block]:
         elif path.suffix.lower() in (".h5", ".hdf5"):
             yield from _array_blocks(open_images(path), str(path), None)
         elif is_tar(path):
-            yield from _image_blocks(_tar_members(path))
+            num = 0
+            for block in _image_blocks(_tar_members(path)):
+                num += len(block.sources)
+                yield block
+            if not num:
+                raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
         elif path.suffix.lower() in IMAGE_SUFFIXES:
             yield from _image_blocks([(str(path), path.read_bytes)])
         else:

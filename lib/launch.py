@@ -81,6 +81,9 @@ class Ranks:
         return _tree(self.gather(_tree(parts)))
 
 
+ALONE = Ranks()
+
+
 def _tree(parts: list[torch.Tensor]) -> torch.Tensor:
     while len(parts) > 1:
         parts = [left + right for left, right in zip(parts[::2], parts[1::2], strict=True)]

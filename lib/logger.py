@@ -23,7 +23,11 @@ def atomic_write(path, mode="wb"):
     file or the new one (Pillai et al., OSDI 2014).
     """
     path = Path(path)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
             yield file
@@ -34,7 +38,7 @@ def atomic_write(path, mode="wb"):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.filename in (None, temporary):
             error.filename = str(path)  # a full disk is reported on a file descriptor: name the file
         raise
     sync_folder(path.parent)

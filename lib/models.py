@@ -95,7 +95,10 @@ BUILDERS = {"cnn": build_cnn, "mlp": build_mlp, "resnet18": build_resnet18, "den
 
 def build_model(cfg: Config) -> nn.Module:
     """The model that the config names, in float32 and channels last, its weights drawn from torch's generator."""
-    return BUILDERS[cfg.model](cfg).to(memory_format=torch.channels_last)
+    try:
+        return BUILDERS[cfg.model](cfg).to(memory_format=torch.channels_last)
+    except RuntimeError as error:  # sizes beyond what memory, or a 64-bit count, can hold
+        raise BadInput(f"model {cfg.model} cannot be built at this size ({one_line(error)})") from None
 
 
 def num_parameters(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from torch import nn
 from lib.augment import PREPROCESSING, move_pixels, no_augmentation, normalise, view_draws
 from lib.batches import Batch, PatchSource, Rows, load_batches
 from lib.device import layer_precision
-from lib.launch import Ranks
+from lib.launch import ALONE, Ranks
 from lib.metrics import compute_metrics
 
 
@@ -49,7 +49,7 @@ def predict_rows(model, source: PatchSource, index: np.ndarray, cfg, preprocessi
     )
 
 
-def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks) -> dict[str, float]:
+def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks = ALONE) -> dict[str, float]:
     """Scores of a model on `rows` at threshold 0.5, each row seen by one rank.
 
     Ranks take whole batches, so that a row is in the same batch, and gets the same bits, however many they are.
@@ -58,5 +58,6 @@ def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Rank
     mine = batches % ranks.num == ranks.rank
     logits = torch.zeros(len(rows), device=source.device)
     if mine.any():
-        logits[torch.from_numpy(mine)] = torch.from_numpy(predict_rows(model, source, rows.index[mine], cfg)).to(source.device)
+        found = torch.from_numpy(predict_rows(model, source, rows.index[mine], cfg))
+        logits[torch.from_numpy(mine)] = found.to(logits)
     return compute_metrics(rows.labels, sum(ranks.gather(logits)).cpu().numpy())

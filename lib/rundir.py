@@ -44,8 +44,12 @@ def create_run(runs_dir, cfg: Config) -> Path:
             run.mkdir()
         except FileExistsError:
             continue
-        with atomic_write(run / "config.yaml", "w") as file:
-            file.write(dump_config(cfg))
+        try:
+            with atomic_write(run / "config.yaml", "w") as file:
+                file.write(dump_config(cfg))
+        except BaseException:
+            run.rmdir()  # a run folder without a config is none
+            raise
         return run
 
 
@@ -53,7 +57,7 @@ def find_run(name, runs_dir="runs") -> Path:
     """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest name."""
     for run in (Path(name), Path(runs_dir) / name):
         if run.is_dir():
-            if (run / "config.yaml").is_file():
+            if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
                 return run
             raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
     there = [entry.name for entry in Path(runs_dir).iterdir()] if Path(runs_dir).is_dir() else []
@@ -76,6 +80,17 @@ def resume_config(run: Path, overrides) -> Config:
         if elsewhere.is_dir():
             cfg = dataclasses.replace(cfg, data_dir=str(elsewhere))
     return change_free_keys(cfg, parse_overrides(overrides))
+
+
+def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
+    """Raise BadInput if what a run is to go on with is not what it was begun with: its data, its config, a file named there."""
+    if not (run / "meta.json").is_file():
+        return
+    before = read_json(run / "meta.json")
+    if before.get("data") != data:
+        raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
+    if before.get("identity") != cfg.identity_digest(data):
+        raise BadInput(f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there, was changed")
 
 
 def is_finished(run: Path) -> bool:
@@ -127,8 +142,13 @@ def environment() -> dict:
 
 
 def write_meta(run: Path, meta: dict) -> None:
-    """Write meta.json; a resumed run keeps what earlier starts wrote, under `earlier_starts`."""
+    """Write meta.json; a resumed run keeps what earlier starts wrote, under `earlier_starts`.
+
+    What a killed process left half-written is removed.
+    """
     path = run / "meta.json"
+    for leftover in run.glob(".*.tmp"):
+        leftover.unlink(missing_ok=True)
     if path.exists():
         before = read_json(path)
         meta = meta | {"earlier_starts": [*before.pop("earlier_starts", []), before]}
@@ -136,10 +156,10 @@ def write_meta(run: Path, meta: dict) -> None:
 
 
 class Diverged(Exception):
-    """A loss that is not a finite number: at which step, over which rows of the training split."""
+    """A loss, score or weight that is not a finite number: after which step, over which rows of the training split."""
 
-    def __init__(self, step: int, loss: float, rows: list[int]):
-        super().__init__(f"the loss of step {step} is {loss}; its batch holds the training rows {rows}")
+    def __init__(self, step: int, what: str, rows: list[int]):
+        super().__init__(f"{what}; the batch of step {step} holds the training rows {rows}")
         self.step, self.rows = step, rows
 
 
@@ -180,9 +200,10 @@ class RunLog:
 
     def _write(self, step, epoch, result, batch, lr, step_s) -> None:
         loss = float(result.loss)
+        self.last_step = step, sorted((batch.keys % batch.num_rows).tolist())
         if not math.isfinite(loss):
             self.pending = None
-            raise Diverged(step, loss, sorted((batch.keys % batch.num_rows).tolist()))
+            self.diverged(f"the loss of step {step} is {loss}")
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
         if not self.logs:
@@ -196,6 +217,11 @@ class RunLog:
             images_per_s=round(len(batch.keys) / step_s, 1),
             wait_share=round(batch.wait_s / step_s, 5),
         )
+
+    def diverged(self, what: str):
+        """Raise Diverged, with the last step that was written."""
+        step, rows = self.last_step
+        raise Diverged(step, what, rows)
 
     def flush(self) -> None:
         """Put every row on disk. Raises Diverged as add_step does."""

@@ -15,13 +15,12 @@ from lib.checkpoint import build_checkpoint, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
-from lib.launch import Ranks
+from lib.launch import ALONE, Ranks
 from lib.models import build_model, fit_state, load_pickle_free
 from lib.seeding import position_seed, seed_everything
 
 DROPOUT = 201  # purpose of a draw
 LOWER_IS_BETTER = ("loss",)
-ALONE = Ranks()
 
 
 @dataclass
@@ -78,7 +77,7 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
         fit_state(state.averaged, checkpoint["averaged"], source)
     try:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none
         raise BadInput(f"{source}: the optimizer's state does not fit the config") from None
     state.progress.update(checkpoint["progress"])
 
@@ -207,6 +206,11 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
         if cfg.schedule == "plateau" and progress["stale_epochs"] % cfg.decay_epochs == 0:
             progress["lr_scale"] *= cfg.decay_factor
     return is_best
+
+
+def is_finite(state: TrainState) -> bool:
+    """Whether every weight and statistic is a finite number."""
+    return all(bool(tensor.isfinite().all()) for tensor in state.model.state_dict().values())
 
 
 def is_stale(progress: dict, cfg: Config) -> bool:

@@ -1,0 +1,140 @@
+"""A run is a folder: made once, readable at any time, its rows cut back to the checkpoint that a resumed run starts from."""
+
+import re
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from lib import rundir
+from lib.batches import Batch
+from lib.command import BadInput
+from lib.config import load_config
+from lib.logger import read_csv, read_json
+from lib.training import StepResult
+
+
+def note_steps(log, progress, losses, lr=0.1):
+    """Let a log see steps with these losses; each batch holds the rows 2k and 2k + 1, k the step, in its second repeat."""
+    log.start_epoch()
+    for loss in losses:
+        keys = torch.tensor([2 * progress["num_steps"] + 101, 2 * progress["num_steps"] + 100])
+        progress["num_steps"] += 1
+        log.add_step(StepResult(torch.tensor(loss), torch.tensor(2.0)), Batch(None, None, keys, 100, 0.0), lr)
+
+
+def new_progress(**changes):
+    return {"epoch": 0, "num_steps": 0, "loss_sum": 0.0} | changes
+
+
+def test_many_processes_at_once_never_share_a_folder(tmp_path):
+    cfg = load_config(overrides=["name=a b'c", "seed=7"])
+    with ThreadPoolExecutor(16) as pool:
+        runs = list(pool.map(lambda _: rundir.create_run(tmp_path / "runs", cfg), range(48)))
+    assert len(set(runs)) == 48
+    assert all(re.fullmatch(r"\d{8}T\d{6}Z-a b'c-s7-[0-9a-f]{4}", run.name) for run in runs)
+    assert all(rundir.read_run_config(run) == cfg for run in runs)
+
+
+def test_a_name_that_is_taken_is_not_used_again(tmp_path, monkeypatch):
+    tokens = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(rundir.secrets, "token_hex", lambda _: next(tokens))
+    first, second = (rundir.create_run(tmp_path, load_config()) for _ in range(2))
+    assert first.name != second.name
+
+
+def test_a_run_is_found_by_path_and_by_name_and_a_misspelt_one_gets_a_hint(tmp_path):
+    run = rundir.create_run(tmp_path, load_config())
+    assert rundir.find_run(run) == rundir.find_run(run.name, tmp_path) == run
+    with pytest.raises(BadInput, match=f"did you mean '{run.name}'"):
+        rundir.find_run(run.name[:-1], tmp_path)
+    with pytest.raises(BadInput, match="no run"):
+        rundir.find_run("x", tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="no config.yaml"):
+        rundir.find_run(tmp_path)
+    with pytest.raises(BadInput):  # its config.yaml is not a run's: `--resume .` must not write there
+        rundir.find_run(rundir.REPOSITORY)
+
+
+def test_meta_says_who_ran_what_and_keeps_what_earlier_starts_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    for number in range(3):
+        rundir.write_meta(tmp_path, rundir.environment() | {"number": number})
+    meta = read_json(tmp_path / "meta.json")
+    assert {"argv", "cwd", "started_utc", "commit", "uncommitted_patch", "untracked_files", "versions", "job"} <= meta.keys()
+    assert set(rundir.PACKAGES) <= meta["versions"].keys() and meta["job"] == {"SLURM_JOB_ID": "41"}
+    assert meta["number"] == 2 and [start["number"] for start in meta["earlier_starts"]] == [0, 1]
+
+
+def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_nothing_is_made_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert rundir.git_state()["commit"] is None
+    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
+    git = ["git", *identity, "-C", str(tmp_path)]
+    (tmp_path / "a.py").write_text("one\n")
+    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "a.py").write_text("two\n")
+    (tmp_path / "b.py").write_text("new\n")
+    state = rundir.git_state()
+    assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["untracked_files"] == ["b.py"]
+    assert "-one\n+two" in state["uncommitted_patch"]
+
+
+def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
+    progress, losses = new_progress(), [0.1, 1 / 3, 2e-9]
+    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+        note_steps(log, progress, losses)
+        log.flush()
+    rows = read_csv(tmp_path / "steps.csv")
+    assert list(rows[0]) == list(rundir.STEP_COLUMNS) and [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["loss"]) for row in rows] == [float(torch.tensor(loss)) for loss in losses]
+    assert progress["loss_sum"] == sum(float(torch.tensor(loss)) for loss in losses)
+
+
+def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_path):
+    progress = new_progress()
+    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+        note_steps(log, progress, [1.0] * 6)
+        log.flush()
+    with open(tmp_path / "steps.csv", "a") as file:
+        file.write("7,1,0.5")
+    progress = new_progress(num_steps=4)
+    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+        note_steps(log, progress, [2.0] * 2)
+        log.flush()
+    rows = [(row["step"], float(row["loss"])) for row in read_csv(tmp_path / "steps.csv")]
+    assert rows == [("1", 1.0), ("2", 1.0), ("3", 1.0), ("4", 1.0), ("5", 2.0), ("6", 2.0)]
+    assert (tmp_path / "steps.csv").read_text().count("step") == 1
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
+    progress = new_progress()
+    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+        with pytest.raises(rundir.Diverged) as caught:
+            note_steps(log, progress, [1.0, bad, 1.0])
+        assert caught.value.step == 2 and caught.value.rows == [2, 3] and "[2, 3]" in str(caught.value)
+    assert len(read_csv(tmp_path / "steps.csv")) == 1
+
+
+def test_summary_is_what_finishes_a_run(tmp_path):
+    progress = new_progress(best_epoch=1, best_scores={"auc": 0.9, "f2": float("nan")})
+    assert not rundir.is_finished(tmp_path)
+    summary = rundir.write_summary(tmp_path, "finished", "00", progress, {"constant_auc": 0.5}, wall_s=1.5)
+    assert rundir.is_finished(tmp_path)
+    stored = read_json(tmp_path / "summary.json")
+    assert stored["val_auc"] == 0.9 and stored["val_f2"] is None and stored["wall_s"] == summary["wall_s"] == 1.5
+
+
+def test_a_relative_data_folder_is_found_from_where_the_run_was_started(tmp_path, monkeypatch):
+    (tmp_path / "there" / "data").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    run = rundir.create_run(tmp_path / "runs", load_config(overrides=["data_dir=data"]))
+    monkeypatch.chdir(tmp_path / "there")
+    rundir.write_meta(run, rundir.environment())
+    monkeypatch.chdir(tmp_path / "here")
+    assert rundir.resume_config(run, []).data_dir == str(tmp_path / "there" / "data")
