@@ -53,7 +53,7 @@ def bench_loader(cfg, batch_size: int, seconds: float, repeats: int) -> dict:
 
     set_determinism(cfg.deterministic, cfg.threads)
     split = open_split(cfg.data_dir, "train")
-    source = PatchSource(split.images, "disk", torch.device("cpu"))
+    source = PatchSource(split.images, cfg.data_residence, torch.device("cpu"))
     order = position_permutation(len(split), cfg.seed)
 
     def raw():
@@ -100,6 +100,7 @@ def bench_loader(cfg, batch_size: int, seconds: float, repeats: int) -> dict:
         "samples": rates,
         "data": str(cfg.data_dir),
         "layout": split.images.layout,
+        "residence": source.residence,
         "machine": describe_machine(torch.device("cpu")),
     }
 

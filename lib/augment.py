@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.config import Config
-from lib.seeding import position_bits, position_uniform
+from lib.seeding import bits_to_uniform, position_bits
 
 # channel statistics of PCam's training split in [0, 1] (262,144 patches, summed in 64 bits)
 PCAM_MEAN = (0.7008, 0.5384, 0.6916)
@@ -13,7 +13,8 @@ PCAM_STD = (0.2350, 0.2774, 0.2129)
 PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
 
 CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
-SYMMETRY, SHIFT_Y, SHIFT_X, BRIGHTNESS, GAIN = range(5)  # purposes of a draw
+AUGMENTATION = 1  # purpose of a draw
+NUM_DRAWS = 15  # numbers drawn for a sample: symmetry, shift in y and x, and three for brightness and for each channel's gain
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,16 @@ class Draws:
 def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
     """The draws for samples `keys` int64 (B,) on the CPU: a function of (seed, epoch, sample) alone."""
     num = len(keys)
-
-    def spread(purpose):  # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
-        uniforms = [position_uniform(keys, cfg.seed, epoch, purpose, part) for part in range(3)]
-        return (sum(uniforms) - 1.5) * 2.0
-
-    symmetry = position_bits(keys, cfg.seed, epoch, SYMMETRY) & 7
-    span = 2 * cfg.shift + 1
-    shift = [(position_bits(keys, cfg.seed, epoch, axis) >> 33) % span - cfg.shift for axis in (SHIFT_Y, SHIFT_X)]
-    brightness = cfg.brightness_jitter * spread(BRIGHTNESS)
-    gain = 1 + cfg.stain_jitter * torch.stack([spread(GAIN + channel) for channel in range(3)], 1)
+    bits = position_bits(keys[:, None] * NUM_DRAWS + torch.arange(NUM_DRAWS), cfg.seed, epoch, AUGMENTATION)  # (B, 15)
+    # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
+    spread = (bits_to_uniform(bits[:, 3:]).view(num, 4, 3).sum(2) - 1.5) * 2.0
+    gain = 1 + cfg.stain_jitter * spread[:, 1:]
     return Draws(
-        symmetry if cfg.symmetries else torch.zeros(num, dtype=torch.int64),
-        torch.stack(shift, 1),
+        bits[:, 0] & (7 if cfg.symmetries else 0),
+        (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
         gain,
         # light passes through: white (1.0) stays white under a gain, so stains grow or fade while the background holds
-        (1 - gain) + brightness[:, None],
+        (1 - gain) + cfg.brightness_jitter * spread[:, :1],
     )
 
 

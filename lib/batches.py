@@ -74,9 +74,20 @@ class PatchSource:
             return torch.index_select(self.rows, 0, rows.to(self.device)).view(-1, *PATCH_SHAPE)
         if self.rows is None:
             out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
+        elif self.residence == "disk":  # may stall on a page: in the background, and there one thread that keeps out of the way
+            np.take(self.rows.numpy(), rows.numpy(), axis=0, out=out.view(len(rows), -1).numpy(), mode="clip")
         else:
             torch.index_select(self.rows, 0, rows, out=out.view(len(rows), -1))
         return out
+
+    @property
+    def can_stall(self) -> bool:
+        """Whether a gather may wait for a disk or a transfer. From host memory to a CPU it is a short copy, with all threads.
+
+        That copy made by a background thread, whose OpenMP threads compete with the model's, cost a third of the
+        throughput on two cores.
+        """
+        return self.residence == "disk" or (self.residence == "host" and self.device.type == "cuda")
 
 
 def choose_residence(images: Images, residence: str, device: torch.device) -> str:
@@ -194,8 +205,8 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config) -> torch.Te
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER)]
 
 
-def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=True) -> Iterator[Batch]:
-    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,), gathered by a background thread.
+def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=None) -> Iterator[Batch]:
+    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,), gathered by a background thread if that can pay.
 
     A batch lives in one of a few reused buffers: it is valid until the next one is asked for. `wait_s` is the time that the
     caller spent waiting for it. An error in the thread is raised here.
@@ -217,7 +228,7 @@ def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Te
             torch.cuda.current_stream(device).synchronize()  # of this thread's own stream: the model's goes on
         return Batch(images, batch_targets, keys, len(source))
 
-    if not prefetch:
+    if not (source.can_stall if prefetch is None else prefetch):
         for keys in batches:
             started = time.perf_counter()
             batch = fill(keys, buffers[0])

@@ -31,16 +31,16 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """64 random bits for each of `keys` int64 (N,) at a position such as (seed, epoch, purpose): int64 (N,)."""
+    """64 random bits for each of `keys` int64, of any shape, at a position such as (seed, epoch, purpose): int64."""
     state = torch.zeros((), dtype=torch.int64)
     for part in position:
         state = _mix(state ^ part)
     return _mix(_mix(keys ^ state.to(keys.device)) ^ _signed(0xD1B54A32D192ED03))
 
 
-def position_uniform(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """One number in [0, 1) for each of `keys` int64 (N,): float32 (N,), a multiple of 2^-24."""
-    return _shift_right(position_bits(keys, *position), 40).to(torch.float32) * 2.0**-24
+def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:
+    """64 random bits, as int64, as numbers in [0, 1): float32 of the same shape, multiples of 2^-24."""
+    return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def position_permutation(num: int, *position: int) -> torch.Tensor:

@@ -114,7 +114,7 @@ def test_an_error_while_loading_surfaces_at_its_batch_and_leaves_no_thread(prefe
 @pytest.mark.parametrize("num_taken", [0, 1, 6, 60])
 def test_leaving_early_leaves_no_thread_and_reads_no_further_than_the_buffers(num_taken):
     source = CountingSource()
-    loaded = load_batches(source, LABELS, torch.arange(60).split(1))
+    loaded = load_batches(source, LABELS, torch.arange(60).split(1), prefetch=True)
     for _ in range(num_taken):
         next(loaded)
     assert has_thread() == (0 < num_taken < 60) or num_taken == 60

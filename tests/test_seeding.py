@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib.seeding import position_bits, position_permutation, position_seed, position_uniform, seed_everything, set_determinism
+from lib.seeding import bits_to_uniform, position_bits, position_permutation, position_seed, seed_everything, set_determinism
 
 KEYS = torch.arange(1 << 16)
 MASK = (1 << 64) - 1
@@ -42,7 +42,7 @@ def test_the_mixer_is_splitmix64_for_keys_of_any_size():
 
 def test_a_draw_depends_on_its_position_and_on_nothing_else():
     expected, state = position_bits(KEYS, 7, 3, 5), torch.get_rng_state()
-    position_uniform(KEYS, 1), position_permutation(100, 1), position_seed(1)
+    position_bits(KEYS, 1), position_permutation(100, 1), position_seed(1)
     assert torch.equal(torch.get_rng_state(), state), "no draw moves a generator"
     shuffled = torch.randperm(len(KEYS))
     assert torch.equal(position_bits(KEYS[shuffled], 7, 3, 5), expected[shuffled]), "order of the keys"
@@ -51,7 +51,7 @@ def test_a_draw_depends_on_its_position_and_on_nothing_else():
 
 def test_every_part_of_a_position_counts_and_so_does_its_place():
     positions = [(), (0,), (1,), (0, 0), (1, 0), (0, 1), (1, 2, 3), (3, 2, 1), (1, 2), (2**31 - 1, 0), (0, 2**31 - 1)]
-    draws = [position_uniform(KEYS, *position) for position in positions]
+    draws = [bits_to_uniform(position_bits(KEYS, *position)) for position in positions]
     assert max(correlation(a, b) for i, a in enumerate(draws) for b in draws[:i]) < 5 / len(KEYS) ** 0.5
     assert len({position_seed(*position) for position in positions}) == len(positions)
     assert all(0 <= position_seed(*position) < 2**63 for position in positions)
@@ -59,7 +59,7 @@ def test_every_part_of_a_position_counts_and_so_does_its_place():
 
 @pytest.mark.parametrize("start", [0, 2**32 - 100, 2**55], ids=["small", "past 32 bits", "large"])
 def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours(start):
-    draws = position_uniform(KEYS + start, 1, 2)
+    draws = bits_to_uniform(position_bits(KEYS + start, 1, 2))
     assert draws.dtype == torch.float32 and float(draws.min()) >= 0 and float(draws.max()) < 1
     chi_square = float(((torch.histc(draws, 256, 0, 1).double() - 256) ** 2 / 256).sum())  # 255 degrees of freedom
     assert abs(chi_square - 255) < 5 * (2 * 255) ** 0.5 and abs(float(draws.double().mean()) - 0.5) < 0.005
