@@ -97,7 +97,8 @@ def run_download(args) -> int:
 
 
 def run_synthetic(args) -> int:
-    from lib.ingest import read_journal
+    from lib.ingest import require_space
+    from lib.pcam import PATCH_BYTES
     from lib.progress import Progress
     from lib.synthetic import SyntheticPlan, write_synthetic
 
@@ -111,8 +112,7 @@ def run_synthetic(args) -> int:
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
-    if read_journal(args.to):
-        raise BadInput(f"{args.to} holds an unfinished import: give a new or an empty folder")
+    require_space(args.to, 0 if args.gzip else sum(map(plan.num, ("train", "valid", "test"))) * PATCH_BYTES * plan.itemsize)
     with Progress(args.train + args.valid + args.test, "draw") as progress:
         result = write_synthetic(plan, args.to, progress.add)
     rows = [(split, result[f"num_{split}"]) for split in ("train", "valid", "test")]

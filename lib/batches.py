@@ -75,6 +75,7 @@ class PatchSource:
         if self.rows is None:
             out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
         elif self.residence == "disk":  # may stall on a page: in the background, and there one thread that keeps out of the way
+            self.images.will_need(rows.numpy())
             np.take(self.rows.numpy(), rows.numpy(), axis=0, out=out.view(len(rows), -1).numpy(), mode="clip")
         else:
             torch.index_select(self.rows, 0, rows, out=out.view(len(rows), -1))

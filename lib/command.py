@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import sys
 
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -36,7 +37,8 @@ def nearest(name, allowed) -> str:
 
 def say(text) -> None:
     """A line for the person at the terminal; stdout is kept for the result."""
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that has gone away changes no outcome
+        print(text, file=sys.stderr, flush=True)
 
 
 def without_nan(value):
@@ -51,8 +53,13 @@ def without_nan(value):
 
 
 def print_result(result: dict) -> None:
-    """Print `result` as the last line of stdout."""
-    print(json.dumps(without_nan(result)), flush=True)
+    """Print `result` as the last line of stdout. A reader that has gone away does not change what happened."""
+    try:
+        print(json.dumps(without_nan(result)), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would fail once more at its end
+        if not isinstance(error, BrokenPipeError):
+            say(f"warning: the result could not be printed ({one_line(error)})")
 
 
 def script(main):
@@ -64,9 +71,7 @@ def script(main):
 
     def fail(sentence, code):
         say(f"error: {sentence}")
-        # a reader of the result that has gone away must not turn a clear refusal into a traceback
-        with contextlib.suppress(BrokenPipeError):
-            print_result({"error": sentence, "exit": code})
+        print_result({"error": sentence, "exit": code})
         return code
 
     @functools.wraps(main)
@@ -83,6 +88,8 @@ def script(main):
             if error.errno is None:
                 raise
             where = f": {error.filename}" if error.filename else ""
-            return fail(f"{(error.strerror or one_line(error)).lower()}{where}", EXIT_USAGE)
+            return fail(f"{one_line(error.strerror or error).lower()}{where}", EXIT_USAGE)
+        except MemoryError as error:
+            return fail(f"not enough memory ({one_line(error)})", EXIT_USAGE)
 
     return wrapper

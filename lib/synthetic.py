@@ -3,13 +3,15 @@
 A slide is two maps of stain concentration (haematoxylin, eosin), made of smooth random fields and stamped nuclei, turned into
 light by Beer-Lambert (Ruifrok and Johnston 2001, "Quantification of histochemical staining by color deconvolution") and seen
 through a scanner. What tells tumour from the rest is its nuclei: larger, of uneven size and outline, with coarse chromatin.
-Colour and density alone tell little: benign nests of regular nuclei have the same outlines, cytoplasm and stain.
+Colour and density tell less: benign nests of regular nuclei have the same outlines, cytoplasm and stain.
 
 Everything is a function of (seed, split, slide): no slide depends on another, and a plan always gives the same bytes.
 """
 
 import io
 import math
+import shutil
+import tempfile
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +22,16 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.command import BadInput, one_line
 from lib.logger import write_csv
-from lib.pcam import SPLITS, split_path, write_labels, write_meta
+from lib.pcam import SPLITS, sole_writer, split_path, write_labels, write_meta
 
 PATCH_PX, CENTRE = 96, slice(32, 64)
 SLIDE_PX, GRID = 1184, 12  # the grid of patches leaves 32 px, so that it can lie at any of 33 x 33 offsets
 PATCHES_PER_SLIDE = 120
 TILES = (32, 37)  # their product is SLIDE_PX
 MARGIN_PX = 24  # by so much may the largest nucleus hang over the edge of the slide
+DRAWING = ".drawing."  # begins the name of the folder in which files lie until all are whole
 TRUTH_COLUMNS = ("split", "index", "kind", "detail")
 STAINS = (  # optical density in R, G, B of haematoxylin and of eosin: two laboratories, one brownish, one violet
     ((0.48, 0.69, 0.50), (0.24, 0.86, 0.45)),
@@ -90,6 +94,11 @@ class SyntheticPlan:
     def num(self, split: str) -> int:
         """The number of patches of a split."""
         return {"train": self.num_train, "valid": self.num_valid, "test": self.num_test}[split]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a stored value."""
+        return np.dtype(self.dtype).itemsize
 
     def rate(self, kind: str) -> float:
         """The rate planted for a kind, 0 where none is."""
@@ -161,9 +170,8 @@ def _nucleus_bank(rng, num, radius, spread, aspect, irregular, vesicular, clumpi
     radius in px, log-normal with `spread`; aspect: the largest ratio of axes; irregular: how far the outline leaves an ellipse;
     vesicular: how much paler than its membrane the inside is; clumping: grain of the chromatin; nucleoli: how many at most.
     """
-    radii = np.clip(radius * np.exp(spread * rng.standard_normal((num, 1, 1))), 0.6 * radius, min(1.7 * radius, 10)).astype(
-        np.float32
-    )
+    radii = radius * np.exp(spread * rng.standard_normal((num, 1, 1)))
+    radii = np.clip(radii, 0.6 * radius, min(1.7 * radius, 10)).astype(np.float32)
     half = int(np.ceil(radii.max() * aspect**0.5 * (1 + irregular)))
     y, x = np.indices((2 * half + 1,) * 2, np.float32)[:, None] - half + rng.random((2, num, 1, 1), dtype=np.float32) - 0.5
     turn = np.exp(-1j * (rng.uniform(0, np.pi, num) if angle is None else angle)).astype(np.complex64)
@@ -507,11 +515,22 @@ def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
     Gives {num_train, num_valid, num_test, seed, planted: {kind: patches}, wall_s, patches_per_s}; `progress(n)` as above.
     """
     directory, began_s, truth = Path(directory), time.perf_counter(), []
-    directory.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        if plan.num(split):
-            truth += _write_split(plan, split, directory, generate_split(plan, split, progress))
-    write_csv(directory / "truth.csv", TRUTH_COLUMNS, truth)
+    with sole_writer(directory):
+        for leftover in directory.glob(f"{DRAWING}*"):  # of a killed process
+            shutil.rmtree(leftover)
+        if any(directory.iterdir()):
+            raise BadInput(f"{directory} already holds files: give a new or an empty folder")
+        # drawn in a folder of its own and moved when whole: an error leaves nothing, a kill nothing that looks complete
+        with tempfile.TemporaryDirectory(dir=directory, prefix=DRAWING) as drawing:
+            try:
+                for split in SPLITS:
+                    if plan.num(split):
+                        truth += _write_split(plan, split, drawing, generate_split(plan, split, progress))
+                write_csv(Path(drawing, "truth.csv"), TRUTH_COLUMNS, truth)
+            except (OSError, RuntimeError) as error:  # h5py's words for a full disk
+                raise BadInput(f"{directory}: writing failed, the disk may be full ({one_line(error)})") from None
+            for path in sorted(Path(drawing).iterdir(), key=lambda path: "train_x" in path.name):
+                path.rename(directory / path.name)
     wall_s = time.perf_counter() - began_s
     counts = {f"num_{split}": plan.num(split) for split in SPLITS}
     planted = dict(Counter(kind for _, _, kind, _ in truth))
