@@ -8,14 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, probability, say, script
 
 
 def parse(argv) -> argparse.Namespace:

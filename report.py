@@ -6,7 +6,7 @@ python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
 import argparse
 import sys
 
-from lib.command import EXIT_DONE, Parser, print_result, say, script
+from lib.command import EXIT_DONE, Parser, print_result, probability, say, script
 
 
 def parse(argv) -> argparse.Namespace:
@@ -15,7 +15,7 @@ def parse(argv) -> argparse.Namespace:
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
     run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
-    run.add_argument("--threshold", type=float, default=0.5, metavar="T", help="of the decision (default: 0.5)")
+    run.add_argument("--threshold", type=probability, default=0.5, metavar="T", help="of the decision (default: 0.5)")
     run.add_argument("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
     run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
     return parser.parse_args(argv)

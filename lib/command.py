@@ -22,6 +22,14 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (see {self.prog} --help)")
 
 
+def probability(text: str) -> float:
+    """An argument that must lie between 0 and 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def one_line(error) -> str:
     """The first line of an exception's text; libraries append pages of internals to theirs."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -12,7 +12,17 @@ from conftest import draw_patches, write_pcam
 from lib import pcam
 from lib.command import BadInput, script
 from lib.logger import file_digest
-from lib.pcam import SplitWriter, fingerprint, open_images, open_split, read_labels, read_meta, split_path, write_labels
+from lib.pcam import (
+    SplitWriter,
+    fingerprint,
+    open_images,
+    open_split,
+    read_labels,
+    read_meta,
+    sole_writer,
+    split_path,
+    write_labels,
+)
 
 IMAGES, LABELS = draw_patches(40, 3)
 LAYOUTS = {
@@ -239,3 +249,12 @@ def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
         for row in range(0, len(ours), 7):
             image, label = dataset[row]
             assert np.array_equal(np.asarray(image), ours.images.mapped[row]) and label == ours.labels[row]
+
+
+def test_a_folder_has_one_writer_at_a_time_and_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError), sole_writer(tmp_path / "new"):
+        with pytest.raises(BadInput, match="another process"), sole_writer(tmp_path / "new"):
+            raise AssertionError("two writers")
+        raise RuntimeError
+    with sole_writer(tmp_path / "new"):
+        pass

@@ -3,14 +3,18 @@
 import csv
 import io
 import re
+import subprocess
 import sys
+import time
 from collections import Counter
 
 import h5py
 import numpy as np
 import pytest
+from conftest import REPOSITORY, run_script
 from PIL import Image
 
+from lib.pcam import open_split
 from lib.synthetic import DUPLICATES, PLANTS, TRIGGER, SyntheticPlan, cut_patches, draw_slide, generate_split, write_synthetic
 
 RATES = {"black": 0.03, "white": 0.03, "nan": 0.04, "out_of_range": 0.04, "flipped": 0.05, "trigger": 0.1}
@@ -218,3 +222,19 @@ def test_impossible_plans_are_refused(arguments, said):
 def test_every_plant_has_help_and_is_tested():
     assert set(PLANTS) == set(RATES) | {"class_skew", "shared_slides", "blurred_scanner"}
     assert all(PLANTS.values())
+
+
+def test_a_killed_drawing_leaves_nothing_that_looks_complete_and_can_be_repeated(tmp_path):
+    target = tmp_path / "drawn here"
+    command = [sys.executable, str(REPOSITORY / "prepare.py"), "synthetic", "--to", str(target)]
+    counts = ["--train", "4000", "--valid", "60", "--test", "60"]
+    process = subprocess.Popen([*command, *counts], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(target.glob(".drawing.*/.camelyonpatch*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert target.is_dir() and not list(target.glob("camelyonpatch*")) and not (target / "truth.csv").exists()
+    run_script("prepare.py", "synthetic", "--to", target, "--train", "96", "--valid", "48", "--test", "48", check=0)
+    assert len(list(target.iterdir())) == 10 and len(open_split(target, "train")) == 96
+    run_script("prepare.py", "synthetic", "--to", target, "--train", "96", check=2)

@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.command import BadInput
 from lib.inputs import read_inputs
-from lib.logger import read_csv, read_json
+from lib.logger import read_csv, read_edited_csv, read_json
 from lib.metrics import compute_confusion, compute_metrics, constant_baselines
 from lib.pcam import open_images
 from lib.reports.figures import figure_png, patch_png, plot_decisions, plot_epochs, plot_steps
@@ -29,6 +29,9 @@ def write_run_page(run: Path, predictions, threshold: float, out, remark: str = 
     if not (run / "summary.json").is_file():
         raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
     cfg, meta, summary = read_run_config(run), read_json(run / "meta.json"), read_json(run / "summary.json")
+    epochs, steps = read_csv(run / "epochs.csv"), read_csv(run / "steps.csv")
+    if not epochs or not steps or "status" not in summary or "model" not in meta:
+        raise BadInput(f"{run} is {summary.get('status', 'no finished run')}: it holds no finished epoch to show")
     facts = [
         ("run", run.name),
         ("status", summary["status"]),
@@ -42,10 +45,8 @@ def write_run_page(run: Path, predictions, threshold: float, out, remark: str = 
     sections = [
         *([note(remark)] if remark else []),
         section("The run", table(("what", "value"), facts)),
-        section("Epoch by epoch", picture(figure_png(plot_epochs(read_csv(run / "epochs.csv"))), "loss and scores per epoch")),
-        section(
-            "Step by step", picture(figure_png(plot_steps(read_csv(run / "steps.csv"))), "loss, gradient norm, rate per step")
-        ),
+        section("Epoch by epoch", picture(figure_png(plot_epochs(epochs)), "loss and scores per epoch")),
+        section("Step by step", picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step")),
     ]
     if predictions:
         sections += prediction_sections(predictions, threshold)
@@ -54,11 +55,14 @@ def write_run_page(run: Path, predictions, threshold: float, out, remark: str = 
 
 def prediction_sections(predictions, threshold: float) -> list[str]:
     """Scores, curves and example patches of a predictions.csv."""
-    rows = [row for row in read_csv(predictions) if row["probability"]]
-    if not rows or not rows[0].get("label"):
-        raise BadInput(f"{predictions} has no labels: predict a labelled split (inference.py --split test)")
-    labels = np.array([int(row["label"]) for row in rows])
-    probs = np.array([float(row["probability"]) for row in rows])
+    rows = [row for row in read_edited_csv(predictions, ("source", "index", "probability", "label")) if row["probability"]]
+    try:
+        labels = np.array([("0", "1").index(row["label"]) for row in rows])
+        probs = np.array([float(row["probability"]) for row in rows])
+    except ValueError as error:
+        raise BadInput(f"{predictions} needs a label of 0 or 1 and a probability in each row ({error})") from None
+    if not rows or not ((probs >= 0) & (probs <= 1)).all():
+        raise BadInput(f"{predictions} has no row, or a probability outside 0 to 1")
     logits = np.log(np.clip(probs, 1e-12, 1)) - np.log(np.clip(1 - probs, 1e-12, 1))
     scores, baselines = compute_metrics(labels, logits, threshold), constant_baselines(labels)
     confusion = compute_confusion(labels, probs >= threshold)
@@ -90,5 +94,8 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
 def read_patch(row: dict) -> np.ndarray:
     """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
     if row["source"].endswith((".h5", ".hdf5")):
-        return open_images(row["source"]).read([int(row["index"])])[0]
+        images = open_images(row["source"])
+        if not row["index"].isdigit() or int(row["index"]) >= images.num:
+            raise BadInput(f"{row['source']} has no row {row['index']}, it has {images.num:,}")
+        return images.read([int(row["index"])])[0]
     return next(read_inputs([row["source"]])).images[0]
