@@ -19,7 +19,7 @@ test_setup_done := .venv/.installed-test
 endif
 BASE_PYTHON ?= python3
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
-DEMO_TRAINING := epochs=5
+DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
 # a seed reaches a command line: nothing but a number may pass
 digits := 0 1 2 3 4 5 6 7 8 9

@@ -1,0 +1,65 @@
+"""Ranks share out the shards of a batch and nothing else: the weights have the same bits, however many ranks there are."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, REPOSITORY, run_script
+
+from lib.logger import read_csv, read_json
+
+SHARDED = [*QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
+
+
+def under_torchrun(num_ranks: int, *arguments):
+    """train.py as `num_ranks` ranks, started in a session of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(REPOSITORY / "train.py"), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def alone(pcam_dir, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return read_json(
+        Path(run_script("train.py", "--runs", runs, f"data_dir={pcam_dir}", *SHARDED, check=0).json["run"]) / "summary.json"
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_end_with_the_weights_of_one_process(num_ranks, alone, pcam_dir, tmp_path):
+    process = under_torchrun(num_ranks, "--runs", tmp_path, f"data_dir={pcam_dir}", *SHARDED)
+    out = process.communicate(timeout=240)[0]
+    assert process.returncode == 0
+    result = json.loads(out.strip().splitlines()[-1])
+    assert result["weights_sha256"] == alone["weights_sha256"]
+    same = ("val_loss", "val_auc", "val_f2", "num_steps")
+    assert {name: result[name] for name in same} == {name: alone[name] for name in same}
+    assert len(list(tmp_path.iterdir())) == 1 and read_json(Path(result["run"]) / "meta.json")["num_ranks"] == num_ranks
+
+
+def test_a_run_of_two_ranks_goes_on_as_one_with_the_same_bits(alone, pcam_dir, tmp_path):
+    process = under_torchrun(2, "--runs", tmp_path, f"data_dir={pcam_dir}", *SHARDED, "checkpoint_every_steps=1")
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/last.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (run,) = tmp_path.iterdir()
+    (run / "summary.json").unlink(missing_ok=True)  # where it was already done: its last step then comes from the checkpoint
+    result = run_script("train.py", "--resume", run, check=0).json
+    assert result["weights_sha256"] == alone["weights_sha256"]
+    assert [row["step"] for row in read_csv(run / "steps.csv")] == [str(step) for step in range(1, 11)]
+
+
+def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):
+    environment = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    command = [sys.executable, "train.py", "--runs", str(tmp_path), f"data_dir={pcam_dir}", *SHARDED]
+    result = subprocess.run(command, cwd=REPOSITORY, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2 and "8 ranks cannot share out 4 shards" in result.stderr and not list(tmp_path.iterdir())
