@@ -59,7 +59,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
     from lib import batches, rundir, training
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
-    from lib.device import describe_machine
+    from lib.device import describe_machine, keep_freed_memory
     from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
@@ -70,6 +70,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
+    keep_freed_memory()
     (train_split, train_rows), (valid_split, valid_rows) = batches.open_train_valid(cfg)
     batch_size = batches.fit_batch_size(cfg, len(train_rows))
     steps_per_epoch = len(train_rows) // batch_size

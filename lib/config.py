@@ -77,7 +77,7 @@ class Config:
     epochs: Positive
     batch_size: Positive
     shards: Positive
-    optimizer: Literal["adamw", "sgd"]
+    optimizer: Literal["muon", "adamw", "sgd"]
     lr: AboveZero
     weight_decay: NonNegative
     momentum: Share

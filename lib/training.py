@@ -17,6 +17,7 @@ from lib.config import Config
 from lib.device import layer_precision
 from lib.launch import ALONE, Ranks
 from lib.models import build_model, fit_state, load_pickle_free
+from lib.optimizers import build_optimizer
 from lib.seeding import position_seed, seed_everything
 
 DROPOUT = 201  # purpose of a draw
@@ -80,16 +81,6 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none
         raise BadInput(f"{source}: the optimizer's state does not fit the config") from None
     state.progress.update(checkpoint["progress"])
-
-
-def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """AdamW or SGD; biases and batch-norm factors are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)
-    return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
 
 def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float = 1.0) -> float:

@@ -204,7 +204,7 @@ def test_prefetch_changes_no_bit(pcam_dir, prefetch_first):
 # ---- going on
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw", "sgd"])
 def test_a_restored_state_goes_on_to_the_same_bits(optimizer, tmp_path):
     cfg, batches = make_cfg(optimizer=optimizer, dropout=0.2, shards=2), make_batches(6)
     whole = training.build_state(cfg, CPU)
