@@ -58,7 +58,7 @@ def start(cfg, args, run: Path | None = None) -> int:
 def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
     from lib import batches, rundir, training
-    from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
+    from lib.checkpoint import PREVIOUS, load_model, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
     from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
@@ -174,6 +174,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if not ranks.is_first:
         return exit_code
     (run / PREVIOUS).unlink(missing_ok=True)
+    if status == "finished" and cfg.views > 1:  # an epoch is scored on one view a patch, the best one then on all
+        best = load_model(run)[0].to(device)
+        progress["best_scores"] = evaluate(best, valid_source, valid_rows, cfg, views=cfg.views)
     details |= {"wall_s": round(time.monotonic() - args.started_at, 3), **log.times()}
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.write_summary(run, status, digest, progress, baselines, **details)

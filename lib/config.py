@@ -61,8 +61,9 @@ class Config:
     quarantine_reasons: tuple[Reason, ...]
     balance: Literal["none", "loss", "sampler"]
 
-    model: Literal["cnn", "mlp", "resnet18", "densenet121"]
+    model: Literal["cnn", "p4m", "mlp", "resnet18", "densenet121"]
     cnn_width: Positive
+    p4m_width: Positive
     mlp_hidden: tuple[Positive, ...]
     dropout: Annotated[float, Range(0, 0.95)]
     weights: str
@@ -102,7 +103,7 @@ class Config:
         """The keys that change the weights."""
         hints = typing.get_type_hints(Config, include_extras=True)
         listens = self.schedule == "plateau" or self.early_stop_epochs  # then the score, and what moves it, reaches the weights
-        counted = ("views", "eval_batch_size") if listens else ()
+        counted = ("eval_batch_size",) if listens else ()
         free = {k for k in hints if NOT_IDENTITY in getattr(hints[k], "__metadata__", ()) and k not in counted}
         return {k: v for k, v in self.as_dict().items() if k not in free}
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lib.command import BadInput, one_line
 from lib.config import Config
+from lib.equivariant import GroupCentreNet
 
 
 class Residual(nn.Module):
@@ -63,6 +64,11 @@ def build_cnn(cfg: Config) -> nn.Module:
     return CentreNet(cfg.cnn_width, cfg.dropout)
 
 
+def build_p4m(cfg: Config) -> nn.Module:
+    """The same, invariant to the eight symmetries by its construction: one pass gives what eight views would."""
+    return GroupCentreNet(cfg.p4m_width, cfg.dropout)
+
+
 def build_mlp(cfg: Config) -> nn.Module:
     """Flattened pixels through hidden layers: the baseline that a convolution has to beat."""
     sizes = [96 * 96 * 3, *cfg.mlp_hidden]
@@ -90,7 +96,7 @@ def build_densenet121(cfg: Config) -> nn.Module:
     return model
 
 
-BUILDERS = {"cnn": build_cnn, "mlp": build_mlp, "resnet18": build_resnet18, "densenet121": build_densenet121}
+BUILDERS = {"cnn": build_cnn, "p4m": build_p4m, "mlp": build_mlp, "resnet18": build_resnet18, "densenet121": build_densenet121}
 
 
 def build_model(cfg: Config) -> nn.Module:

@@ -52,7 +52,7 @@ class MuonAdamW:
 
 
 def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """Values of filters (out, in, k, k), or their gradients, as (out, in * k * k), columns in the order of `filters` in memory."""
+    """Values of filters (out, in, k, k), or gradients, as (out, in * k * k), columns in the order of `filters` in memory."""
     if filters.ndim == 4 and not filters.is_contiguous():
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)

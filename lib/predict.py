@@ -1,13 +1,11 @@
 """A model applied to patches: float32 logits in input order, over one view or averaged over the eight symmetries."""
 
-from collections.abc import Iterable, Iterator
-
 import numpy as np
 import torch
 from torch import nn
 
 from lib.augment import PREPROCESSING, move_pixels, no_augmentation, normalise, view_draws
-from lib.batches import Batch, PatchSource, Rows, load_batches
+from lib.batches import PatchSource, Rows, load_batches
 from lib.device import layer_precision
 from lib.launch import ALONE, Ranks
 from lib.metrics import compute_metrics
@@ -27,29 +25,20 @@ def predict_batch(model: nn.Module, images: torch.Tensor, precision: str, views:
     return logits / views
 
 
-def predict_batches(
-    model: nn.Module, batches: Iterable[Batch], precision: str, views: int, preprocessing: dict, progress=None
-) -> Iterator[np.ndarray]:
-    """Yield float32 logits (B,) for each batch. The model is put into evaluation mode and changed in nothing."""
+def predict_rows(model: nn.Module, source: PatchSource, index: np.ndarray, cfg, views: int) -> np.ndarray:
+    """Logits float32 (N,) of the rows `index` int64 (N,) of a split, in that order, in the config's precision.
+
+    The model is put into evaluation mode and changed in nothing.
+    """
     model.eval()
-    for batch in batches:
-        logits = predict_batch(model, batch.images, precision, views, preprocessing)
-        if progress:
-            progress.add(len(logits))
-        yield logits.cpu().numpy()
-
-
-def predict_rows(model, source: PatchSource, index: np.ndarray, cfg, preprocessing=None, progress=None) -> np.ndarray:
-    """Logits float32 (N,) of the rows `index` int64 (N,) of a split, in that order, with the config's views and precision."""
-    batches = torch.from_numpy(index).split(cfg.eval_batch_size)
     no_labels = np.zeros(len(source), np.uint8)  # prediction knows none
-    loaded = load_batches(source, no_labels, batches)
+    batches = load_batches(source, no_labels, torch.from_numpy(index).split(cfg.eval_batch_size))
     return np.concatenate(
-        list(predict_batches(model, loaded, cfg.precision, cfg.views, preprocessing or PREPROCESSING, progress))
+        [predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING).cpu().numpy() for batch in batches]
     )
 
 
-def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks = ALONE) -> dict[str, float]:
+def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks = ALONE, views=1) -> dict[str, float]:
     """Scores of a model on `rows` at threshold 0.5, each row seen by one rank.
 
     Ranks take whole batches, so that a row is in the same batch, and gets the same bits, however many they are.
@@ -58,6 +47,6 @@ def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Rank
     mine = batches % ranks.num == ranks.rank
     logits = torch.zeros(len(rows), device=source.device)
     if mine.any():
-        found = torch.from_numpy(predict_rows(model, source, rows.index[mine], cfg))
+        found = torch.from_numpy(predict_rows(model, source, rows.index[mine], cfg, views))
         logits[torch.from_numpy(mine)] = found.to(logits)
     return compute_metrics(rows.labels, sum(ranks.gather(logits)).cpu().numpy())

@@ -282,7 +282,7 @@ class RunLog:
 
 
 def write_summary(run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details) -> dict:
-    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of best.pt."""
+    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of best.pt over `views`."""
     summary = {
         "status": status,
         "weights_sha256": weights_digest,

@@ -14,7 +14,7 @@ from lib.config import Config
 
 FLOORS = [
     {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
-    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "rundir", "inputs"},
+    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "equivariant", "rundir", "inputs"},
     {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download"},
     {"audits", "reports"},
 ]

@@ -24,9 +24,9 @@ def test_a_validation_step_does_not_train(pcam_dir, tmp_path, monkeypatch):
         last["raw"], last["model"] = weights_sha256(state.model.state_dict()), state.model
         return result
 
-    def watched_evaluate(model, *rest):
+    def watched_evaluate(model, *rest, **keys):
         before = weights_sha256(model.state_dict())
-        scores = evaluate(model, *rest)
+        scores = evaluate(model, *rest, **keys)
         assert weights_sha256(model.state_dict()) == before and not model.training
         assert weights_sha256(last["model"].state_dict()) == last["raw"]
         last["evaluated"] = last.get("evaluated", 0) + 1

@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 
+from lib.augment import model_input, move_pixels, no_augmentation, view_draws
 from lib.command import BadInput
 from lib.config import load_config
+from lib.equivariant import filter_copies
 from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, num_parameters
 
 torch.set_num_threads(1)
@@ -15,7 +17,7 @@ torch.set_num_threads(1)
 
 def build(model="mlp", seed=1, mlp_hidden="8", cnn_width=4, dropout=0.0, device="cpu"):
     torch.manual_seed(seed)
-    values = {"model": model, "mlp_hidden": mlp_hidden, "cnn_width": cnn_width, "dropout": dropout}
+    values = {"model": model, "mlp_hidden": mlp_hidden, "cnn_width": cnn_width, "p4m_width": 2, "dropout": dropout}
     with torch.device(device):
         return build_model(load_config(overrides=[f"{key}={value}" for key, value in values.items()]))
 
@@ -133,3 +135,34 @@ def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_ce
     x[:, :, edge : num_cells - edge, edge : num_cells - edge] = 1
     model(x)
     assert torch.equal(seen[0][0, 32:], torch.ones(32)) and seen[0][0, :32].allclose(torch.tensor(4 / num_cells**2))
+
+
+def test_p4m_gives_the_eight_symmetries_of_a_patch_one_logit_and_a_plain_network_does_not():
+    torch.manual_seed(0)
+    images = torch.randint(256, (3, 96, 96, 3), dtype=torch.uint8)
+    spread = {}
+    for name in ("p4m", "cnn"):
+        model = build(name)
+        x = model_input(images, no_augmentation(3))
+        for _ in range(3):  # statistics that are not those of the start
+            model(x + torch.randn_like(x))
+        model.eval()
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                if tensor.is_floating_point() and tensor.ndim == 1:
+                    tensor.add_(torch.rand_like(tensor))
+            views = [model(model_input(images, view_draws(3, symmetry))) for symmetry in range(8)]
+            logits = torch.cat(views, 1)
+        spread[name] = float((logits - logits[:, :1]).abs().max() / logits.std(0).mean())
+    assert spread["p4m"] < 1e-4 < 1e-2 < spread["cnn"]
+
+
+def test_the_eight_copies_of_a_filter_are_its_symmetries_in_orientations_that_turned_with_it():
+    for size in (2, 3, 4):
+        weight = torch.arange(8.0 * size * size)
+        copies = (weight @ filter_copies(size, False, torch.device("cpu"))).view(8, 8, size, size)
+        patches = weight.view(8, size, size, 1).byte().expand(-1, -1, -1, 3)
+        for g in range(8):
+            turned = move_pixels(patches, view_draws(8, g), size)[..., 0].float()
+            assert sorted(map(tuple, copies[g].flatten(1).tolist())) == sorted(map(tuple, turned.flatten(1).tolist()))
+        assert torch.equal(copies[0].flatten(), weight) and len({tuple(c.flatten().tolist()) for c in copies}) == 8

@@ -65,10 +65,10 @@ def test_logits_are_float32_in_either_precision(trained):
 def test_logits_follow_the_rows_asked_for_in_blocks_of_any_size(trained):
     model, cfg, source, _ = trained
     rows = np.random.default_rng(0).permutation(len(source))
-    whole = predict_rows(model, source, np.arange(len(source)), cfg)
+    whole = predict_rows(model, source, np.arange(len(source)), cfg, 1)
     for size in (7, 64):
         object.__setattr__(changed := copy.copy(cfg), "eval_batch_size", size)
-        assert np.allclose(predict_rows(model, source, rows, changed), whole[rows], atol=1e-5)
+        assert np.allclose(predict_rows(model, source, rows, changed, 1), whole[rows], atol=1e-5)
 
 
 def test_evaluation_scores_the_logits_and_changes_no_weight_or_buffer(trained):
@@ -78,4 +78,4 @@ def test_evaluation_scores_the_logits_and_changes_no_weight_or_buffer(trained):
     rows = Rows(np.arange(len(labels)), labels, {})
     scores = evaluate(model, source, rows, cfg)
     assert state_sha256(model.state_dict()) == before
-    assert scores == compute_metrics(labels, predict_rows(trained[0], source, rows.index, cfg))
+    assert scores == compute_metrics(labels, predict_rows(trained[0], source, rows.index, cfg, 1))

@@ -129,6 +129,16 @@ def test_the_last_line_of_stdout_is_the_summary_with_the_run(tmp_path, pcam_dir)
     assert result == {"run": str(run), **read_json(run / "summary.json")}
 
 
+def test_the_summary_scores_the_best_model_over_all_views(pcam_dir, tmp_path):
+    run = start(tmp_path, pcam_dir, "views=8")[0]
+    command = ["inference.py", "--ckpt", run, pcam_dir, "--split", "valid", "--out", tmp_path / "p.csv"]
+    scores = run_script(*command, check=0).json["scores"]
+    summary, best = read_json(run / "summary.json"), max(float(row["val_auc"]) for row in read_csv(run / "epochs.csv"))
+    assert summary["val_loss"] == pytest.approx(scores["loss"], rel=1e-5) and summary["val_auc"] == scores["auc"]
+    one = run_script(*command[:-1], tmp_path / "q.csv", "--views", 1, check=0).json["scores"]
+    assert one["auc"] == best and one["loss"] != pytest.approx(scores["loss"], rel=1e-5)
+
+
 # ---- the same again
 
 
@@ -458,7 +468,7 @@ BAD_ARGUMENTS = [
     (["batchsize=3"], "did you mean 'batch_size'"),
     (["lr=fast"], "lr: 'fast' is not allowed, it must be a number above 0"),
     (["epochs=0"], "epochs: '0' is not allowed, it must be an integer at least 1"),
-    (["model=vit"], "one of cnn, mlp, resnet18, densenet121"),
+    (["model=vit"], "one of cnn, p4m, mlp, resnet18, densenet121"),
     (["batch_size=10", "shards=4"], "must be a multiple of shards"),
     (["seed"], "not of the form key=value"),
     (["lr=1", "lr=2"], "lr is given twice"),

@@ -307,7 +307,7 @@ def test_an_undefined_score_is_never_the_best():
 
 @pytest.mark.parametrize("changes", [{"schedule": "plateau"}, {"early_stop_epochs": 1}])
 def test_what_moves_the_validation_score_is_part_of_the_identity_where_training_listens_to_it(changes):
-    one, eight = make_cfg(views=1, **changes), make_cfg(views=8, **changes)
-    assert one.identity_digest({}) != eight.identity_digest({}), "views reach the weights through the schedule"
+    one, other = make_cfg(eval_batch_size=8, **changes), make_cfg(eval_batch_size=9, **changes)
+    assert one.identity_digest({}) != other.identity_digest({}), "rounding reaches the weights through the schedule"
     with pytest.raises(BadInput):
-        change_free_keys(one, {"views": "8"})
+        change_free_keys(one, {"eval_batch_size": "9"})
