@@ -114,7 +114,8 @@ def run_synthetic(args) -> int:
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
-    require_space(args.to, 0 if args.gzip else sum(map(plan.num, ("train", "valid", "test"))) * PATCH_BYTES * plan.itemsize)
+    patch_bytes = 0 if args.gzip else PATCH_BYTES * (4 if args.float32 else 1)
+    require_space(args.to, sum(map(plan.num, ("train", "valid", "test"))) * patch_bytes)
     with Progress(args.train + args.valid + args.test, "draw") as progress:
         result = write_synthetic(plan, args.to, progress.add)
     rows = [(split, result[f"num_{split}"]) for split in ("train", "valid", "test")]
