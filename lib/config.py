@@ -17,31 +17,16 @@ from lib.command import BadInput, nearest, one_line
 from lib.logger import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
+TINY = math.ulp(0.0)
 NOT_IDENTITY = "does not change the weights"
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-@dataclass(frozen=True)
-class Range:
-    """Closed bounds of a number; `above` excludes its own value."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-
-    def __contains__(self, value):
-        return self.least <= value <= self.most and value > self.above
-
-    def __str__(self):
-        low = f"above {self.above:.10g}" if self.above > -math.inf else f"at least {self.least:.10g}"
-        return low if self.most == math.inf else f"{low} and at most {self.most:.10g}"
-
-
-Share = Annotated[float, Range(0, 1)]
-Natural = Annotated[int, Range(0)]
-Positive = Annotated[int, Range(1)]
-NonNegative = Annotated[float, Range(0)]
-AboveZero = Annotated[float, Range(above=0)]
+Share = Annotated[float, 0, 1]  # a type and its bounds, both allowed
+Natural = Annotated[int, 0]
+Positive = Annotated[int, 1]
+NonNegative = Annotated[float, 0]
+AboveZero = Annotated[float, TINY]
 Reason = Literal[
     "nan", "range", "black", "white", "constant", "flat", "scaled", "duplicate", "near_duplicate", "leak", "trigger", "label"
 ]
@@ -52,7 +37,7 @@ class Config:
     """Every parameter of a run; config.yaml says what each one means."""
 
     name: Annotated[str, NOT_IDENTITY]
-    seed: Annotated[int, Range(0, 2**31 - 1)]
+    seed: Annotated[int, 0, 2**31 - 1]
 
     data_dir: Annotated[str, NOT_IDENTITY]  # the fingerprint of the data stands in for it
     data_residence: Annotated[Literal["auto", "disk", "host", "device"], NOT_IDENTITY]
@@ -67,13 +52,13 @@ class Config:
     model: Literal["cnn", "mlp", "resnet18", "densenet121"]
     cnn_width: Positive
     mlp_hidden: tuple[Positive, ...]
-    dropout: Annotated[float, Range(0, 0.95)]
+    dropout: Annotated[float, 0, 0.95]
     weights: str
 
     symmetries: bool
-    crop: Annotated[int, Range(32, 96)]
+    crop: Annotated[int, 32, 96]
     crop_epochs: Natural
-    shift: Annotated[int, Range(0, 48)]
+    shift: Annotated[int, 0, 48]
     stain_jitter: NonNegative
     brightness_jitter: NonNegative
 
@@ -87,19 +72,19 @@ class Config:
     schedule: Literal["cosine", "step", "plateau", "constant"]
     warmup_epochs: NonNegative
     decay_epochs: Positive
-    decay_factor: Annotated[float, Range(above=0, most=1)]
+    decay_factor: Annotated[float, TINY, 1]
     grad_clip: NonNegative
-    label_smoothing: Annotated[float, Range(0, 0.5)]
-    ema_decay: Annotated[float, Range(0, 0.99999)]
+    label_smoothing: Annotated[float, 0, 0.5]
+    ema_decay: Annotated[float, 0, 0.99999]
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, Range(1, 1024)]
+    threads: Annotated[int, 1, 1024]
     deterministic: bool
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]
     early_stop_epochs: Natural
-    eval_batch_size: Annotated[int, Range(1), NOT_IDENTITY]
+    eval_batch_size: Annotated[int, 1, NOT_IDENTITY]
     views: Annotated[Literal[1, 8], NOT_IDENTITY]
-    checkpoint_every_steps: Annotated[int, Range(0), NOT_IDENTITY]
+    checkpoint_every_steps: Annotated[int, 0, NOT_IDENTITY]
 
     def identity(self) -> dict:
         """The keys that change the weights."""
@@ -145,11 +130,12 @@ def _coerce(key, value, hint):
             return "" if value is None else str(value)
         allowed = "text"
     else:
-        bounds = next(extra for extra in extras if isinstance(extra, Range))
-        allowed = f"{'an integer' if kind is int else 'a number'} {bounds}"
+        least, most = ([extra for extra in extras if extra != NOT_IDENTITY] + [math.inf])[:2]
+        low = "above 0" if least == TINY else f"of at least {least}"
+        allowed = f"{'an integer' if kind is int else 'a number'} {low}{f' and at most {most}' if most < math.inf else ''}"
         with contextlib.suppress(ArithmeticError, ValueError):  # of what is no number
             number = Decimal(str(value))  # which keeps the last digits of a large integer
-            if math.isfinite(number) and not (kind is int and number % 1) and kind(number) in bounds:
+            if math.isfinite(number) and not (kind is int and number % 1) and least <= kind(number) <= most:
                 return kind(number)
     raise BadInput(f"config key {key}: {value!r} is not allowed, it must be {allowed}")
 

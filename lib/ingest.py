@@ -52,10 +52,7 @@ def require_space(directory, num_bytes: int) -> None:
 
 
 def fill_folder(directory: Path, source: str, sizes: dict[str, int], write_split) -> dict[str, dict]:
-    """{split: {patches, seconds, ...}}: `write_split(split)` writes each split of `sizes` (patches) and says more of it.
-
-    Splits that a killed run finished from the same `source` stay; another source is refused, bad input leaves nothing.
-    """
+    """Have `write_split` write each split of `sizes` (patches) that a killed run left undone; gives {split: {patches, ...}}."""
     with sole_writer(directory):
         begun_from = read_journal(directory).get("source")
         splits = {split: {"patches": sizes[split]} for split in SPLITS if split in sizes}
@@ -89,19 +86,16 @@ def index_source(path: Path, scratch: Path, stack: contextlib.ExitStack, valid_s
     if not path.is_dir() and not path.is_file():
         raise BadInput(f"no file or folder {path}")
     labels_path = path / "train_labels.csv"
-    kaggle = read_kaggle_labels(labels_path, valid_share) if labels_path.is_file() else None
+    kaggle = read_kaggle_labels(labels_path, valid_share) if labels_path.is_file() else {}
     splits, skipped, seen, digest = {}, Counter(), set(), hashlib.sha256()
     with Progress(0, f"look through {path.name}", "files") as progress:
         for name, file, archive, offset, size, changed_ns in list_files(path, scratch, stack):
             progress.add()
-            folder, _, base = name.rpartition("/")
-            if size is None or not is_image(base):
+            if size is None or not is_image(PurePosixPath(name).name):
                 skipped["not an image"] += 1
                 continue
-            if kaggle is None:
-                place, key = place_by_folder(name, file), name
-            else:
-                place = key = kaggle.get(base.rpartition(".")[0]) if folder == "train" else None
+            key = name.rpartition(".")[0] if kaggle else name
+            place = kaggle.get(key) if kaggle else place_by_folder(name, file)
             if place is None:
                 skipped["no label"] += 1
                 continue
@@ -114,8 +108,8 @@ def index_source(path: Path, scratch: Path, stack: contextlib.ExitStack, valid_s
     if not splits:
         reasons = ", ".join(f"{count:,} files skipped ({reason})" for reason, count in skipped.items()) or "it is empty"
         raise BadInput(f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1): {reasons}")
-    if absent := [name for name, place in (kaggle or {}).items() if place not in seen]:
-        raise BadInput(f"{labels_path} lists {absent[0]}, which train/ does not have ({len(absent):,} such)")
+    if absent := [key for key in kaggle if key not in seen]:
+        raise BadInput(f"{labels_path} lists {absent[0]}, which is not there ({len(absent):,} such)")
     return {split: sorted(images, key=lambda image: image[:3]) for split, images in splits.items()}, skipped, digest.hexdigest()
 
 
@@ -137,13 +131,13 @@ def place_by_folder(name: str, file) -> tuple[str, int, float] | None:
 
 
 def read_kaggle_labels(path: Path, valid_share: float) -> dict[str, tuple[str, int, int]]:
-    """{id: (split, label, row)} of a train_labels.csv; which are held out is a function of the id alone."""
+    """{train/id: (split, label, row)} of a train_labels.csv; which are held out is a function of the id alone."""
     places = {}
     for row, entry in enumerate(read_edited_csv(path, ("id", "label"))):
-        name, label = entry["id"], entry["label"]
+        name, label = f"train/{entry['id']}", entry["label"]
         if label not in ("0", "1") or name in places:
             raise BadInput(f"{path}: row {row + 1} ({name}) has the label {label!r}; a row an id, with 0 or 1, is allowed")
-        held_out = int(hashlib.sha256(name.encode()).hexdigest(), 16) < valid_share * 2**256
+        held_out = int(hashlib.sha256(entry["id"].encode()).hexdigest(), 16) < valid_share * 2**256
         places[name] = ("valid" if held_out else "train", int(label), row)
     return places
 
@@ -201,10 +195,7 @@ def decode_image(image: tuple) -> tuple[np.ndarray, str]:
 
 
 def import_images(path, directory, valid_share: float = 0.1) -> dict:
-    """Write the labelled images of a source (see `index_source`) as PCam files into a new, empty or unfinished folder.
-
-    Gives what `fill_folder` says as `splits`, with {mode: images} `converted` to RGB, and {reason: files} as `skipped`.
-    """
+    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped: {reason: files}}."""
     path, directory = Path(path), Path(directory)
     read_journal(directory)
 

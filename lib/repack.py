@@ -1,22 +1,20 @@
 """PCam-like HDF5 of any number type, layout and compression as contiguous uint8, with every loss counted."""
 
-import itertools
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from lib import pcam
 from lib.command import BadInput
-from lib.ingest import LOSSES_FILE, NUM_THREADS, fill_folder, read_journal
+from lib.ingest import LOSSES_FILE, fill_folder, read_journal
 from lib.logger import read_csv, write_csv
-from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SplitWriter, open_dataset, read_labels, read_rows, split_path
+from lib.pcam import PATCH_SHAPE, SplitWriter, open_dataset, read_labels, read_rows, split_path
 from lib.progress import Progress
 
 LOSSES_HEADER = ("split", "row", "kind", "num_values", "lowest", "highest")
 LOSS_KINDS = ("not_finite", "below_0", "above_255", "rounded")
-BLOCK_BYTES, CONVERT_ROWS = 1 << 26, 32
+BLOCK_ROWS, MOST_ROWS = 64, 1024  # a block that a cache can hold; the longest chunk that memory may have to
 
 
 def repack(path, directory, allow_loss: bool = False) -> dict:
@@ -56,10 +54,7 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
 
 
 def plan_repack(path: Path, split: str) -> tuple[int, int]:
-    """(number of patches, factor that brings them to 0..255) of a split. Raises BadInput for what repack would have to guess.
-
-    A file counts as scaled to [0, 1] by the median of the patches' maxima, which damage in a few per cent of them cannot move.
-    """
+    """(number of patches, factor to 0..255) of a split: 255 where the median of the patches' maxima is at most 1."""
     x_path, meta_path = split_path(path, split, "x"), split_path(path, split, "meta")
     num_labels = len(read_labels(split_path(path, split, "y")))
     num_meta = len(pcam.read_meta(meta_path)) if meta_path.exists() else num_labels
@@ -84,22 +79,15 @@ def convert_split(path: Path, split: str, factor: int, writer: SplitWriter | Non
     """Convert a split by blocks, into `writer` if there is one. Gives its losses: (row, kind, values, lowest, highest)."""
     labels, losses = read_labels(split_path(path, split, "y")), []
     progress = Progress(len(labels), f"{'repack' if writer else 'count the losses of'} {split}")
-    with open_dataset(split_path(path, split, "x"), "x") as dataset, progress, ThreadPoolExecutor(NUM_THREADS + 1) as pool:
-        row_bytes, chunk = PATCH_BYTES * dataset.dtype.itemsize, dataset.chunks[0] if dataset.chunks else 1
-        chunk = chunk if chunk * row_bytes <= 4 * BLOCK_BYTES else 1
-        num_rows = max(1, BLOCK_BYTES // (row_bytes * chunk)) * chunk  # whole chunks, so that each is decoded once
-        blocks = [slice(start, start + num_rows) for start in range(0, len(labels), num_rows)]
-        ahead = pool.submit(read_rows, dataset, blocks[0])
-        for block, following in itertools.zip_longest(blocks, blocks[1:]):
-            values = ahead.result()
-            if following:  # is read while this one is converted: between two requests a disk would idle
-                ahead = pool.submit(read_rows, dataset, following)
-            parts = range(0, len(values), CONVERT_ROWS)  # that a cache can hold
-            tasks = [pool.submit(convert_patches, values[at : at + CONVERT_ROWS], factor, block.start + at) for at in parts]
-            patches, lost = zip(*(task.result() for task in tasks), strict=True)
-            losses += itertools.chain(*lost)
+    with open_dataset(split_path(path, split, "x"), "x") as dataset, progress:
+        chunk = dataset.chunks[0] if dataset.chunks and dataset.chunks[0] <= MOST_ROWS else 1
+        num_rows = -(-BLOCK_ROWS // chunk) * chunk  # whole chunks, so that each is decoded once
+        for start in range(0, len(labels), num_rows):
+            values = read_rows(dataset, slice(start, start + num_rows))
+            patches, lost = convert_patches(values, factor, start)
+            losses += lost
             if writer:
-                writer.add(np.concatenate(patches), labels[block])
+                writer.add(patches, labels[start : start + num_rows])
             progress.add(len(values))
     return sorted(losses)
 

@@ -450,10 +450,7 @@ def generate_split(plan: SyntheticPlan, split: str):
 
 
 def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
-    """Write a plan's splits as official PCam files with truth.csv (what was planted where) beside them; 0 patches, no files.
-
-    Gives {num_train, num_valid, num_test, seed, planted: {kind: patches}, wall_s, patches_per_s}, calls `progress(patches)`.
-    """
+    """Write a plan's splits as official PCam files, and truth.csv beside them; gives counts, `planted` by kind, rate."""
     directory, began_s, truth = Path(directory), time.perf_counter(), []
     with sole_writer(directory):
         for leftover in directory.glob(f"{DRAWING}*"):  # of a killed process

@@ -174,7 +174,7 @@ BAD_SOURCES = {
     ),
     "has the label '2'": lambda tmp: write_kaggle(tmp / "in", lines=["ff,2"])[0],
     "not a readable CSV \\(unexpected end": lambda tmp: write_kaggle(tmp / "in", lines=['abc,"1'])[0],
-    "lists abc, which train/ does not have": lambda tmp: write_kaggle(tmp / "in", lines=["abc,1"])[0],
+    "lists train/abc, which is not there": lambda tmp: write_kaggle(tmp / "in", lines=["abc,1"])[0],
 }
 
 

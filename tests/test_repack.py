@@ -50,8 +50,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source):
-    monkeypatch.setattr(lib.repack, "BLOCK_BYTES", 2_000_000)  # several blocks
-    monkeypatch.setattr(lib.repack, "CONVERT_ROWS", 3)
+    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 7)  # several blocks
     images, options = SOURCES[source]
     factor = 255 if "0..1" in source else 1
     valid = scaled(images.dtype)[:16] if factor == 255 else IMAGES[:16]
@@ -102,8 +101,7 @@ def test_each_loss_is_counted_to_the_value_and_its_rows_are_kept(tmp_path, monke
     assert ("train", "19", "above_255", "12", "100000", "100000") in rows
     assert ("train", "5", "below_0", "2", "-3", "-0.25") in rows and ("train", "5", "rounded", "1", "0.5", "0.5") in rows
     assert len(rows) == sum(count["patches"] for count in expected.values())
-    monkeypatch.setattr(lib.repack, "BLOCK_BYTES", 2_000_000)  # the rows are those of the split, not of a block or a part
-    monkeypatch.setattr(lib.repack, "CONVERT_ROWS", 3)
+    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 3)  # the rows are those of the split, not of a block
     repack(folder, tmp_path / "out2", allow_loss=True)
     assert (tmp_path / "out2" / LOSSES_FILE).read_bytes() == (tmp_path / "out" / LOSSES_FILE).read_bytes()
 
