@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import http.client
 import time
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -128,11 +127,9 @@ def stream(url: str, start: int, timeout_s: float):
                 offset += len(block)
             if total is not None and offset < total:
                 raise Cut("the connection was cut")
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
-            return
-        if error.code < 500 and error.code not in (408, 429):
-            raise BadInput(f"{url} is refused by the server: {error.code} {error.reason}") from None
-        raise Cut(f"the server answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Cut(one_line(getattr(error, "reason", error)) or "no answer") from None
+        code = getattr(error, "code", 500)  # what is no answer of the server may pass
+        if code < 500 and code not in (408, 416, 429):
+            raise BadInput(f"{url} is refused by the server: {one_line(error)}") from None
+        if code != 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
+            raise Cut(one_line(error)) from None
