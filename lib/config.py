@@ -131,7 +131,7 @@ def _coerce(key, value, hint):
         allowed = "text"
     else:
         least, most = ([extra for extra in extras if extra != NOT_IDENTITY] + [math.inf])[:2]
-        low = "above 0" if least == TINY else f"of at least {least}"
+        low = "above 0" if least == TINY else f"at least {least}"
         allowed = f"{'an integer' if kind is int else 'a number'} {low}{f' and at most {most}' if most < math.inf else ''}"
         with contextlib.suppress(ArithmeticError, ValueError):  # of what is no number
             number = Decimal(str(value))  # which keeps the last digits of a large integer
