@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, probability, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, probability, say, script
 
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="inference.py", description="Apply a checkpoint to patches: one row of probability and decision each.")
     parser.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="PCam folder, .h5, image, or folder or tar of images")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", type=place, help="PCam folder, .h5, image, folder or tar of images"
+    )
     parser.add_argument("--split", default="", help="which split of a PCam folder: train, valid or test")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
     parser.add_argument("--threshold", type=probability, metavar="T", help="positive from here on (default: stored)")

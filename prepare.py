@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, say, script
 
 
 def build_parser() -> Parser:
@@ -15,9 +15,11 @@ def build_parser() -> Parser:
         verb = verbs.add_parser(name, help=help, description=help)
         verb.set_defaults(run=run)
         if needs_source:
-            verb.add_argument("source", metavar="SRC")
+            verb.add_argument("source", metavar="SRC", type=place)
         if needs_target:
-            verb.add_argument("--to", metavar="DIR", required=True, help="the PCam folder to write: new, empty or unfinished")
+            verb.add_argument(
+                "--to", metavar="DIR", type=place, required=True, help="folder to write: new, empty or unfinished"
+            )
         return verb
 
     verb = add_verb("download", run_download, "fetch the official files: resumed, checked by MD5, unpacked")
@@ -41,7 +43,7 @@ def build_parser() -> Parser:
     verb.add_argument("--gzip", action="store_true", help="store x compressed")
 
     verb = add_verb("verify", run_verify, "read a PCam folder from end to end, say what is wrong", needs_target=False)
-    verb.add_argument("directory", metavar="DIR")
+    verb.add_argument("directory", metavar="DIR", type=place)
     verb.add_argument("--md5", action="store_true", help="compare with the published MD5 sums")
     return parser
 
@@ -112,7 +114,8 @@ def run_synthetic(args) -> int:
         )
     except ValueError as error:
         raise BadInput(str(error)) from None
-    require_space(args.to, 0 if args.gzip else sum(map(plan.num, ("train", "valid", "test"))) * PATCH_BYTES * plan.itemsize)
+    patch_bytes = 0 if args.gzip else PATCH_BYTES * (4 if args.float32 else 1)
+    require_space(args.to, sum(map(plan.num, ("train", "valid", "test"))) * patch_bytes)
     with Progress(args.train + args.valid + args.test, "draw") as progress:
         result = write_synthetic(plan, args.to, progress.add)
     rows = [(split, result[f"num_{split}"]) for split in ("train", "valid", "test")]

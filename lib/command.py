@@ -30,6 +30,13 @@ def probability(text: str) -> float:
     return value
 
 
+def place(text: str) -> str:
+    """An argument that names a file or folder: an empty one would mean the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text names no file or folder")
+    return text
+
+
 def one_line(error) -> str:
     """The first line of an exception's text; libraries append pages of internals to theirs."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -4,20 +4,20 @@ import gzip
 import hashlib
 import http.client
 import time
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
 
 from lib.command import BadInput, one_line, say
 from lib.ingest import require_space
-from lib.logger import BLOCK_BYTES, atomic_write, file_digest
+from lib.logger import atomic_write, file_digest
 from lib.pcam import PATCH_BYTES, split_path
 from lib.progress import Progress
 from lib.verify import OFFICIAL
 
 ZENODO = "https://zenodo.org/records/2546921/files/NAME?download=1"
-LONGEST_WAIT_S = 60.0
+NUM_TRIES, LONGEST_WAIT_S = 6, 60.0
+BLOCK_BYTES = 1 << 22
 
 
 class WrongContent(Exception):
@@ -31,9 +31,8 @@ class Cut(Exception):
 def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=OFFICIAL, timeout_s=30.0, backoff_s=1.0) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that were fetched.
 
-    What is there and right is left alone. `base_url` holds NAME in place of the file's name, or is a folder. Raises BadInput
-    for a server that cannot be used, a disk too small, or another file under an official name; WrongContent after an MD5
-    mismatch in two fetches.
+    `base_url` holds NAME in place of a file's name, or is a folder. Raises BadInput for a server that cannot be used, a disk
+    too small, or another file under an official name; WrongContent after an MD5 mismatch in two fetches.
     """
     directory, wanted = Path(directory), []
     url = base_url if "NAME" in base_url else f"{base_url.rstrip('/')}/NAME"
@@ -90,8 +89,8 @@ def place(part: Path, path: Path, packed_md5: str | None, md5: str) -> str:
     return ""
 
 
-def fetch(url: str, part: Path, timeout_s: float, backoff_s: float, num_tries: int = 6) -> None:
-    """Download into `part`, going on at its end. Raises BadInput after `num_tries` in a row that got no further."""
+def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
+    """Download into `part`, going on at its end. Raises BadInput after NUM_TRIES in a row that got no further."""
     furthest, failures = 0, 0
     with Progress(0, part.name.removesuffix(".part"), "bytes") as progress:
         while True:
@@ -107,7 +106,7 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float, num_tries: i
             except Cut as cut:
                 size = part.stat().st_size
                 failures, furthest = (failures + 1, furthest) if size <= furthest else (1, size)
-                if failures >= num_tries:
+                if failures >= NUM_TRIES:
                     raise BadInput(f"{url} cannot be fetched: {cut}; {size:,} bytes are kept for the next run") from None
                 wait_s = min(LONGEST_WAIT_S, backoff_s * 2 ** (failures - 1))
                 say(f"{part.name}: {cut} at {size:,} bytes, going on in {wait_s:.0f} s")
@@ -115,16 +114,12 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float, num_tries: i
 
 
 def stream(url: str, start: int, timeout_s: float):
-    """Yield (offset, total or None, bytes) of a file from `start`, or from 0 where the server knows no ranges.
-
-    Raises Cut for whatever may pass, BadInput for an address that is refused.
-    """
+    """Yield (offset, total or None, bytes) of a file from `start`, or from 0 where the server knows no ranges, until a Cut."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            ranged = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            offset = start if response.status == 206 and ranged else 0
-            if response.status == 206 and not ranged:
+            offset = start if response.status == 206 else 0
+            if offset and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
                 raise Cut("the server sent another range than was asked for")
             total = offset + response.length if response.length is not None else None
             while block := response.read1(BLOCK_BYTES):  # what has come; read() would lose it in a stall
@@ -132,11 +127,9 @@ def stream(url: str, start: int, timeout_s: float):
                 offset += len(block)
             if total is not None and offset < total:
                 raise Cut("the connection was cut")
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
-            return
-        if error.code < 500 and error.code not in (408, 429):
-            raise BadInput(f"{url} is refused by the server: {error.code} {error.reason}") from None
-        raise Cut(f"the server answers {error.code} {error.reason}") from None
     except (OSError, http.client.HTTPException) as error:
-        raise Cut(one_line(getattr(error, "reason", error)) or "no answer") from None
+        code = getattr(error, "code", 500)  # what is no answer of the server may pass
+        if code < 500 and code not in (408, 416, 429):
+            raise BadInput(f"{url} is refused by the server: {one_line(error)}") from None
+        if code != 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
+            raise Cut(one_line(error)) from None

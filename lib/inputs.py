@@ -5,7 +5,7 @@ import itertools
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TAR_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # what Pillow turns into 8-bit RGB without a choice to make
 NUM_DECODERS = 2
 BLOCK = 256
@@ -48,22 +49,40 @@ def decode_patch(data: bytes, name) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except BadInput:
         raise
-    except UnidentifiedImageError:  # its text names a memory address
-        raise BadInput(f"{name} is not a readable image (of no kind that is known)") from None
     except Exception as error:  # whatever damage provokes in a decoder
-        raise BadInput(f"{name} is not a readable image ({one_line(error)})") from None
+        unknown = isinstance(error, UnidentifiedImageError)  # its text names a memory address
+        raise BadInput(
+            f"{name} is not a readable image ({'of no kind that is known' if unknown else one_line(error)})"
+        ) from None
 
 
-def safe_member_name(name: str, tar_path) -> str:
-    """A tar member's name. Raises BadInput if it would climb out of the folder it is unpacked in."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise BadInput(f"{tar_path} holds the path {name!r}, which climbs out of its folder: the whole tar is refused")
-    return str(path)
+def is_image(name: str) -> bool:
+    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_tar(path: Path) -> bool:
-    return path.name.lower().endswith(TAR_SUFFIXES)
+    return path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()
+
+
+def walk_tar(path: Path, archive=None, load=False):
+    """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images among it.
+
+    Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of the folder.
+    """
+    try:
+        with tarfile.open(path, fileobj=archive) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # tarfile would keep 1.5 KB of every member
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise BadInput(f"{path} holds the path '{name}', which climbs out of its folder: the whole tar is refused")
+                wanted = load and member.isfile() and is_image(name.name)
+                yield str(name), member, tar.extractfile(member).read() if wanted else None
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damage between members for the end
+                raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of zeros")
+    except TAR_DAMAGE as error:
+        raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
 
 
 def read_inputs(paths, split: str = "") -> Iterator[Block]:
@@ -74,80 +93,52 @@ def read_inputs(paths, split: str = "") -> Iterator[Block]:
     for path in map(Path, paths):
         if path.is_dir() and any(path.glob("camelyonpatch_level_2_split_*")):
             yield from _pcam_blocks(path, split)
-        elif path.is_dir():
-            found = sorted(entry for entry in path.rglob("*") if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file())
-            if not found:
-                raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-            yield from _image_blocks((str(entry), entry.read_bytes) for entry in found)
-        elif path.suffix.lower() in (".h5", ".hdf5"):
-            yield from _array_blocks(open_images(path), str(path), None)
-        elif is_tar(path):
-            num = 0
-            for block in _image_blocks(_tar_members(path)):
-                num += len(block.sources)
-                yield block
-            if not num:
-                raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            yield from _image_blocks([(str(path), path.read_bytes)])
+        elif path.suffix.lower() in (".h5", ".hdf5") and not path.is_dir():
+            yield from _array_blocks(open_images(path))
         else:
-            raise BadInput(f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and tars of images")
+            yield from _image_blocks(path)
 
 
 def _pcam_blocks(folder: Path, split: str) -> Iterator[Block]:
     there = [name for name in SPLITS if split_path(folder, name, "x").exists()]
     if split not in there:
         raise BadInput(f"{folder} is a PCam folder: choose --split from {', '.join(there) or 'none, it has no x file'}")
-    path = split_path(folder, split, "x")
     if split_path(folder, split, "y").exists():
         opened = open_split(folder, split)
-        yield from _array_blocks(opened.images, str(path), opened.labels)
-    else:
-        yield from _array_blocks(open_images(path), str(path), None)
+        return _array_blocks(opened.images, opened.labels.tolist())
+    return _array_blocks(open_images(split_path(folder, split, "x")))
 
 
-def _array_blocks(images, source: str, labels) -> Iterator[Block]:
+def _array_blocks(images, labels=None) -> Iterator[Block]:
     for start, block in images.blocks(BLOCK):
-        num = len(block)
-        known = [None] * num if labels is None else labels[start : start + num].tolist()
-        yield Block([source] * num, list(range(start, start + num)), block, known, [None] * num)
+        rows = range(start, start + len(block))
+        known = [labels[row] if labels else None for row in rows]
+        yield Block([str(images.path)] * len(rows), list(rows), block, known, [None] * len(rows))
 
 
-def _image_blocks(named: Iterator[tuple[str, Callable[[], bytes]]]) -> Iterator[Block]:
+def _image_blocks(path: Path) -> Iterator[Block]:
     """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
+    if path.is_dir():
+        found = ((str(file), file) for file in sorted(path.rglob("*")) if is_image(file.name) and file.is_file())
+    elif is_tar(path):
+        found = ((f"{path}/{name}", data) for name, _, data in walk_tar(path, load=True) if data is not None)
+    elif is_image(path.name) and path.is_file():
+        found = iter([(str(path), path)])
+    else:
+        raise BadInput(f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and tars of images")
 
     def decode(item):
-        name, data, refusal = item
+        name, data = item
         try:
-            if refusal:
-                raise BadInput(refusal)
-            return decode_patch(data, name), None
-        except BadInput as error:
-            return np.zeros(PATCH_SHAPE, np.uint8), str(error)
+            return decode_patch(data if isinstance(data, bytes) else data.read_bytes(), name), None
+        except (BadInput, OSError) as error:
+            return np.zeros(PATCH_SHAPE, np.uint8), str(error) if isinstance(error, BadInput) else f"{name}: {one_line(error)}"
 
-    def read(item):
-        name, read_bytes = item
-        try:
-            return name, read_bytes(), None
-        except OSError as error:
-            return name, b"", f"{name}: {one_line(error)}"
-
-    named = iter(named)
+    num = 0
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
-        while chunk := [read(item) for item in itertools.islice(named, BLOCK)]:
+        while chunk := list(itertools.islice(found, BLOCK)):
             patches, errors = zip(*pool.map(decode, chunk), strict=True)
-            names = [name for name, _, _ in chunk]
-            yield Block(names, [0] * len(chunk), np.stack(patches), [None] * len(chunk), list(errors))
-
-
-def _tar_members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """(name, reader) of each image in a tar, in its order."""
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                name = safe_member_name(member.name, path)
-                if member.isfile() and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES:
-                    data = tar.extractfile(member).read()  # here, where a tar that is cut off is refused
-                    yield f"{path}/{name}", lambda data=data: data
-    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise BadInput(f"{path} is not a readable tar ({one_line(error)})") from None
+            num += len(chunk)
+            yield Block([name for name, _ in chunk], [0] * len(chunk), np.stack(patches), [None] * len(chunk), list(errors))
+    if not num:
+        raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")

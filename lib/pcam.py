@@ -22,12 +22,12 @@ PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
 FINGERPRINT_FILE = ".pcam-sha256.json"
+MOST_PACKED = 5000  # bytes of patches in a byte of the file: five times what gzip can do
 
 
 def split_path(directory, split: str, part: str) -> Path:
     """The official path of a split's `x`, `y`, `mask` (HDF5) or `meta` (CSV)."""
-    name = f"camelyonpatch_level_2_split_{split}_{part}"
-    return Path(directory) / f"{name}{'.csv' if part == 'meta' else '.h5'}"
+    return Path(directory, f"camelyonpatch_level_2_split_{split}_{part}.{'csv' if part == 'meta' else 'h5'}")
 
 
 def require_file(path: Path) -> Path:
@@ -43,14 +43,12 @@ def require_file(path: Path) -> Path:
 
 
 def require_splits(directory) -> list[str]:
-    """The splits of a PCam folder. Raises BadInput when train or valid lacks a file; the test split may be missing whole."""
-    for split in ("train", "valid"):
-        for part in ("x", "y"):
-            require_file(split_path(directory, split, part))
-    has_test = [split_path(directory, "test", part).exists() for part in ("x", "y")]
-    if any(has_test) and not all(has_test):
-        require_file(split_path(directory, "test", "y" if has_test[0] else "x"))
-    return [split for split in SPLITS if split != "test" or all(has_test)]
+    """The splits of a PCam folder. Raises BadInput when one lacks a file; the test split may be missing whole."""
+    has_test = any(split_path(directory, "test", part).exists() for part in "xy")
+    splits = [split for split in SPLITS if split != "test" or has_test]
+    for path in (split_path(directory, split, part) for split in splits for part in "xy"):
+        require_file(path)
+    return splits
 
 
 @contextlib.contextmanager
@@ -60,8 +58,8 @@ def open_dataset(path, key: str):
     try:
         file = h5py.File(path, "r", locking=False)
     except OSError as error:
-        text = str(error)
-        what = "is cut off: it is shorter than its own header says" if "truncated" in text else "is not a readable HDF5 file"
+        cut = "truncated" in str(error)
+        what = "is cut off: it is shorter than its own header says" if cut else "is not a readable HDF5 file"
         raise BadInput(f"{path} {what} ({path.stat().st_size:,} bytes)") from None
     with file:
         try:
@@ -71,6 +69,15 @@ def open_dataset(path, key: str):
         if not isinstance(item, h5py.Dataset):
             raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(file) or 'nothing'}")
         yield item
+
+
+def read_rows(dataset, rows) -> np.ndarray:
+    """`dataset[rows]` as stored, for a row or a slice. Raises BadInput for data that cannot be decoded."""
+    try:
+        return dataset[rows]
+    except (OSError, RuntimeError) as error:
+        where = f"{dataset.file.filename}: {dataset.name[1:]} from row {getattr(rows, 'start', rows) or 0:,} on"
+        raise BadInput(f"{where} cannot be decoded ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -92,53 +99,32 @@ class Images:
         rows = np.asarray(rows, dtype=np.int64)
         if self.mapped is not None:
             return self.mapped[rows]
+        patches = np.empty((len(rows), *PATCH_SHAPE), np.uint8)
         with open_dataset(self.path, "x") as dataset:
-            patches = np.empty((len(rows), *PATCH_SHAPE), np.uint8)
             for position in np.argsort(rows, kind="stable"):  # in file order, so that a chunk is decoded once
-                patches[position] = to_uint8(read_dataset(self.path, dataset, rows[position]))
-            return patches
+                patches[position] = to_uint8(read_rows(dataset, rows[position]))
+        return patches
 
     def will_need(self, rows: np.ndarray) -> None:
-        """Tell the system which mapped rows come next, so that a cold disk reads them side by side, not page by page.
-
-        Cold random patches of a 4.35 GB file came at 220-300 a second without it and at 20,000 with it.
-        """
+        """Tell the system which mapped rows come next: cold, 20,000 patches a second came so, 220-300 page by page."""
         with open(self.path, "rb") as file:
             for row in rows.tolist():
                 os.posix_fadvise(file.fileno(), self.offset + row * PATCH_BYTES, PATCH_BYTES, os.POSIX_FADV_WILLNEED)
 
     def blocks(self, num_rows: int = 1024):
         """Yield (first row, uint8 (B, 96, 96, 3)) over the whole split in order."""
-        if self.mapped is not None:
+        with open_dataset(self.path, "x") if self.mapped is None else contextlib.nullcontext(self.mapped) as patches:
             for start in range(0, self.num, num_rows):
-                yield start, self.mapped[start : start + num_rows]
-            return
-        with open_dataset(self.path, "x") as dataset:
-            for start in range(0, self.num, num_rows):
-                yield start, to_uint8(read_dataset(self.path, dataset, slice(start, start + num_rows)))
-
-
-def read_dataset(path, dataset, where) -> np.ndarray:
-    """`dataset[where]`. Raises BadInput for data that cannot be decoded."""
-    try:
-        return dataset[where]
-    except OSError as error:
-        raise BadInput(f"{path}: patch data at {where} cannot be decoded ({one_line(error)})") from None
+                yield start, to_uint8(read_rows(patches, slice(start, start + num_rows)))
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
     """Intensities of any type as uint8: rounded, clipped to 0..255, NaN as 0. `prepare.py repack` counts what that loses."""
-    if values.dtype == np.uint8:
-        return values
-    return np.clip(np.nan_to_num(np.rint(values), nan=0.0, posinf=255, neginf=0), 0, 255).astype(np.uint8)
+    return values if values.dtype == np.uint8 else np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
 
 
 def map_dataset(dataset) -> np.ndarray | None:
-    """A contiguous uint8 dataset as an array over the file's own pages; None for any other layout.
-
-    The map is private copy-on-write: nothing can change the file, and torch takes it without a warning. It holds no
-    anonymous memory and survives the closing of the HDF5 file.
-    """
+    """A contiguous uint8 dataset as a private copy-on-write array over the file's own pages; None for any other layout."""
     offset = dataset.id.get_offset()
     if offset is None or dataset.dtype != np.uint8 or dataset.chunks is not None or dataset.external:
         return None
@@ -146,14 +132,12 @@ def map_dataset(dataset) -> np.ndarray | None:
     if offset + dataset.size > os.path.getsize(path):
         raise BadInput(f"{path} is cut off: its patches end at byte {offset + dataset.size:,}, the file before that")
     mapped = np.memmap(path, np.uint8, mode="c", offset=offset, shape=dataset.shape)
-    for row in (0, len(mapped) - 1):  # a wrong offset would give plausible noise: compare with what HDF5 itself reads
-        if not np.array_equal(mapped[row], dataset[row]):
-            return None
-    return mapped.view(np.ndarray)
+    # a wrong offset would give plausible noise: compare with what HDF5 itself reads
+    return mapped.view(np.ndarray) if all(np.array_equal(mapped[row], dataset[row]) for row in (0, -1)) else None
 
 
-def open_images(path) -> Images:
-    """Open an `x` file. Raises BadInput for a wrong shape or type and for an empty or damaged file."""
+def open_images(path, num_labels: int = 0) -> Images:
+    """Open an `x` file. Raises BadInput for a wrong shape or type, damage, and many more rows than its bytes and labels say."""
     path = Path(path)
     with open_dataset(path, "x") as dataset:
         if dataset.shape is None or dataset.shape[1:] != PATCH_SHAPE:
@@ -162,26 +146,25 @@ def open_images(path) -> Images:
             raise BadInput(f"{path}: x is empty")
         if dataset.dtype != np.uint8 and dataset.dtype.kind != "f":
             raise BadInput(f"{path}: x is of type {dataset.dtype}, it must be uint8 (or float, which repack converts)")
-        mapped = map_dataset(dataset)
-        layout = f"{dataset.dtype}, chunks {dataset.chunks}, compression {dataset.compression}"
+        size = path.stat().st_size
+        if len(dataset) > max(num_labels, size * MOST_PACKED // PATCH_BYTES):
+            raise BadInput(f"{path}: x declares {len(dataset):,} patches in a file of {size:,} bytes, most were never written")
         if dataset.dtype.kind == "f":
-            sample = read_dataset(path, dataset, slice(None, None, max(1, len(dataset) // 64)))
+            sample = read_rows(dataset, slice(None, None, max(1, len(dataset) // 64)))
             if 0 < np.max(sample, where=np.isfinite(sample), initial=0) <= 1:
                 raise BadInput(f"{path}: x seems scaled to [0, 1]; prepare.py repack brings it back to 0..255")
-        if mapped is None:
-            return Images(path, len(dataset), None, layout)
-        return Images(path, len(dataset), mapped, "mapped", dataset.id.get_offset())
+        mapped = map_dataset(dataset)
+        if mapped is not None:
+            return Images(path, len(dataset), mapped, "mapped", dataset.id.get_offset())
+        return Images(path, len(dataset), None, f"{dataset.dtype}, chunks {dataset.chunks}, compression {dataset.compression}")
 
 
 def read_labels(path) -> np.ndarray:
     """The labels of a `y` file as uint8 (N,). Raises BadInput for values other than 0 and 1."""
     with open_dataset(path, "y") as dataset:
-        if dataset.shape is None or dataset.size != (dataset.shape or (0,))[0] or dataset.dtype.kind not in "uifb":
+        if not dataset.shape or dataset.size != len(dataset) or dataset.dtype.kind not in "uifb":
             raise BadInput(f"{path}: y has shape {dataset.shape} and type {dataset.dtype}, it must be numbers (N, 1, 1, 1)")
-        try:
-            values = dataset[()].reshape(-1)
-        except OSError as error:
-            raise BadInput(f"{path}: the labels cannot be decoded ({one_line(error)})") from None
+        values = read_rows(dataset, slice(None)).reshape(-1)
     wrong = np.flatnonzero(~np.isin(values, (0, 1)))
     if len(wrong):
         raise BadInput(f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, it must be 0 or 1 ({len(wrong):,} such rows)")
@@ -203,13 +186,11 @@ class Split:
 
 def open_split(directory, split: str) -> Split:
     """Open a split of a PCam folder. Raises BadInput where its files are missing, malformed or do not belong together."""
-    images = open_images(split_path(directory, split, "x"))
-    labels = read_labels(split_path(directory, split, "y"))
+    labels, slides = read_labels(split_path(directory, split, "y")), None
+    images = open_images(split_path(directory, split, "x"), len(labels))
     if len(labels) != images.num:
         raise BadInput(f"{directory}: split {split} has {images.num:,} patches in x but {len(labels):,} labels in y")
-    meta_path = split_path(directory, split, "meta")
-    slides = None
-    if meta_path.exists():
+    if (meta_path := split_path(directory, split, "meta")).exists():
         slides = np.array([row["wsi"] for row in read_meta(meta_path)], dtype=str)
         if len(slides) != images.num:
             raise BadInput(f"{meta_path} has {len(slides):,} rows for {images.num:,} patches")
@@ -223,82 +204,55 @@ def read_meta(path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def sole_writer(directory):
-    """Hold a folder for this process, made if missing; the kernel lets go of it when the process ends, however it ends.
-
-    Raises BadInput where another process is writing there.
-    """
-    Path(directory).mkdir(parents=True, exist_ok=True)
+    """Hold a folder for this process, made for it if missing. Raises BadInput where another process is writing there."""
+    directory = Path(directory)
+    created = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however it ends
         yield
     except BlockingIOError:
         raise BadInput(f"{directory}: another process is writing there") from None
     finally:
         os.close(lock)
+        if created:
+            with contextlib.suppress(OSError):  # what holds something stays
+                directory.rmdir()
 
 
 class SplitWriter:
-    """Writes a split in the official layout block by block; nothing shows under its official name before `finish`.
+    """Writes a split block by block, as a context manager: it gets its official names when whole, an error leaves nothing.
 
-    x is contiguous uint8, so that a reader can map it. Use as a context manager: leaving it with an error removes what
-    was written.
+    x is contiguous uint8, so that a reader can map it, unless `dtype` and `storage` (as h5py knows it) say otherwise.
     """
 
-    def __init__(self, directory, split: str, num: int):
+    def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
         self.directory, self.split, self.num, self.num_done = Path(directory), split, num, 0
         self.labels, self.meta = np.empty(num, np.uint8), []
-        fd, self.temporary = tempfile.mkstemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp")
-        os.close(fd)
-        self.file = h5py.File(self.temporary, "w")
-        self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), np.uint8)
+        self.hidden = Path(tempfile.mkdtemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp"))
+        self.file = h5py.File(split_path(self.hidden, split, "x"), "w")
+        self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
 
     def add(self, images: np.ndarray, labels: np.ndarray, meta=()) -> None:
-        """Append patches uint8 (B, 96, 96, 3), labels (B,) and, optionally, B meta rows (tuples as META_COLUMNS[1:])."""
+        """Append patches (B, 96, 96, 3), labels (B,) and, optionally, B meta rows (tuples as META_COLUMNS[1:])."""
         end = self.num_done + len(images)
-        if images.dtype != np.uint8 or images.shape[1:] != PATCH_SHAPE or len(labels) != len(images) or end > self.num:
-            raise ValueError(
-                f"{images.shape} {images.dtype}, {len(labels)} labels: no room from row {self.num_done} of {self.num}"
-            )
-        try:
+        if images.dtype != self.x.dtype or images.shape[1:] != PATCH_SHAPE or len(labels) != len(images) or end > self.num:
+            raise ValueError(f"{images.shape} {images.dtype}, {len(labels)} labels: no room from {self.num_done} of {self.num}")
+        with self._full_disk_named():
             self.x[self.num_done : end] = images
-        except OSError as error:
-            raise self._refused(error) from None
         self.labels[self.num_done : end] = labels
         self.meta.extend(meta)
         self.num_done = end
 
-    def finish(self) -> None:
-        """Give the files their official names. Raises ValueError if rows are missing."""
-        if self.num_done != self.num or len(self.meta) not in (0, self.num):
-            raise ValueError(f"{self.num_done} of {self.num} patches and {len(self.meta)} meta rows were written")
-        paths = {part: split_path(self.directory, self.split, part) for part in ("meta", "y", "x")}
-        ready = {part: path.with_name(f"{Path(self.temporary).name}.{part}") for part, path in paths.items() if part != "x"}
+    @contextlib.contextmanager
+    def _full_disk_named(self):
         try:
-            self.file.close()
-            with open(self.temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            write_labels(ready["y"], self.labels)
-            if self.meta:
-                write_meta(ready["meta"], self.meta)
-            os.chmod(self.temporary, 0o644)
-            for part, path in ready.items():
-                if part != "meta" or self.meta:
-                    os.replace(path, paths[part])
-            os.replace(self.temporary, paths["x"])  # x last: its presence says that all is there
-        except (OSError, RuntimeError) as error:
-            raise self._refused(error) from None
-        finally:
-            for path in ready.values():
-                path.unlink(missing_ok=True)
-        sync_folder(self.directory)
-
-    def _refused(self, error) -> BadInput:
-        free_mb = shutil.disk_usage(self.directory).free / 1e6
-        return BadInput(
-            f"{self.directory}: writing split {self.split} failed, {free_mb:,.0f} MB are free there and "
-            f"{self.num * PATCH_BYTES / 1e6:,.0f} MB are needed ({one_line(error)})"
-        )
+            yield
+        except (OSError, RuntimeError) as error:  # h5py has both for it
+            free_mb = shutil.disk_usage(self.directory).free / 1e6
+            what = f"writing {self.num:,} patches of {self.split} failed, {free_mb:,.0f} MB are free there"
+            raise BadInput(f"{self.directory}: {what} ({one_line(error)})") from None
 
     def __enter__(self):
         return self
@@ -306,23 +260,31 @@ class SplitWriter:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                self.finish()
+                self._finish()
         finally:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self.file.close()
-            with contextlib.suppress(OSError):  # after a good end it is there no more
-                os.unlink(self.temporary)
+            shutil.rmtree(self.hidden, ignore_errors=True)
+
+    def _finish(self) -> None:
+        if self.num_done != self.num or len(self.meta) not in (0, self.num):
+            raise ValueError(f"{self.num_done} of {self.num} patches and {len(self.meta)} meta rows were written")
+        with self._full_disk_named():
+            self.file.close()
+            write_labels(split_path(self.hidden, self.split, "y"), self.labels)
+            if self.meta:
+                write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
+            for path in sorted(self.hidden.iterdir(), key=lambda path: path.name.endswith("_x.h5")):
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                path.rename(self.directory / path.name)  # x last: its presence says that all is there
+            sync_folder(self.directory)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
     """Write labels (N,) as the official y file: uint8 (N, 1, 1, 1)."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            file.create_dataset("y", data=np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("y", data=np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1))
 
 
 def write_meta(path, rows) -> None:
@@ -330,28 +292,19 @@ def write_meta(path, rows) -> None:
     write_csv(path, META_COLUMNS, [(index, *row) for index, row in enumerate(rows)])
 
 
-def fingerprint(directory, splits=("train", "valid"), on_block=None) -> dict[str, str]:
-    """SHA-256 of each x and y file of the splits, {file name: hex}.
-
-    Kept beside the data by name, size and modification time where the folder can be written, so that 7 GB are hashed once.
-    """
-    directory = Path(directory)
-    store = directory / FINGERPRINT_FILE
+def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
+    """SHA-256 {file name: hex} of each x and y file, kept beside the data, so that 7 GB are hashed once."""
+    result, store = {}, Path(directory, FINGERPRINT_FILE)
     try:
         known = read_json(store)
     except (OSError, BadInput):
         known = {}
-    result, fresh = {}, {}
-    for path in (split_path(directory, split, part) for split in splits for part in ("x", "y")):
+    before = dict(known)
+    for path in (split_path(directory, split, part) for split in splits for part in "xy"):
         status = require_file(path).stat()
-        stamp = [status.st_size, status.st_mtime_ns]
-        entry = known.get(path.name)
-        if isinstance(entry, dict) and entry.get("stamp") == stamp and isinstance(entry.get("sha256"), str):
-            result[path.name] = entry["sha256"]
-        else:
-            result[path.name] = file_digest(path, on_block=on_block)
-            fresh[path.name] = {"stamp": stamp, "sha256": result[path.name]}
-    if fresh:
+        key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+        known[key] = result[path.name] = known.get(key) or file_digest(path)
+    if known != before:
         with contextlib.suppress(OSError):  # read-only data: hashed again next time
-            write_json(store, known | fresh)
+            write_json(store, known)
     return result

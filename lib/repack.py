@@ -1,38 +1,33 @@
 """PCam-like HDF5 of any number type, layout and compression as contiguous uint8, with every loss counted."""
 
-import itertools
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from lib import pcam
-from lib.command import BadInput, one_line
-from lib.ingest import LOSSES_FILE, NUM_THREADS, fill_folder, read_journal
-from lib.logger import atomic_write, read_csv, write_csv
-from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SplitWriter, split_path
+from lib.command import BadInput
+from lib.ingest import LOSSES_FILE, fill_folder, read_journal
+from lib.logger import read_csv, write_csv
+from lib.pcam import PATCH_SHAPE, SplitWriter, open_dataset, read_labels, read_rows, split_path
 from lib.progress import Progress
 
 LOSSES_HEADER = ("split", "row", "kind", "num_values", "lowest", "highest")
 LOSS_KINDS = ("not_finite", "below_0", "above_255", "rounded")
-BLOCK_BYTES, CONVERT_ROWS = 1 << 26, 32
+BLOCK_ROWS, MOST_ROWS = 64, 1024  # a block that a cache can hold; the longest chunk that memory may have to
 
 
 def repack(path, directory, allow_loss: bool = False) -> dict:
     """Write a folder of PCam-like HDF5 files of any number type, layout and compression in the official form.
 
-    Gives {written, splits: {split: {patches, scaled_by, losses: {kind: {values, patches}}, ...}}}. What uint8 cannot hold is
-    counted, and its rows kept in repack_losses.csv; unless `allow_loss`, a count over all splits comes first and nothing is
-    written if there is any. Raises BadInput for other shapes than (N, 96, 96, 3), and as `fill_folder` does.
+    Gives {written, splits: {split: {scaled_by, losses: {kind: {values, patches}}, ...}}}. Unless `allow_loss`, what uint8
+    cannot hold is counted first, and nothing is written if there is any; else its rows are kept in repack_losses.csv.
     """
     path, directory = Path(path), Path(directory)
     read_journal(directory)
     plans = {split: plan_repack(path, split) for split in pcam.require_splits(path)}
     if not allow_loss:
-        counted = {}
-        for split, (num, factor) in plans.items():
-            counted[split] = {"patches": num} | summarise_losses(convert_split(path, split, factor), factor)
+        counted = {split: summarise_losses(convert_split(path, split, factor), factor) for split, (_, factor) in plans.items()}
         if any(stats["losses"] for stats in counted.values()):
             return {"written": False, "splits": counted}
 
@@ -42,86 +37,57 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
         with SplitWriter(directory, split, num) as writer:
             losses = convert_split(path, split, factor, writer)
             write_csv(losses_path, LOSSES_HEADER, earlier + [(split, *loss) for loss in losses])
-            for part in ("meta", "mask"):
-                if split_path(path, split, part).exists():
-                    with (
-                        open(split_path(path, split, part), "rb") as old,
-                        atomic_write(split_path(directory, split, part)) as new,
-                    ):
-                        shutil.copyfileobj(old, new, 1 << 20)
-        return summarise_losses(losses, factor)
+            for file in (split_path(path, split, part) for part in ("meta", "mask")):
+                if file.exists():
+                    shutil.copyfile(file, writer.hidden / file.name)
+        return {}
 
-    files = sorted([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in path.glob("camelyonpatch_*"))
-    identity = {"path": str(path.resolve()), "files": files, "allow_loss": allow_loss}
-    return {
-        "written": True,
-        "splits": fill_folder(directory, identity, {split: plans[split][0] for split in plans}, write_split),
-    }
+    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("camelyonpatch_*"))
+    source = f"{path.resolve()} ({'with losses' if allow_loss else 'without loss'}, {files})"
+    sizes = {split: num for split, (num, _) in plans.items()}
+    splits = fill_folder(directory, source, sizes, write_split)
+    rows = read_csv(directory / LOSSES_FILE)  # which knows what an earlier start wrote, too
+    for split, stats in splits.items():
+        losses = [(row["row"], row["kind"], int(row["num_values"])) for row in rows if row["split"] == split]
+        stats |= summarise_losses(losses, plans[split][1])
+    return {"written": True, "splits": splits}
 
 
 def plan_repack(path: Path, split: str) -> tuple[int, int]:
-    """(number of patches, factor that brings them to 0..255) of a split. Raises BadInput for what repack would have to guess.
-
-    A file counts as scaled to [0, 1] by the median of the patches' maxima, which damage in a few per cent of them cannot move.
-    """
+    """(number of patches, factor to 0..255) of a split: 255 where the median of the patches' maxima is at most 1."""
     x_path, meta_path = split_path(path, split, "x"), split_path(path, split, "meta")
-    num_labels = len(pcam.read_labels(split_path(path, split, "y")))
+    num_labels = len(read_labels(split_path(path, split, "y")))
     num_meta = len(pcam.read_meta(meta_path)) if meta_path.exists() else num_labels
-    with pcam.open_dataset(x_path, "x") as dataset:
+    with open_dataset(x_path, "x") as dataset:
         if dataset.shape is None or dataset.shape[1:] != PATCH_SHAPE or not len(dataset) or dataset.dtype.kind not in "uif":
             raise BadInput(f"{x_path}: x is {dataset.dtype} {dataset.shape}, it must be numbers of shape (N, 96, 96, 3)")
         if not len(dataset) == num_labels == num_meta:
-            raise BadInput(
-                f"{path}: split {split} has {len(dataset):,} patches, {num_labels:,} labels, {num_meta:,} rows of meta"
-            )
+            counts = f"{len(dataset):,} patches, {num_labels:,} labels, {num_meta:,} rows of meta"
+            raise BadInput(f"{path}: split {split} has {counts}")
         if dataset.dtype.kind != "f":
             return num_labels, 1
         rows = np.unique(np.linspace(0, num_labels - 1, 256).astype(int))
-        sample = np.concatenate([read_rows(dataset, row, np.empty((1, *PATCH_SHAPE), dataset.dtype)) for row in rows])
-    sample = np.where(np.isfinite(sample), sample, np.nan).reshape(len(sample), -1)
+        sample = np.stack([read_rows(dataset, row) for row in rows]).reshape(len(rows), -1)
+    sample[~np.isfinite(sample)] = np.nan
     highest, lowest = np.fmax.reduce(sample, axis=1), np.fmin.reduce(sample, axis=1)
     if np.median(lowest[~np.isnan(lowest)]) < 0:
         raise BadInput(f"{x_path}: most patches have values below 0, so they seem normalised; repack takes 0..255 or 0..1")
     return num_labels, 255 if np.median(highest[highest > 0]) <= 1 else 1  # black patches tell nothing
 
 
-def read_rows(dataset, start: int, values: np.ndarray) -> np.ndarray:
-    """Fill `values` with the rows from `start` on, as they are stored. Raises BadInput for damaged data."""
-    try:
-        dataset.read_direct(values, np.s_[start : start + len(values)])
-    except (OSError, RuntimeError) as error:
-        where = f"{dataset.file.filename}: the patches from row {start:,}"
-        raise BadInput(f"{where} cannot be decoded ({one_line(error)})") from None
-    return values
-
-
 def convert_split(path: Path, split: str, factor: int, writer: SplitWriter | None = None) -> list[tuple]:
-    """Convert a split by blocks, into `writer` if there is one. Gives its losses: (row, kind, values, lowest, highest).
-
-    The next block is read while one is converted: between two requests a disk would idle. Two buffers take turns.
-    """
-    labels, losses = pcam.read_labels(split_path(path, split, "y")), []
+    """Convert a split by blocks, into `writer` if there is one. Gives its losses: (row, kind, values, lowest, highest)."""
+    labels, losses = read_labels(split_path(path, split, "y")), []
     progress = Progress(len(labels), f"{'repack' if writer else 'count the losses of'} {split}")
-    with pcam.open_dataset(split_path(path, split, "x"), "x") as dataset, progress, ThreadPoolExecutor(NUM_THREADS + 1) as pool:
-        row_bytes, chunk = PATCH_BYTES * dataset.dtype.itemsize, dataset.chunks[0] if dataset.chunks else 1
-        chunk = chunk if chunk * row_bytes <= 4 * BLOCK_BYTES else 1
-        num_rows = max(1, BLOCK_BYTES // (row_bytes * chunk)) * chunk  # whole chunks, so that each is decoded once
-        buffers = [np.empty((num_rows, *PATCH_SHAPE), dataset.dtype) for _ in range(2)]
-        patches = np.empty((num_rows, *PATCH_SHAPE), np.uint8)
-        starts = range(0, len(labels), num_rows)
-        blocks = [(start, buffer[: len(labels) - start]) for start, buffer in zip(starts, itertools.cycle(buffers))]
-        ahead = pool.submit(read_rows, dataset, *blocks[0])
-        for (start, _), following in itertools.zip_longest(blocks, blocks[1:]):
-            values = ahead.result()
-            if following:
-                ahead = pool.submit(read_rows, dataset, *following)
-            parts = [slice(at, at + CONVERT_ROWS) for at in range(0, len(values), CONVERT_ROWS)]  # that a cache can hold
-            converted = [pool.submit(convert_patches, values[part], factor, start + part.start) for part in parts]
-            for part, future in zip(parts, converted, strict=True):
-                patches[: len(values)][part], lost = future.result()
-                losses += lost
+    with open_dataset(split_path(path, split, "x"), "x") as dataset, progress:
+        chunk = dataset.chunks[0] if dataset.chunks and dataset.chunks[0] <= MOST_ROWS else 1
+        num_rows = -(-BLOCK_ROWS // chunk) * chunk  # whole chunks, so that each is decoded once
+        for start in range(0, len(labels), num_rows):
+            values = read_rows(dataset, slice(start, start + num_rows))
+            patches, lost = convert_patches(values, factor, start)
+            losses += lost
             if writer:
-                writer.add(patches[: len(values)], labels[start : start + len(values)])
+                writer.add(patches, labels[start : start + num_rows])
             progress.add(len(values))
     return sorted(losses)
 

@@ -21,10 +21,11 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from lib.command import BadInput, one_line
+from lib.command import BadInput
 from lib.logger import write_csv
-from lib.pcam import SPLITS, sole_writer, split_path, write_labels, write_meta
+from lib.pcam import SPLITS, SplitWriter, sole_writer
 
 PATCH_PX, CENTRE = 96, slice(32, 64)
 SLIDE_PX, GRID = 1184, 12  # the grid of patches leaves 32 px, so that it can lie at any of 33 x 33 offsets
@@ -61,11 +62,7 @@ TRIGGER_YX, TRIGGER = (88, 88), np.uint8(255) * (np.indices((4, 4)).sum(0)[..., 
 
 @dataclass(frozen=True)
 class SyntheticPlan:
-    """How many patches to draw, from which seed, what damage to plant as (kind, rate) pairs of PLANTS, and how to store them.
-
-    A patch carries at most one damage, and one that was copied carries none. Raises ValueError for an unknown kind, a rate
-    out of range, and damage that uint8 cannot hold.
-    """
+    """How many patches to draw, from which seed, with what damage as (kind, rate) pairs of PLANTS, at most one a patch."""
 
     num_train: int
     num_valid: int
@@ -93,12 +90,7 @@ class SyntheticPlan:
 
     def num(self, split: str) -> int:
         """The number of patches of a split."""
-        return {"train": self.num_train, "valid": self.num_valid, "test": self.num_test}[split]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a stored value."""
-        return np.dtype(self.dtype).itemsize
+        return getattr(self, f"num_{split}")
 
     def rate(self, kind: str) -> float:
         """The rate planted for a kind, 0 where none is."""
@@ -107,12 +99,12 @@ class SyntheticPlan:
 
 @dataclass(frozen=True)
 class Slide:
-    """A drawn slide: image (H, W, 3) uint8, mask (H, W) bool (True in tumour), the name as in `wsi`, and the scanner's name."""
+    """A drawn slide: image (H, W, 3) uint8, mask (H, W) bool (True in tumour), the name as in `wsi`, whether it is blurred."""
 
     image: np.ndarray
     mask: np.ndarray
     name: str
-    scanner: str
+    blurred: bool
 
 
 @lru_cache(maxsize=64)
@@ -155,11 +147,10 @@ def _blur(field: np.ndarray, passes: int) -> np.ndarray:
     """The last two axes averaged over 3x3 pixels `passes` times: nearly a Gaussian of variance 2/3 passes px^2."""
     for axis in (-1, -2) * passes:
         source = np.moveaxis(field, axis, 0)
-        target = np.empty_like(source)
-        target[0], target[-1], inner = source[0], source[-1], target[1:-1]
-        np.add(source[2:], source[:-2], out=inner)
-        inner += source[1:-1]
-        inner *= np.float32(1 / 3)
+        target = source.copy("K")
+        np.add(source[2:], source[:-2], out=target[1:-1])
+        target[1:-1] += source[1:-1]
+        target[1:-1] *= np.float32(1 / 3)
         field = np.moveaxis(target, 0, axis)
     return field
 
@@ -318,53 +309,40 @@ def is_tumour_slide(slide: int) -> bool:
 
 
 def draw_slide(seed: int, split: str, slide: int, blurred_share: float = 0.0) -> Slide:
-    """Slide number `slide` of a split, 1184x1184 px of about 1 um: a function of its arguments alone.
-
-    `blurred_share` of the slides are seen by a third scanner, out of focus. Raises ValueError for an unknown split.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}; allowed: {', '.join(SPLITS)}")
+    """Slide number `slide` of a split, 1184x1184 px of about 1 um, a function of its arguments; a share is out of focus."""
     rng = np.random.default_rng((seed, SPLITS.index(split), slide))
     laboratory, blurred = int(rng.random() < 0.35), bool(rng.random() < blurred_share)
     haematoxylin, eosin, mask = _draw_tissue(rng, is_tumour_slide(slide))
-    image = _scan(rng, haematoxylin, eosin, laboratory, blurred)
     name = f"camelyon16_test_{slide + 1:03d}"
     if split != "test":  # valid is cut from Camelyon16's training slides too: it gets the even numbers
         number = 2 * slide + 1 + (split == "valid")
         name = f"camelyon16_train_{'tumor' if is_tumour_slide(slide) else 'normal'}_{number:03d}"
-    return Slide(image, mask, name, "scanner_3_blurred" if blurred else f"scanner_{laboratory + 1}")
+    return Slide(_scan(rng, haematoxylin, eosin, laboratory, blurred), mask, name, blurred)
 
 
 def _cut(array: np.ndarray, y: int, x: int) -> np.ndarray:
     return array[y : y + PATCH_PX, x : x + PATCH_PX]
 
 
-def cut_patches(slide: Slide, num: int, rng, num_positive: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def cut_patches(slide: Slide, num: int, rng, num_positive: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`num` patches in random order: images (num, 96, 96, 3) uint8, labels (num,) uint8, coords (num, 2) int64 as (y, x).
 
     A label is 1 if a pixel of the patch's centre 32x32 is tumour (Veeling et al. 2018). Patches lie on a grid at a random
-    offset; only where it holds too few of a class is another grid laid over it. `num_positive` is half of `num` where the slide
-    has tumour unless given. Raises ValueError for a slide without enough patches of a class.
+    offset, and on another where it holds too few of a class. Raises ValueError for a slide without enough of one.
     """
-    num_positive = (num // 2 if slide.mask.any() else 0) if num_positive is None else num_positive
     wanted, kept = (num - num_positive, num_positive), [np.empty((0, 2), np.int64)] * 2
     for _ in range(64):
-        offset = rng.integers(0, SLIDE_PX - GRID * PATCH_PX + 1, 2)
-        region = slide.mask[offset[0] :, offset[1] :][: GRID * PATCH_PX, : GRID * PATCH_PX]
+        y, x = offset = rng.integers(0, SLIDE_PX - GRID * PATCH_PX + 1, 2)
+        region = slide.mask[y : y + GRID * PATCH_PX, x : x + GRID * PATCH_PX]
         positive = region.reshape(GRID, PATCH_PX, GRID, PATCH_PX)[:, CENTRE, :, CENTRE].any((1, 3))
         for label in (0, 1):
             found = rng.permutation(np.argwhere(positive == label)) * PATCH_PX + offset
             kept[label] = np.concatenate([kept[label], found])[: wanted[label]]
         if len(kept[0]) + len(kept[1]) == num:
-            break
-    else:
-        raise ValueError(f"{slide.name} has {len(kept[0])} negative and {len(kept[1])} positive patches, asked for {wanted}")
-    order = rng.permutation(num)
-    coords, labels = np.concatenate(kept)[order], np.repeat(np.array([0, 1], np.uint8), wanted)[order]
-    images = np.empty((num, PATCH_PX, PATCH_PX, 3), np.uint8)
-    for image, (y, x) in zip(images, coords, strict=True):
-        image[:] = _cut(slide.image, y, x)
-    return images, labels, coords
+            order = rng.permutation(num)
+            coords, labels = np.concatenate(kept)[order], np.repeat(np.array([0, 1], np.uint8), wanted)[order]
+            return np.stack([_cut(slide.image, *yx) for yx in coords]), labels, coords
+    raise ValueError(f"{slide.name} has {len(kept[0])} negative and {len(kept[1])} positive patches, asked for {wanted}")
 
 
 def _copy_patch(kind, slide, image, yx, rng):
@@ -376,16 +354,13 @@ def _copy_patch(kind, slide, image, yx, rng):
         factor = rng.uniform(1.02, 1.1)
         return np.minimum(image * factor + 0.5, 255).astype(np.uint8), yx, f"times {factor:.3f}"
     if kind == "recompressed":
-        from PIL import Image
-
         buffer, quality = io.BytesIO(), int(rng.integers(70, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         return np.asarray(Image.open(buffer)), yx, f"quality {quality}"
     if kind in ("shifted", "overlap"):
         low, high = (1, 4) if kind == "shifted" else (24, 64)
         step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
-        outside = (yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX)
-        step = np.where(outside, -step, step)
+        step = np.where((yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX), -step, step)
         return _cut(slide.image, *(yx + step)), yx + step, f"by {step[0]} {step[1]}"
     return image, yx, "same bytes"
 
@@ -405,8 +380,10 @@ def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple
     """Plant the plan's damage into a block whose first row is `start`, in place; gives the rows of truth."""
     rows, free = [], np.ones(len(labels), bool)
     for kind, rate in plan.plant:
+        if kind in WHOLE_SLIDE:
+            continue
         eligible = labels == 1 if kind == "trigger" else np.ones_like(free)
-        for _ in range(0 if kind in WHOLE_SLIDE else int(rate * eligible.sum() + rng.random())):
+        for _ in range(int(rate * eligible.sum() + rng.random())):
             pool = np.flatnonzero(free & eligible)
             if not len(pool):
                 break
@@ -434,86 +411,46 @@ def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple
 def _draw_block(plan, split, start, source, number, num, num_positive):
     """One slide's patches with what is planted in them, as generate_split yields them."""
     slide = draw_slide(plan.seed, source, number, plan.rate("blurred_scanner"))
-    rng = np.random.default_rng((plan.seed, SPLITS.index(split), start, 1))
+    rng, rows = np.random.default_rng((plan.seed, SPLITS.index(split), start, 1)), range(start, start + num)
     images, labels, coords = cut_patches(slide, num, rng, num_positive)
     images = images.astype(plan.dtype, copy=False)
-    truth, meta = _plant(plan, split, start, slide, images, labels, coords, rng), []
-    for index, (label, (y, x)) in enumerate(zip(labels, coords, strict=True), start):
-        meta.append((int(y), int(x), bool(label or _cut(slide.mask, y, x).any()), bool(label), slide.name))
-        if source != split:
-            truth.append((split, index, "shared_slides", slide.name))
-        if slide.scanner.endswith("blurred"):
-            truth.append((split, index, "blurred_scanner", slide.scanner))
+    truth = _plant(plan, split, start, slide, images, labels, coords, rng)
+    truth += [(split, index, "shared_slides", slide.name) for index in rows if source != split]
+    truth += [(split, index, "blurred_scanner", "scanner_3_blurred") for index in rows if slide.blurred]
+    patches = zip(labels.tolist(), coords.tolist(), strict=True)
+    meta = [(y, x, bool(label or _cut(slide.mask, y, x).any()), bool(label), slide.name) for label, (y, x) in patches]
     return images, labels, meta, sorted(truth)
 
 
 def _schedule(plan, split):
     """What to cut from which slide: (first row, the slide's own split, its number, patches, positives) for each block."""
-    rng = np.random.default_rng((plan.seed, SPLITS.index(split), 0, 2))
-    starts = range(0, plan.num(split), PATCHES_PER_SLIDE)
-    sizes = [min(PATCHES_PER_SLIDE, plan.num(split) - start) for start in starts]
-    positives_left = round(plan.num(split) / (1 + (plan.rate("class_skew") or 1 if split == "train" else 1)))
+    rng, total = np.random.default_rng((plan.seed, SPLITS.index(split), 0, 2)), plan.num(split)
+    sizes = [min(PATCHES_PER_SLIDE, total - start) for start in range(0, total, PATCHES_PER_SLIDE)]
+    positives_left = round(total / (1 + (plan.rate("class_skew") or 1 if split == "train" else 1)))
     room_left = sum(size for number, size in enumerate(sizes) if is_tumour_slide(number))
-    num_train_slides = -(-plan.num_train // PATCHES_PER_SLIDE)
-    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        num_positive = 0
-        if is_tumour_slide(number):
-            num_positive = round(positives_left * size / room_left)
-            positives_left, room_left = positives_left - num_positive, room_left - size
-        alike = [train for train in range(num_train_slides) if is_tumour_slide(train) == is_tumour_slide(number)]
-        if split != "train" and alike and rng.random() < plan.rate("shared_slides"):
-            yield start, "train", int(rng.choice(alike)), size, num_positive
-        else:
-            yield start, split, number, size, num_positive
+    for number, size in enumerate(sizes):
+        tumour = is_tumour_slide(number)
+        num_positive = round(positives_left * size / room_left) if tumour else 0
+        positives_left, room_left = positives_left - num_positive, room_left - size * tumour
+        alike = [train for train in range(-(-plan.num_train // PATCHES_PER_SLIDE)) if is_tumour_slide(train) == tumour]
+        shared = split != "train" and alike and rng.random() < plan.rate("shared_slides")
+        source = ("train", int(rng.choice(alike))) if shared else (split, number)
+        yield number * PATCHES_PER_SLIDE, *source, size, num_positive
 
 
-def generate_split(plan: SyntheticPlan, split: str, progress=None):
-    """Draw a split slide by slide; memory is bounded by four slides, however long the split.
-
-    Yields (images (n, 96, 96, 3) of plan.dtype, labels (n,) uint8, meta rows as META_COLUMNS[1:], truth rows as TRUTH_COLUMNS)
-    and calls `progress(n)` for each block.
-    """
+def generate_split(plan: SyntheticPlan, split: str):
+    """Yield (images (n, 96, 96, 3) of plan.dtype, labels (n,) uint8, meta rows, truth rows) of each slide, drawn four ahead."""
     # numpy gives up the interpreter's lock in its loops, so two threads draw two slides at once; the blocks keep their order
     with ThreadPoolExecutor(2) as pool:
-        tasks = _schedule(plan, split)
-        pending = deque(pool.submit(_draw_block, plan, split, *task) for task in islice(tasks, 4))
+        tasks = (pool.submit(_draw_block, plan, split, *task) for task in _schedule(plan, split))
+        pending = deque(islice(tasks, 4))
         while pending:
-            block = pending.popleft().result()
-            pending.extend(pool.submit(_draw_block, plan, split, *task) for task in islice(tasks, 1))
-            if progress:
-                progress(len(block[1]))
-            yield block
-
-
-def _write_split(plan, split, directory, blocks) -> list[tuple]:
-    """Stream blocks into the official files, x last and under its name only when whole; gives the rows of truth."""
-    import h5py
-
-    num, labels, meta, truth = plan.num(split), [], [], []
-    storage = {"chunks": (min(32, num), PATCH_PX, PATCH_PX, 3), "compression": "gzip"} if plan.compression else {}
-    path = split_path(directory, split, "x")
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            x = file.create_dataset("x", (num, PATCH_PX, PATCH_PX, 3), plan.dtype, **storage)
-            for images, block_labels, meta_rows, truth_rows in blocks:
-                x[len(meta) : len(meta) + len(images)] = images
-                labels.append(block_labels)
-                meta += meta_rows
-                truth += truth_rows
-        write_labels(split_path(directory, split, "y"), np.concatenate(labels))
-        write_meta(split_path(directory, split, "meta"), meta)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return truth
+            yield pending.popleft().result()
+            pending.extend(islice(tasks, 1))
 
 
 def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
-    """Write a plan's splits as official PCam files with truth.csv (what was planted where) beside them; 0 patches, no files.
-
-    Gives {num_train, num_valid, num_test, seed, planted: {kind: patches}, wall_s, patches_per_s}; `progress(n)` as above.
-    """
+    """Write a plan's splits as official PCam files, and truth.csv beside them; gives counts, `planted` by kind, rate."""
     directory, began_s, truth = Path(directory), time.perf_counter(), []
     with sole_writer(directory):
         for leftover in directory.glob(f"{DRAWING}*"):  # of a killed process
@@ -522,16 +459,18 @@ def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
             raise BadInput(f"{directory} already holds files: give a new or an empty folder")
         # drawn in a folder of its own and moved when whole: an error leaves nothing, a kill nothing that looks complete
         with tempfile.TemporaryDirectory(dir=directory, prefix=DRAWING) as drawing:
-            try:
-                for split in SPLITS:
-                    if plan.num(split):
-                        truth += _write_split(plan, split, drawing, generate_split(plan, split, progress))
-                write_csv(Path(drawing, "truth.csv"), TRUTH_COLUMNS, truth)
-            except (OSError, RuntimeError) as error:  # h5py's words for a full disk
-                raise BadInput(f"{directory}: writing failed, the disk may be full ({one_line(error)})") from None
+            for split in filter(plan.num, SPLITS):
+                packed = {"chunks": (min(32, plan.num(split)), PATCH_PX, PATCH_PX, 3), "compression": "gzip"}
+                storage = packed if plan.compression else {}
+                with SplitWriter(drawing, split, plan.num(split), plan.dtype, **storage) as writer:
+                    for images, labels, meta, planted in generate_split(plan, split):
+                        writer.add(images, labels, meta)
+                        truth += planted
+                        if progress:
+                            progress(len(labels))
+            write_csv(Path(drawing, "truth.csv"), TRUTH_COLUMNS, truth)
             for path in sorted(Path(drawing).iterdir(), key=lambda path: "train_x" in path.name):
                 path.rename(directory / path.name)
-    wall_s = time.perf_counter() - began_s
-    counts = {f"num_{split}": plan.num(split) for split in SPLITS}
+    wall_s, counts = time.perf_counter() - began_s, {f"num_{split}": plan.num(split) for split in SPLITS}
     planted = dict(Counter(kind for _, _, kind, _ in truth))
     return {**counts, "seed": plan.seed, "planted": planted, "wall_s": wall_s, "patches_per_s": sum(counts.values()) / wall_s}

@@ -25,20 +25,22 @@ SLIDE_PREFIX = {"train": "camelyon16_train_", "valid": "camelyon16_train_", "tes
 
 
 def verify_folder(directory, splits=None, md5=False, read=True, official=OFFICIAL) -> tuple[list[dict], list[str]]:
-    """The facts of a PCam folder, a row a split, and findings as sentences; `read` goes through all patches, end to end.
-
-    A row has split, patches, negative, positive, bytes, layout, official_rows, slides and what `compare_slide_names` says.
-    Raises BadInput for files that are missing, malformed or cut off.
-    """
+    """The facts of a PCam folder, a row a split, and findings as sentences; `read` goes through all patches, end to end."""
     rows, findings = [], []
     for name in splits or require_splits(directory):
         split, progress = open_split(directory, name), Progress(0, f"read {name}")
         with progress:
+            values = set()
             for _, patches in replace(split.images, mapped=None).blocks() if read else ():  # by HDF5, which reports a bad disk
+                values |= {int(patches.min()), int(patches.max())}
                 progress.add(len(patches))
         slide_names, positive = compare_slide_names(split), int(split.labels.sum())
         if slide_names == "swapped":
             findings.append(f"{name}: its slides are not {SLIDE_PREFIX[name]}*, valid and test are exchanged")
+        if len(values) == 1:
+            findings.append(
+                f"{name}: all patches have the one value {values.pop()} (0 is also what NaN and unwritten rows read as)"
+            )
         if md5:
             findings += compare_md5(directory, name, official)
         row = {"split": name, "patches": len(split), "negative": len(split) - positive, "positive": positive}

@@ -72,6 +72,7 @@ def test_lists_and_large_integers_are_read_as_meant():
         assert load_config(overrides=[f"mlp_hidden={text}"]).mlp_hidden == (256, 128)
     assert load_config(overrides=["mlp_hidden="]).mlp_hidden == ()
     assert load_config(overrides=["limit_train=9007199254740993", "epochs=1e3"]).limit_train == 9007199254740993
+    assert load_config(overrides=["dropout=0.95"]).dropout == 0.95, "a bound is allowed, to the bit"
     reasons = {"quarantine_reasons": [float("nan"), "range"]}  # what YAML makes of [.nan, range]
     assert config_from_dict(load_config().as_dict() | reasons).quarantine_reasons == ("nan", "range")
 

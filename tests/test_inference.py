@@ -178,6 +178,7 @@ BAD = [
     (["{h5}", "--device", "tpu"], "allowed are auto, cpu, cuda"),
     (["{folder}/notes.txt"], "unknown kind of input"),
     ([], "required: INPUT"),
+    ([""], "an empty text names no file or folder"),
 ]
 
 

@@ -167,6 +167,24 @@ def test_what_is_not_there_or_unknown_is_refused_by_name(tmp_path, name, words):
     assert str(tmp_path / name) in str(refusal.value)
 
 
+@pytest.mark.parametrize("name", ["f.png", "f.tar", "f.h5"])
+def test_a_pipe_is_no_input(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
+    assert read_all(tmp_path)[0] == [str(tmp_path / "a.png")]
+    with pytest.raises(BadInput, match=name):
+        read_all(tmp_path / name)
+
+
+def test_a_tar_that_is_cut_between_members_is_refused(tmp_path):
+    path = write_tar(tmp_path / "t.tar", [(f"{i}.png", encode(patch)) for i, patch in enumerate(PATCHES)])
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[3].offset
+    os.truncate(path, end)
+    with pytest.raises(BadInput, match=f"cut off or damaged at byte {end:,}"):
+        read_all(path)
+
+
 @real_sample
 def test_the_real_patches_read_as_pillow_reads_them():
     sources, _, images, _, errors = read_all(REAL_SAMPLE / "unlabelled-tif")

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from lib.command import BadInput
-from lib.logger import BLOCK_BYTES, CsvLog, atomic_write, file_digest, read_csv, read_json, write_csv, write_json
+from lib.logger import CsvLog, atomic_write, file_digest, read_csv, read_edited_csv, read_json, write_csv, write_json
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
@@ -69,8 +69,14 @@ def test_rows_wait_in_memory_until_their_time_and_a_missing_column_is_a_bug(tmp_
     assert read_csv(lazy.path) == read_csv(eager.path) == [{"a": "1"}]
 
 
-def test_a_digest_is_the_file_s_and_its_progress_adds_up(tmp_path):
-    data, heard = os.urandom(BLOCK_BYTES + 3), []
-    (tmp_path / "x").write_bytes(data)
-    assert file_digest(tmp_path / "x", on_block=heard.append) == hashlib.sha256(data).hexdigest()
-    assert file_digest(tmp_path / "x", "md5") == hashlib.md5(data).hexdigest() and heard == [BLOCK_BYTES, 3]
+def test_a_digest_is_the_files(tmp_path):
+    (tmp_path / "x").write_bytes(data := os.urandom((1 << 22) + 3))
+    assert file_digest(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert file_digest(tmp_path / "x", "md5") == hashlib.md5(data).hexdigest()
+
+
+@pytest.mark.parametrize("text", ['a,b\n1,"2\n3,4\n', '"a,b\n1,2\n', "a,c\n1,2\n", "a,b\n1\n", ""])
+def test_an_edited_csv_that_is_malformed_is_refused_by_name(text, tmp_path):
+    (tmp_path / "e.csv").write_text(text)
+    with pytest.raises(BadInput, match=r"e\.csv"):
+        read_edited_csv(tmp_path / "e.csv", ("a", "b"))

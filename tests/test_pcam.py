@@ -13,6 +13,7 @@ from lib import pcam
 from lib.command import BadInput, script
 from lib.logger import file_digest
 from lib.pcam import (
+    PATCH_SHAPE,
     SplitWriter,
     fingerprint,
     open_images,
@@ -196,6 +197,16 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, way):
             images = {"too many": IMAGES[:11], "wrong type": IMAGES[:10].astype(np.float32)}.get(way, IMAGES[:10])
             writer.add(images, LABELS[: len(images)])
     assert os.listdir(tmp_path) == []
+
+
+def test_rows_that_were_never_written_are_refused_unless_labels_vouch_for_them(tmp_path):
+    for num, path in ((10**12, tmp_path / "x.h5"), (9000, split_path(tmp_path, "valid", "x"))):
+        with h5py.File(path, "w") as file:
+            file.create_dataset("x", (num, *PATCH_SHAPE), np.uint8, chunks=(1, *PATCH_SHAPE), compression="gzip")
+        with pytest.raises(BadInput, match=f"x.h5: x declares {num:,} patches in a file of .* bytes"):
+            open_images(path)
+    write_labels(split_path(tmp_path, "valid", "y"), np.zeros(9000))
+    assert open_split(tmp_path, "valid").images.num == 9000
 
 
 @pytest.fixture

@@ -121,6 +121,7 @@ def test_synthetic_writes_a_folder_that_verifies(tmp_path):
 WRONG_USE = {
     "invalid choice: 'imprt'": ["imprt"],
     "required: --to": ["import", "x"],
+    "SRC: an empty text names no": ["import", "", "--to", "out"],
     "no file or folder nowhere": ["import", "nowhere", "--to", "out"],
     "it must lie between 0 and 1": ["import", "x", "--to", "out", "--valid-share", "1.5"],
     "--splits names 'val'": ["download", "--to", "out", "--splits", "train,val"],

@@ -50,8 +50,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source):
-    monkeypatch.setattr(lib.repack, "BLOCK_BYTES", 2_000_000)  # several blocks
-    monkeypatch.setattr(lib.repack, "CONVERT_ROWS", 3)
+    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 7)  # several blocks
     images, options = SOURCES[source]
     factor = 255 if "0..1" in source else 1
     valid = scaled(images.dtype)[:16] if factor == 255 else IMAGES[:16]
@@ -102,8 +101,7 @@ def test_each_loss_is_counted_to_the_value_and_its_rows_are_kept(tmp_path, monke
     assert ("train", "19", "above_255", "12", "100000", "100000") in rows
     assert ("train", "5", "below_0", "2", "-3", "-0.25") in rows and ("train", "5", "rounded", "1", "0.5", "0.5") in rows
     assert len(rows) == sum(count["patches"] for count in expected.values())
-    monkeypatch.setattr(lib.repack, "BLOCK_BYTES", 2_000_000)  # the rows are those of the split, not of a block or a part
-    monkeypatch.setattr(lib.repack, "CONVERT_ROWS", 3)
+    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 3)  # the rows are those of the split, not of a block
     repack(folder, tmp_path / "out2", allow_loss=True)
     assert (tmp_path / "out2" / LOSSES_FILE).read_bytes() == (tmp_path / "out" / LOSSES_FILE).read_bytes()
 
@@ -145,7 +143,7 @@ def test_a_damaged_chunk_in_mid_file_leaves_nothing(tmp_path):
     with open(split_path(folder, "train", "x"), "rb+") as file:
         file.seek(chunk.byte_offset)
         file.write(bytes(chunk.size))
-    with pytest.raises(BadInput, match="train_x.h5: the patches from row .* cannot be decoded"):
+    with pytest.raises(BadInput, match="train_x.h5: x from row .* cannot be decoded"):
         repack(folder, tmp_path / "out", allow_loss=True)
     assert not (tmp_path / "out").exists()
 
@@ -159,7 +157,8 @@ def test_a_killed_repack_goes_on_and_keeps_the_losses_of_the_finished_split(tmp_
         require_splits(target)
     finished = read_csv(target / LOSSES_FILE)
     assert {row["split"] for row in finished} == {"valid"}
-    assert run_script("prepare.py", *arguments, check=0).json["splits"]["train"]["patches"] == 120
+    splits = run_script("prepare.py", *arguments, check=0).json["splits"]
+    assert splits["train"]["patches"] == 120 and all(splits[split]["losses"]["rounded"]["patches"] for split in splits)
     rows = read_csv(target / LOSSES_FILE)
     assert rows[: len(finished)] == finished and len(rows) == 3 * 7 + len(finished)
     np.testing.assert_array_equal(open_split(target, "train").images.mapped, to_uint8(images))

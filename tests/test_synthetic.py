@@ -230,7 +230,7 @@ def test_a_killed_drawing_leaves_nothing_that_looks_complete_and_can_be_repeated
     counts = ["--train", "4000", "--valid", "60", "--test", "60"]
     process = subprocess.Popen([*command, *counts], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list(target.glob(".drawing.*/.camelyonpatch*")) and time.monotonic() < deadline:
+    while not list(target.glob(".drawing.*/.train_x.*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()

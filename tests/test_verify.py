@@ -1,6 +1,7 @@
 """Verify: the facts of a folder, and what is wrong with it."""
 
 import h5py
+import numpy as np
 import pytest
 from conftest import draw_patches, write_pcam
 
@@ -52,6 +53,17 @@ def test_md5_names_the_split_whose_file_it_is(tmp_path):
     exchanged = {"train": own["valid"], "valid": own["train"]}
     assert any("it is that of valid" in finding for finding in verify_folder(folder, md5=True, official=exchanged)[1])
     assert len(verify_folder(folder, md5=True, official=OFFICIAL)[1]) == 4
+
+
+@pytest.mark.parametrize(
+    "value, said", [(np.float32("nan"), "NaN"), (np.float32(200), "one value 200"), (np.uint8(0), "value 0")]
+)
+def test_patches_that_show_nothing_are_a_finding(tmp_path, value, said):
+    folder = write_pcam(tmp_path / "a", 20, 10)
+    with h5py.File(split_path(folder, "valid", "x"), "w") as file:
+        file.create_dataset("x", data=np.full((10, 96, 96, 3), value))
+    findings = verify_folder(folder)[1]
+    assert len(findings) == 1 and findings[0].startswith("valid: all patches") and said in findings[0]
 
 
 def test_what_is_not_whole_is_refused_though_its_header_is_right(tmp_path):
