@@ -121,7 +121,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             is_last = name == "last.pt"  # the other, best.pt, is for prediction
             save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer=is_last), keep_previous=is_last)
 
-    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, args.started_at) as log:
+    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, ranks.num) as log:
         try:
             while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it

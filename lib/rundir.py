@@ -170,8 +170,8 @@ class RunLog:
     says which rows a resumed run keeps, and carries the sum of the epoch's losses.
     """
 
-    def __init__(self, run: Path | None, progress: dict, started_at: float):
-        self.progress = progress
+    def __init__(self, run: Path | None, progress: dict, started_at: float, num_ranks: int = 1):
+        self.progress, self.num_ranks = progress, num_ranks
         self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
         if run:  # ranks after the first note the same, and write nothing
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
@@ -190,7 +190,8 @@ class RunLog:
         now = time.perf_counter()
         step_s, self.step_started_at = now - self.step_started_at, now
         self.train_s, self.wait_s = self.train_s + step_s, self.wait_s + batch.wait_s
-        self.num_images, self.epoch_images = self.num_images + len(batch.keys), self.epoch_images + len(batch.keys)
+        num_images = len(batch.keys) * self.num_ranks
+        self.num_images, self.epoch_images = self.num_images + num_images, self.epoch_images + num_images
         if self.first_step_s is None:
             self.first_step_s = time.monotonic() - self.started_at
         before, self.pending = self.pending, (self.progress["num_steps"], self.progress["epoch"], result, batch, lr, step_s)
@@ -214,7 +215,7 @@ class RunLog:
             loss=loss,
             lr=lr,
             grad_norm=float(result.grad_norm),
-            images_per_s=round(len(batch.keys) / step_s, 1),
+            images_per_s=round(len(batch.keys) * self.num_ranks / step_s, 1),
             wait_share=round(batch.wait_s / step_s, 5),
         )
 

@@ -14,7 +14,7 @@ REAL_SAMPLE = REPOSITORY.parent / "shared" / "pcam-sample"
 sys.path.insert(0, str(REPOSITORY))
 
 # a configuration that trains in a second or two on one thread
-QUICK = ["epochs=2", "batch_size=32", "threads=1", "precision=fp32", "cnn_width=8", "views=1", "name=quick"]
+QUICK = ["epochs=2", "batch_size=32", "threads=1", "precision=fp32", "p4m_width=2", "views=1", "name=quick"]
 
 real_sample = pytest.mark.skipif(not REAL_SAMPLE.is_dir(), reason="needs the real patches in ../shared/pcam-sample")
 

@@ -142,7 +142,7 @@ def test_a_missing_or_wrong_field_is_named(name, fields, tmp_path, refused):
 
 def test_weights_of_another_model_are_refused_with_the_first_tensor_that_differs(fields, tmp_path, refused):
     shape = r"\S+ has shape \([\d, ]+\) instead of \("
-    for changes, what in (({"cnn_width": 16}, shape), ({"model": "mlp"}, r"\S+ is (missing|unknown)")):
+    for changes, what in (({"p4m_width": 4}, shape), ({"model": "mlp"}, r"\S+ is (missing|unknown)")):
         save_checkpoint(tmp_path / "other.pt", {**fields, "config": fields["config"] | changes})
         assert re.search(f"another model: the tensor {what}", refused(tmp_path / "other.pt", load_model))
 
@@ -156,7 +156,7 @@ def test_an_unknown_or_lacking_key_of_its_config_is_refused(fields, tmp_path, re
     assert "missing lr" in refused(tmp_path / "less.pt", load_model)
 
 
-@pytest.mark.parametrize("changes", [{"cnn_width": 100_000}, {"model": "mlp", "mlp_hidden": [10**6, 10**6]}])
+@pytest.mark.parametrize("changes", [{"p4m_width": 100_000}, {"model": "mlp", "mlp_hidden": [10**6, 10**6]}])
 def test_a_strangers_huge_model_takes_no_memory(changes, fields, tmp_path, refused):
     save_checkpoint(tmp_path / "huge.pt", {**fields, "config": fields["config"] | changes})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -39,6 +39,8 @@ def test_ranks_end_with_the_weights_of_one_process(num_ranks, alone, pcam_dir, t
     assert process.returncode == 0
     result = json.loads(out.strip().splitlines()[-1])
     assert result["weights_sha256"] == alone["weights_sha256"]
+    row = read_csv(Path(result["run"]) / "epochs.csv")[0]
+    assert float(row["images_per_s"]) * float(row["train_s"]) == pytest.approx(160, rel=0.05), "of all ranks together"
     same = ("val_loss", "val_auc", "val_f2", "num_steps")
     assert {name: result[name] for name in same} == {name: alone[name] for name in same}
     assert len(list(tmp_path.iterdir())) == 1 and read_json(Path(result["run"]) / "meta.json")["num_ranks"] == num_ranks

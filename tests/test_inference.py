@@ -197,7 +197,7 @@ def test_a_bad_checkpoint_is_refused(kind, quick_run, sources, tmp_path):
     elif kind == "cut":
         path.write_bytes((quick_run / "best.pt").read_bytes()[:5000])
     elif kind == "other model":
-        save_checkpoint(path, {**fields, "config": fields["config"] | {"cnn_width": 16}})
+        save_checkpoint(path, {**fields, "config": fields["config"] | {"p4m_width": 4}})
     _, _, err = infer(tmp_path if kind == "no run" else path, sources["h5"], out=tmp_path / "p.csv", expect=2)
     assert str(tmp_path) in err and len(err.strip().splitlines()) == 1
 

@@ -28,7 +28,7 @@ from lib.pcam import SplitWriter, split_path, write_labels
 STEP_SAME, EPOCH_OTHER = ("step", "epoch", "loss", "lr", "grad_norm"), ("train_s", "eval_s", "images_per_s")
 # state of every kind: dropout, momentum, averages, shards, a schedule with a memory, classes drawn by the sampler
 RICH = ["optimizer=sgd", "lr=0.05", "dropout=0.3", "shards=2", "schedule=plateau", "decay_epochs=1", "decay_factor=0.5"]
-RICH += ["balance=sampler", "batch_size=16", "epochs=3", "warmup_epochs=0.5", "cnn_width=8", "threads=1", "precision=fp32"]
+RICH += ["balance=sampler", "batch_size=16", "epochs=3", "warmup_epochs=0.5", "p4m_width=2", "threads=1", "precision=fp32"]
 
 
 def call_script(main, *arguments):
@@ -490,7 +490,7 @@ BAD_ARGUMENTS = [
 )
 def test_bad_arguments_get_one_sentence_and_no_run_folder(arguments, sentence, tmp_path, pcam_dir):
     data = [] if any(argument.startswith("data_dir") for argument in arguments) else [f"data_dir={pcam_dir}"]
-    quick = ["cnn_width=4", "limit_valid=8"]  # should it not be refused, it is over soon
+    quick = ["p4m_width=1", "limit_valid=8"]  # should it not be refused, it is over soon
     refuse(sentence, tmp_path / "runs", *data, *quick, *arguments)
 
 

@@ -224,7 +224,7 @@ def test_a_restored_state_goes_on_to_the_same_bits(optimizer, tmp_path):
 def test_a_checkpoint_that_cannot_be_resumed_is_refused(quick_run):
     last, best = (load_checkpoint(quick_run / name) for name in ("last.pt", "best.pt"))
     with pytest.raises(BadInput, match="another model"):
-        training.restore_state(training.build_state(make_cfg(cnn_width=4), CPU), last, "last.pt")
+        training.restore_state(training.build_state(make_cfg(p4m_width=1), CPU), last, "last.pt")
     with pytest.raises(BadInput, match="optimizer"):  # best.pt holds none
         training.restore_state(training.build_state(make_cfg(), CPU), best, "best.pt")
 
