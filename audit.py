@@ -16,7 +16,6 @@ def parse(argv) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="twin")
     twin = verbs.add_parser("twin", help="are two runs of one configuration identical to the bit, and if not, where they part")
     twin.add_argument("runs", nargs="*", metavar="A B | key=value", help="two run folders; one, to be repeated here; or none")
-    twin.add_argument("--data", metavar="DIR", help="PCam folder of the runs that are made (default: the config's)")
     twin.add_argument("--out", default="audit-twin", metavar="OUT", help="for runs, findings, page (default: audit-twin)")
     twin.add_argument("--inject", metavar="F", help="self-test: plant output:LAYER@STEP, gradient:, draw: or sample@STEP in B")
     twin.add_argument("--seeds", nargs="+", default=[], metavar="RUN", help="runs of other seeds, for their deviation")
@@ -29,48 +28,40 @@ def parse(argv) -> argparse.Namespace:
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    return args.audit(args)
+    return list_sources() if args.sources else args.audit(args)
 
 
 def list_sources() -> int:
     """Every source has its control: 0; one has lost it: 1."""
-    from lib.audits import sources
+    from lib.audits.sources import find_sources
     from lib.rundir import REPOSITORY
 
-    findings = sources.find_sources(REPOSITORY)
-    for finding in findings:
-        finding.say()
-    missing = sum(finding.severity == "error" for finding in findings)
-    print_result({"num_sources": len(findings), "num_missing": missing})
-    return EXIT_FINDING if missing else EXIT_DONE
+    findings = find_sources(REPOSITORY)
+    num_missing = sum(found["severity"] == "error" for found in findings)
+    print_result({"num_sources": len(findings), "num_missing": num_missing})
+    return EXIT_FINDING if num_missing else EXIT_DONE
 
 
 def audit_twin(args) -> int:
     """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted."""
-    if args.sources:
-        return list_sources()
-
     from lib.audits import replay, twin
     from lib.config import parse_overrides
     from lib.logger import write_json
     from lib.reports.twin_page import write_twin_page
+    from lib.trace import QUANTITIES
 
     runs = [item for item in args.runs if "=" not in item or Path(item).is_dir()]
     overrides = parse_overrides(item for item in args.runs if item not in runs)
-    if len(runs) > 2 or (runs and overrides):
-        raise BadInput("twin takes two run folders, or one, or key=value pairs for runs that it makes itself")
-    if args.inject and len(runs) == 2:
-        raise BadInput("--inject plants a fault in a run that is made: it does not go with two run folders")
+    if len(runs) > 2 or (runs and overrides) or (args.inject and len(runs) == 2):
+        raise BadInput("twin takes two run folders, or one to repeat, or key=value; --inject needs a run that is made here")
 
     # read the runs that are given, make those that are not
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     sides, fault = [twin.read_side(run) for run in runs], None
-    changes = twin.SHORT | overrides if not runs else {"data_dir": sides[0].cfg.data_dir}
-    changes |= {"data_dir": args.data} if args.data else {}
     argv = ["--runs", str(out / "runs"), "--trace", "--device", args.device or "auto"]
-    argv += ["--config", str(sides[0].run / "config.yaml")] if runs else []
-    argv += [f"{key}={value}" for key, value in changes.items()]
+    argv += ["--config", str(sides[0].run / "config.yaml"), f"data_dir={sides[0].cfg.data_dir}"] if runs else []
+    argv += [f"{key}={value}" for key, value in (twin.SHORT | overrides).items()] if not runs else []
     while len(sides) < 2:
         if sides and args.inject:
             fault = replay.parse_fault(args.inject, sides[0].cfg, sides[0].summary["num_steps"])
@@ -79,15 +70,12 @@ def audit_twin(args) -> int:
 
     # compare them
     a, b = sides
-    report = twin.compare(a, b, fault, args.device, args.seeds)
-    findings = twin.twin_findings(report)
-    for finding in findings:
-        finding.say()
-    write_json(out / "findings.json", [vars(finding) for finding in findings])
-    page = write_twin_page(out / "twin.html", report, a.run, b.run)
-    left_out = ("time_line", "metrics", "inputs")
-    print_result({k: v for k, v in report.items() if k not in left_out} | {"a": str(a.run), "b": str(b.run), "page": str(page)})
-    return EXIT_FINDING if (not report["named"] if fault else report["verdict"] == "parted") else EXIT_DONE
+    result, findings = twin.compare(a, b, fault, args.device, args.seeds)
+    equal = {name: [a.trace[step][name] == b.trace[step][name] for step in a.trace] for name in QUANTITIES}
+    page = write_twin_page(out / "twin.html", findings, equal, [*a.trace], a.run, b.run)
+    write_json(out / "findings.json", findings)
+    print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
+    return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
 
 
 if __name__ == "__main__":

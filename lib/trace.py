@@ -28,16 +28,16 @@ KEPT = "trace"  # folder of the checkpoints that a traced run keeps, for a repla
 
 
 def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
-    """Copies of what a step took and left, {quantity: {name: tensor or plain value}}; rows are those of the whole batch."""
+    """Copies of what a step took and left, {quantity: {name: tensor or plain value}}, equal on any number of ranks."""
     device, parameters = batch.images.device, dict(state.model.named_parameters())
-    drawn = {name: value for name, value in vars(result.draws).items() if torch.is_tensor(value)}
-    values = {"rows": {"keys": batch.keys, "labels": batch.labels}, "images": {"uint8": batch.images}, "draws": drawn}
-    if ranks.num > 1:
-        for part in values.values():
-            part |= {name: torch.cat(ranks.gather(value.to(device))) for name, value in part.items()}
+    draws = {name: value for name, value in vars(result.draws).items() if torch.is_tensor(value)}
+    values = {"rows": {"keys": batch.keys, "labels": batch.labels}, "images": {"uint8": batch.images}, "draws": draws}
+    for part in values.values() if ranks.num > 1 else ():
+        part |= {name: torch.cat(ranks.gather(value.to(device))) for name, value in part.items()}
     words, *position = np.random.get_state()[1:]
-    rng = {"python": repr(random.getstate()), "numpy": repr((words.tobytes(), *position)), "torch": torch.get_rng_state()}
-    values["rng"] = rng | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    rng = {"torch": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    rng = {name: ranks.gather(value.to(device))[-1] for name, value in rng.items()}  # who computed the last shard
+    values["rng"] = rng | {"python": repr(random.getstate()), "numpy": repr((words.tobytes(), *position))}
     values |= {"buffers": dict(state.model.named_buffers()), "loss": {"loss": result.loss}}
     values["gradients"] = {name: parameter.grad for name, parameter in parameters.items()}  # as the optimizer saw them
     values["parameters"] = parameters

@@ -129,7 +129,8 @@ def train(argv: list[str], fault: Fault | None = None, window: range = range(0),
 
     training.training_step = step
     try:
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(Replayed):
+        quiet = contextlib.redirect_stderr(io.StringIO()) if window else contextlib.nullcontext()
+        with contextlib.redirect_stdout(io.StringIO()) as out, quiet, contextlib.suppress(Replayed):
             runpy.run_path(str(REPOSITORY / "train.py"))["main"].__wrapped__(argv)
     finally:
         training.training_step = original

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lib.audits import Finding
+from lib.audits import finding
 
 # source | control | file: statement that controls it
 SOURCES = """
@@ -36,14 +36,13 @@ environment | variables recorded, compared by twin | lib/rundir.py: "variables":
 """
 
 
-def find_sources(repository: Path) -> list[Finding]:
+def find_sources(repository: Path) -> list[dict]:
     """A finding for each source with the file:line of its control; an error where that statement is not there any more."""
     findings = []
-    for line in SOURCES.strip().splitlines():
-        source, control, place = line.split(" | ")
+    for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
         name, statement = place.split(": ", 1)
         lines = (repository / name).read_text().splitlines()
-        where = [f"{name}:{number}" for number, line in enumerate(lines, 1) if statement in line.split("  #")[0]]
-        measured = ", ".join(where) or f"no `{statement}` in {name}"
-        findings.append(Finding(source, "note" if where else "error", len(where), measured, control))
+        where = [{"where": f"{name}:{number}"} for number, line in enumerate(lines, 1) if statement in line.split("  #")[0]]
+        measured = ", ".join(row["where"] for row in where) or f"no `{statement}` in {name}"
+        findings.append(finding(source, "note" if where else "error", measured, control, rows=where))
     return findings

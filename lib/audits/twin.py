@@ -1,18 +1,17 @@
 """Twins: two runs of one configuration. Identical to the bit, or: the first step, quantity and layer at which they part."""
 
 import hashlib
-import json
 import math
+import multiprocessing
 import shutil
-import subprocess
-import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lib.audits import Finding
+from lib.audits import finding
 from lib.audits.replay import KINDS, Fault, train, ulp_distance
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model
@@ -21,11 +20,11 @@ from lib.config import Config
 from lib.device import choose_device
 from lib.logger import read_csv, read_json
 from lib.predict import predict_rows
-from lib.rundir import REPOSITORY, find_run, is_finished, resume_config
+from lib.rundir import find_run, is_finished, resume_config
 from lib.trace import KEPT, QUANTITIES
 
 SHORT = {"epochs": "2", "limit_train": "2048", "limit_valid": "512", "checkpoint_every_steps": "4", "name": "twin"}
-METRICS = ("val_auc", "val_pr_auc", "val_f2", "val_accuracy", "val_loss")
+SCORES = ("val_auc", "val_pr_auc", "val_f2", "val_accuracy", "val_loss")
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,9 @@ class Side:
 
 
 def make_run(argv: list[str], fault: Fault | None = None) -> Path:
-    """Train in a process of its own or, with a fault planted, in this one. Raises BadInput with the sentence it refused in."""
-    if fault:
-        return Path(train(argv, fault)[0]["run"])
-    done = subprocess.run([sys.executable, str(REPOSITORY / "train.py"), *argv], stdout=subprocess.PIPE, text=True)
-    result = json.loads((done.stdout.splitlines() or ["{}"])[-1])
-    if done.returncode not in (0, 1) or "run" not in result:
-        raise BadInput(result.get("error") or f"train.py ended with exit code {done.returncode}")
-    return Path(result["run"])
+    """The run folder of a training in a process of its own. Raises BadInput as train.py does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return Path(pool.submit(train, argv, fault).result()[0]["run"])
 
 
 def read_side(path) -> Side:
@@ -67,16 +61,16 @@ def read_side(path) -> Side:
     return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
 
 
-def list_inputs(side: Side) -> dict:
-    """What went in: config, data, code, packages, machine with driver and device, environment."""
-    meta = side.meta
-    code = {"commit": meta["commit"], "patch": hashlib.sha256(meta["uncommitted_patch"].encode()).hexdigest()[:12]}
-    return side.cfg.as_dict() | meta["data"] | code | meta["versions"] | meta["machine"] | meta["variables"]
-
-
 def compare_inputs(a: Side, b: Side) -> list[dict]:
-    """What differs in what went in, [{what, a, b}]. Raises BadInput that names it if the two are no twins."""
-    ours, theirs = list_inputs(a), list_inputs(b)
+    """What differs in what went in: config, data, code, packages, machine with driver and device, environment.
+
+    Raises BadInput that names it if the two are no twins.
+    """
+    ours, theirs = (
+        side.cfg.as_dict() | side.meta["data"] | side.meta["versions"] | side.meta["machine"] | side.meta["variables"]
+        | {"commit": side.meta["commit"], "patch": hashlib.sha256(side.meta["uncommitted_patch"].encode()).hexdigest()[:12]}
+        for side in (a, b)
+    )  # fmt: skip
     rows = [{"what": name, "a": ours.get(name, "-"), "b": theirs.get(name, "-")} for name in {**ours, **theirs}]
     rows = [row for row in rows if row["a"] != row["b"] and row["what"] not in ("name", "memory_bytes")]
     if a.meta["identity"] != b.meta["identity"]:
@@ -89,12 +83,12 @@ def compare_inputs(a: Side, b: Side) -> list[dict]:
     return rows
 
 
-def find_parting(a: Side, b: Side, quantities: list[str]) -> dict:
+def find_parting(a: Side, b: Side) -> dict:
     """Step, quantity and layer that differ first, in time and then in the order of cause and effect; {} for none."""
     before, last = 0, a.summary["num_steps"]
     for step, ours in a.trace.items():
         differing = [name for name in ours if ours[name] != b.trace[step].get(name)]
-        if quantity := next((name for name in quantities if name in differing), ""):
+        if quantity := next((name for name in QUANTITIES if name in differing), ""):
             layers = [name.partition(".")[2] for name in differing if name.startswith(f"{quantity}.")] or [""]
             layer = layers[-1 if quantity == "gradients" else 0]  # gradients come about from the last layer on
             return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
@@ -107,19 +101,17 @@ def find_parting(a: Side, b: Side, quantities: list[str]) -> dict:
 def last_equal_checkpoint(a: Side, b: Side, step: int) -> Path | None:
     """The newest kept checkpoint up to `step`; None: the start of training. Raises BadInput for one of another run."""
     kept = {int(path.stem): path for side in (b, a) for path in (side.run / KEPT).glob("[0-9]*.pt")}
-    if not (path := kept.get(max((number for number in kept if number <= step), default=None))):
-        return None
-    checkpoint = load_checkpoint(path)
-    theirs = checkpoint["config"] | checkpoint["data"]
-    for key, value in (a.cfg.identity() | a.meta["data"]).items():
-        if theirs.get(key) != value:
-            raise BadInput(f"{path} is no checkpoint of this run: {key} is {theirs.get(key)} there, {value} in the run")
+    path = kept.get(max((number for number in kept if number <= step), default=None))
+    there = load_checkpoint(path) if path else {}
+    for key, value in (a.cfg.identity() | a.meta["data"]).items() if path else ():
+        if (other := (there["config"] | there["data"]).get(key)) != value:
+            raise BadInput(f"{path} is no checkpoint of this run: {key} is {other} there, {value} in the run")
     return path
 
 
 def replay_parting(a: Side, b: Side, parting: dict, fault: Fault | None, device: str | None) -> dict:
     """Both runs once more to the step where they part, each on its device or on `device`: the first module with equal inputs
-    and unequal output, forward or backward, and the distance."""
+    and unequal output, forward or backward, and the distance; {} if none differs here."""
     checkpoint = last_equal_checkpoint(a, b, parting["equal_step"])
     window = range(parting["equal_step"] + 1, parting["step"] + 1)
     say(f"replaying steps {window[0]} to {window[-1]} from {checkpoint or 'the start'}")
@@ -132,17 +124,12 @@ def replay_parting(a: Side, b: Side, parting: dict, fault: Fault | None, device:
             argv = ["--resume", folder, "--device", device or side.meta["machine"]["device"], f"data_dir={a.cfg.data_dir}"]
             return train(argv, fault, window, keep)[1:]
 
-    try:
-        (ours, _), (theirs, _) = again(a), again(b, fault)
-    except BadInput as error:  # no data, or no such device here
-        return {"not_replayed": str(error)}
+    (ours, _), (theirs, _) = again(a), again(b, fault)
     at = next((at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other), None)
     if at is None:
-        return {"not_replayed": "both replays are equal on this machine"}
-    found = dict(zip(("step", "phase", "module", "what"), ours[at], strict=False)) | {
-        "started_from": str(checkpoint or "start")
-    }
+        return {}
     (_, left), (_, right) = again(a, keep=at), again(b, fault, keep=at)
+    found = dict(zip(("step", "phase", "module", "what"), ours[at], strict=False)) | {"replayed_from": str(checkpoint)}
     if left.is_floating_point() and left.shape == right.shape and left.dtype == right.dtype:
         ulps = ulp_distance(left, right)
         found |= {"max_ulp": int(ulps.max()), "num_unequal": int((ulps > 0).sum()), "num_elements": ulps.numel()}
@@ -150,63 +137,49 @@ def replay_parting(a: Side, b: Side, parting: dict, fault: Fault | None, device:
 
 
 def flipped_predictions(a: Side, b: Side, device: str | None) -> dict:
-    """Decisions at 0.5 of both best.pt on the validation rows; {} without the data or the checkpoints."""
-    if not Path(a.cfg.data_dir).is_dir() or not all((side.run / "best.pt").is_file() for side in (a, b)):
-        return {}
+    """Decisions at 0.5 of both best.pt on the validation rows."""
     where, (_, (split, rows)) = choose_device(device or "auto"), open_train_valid(a.cfg)
     source = PatchSource(split.images, a.cfg.data_residence, where)
     left, right = (predict_rows(load_model(side.run)[0].to(where), source, rows.index, a.cfg) for side in (a, b))
     num_flipped = int(((left >= 0) != (right >= 0)).sum())
-    return {"num": len(rows), "num_flipped": num_flipped, "max_logit_difference": float(np.abs(left - right).max())}
+    return {"num_flipped": num_flipped, "num": len(rows), "max_logit_difference": float(np.abs(left - right).max())}
 
 
-def compare_metrics(a: Side, b: Side, seeds) -> list[dict]:
+def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
     """Scores of both beside the standard deviation over `seeds`, runs that differ in nothing but the seed."""
     summaries, rows = [a.summary, b.summary, *(read_json(find_run(run) / "summary.json") for run in seeds)], []
-    for name in METRICS:
+    for name in SCORES:
         ours, theirs, *others = (summary.get(name, math.nan) for summary in summaries)
         deviation = float(np.std(others, ddof=1)) if len(others) > 1 else math.nan
-        rows.append({"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs), "seed deviation": deviation})
+        rows.append({"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs), "seed_deviation": deviation})
     return rows
 
 
-def compare(a: Side, b: Side, fault: Fault | None = None, device: str | None = None, seeds=()) -> dict:
-    """The verdict on two runs with all that a page shows; `fault` is what was planted in B, so that its replay has it too."""
-    inputs = compare_inputs(a, b)
-    # the generators on record are those of the first rank, which draws less the more ranks there are
-    quantities = [name for name in QUANTITIES if name != "rng" or a.meta["num_ranks"] == b.meta["num_ranks"]]
-    parting = find_parting(a, b, quantities)
-    report = {"verdict": "parted" if parting else "identical", "num_steps_compared": len(a.trace), **parting}
-    report["weights_equal"] = a.summary["weights_sha256"] == b.summary["weights_sha256"]
-    equal = [[a.trace[step][name] == b.trace[step][name] for step in a.trace] for name in quantities]
-    report |= {"inputs": inputs, "time_line": (quantities, list(a.trace), np.array(equal, bool))}
-    report |= {"metrics": compare_metrics(a, b, seeds), "replay": {}, "flips": {}}
-    if parting:
-        differing = ", ".join(row["what"] for row in inputs)
-        report["cause"] = QUANTITIES[parting["quantity"]] + (f"; the two runs differ in {differing}" if differing else "")
-        if parting["quantity"] not in ("rows", "images", "draws"):  # those come before the model
-            report["replay"] = replay_parting(a, b, parting, fault, device)
-        report["flips"] = flipped_predictions(a, b, device)
+def compare(a: Side, b: Side, fault: Fault | None = None, device: str | None = None, seeds=()) -> tuple[dict, list[dict]]:
+    """The verdict on two runs, and the findings behind it. `fault` is what was planted in B: its replay has it too."""
+    inputs, where = compare_inputs(a, b), find_parting(a, b)
+    weights = "equal" if a.summary["weights_sha256"] == b.summary["weights_sha256"] else "not equal"
+    result = {"verdict": "parted" if where else "identical", "weights": weights, "num_steps": len(a.trace), **where}
+    findings = [finding("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", rows=inputs)]
+    if where:
+        cause = "; ".join([QUANTITIES[where["quantity"]], *(f"they differ in {row['what']}" for row in inputs)])
+        measured = f"part at step {where['step']}, first in {where['quantity']} {where['layer']}"
+        findings.append(finding("time line", "error", measured, "identical", f"likely cause: {cause}", [where]))
+        result |= {"cause": cause, "replay": {}}
+        if not Path(a.cfg.data_dir).is_dir():
+            findings.append(finding("replay", "warning", f"nothing replayed or predicted: there is no {a.cfg.data_dir} here"))
+        else:
+            if where["quantity"] not in ("rows", "images", "draws"):  # these come before the model
+                result["replay"] = found = replay_parting(a, b, where, fault, device)
+                measured = "{phase}: {what} of {module}".format(**found) if found else "equal twice on this machine"
+                findings.append(finding("replay", "error" if found else "note", measured, rows=[found] if found else []))
+            result |= (flips := flipped_predictions(a, b, device))
+            findings.append(finding("predictions", "note", f"{flips['num_flipped']} flipped", rows=[flips], split="valid"))
+    else:
+        findings.append(finding("time line", "note", f"identical to the bit over {len(a.trace):,} traced steps"))
+    findings.append(finding("scores", "note", f"final weights are {weights}", rows=compare_scores(a, b, seeds)))
     if fault:
-        found = (report.get("step"), report["replay"].get("module", ""), report.get("quantity") in KINDS[fault.kind])
-        report |= {"planted": vars(fault), "named": found == (fault.step, fault.layer, True)}
-    return report
-
-
-def twin_findings(report: dict) -> list[Finding]:
-    """The report as findings: what differs in the inputs, where the runs part, the module, and what it does to predictions."""
-    inputs, flips, replay = report["inputs"], report["flips"], report["replay"]
-    measured = f"identical over {report['num_steps_compared']} steps"
-    if parted := report["verdict"] == "parted":
-        measured = f"part at step {report['step']} in {report['quantity']} {report['layer']}"
-    advice = report.get("cause", "")
-    findings = [
-        Finding("inputs", "warning" if inputs else "note", len(inputs), f"{len(inputs)} differ", rows=inputs),
-        Finding("time line", "error" if parted else "note", int(parted), measured, "identical", advice),
-    ]
-    if replay:
-        measured = replay.get("not_replayed") or "{phase}: {what} of {module}".format(**replay)
-        findings.append(Finding("replay", "error", 1, measured, rows=[replay]))
-    if flips:
-        findings.append(Finding("predictions", "note", flips["num_flipped"], "flipped", split="valid", rows=[flips]))
-    return findings
+        found = (result.get("step"), result.get("replay", {}).get("module", ""), where.get("quantity") in KINDS[fault.kind])
+        result["named"] = found == (fault.step, fault.layer, True)
+        findings.append(finding("self-test", "note" if result["named"] else "error", f"planted: {fault}", rows=[vars(fault)]))
+    return result, findings
