@@ -84,7 +84,7 @@ def watch(name: str, module: torch.nn.Module, note) -> list:
             inputs[0].register_hook(lambda grad: note("backward", name, "gradient of its input", grad))
 
     def after(_module, _inputs, output):
-        for what, tensor in {"output": output, **module._buffers}.items():
+        for what, tensor in {"output": output, **dict(module.named_buffers(recurse=False))}.items():
             note("forward", name, what, tensor)
 
     # what enters a container enters its first module too
