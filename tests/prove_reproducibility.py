@@ -32,6 +32,7 @@ from lib.device import choose_device, describe_machine
 from lib.logger import atomic_write, read_json, write_json
 from lib.models import build_model
 from lib.rundir import git_state, package_versions
+from lib.seeding import set_determinism
 
 SIZE = ["limit_train=160", "limit_valid=64", "data_residence=disk"]
 TINY = [*QUICK, *SIZE, "shards=4", "dropout=0.2", "checkpoint_every_steps=1"]
@@ -122,7 +123,7 @@ def kill_one(folder: Path, common: tuple, in_checkpoint: bool) -> tuple[Path, bo
 
     Returns the folder of its runs and whether a half-written checkpoint was left. A kill that missed is tried again.
     """
-    wall_s = train_whole(common)[2]
+    wall_s = train_whole(common)[2]  # of start-up too: some kills come before the run folder
     while True:
         runs = Path(tempfile.mkdtemp(dir=folder))
         process = Process(["--runs", runs, "--trace", *common, *TINY])
@@ -140,7 +141,7 @@ def prove_kills(common, count: int) -> tuple[list[dict], str]:
     for number in range(1, count + 1):
         runs, torn = kill_one(SCRATCH, common, number % 2 == 0)
         run = only_run(runs)
-        had_checkpoint = bool(run and (run / "last.pt").exists())
+        had_checkpoint = bool(run and ((run / "last.pt").exists() or (run / "previous.pt").exists()))
         argv = ["--resume", run, *common] if run else ["--runs", runs, *common, *TINY]  # killed before there was a run
         Process([*argv, "--trace"]).result()
         run = run or only_run(runs)
@@ -311,6 +312,7 @@ def main(argv=None) -> int:
     if args.part not in (*PARTS, "all") or (args.count is not None and args.count < 1):
         raise BadInput(f"{args.part} --count {args.count}: the part is one of {', '.join(PARTS)}, all; the count 1 or more")
 
+    set_determinism(True, 1)  # imports half of torch: once, before the forks
     args.out.parent.mkdir(parents=True, exist_ok=True)
     num_train = 6400 if args.part == "all" or args.part.endswith("_price") else 400
     data = Path(args.data or write_pcam(SCRATCH / "data", num_train, 100)).resolve()

@@ -27,22 +27,25 @@ def plot_growth(ours: list[dict], theirs: list[dict]):
     figure, (axes,) = new_figure(1, width=11)
     for name in ("loss", "grad_norm"):
         left, right = column(ours, name), column(theirs, name)
-        axes.plot(column(ours, "step"), np.abs(left - right) / np.maximum(left, right), ".-", label=name)
+        difference = np.abs(left - right) / np.maximum(left, right)
+        axes.plot(column(ours, "step"), difference, ".-", label=name)
+        if difference.any():
+            axes.set_yscale("log", nonpositive="mask")
     axes.set(title="relative difference, where there is one", xlabel="step")
-    axes.set_yscale("log", nonpositive="mask")
     axes.legend()
     return figure
 
 
 def write_twin_page(path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path) -> Path:
     """Write the page of a comparison of the run folders A and B; `equal` says which quantity was equal at which step."""
-    growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
     sections = [table(("run", "folder"), [("A", a), ("B", b)])]
     for found in findings:
         parts = [note(" ".join((found["measured"], found["advice"])), "alarm" if found["severity"] == "error" else "note")]
         parts += [table(found["rows"][0], [row.values() for row in found["rows"]])] if found["rows"] else []
         if found["check"] == "time line" and steps:
             parts.append(picture(figure_png(plot_time_line(equal, steps)), "equal or not, by step"))
+        if found["check"] == "time line" and found["severity"] == "error":
+            growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
             parts.append(picture(figure_png(growth), "differences by step"))
         sections.append(section(found["check"], *parts))
     return write_page(path, "Twin runs", sections)
