@@ -8,6 +8,7 @@ import datetime
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -29,6 +30,7 @@ from lib.audits import replay, twin
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
 from lib.config import load_config
 from lib.device import choose_device, describe_machine
+from lib.launch import ALONE
 from lib.logger import atomic_write, read_json, write_json
 from lib.models import build_model
 from lib.rundir import git_state, package_versions
@@ -36,6 +38,7 @@ from lib.seeding import set_determinism
 
 SIZE = ["limit_train=160", "limit_valid=64", "data_residence=disk"]
 TINY = [*QUICK, *SIZE, "shards=4", "dropout=0.2", "checkpoint_every_steps=1"]
+STEPS_TIMED = 20  # of the default recipe, in a turn
 LIMIT_PERCENT = 10  # what the trace and four shards may cost
 forked = multiprocessing.get_context("fork")
 
@@ -235,22 +238,45 @@ def train_script(command) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compare_speed(case: str, with_case, without, common, count: int) -> tuple[list[dict], str]:
-    """Images per second of the default model with and without something, in turn, so that a noisy machine hits both alike."""
-    num_train = 100 * load_config().batch_size
-    plain = [f"limit_train={num_train}", "limit_valid=64", "epochs=1", "warmup_epochs=0.1", "data_residence=auto"]
-    rows = []
-    for repeat in range(1, count + 1):
-        rates = []
-        for extra in (without, with_case):
-            command = [sys.executable, REPOSITORY / "train.py", "--runs", SCRATCH / "speed", *common, *plain, *extra]
-            rates.append(train_script(command)["images_per_s"])
-        row = {"repeat": repeat, "images_per_s_without": rates[0], f"images_per_s_with_{case}": rates[1]}
-        rows.append(row | {"percent": round(100 * (1 - rates[1] / rates[0]), 2)})
-        say(f"{case}: {rows[-1]}")
+def time_steps(case: str, count: int, argv) -> int:
+    """Print images/s of the default recipe's steps without and with something, in turn and in one process, so that a noisy
+    machine hits both alike: [[without, with], ...]."""
+    device, data_dir = choose_device(argv[1]), argv[2]
+    without, with_case = {"trace": ((), ()), "shards": ((), ("shards=4",)), "determinism": (("deterministic=false",), ())}[case]
+    sides, rates = [], []
+    for changes in (without, with_case):
+        cfg = load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes])
+        (split, rows), _ = batches.open_train_valid(cfg)
+        keys = batches.epoch_order(rows, len(split), 0, cfg).split(cfg.batch_size)
+        state, source = training.build_state(cfg, device), batches.PatchSource(split.images, cfg.data_residence, device)
+        traced = trace.Trace(Path(tempfile.mkdtemp(dir=SCRATCH)), state, int(case == "trace" and len(sides)), ALONE)
+        sides.append((cfg, state, source, split.labels, keys, traced))
+    for _ in range(count + 1):
+        pair = []
+        for cfg, state, source, labels, keys, traced in sides:
+            set_determinism(cfg.deterministic, cfg.threads)
+            started, result = time.perf_counter(), None
+            for batch in batches.load_batches(source, labels, keys):
+                loss = result and float(result.loss)  # read one step late, as train.py does
+                result = training.training_step(state, batch, cfg, cfg.lr)
+                traced.add(batch, result)
+            traced.flush()
+            assert math.isfinite(loss + float(result.loss))
+            pair.append(round(sum(map(len, keys)) / (time.perf_counter() - started), 1))
+        rates.append(pair)
+    print_result({"rates": rates[1:]})  # the first round warms up
+    return EXIT_DONE
+
+
+def compare_speed(case: str, common, count: int) -> tuple[list[dict], str]:
+    """What a thing costs the default recipe's step."""
+    rates = Process(common, functools.partial(time_steps, case, count)).result()["rates"]
+    rows = [
+        {"images_per_s_without": off, "images_per_s_with": on, "percent": round(100 * (1 - on / off), 2)} for off, on in rates
+    ]
     percent = statistics.median(row["percent"] for row in rows)
+    off, on = (statistics.median(pair[side] for pair in rates) for side in (0, 1))
     held = int(percent < LIMIT_PERCENT)
-    off, on = (statistics.median(row[key] for row in rows) for key in [*rows[0]][1:3])
     return [row | {"held": held} for row in rows], f"{percent:.1f}% of throughput ({off:,.0f} to {on:,.0f} images/s, medians)"
 
 
@@ -260,9 +286,9 @@ PARTS = {  # name: (proof, default count)
     "prefetch": (prove_prefetch, 2),
     "faults": (prove_faults, 30),
     "twins": (prove_twins, 20),
-    "trace_price": (functools.partial(compare_speed, "trace", ["--trace"], []), 5),
-    "shards_price": (functools.partial(compare_speed, "shards", ["shards=4"], []), 5),
-    "determinism_price": (functools.partial(compare_speed, "determinism", [], ["deterministic=false"]), 5),
+    "trace_price": (functools.partial(compare_speed, "trace"), 15),
+    "shards_price": (functools.partial(compare_speed, "shards"), 15),
+    "determinism_price": (functools.partial(compare_speed, "determinism"), 15),
 }
 
 
@@ -314,8 +340,7 @@ def main(argv=None) -> int:
 
     set_determinism(True, 1)  # imports half of torch: once, before the forks
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    num_train = 6400 if args.part == "all" or args.part.endswith("_price") else 400
-    data = Path(args.data or write_pcam(SCRATCH / "data", num_train, 100)).resolve()
+    data = Path(args.data or write_pcam(SCRATCH / "data", 64 * STEPS_TIMED, 100)).resolve()
     common = ("--device", args.device, f"data_dir={data}")
     failed = []
     for name in PARTS if args.part == "all" else [args.part]:
