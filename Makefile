@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train data demo clean
+.PHONY: help setup test lint train data demo twin prove clean
 
 SEED ?= 1
 ARGS ?=
@@ -62,6 +62,12 @@ demo: $(setup_done)  ## from nothing to a trained model and its page: synthetic 
 	$(PYTHON) inference.py --ckpt "$$run" data/demo --split test --out "$$run/predictions.csv" > /dev/null; \
 	$(PYTHON) report.py run "$$run" --predictions "$$run/predictions.csv" \
 	  --remark "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue." > /dev/null
+
+twin: $(setup_done)  ## is a short training reproducible to the bit: make twin ARGS="data_dir=data/sample"
+	$(PYTHON) audit.py twin $(ARGS)
+
+prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
+	$(PYTHON) tests/prove_reproducibility.py $(ARGS)
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Train a tumour-patch classifier: one run, from config to run folder.
 
-python train.py [--config F] [--runs DIR] [--device D] [key=value ...]
+python train.py [--config F] [--runs DIR] [--device D] [--trace] [key=value ...]
 python train.py --resume RUN
 """
 
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, positive, print_result, say, script
 
 
 def parse(argv) -> argparse.Namespace:
@@ -19,6 +19,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)")
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    parser.add_argument("--trace", action="store_true", help="write SHA-256 digests of each step to RUN/trace.csv")
+    parser.add_argument("--trace-every", type=positive, default=0, metavar="N", help="the same for every Nth step only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3")
     return parser.parse_intermixed_args(argv)
 
@@ -67,6 +69,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.seeding import set_determinism
+    from lib.trace import Trace
 
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
@@ -115,13 +118,20 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     def save(name: str) -> None:
         log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
+        trace.flush()
         if not training.is_finite(state):
             log.diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other, best.pt, is for prediction
             save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer=is_last), keep_previous=is_last)
+            if is_last:
+                trace.keep(run / name)
 
-    with StopFlag() as stop, rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, ranks.num) as log:
+    with (
+        StopFlag() as stop,
+        rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, ranks.num) as log,
+        Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
+    ):
         try:
             while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
@@ -135,6 +145,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                         lr = training.learning_rate(cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"])
                         result = training.training_step(state, batch, cfg, lr, weights, ranks)
                         log.add_step(result, batch, lr)
+                        trace.add(batch, result)
                         bar.add(batch_size, log.note)
                         if ranks.any(stop, device):
                             save("last.pt")

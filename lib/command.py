@@ -30,6 +30,14 @@ def probability(text: str) -> float:
     return value
 
 
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
 def place(text: str) -> str:
     """An argument that names a file or folder: an empty one would mean the working folder."""
     if not text:

@@ -6,67 +6,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lib.centrenet import CentreNet
 from lib.command import BadInput, one_line
 from lib.config import Config
-from lib.equivariant import GroupCentreNet
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016); the last scale starts at zero, so that it starts as identity."""
-
-    def __init__(self, num_channels: int):
-        super().__init__()
-        self.first = ConvNorm(num_channels, num_channels)
-        self.second = nn.Conv2d(num_channels, num_channels, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(num_channels)
-        nn.init.zeros_(self.norm.weight)
-
-    def forward(self, x):
-        return torch.relu(x + self.norm(self.second(self.first(x))))
-
-
-class ConvNorm(nn.Sequential):
-    """A 3x3 convolution, its batch norm, and ReLU."""
-
-    def __init__(self, num_in: int, num_out: int, stride: int = 1):
-        norm = nn.BatchNorm2d(num_out)
-        super().__init__(nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False), norm, nn.ReLU(inplace=True))
-
-
-class CentreNet(nn.Module):
-    """A small residual network that looks at the whole patch and, apart from it, at the centre that decides the label.
-
-    The features (B, C, 6, 6) are averaged over the patch and over the middle 2 x 2 cells, which are the centre 32 x 32 pixels.
-    """
-
-    def __init__(self, width: int, dropout: float):
-        super().__init__()
-        self.features = nn.Sequential(
-            ConvNorm(3, width // 2, stride=2),
-            ConvNorm(width // 2, width, stride=2),
-            Residual(width),
-            ConvNorm(width, 2 * width, stride=2),
-            Residual(2 * width),
-            ConvNorm(2 * width, 4 * width, stride=2),
-            Residual(4 * width),
-        )
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, 1))
-
-    def forward(self, x):
-        x = self.features(x)  # (B, 4 * width, 6, 6), less of a smaller crop
-        first = x.shape[-1] // 2 - 1
-        centre = x[:, :, first : first + 2, first : first + 2]
-        return self.head(torch.cat([x.mean((2, 3)), centre.mean((2, 3))], 1))
 
 
 def build_cnn(cfg: Config) -> nn.Module:
-    """The default: about half a million parameters, made for bfloat16 on a CPU."""
-    return CentreNet(cfg.cnn_width, cfg.dropout)
+    """CentreNet as a plain network."""
+    return CentreNet(cfg.cnn_width, 1, cfg.dropout)
 
 
 def build_p4m(cfg: Config) -> nn.Module:
-    """The same, invariant to the eight symmetries by its construction: one pass gives what eight views would."""
-    return GroupCentreNet(cfg.p4m_width, cfg.dropout)
+    """The default: CentreNet in eight orientations, which one pass gives what eight views give the plain one."""
+    return CentreNet(cfg.p4m_width, 8, cfg.dropout)
 
 
 def build_mlp(cfg: Config) -> nn.Module:

@@ -20,6 +20,8 @@ from lib.logger import CsvLog, atomic_write, read_json, write_json
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_PARTITION", "SLURMD_NODENAME")
+# environment variables that change what is computed
+VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_")
 PATCH_BYTES_KEPT = 1 << 20
 
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
@@ -129,7 +131,7 @@ def package_versions() -> dict[str, str]:
 
 
 def environment() -> dict:
-    """Who ran what where: argv, commit and patch, versions, Slurm job."""
+    """Who ran what where: argv, commit and patch, versions, environment variables, Slurm job."""
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
@@ -137,6 +139,7 @@ def environment() -> dict:
         "pid": os.getpid(),
         **git_state(),
         "versions": package_versions(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
     }
 

@@ -63,7 +63,8 @@ def seed_everything(seed: int) -> None:
 def set_determinism(deterministic: bool, threads: int) -> None:
     """Fix the thread count and choose, or not, only algorithms that repeat to the bit on the same machine."""
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # what use_deterministic_algorithms does, but for loading torch's compiler, which takes seconds
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of which there are none here

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lib.augment import draw_augmentation, model_input, patch_size
+from lib.augment import Draws, draw_augmentation, model_input, patch_size
 from lib.batches import Batch
 from lib.checkpoint import build_checkpoint, load_checkpoint
 from lib.command import BadInput
@@ -48,10 +48,14 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading them waits for the step."""
+    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading them waits for the step.
+
+    `draws` is what was drawn for this rank's part of the batch.
+    """
 
     loss: torch.Tensor
     grad_norm: torch.Tensor
+    draws: Draws | None = None
 
 
 def build_state(cfg: Config, device: torch.device) -> TrainState:
@@ -138,7 +142,7 @@ def training_step(
     state.progress["num_steps"] += 1
     if state.averaged is not None:
         average_weights(state, cfg)
-    return StepResult(loss, grad_norm)
+    return StepResult(loss, grad_norm, draws)
 
 
 def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE) -> torch.Tensor:

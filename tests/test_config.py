@@ -126,7 +126,7 @@ def test_a_config_is_frozen_and_its_identity_leaves_out_the_free_keys_alone(tmp_
 
 def test_a_resumed_run_may_change_free_keys_alone():
     cfg = load_config()
-    changed = change_free_keys(cfg, {"views": "8", "data_dir": "/elsewhere", "lr": "0.010"})
+    changed = change_free_keys(cfg, {"views": "8", "data_dir": "/elsewhere", "lr": "0.020"})
     assert changed == dataclasses.replace(cfg, views=8, data_dir="/elsewhere"), "an equal value in other words is no change"
     for change, words in (({"seed": "2"}, "seed changes the weights.*views"), ({"sed": "2"}, "did you mean 'seed'")):
         with pytest.raises(BadInput, match=words):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from conftest import QUICK, REPOSITORY, run_script
 
 from lib.logger import read_csv, read_json
 
-SHARDED = [*QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
+SHARDED = ["--trace", *QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
 
 
 def under_torchrun(num_ranks: int, *arguments):
@@ -26,10 +27,10 @@ def under_torchrun(num_ranks: int, *arguments):
 
 @pytest.fixture(scope="module")
 def alone(pcam_dir, tmp_path_factory):
+    """The summary of a run that one process made undisturbed, and the trace of its every step."""
     runs = tmp_path_factory.mktemp("runs")
-    return read_json(
-        Path(run_script("train.py", "--runs", runs, f"data_dir={pcam_dir}", *SHARDED, check=0).json["run"]) / "summary.json"
-    )
+    run = Path(run_script("train.py", "--runs", runs, f"data_dir={pcam_dir}", *SHARDED, check=0).json["run"])
+    return read_json(run / "summary.json") | {"trace": (run / "trace.csv").read_text()}
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -43,6 +44,7 @@ def test_ranks_end_with_the_weights_of_one_process(num_ranks, alone, pcam_dir, t
     assert float(row["images_per_s"]) * float(row["train_s"]) == pytest.approx(160, rel=0.05), "of all ranks together"
     same = ("val_loss", "val_auc", "val_f2", "num_steps")
     assert {name: result[name] for name in same} == {name: alone[name] for name in same}
+    assert (Path(result["run"]) / "trace.csv").read_text() == alone["trace"]
     assert len(list(tmp_path.iterdir())) == 1 and read_json(Path(result["run"]) / "meta.json")["num_ranks"] == num_ranks
 
 
@@ -55,9 +57,27 @@ def test_a_run_of_two_ranks_goes_on_as_one_with_the_same_bits(alone, pcam_dir, t
     process.wait()
     (run,) = tmp_path.iterdir()
     (run / "summary.json").unlink(missing_ok=True)  # where it was already done: its last step then comes from the checkpoint
-    result = run_script("train.py", "--resume", run, check=0).json
+    result = run_script("train.py", "--resume", run, "--trace", check=0).json
     assert result["weights_sha256"] == alone["weights_sha256"]
+    assert (run / "trace.csv").read_text() == alone["trace"]
     assert [row["step"] for row in read_csv(run / "steps.csv")] == [str(step) for step in range(1, 11)]
+
+
+def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_with_the_same_bits(alone, pcam_dir, tmp_path):
+    command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(tmp_path), f"data_dir={pcam_dir}", *SHARDED]
+    for _ in range(20):  # a kill may come too late
+        process = subprocess.Popen([*command, "checkpoint_every_steps=1"], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not list(tmp_path.glob("*/.last.pt.*.tmp")):
+            time.sleep(0.0005)
+        process.kill()
+        process.wait()
+        (run,) = tmp_path.iterdir()
+        if list(run.glob(".last.pt.*.tmp")):
+            break
+        shutil.rmtree(run)
+    result = run_script("train.py", "--resume", run, "--trace", check=0).json
+    assert result["weights_sha256"] == alone["weights_sha256"]
+    assert (run / "trace.csv").read_text() == alone["trace"] and not list(run.glob(".*.tmp"))
 
 
 def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):

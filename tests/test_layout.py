@@ -14,8 +14,8 @@ from lib.config import Config
 
 FLOORS = [
     {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
-    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "equivariant", "rundir", "inputs"},
-    {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download"},
+    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs"},
+    {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download", "trace"},
     {"audits", "reports"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

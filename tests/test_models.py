@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lib.augment import model_input, move_pixels, no_augmentation, view_draws
+from lib.centrenet import filter_copies
 from lib.command import BadInput
 from lib.config import load_config
-from lib.equivariant import filter_copies
 from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, num_parameters
 
 torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def test_a_state_of_another_model_is_refused_with_its_first_tensor_that_differs(
     wrong = [
         ({name: value for name, value in state.items() if name not in (first, second)}, f"tensor {first} is missing"),
         (state | {"0.a": torch.zeros(1), "zzz": torch.zeros(1)}, "tensor 0.a is unknown"),
-        (build("cnn", cnn_width=8).state_dict(), f"tensor {first} has shape .4, 3, 3, 3. instead of .2, 3, 3, 3."),
+        (build("cnn", cnn_width=8).state_dict(), f"tensor {first} has shape .4, 48. instead of .2, 48."),
         *((value, "does not hold the weights") for value in ({first: 3}, [1], None, torch.zeros(3))),
         ({1: torch.zeros(3)}, ""),
     ]

@@ -130,7 +130,7 @@ def test_the_last_line_of_stdout_is_the_summary_with_the_run(tmp_path, pcam_dir)
 
 
 def test_the_summary_scores_the_best_model_over_all_views(pcam_dir, tmp_path):
-    run = start(tmp_path, pcam_dir, "views=8")[0]
+    run = start(tmp_path, pcam_dir, "views=8", "model=cnn", "cnn_width=8")[0]
     command = ["inference.py", "--ckpt", run, pcam_dir, "--split", "valid", "--out", tmp_path / "p.csv"]
     scores = run_script(*command, check=0).json["scores"]
     summary, best = read_json(run / "summary.json"), max(float(row["val_auc"]) for row in read_csv(run / "epochs.csv"))
@@ -512,7 +512,8 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_leaves_a_readable_folder(
         pytest.skip("a tiny file system cannot be mounted here")
     try:
         (disk / "full").write_bytes(bytes((1000 - free_kb) * 1024))
-        keys = [f"data_dir={pcam_dir}", *(pair for pair in QUICK if "epochs" not in pair), "epochs=1"]
+        keys = [f"data_dir={pcam_dir}", *(pair for pair in QUICK if pair.split("=")[0] not in ("epochs", "p4m_width"))]
+        keys += ["epochs=1", "p4m_width=4"]
         code, result, err = call_script(train.main, "--runs", disk / "runs", *keys)
         assert code == 2 and "no space left on device" in err and len(re.findall("(?m)^error:", err)) == 1
         for run in (disk / "runs").glob("*"):

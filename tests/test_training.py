@@ -93,7 +93,7 @@ def test_steps_equal_a_hand_written_loop(changes):
 
 
 def test_averaged_statistics_follow_and_counters_are_copied():
-    cfg = make_cfg(ema_decay=0.5)
+    cfg = make_cfg(ema_decay=0.5, model="resnet18")
     state = training.build_state(cfg, CPU)
     mean, counter = (next(n for n in state.averaged.state_dict() if n.endswith(end)) for end in ("_mean", "_tracked"))
     hand = state.averaged.state_dict()[mean].clone()

@@ -1,0 +1,82 @@
+"""Audits: findings with evidence.
+
+python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
+python audit.py twin --sources
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = Parser(prog="audit.py", description="Findings with evidence: findings.json, a table and a page.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="twin")
+    twin = verbs.add_parser("twin", help="are two runs of one configuration identical to the bit, and if not, where they part")
+    twin.add_argument("runs", nargs="*", metavar="A B | key=value", help="two run folders; one, to be repeated here; or none")
+    twin.add_argument("--out", default="audit-twin", metavar="OUT", help="for runs, findings, page (default: audit-twin)")
+    twin.add_argument("--inject", metavar="F", help="self-test: plant output:LAYER@STEP, gradient:, draw: or sample@STEP in B")
+    twin.add_argument("--seeds", nargs="+", default=[], metavar="RUN", help="runs of other seeds, for their deviation")
+    twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
+    twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
+    twin.set_defaults(audit=audit_twin)
+    return parser.parse_args(argv)
+
+
+@script
+def main(argv=None) -> int:
+    args = parse(argv)
+    return list_sources() if args.sources else args.audit(args)
+
+
+def list_sources() -> int:
+    """Every source has its control: 0; one has lost it: 1."""
+    from lib.audits.sources import find_sources
+    from lib.rundir import REPOSITORY
+
+    findings = find_sources(REPOSITORY)
+    num_missing = sum(found["severity"] == "error" for found in findings)
+    print_result({"num_sources": len(findings), "num_missing": num_missing})
+    return EXIT_FINDING if num_missing else EXIT_DONE
+
+
+def audit_twin(args) -> int:
+    """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted."""
+    from lib.audits import replay, twin
+    from lib.config import parse_overrides
+    from lib.logger import write_json
+    from lib.reports.twin_page import write_twin_page
+    from lib.trace import QUANTITIES
+
+    runs = [item for item in args.runs if "=" not in item or Path(item).is_dir()]
+    overrides = parse_overrides(item for item in args.runs if item not in runs)
+    if len(runs) > 2 or (runs and overrides) or (args.inject and len(runs) == 2):
+        raise BadInput("twin takes two run folders, or one to repeat, or key=value; --inject needs a run that is made here")
+
+    # read the runs that are given, make those that are not
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    sides, fault = [twin.read_side(run) for run in runs], None
+    argv = ["--runs", str(out / "runs"), "--trace", "--device", args.device or "auto"]
+    argv += ["--config", str(sides[0].run / "config.yaml"), f"data_dir={sides[0].cfg.data_dir}"] if runs else []
+    argv += [f"{key}={value}" for key, value in (twin.SHORT | overrides).items()] if not runs else []
+    while len(sides) < 2:
+        if sides and args.inject:
+            fault = replay.parse_fault(args.inject, sides[0].cfg, sides[0].summary["num_steps"])
+        say(f"training twin {'AB'[len(sides)]}" + (f" with {fault}" if fault else ""))
+        sides.append(twin.read_side(twin.make_run(argv, fault)))
+
+    # compare them
+    a, b = sides
+    result, findings = twin.compare(a, b, fault, args.device, args.seeds)
+    equal = {name: [a.trace[step][name] == b.trace[step][name] for step in a.trace] for name in QUANTITIES}
+    page = write_twin_page(out / "twin.html", findings, equal, [*a.trace], a.run, b.run)
+    write_json(out / "findings.json", findings)
+    print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
+    return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
