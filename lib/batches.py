@@ -1,10 +1,10 @@
 """Which patches make up a batch, and how they get from the file to the device while the model is busy with the last one."""
 
 import dataclasses
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -220,51 +220,25 @@ def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Te
     buffers = [torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=pin) for _ in range(NUM_BUFFERS)]
 
     def fill(keys, buffer) -> Batch:
-        rows = keys % len(source)
-        images = source.gather(rows, buffer[: len(keys)])
-        batch_targets = targets[rows]
-        if pin:
-            images = images.to(device, non_blocking=True)
-            batch_targets = batch_targets.pin_memory().to(device, non_blocking=True)
-            torch.cuda.current_stream(device).synchronize()  # of this thread's own stream: the model's goes on
+        with torch.cuda.stream(stream):  # of its own, so that copies overlap with the model instead of queueing behind it
+            rows = keys % len(source)
+            images, batch_targets = source.gather(rows, buffer[: len(keys)]), targets[rows]
+            if pin:
+                images = images.to(device, non_blocking=True)
+                batch_targets = batch_targets.pin_memory().to(device, non_blocking=True)
+                stream.synchronize()
         return Batch(images, batch_targets, keys, len(source))
 
-    if not (source.can_stall if prefetch is None else prefetch):
-        for keys in batches:
+    stream = torch.cuda.Stream(device) if pin else None
+    ahead = NUM_BUFFERS - 1 if (source.can_stall if prefetch is None else prefetch) else 0  # the last one is with the model
+    with ThreadPoolExecutor(1, "prefetch") as pool:
+        pending = deque(pool.submit(fill, keys, buffer) for keys, buffer in zip(batches[:ahead], buffers, strict=False))
+        for number, keys in enumerate(batches):
             started = time.perf_counter()
-            batch = fill(keys, buffers[0])
-            yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
-        return
-
-    free, ready = queue.SimpleQueue(), queue.SimpleQueue()
-    for buffer in buffers:
-        free.put(buffer)
-
-    def work():
-        try:
-            # a stream of its own, so that copies overlap with the model instead of queueing behind it
-            with torch.cuda.stream(torch.cuda.Stream(device) if pin else None):
-                for keys in batches:
-                    buffer = free.get()
-                    if buffer is None:
-                        return
-                    ready.put((fill(keys, buffer), buffer))
-        except BaseException as error:  # raised again where the batch was asked for
-            ready.put((error, None))
-
-    thread = threading.Thread(target=work, daemon=True, name="prefetch")
-    thread.start()
-    try:
-        for _ in batches:
-            started = time.perf_counter()
-            batch, buffer = ready.get()
-            if isinstance(batch, BaseException):
-                raise batch
+            batch = pending.popleft().result() if ahead else fill(keys, buffers[0])
             if pin:  # the copy's memory must not be handed out again before the model's stream is done with it
                 for tensor in (batch.images, batch.labels):
                     tensor.record_stream(torch.cuda.current_stream(device))
+            if ahead and number + ahead < len(batches):
+                pending.append(pool.submit(fill, batches[number + ahead], buffers[(number + ahead) % NUM_BUFFERS]))
             yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
-            free.put(buffer)
-    finally:
-        free.put(None)
-        thread.join()

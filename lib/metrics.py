@@ -28,13 +28,23 @@ def compute_pr_auc(labels, scores) -> float:
     labels, scores = np.asarray(labels, bool), np.asarray(scores, np.float64)
     if not labels.any() or np.isnan(scores).any():
         return float("nan")
+    points = curve_points(labels, scores)
+    return float((np.diff(points["recall"], prepend=0) * points["precision"]).sum())
+
+
+def curve_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+    """Recall, precision and false positive rate of labels (N,) at every distinct threshold on scores (N,), strictest first."""
     order = np.argsort(-scores, kind="stable")
-    labels, scores = labels[order], scores[order]
-    last_of_tie = np.append(scores[1:] != scores[:-1], True)
-    true_positives = np.cumsum(labels)[last_of_tie]
+    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
+    true_positives = np.cumsum(labels[order])[last_of_tie]
     num_called = np.flatnonzero(last_of_tie) + 1
-    recall_steps = np.diff(true_positives, prepend=0) / labels.sum()
-    return float((recall_steps * true_positives / num_called).sum())
+    num_negative = max(1, len(labels) - labels.sum())
+    return {
+        "threshold": scores[order][last_of_tie],
+        "recall": true_positives / max(1, labels.sum()),
+        "precision": true_positives / num_called,
+        "false_positive_rate": (num_called - true_positives) / num_negative,
+    }
 
 
 def compute_confusion(labels, predictions) -> dict[str, int]:

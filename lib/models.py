@@ -39,16 +39,7 @@ def build_resnet18(cfg: Config) -> nn.Module:
     return model
 
 
-def build_densenet121(cfg: Config) -> nn.Module:
-    """torchvision's DenseNet-121 with one output, from random weights."""
-    from torchvision.models import densenet121
-
-    model = densenet121(weights=None)
-    model.classifier = nn.Sequential(nn.Dropout(cfg.dropout), nn.Linear(model.classifier.in_features, 1))
-    return model
-
-
-BUILDERS = {"cnn": build_cnn, "p4m": build_p4m, "mlp": build_mlp, "resnet18": build_resnet18, "densenet121": build_densenet121}
+BUILDERS = {"cnn": build_cnn, "p4m": build_p4m, "mlp": build_mlp, "resnet18": build_resnet18}
 
 
 def build_model(cfg: Config) -> nn.Module:

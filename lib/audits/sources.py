@@ -16,8 +16,8 @@ order of classes | a function of (seed, epoch) | lib/batches.py: cfg.seed, epoch
 rows under a limit | a function of the row numbers | lib/batches.py: position_permutation(len(index), LIMIT)
 folds | drawn by row numbers, not by python's hash | lib/batches.py: position_bits(torch.from_numpy(first_row), FOLD)
 augmentation | a function of (seed, epoch, sample) | lib/augment.py: position_bits(keys
-prefetch thread | one thread, batches in their order | lib/batches.py: ready.put((fill(keys, buffer), buffer))
-copies to the device | awaited before the batch is given out | lib/batches.py: current_stream(device).synchronize()
+prefetch thread | one thread, batches in their order | lib/batches.py: ThreadPoolExecutor(1, "prefetch")
+copies to the device | awaited before the batch is given out | lib/batches.py: stream.synchronize()
 number of threads | fixed by the config | lib/seeding.py: torch.set_num_threads(threads)
 algorithms with atomics | refused or replaced | lib/seeding.py: torch.set_deterministic_debug_mode(
 cuDNN's choice | deterministic algorithms only | lib/seeding.py: cudnn.deterministic = deterministic

@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
+from lib.metrics import curve_points
+
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 STYLE = {
@@ -90,21 +92,6 @@ def plot_steps(steps: list[dict]):
         axes.set(title=title, xlabel="step")
     middle.set_yscale("log")
     return figure
-
-
-def curve_points(labels: np.ndarray, probs: np.ndarray) -> dict[str, np.ndarray]:
-    """Recall, precision and false positive rate at every distinct threshold, from strict to lax."""
-    order = np.argsort(-probs, kind="stable")
-    last_of_tie = np.append(np.diff(probs[order]) != 0, True)
-    true_positives = np.cumsum(labels[order])[last_of_tie]
-    num_called = np.flatnonzero(last_of_tie) + 1
-    num_negative = max(1, len(labels) - labels.sum())
-    return {
-        "threshold": probs[order][last_of_tie],
-        "recall": true_positives / max(1, labels.sum()),
-        "precision": true_positives / num_called,
-        "false_positive_rate": (num_called - true_positives) / num_negative,
-    }
 
 
 def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, confusion: dict[str, int]):
