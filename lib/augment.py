@@ -13,6 +13,9 @@ PCAM_STD = (0.2350, 0.2774, 0.2129)
 PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
 
 CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
+# pixels in y and x by which each of eight views is shifted once it is turned: what a strided network says depends on where its
+# grid lies, and most of all on patches that were JPEG before
+VIEW_SHIFT = (1, 3)
 AUGMENTATION = 1  # purpose of a draw
 NUM_DRAWS = 15  # numbers drawn for a sample: symmetry, shift in y and x, and three for brightness and for each channel's gain
 
@@ -49,10 +52,12 @@ def no_augmentation(num: int) -> Draws:
     return Draws(zeros[:, 0], zeros, torch.ones(num, 3), torch.zeros(num, 3))
 
 
-def view_draws(num: int, symmetry: int) -> Draws:
-    """Draws that apply one of the eight symmetries to every patch, for prediction over views."""
+def view_draws(num: int, symmetry: int, shift=(0, 0)) -> Draws:
+    """Draws that apply one of the eight symmetries to every patch and shift what comes out by `shift` pixels (y, x)."""
     plain = no_augmentation(num)
-    return Draws(torch.full((num,), symmetry), plain.shift, plain.gain, plain.offset)
+    y, x = shift[::-1] if symmetry & 4 else shift  # as it is before the symmetry, which is when pixels are shifted
+    shift = torch.tensor([[-y if symmetry & 2 else y, -x if symmetry & 1 else x]])
+    return Draws(torch.full((num,), symmetry), shift.repeat(num, 1), plain.gain, plain.offset)
 
 
 def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING, move_pixels, no_augmentation, normalise, view_draws
+from lib.augment import PREPROCESSING, VIEW_SHIFT, move_pixels, no_augmentation, normalise, view_draws
 from lib.batches import PatchSource, Rows, load_batches
 from lib.device import layer_precision
 from lib.launch import ALONE, Ranks
@@ -13,12 +13,13 @@ from lib.metrics import compute_metrics
 
 @torch.inference_mode()
 def predict_batch(model: nn.Module, images: torch.Tensor, precision: str, views: int, preprocessing: dict) -> torch.Tensor:
-    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3): the mean over `views` symmetries."""
+    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3): of the patches as they are, or the mean over eight views, each
+    another symmetry and shift."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     plain = no_augmentation(len(images))
     logits = torch.zeros(len(images), device=images.device)
-    for symmetry in range(views):
-        seen = move_pixels(images, view_draws(len(images), symmetry))
+    for view in range(views):
+        seen = move_pixels(images, view_draws(len(images), view, VIEW_SHIFT)) if views > 1 else images
         inputs = normalise(seen, plain, preprocessing["mean"], preprocessing["std"], dtype)
         with layer_precision(images.device, precision):
             logits += model(inputs).float().flatten()

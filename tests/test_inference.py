@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import run_script, write_pcam
 from PIL import Image
-from test_predict import DIHEDRAL, by_hand
+from test_predict import DIHEDRAL, by_hand, shift
 from test_train import call_script
 
 import inference
@@ -94,10 +94,10 @@ def test_inputs_keep_the_order_in_which_they_are_given(quick_run, sources, expec
     assert column(rows, "probability") == pytest.approx([*expected[picked], *expected], abs=1e-6)
 
 
-def test_eight_views_are_the_mean_logit_of_eight_turned_patches_and_are_remembered(quick_run, sources, tmp_path):
+def test_eight_views_are_the_mean_logit_of_eight_turned_and_shifted_patches_and_are_remembered(quick_run, sources, tmp_path):
     model = load_model(quick_run)[0]
     images = torch.from_numpy(sources["images"])
-    eight = sigmoid(torch.stack([by_hand(model, turn(images)) for turn in DIHEDRAL]).mean(0).numpy())
+    eight = sigmoid(torch.stack([by_hand(model, shift(turn(images))) for turn in DIHEDRAL]).mean(0).numpy())
     rows, result, _ = infer(quick_run, sources["h5"], "--views", 8, out=tmp_path / "p.csv")
     assert column(rows, "probability") == pytest.approx(eight.tolist(), abs=1e-6) and result["views"] == 8
     fields = load_checkpoint(quick_run / "best.pt")
