@@ -47,7 +47,6 @@ def audit_twin(args) -> int:
     from lib.audits import replay, twin
     from lib.config import parse_overrides
     from lib.logger import write_json
-    from lib.reports.twin_page import write_twin_page
     from lib.trace import QUANTITIES
 
     runs = [item for item in args.runs if "=" not in item or Path(item).is_dir()]
@@ -76,6 +75,59 @@ def audit_twin(args) -> int:
     write_json(out / "findings.json", findings)
     print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
     return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
+
+
+def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):
+    """The grid quantities x steps: equal or not."""
+    from matplotlib.colors import ListedColormap
+
+    from lib.reports.figures import COLOURS, new_figure
+
+    figure, (axes,) = new_figure(1, width=11, height=0.9 + 0.28 * len(equal))
+    extent = (steps[0] / 2, steps[-1] + steps[0] / 2, len(equal) - 0.5, -0.5)
+    colours = ListedColormap([COLOURS[1], COLOURS[5]])
+    axes.imshow([*equal.values()], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    axes.hlines([row + 0.5 for row in range(len(equal))], *extent[:2], color="white", linewidth=2)
+    axes.set(xlabel="step", yticks=range(len(equal)), yticklabels=equal, title="blue: equal to the bit, orange: not")
+    axes.grid(False)
+    return figure
+
+
+def plot_growth(ours: list[dict], theirs: list[dict]):
+    """Relative difference of losses and gradient norms per step; zeros have no place on the logarithmic axis."""
+    import numpy as np
+
+    from lib.reports.figures import column, new_figure
+
+    figure, (axes,) = new_figure(1, width=11)
+    for name in ("loss", "grad_norm"):
+        left, right = column(ours, name), column(theirs, name)
+        difference = np.abs(left - right) / np.maximum(left, right)
+        axes.plot(column(ours, "step"), difference, ".-", label=name)
+        if difference.any():
+            axes.set_yscale("log", nonpositive="mask")
+    axes.set(title="relative difference, where there is one", xlabel="step")
+    axes.legend()
+    return figure
+
+
+def write_twin_page(path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path) -> Path:
+    """Write the page of a comparison of the run folders A and B; `equal` says which quantity was equal at which step."""
+    from lib.logger import read_csv
+    from lib.reports.figures import figure_png
+    from lib.reports.pages import note, picture, section, table, write_page
+
+    sections = [table(("run", "folder"), [("A", a), ("B", b)])]
+    for found in findings:
+        parts = [note(" ".join((found["measured"], found["advice"])), "alarm" if found["severity"] == "error" else "note")]
+        parts += [table(found["rows"][0], [row.values() for row in found["rows"]])] if found["rows"] else []
+        if found["check"] == "time line" and steps:
+            parts.append(picture(figure_png(plot_time_line(equal, steps)), "equal or not, by step"))
+        if found["check"] == "time line" and found["severity"] == "error":
+            growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
+            parts.append(picture(figure_png(growth), "differences by step"))
+        sections.append(section(found["check"], *parts))
+    return write_page(path, "Twin runs", sections)
 
 
 if __name__ == "__main__":

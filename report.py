@@ -5,8 +5,19 @@ python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
 
 import argparse
 import sys
+from pathlib import Path
 
-from lib.command import EXIT_DONE, Parser, print_result, probability, say, script
+from lib.command import EXIT_DONE, BadInput, Parser, print_result, probability, say, script
+
+NUM_EXAMPLES = 12
+SHOWN_SCORES = {
+    "AUC": ("auc", "constant_auc"),
+    "PR-AUC": ("pr_auc", "constant_pr_auc"),
+    "F2": ("f2", "always_positive_f2"),
+    "F1": ("f1", "always_positive_f1"),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "log loss (nats)": ("loss", "prior_loss"),
+}
 
 
 def parse(argv) -> argparse.Namespace:
@@ -25,7 +36,6 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
 
-    from lib.reports.run_page import write_run_page
     from lib.rundir import find_run
 
     run = find_run(args.run)
@@ -33,6 +43,98 @@ def main(argv=None) -> int:
     say(f"page {page}")
     print_result({"page": str(page), "run": str(run)})
     return EXIT_DONE
+
+
+def write_run_page(run: Path, predictions, threshold: float, out, remark: str = "") -> Path:
+    """Write the page of a finished run; `predictions` is a predictions.csv with labels, of any labelled data."""
+    from lib.logger import read_csv, read_json
+    from lib.reports.figures import figure_png, plot_epochs, plot_steps
+    from lib.reports.pages import note, picture, section, table, write_page
+    from lib.rundir import read_run_config
+
+    if not (run / "summary.json").is_file():
+        raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
+    cfg, meta, summary = read_run_config(run), read_json(run / "meta.json"), read_json(run / "summary.json")
+    epochs, steps = read_csv(run / "epochs.csv"), read_csv(run / "steps.csv")
+    if not epochs or not steps or "status" not in summary or "model" not in meta:
+        raise BadInput(f"{run} is {summary.get('status', 'no finished run')}: it holds no finished epoch to show")
+    facts = [
+        ("run", run.name),
+        ("status", summary["status"]),
+        ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
+        ("trained on", f"{meta['rows']['train']['num']:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
+        ("speed", f"{summary['images_per_s']:,.0f} images/s on {meta['machine']['cpu']}, {meta['machine']['device']}"),
+        ("wall time", f"{summary['wall_s']:.0f} s"),
+        ("commit", meta["commit"] or "not in a git repository"),
+        ("weights SHA-256", summary["weights_sha256"]),
+    ]
+    sections = [
+        *([note(remark)] if remark else []),
+        section("The run", table(("what", "value"), facts)),
+        section("Epoch by epoch", picture(figure_png(plot_epochs(epochs)), "loss and scores per epoch")),
+        section("Step by step", picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step")),
+    ]
+    if predictions:
+        sections += prediction_sections(predictions, threshold)
+    return write_page(out, f"Run {run.name}", sections)
+
+
+def prediction_sections(predictions, threshold: float) -> list[str]:
+    """Scores, curves and example patches of a predictions.csv."""
+    import numpy as np
+
+    from lib.logger import read_edited_csv
+    from lib.metrics import compute_confusion, compute_metrics, constant_baselines
+    from lib.reports.figures import figure_png, patch_png, plot_decisions
+    from lib.reports.pages import gallery, note, picture, section, table
+
+    rows = [row for row in read_edited_csv(predictions, ("source", "index", "probability", "label")) if row["probability"]]
+    try:
+        labels = np.array([("0", "1").index(row["label"]) for row in rows])
+        probs = np.array([float(row["probability"]) for row in rows])
+    except ValueError as error:
+        raise BadInput(f"{predictions} needs a label of 0 or 1 and a probability in each row ({error})") from None
+    if not rows or not ((probs >= 0) & (probs <= 1)).all():
+        raise BadInput(f"{predictions} has no row, or a probability outside 0 to 1")
+    logits = np.log(np.clip(probs, 1e-12, 1)) - np.log(np.clip(1 - probs, 1e-12, 1))
+    scores, baselines = compute_metrics(labels, logits, threshold), constant_baselines(labels)
+    confusion = compute_confusion(labels, probs >= threshold)
+    compared = [(name, scores[key], baselines[constant]) for name, (key, constant) in SHOWN_SCORES.items()]
+    certainty = np.where(labels == 1, probs, 1 - probs)  # given to the true class
+    kinds = (
+        ("Found: tumour called tumour, the most certain first", (labels == 1) & (probs >= threshold), -certainty),
+        ("Cleared: normal called normal, the most certain first", (labels == 0) & (probs < threshold), -certainty),
+        ("Missed: tumour called normal, the most certain errors first", (labels == 1) & (probs < threshold), certainty),
+        ("False alarms: normal called tumour, the most certain errors first", (labels == 0) & (probs >= threshold), certainty),
+    )
+    parts = []
+    for title, chosen, order in kinds:
+        picked = sorted(np.flatnonzero(chosen), key=order.__getitem__)[:NUM_EXAMPLES]
+        patches = [patch_png(read_patch(rows[row])) for row in picked]
+        captions = [f"row {rows[row]['index']}, p = {probs[row]:.3f}" for row in picked]
+        parts += [f"<h3>{title} ({int(chosen.sum()):,})</h3>", gallery(patches, captions) if picked else note("none")]
+    return [
+        section(
+            f"Scores on {len(rows):,} patches that were not trained on",
+            table(("score", "model", "constant answer"), compared),
+            note(f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says nothing for the model."),
+            picture(figure_png(plot_decisions(labels, probs, threshold, confusion)), "ROC, precision-recall, confusion matrix"),
+        ),
+        section("Example predictions", *parts),
+    ]
+
+
+def read_patch(row: dict):
+    """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
+    from lib.inputs import read_inputs
+    from lib.pcam import open_images
+
+    if row["source"].endswith((".h5", ".hdf5")):
+        images = open_images(row["source"])
+        if not row["index"].isdigit() or int(row["index"]) >= images.num:
+            raise BadInput(f"{row['source']} has no row {row['index']}, it has {images.num:,}")
+        return images.read([int(row["index"])])[0]
+    return next(read_inputs([row["source"]])).images[0]
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class CountingSource:
 
 
 def has_thread() -> bool:
-    return any(thread.name == "prefetch" for thread in threading.enumerate())
+    return any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

@@ -36,7 +36,7 @@ def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
     from lib.logger import read_csv
     from lib.pcam import open_images
     from lib.reports.figures import patch_png
-    from lib.reports.run_page import read_patch
+    from report import read_patch
 
     row = read_csv(predictions)[17]
     drawn = np.asarray(Image.open(io.BytesIO(patch_png(read_patch(row)))))
