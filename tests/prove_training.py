@@ -17,11 +17,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from lib.logger import read_csv, read_json, write_csv  # noqa: E402
+from lib.metrics import compute_auc  # noqa: E402
+from lib.pcam import open_split  # noqa: E402
 from lib.reports.figures import COLOURS, figure_png, new_figure  # noqa: E402
 from lib.rundir import read_run_config  # noqa: E402
 
 TABLE = REPOSITORY / "assets" / "ablation.csv"
-COLUMNS = ("name", "seed", "changes", "auc_1_view", "auc_8_views", "num_images", "train_s", "by", "kept", "remark")
+COLUMNS = ("name", "seed", "changes", "auc_1_view", "auc_8_views", "interval", "deduplicated", "num_images", "train_s")
+COLUMNS += ("by", "kept", "remark")
 
 
 def run_script(script: str, *arguments) -> dict:
@@ -35,9 +38,16 @@ def measure_run(run: Path, data: str) -> dict:
     """A row of the table, but for its name and remark: scores of best.pt over one and eight views, what its training took."""
     command = ["inference.py", "--ckpt", run, data, "--split", "valid", "--out", run / "predictions.csv", "--views"]
     auc_1, auc_8 = (f"{run_script(*command, views)['scores']['auc']:.4f}" for views in (1, 8))
+    rows = read_csv(run / "predictions.csv")  # of eight views; a row is drawn again for the interval, for want of slides
+    labels, probs = (np.array([float(row[name]) for row in rows]) for name in ("label", "probability"))
+    draws = np.random.default_rng(0).integers(0, len(rows), (1000, len(rows)))
+    interval = np.nanpercentile([compute_auc(labels[draw], probs[draw]) for draw in draws], [2.5, 97.5])
+    patches = open_split(data, "valid").images.read(range(len(rows)))
+    first = np.unique([patch.tobytes() for patch in patches], return_index=True)[1]
     summary, meta = read_json(run / "summary.json"), read_json(run / "meta.json")
     starts = [*meta.get("earlier_starts", []), meta]
     row = {"seed": read_run_config(run).seed, "auc_1_view": auc_1}
+    row |= {"interval": "{:.4f} to {:.4f}".format(*interval), "deduplicated": f"{compute_auc(labels[first], probs[first]):.4f}"}
     row |= {"auc_8_views": auc_8, "num_images": summary["num_steps"] * meta["batch_size"]}
     epochs = read_csv(run / "epochs.csv")  # of all its processes, where it was resumed
     row |= {"train_s": round(sum(float(epoch["train_s"]) for epoch in epochs)), "by": f"commit {starts[0]['commit'][:10]}"}

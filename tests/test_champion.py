@@ -1,0 +1,39 @@
+"""The champion in assets/: small, whole, and as good on real patches as its summary says."""
+
+import itertools
+import tarfile
+
+import pytest
+from conftest import REAL_SAMPLE, REPOSITORY, real_sample, run_script
+
+from lib.checkpoint import load_model
+from lib.config import load_config
+from lib.logger import read_csv, read_json
+from lib.metrics import compute_auc
+
+CHAMPION = REPOSITORY / "assets" / "champion"
+
+
+def test_the_champion_is_small_and_its_files_belong_together():
+    _, cfg, checkpoint = load_model(CHAMPION)
+    summary = read_json(CHAMPION / "summary.json")
+    assert (CHAMPION / "best.pt").stat().st_size < 5_000_000 and summary["status"] == "finished"
+    assert cfg == load_config(CHAMPION / "config.yaml") and cfg.views == 8
+    best = read_csv(CHAMPION / "epochs.csv")[summary["best_epoch"] - 1]
+    assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], "of one view, and of eight"
+
+
+@real_sample
+def test_the_champion_ranks_real_patches(tmp_path):
+    with tarfile.open(REAL_SAMPLE / "valid.tar") as tar:
+        members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)
+        for _, group in itertools.groupby(members, key=lambda member: member.name.split("/")[1]):
+            for member in list(group)[::10]:
+                (tmp_path / member.name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / member.name).write_bytes(tar.extractfile(member).read())
+    run_script("inference.py", "--ckpt", CHAMPION, tmp_path / "valid", "--out", tmp_path / "p.csv", check=0)
+    rows = read_csv(tmp_path / "p.csv")
+    labels = [int(row["source"].split("/")[-2]) for row in rows]
+    assert len(rows) == 300 and sum(labels) == 150
+    auc = compute_auc(labels, [float(row["probability"]) for row in rows])
+    assert auc == pytest.approx(read_json(CHAMPION / "summary.json")["val_auc"], abs=0.03)
