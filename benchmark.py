@@ -197,7 +197,7 @@ def plain_steps(cfg, num_workers: int):
     optimizer = build_optimizer(model, cfg)
     for images, labels in torchvision_loader(cfg, cfg.batch_size, num_workers):
         loss = binary_cross_entropy_with_logits(model(images).flatten(), labels.float().flatten())
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         optimizer.step()
         yield len(images)

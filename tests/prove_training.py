@@ -62,7 +62,7 @@ def draw() -> None:
     figure, (axes,) = new_figure(1, width=9, height=1.2 + 0.3 * len(names))
     for label, key, colour in (("one view", "auc_1_view", COLOURS[5]), ("eight views", "auc_8_views", COLOURS[0])):
         axes.plot([float(row[key]) for row in rows], [names.index(row["name"]) for row in rows], "o", color=colour, label=label)
-    axes.set(xlabel="ROC-AUC on valid of the real sample (JPEG-recompressed, not the official test)")
+    axes.set(xlabel="ROC-AUC, valid split of the JPEG sample")
     axes.set_yticks(range(len(names)), names)
     axes.legend(loc="lower right")
     TABLE.with_suffix(".png").write_bytes(figure_png(figure))
