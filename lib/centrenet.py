@@ -37,9 +37,10 @@ def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tenso
         product = np.array([[number[seen[h][seen[g]].tobytes()] for h in range(8)] for g in range(8)])
         inverse = product.argmin(1)  # 0 is the identity
         reads = product[inverse][:, :, None] * size * size + reads[:, None]  # (8, H, size^2)
-    copies = torch.zeros(reads[0].size, reads.size)
-    copies[reads.ravel(), torch.arange(reads.size)] = 1
-    return copies.to(device)
+    with torch.inference_mode(False):  # or what a prediction keeps here could not be trained with afterwards
+        copies = torch.zeros(reads[0].size, reads.size)
+        copies[reads.ravel(), torch.arange(reads.size)] = 1
+        return copies.to(device)
 
 
 class GroupConv(nn.Module):

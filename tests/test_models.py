@@ -166,3 +166,11 @@ def test_the_eight_copies_of_a_filter_are_its_symmetries_in_orientations_that_tu
             turned = move_pixels(patches, view_draws(8, g), size)[..., 0].float()
             assert sorted(map(tuple, copies[g].flatten(1).tolist())) == sorted(map(tuple, turned.flatten(1).tolist()))
         assert torch.equal(copies[0].flatten(), weight) and len({tuple(c.flatten().tolist()) for c in copies}) == 8
+
+
+def test_a_model_can_be_trained_after_one_has_predicted_in_the_same_process():
+    filter_copies.cache_clear()
+    x = torch.rand(1, 3, 96, 96)
+    with torch.inference_mode():
+        build("p4m").eval()(x)
+    build("p4m")(x).sum().backward()
