@@ -191,7 +191,7 @@ def plain_steps(cfg, num_workers: int):
     from torch.nn.functional import binary_cross_entropy_with_logits
 
     from lib.models import build_model
-    from lib.training import build_optimizer
+    from lib.optimizers import build_optimizer
 
     model = build_model(cfg).to(memory_format=torch.contiguous_format).train()
     optimizer = build_optimizer(model, cfg)

@@ -63,9 +63,8 @@ class GroupConv(nn.Module):
             with torch.autocast(x.device.type, enabled=False):
                 filters = filters.view(self.num_out * self.num_in, -1) @ filter_copies(self.size, self.lifting, x.device)
         filters = filters.view(self.num_out, self.num_in, self.orientations, -1, self.size, self.size).permute(2, 0, 3, 1, 4, 5)
-        filters = filters.reshape(self.orientations * self.num_out, -1, self.size, self.size)
-        filters = filters.to(x.dtype, memory_format=torch.channels_last)
-        return functional.conv2d(x, filters, None, self.stride, self.padding)
+        filters = filters.reshape(self.orientations * self.num_out, -1, self.size, self.size).to(x.dtype)
+        return functional.conv2d(x, filters, None, self.stride, self.padding)  # in the memory format of x
 
 
 class GroupBatchNorm(nn.Module):

@@ -37,8 +37,8 @@ def choose_device(name: str = "auto") -> torch.device:
 def keep_freed_memory(keep: bool = True) -> None:
     """Whether the C library keeps what a step frees for the next one (glibc's mallopt).
 
-    By default it hands large blocks back, so that the kernel has to clear the pages of every activation anew: a sixth of
-    a step on the CPU. A platform with another C library is left as it is.
+    By default it hands large blocks back, so that the kernel has to clear the pages of every activation anew; what that costs
+    on a machine, `memory_returned` of benchmark.py train tells. A platform with another C library is left as it is.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(AttributeError, OSError):

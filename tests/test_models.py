@@ -174,3 +174,11 @@ def test_a_model_can_be_trained_after_one_has_predicted_in_the_same_process():
     with torch.inference_mode():
         build("p4m").eval()(x)
     build("p4m")(x).sum().backward()
+
+
+@pytest.mark.parametrize("name", ["cnn", "p4m"])
+def test_layers_keep_the_memory_format_that_they_are_given(name):
+    x = torch.rand(2, 3, 96, 96)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        features = build(name).features(x.to(memory_format=memory_format))
+        assert features.is_contiguous(memory_format=memory_format), "else a benchmark of the other one measures nothing"
