@@ -121,8 +121,13 @@ def git_state() -> dict:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
-    there = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
-    return {"python": platform.python_version(), **{package: there.get(package, "not installed") for package in PACKAGES}}
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def environment() -> dict:
