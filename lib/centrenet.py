@@ -4,6 +4,7 @@ Channels are (R, num): R = 8 orientations of each feature (Cohen and Welling 201
 R = 1, which makes a plain network of the same shape.
 """
 
+import contextlib
 import functools
 
 import numpy as np
@@ -56,15 +57,33 @@ class GroupConv(nn.Module):
         self.stride, self.padding, self.lifting = stride, padding, lifting
         self.weight = nn.Parameter(torch.empty(num_out, num_in * (1 if lifting else orientations) * size * size))
         nn.init.kaiming_normal_(self.weight)
+        self.filters = None  # what `filters_made_once` has made of the weight
 
-    def forward(self, x):
+    def make_filters(self):
+        """The weight as filters (R * num_out, H * num_in, size, size), each in R orientations."""
         filters = self.weight
         if self.orientations > 1:
-            with torch.autocast(x.device.type, enabled=False):
-                filters = filters.view(self.num_out * self.num_in, -1) @ filter_copies(self.size, self.lifting, x.device)
+            with torch.autocast(filters.device.type, enabled=False):
+                filters = filters.view(self.num_out * self.num_in, -1) @ filter_copies(self.size, self.lifting, filters.device)
         filters = filters.view(self.num_out, self.num_in, self.orientations, -1, self.size, self.size).permute(2, 0, 3, 1, 4, 5)
-        filters = filters.reshape(self.orientations * self.num_out, -1, self.size, self.size).to(x.dtype)
-        return functional.conv2d(x, filters, None, self.stride, self.padding)  # in the memory format of x
+        return filters.reshape(self.orientations * self.num_out, -1, self.size, self.size)
+
+    def forward(self, x):
+        filters = self.make_filters() if self.filters is None else self.filters
+        return functional.conv2d(x, filters.to(x.dtype), None, self.stride, self.padding)  # in the memory format of x
+
+
+@contextlib.contextmanager
+def filters_made_once(model: nn.Module, dtype: torch.dtype):
+    """Within it the weights of a model stay as they are: its filters, of `dtype`, are made once for many passes."""
+    convs = [module for module in model.modules() if isinstance(module, GroupConv)]
+    for conv in convs:
+        conv.filters = conv.make_filters().to(dtype)
+    try:
+        yield
+    finally:
+        for conv in convs:
+            conv.filters = None
 
 
 class GroupBatchNorm(nn.Module):

@@ -16,9 +16,7 @@ def choose_device(name: str = "auto") -> torch.device:
     """`auto` takes a GPU if there is one, each rank of a machine its own. Raises BadInput for a device that is not there."""
     if name == "auto":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        return (
-            torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        name = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -51,9 +51,8 @@ def decode_patch(data: bytes, name) -> np.ndarray:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
         unknown = isinstance(error, UnidentifiedImageError)  # its text names a memory address
-        raise BadInput(
-            f"{name} is not a readable image ({'of no kind that is known' if unknown else one_line(error)})"
-        ) from None
+        why = "of no kind that is known" if unknown else one_line(error)
+        raise BadInput(f"{name} is not a readable image ({why})") from None
 
 
 def is_image(name: str) -> bool:

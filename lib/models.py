@@ -11,16 +11,6 @@ from lib.command import BadInput, one_line
 from lib.config import Config
 
 
-def build_cnn(cfg: Config) -> nn.Module:
-    """CentreNet as a plain network."""
-    return CentreNet(cfg.cnn_width, 1, cfg.dropout)
-
-
-def build_p4m(cfg: Config) -> nn.Module:
-    """The default: CentreNet in eight orientations, which one pass gives what eight views give the plain one."""
-    return CentreNet(cfg.p4m_width, 8, cfg.dropout)
-
-
 def build_mlp(cfg: Config) -> nn.Module:
     """Flattened pixels through hidden layers: the baseline that a convolution has to beat."""
     sizes = [96 * 96 * 3, *cfg.mlp_hidden]
@@ -39,7 +29,12 @@ def build_resnet18(cfg: Config) -> nn.Module:
     return model
 
 
-BUILDERS = {"cnn": build_cnn, "p4m": build_p4m, "mlp": build_mlp, "resnet18": build_resnet18}
+BUILDERS = {
+    "cnn": lambda cfg: CentreNet(cfg.cnn_width, 1, cfg.dropout),
+    "p4m": lambda cfg: CentreNet(cfg.p4m_width, 8, cfg.dropout),  # the default: it gives at once what eight views give cnn
+    "mlp": build_mlp,
+    "resnet18": build_resnet18,
+}
 
 
 def build_model(cfg: Config) -> nn.Module:

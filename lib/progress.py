@@ -38,13 +38,12 @@ class Progress:
     def line(self) -> str:
         elapsed_s = max(time.monotonic() - self.started_at, 1e-9)
         rate = self.num_done / elapsed_s
-        text = f"{self.label}: {self.num_done:,}"
+        text = f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
         if self.total:
-            text += f"/{self.total:,} {self.unit} ({self.num_done / self.total:.0%})"
             left_s = (self.total - self.num_done) / rate if rate else 0.0
-            text += f", {rate:,.0f}/s, {format_duration(left_s)} left"
+            text += f" ({self.num_done / self.total:.0%}), {rate:,.0f}/s, {format_duration(left_s)} left"
         else:
-            text += f" {self.unit}, {rate:,.0f}/s"
+            text += f", {rate:,.0f}/s"
         return text + (f", {self.note}" if self.note else "")
 
     def show(self, last: bool = False) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from lib.augment import Draws, draw_augmentation, model_input, patch_size
 from lib.batches import Batch
+from lib.centrenet import filters_made_once
 from lib.checkpoint import build_checkpoint, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
@@ -148,27 +149,28 @@ def training_step(
 def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE) -> torch.Tensor:
     """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and return its loss.
 
-    Each part has its own batch-norm statistics and starts from the same running ones. Loss, gradients and running
-    statistics of the parts are added in one binary tree, so that whoever computes a part, the sum has the same bits.
+    Each part has its own batch-norm statistics and starts from the same running ones. What the parts give is added in one
+    binary tree, so that whoever computes a part, the sum has the same bits.
     """
     parameters = list(model.parameters())
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []  # counters of batches too
     shards = ranks.shard_range(cfg.shards)
     parts = []
-    for shard, x, y in zip(shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True):
-        for buffer, value in before:
-            buffer.copy_(value)
-        if cfg.dropout:
-            torch.manual_seed(position_seed(*position, shard))
-        with layer_precision(inputs.device, cfg.precision):
-            logits = model(x)
-        loss = compute_loss(logits.float().flatten(), y, cfg, weights)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        if cfg.shards == 1:
-            return loss.detach()
-        parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *statistics)]))
+    with filters_made_once(model, inputs.dtype):
+        for shard, x, y in zip(shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True):
+            for buffer, value in before:
+                buffer.copy_(value)
+            if cfg.dropout:
+                torch.manual_seed(position_seed(*position, shard))
+            with layer_precision(inputs.device, cfg.precision):
+                logits = model(x)
+            loss = compute_loss(logits.float().flatten(), y, cfg, weights)
+            model.zero_grad(set_to_none=True)
+            loss.backward(retain_graph=shard != shards[-1])  # the filters are the next shard's, too
+            if cfg.shards == 1:
+                return loss.detach()
+            parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *statistics)]))
     mean = ranks.tree_sum(parts) / cfg.shards
     loss, *means = mean.split([1, *(t.numel() for t in (*parameters, *statistics))])
     for target, value in zip([*(p.grad for p in parameters), *statistics], means, strict=True):

@@ -38,9 +38,8 @@ def verify_folder(directory, splits=None, md5=False, read=True, official=OFFICIA
         if slide_names == "swapped":
             findings.append(f"{name}: its slides are not {SLIDE_PREFIX[name]}*, valid and test are exchanged")
         if len(values) == 1:
-            findings.append(
-                f"{name}: all patches have the one value {values.pop()} (0 is also what NaN and unwritten rows read as)"
-            )
+            also = "(0 is also what NaN and unwritten rows read as)"
+            findings.append(f"{name}: all patches have the one value {values.pop()} {also}")
         if md5:
             findings += compare_md5(directory, name, official)
         row = {"split": name, "patches": len(split), "negative": len(split) - positive, "positive": positive}
