@@ -242,7 +242,12 @@ def time_steps(case: str, count: int, argv) -> int:
     """Print images/s of the default recipe's steps without and with something, in turn and in one process, so that a noisy
     machine hits both alike: [[without, with], ...]."""
     device, data_dir = choose_device(argv[1]), argv[2]
-    without, with_case = {"trace": ((), ()), "shards": ((), ("shards=4",)), "determinism": (("deterministic=false",), ())}[case]
+    without, with_case = {
+        "trace": ((), ()),
+        "shards": ((), ("shards=4",)),
+        "shards_of_64": (("batch_size=256",), ("batch_size=256", "shards=4")),
+        "determinism": (("deterministic=false",), ()),
+    }[case]
     sides, rates = [], []
     for changes in (without, with_case):
         cfg = load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes])
@@ -288,6 +293,7 @@ PARTS = {  # name: (proof, default count)
     "twins": (prove_twins, 20),
     "trace_price": (functools.partial(compare_speed, "trace"), 15),
     "shards_price": (functools.partial(compare_speed, "shards"), 15),
+    "shards_of_64_price": (functools.partial(compare_speed, "shards_of_64"), 15),
     "determinism_price": (functools.partial(compare_speed, "determinism"), 15),
 }
 
