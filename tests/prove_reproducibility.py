@@ -121,16 +121,19 @@ def is_equal(run: Path, common: tuple) -> int:
     return int(same and (run / "trace.csv").read_text() == whole_trace)
 
 
-def kill_one(folder: Path, common: tuple, in_checkpoint: bool) -> tuple[Path, bool]:
-    """Kill a training at a random instant or, `in_checkpoint`, while it writes the next checkpoint after that.
+def kill_one(folder: Path, common: tuple, in_training: bool, in_checkpoint: bool) -> tuple[Path, bool]:
+    """Kill a training at a random instant of the process or, `in_training`, of its steps; `in_checkpoint` while it writes the
+    next checkpoint after that.
 
     Returns the folder of its runs and whether a half-written checkpoint was left. A kill that missed is tried again.
     """
-    wall_s = train_whole(common)[2]  # of start-up too: some kills come before the run folder
+    whole, _, wall_s = train_whole(common)
     while True:
         runs = Path(tempfile.mkdtemp(dir=folder))
         process = Process(["--runs", runs, "--trace", *common, *TINY])
-        time.sleep(random.uniform(0, wall_s))
+        if in_training:
+            wait_for(lambda runs=runs: any(runs.glob("*/last.pt")))
+        time.sleep(random.uniform(0, whole["train_s"] + whole["eval_s"] if in_training else wall_s))
         if in_checkpoint:
             wait_for(lambda runs=runs, process=process: any(runs.glob("*/.*.pt.*.tmp")) or not process.is_alive())
         killed, torn = process.kill(), any(runs.glob("*/.*.pt.*.tmp"))
@@ -139,10 +142,10 @@ def kill_one(folder: Path, common: tuple, in_checkpoint: bool) -> tuple[Path, bo
 
 
 def prove_kills(common, count: int) -> tuple[list[dict], str]:
-    """SIGKILL at random instants, every second one while a checkpoint is being written; resumed to the end."""
+    """SIGKILL at random instants, of four kills one anywhere in the process, two of three others in a checkpoint; resumed."""
     rows = []
     for number in range(1, count + 1):
-        runs, torn = kill_one(SCRATCH, common, number % 2 == 0)
+        runs, torn = kill_one(SCRATCH, common, number % 4 != 0, number % 4 in (1, 2))
         run = only_run(runs)
         had_checkpoint = bool(run and ((run / "last.pt").exists() or (run / "previous.pt").exists()))
         argv = ["--resume", run, *common] if run else ["--runs", runs, *common, *TINY]  # killed before there was a run
@@ -152,7 +155,8 @@ def prove_kills(common, count: int) -> tuple[list[dict], str]:
         row = {"kill": number, "half_written_checkpoint": int(torn), "had_checkpoint": int(had_checkpoint)}
         rows.append(row | {"resumed_from_step": start_step, "held": is_equal(run, common)})
         say(f"kill {number}/{count}: {rows[-1]}")
-    return rows, f"{sum(row['half_written_checkpoint'] for row in rows)} left a half-written checkpoint"
+    torn, resumed = (sum(row[key] for row in rows) for key in ("half_written_checkpoint", "had_checkpoint"))
+    return rows, f"{torn} left a half-written checkpoint, {resumed} went on from a checkpoint, the others from the start"
 
 
 def prove_ranks(common, _count: int) -> tuple[list[dict], str]:
