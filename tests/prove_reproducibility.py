@@ -322,18 +322,24 @@ def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) 
         "wall_s": round(seconds, 1),
         "rows": rows,
     }
-    write_json(path, {key: results[key] for key in PARTS if key in results})
+    results = {key: results[key] for key in PARTS if key in results}
+    write_json(path, results)
+    write_markdown(args.out.with_suffix(".md"), results)
+    return results[name]
+
+
+def write_markdown(path: Path, results: dict) -> None:
+    """The results of the parts as a table."""
     lines = ["| proof | held | remark | command | data, device, date, commit |", "|---|---|---|---|---|"]
-    for key, found in ((key, results[key]) for key in PARTS if key in results):
+    for key, found in results.items():
         text = f"{found['held']} of {found['count']}"
         if key.endswith("_price"):
-            text = ("under" if found["held"] else "NOT under") + f" {LIMIT_PERCENT}%, {found['count']} pairs"
+            text = ("under" if found["held"] == found["count"] else "NOT under") + f" {LIMIT_PERCENT}%, {found['count']} pairs"
         device = found["machine"].get("gpu", f"{found['machine']['num_cores']} cores of {found['machine']['cpu']}")
         made = f"{found['data']}, {device}, {found['date']}, {found['commit']}"
         lines.append(f"| {key.replace('_', ' ')} | {text} | {found['remark']} | `{found['command']}` | {made} |")
-    with atomic_write(args.out.with_suffix(".md"), "w") as file:
+    with atomic_write(path, "w") as file:
         file.write("\n".join(lines) + "\n")
-    return results[name]
 
 
 @script
