@@ -36,8 +36,7 @@ class Progress:
             self.show()
 
     def line(self) -> str:
-        elapsed_s = max(time.monotonic() - self.started_at, 1e-9)
-        rate = self.num_done / elapsed_s
+        rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
         text = f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
         if self.total:
             left_s = (self.total - self.num_done) / rate if rate else 0.0

@@ -168,8 +168,9 @@ def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ran
             loss = compute_loss(logits.float().flatten(), y, cfg, weights)
             model.zero_grad(set_to_none=True)
             loss.backward(retain_graph=shard != shards[-1])  # the filters are the next shard's, too
+            loss, logits = loss.detach(), None  # or all that this shard kept would lie beside what the next one keeps
             if cfg.shards == 1:
-                return loss.detach()
+                return loss
             parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *statistics)]))
     mean = ranks.tree_sum(parts) / cfg.shards
     loss, *means = mean.split([1, *(t.numel() for t in (*parameters, *statistics))])

@@ -12,15 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
-
-from lib.logger import read_csv, read_json, write_csv  # noqa: E402
-from lib.metrics import compute_auc  # noqa: E402
-from lib.pcam import open_split  # noqa: E402
-from lib.reports.figures import COLOURS, figure_png, new_figure  # noqa: E402
-from lib.rundir import read_run_config  # noqa: E402
+from lib.logger import read_csv, read_json, write_csv
+from lib.metrics import compute_auc
+from lib.pcam import open_split
+from lib.reports.figures import COLOURS, figure_png, new_figure
+from lib.rundir import read_run_config
 
 TABLE = REPOSITORY / "assets" / "ablation.csv"
 COLUMNS = ("name", "seed", "changes", "auc_1_view", "auc_8_views", "interval", "deduplicated", "num_images", "train_s")
