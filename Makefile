@@ -1,10 +1,10 @@
 # Every target sets up .venv when it is missing; PYTHON=/path/to/python uses that interpreter instead.
-# Variables: SEED=1 ARGS="key=value ..."
+# Variables: SEED=1 ARGS='key=value ...' (quotes inside it hold together what has spaces); those of jobs stand at `jobs` below.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train data demo twin prove clean
+.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove clean
 
 SEED ?= 1
 ARGS ?=
@@ -21,12 +21,12 @@ BASE_PYTHON ?= python3
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
 DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
-# a seed reaches a command line: nothing but a number may pass
-digits := 0 1 2 3 4 5 6 7 8 9
-without_digits = $(if $(2),$(call without_digits,$(subst $(firstword $(2)),,$(1)),$(wordlist 2,10,$(2))),$(1))
-ifneq ($(if $(value SEED),$(call without_digits,$(value SEED),$(digits)),empty),)
-$(error SEED must be a number such as 1, it is: $(value SEED))
-endif
+# Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
+# jobs/submit.py checks them.
+variables := PYTHON ARGS SEED SEEDS K DATA OUT NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+$(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
+export $(variables)
+run := "$$PYTHON" jobs/submit.py
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,31 +43,52 @@ setup: $(setup_done)  ## make .venv with the pinned packages
 	touch $@
 
 test: $(test_setup_done)  ## run all tests
-	$(PYTHON) -m pytest $(ARGS)
+	$(run) here -m pytest
 
 lint: $(test_setup_done)  ## check style and format
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+	"$$PYTHON" -m ruff check .
+	"$$PYTHON" -m ruff format --check .
 
+# jobs: on a Slurm cluster these submit, elsewhere they run here. PARTITION=, TIME=, CPUS=, MEM=: what to ask for (default: what
+# fits the partition); AFTER=ID,...: start when those jobs have ended; NUM_RANKS=2: train with two processes; STAGE_DATA=1: copy
+# the data to the node first.
 train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sample epochs=5"
-	$(PYTHON) train.py seed=$(SEED) $(ARGS)
+	$(run) train
+
+seeds: $(setup_done)  ## the same with several seeds: make seeds SEEDS=1,2,3
+	$(run) seeds
+
+folds: $(setup_done)  ## cross-validation inside train: make folds K=5
+	$(run) folds
+
+bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/pcam
+	$(run) bench
+
+audit: $(setup_done)  ## what is wrong with the data: make audit DATA=data/pcam
+	$(run) audit
+
+status: $(setup_done)  ## jobs of this project: state, run folder, progress, time left, last words of failed ones
+	$(run) status
+
+cancel: $(setup_done)  ## end them, or one of them: make cancel JOB=123
+	$(run) cancel
 
 data: $(setup_done)  ## the official PCam into data/pcam (7.8 GB): resumable, checksummed
-	$(PYTHON) prepare.py download --to data/pcam
+	"$$PYTHON" prepare.py download --to data/pcam
 
 demo: $(setup_done)  ## from nothing to a trained model and its page: synthetic slides, a short training, evaluation
-	test -f data/demo/camelyonpatch_level_2_split_train_x.h5 || $(PYTHON) prepare.py synthetic --to data/demo $(DEMO_DATA)
-	$(PYTHON) train.py data_dir=data/demo name=demo seed=$(SEED) $(DEMO_TRAINING) $(ARGS) > data/demo/run.json
-	run=$$($(PYTHON) -c 'import json; print(json.loads(open("data/demo/run.json").readlines()[-1])["run"])'); \
-	$(PYTHON) inference.py --ckpt "$$run" data/demo --split test --out "$$run/predictions.csv" > /dev/null; \
-	$(PYTHON) report.py run "$$run" --predictions "$$run/predictions.csv" \
+	test -f data/demo/camelyonpatch_level_2_split_train_x.h5 || "$$PYTHON" prepare.py synthetic --to data/demo $(DEMO_DATA)
+	$(run) here train.py data_dir=data/demo name=demo "seed=$$SEED" $(DEMO_TRAINING) > data/demo/run.json
+	run=$$("$$PYTHON" -c 'import json; print(json.loads(open("data/demo/run.json").readlines()[-1])["run"])'); \
+	"$$PYTHON" inference.py --ckpt "$$run" data/demo --split test --out "$$run/predictions.csv" > /dev/null; \
+	"$$PYTHON" report.py run "$$run" --predictions "$$run/predictions.csv" \
 	  --remark "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue." > /dev/null
 
 twin: $(setup_done)  ## is a short training reproducible to the bit: make twin ARGS="data_dir=data/sample"
-	$(PYTHON) audit.py twin $(ARGS)
+	$(run) here audit.py twin
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
-	$(PYTHON) tests/prove_reproducibility.py $(ARGS)
+	$(run) here tests/prove_reproducibility.py
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

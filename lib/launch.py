@@ -90,6 +90,12 @@ def _tree(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0]
 
 
+def require_equal_shares(num_shards: int, num_ranks: int) -> None:
+    """Raise BadInput where the ranks cannot share out the shards equally."""
+    if num_shards % num_ranks or num_ranks & (num_ranks - 1):
+        raise BadInput(f"{num_ranks} ranks cannot share out {num_shards} shards: both must be powers of two, shards not fewer")
+
+
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of several.
@@ -108,8 +114,7 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     if num == 1:
         yield Ranks()
         return
-    if num_shards % num or num & (num - 1):
-        raise BadInput(f"{num} ranks cannot share out {num_shards} shards: both must be powers of two, shards not fewer")
+    require_equal_shares(num_shards, num)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num, timeout=PATIENCE)
     try:
         yield Ranks(rank, num)

@@ -19,7 +19,8 @@ from lib.logger import CsvLog, atomic_write, read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
-JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_PARTITION", "SLURMD_NODENAME")
+JOB_VARIABLES = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+JOB_VARIABLES += ("SLURM_JOB_PARTITION", "SLURMD_NODENAME")
 # environment variables that change what is computed
 VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_")
 PATCH_BYTES_KEPT = 1 << 20

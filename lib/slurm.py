@@ -1,0 +1,265 @@
+"""Work as Slurm jobs: what a Make target runs, what it asks a partition for, the code that was submitted, and how jobs fare.
+
+Options and formats are those of the manual pages of sbatch, sinfo, scontrol and squeue 22.05.
+"""
+
+import argparse
+import datetime
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.command import BadInput, nearest, one_line
+from lib.logger import read_csv, read_json
+from lib.progress import format_duration
+from lib.rundir import REPOSITORY
+
+LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
+LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
+MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4  # asked for, where the partition has as much
+NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
+JOB_COLUMNS = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
+
+# Make variables: what they may look like, and what they are when not given
+VARIABLES = {
+    "SEED": (r"\d+", "1"),
+    "SEEDS": (r"\d+(,\d+)*", "1,2,3"),
+    "K": (r"[2-9]|[1-9]\d+", "5"),
+    "NUM_RANKS": (r"[1-9]\d*", "1"),
+    "PARTITION": (r"\w[\w.-]*", ""),
+    "TIME": (r"(\d+-)?\d+(:\d+){0,2}", ""),
+    "CPUS": (r"[1-9]\d*", ""),
+    "MEM": (r"[1-9]\d*[MG]", ""),
+    "AFTER": (r"\d+(,\d+)*", ""),
+    "JOB": (r"\d+(_\d+)?", ""),
+    "STAGE_DATA": (r"[01]", "0"),
+}
+
+
+def read_variables(environment) -> dict[str, str]:
+    """The Make variables in an environment. Raises BadInput for one that could mean anything but what it is for."""
+    values = {name: environment.get(name, "") for name in ("ARGS", "DATA", "OUT")}
+    for name, (form, default) in VARIABLES.items():
+        values[name] = environment.get(name) or default
+        if values[name] and not re.fullmatch(form, values[name], re.ASCII):
+            raise BadInput(f"{name} is {values[name]!r}, it must be of the form {form}")
+    return values
+
+
+def split_arguments(text: str) -> list[str]:
+    """ARGS as a list: quotes hold together what has spaces, and no shell sees any of it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise BadInput(f"ARGS {text!r}: {one_line(error).lower()}") from None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a Make target runs: a script with arguments, once, or once for each of `tasks` with a further key=value."""
+
+    script: str
+    arguments: list[str]
+    varied: str = ""  # the key that differs between tasks
+    tasks: tuple[str, ...] = ()
+
+    def of_task(self, task: str) -> list[str]:
+        return [*self.arguments, *([f"{self.varied}={task}"] if task else [])]
+
+
+def build_work(target: str, variables: dict[str, str]) -> Work:
+    """The work of `make TARGET`."""
+    arguments, data, num_folds = split_arguments(variables["ARGS"]), variables["DATA"], int(variables["K"])
+    seed = [] if "--resume" in arguments else [f"seed={variables['SEED']}"]
+    if target == "audit":
+        if not Path(data).is_dir() or not data:
+            raise BadInput(f"make audit needs DATA=DIR, the PCam folder to audit, {data!r} is none")
+        out = variables["OUT"] or f"audit-{Path(data).resolve().name}"
+        return Work("audit.py", ["data", data, "--out", out, *arguments])
+    if target == "bench":
+        verb = "all" if '"all"' in (REPOSITORY / "benchmark.py").read_text() else "train"
+        return Work("benchmark.py", [verb, *(["--data", data] if data else []), *arguments])
+    if target == "seeds":
+        return Work("train.py", arguments, "seed", tuple(variables["SEEDS"].split(",")))
+    if target == "folds":
+        return Work("train.py", [*seed, f"num_folds={num_folds}", *arguments], "fold", tuple(map(str, range(num_folds))))
+    return Work("train.py", seed + arguments)
+
+
+def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
+    """What says, among train.py's arguments, which run it is and where, and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option, default in (("--config", ""), ("--runs", "runs"), ("--resume", None)):
+        parser.add_argument(option, default=default)
+    return parser.parse_known_args(arguments)
+
+
+def going_on(arguments: list[str], environment) -> list[str]:
+    """train.py's arguments when a job starts again: its run resumed, if it got as far as to make one.
+
+    The run remembers its job, in meta.json, so that there is no second file that has to agree with it.
+    """
+    options, rest = training_options(arguments)
+    for meta in sorted(Path(options.runs).glob("*/meta.json"), reverse=True):
+        job = read_json(meta).get("job", {})
+        if all(job.get(name) == environment.get(name) for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME")):
+            kept = [item for item in rest if item.startswith(("-", "data_dir=")) or "=" not in item]
+            return ["--runs", options.runs, "--resume", str(meta.parent), *kept]
+    return arguments
+
+
+def with_data(script: str, arguments: list[str], data: str) -> list[str]:
+    """The arguments with another data folder: the copy on the node."""
+    if script == "audit.py":
+        return [arguments[0], data, *arguments[2:]]
+    if script == "benchmark.py":
+        return [*arguments, "--data", data]  # the last one counts
+    return [*(item for item in arguments if not item.startswith("data_dir=")), f"data_dir={data}"]
+
+
+def run_command(*command, **options) -> str:
+    """The stdout of a Slurm or git command. Raises BadInput with the first line of its stderr."""
+    result = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", **options)
+    if result.returncode:
+        raise BadInput(f"{command[0]}: {one_line(result.stderr)}")
+    return result.stdout
+
+
+def has_slurm() -> bool:
+    """Whether this machine belongs to a cluster: the programs are there, and know where their controller is."""
+    if not shutil.which("sbatch"):
+        return False
+    return "configuration source" not in subprocess.run(["sinfo", "-h"], capture_output=True, text=True).stderr
+
+
+def minutes_of(text: str) -> float:
+    """Slurm's `days-hours:minutes:seconds`, `hours:minutes:seconds`, `minutes:seconds` or `minutes`; infinity for no limit."""
+    if not text[0].isdigit():
+        return float("inf")
+    days, dash, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    hours, minutes, seconds = (
+        ([] if dash or len(parts) == 3 else [0]) + parts + [0] * (3 - len(parts) - (not dash and len(parts) < 3))
+    )
+    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def fit_request(variables: dict[str, str], num_threads: int = 0) -> list[str]:
+    """What sbatch asks for: what training with `num_threads` a rank, or other work (0), can use and the partition has.
+
+    Raises BadInput where there is no such partition, it starts no jobs, or has less than the variables name.
+    """
+    name, ranks, time = variables["PARTITION"], int(variables["NUM_RANKS"]), variables["TIME"]
+    rows = [line.split("|") for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines()]
+    chosen = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
+    if not chosen:
+        names = sorted({row[0].rstrip("*") for row in rows})
+        raise BadInput(f"no partition {name or 'is the default'}{nearest(name, names)} (there are: {', '.join(names)})")
+    name, state, limit, num_cpus, memory_mb, gres = max(chosen, key=lambda row: int(row[3]))
+    name, num_cpus, has_gpu = name.rstrip("*"), int(num_cpus), "gpu" in gres
+    if state != "up":
+        raise BadInput(f"partition {name} is {state}: it starts no jobs")
+    if most := re.search(r"MaxCPUsPerNode=(\d+)", run_command("scontrol", "show", "partition", name)):
+        num_cpus = min(num_cpus, int(most[1]))
+    usable = min(num_threads or (NUM_GPU_CPUS if has_gpu else NUM_CPUS), num_cpus // ranks)
+    if usable < 1 or ranks * int(variables["CPUS"] or 1) > num_cpus:
+        raise BadInput(f"{ranks} x {variables['CPUS'] or 1} cores do not fit: a node of {name} has {num_cpus}")
+    if time and minutes_of(time) > minutes_of(limit):
+        raise BadInput(f"TIME={time} is over the limit of partition {name}, {limit}")
+    minutes = minutes_of(time) if time else min(LIMIT_MINUTES, minutes_of(limit))
+    return [
+        *(f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"),
+        f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}",
+        f"--time={time or int(minutes)}",
+        # training is told so many seconds ahead of the limit, and up to 30 more, to save; other work has nothing to save
+        *([f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if num_threads else []),
+        *([f"--gpus={ranks}"] if has_gpu else []),
+    ]
+
+
+def require_disk(folder: Path, least_bytes: int = LEAST_FREE_BYTES) -> None:
+    """Raise BadInput where a run would fill the disk."""
+    if (free := shutil.disk_usage(folder).free) < least_bytes:
+        raise BadInput(f"{folder} has {free / 1e9:.1f} GB free, a job needs {least_bytes / 1e9:.1f} GB for its run")
+
+
+def take_snapshot() -> Path:
+    """A copy of the program as it is now, uncommitted changes and new files included, for a job that starts later.
+
+    Of a git repository it is a clone on the same commit with the same changes, so that a run's meta.json tells the truth.
+    """
+    snapshot = SNAPSHOTS / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    snapshot.parent.mkdir(parents=True, exist_ok=True)
+    here, there = ["git", "-C", str(REPOSITORY)], ["git", "-C", str(snapshot)]
+    try:
+        commit = run_command(*here, "rev-parse", "HEAD").strip()
+    except (BadInput, FileNotFoundError):
+        hidden = shutil.ignore_patterns(".*", "data", "runs", "logs", "snapshots", "__pycache__")
+        return shutil.copytree(REPOSITORY, snapshot, ignore=hidden)
+    run_command("git", "clone", "--quiet", "--shared", "--no-checkout", str(REPOSITORY), str(snapshot))
+    run_command(*there, "checkout", "--quiet", "--detach", commit)
+    changed = run_command(*here, "diff", "--no-renames", "--name-only", "-z", "HEAD")
+    changed += run_command(*here, "ls-files", "--others", "--exclude-standard", "-z")
+    for path in filter(None, changed.split("\0")):
+        (snapshot / path).unlink(missing_ok=True)
+        if (REPOSITORY / path).is_file():
+            (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / path, snapshot / path)
+    return snapshot
+
+
+def submit(name: str, work: Work, python: str, request: list[str], data: str, after: str) -> str:
+    """Submit a job, an array if there are several tasks; returns its id. Raises BadInput with sbatch's reason."""
+    LOGS.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder, and a job without its log ends without a word
+    code = take_snapshot()
+    options = [f"--job-name=pcam-{name}", f"--chdir={REPOSITORY}", "--requeue", "--open-mode=append", *request]
+    logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern
+    options += [f"--output={logs}/%j.out", f"--error={logs}/%j.err"]
+    options += [f"--array={','.join(work.tasks)}"] if work.tasks else []
+    options += [f"--dependency=afterany:{after.replace(',', ':')}"] if after else []
+    job = [code / "jobs/job.sh", code, python, data, work.varied, work.script, *work.arguments]
+    # of a job that this is called from, nothing may reach the new one
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    try:
+        return run_command("sbatch", "--parsable", *options, *map(str, job), env=environment).strip().partition(";")[0]
+    except BadInput:
+        shutil.rmtree(code)
+        raise
+
+
+def queued_jobs() -> list[dict[str, str]]:
+    """This project's jobs that wait or run, each task of an array: id, shown id, name, state, limit left, reason, folder."""
+    rows = run_command("squeue", "--me", "-h", "-r", "-o", "%A|%i|%j|%T|%L|%r|%Z").splitlines()
+    jobs = [dict(zip(JOB_COLUMNS, row.split("|", 6), strict=True)) for row in rows]
+    return [job for job in jobs if job["folder"] == str(REPOSITORY)]
+
+
+def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
+    """A row a job, those that are over last: its state, run, progress and time left, and what a failed one said last."""
+    metas = sorted((REPOSITORY / "runs").glob("*/meta.json"))
+    runs = {read_json(meta).get("job", {}).get("SLURM_JOB_ID"): meta.parent for meta in metas}
+    rows, known = [dict(job) for job in queued], {job["id"] for job in queued}
+    logs = [log for log in LOGS.glob("*.err") if log.stem not in known]
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:NUM_ENDED]:
+        ending = log.with_suffix(".exit")  # job.sh leaves it
+        code = ending.read_text().strip() if ending.is_file() else "none: killed"
+        row = {"id": log.stem, "shown": log.stem, "state": {"0": "done", "130": "stopped"}.get(code, f"failed, exit {code}")}
+        quoted = {} if code == "0" else {"stderr": log.read_text(errors="replace").strip().splitlines()[-NUM_QUOTED_LINES:]}
+        rows.append(row | quoted)
+    return [row | (run_progress(runs[row["id"]]) if row["id"] in runs else {}) for row in rows]
+
+
+def run_progress(run: Path) -> dict[str, str]:
+    """How far a run has come, and how long it will take at the pace of its last steps."""
+    from lib.rundir import read_run_config
+
+    meta, rows = read_json(run / "meta.json"), read_csv(run / "steps.csv")[-50:] if (run / "steps.csv").is_file() else []
+    total, num_done = meta["steps_per_epoch"] * read_run_config(run).epochs, int(rows[-1]["step"]) if rows else 0
+    step_s = sum(meta["batch_size"] / float(row["images_per_s"]) for row in rows) / max(len(rows), 1)
+    left = format_duration((total - num_done) * step_s) if rows else ""
+    return {"run": str(run.relative_to(REPOSITORY)), "progress": f"step {num_done}/{total}", "left": left}

@@ -1,0 +1,295 @@
+"""Every Make target on a real Slurm: jobs run, go on by themselves, and end with the weights of a run without Slurm."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import QUICK, REPOSITORY
+from slurm_cluster import needs_slurm, run, running_cluster, wait_for
+
+from lib import slurm
+from lib.command import BadInput
+from lib.logger import read_json
+
+LONG = ["epochs=25", *QUICK[1:], "shards=2", "data_dir='my \"data\"'"]  # long enough to be disturbed after its first epoch
+SHORT = ["epochs=1", *LONG[1:]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with running_cluster(tmp_path_factory.mktemp("slurm")) as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, pcam_dir) -> Path:
+    """A copy of the repository, committed, in a folder with an awkward name, with data in another one."""
+    folder = tmp_path_factory.mktemp("slurm") / 'a "team\'s" copy, 100%j'
+    hidden = shutil.ignore_patterns(".*", "data", "runs", "logs", "snapshots", "audit-*", "__pycache__", "assets")
+    shutil.copytree(REPOSITORY, folder, ignore=hidden)
+    shutil.copy(REPOSITORY / ".gitignore", folder)
+    shutil.copytree(pcam_dir, folder / 'my "data"')
+    (folder / ".gitignore").open("a").write("my*\n")
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    return folder
+
+
+def make(project, environment, target, check=0, arguments=(), **variables):
+    """`make TARGET` as a user would; the result gets `.json`, the last line of stdout."""
+    variables |= {"PYTHON": sys.executable} | ({"ARGS": " ".join(arguments)} if arguments else {})
+    command = ["make", "-s", target, *(f"{name}={value}" for name, value in variables.items())]
+    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    assert (result.returncode != 0) == (check != 0), result.stderr
+    lines = result.stdout.splitlines()
+    result.json = json.loads(lines[-1]) if lines else None
+    return result
+
+
+def state(cluster, job) -> str:
+    return run(["squeue", "-h", "-j", job, "-o", "%T"], cluster).strip()
+
+
+def run_of(project, job) -> Path | None:
+    """The run folder of a job, or of a task of an array, `ID_TASK`."""
+    for meta in (project / "runs").glob("*/meta.json"):
+        made_by = read_json(meta)["job"]
+        task = f"{made_by.get('SLURM_ARRAY_JOB_ID')}_{made_by.get('SLURM_ARRAY_TASK_ID')}"
+        if job in (task, made_by.get("SLURM_JOB_ID")):
+            return meta.parent
+    return None
+
+
+def job_of(run: Path) -> str:
+    return read_json(run / "meta.json")["job"]["SLURM_JOB_ID"]
+
+
+def under_way(project, job) -> Path:
+    """The run folder of a job that has made its first checkpoint."""
+    return wait_for(lambda: (run := run_of(project, job)) and (run / "last.pt").is_file() and run, f"job {job} to be under way")
+
+
+def ended(project, job) -> str:
+    """The exit code of a job that is over, and of no other start of it."""
+    path = project / f"jobs/logs/{job}.exit"
+    return wait_for(lambda: path.is_file() and path.read_text().strip(), f"the end of job {job}")
+
+
+def logged(project, job, kind="err") -> str:
+    return (project / f"jobs/logs/{job}.{kind}").read_text()
+
+
+def digest_of_resumed(project, job) -> str:
+    """weights_sha256 of a run that its job started twice, and that did not begin anew."""
+    assert ended(project, job) == "0", logged(project, job)
+    run = run_of(project, job)
+    meta = read_json(run / "meta.json")
+    assert meta["start_step"] > 0 and meta["earlier_starts"] and meta["job"]["SLURM_RESTART_COUNT"] != "0"
+    return read_json(run / "summary.json")["weights_sha256"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(project, tmp_path_factory) -> str:
+    """weights_sha256 of LONG without Slurm: no sbatch is found."""
+    path = tmp_path_factory.mktemp("bin")
+    for name in ("make", "bash", "git"):
+        (path / name).symlink_to(shutil.which(name))
+    result = make(project, {"PATH": str(path)}, "train", arguments=LONG, SEED=1)
+    assert "no Slurm cluster here" in result.stderr
+    return result.json["weights_sha256"]
+
+
+@pytest.fixture(scope="module")
+def jobs(project, cluster) -> dict[str, str]:
+    """Ids of jobs that were disturbed, each as soon as it had something to lose; they end while the tests look at them."""
+
+    def submit(target="train", **more):
+        return make(project, cluster, target, arguments=LONG, **more).json["job"]
+
+    ids = {"array": submit("seeds", SEEDS="1,2")}
+    ids |= {f"task {task}": job_of(under_way(project, f"{ids['array']}_{task}")) for task in "12"}
+    run(["scontrol", "requeue", ids["task 1"]], cluster)
+    ids["status"] = make(project, cluster, "status").json["jobs"]
+    ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_2").json
+    ids["preempted"] = submit(PARTITION="gpu_course")
+    under_way(project, ids["preempted"])
+    run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true"], cluster)
+    ids["limited"] = submit(TIME=12, STAGE_DATA=1)
+    under_way(project, ids["limited"])
+    run(["scontrol", "update", f"JobId={ids['limited']}", "TimeLimit=2"], cluster)  # within the warning, so it comes now
+    wait_for(lambda: state(cluster, ids["limited"]) == "PENDING", "the job to go back into the queue")
+    run(["scontrol", "update", f"JobId={ids['limited']}", "TimeLimit=12"], cluster)
+    ids["ranks"] = submit(NUM_RANKS=2)
+    return ids
+
+
+@needs_slurm
+def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs, project, undisturbed):
+    assert digest_of_resumed(project, jobs["task 1"]) == undisturbed
+    row, run = next(row for row in jobs["status"] if row["id"] == jobs["task 2"]), run_of(project, jobs["task 2"])
+    assert row["state"] == "RUNNING" and row["progress"].endswith("/125") and row["left"] and row["limit_left"]
+    assert row["run"] == str(run.relative_to(project)) and "-s2-" in run.name
+
+
+@needs_slurm
+def test_a_cancelled_task_saves_and_does_not_go_on(jobs, project, cluster):
+    assert jobs["cancelled"] == {"num_cancelled": 1}
+    assert ended(project, jobs["task 2"]) == "130" and "goes on later" not in logged(project, jobs["task 2"])
+    assert "stopped after step" in logged(project, jobs["task 2"])
+    assert wait_for(lambda: not state(cluster, jobs["task 2"]), "the cancelled job to leave the queue")
+
+
+@needs_slurm
+def test_a_preempted_job_goes_on_by_itself(jobs, project, undisturbed):
+    assert digest_of_resumed(project, jobs["preempted"]) == undisturbed
+
+
+@needs_slurm
+def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_start(jobs, project, undisturbed):
+    assert digest_of_resumed(project, jobs["limited"]) == undisturbed
+    log = logged(project, jobs["limited"])
+    assert "stopped after step" in log and log.count("data copied to") == 2
+    copy = read_json(run_of(project, jobs["limited"]) / "meta.json")["argv"][-1].removeprefix("data_dir=")
+    assert jobs["limited"] in copy and not Path(copy).exists()
+
+
+@needs_slurm
+def test_two_tasks_are_two_ranks_and_end_with_the_weights_of_one(jobs, project, undisturbed):
+    assert ended(project, jobs["ranks"]) == "0", logged(project, jobs["ranks"])
+    run = run_of(project, jobs["ranks"])
+    assert read_json(run / "meta.json")["num_ranks"] == 2
+    assert read_json(run / "summary.json")["weights_sha256"] == undisturbed
+
+
+@needs_slurm
+def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_words_status_quotes(project, cluster):
+    (project / "lib/new.py").write_text("NAME = 'new'\n")
+    script, text = project / "train.py", (project / "train.py").read_text()
+    script.write_text(text.replace("\nimport argparse\n", "\nimport argparse\nimport lib.new\n"))
+    try:
+        failing = make(project, cluster, "train", arguments=[*SHORT, "--device cuda"]).json["job"]
+        after = make(project, cluster, "train", arguments=SHORT, AFTER=failing).json["job"]
+    finally:
+        script.write_text("raise SystemExit('not what was submitted')\n")
+    try:
+        assert ended(project, after) == "0", logged(project, after)
+        status = make(project, cluster, "status")
+    finally:
+        script.write_text(text)
+        (project / "lib/new.py").unlink()
+    meta = read_json(run_of(project, after) / "meta.json")
+    head = run(["git", "-C", str(project), "rev-parse", "HEAD"], cluster).strip()
+    assert (
+        meta["commit"] == head and "+import lib.new" in meta["uncommitted_patch"] and meta["untracked_files"] == ["lib/new.py"]
+    )
+    row = next(row for row in status.json["jobs"] if row["id"] == failing)
+    assert row["state"] == "failed, exit 2" and "--device cuda: this machine offers no CUDA" in " ".join(row["stderr"])
+    assert "--device cuda: this machine offers no CUDA" in status.stderr
+
+
+@needs_slurm
+def test_bench_audit_and_folds_run(project, cluster):
+    quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8", *QUICK[2:]]
+    bench = make(project, cluster, "bench", PARTITION="thin_course", DATA='my "data"', arguments=quick).json
+    audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', OUT="an audit").json
+    folds = make(project, cluster, "folds", K=2, arguments=SHORT).json
+    assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(audit["request"])
+    assert folds["tasks"] == ["0", "1"]
+    assert ended(project, bench["job"]) == "0", logged(project, bench["job"])
+    assert json.loads(logged(project, bench["job"], "out").splitlines()[-1])["rows"]
+    assert ended(project, audit["job"])
+    for task in "01":
+        run = wait_for(lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin")
+        assert f"fold: {task}\n" in (run / "config.yaml").read_text()
+        wait_for(lambda run=run: (run / "summary.json").is_file(), "a fold to end")
+
+
+@needs_slurm
+def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
+    def refused(sentence, target="train", **variables):
+        assert sentence in make(project, cluster, target, check=2, **variables).stderr
+
+    queued = run(["squeue", "-h"], cluster)
+    refused("no folder nowhere", arguments=["data_dir=nowhere"])
+    refused("unknown key 'lrr', did you mean 'lr'?", arguments=[*SHORT, "lrr=1"])
+    refused("3 ranks cannot share out 2 shards", arguments=SHORT, NUM_RANKS=3)
+    refused("no partition thin_curse, did you mean 'thin_course'?", arguments=SHORT, PARTITION="thin_curse")
+    settings, text = project / "jobs/env.sh", (project / "jobs/env.sh").read_text()
+    settings.write_text('echo "no module 2019" >&2\nreturn 2\n')
+    try:
+        refused("no module 2019", arguments=SHORT)
+    finally:
+        settings.write_text(text)
+    refused("DATA=DIR", target="audit", DATA="")
+    assert run(["squeue", "-h"], cluster) == queued
+
+
+@pytest.mark.parametrize(
+    "variables, sentence",
+    [
+        ({"PARTITION": "closed"}, "partition closed is down"),
+        ({"PARTITION": "gpu_course", "TIME": "45"}, "TIME=45 is over the limit of partition gpu_course, 30:00"),
+        ({"PARTITION": "gpu_course", "CPUS": "5"}, "1 x 5 cores do not fit: a node of gpu_course has 4"),
+        ({"NUM_RANKS": "32"}, "32 x 1 cores do not fit"),
+    ],
+)
+@needs_slurm
+def test_what_does_not_fit_the_partition_is_refused(variables, sentence, cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
+    with pytest.raises(BadInput, match=sentence):
+        slurm.fit_request(slurm.read_variables(variables), 2)
+
+
+@needs_slurm
+def test_a_request_fits_the_partition(cluster, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
+    request = slurm.fit_request(slurm.read_variables({"PARTITION": "gpu_course"}), 64)
+    assert {"--cpus-per-task=4", "--mem=8000M", "--time=30", "--gpus=1"} <= set(request)
+    request = slurm.fit_request(slurm.read_variables({"MEM": "2G", "TIME": "0:12:00", "NUM_RANKS": "2"}), 2)
+    assert {"--partition=thin_course", "--cpus-per-task=2", "--ntasks=2", "--mem=2G", "--time=0:12:00"} <= set(request)
+    assert "--signal=B:USR1@120" in request and not any("gpu" in option for option in request)
+
+
+@pytest.mark.parametrize(
+    "text, minutes",
+    [("30", 30), ("30:00", 30), ("1:30:30", 90.5), ("1-00:00:00", 1440), ("2-3", 3060), ("infinite", float("inf"))],
+)
+def test_slurm_times_are_read_in_all_their_forms(text, minutes):
+    assert slurm.minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize(
+    "name", ["SEED", "SEEDS", "K", "PARTITION", "TIME", "MEM", "AFTER", "NUM_RANKS", "STAGE_DATA", "CPUS", "JOB"]
+)
+@pytest.mark.parametrize("value", ["1; touch x", "$(touch x)", "-1", "1\n2", "١"])
+def test_a_variable_that_is_more_than_its_form_is_refused(name, value):
+    with pytest.raises(BadInput, match=f"^{name} is "):
+        slurm.read_variables({name: value})
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SEED": "1; touch pwned"}, {"ARGS": "$(shell touch pwned) `touch pwned` ; touch pwned"}]
+)
+def test_neither_make_nor_a_shell_carries_out_what_stands_in_a_variable(variables, project):
+    assert "Traceback" not in make(project, os.environ, "train", check=2, **variables).stderr
+    make(project, os.environ, "demo", check=2, DEMO_DATA="--no", **variables)
+    assert not (project / "pwned").exists()
+
+
+def test_a_full_disk_is_seen(tmp_path):
+    slurm.require_disk(tmp_path, 1)
+    with pytest.raises(BadInput, match="GB free"):
+        slurm.require_disk(tmp_path, 10**18)
+
+
+def test_without_slurm_seeds_run_one_after_the_other_and_ranks_beside_each_other(project, tmp_path):
+    environment = {"PATH": str(tmp_path), "ARGS": " ".join(SHORT), "SEEDS": "7,8", "NUM_RANKS": "2"}
+    command = [sys.executable, "jobs/submit.py", "seeds"]
+    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
+    assert json.loads(result.stdout.splitlines()[-1]) == {"num_done": 2, "num_planned": 2, "exit_codes": [0, 0]}, result.stderr
+    runs = [next((project / "runs").glob(f"*-s{seed}-*/summary.json")).parent for seed in (7, 8)]
+    assert [read_json(run / "meta.json")["num_ranks"] for run in runs] == [2, 2]
