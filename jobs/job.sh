@@ -29,6 +29,7 @@ go_on() {
 # USR1 is the warning ahead of the time limit, TERM is preemption or scancel. train.py saves at its next step and leaves. One
 # that is too busy to hear it is requeued all the same before the limit, and goes on from its last checkpoint.
 on_signal() {
+  echo "told to stop: $1" >&2
   num_signals=$((num_signals + 1))
   [ -z "$step" ] || kill -USR1 "$step" 2> /dev/null
   if [ "$1" = USR1 ] && [ -z "$timer" ]; then
@@ -44,9 +45,9 @@ trap 'on_signal TERM' TERM
 
 if [ -n "$data" ]; then
   copy=$NODE_SCRATCH/pcam-$SLURM_JOB_ID
-  # with their times, or the digests in .pcam-sha256.json would have to be computed anew
-  if mkdir -p -- "$copy" && cp -p -- "$data"/*.h5 "$data"/*.csv "$copy"; then
-    cp -p -- "$data"/.pcam-sha256.json "$copy" 2> /dev/null
+  # the last one holds digests that go by the times of the files; it and the CSVs need not be there
+  shopt -s nullglob
+  if mkdir -p -- "$copy" && cp -p -- "$data"/*.h5 "$data"/*.csv "$data"/.pcam-sha256.json* "$copy"; then
     echo "data copied to $copy" >&2
   else
     echo "the data could not be copied to $copy: they are read from $data" >&2

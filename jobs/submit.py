@@ -42,20 +42,20 @@ def main(argv=None) -> int:
         return submit(args.verb, work, variables)
     say("no Slurm cluster here: this runs on this machine")
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
-    return run_here([[*ranks, work.script, *work.of_task(task)] for task in work.tasks or [""]])
+    return run_here([[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]])
 
 
 def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> int:
     """Check all that can be checked now, in the environment that the job will have, and submit."""
     slurm.require_disk(REPOSITORY)
-    arguments = [*work.of_task(next(iter(work.tasks), "")), *([f"data_dir={variables['DATA']}"] if variables["DATA"] else [])]
-    checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], work.script, *arguments]
+    arguments = work.of_task(next(iter(work.tasks), ""))
+    checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
     shell = ["bash", "-c", '. jobs/env.sh && exec "$@"', "bash", *checking]
     result = subprocess.run(shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL)
     found = json.loads((result.stdout.splitlines() or ["{}"])[-1])
     if result.returncode:
-        reason = found.get("error") or f"a job's environment does not work: {result.stderr.strip().splitlines()[-1:]}"
-        raise BadInput(f"not submitted: {reason}")
+        last_words = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BadInput(f"not submitted: {found.get('error') or f'the environment of jobs does not work: {last_words}'}")
     request = slurm.fit_request(variables, found["threads"])
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
     job = slurm.submit(target, work, sys.executable, request, data, variables["AFTER"])
@@ -64,28 +64,30 @@ def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> int:
     return EXIT_DONE
 
 
-def check(num_ranks: str, name: str, *arguments) -> int:
+def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     """Refuse what the script would refuse at its start; print how many threads it computes with and where its data are."""
     from lib.batches import fit_batch_size, open_train_valid
     from lib.config import DEFAULT_PATH, load_config
     from lib.launch import require_equal_shares
     from lib.rundir import find_run, resume_config
 
-    if name == "audit.py":  # what is wrong with the data is what it is to find out
-        print_result({"threads": 0, "data_dir": arguments[1]})
-        return EXIT_DONE
-    options, rest = slurm.training_options(arguments if name == "train.py" else arguments[1:])
-    # a word after an option may be its value
-    words = [item for before, item in zip(["", *rest], rest, strict=False) if "=" in item or not before.startswith("--")]
-    overrides = [item for item in words if not item.startswith("-")]
-    if options.resume:
-        cfg = resume_config(find_run(options.resume, options.runs), overrides)
-    else:
-        cfg = load_config(options.config or DEFAULT_PATH, overrides)
-    require_equal_shares(cfg.shards, int(num_ranks))
-    (_, rows), _ = open_train_valid(cfg)
-    fit_batch_size(cfg, len(rows))
-    print_result({"threads": cfg.threads if name == "train.py" else 0, "data_dir": cfg.data_dir})
+    found = {"threads": 0, "data_dir": data}
+    if name != "audit.py":  # what is wrong with the data is for the audit to find out
+        options, rest = slurm.training_options(arguments)
+        # a word after an option may be its value
+        words = [item for before, item in zip(["", *rest], rest, strict=False) if "=" in item or not before.startswith("--")]
+        overrides = [item for item in words if not item.startswith("-")]
+        if name == "benchmark.py":  # its first word is what to measure, and its data are --data
+            overrides = [*overrides[1:], *([f"data_dir={data}"] if data else [])]
+        if options.resume:
+            cfg = resume_config(find_run(options.resume, options.runs), overrides)
+        else:
+            cfg = load_config(options.config or DEFAULT_PATH, overrides)
+        require_equal_shares(cfg.shards, int(num_ranks))
+        (_, rows), _ = open_train_valid(cfg)
+        fit_batch_size(cfg, len(rows))
+        found = {"threads": cfg.threads if name == "train.py" else 0, "data_dir": cfg.data_dir}
+    print_result(found)
     return EXIT_DONE
 
 
@@ -96,25 +98,19 @@ def go(data: str, varied: str, name: str, *arguments) -> int:
         arguments = slurm.going_on(arguments, os.environ)
     if data:
         arguments = slurm.with_data(name, arguments, data)
-    return run_here([[name, *arguments]])
+    return run_here([[str(REPOSITORY / name), *arguments]])
 
 
 def run_here(commands: list[list[str]]) -> int:
     """Run Python with each of these arguments in turn, until one is interrupted; one alone takes this process's place."""
+    if len(commands) == 1:
+        os.execv(sys.executable, [sys.executable, *commands[0]])
     codes = []
-    for command in commands:
-        command = [
-            sys.executable,
-            *(str(REPOSITORY / item) if item.endswith(".py") and "/" not in item else item for item in command),
-        ]
-        if len(commands) == 1:
-            os.execv(sys.executable, command)
-        child = subprocess.Popen(command)
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child by itself
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child by itself
+    while len(codes) < len(commands) and EXIT_INTERRUPTED not in codes:
+        child = subprocess.Popen([sys.executable, *commands[len(codes)]])
         signal.signal(signal.SIGTERM, lambda number, _, child=child: child.send_signal(number))
         codes.append(child.wait())
-        if codes[-1] == EXIT_INTERRUPTED:
-            break
     print_result({"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes})
     return max(map(abs, codes))
 
@@ -123,17 +119,9 @@ def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
     rows = slurm.describe_jobs(slurm.queued_jobs() if slurm.has_slurm() else [])
     for row in rows:
-        limit = f"{row['limit_left']} to the time limit" if row.get("limit_left") else ""
-        left = f"{row['left']} left" if row.get("left") and limit else ""
-        parts = [
-            row["shown"],
-            row.get("name", ""),
-            row["state"].lower(),
-            row.get("run", ""),
-            row.get("progress", ""),
-            left,
-            limit,
-        ]
+        parts = [row.get(key) for key in ("shown", "name", "state", "reason", "run", "progress") if row.get(key) != "None"]
+        if "limit_left" in row:
+            parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
         say("  ".join(filter(None, parts)))
         for line in row.get("stderr", []):
             say(f"    {line}")

@@ -23,7 +23,6 @@ LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
 MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4  # asked for, where the partition has as much
 NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
-JOB_COLUMNS = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
 
 # Make variables: what they may look like, and what they are when not given
 VARIABLES = {
@@ -75,7 +74,6 @@ class Work:
 def build_work(target: str, variables: dict[str, str]) -> Work:
     """The work of `make TARGET`."""
     arguments, data, num_folds = split_arguments(variables["ARGS"]), variables["DATA"], int(variables["K"])
-    seed = [] if "--resume" in arguments else [f"seed={variables['SEED']}"]
     if target == "audit":
         if not Path(data).is_dir() or not data:
             raise BadInput(f"make audit needs DATA=DIR, the PCam folder to audit, {data!r} is none")
@@ -84,6 +82,8 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
     if target == "bench":
         verb = "all" if '"all"' in (REPOSITORY / "benchmark.py").read_text() else "train"
         return Work("benchmark.py", [verb, *(["--data", data] if data else []), *arguments])
+    arguments += [f"data_dir={data}"] if data else []
+    seed = [] if "--resume" in arguments else [f"seed={variables['SEED']}"]
     if target == "seeds":
         return Work("train.py", arguments, "seed", tuple(variables["SEEDS"].split(",")))
     if target == "folds":
@@ -196,13 +196,11 @@ def take_snapshot() -> Path:
     snapshot = SNAPSHOTS / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     here, there = ["git", "-C", str(REPOSITORY)], ["git", "-C", str(snapshot)]
-    try:
-        commit = run_command(*here, "rev-parse", "HEAD").strip()
-    except (BadInput, FileNotFoundError):
+    if not (REPOSITORY / ".git").exists():
         hidden = shutil.ignore_patterns(".*", "data", "runs", "logs", "snapshots", "__pycache__")
         return shutil.copytree(REPOSITORY, snapshot, ignore=hidden)
     run_command("git", "clone", "--quiet", "--shared", "--no-checkout", str(REPOSITORY), str(snapshot))
-    run_command(*there, "checkout", "--quiet", "--detach", commit)
+    run_command(*there, "checkout", "--quiet", "--detach", run_command(*here, "rev-parse", "HEAD").strip())
     changed = run_command(*here, "diff", "--no-renames", "--name-only", "-z", "HEAD")
     changed += run_command(*here, "ls-files", "--others", "--exclude-standard", "-z")
     for path in filter(None, changed.split("\0")):
@@ -233,22 +231,24 @@ def submit(name: str, work: Work, python: str, request: list[str], data: str, af
 
 
 def queued_jobs() -> list[dict[str, str]]:
-    """This project's jobs that wait or run, each task of an array: id, shown id, name, state, limit left, reason, folder."""
+    """This project's jobs that wait or run, each task of an array by itself; `id` is what its run and logs know it by."""
+    columns = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
     rows = run_command("squeue", "--me", "-h", "-r", "-o", "%A|%i|%j|%T|%L|%r|%Z").splitlines()
-    jobs = [dict(zip(JOB_COLUMNS, row.split("|", 6), strict=True)) for row in rows]
+    jobs = [dict(zip(columns, row.split("|", 6), strict=True)) for row in rows]
     return [job for job in jobs if job["folder"] == str(REPOSITORY)]
 
 
 def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
-    """A row a job, those that are over last: its state, run, progress and time left, and what a failed one said last."""
+    """A row a job, those that are over last: state, run folder, progress, time left, and the last words of a failed one."""
     metas = sorted((REPOSITORY / "runs").glob("*/meta.json"))
     runs = {read_json(meta).get("job", {}).get("SLURM_JOB_ID"): meta.parent for meta in metas}
     rows, known = [dict(job) for job in queued], {job["id"] for job in queued}
     logs = [log for log in LOGS.glob("*.err") if log.stem not in known]
     for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:NUM_ENDED]:
         ending = log.with_suffix(".exit")  # job.sh leaves it
-        code = ending.read_text().strip() if ending.is_file() else "none: killed"
-        row = {"id": log.stem, "shown": log.stem, "state": {"0": "done", "130": "stopped"}.get(code, f"failed, exit {code}")}
+        code = ending.read_text().strip() if ending.is_file() else ""
+        state = {"0": "done", "130": "stopped", "": "killed"}.get(code, f"failed, exit {code}")
+        row = {"id": log.stem, "shown": log.stem, "state": state}
         quoted = {} if code == "0" else {"stderr": log.read_text(errors="replace").strip().splitlines()[-NUM_QUOTED_LINES:]}
         rows.append(row | quoted)
     return [row | (run_progress(runs[row["id"]]) if row["id"] in runs else {}) for row in rows]
