@@ -302,10 +302,10 @@ def test_a_full_disk_is_seen(tmp_path):
         slurm.require_disk(tmp_path, 10**18)
 
 
-def test_without_slurm_seeds_run_one_after_the_other_and_ranks_beside_each_other(project, tmp_path):
-    environment = {"PATH": str(tmp_path), "ARGS": " ".join(SHORT), "SEEDS": "7,8", "NUM_RANKS": "2"}
+def test_without_slurm_seeds_run_one_after_the_other(project, tmp_path):
+    environment = {"PATH": str(tmp_path), "ARGS": " ".join(SHORT), "SEEDS": "7,8"}
     command = [sys.executable, "jobs/submit.py", "seeds"]
     result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
     assert json.loads(result.stdout.splitlines()[-1]) == {"num_done": 2, "num_planned": 2, "exit_codes": [0, 0]}, result.stderr
-    runs = [next((project / "runs").glob(f"*-s{seed}-*/summary.json")).parent for seed in (7, 8)]
-    assert [read_json(run / "meta.json")["num_ranks"] for run in runs] == [2, 2]
+    for seed in (7, 8):
+        assert len(list((project / "runs").glob(f"*-s{seed}-*/summary.json"))) == 1
