@@ -81,7 +81,8 @@ def running_cluster(folder: Path):
     config = CONFIG.format(folder=folder, host=host, user=getpass.getuser(), ports=free_ports(3))
     (folder / "slurm.conf").write_text(config)
     (folder / "gres.conf").write_text("NodeName=gpu Name=gpu Count=1 File=/dev/null\n")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
+    outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")  # a job or `make test` around the tests
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     munge = [
         f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
