@@ -26,8 +26,6 @@ MOST_ALIKE = 60  # patches; a code that more of them share, such as that of an e
 MOST_DIFFERENT = 10  # bits in which the other code of an anchor may differ
 LEAST_ALIKE = 0.4  # similarity of near copies: of 6,000 real patches, no two that were none reached 0.2
 LEAST_OVERLAPPING = 0.85  # and of overlapping ones: in 23,000 real patches 15,942 pairs have 0.99 and more, others up to 0.77
-    0.98  # and of those that overlap: in 20,000 real patches 13,900 pairs have 0.995 and more, 35 have 0.9 to 0.98
-)
 EDGE_PX, STEEP = 2, 8.0  # pixels and levels: similarity is of the differences over so many pixels, cut off at so many levels
 MOST_GAIN = 0.3  # of a near copy, as a logarithm: edges of empty glass look alike but for their brightness
 NEAR_PX = 4  # a copy that lies further off shows other tissue: it overlaps
