@@ -3,8 +3,8 @@
 Equal patches share the counts of their values. For the others a patch is known by anchors: local extrema of its smoothed
 brightness, each with codes, the signs of random projections of what lies around it, seen in the one of eight orientations in
 which brightness falls to the right and down. Patches of the same tissue share codes, and a shared code says how one lies on the
-other: a candidate, which the pixels then confirm. A hash of the whole patch changes as much under a shift of four pixels as from
-one patch to another.
+other: a candidate, which the pixels then confirm. A hash of the whole patch changes as much under a shift by four pixels as
+from one patch to another.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ import numpy as np
 
 from lib.features import count_values, grey_planes
 from lib.pcam import PATCH_SHAPE
+from lib.progress import Progress
 
 BLOCK = 16  # patches worked on at a time: so many planes of 96 x 96 stay in a core's cache
 SIZE = PATCH_SHAPE[0]
@@ -229,7 +230,8 @@ def lay_over(prints: Prints, pairs: np.ndarray, read: Callable, step: int) -> Ov
     mean, mean_other = ((grey * inside).sum(1) / num for grey in (one, other))
     # edges of equal height, or one that outshines all others would make any two borders of empty glass alike
     a, b = (
-        np.concatenate([np.clip(values[k][side] - values[0][side], -STEEP, STEEP) * inside for k in (1, 2)], 1) for side in (0, 1)
+        np.concatenate([np.clip(values[k][side] - values[0][side], -STEEP, STEEP) * inside for k in (1, 2)], 1)
+        for side in (0, 1)
     )
     similarity = (a * b).sum(1) / np.sqrt(np.maximum((a * a).sum(1) * (b * b).sum(1), 1e-6))
     gain = mean_other / np.maximum(mean, 1e-6)
@@ -238,7 +240,7 @@ def lay_over(prints: Prints, pairs: np.ndarray, read: Callable, step: int) -> Ov
 
 
 def find_overlaps(prints: Prints, rows: np.ndarray, read: Callable, progress=None) -> Overlaps:
-    """All pairs among `rows` int64 (N,) that show the same tissue; `read` gives patches uint8 (B, 96, 96, 3) by their numbers."""
+    """All pairs among `rows` int64 (N,) that show the same tissue; `read` gives patches as in find_equal."""
     candidates, found = candidate_pairs(prints, rows), []
     for part in np.array_split(candidates, -(-len(candidates) // 256) or 1):
         pairs = lay_over(prints, part, read, 4)
@@ -261,3 +263,22 @@ def group_rows(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         group = group[group]
         if np.array_equal(group, before):
             return group
+
+
+def compare_patches(prints: Prints, read: Callable, progress=None) -> tuple[np.ndarray, Overlaps]:
+    """For each patch the first equal one, as find_equal gives it, and the overlaps among these first ones."""
+    first = find_equal(prints, read)
+    rows = np.flatnonzero((first == np.arange(len(first))) & (prints.key > 0))
+    return first, find_overlaps(prints, rows, read, progress)
+
+
+def link_copies(images) -> np.ndarray:
+    """For each patch of lib.pcam.Images the smallest row that shows some of the same tissue, if only by way of others: (N,)."""
+    with Progress(images.num, "looking for copies and overlapping patches") as progress:
+        prints = []
+        for _, block in images.blocks():
+            prints.append(print_patches(block))
+            progress.add(len(block))
+    first, overlaps = compare_patches(join_prints(prints), images.read)
+    rows = np.arange(images.num)
+    return group_rows(images.num, np.append(rows, overlaps.first), np.append(first, overlaps.second))

@@ -18,7 +18,7 @@ def count_values(patches: np.ndarray) -> np.ndarray:
 
 
 def grey_planes(patches: np.ndarray) -> np.ndarray:
-    """The mean of the channels of patches uint8 (B, 96, 96, 3), float32 (96, 96, B): in loops over pixels B is the fast axis."""
+    """The mean of the channels of patches uint8 (B, 96, 96, 3), float32 (96, 96, B): loops over pixels run along B."""
     grey = patches.reshape(-1, 3) @ np.full(3, 1 / 3, np.float32)
     return np.ascontiguousarray(grey.reshape(-1, *PATCH_SHAPE[:2]).transpose(1, 2, 0))
 

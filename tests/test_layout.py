@@ -14,7 +14,7 @@ from lib.config import Config
 
 FLOORS = [
     {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
-    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs"},
+    {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs", "features", "copies"},
     {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download", "trace"},
     {"audits", "reports"},
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from lib.audits import finding
 from lib.audits.balance import check_balance
 from lib.audits.drift import check_drift
-from lib.audits.duplicates import check_duplicates, find_copies
+from lib.audits.duplicates import Copies, check_duplicates, find_copies
 from lib.audits.files import check_files
 from lib.audits.labels import check_labels
 from lib.audits.leakage import check_leakage
@@ -26,8 +26,8 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
     """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is nothing to audit."""
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
-        surveys, findings, failed = run_checks(directory, out, checks, overrides, device, work)
-        power = plant_and_find(surveys, out, checks, overrides, device, work) if plant and surveys else []
+        surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
+        power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
         if power:
             write_csv(out / "power.csv", power[0], [row.values() for row in power])
         page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
@@ -42,7 +42,9 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
     }
 
 
-def run_checks(directory, out: Path, checks, overrides, device, work) -> tuple[list[Survey], list[dict], list[str]]:
+def run_checks(
+    directory, out: Path, checks, overrides, device, work
+) -> tuple[list[Survey], Copies | None, list[dict], list[str]]:
     """Survey a folder and run checks on it, each result written as soon as it is there; gives those that could not run, too."""
     surveys, findings = survey_folder(directory, work)
     failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
@@ -62,18 +64,18 @@ def run_checks(directory, out: Path, checks, overrides, device, work) -> tuple[l
         ],
         "labels": lambda: check_labels(directory, train, out, overrides, device),
     }
+    write_findings(out, findings)
     for name in checks:
         if not surveys or (name == "labels" and train is None):
             failed.append(name)
             continue
         try:
-            findings += run[name]()
+            findings += run[name]() or [finding(name, "note", "nothing found")]
         except BadInput as error:
             failed.append(name)
             findings.append(finding(name, "error", f"this check could not run: {error}", advice="mend that and audit again"))
         write_findings(out, findings)
-    write_findings(out, findings)
-    return surveys, findings, failed
+    return surveys, copies, findings, failed
 
 
 def write_findings(out: Path, findings: list[dict]) -> None:
@@ -98,10 +100,10 @@ def quarantine_rows(findings: list[dict]) -> list[dict]:
     return [{**dict(zip(QUARANTINE, key, strict=False)), "score": round(score, 4)} for key, score in sorted(suspects.items())]
 
 
-def plant_and_find(surveys: list[Survey], out: Path, checks, overrides, device, work) -> list[dict]:
+def plant_and_find(surveys: list[Survey], copies: Copies, checks, overrides, device, work) -> list[dict]:
     """The power of the checks on a copy of part of the data with damage planted, against the same part as it is."""
     say("planting damage into a copy of these data, to see what is found of it")
-    copies, found = find_copies(surveys), {}
+    found = {}
     rows_of = {survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)}
     clean, planted = Path(work, "clean"), Path(work, "planted")
     truth = write_copies(surveys, rows_of, clean, planted)
@@ -109,7 +111,7 @@ def plant_and_find(surveys: list[Survey], out: Path, checks, overrides, device, 
     for folder in (clean, planted):
         say(f"auditing the {folder.name} copy")
         (folder / "out").mkdir()
-        _, findings, _ = run_checks(folder, folder / "out", wanted, overrides, device, work)
+        *_, findings, _ = run_checks(folder, folder / "out", wanted, overrides, device, work)
         found[folder] = quarantine_rows(findings)
     power = measure_power(truth, found[planted], found[clean])
     return [row for row in power if row["reason"] != "label" or "labels" in checks]

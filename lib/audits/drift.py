@@ -1,4 +1,4 @@
-"""Whether splits, and slides, look alike: brightness, saturation, stain, sharpness, and how well a classifier tells them apart."""
+"""Whether splits, and slides, look alike: brightness, saturation, stain, sharpness; how well a classifier tells them apart."""
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
 
 
 def outlying_slides(survey: Survey) -> list[dict]:
-    """Slides whose mean of a feature lies far from those of the others, by the median absolute deviation; the farthest first."""
+    """Slides whose mean of a feature lies far from those of the others, by the median absolute deviation; farthest first."""
     names, inverse = np.unique(survey.slides[survey.intact], return_inverse=True)
     sizes = np.bincount(inverse)
     rows = []

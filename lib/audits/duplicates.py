@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.audits import finding
 from lib.audits.survey import Survey
-from lib.copies import Overlaps, find_equal, find_overlaps, group_rows, join_prints
+from lib.copies import Overlaps, compare_patches, group_rows, join_prints
 from lib.progress import Progress
 
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
@@ -41,12 +41,8 @@ def find_copies(surveys: list[Survey]) -> Copies:
             patches[mine] = survey.read(row[numbers[mine]])
         return patches
 
-    prints = join_prints([survey.prints for survey in surveys])
-    first = find_equal(prints, read)
     with Progress(0, "compare", "candidate pairs") as progress:
-        overlaps = find_overlaps(
-            prints, np.flatnonzero((first == np.arange(len(first))) & (prints.key > 0)), read, progress.add
-        )
+        first, overlaps = compare_patches(join_prints([survey.prints for survey in surveys]), read, progress.add)
     return Copies(first, overlaps, split, row)
 
 
@@ -99,7 +95,7 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
             kinds = np.array([describe_copy(near[[place]]) for place in range(len(near))])
             of = copies.row[near.first]
             rows = survey.rows(index, of=of, kind=kinds, reason="near_duplicate", score=near.similarity.round(4))
-            measured = f"{len(near):,} pairs of near copies (correlation {near.similarity.min():.2f} or more)"
+            measured = f"{len(near):,} pairs of near copies (similarity {near.similarity.min():.2f} or more)"
             advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
             findings.append(finding("near duplicates", "warning", measured, "none", advice, rows, survey.name))
         if len(beside):

@@ -64,7 +64,7 @@ def compare_digest(directory, name: str, other: str) -> bool:
 def account_for_size(survey: Survey, work) -> dict:
     """bytes = rows x 27,648 x bytes a value / compression + overhead, each beside the official file; what repacking gives."""
     layout, num = survey.layout, len(survey)
-    raw, plain = num * PATCH_BYTES * layout["itemsize"], num * PATCH_BYTES
+    raw = num * PATCH_BYTES * layout["itemsize"]
     ratio, overhead = raw / max(layout["stored_bytes"], 1), layout["file_bytes"] - layout["stored_bytes"]
     official = OFFICIAL[survey.name]["rows"] * PATCH_BYTES
     measured = f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']} bytes"

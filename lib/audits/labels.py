@@ -1,8 +1,8 @@
 """Which labels deserve a second look: predictions of models that have not seen them, and how likely a disagreement is an error.
 
-Training is cross-validated: each patch is predicted by a model of the other folds. The probabilities are calibrated together with
-the share of labels that were exchanged (Natarajan et al. 2013, "Learning with noisy labels"): where the model is surest, labels
-disagree as often as labels are wrong. The outcome is a ranked list for review, never a verdict.
+Training is cross-validated: each patch is predicted by a model of the other folds. Probabilities are calibrated together with
+the share of labels that were exchanged (Natarajan et al. 2013, "Learning with noisy labels"): where the model is surest,
+they disagree as often as they are wrong. The outcome is a ranked list for review, never a verdict.
 """
 
 from pathlib import Path
@@ -100,27 +100,26 @@ def fit_label_noise(labels: np.ndarray, logits: np.ndarray) -> tuple[float, floa
     P(label 1) = e + (1 - 2 e) sigmoid(a logit + b), with a, b and e fitted together.
     """
     z, y = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
-    fits = []
-    for with_noise in (False, True):
-        values = torch.tensor([0.0, 0.0, -3.5], dtype=torch.float64, requires_grad=True)
+
+    def fit(with_noise: bool):
+        values = torch.tensor([0.0, 0.0, -3.5], dtype=torch.float64, requires_grad=True)  # log a, b, logit of 2 e
         optimizer = torch.optim.LBFGS([values], max_iter=200, line_search_fn="strong_wolfe")
 
-        def probability(values=values, with_noise=with_noise):
-            rate = 0.5 * torch.sigmoid(values[2]) if with_noise else torch.zeros((), dtype=torch.float64)
-            return rate + (1 - 2 * rate) * torch.sigmoid(values[0].exp() * z + values[1]), rate
+        def model():
+            rate = torch.sigmoid(values[2]) / 2 * with_noise
+            return rate, (rate + (1 - 2 * rate) * torch.sigmoid(values[0].exp() * z + values[1])).clamp(1e-12, 1 - 1e-12)
 
-        def loss(values=values, probability=probability, optimizer=optimizer):
+        def loss():
             optimizer.zero_grad()
-            probs, _ = probability()
-            total = torch.nn.functional.binary_cross_entropy(probs.clamp(1e-12, 1 - 1e-12), y)
+            total = torch.nn.functional.binary_cross_entropy(model()[1], y, reduction="sum")
             total.backward()
             return total
 
         optimizer.step(loss)
-        probs, rate = probability()
-        likelihood = -loss().item() * len(y)
-        fits.append((likelihood, float(rate), probs.detach().numpy()))
-    (without, _, _), (best, rate, probs) = fits
+        rate, probs = model()
+        return loss().item(), rate.item(), probs.detach().numpy()
+
+    (without, _, _), (best, rate, probs) = fit(False), fit(True)
     given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
     true = (given - rate) / max(1 - 2 * rate, 1e-9)
-    return rate, 2 * (best - without), np.clip(rate * (1 - true) / np.maximum(given, 1e-12), 0, 1)
+    return rate, 2 * (without - best), np.clip(rate * (1 - true) / given, 0, 1)

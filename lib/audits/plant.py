@@ -68,7 +68,7 @@ def copy_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
 
 
 def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: Path, planted: Path) -> list[dict]:
-    """Write some rows of train and valid twice, as they are and with damage planted, both float32; gives what was planted where.
+    """Write some rows of train and valid twice, as they are and with damage planted, both float32; gives what is planted where.
 
     `rows_of` names the rows that may be used: intact ones, copies once.
     """
@@ -87,7 +87,7 @@ def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: P
                 if kind == "trigger":
                     free.remove(place)
                 source = free.pop() if kind in ("equal", "turned", "recompressed", "brightened", "shifted") else None
-                source = int(rng.integers(len(train[1]))) if kind == "leaked" else source
+                source = int(rng.choice(train[3])) if kind == "leaked" else source
                 if kind == "trigger" and survey.name != "train":
                     continue
                 changes[place] = kind, source
@@ -115,7 +115,7 @@ def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: P
                             patches[place - start] = damage_patch(kind, patches[place - start], rng)
                     writer.add(patches, (given if folder == planted else labels)[part])
         if survey.name == "train":
-            train = survey, rows, given
+            train = survey, rows, given, free
     write_csv(planted / "truth.csv", ("split", "index", "kind", "of"), (row.values() for row in truth))
     return truth
 

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from lib.audits import finding
@@ -86,67 +85,61 @@ def survey_folder(directory, work) -> tuple[list[Survey], list[dict]]:
 
 def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
     """Survey a split. Raises BadInput where its x file cannot be read at all; lesser damage goes into `findings`."""
-    path = split_path(directory, name, "x")
+    path, lost = split_path(directory, name, "x"), []
     with open_dataset(path, "x") as dataset:
         if dataset.shape is None or dataset.shape[1:] != PATCH_SHAPE or not len(dataset) or dataset.dtype.kind not in "uif":
             raise BadInput(f"{path}: x is {dataset.shape} {dataset.dtype}, it must be numbers (N, 96, 96, 3)")
-        num, layout = len(dataset), describe_layout(dataset, path)
-        labels, slides, coords = read_companions(directory, name, num, findings)
-        spool = None
-        if layout["offset"] is None:
-            spool = Path(work, f"{name}.raw")
-        table, boxes = {"damage": np.full(num, -1, np.int8)}, np.full((num, 4), -1, np.int16)
-        heat = {kind: np.zeros(PATCH_SHAPE[:2], np.int64) for kind in ("nan", "range")}
-        prints, lost = [], []
-
-        def keep(start, result):
-            columns, box, parts, hits = result
-            for column, values in columns.items():
-                table.setdefault(column, np.zeros(num, values.dtype))[start : start + len(values)] = values
-            boxes[start : start + len(box)] = box
-            prints.append(parts)
-            for kind, count in hits.items():
-                heat[kind] += count
-
-        # one thread reads, two measure; their results come back in order
-        writing = open(spool, "wb") if spool else contextlib.nullcontext()
-        with writing as file, ThreadPoolExecutor(2) as pool, Progress(num, f"survey {name}") as progress:
-            pending = deque()
-            for start in range(0, num, READ_ROWS):
-                raw = read_tolerantly(dataset, start, min(start + READ_ROWS, num), lost)
-                if file:
-                    file.write(bring_to_uint8(raw).tobytes())
-                pending.append((start, pool.submit(measure, raw)))
-                if len(pending) > 3:
-                    begun, task = pending.popleft()
-                    keep(begun, task.result())
-                    progress.add(READ_ROWS)
-            for begun, task in pending:
-                keep(begun, task.result())
-        dtype = dataset.dtype
-
+        layout = describe_layout(dataset, path)
+        labels, slides, coords = read_companions(directory, name, len(dataset), findings)
+        # what is packed is unpacked once, to be read at random later
+        plain, offset, dtype = path, layout["offset"], dataset.dtype
+        if offset is None:
+            plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
+        with (
+            open(os.devnull if plain == path else plain, "wb") as unpacked,
+            Progress(len(dataset), f"survey {name}") as progress,
+        ):
+            parts = []
+            for raw, part in measure_blocks(dataset, lost):
+                parts.append(part)
+                if plain != path:
+                    unpacked.write(bring_to_uint8(raw).tobytes())
+                progress.add(len(raw))
+    tables, boxes, prints, heats = zip(*parts, strict=True)
+    table = {column: np.concatenate([part[column] for part in tables]) for column in tables[0]}
+    heat = {kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats) for kind in ("nan", "range")}
     if lost:
-        rows = [row for row, _ in lost]
-        table["damage"][rows] = DAMAGE.index("unreadable")
-        measured = f"{len(rows):,} rows cannot be decoded, the first is row {rows[0]:,}: {lost[0][1]}"
-        advice = "fetch the file again; until then these rows are black to a reader, or stop it"
-        split_rows = [{"split": name, "index": row, "why": why, "reason": "black", "score": 1.0} for row, why in lost]
-        findings.append(finding("unreadable rows", "error", measured, advice=advice, rows=split_rows, split=name))
-
-    fd = os.open(spool or path, os.O_RDONLY)
-    offset, dtype = (0, np.dtype(np.uint8)) if spool else (layout["offset"], dtype)
+        table["damage"][[row for row, _ in lost]] = DAMAGE.index("unreadable")
+        measured = f"{len(lost):,} rows cannot be decoded, the first is row {lost[0][0]:,}: {lost[0][1]}"
+        rows = [{"split": name, "index": row, "why": why, "reason": "black", "score": 1.0} for row, why in lost]
+        advice = "fetch the file again; training stops at these rows unless they are left out"
+        findings.append(finding("unreadable rows", "error", measured, advice=advice, rows=rows, split=name))
+    fd, size = os.open(plain, os.O_RDONLY), PATCH_BYTES * dtype.itemsize
 
     def read(rows) -> np.ndarray:
-        """Patches uint8 (B, 96, 96, 3) by pread: mapped pages would count as memory of this process."""
-        size = PATCH_BYTES * dtype.itemsize
+        """Patches uint8 (B, 96, 96, 3); by pread, for mapped pages would count as memory of this process."""
         data = b"".join(os.pread(fd, size, offset + int(row) * size) for row in rows)
         return bring_to_uint8(np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE))
 
-    return Survey(name, path, layout, labels, slides, coords, table, boxes, heat, join_prints(prints), read)
+    return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join_prints(prints), read)
+
+
+def measure_blocks(dataset, lost: list):
+    """Yield (patches as stored, what `measure` gives for them) over an x in order: this thread reads, two measure."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = deque()
+        for start in range(0, len(dataset), READ_ROWS):
+            raw = read_tolerantly(dataset, start, min(start + READ_ROWS, len(dataset)), lost)
+            pending.append((raw, pool.submit(measure, raw)))
+            if len(pending) > 3:
+                raw, task = pending.popleft()
+                yield raw, task.result()
+        for raw, task in pending:
+            yield raw, task.result()
 
 
 def describe_layout(dataset, path: Path) -> dict:
-    """How an x is stored: rows, type, bytes a value, chunks, compression, offset of the first patch if contiguous, and bytes."""
+    """How an x is stored; `offset` is that of the first patch where they lie one behind the other, as numbers of this machine."""
     plain = dataset.chunks is None and not dataset.external and not dataset.is_virtual and dataset.dtype.isnative
     return {
         "rows": len(dataset),
@@ -218,7 +211,7 @@ def bring_to_uint8(raw: np.ndarray) -> np.ndarray:
     """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought back."""
     if raw.dtype == np.uint8:
         return raw
-    flat = raw.reshape(len(raw), -1)
+    flat = raw.reshape(len(raw), PATCH_BYTES)
     scaled = is_scaled(flat.min(1), flat.max(1), (flat != np.rint(flat)).sum(1))
     if scaled.any():
         raw = raw.astype(np.float32)
@@ -231,7 +224,7 @@ def bring_to_uint8(raw: np.ndarray) -> np.ndarray:
 def measure(raw: np.ndarray):
     """Columns of the table, boxes, prints and heat of some patches (B, 96, 96, 3) as they are stored."""
     boxes, heat = np.full((len(raw), 4), -1, np.int16), {}
-    flat = raw.reshape(len(raw), -1)
+    flat = raw.reshape(len(raw), PATCH_BYTES)
     with np.errstate(invalid="ignore"):
         low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
         counts = {name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above", "num_fractional")}

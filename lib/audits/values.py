@@ -41,7 +41,7 @@ def check_values(survey: Survey) -> list[dict]:
         findings.append(
             finding(f"values: {kind}", severity, measured, "none", advice, survey.rows(index, **columns), survey.name)
         )
-    fractional = int(((table["num_fractional"] > 0) & (survey.damage != DAMAGE.index("scaled"))).sum())
+    fractional = int((table["num_fractional"][survey.intact] > 0).sum())
     if fractional:
         measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
         findings.append(
