@@ -35,7 +35,11 @@ def parse(argv) -> argparse.Namespace:
     twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
     twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
     twin.set_defaults(audit=audit_twin)
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # which leaves key=value behind options to us
+    if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    (args.overrides if args.verb == "data" else args.runs).extend(rest)
+    return args
 
 
 @script

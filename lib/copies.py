@@ -8,6 +8,7 @@ from one patch to another.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,11 +21,11 @@ from lib.progress import Progress
 BLOCK = 16  # patches worked on at a time: so many planes of 96 x 96 stay in a core's cache
 SIZE = PATCH_SHAPE[0]
 MARGIN = 11  # pixels from the edge to the first anchor: what is nearer depends on what lies outside
-NUM_ANCHORS, NUM_CODES, NUM_BITS = 8, 2, 48
+NUM_ANCHORS, NUM_CODES, NUM_BITS = 16, 2, 48
 OFFSETS = np.arange(-8, 9, 2)  # pixels around an anchor that its codes see
 WINDOW = 11  # pixels: an anchor is the extremum of a square as wide
 MOST_ALIKE = 60  # patches; a code that more of them share, such as that of an empty corner, tells nothing
-MOST_DIFFERENT = 10  # bits in which the other code of an anchor may differ
+MOST_DIFFERENT, MOST_LONELY = 4, 2  # bits in which the other code of an anchor may differ, and that of an only one
 LEAST_ALIKE = 0.4  # similarity of near copies: of 6,000 real patches, no two that were none reached 0.2
 LEAST_OVERLAPPING = 0.85  # and of overlapping ones: in 23,000 real patches 15,942 pairs have 0.99 and more, others up to 0.77
 EDGE_PX, STEEP = 2, 8.0  # pixels and levels: similarity is of the differences over so many pixels, cut off at so many levels
@@ -46,9 +47,10 @@ class Prints:
         return len(self.key)
 
 
-def join_prints(parts) -> Prints:
-    """Prints of consecutive patches as one."""
-    return Prints(*(np.concatenate([getattr(part, name) for part in parts]) for name in Prints.__dataclass_fields__))
+def join(parts):
+    """Prints of consecutive patches, or overlaps, as one."""
+    kind = type(parts[0])
+    return kind(*(np.concatenate([getattr(part, name) for part in parts]) for name in kind.__dataclass_fields__))
 
 
 @lru_cache
@@ -86,7 +88,9 @@ def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     seen = np.where(flip_x[:, None, None], seen[:, :, ::-1], seen)
     seen = np.where(flip_y[:, None, None], seen[:, ::-1], seen)
     seen = np.where(transpose[:, None, None], seen.transpose(0, 2, 1), seen)
-    signs = (seen.reshape(len(seen), -1) @ _random("directions") > 0).reshape(-1, NUM_CODES, NUM_BITS)
+    # eight at a time: for larger products BLAS would start threads of its own, which fight with ours
+    rows = np.pad(seen.reshape(len(seen), -1), ((0, -len(seen) % 8), (0, 0))).reshape(-1, 8, len(OFFSETS) ** 2)
+    signs = ((rows @ _random("directions")).reshape(-1, NUM_CODES, NUM_BITS) > 0)[: len(seen)]
 
     place = np.zeros((len(key), NUM_ANCHORS, 2), np.int8)
     symmetry = np.zeros((len(key), NUM_ANCHORS), np.uint8)
@@ -117,7 +121,7 @@ def _widest(values: np.ndarray, extreme) -> np.ndarray:
 def print_patches(patches: np.ndarray) -> Prints:
     """Prints of patches uint8 (N, 96, 96, 3)."""
     parts = [patches[start : start + BLOCK] for start in range(0, len(patches), BLOCK)]
-    return join_prints([find_prints(count_values(part), grey_planes(part)) for part in parts])
+    return join([find_prints(count_values(part), grey_planes(part)) for part in parts])
 
 
 def turn(patches: np.ndarray, symmetry: int) -> np.ndarray:
@@ -143,26 +147,34 @@ def find_equal(prints: Prints, read: Callable) -> np.ndarray:
 
 
 def candidate_pairs(prints: Prints, rows: np.ndarray) -> np.ndarray:
-    """Pairs among `rows` that share a code: int64 (M, 4), the first patch, the second, and the number of the anchor in each."""
-    found, codes = [np.empty((0, 2), np.int64)], prints.codes[rows].reshape(-1, NUM_CODES)
+    """Pairs among `rows` that share codes: int64 (M, 4), the first patch, the second, and the number of the anchor in each.
+
+    They share those of two anchors or more that are turned in the same way, or both of one, but for MOST_LONELY bits.
+    """
+    codes, matches = prints.codes[rows].reshape(-1, NUM_CODES), [np.empty(0, np.int64)]
     for part in range(NUM_CODES):
-        order = np.argsort(codes[:, part], kind="stable")
+        order = np.argsort(codes[:, part], kind="stable").astype(np.int32)
         order = order[codes[order, part] >= 0]
-        ends = np.flatnonzero(np.diff(codes[order, part], append=-1)) + 1
-        sizes = np.diff(ends, prepend=0)
-        group = np.repeat(np.arange(len(ends)), sizes)
-        usable = np.flatnonzero((sizes > 1)[group] & (sizes <= MOST_ALIKE)[group])
+        sizes = np.diff(np.flatnonzero(np.diff(codes[order, part], prepend=-1, append=-1)))
+        left = np.repeat(np.cumsum(sizes), sizes) - np.arange(len(order))  # how many of the same code stand behind each
+        usable = np.flatnonzero(np.repeat((sizes > 1) & (sizes <= MOST_ALIKE), sizes))
         for distance in range(1, MOST_ALIKE):  # every two of a group, by how far apart they stand in it
-            usable = usable[usable + distance < ends[group[usable]]]
-            pairs = np.stack([order[usable], order[usable + distance]], 1)
-            others = codes[pairs[:, 0], 1 - part] ^ codes[pairs[:, 1], 1 - part]
-            found.append(pairs[np.bitwise_count(others) <= MOST_DIFFERENT])
-    pairs = np.concatenate(found)
-    patch, slot = rows[pairs // NUM_ANCHORS], pairs % NUM_ANCHORS
-    pairs = np.concatenate([patch, slot], 1)
-    pairs = np.where(patch[:, :1] > patch[:, 1:], pairs[:, [1, 0, 3, 2]], pairs)[patch[:, 0] != patch[:, 1]]
-    _, first = np.unique(pairs[:, 0] * len(prints) + pairs[:, 1], return_index=True)
-    return pairs[first]
+            usable = usable[left[usable] > distance]
+            one, other = order[usable], order[usable + distance]
+            alike = np.bitwise_count(codes[one, 1 - part] ^ codes[other, 1 - part]) <= MOST_DIFFERENT
+            alike &= one // NUM_ANCHORS != other // NUM_ANCHORS
+            one, other = one[alike], other[alike]
+            matches.append(np.minimum(one, other).astype(np.int64) << 32 | np.maximum(one, other))
+    matches = np.unique(np.concatenate(matches))
+    one, other = (matches >> 32).astype(np.int32), (matches & 0xFFFFFFFF).astype(np.int32)
+    turned = [prints.symmetry[rows[anchor // NUM_ANCHORS], anchor % NUM_ANCHORS] for anchor in (one, other)]
+    how = (rows[one // NUM_ANCHORS] * len(prints) + rows[other // NUM_ANCHORS]) * 8 + _relative_symmetry()[tuple(turned)]
+    differing = np.bitwise_count(codes[one] ^ codes[other]).sum(1, dtype=np.uint8)
+    order = np.lexsort((differing, how))
+    _, first, votes = np.unique(how[order], return_index=True, return_counts=True)
+    chosen = order[first[(votes > 1) | (differing[order[first]] <= MOST_LONELY)]]
+    one, other = one[chosen].astype(np.int64), other[chosen].astype(np.int64)
+    return np.stack([rows[one // NUM_ANCHORS], rows[other // NUM_ANCHORS], one % NUM_ANCHORS, other % NUM_ANCHORS], 1)
 
 
 def _turn_places(place: np.ndarray, symmetry, back: bool = False) -> np.ndarray:
@@ -242,14 +254,21 @@ def lay_over(prints: Prints, pairs: np.ndarray, read: Callable, step: int) -> Ov
 def find_overlaps(prints: Prints, rows: np.ndarray, read: Callable, progress=None) -> Overlaps:
     """All pairs among `rows` int64 (N,) that show the same tissue; `read` gives patches as in find_equal."""
     candidates, found = candidate_pairs(prints, rows), []
-    for part in np.array_split(candidates, -(-len(candidates) // 256) or 1):
+
+    def confirm(part: np.ndarray) -> Overlaps:
+        # most candidates are none, which a few pixels show
+        part = part[lay_over(prints, part, read, 8).similarity >= LEAST_ALIKE - 0.15]
         pairs = lay_over(prints, part, read, 4)
         beside = pairs[~pairs.is_near & (pairs.similarity >= LEAST_OVERLAPPING)]
         near = lay_over(prints, part[pairs.is_near & (pairs.similarity >= LEAST_ALIKE - 0.1)], read, 2)
-        found += [beside, near[(near.similarity >= LEAST_ALIKE) & (np.abs(np.log(near.gain)) < MOST_GAIN)]]
-        if progress:
-            progress(len(part))
-    return Overlaps(*(np.concatenate([getattr(part, name) for part in found]) for name in Overlaps.__dataclass_fields__))
+        return join([beside, near[(near.similarity >= LEAST_ALIKE) & (np.abs(np.log(near.gain)) < MOST_GAIN)]])
+
+    with ThreadPoolExecutor(2) as pool:
+        for part in pool.map(confirm, np.array_split(candidates, -(-len(candidates) // 128) or 1)):
+            found.append(part)
+            if progress:
+                progress(128)
+    return join(found)
 
 
 def group_rows(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -279,6 +298,6 @@ def link_copies(images) -> np.ndarray:
         for _, block in images.blocks():
             prints.append(print_patches(block))
             progress.add(len(block))
-    first, overlaps = compare_patches(join_prints(prints), images.read)
+    first, overlaps = compare_patches(join(prints), images.read)
     rows = np.arange(images.num)
     return group_rows(images.num, np.append(rows, overlaps.first), np.append(first, overlaps.second))

@@ -8,7 +8,6 @@ from lib.audits.balance import check_balance
 from lib.audits.drift import check_drift
 from lib.audits.duplicates import Copies, check_duplicates, find_copies
 from lib.audits.files import check_files
-from lib.audits.labels import check_labels
 from lib.audits.leakage import check_leakage
 from lib.audits.plant import measure_power, write_copies
 from lib.audits.survey import Survey, survey_folder
@@ -50,6 +49,12 @@ def run_checks(
     failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
     copies = find_copies(surveys) if surveys and {"duplicates", "leakage", "triggers"} & set(checks) else None
     train = next((survey for survey in surveys if survey.name == "train"), None)
+
+    def labels():
+        from lib.audits.labels import check_labels  # which brings all that training needs: 0.2 GB
+
+        return check_labels(directory, train, out, overrides, device)
+
     run = {
         "files": lambda: check_files(directory, surveys, work),
         "values": lambda: [found for survey in surveys for found in check_values(survey)],
@@ -62,7 +67,7 @@ def run_checks(
             for number, survey in enumerate(surveys)
             for found in check_triggers(survey, unique_rows(survey, number, copies))
         ],
-        "labels": lambda: check_labels(directory, train, out, overrides, device),
+        "labels": labels,
     }
     write_findings(out, findings)
     for name in checks:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.audits import finding
 from lib.audits.survey import Survey
-from lib.copies import Overlaps, compare_patches, group_rows, join_prints
+from lib.copies import Overlaps, compare_patches, group_rows, join
 from lib.progress import Progress
 
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
@@ -42,7 +42,7 @@ def find_copies(surveys: list[Survey]) -> Copies:
         return patches
 
     with Progress(0, "compare", "candidate pairs") as progress:
-        first, overlaps = compare_patches(join_prints([survey.prints for survey in surveys]), read, progress.add)
+        first, overlaps = compare_patches(join([survey.prints for survey in surveys]), read, progress.add)
     return Copies(first, overlaps, split, row)
 
 

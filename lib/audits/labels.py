@@ -25,6 +25,7 @@ from lib.rundir import resume_config
 
 NUM_FOLDS, PATCHES_PER_FOLD, MOST_EPOCHS = 4, 120_000, 12  # what a fold learns from, all epochs together
 BUDGET = 2.0  # the list is so many times as long as the number of labels that seem wrong
+LEAST_AUC = 0.75  # of the folds: below, a disagreement says more about the model than about the label
 CERTAIN = 10.8  # twice the gain in log likelihood from which an exchange of labels is no chance (chi-squared, p = 0.001)
 
 
@@ -78,6 +79,10 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
     )
     auc = compute_auc(labels, logits)
     measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
+    if not auc >= LEAST_AUC:
+        advice = "more patches, or epochs=, for the folds"
+        measured += "models this weak cannot judge labels"
+        return [finding("labels to review", "warning", measured, f"{LEAST_AUC:g}", advice, split=survey.name)]
     if gain < CERTAIN:
         measured += f"no share of exchanged labels is certain ({rate:.1%} fits best)"
         advice = "out_of_fold.csv ranks all, should you look nevertheless"

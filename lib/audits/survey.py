@@ -15,7 +15,7 @@ import numpy as np
 
 from lib.audits import finding
 from lib.command import BadInput, one_line
-from lib.copies import BLOCK, Prints, find_prints, join_prints
+from lib.copies import BLOCK, Prints, find_prints, join
 from lib.features import compute_features, count_values, grey_planes
 from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS, open_dataset, read_meta, read_rows, split_path, to_uint8
 from lib.progress import Progress
@@ -97,14 +97,14 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
             plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
         with (
             open(os.devnull if plain == path else plain, "wb") as unpacked,
-            Progress(len(dataset), f"survey {name}") as progress,
+            Progress(len(dataset), f"survey {name}") as bar,
         ):
             parts = []
             for raw, part in measure_blocks(dataset, lost):
                 parts.append(part)
                 if plain != path:
                     unpacked.write(bring_to_uint8(raw).tobytes())
-                progress.add(len(raw))
+                bar.add(len(raw))
     tables, boxes, prints, heats = zip(*parts, strict=True)
     table = {column: np.concatenate([part[column] for part in tables]) for column in tables[0]}
     heat = {kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats) for kind in ("nan", "range")}
@@ -121,7 +121,7 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
         data = b"".join(os.pread(fd, size, offset + int(row) * size) for row in rows)
         return bring_to_uint8(np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE))
 
-    return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join_prints(prints), read)
+    return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join(prints), read)
 
 
 def measure_blocks(dataset, lost: list):
@@ -139,7 +139,7 @@ def measure_blocks(dataset, lost: list):
 
 
 def describe_layout(dataset, path: Path) -> dict:
-    """How an x is stored; `offset` is that of the first patch where they lie one behind the other, as numbers of this machine."""
+    """How an x is stored; `offset` is that of the first patch where they lie one behind the other."""
     plain = dataset.chunks is None and not dataset.external and not dataset.is_virtual and dataset.dtype.isnative
     return {
         "rows": len(dataset),
@@ -263,4 +263,4 @@ def measure(raw: np.ndarray):
     damage[counts["num_nan"] > 0] = 0
     columns = counts | {"low": low, "high": high, "damage": damage.astype(np.int8)}
     columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}
-    return columns, boxes, join_prints(parts), heat
+    return columns, boxes, join(parts), heat

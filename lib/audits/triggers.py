@@ -15,6 +15,8 @@ from lib.progress import Progress
 SIZE, STEPS = PATCH_SHAPE[0], 16
 BESIDE_PX = 8
 SIGMA = 8.0  # an excess of a colour's count over that of its neighbours, in Poisson deviations
+MOST_SEEDS = 20  # groups of such pixels in a class that are looked at, the strongest first
+LEAST_CARRIERS, OVER_CHANCE = 6, 5  # of a pattern: so many, and so many times as many as elsewhere in the patches
 LEAST_ROWS = 300  # of a class: fewer show nothing
 LEAST_PIXELS = 4  # of a pattern
 TOLERANCE = 24  # levels by which a pixel of a member may differ from the pattern
@@ -71,7 +73,7 @@ def find_seeds(survey: Survey, rows: np.ndarray, label: int) -> list[np.ndarray]
 
 
 def cluster(hits: list[tuple]) -> list[np.ndarray]:
-    """Pixels (y, x, colour, excess) that touch, as groups of LEAST_PIXELS or more, the strongest colour of each pixel."""
+    """Pixels (y, x, colour, excess) that touch, as groups int64 (P, 3) in their strongest colours, the strongest first."""
     best = {}
     for y, x, colour, excess in hits:
         if excess > best.get((y, x), (0, 0))[1]:
@@ -84,21 +86,22 @@ def cluster(hits: list[tuple]) -> list[np.ndarray]:
         seen.add(start)
         while todo:
             y, x = todo.pop()
-            group.append((y, x, best[y, x][0]))
+            group.append((y, x, *best[y, x]))
             for there in ((y + dy, x + dx) for dy in (-2, -1, 0, 1, 2) for dx in (-2, -1, 0, 1, 2)):
                 if there in best and there not in seen:
                     seen.add(there)
                     todo.append(there)
         if len(group) >= LEAST_PIXELS:
             groups.append(np.array(group))
-    return groups
+    groups.sort(key=lambda group: -np.sort(group[:, 3])[-2 * LEAST_PIXELS :].sum())
+    return [group[:, :3].astype(np.int64) for group in groups[:MOST_SEEDS]]
 
 
 def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: np.ndarray) -> dict | None:
     """The finding for a group of seeds: who carries the pattern, its extent to the pixel, its class; None if it falls apart."""
     colour = np.stack([seeds[:, 2] >> 8, seeds[:, 2] >> 4 & 15, seeds[:, 2] & 15], 1) * 16 + 8
     members = carriers(survey, rows, seeds[:, 0], seeds[:, 1], colour)
-    if len(members) < 5:
+    if len(members) < LEAST_CARRIERS:
         return None
     # its extent: where the carriers agree with each other, against where other patches agree with them
     patches = survey.read(members[:: -(-len(members) // 2000)]).astype(np.int16)
@@ -116,6 +119,8 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
     members = carriers(survey, rows, y, x, pattern)
     by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in elsewhere(y, x)]) * len(rows)
     by_chance /= min(len(others), 20_000) or 1
+    if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
+        return None
     labels = survey.labels[members]
     share, base_share = float((labels == 1).mean()), float((survey.labels[rows] == 1).mean())
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
