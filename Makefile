@@ -1,13 +1,14 @@
 # Every target sets up .venv when it is missing; PYTHON=/path/to/python uses that interpreter instead.
-# Variables: SEED=1 ARGS="key=value ..."
+# Variables: SEED=1 DATA=DIR ARGS="key=value ..."
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train data demo twin prove clean
+.PHONY: help setup test lint train data audit demo twin prove prove-audit clean
 
 SEED ?= 1
 ARGS ?=
+DATA ?= data/pcam
 
 ifdef PYTHON
 setup_done :=
@@ -55,6 +56,9 @@ train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sa
 data: $(setup_done)  ## the official PCam into data/pcam (7.8 GB): resumable, checksummed
 	$(PYTHON) prepare.py download --to data/pcam
 
+audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
+	$(PYTHON) audit.py data "$(DATA)" $(ARGS)
+
 demo: $(setup_done)  ## from nothing to a trained model and its page: synthetic slides, a short training, evaluation
 	test -f data/demo/camelyonpatch_level_2_split_train_x.h5 || $(PYTHON) prepare.py synthetic --to data/demo $(DEMO_DATA)
 	$(PYTHON) train.py data_dir=data/demo name=demo seed=$(SEED) $(DEMO_TRAINING) $(ARGS) > data/demo/run.json
@@ -68,6 +72,9 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin A
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(PYTHON) tests/prove_reproducibility.py $(ARGS)
+
+prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
+	$(PYTHON) tests/prove_audit.py $(ARGS)
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

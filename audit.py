@@ -55,15 +55,16 @@ def audit_data(args) -> int:
     wanted = [name.strip() for name in args.checks.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in CHECKS]:
         raise BadInput(f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed: {', '.join(CHECKS)}")
+    out = Path(args.out or f"audit-{Path(args.dir).resolve().name}")
     result = data.audit_data(
         args.dir,
-        Path(args.out),
+        out,
         [name for name in CHECKS if name in (wanted or CHECKS)],
         args.overrides,
         args.device,
         args.plant,
     )
-    print_result({"out": args.out, **result})
+    print_result({"out": str(out), **result})
     return EXIT_FINDING if result["num_errors"] or result["num_warnings"] or result["not_run"] else EXIT_DONE
 
 

@@ -9,9 +9,8 @@ import numpy as np
 
 from lib.audits import finding
 from lib.audits.survey import Survey
-from lib.logger import file_digest
 from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, open_dataset, open_images, read_rows, split_path
-from lib.verify import OFFICIAL, SLIDE_PREFIX, compare_slide_names
+from lib.verify import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
 
 TRIED_ROWS, READ_AT_RANDOM = 2048, 256  # patches that are packed anew to measure what that would give, and read one by one
 
@@ -31,21 +30,20 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
             finding("names", "warning", f"not among the official names: {', '.join(others[:4])}", "", "rename", rows)
         )
     for survey in surveys:
-        layout = survey.layout
+        layout, num_official = survey.layout, OFFICIAL[survey.name]["rows"]
         stored = f"{layout['dtype']}, {'chunks of ' + str(layout['chunks']) if layout['chunks'] else 'contiguous'}"
         stored += f", {layout['compression']}" if layout["compression"] else ""
-        official = OFFICIAL[survey.name]
-        digest = file_digest(survey.path, "md5") if may_be_official(survey) else ""
-        match = [other for other in SPLITS if digest == OFFICIAL[other]["x"][1]]
-        verdict = f"MD5 of x is the published one of {match[0]}" if match else "MD5 of x is no published one"
-        num = f"{len(survey):,} patches" + ("" if len(survey) == official["rows"] else f" (published: {official['rows']:,})")
+        num = f"{len(survey):,} patches" + ("" if len(survey) == num_official else f" (published: {num_official:,})")
+        differing = (
+            compare_md5(directory, survey.name) if may_be_official(survey) else ["of another size than the published files"]
+        )
+        verdict = "; ".join(differing) or "MD5 as published"
         findings.append(finding("files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]))
-        named = compare_slide_names(survey)
-        if named == "swapped" or (match and match[0] != survey.name):
-            proof = "slides are named as another split's" if named == "swapped" else verdict
-            expected = f"{SLIDE_PREFIX[survey.name]}*"
+        if (named := compare_slide_names(survey)) == "swapped" or "it is that of" in verdict:
+            proof = "its slides are named as another split's" if named == "swapped" else verdict
+            limit = f"{SLIDE_PREFIX[survey.name]}*"
             findings.append(
-                finding("exchanged splits", "error", proof, expected, "give valid and test their names back", split=survey.name)
+                finding("exchanged splits", "error", proof, limit, "give the files their names back", split=survey.name)
             )
         findings.append(account_for_size(survey, work))
     return findings

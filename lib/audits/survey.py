@@ -128,10 +128,12 @@ def measure_blocks(dataset, lost: list):
     """Yield (patches as stored, what `measure` gives for them) over an x in order: this thread reads, two measure."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque()
-        for start in range(0, len(dataset), READ_ROWS):
-            raw = read_tolerantly(dataset, start, min(start + READ_ROWS, len(dataset)), lost)
-            pending.append((raw, pool.submit(measure, raw)))
-            if len(pending) > 3:
+        step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
+        for start in range(0, len(dataset), step):
+            block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
+            parts = [block[place : place + READ_ROWS] for place in range(0, len(block), READ_ROWS)]
+            pending.extend((raw, pool.submit(measure, raw)) for raw in parts)
+            while len(pending) > 3:
                 raw, task = pending.popleft()
                 yield raw, task.result()
         for raw, task in pending:
