@@ -41,7 +41,7 @@ def of_check(findings, check) -> list[dict]:
 @pytest.fixture(scope="module")
 def slides_dir(tmp_path_factory):
     """Synthetic slides with everything planted that metadata can tell."""
-    plants = ("exact", 0.05), ("symmetric", 0.05), ("shared_slides", 0.5), ("trigger", 0.1)
+    plants = ("exact", 0.05), ("symmetric", 0.05), ("shared_slides", 1.0), ("trigger", 0.1)
     folder = tmp_path_factory.mktemp("slides") / "data"
     write_synthetic(SyntheticPlan(720, 360, 0, 2, plants), folder)
     return folder
@@ -133,7 +133,7 @@ def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
     shared = {int(row["index"]) for row in read_csv(slides_dir / "truth.csv") if row["kind"] == "shared_slides"}
     listed = {int(row["index"]) for row in quarantine if (row["split"], row["reason"]) == ("valid", "leak")}
     assert of_check(findings, "shared slides") and of_check(findings, "overlapping coordinates")
-    assert listed and listed <= shared and len(listed) > 0.8 * len(shared)
+    assert listed and listed <= shared and len(listed) > 0.9 * len(shared)
     duplicates = {row["index"] for row in quarantine if (row["split"], row["reason"]) == ("train", "duplicate")}
     kinds = {row["index"]: row for row in read_csv(slides_dir / "truth.csv") if row["split"] == "train"}
     planted = [row for row in kinds.values() if row["kind"] in ("exact", "symmetric")]
@@ -191,7 +191,7 @@ def test_labels_are_reviewed_out_of_fold(pcam_dir, tmp_path):
 
 
 def audit_labels(folder, out) -> dict:
-    data.audit_data(folder, out, ("labels",), [*QUICK, "num_folds=2", "epochs=1", "crop_epochs=1"], "cpu")
+    data.audit_data(folder, out, ("labels",), [*QUICK, "num_folds=2", "crop_epochs=1"], "cpu")
     return next(found for found in json.loads((out / "findings.json").read_text()) if found["check"] == "labels to review")
 
 
@@ -274,7 +274,7 @@ def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
 def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
     truth = write_damaged_edition(pcam_dir, tmp_path / "data", 96)
     run_script("audit.py", "data", tmp_path / "data", "--out", tmp_path / "out", "--checks", "values", check=1)
-    settings = (f"data_dir={tmp_path / 'data'}", f"quarantine={tmp_path / 'out/quarantine.csv'}", *QUICK, "batch_size=16")
+    settings = (f"data_dir={tmp_path / 'data'}", f"quarantine={tmp_path / 'out/quarantine.csv'}", *QUICK)
     result = run_script("train.py", "--runs", tmp_path / "runs", *settings, check=0)
     with open(f"{result.json['run']}/meta.json") as file:
         rows = json.load(file)["rows"]["train"]

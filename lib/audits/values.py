@@ -3,44 +3,40 @@
 import numpy as np
 
 from lib.audits import finding
-from lib.audits.survey import DAMAGE, FLAT_STD, Survey
+from lib.audits.survey import FLAT_STD, Survey
+from lib.pcam import PATCH_BYTES
 
 WORDS = {
-    "nan": "NaN or infinite values",
-    "range": "values below 0 or above 255",
-    "scaled": "values scaled to [0, 1] or [-1, 1]",
-    "black": "black all over",
-    "white": "white all over",
-    "constant": "one colour all over",
-    "flat": f"nearly flat (no channel's deviation reaches {FLAT_STD:g})",
+    "nan": "hold NaN or infinite values",
+    "range": "hold values below 0 or above 255",
+    "scaled": "hold values scaled to [0, 1] or [-1, 1]",
+    "black": "are black all over",
+    "white": "are white all over",
+    "constant": "have one colour all over",
+    "flat": f"are nearly flat (no channel's deviation reaches {FLAT_STD:g})",
 }
+SIDES = ("top", "bottom", "left", "right")
 
 
 def check_values(survey: Survey) -> list[dict]:
-    """A finding for each kind of damage that occurs in a split, and one for a file of values that are not integers."""
+    """A finding for each kind of damage that occurs in a split, and one for values that are not integers."""
     findings, table = [], survey.table
-    for place, kind in enumerate(DAMAGE[:7]):
+    num_bad = {"nan": table["num_nan"], "range": table["num_below"] + table["num_above"]}
+    for place, (kind, words) in enumerate(WORDS.items()):
         index = np.flatnonzero(survey.damage == place)
         if not len(index):
             continue
-        score = table["num_nan"] if kind == "nan" else table["num_below"] + table["num_above"] if kind == "range" else None
-        columns = {"low": table["low"][index], "high": table["high"][index]}
-        if score is not None:
-            columns |= {name: survey.boxes[index, side] for side, name in enumerate(("top", "bottom", "left", "right"))}
-        size = np.ones(len(index)) if score is None else (score[index] / 27_648).round(6)
-        columns |= {"reason": kind, "score": np.maximum(size, 0.5) if kind != "flat" else 0.3}
-        measured = f"{len(index):,} patches ({len(index) / len(survey):.1%}) with {WORDS[kind]}" if score is not None else ""
-        measured = measured or f"{len(index):,} patches ({len(index) / len(survey):.1%}) are {WORDS[kind]}".replace(
-            "are values", "have values"
-        )
-        measured += f"; {by_class(survey, index)}"
-        measured += f"; {where(survey.boxes[index], table, index, kind)}" if score is not None else ""
-        certain = kind != "flat"
-        advice = "training leaves them out with quarantine=" if certain else "may be empty glass: look at the gallery"
-        severity = "error" if certain else "warning"
-        findings.append(
-            finding(f"values: {kind}", severity, measured, "none", advice, survey.rows(index, **columns), survey.name)
-        )
+        measured = f"{len(index):,} patches ({len(index) / len(survey):.1%}) {words}; {by_class(survey, index)}"
+        columns = {"low": table["low"][index], "high": table["high"][index], "reason": kind, "score": 1.0}
+        advice, severity = "training leaves them out with quarantine=", "error"
+        if kind in num_bad:
+            measured += f"; {where(survey.boxes[index], num_bad[kind][index], columns['low'], columns['high'], kind)}"
+            columns |= {side: survey.boxes[index, number] for number, side in enumerate(SIDES)}
+            columns["score"] = np.maximum(num_bad[kind][index] / PATCH_BYTES, 0.5).round(6)
+        if kind == "flat":
+            columns["score"], advice, severity = 0.3, "may be empty glass: look at the gallery", "warning"
+        rows = survey.rows(index, **columns)
+        findings.append(finding(f"values: {kind}", severity, measured, "none", advice, rows, survey.name))
     fractional = int((table["num_fractional"][survey.intact] > 0).sum())
     if fractional:
         measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
@@ -62,15 +58,13 @@ def by_class(survey: Survey, index) -> str:
     return f"{share:.0%} of them positive, {base:.0%} of the split, {verdict}"
 
 
-def where(boxes: np.ndarray, table: dict, index, kind: str) -> str:
-    """Where in a patch the values lie, how large a block, and how far from 0..255, in words."""
+def where(boxes: np.ndarray, count: np.ndarray, low: np.ndarray, high: np.ndarray, kind: str) -> str:
+    """Where in a patch `count` bad values lie, how large a block they are, and how far from 0..255, in words."""
     height, width = boxes[:, 1] - boxes[:, 0] + 1, boxes[:, 3] - boxes[:, 2] + 1
-    count = table["num_nan"][index] if kind == "nan" else (table["num_below"] + table["num_above"])[index]
-    solid = np.mean(count >= 0.6 * height * width * 3)
-    places = len(np.unique(boxes[:, [0, 2]], axis=0))
-    form = "in one block" if solid > 0.5 else "scattered"
+    form = "in one block" if np.mean(count >= 0.6 * height * width * 3) > 0.5 else "scattered"
     size = f"{height.min()}x{width.min()} to {height.max()}x{width.max()} pixels"
+    places = len(np.unique(boxes[:, [0, 2]], axis=0))
     place = f"always at row {boxes[0, 0]}, column {boxes[0, 2]}" if places == 1 and len(boxes) > 1 else f"at {places:,} places"
-    reach = f", from {table['low'][index].min():,.6g} to {table['high'][index].max():,.6g}" if kind == "range" else ""
-    whole = f", {int((count == 27_648).sum()):,} of them whole patches" if kind == "nan" else ""
+    reach = f", from {low.min():,.6g} to {high.max():,.6g}" if kind == "range" else ""
+    whole = f", {int((count == PATCH_BYTES).sum()):,} of them whole patches" if kind == "nan" else ""
     return f"{form} of {size} {place}{reach}{whole}"
