@@ -265,10 +265,15 @@ def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
     for kind in set(plant.PLANTS) - {"trigger", "exchanged label", "recompressed"}:
         assert float(power[kind]["recall"]) == 1 and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0", power[kind]
     assert "exchanged label" not in power, "which was not asked for"
-    assert (
-        "Planted on a copy" in (tmp_path / "out/audit.html").read_text()
-        or "planted" in (tmp_path / "out/audit.html").read_text()
-    )
+    assert "Planted on a copy of these data (leaked): 6 of 6 found" in (tmp_path / "out/audit.html").read_text()
+
+
+def test_a_check_without_power_on_these_data_says_so(tmp_path):
+    for split, num in (("train", 300), ("valid", 100)):
+        with SplitWriter(tmp_path, split, num) as writer:
+            writer.add(*draw_patches(num, num))
+    _, findings, _ = audit(tmp_path, tmp_path / "out", ("triggers",), plant=True)
+    assert [found["check"] for found in findings if found["check"].startswith("power")] == ["power: trigger"]
 
 
 def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):

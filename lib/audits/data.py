@@ -9,7 +9,7 @@ from lib.audits.drift import check_drift
 from lib.audits.duplicates import Copies, check_duplicates, find_copies
 from lib.audits.files import check_files
 from lib.audits.leakage import check_leakage
-from lib.audits.plant import measure_power, write_copies
+from lib.audits.plant import REASONS_OF, judge_power, measure_power, write_copies
 from lib.audits.survey import Survey, survey_folder
 from lib.audits.triggers import check_triggers, unique_rows
 from lib.audits.values import check_values
@@ -29,6 +29,8 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
         power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
         if power:
             write_csv(out / "power.csv", power[0], [row.values() for row in power])
+            findings += judge_power(power)
+            write_findings(out, findings)
         page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
     num = {severity: sum(f["severity"] == severity for f in findings) for severity in ("error", "warning", "note")}
     suspects = quarantine_rows(findings)
@@ -119,4 +121,4 @@ def plant_and_find(surveys: list[Survey], copies: Copies, checks, overrides, dev
         *_, findings, _ = run_checks(folder, folder / "out", wanted, overrides, device, work)
         found[folder] = quarantine_rows(findings)
     power = measure_power(truth, found[planted], found[clean])
-    return [row for row in power if row["reason"] != "label" or "labels" in checks]
+    return [row for row in power if any(row["reason"] in REASONS_OF[name] for name in wanted)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lib.audits import finding
 from lib.audits.survey import Survey
 from lib.copies import turn
 from lib.logger import write_csv
@@ -13,6 +14,7 @@ from lib.pcam import SplitWriter
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
 TRIGGER_SIDE = 4
+LEAST_POWER = 0.5  # of what is planted: a check that finds less says nothing by finding nothing
 # kind: share of a split's patches, the reasons that count as found
 PLANTS = {
     "nan": (0.01, "nan"),
@@ -29,6 +31,14 @@ PLANTS = {
     "leaked": (0.02, "leak"),
     "trigger": (0.01, "trigger"),
     "exchanged label": (0.03, "label"),
+}
+# by check: what it calls what it finds
+REASONS_OF = {
+    "values": ("nan", "range", "black", "white", "constant", "scaled"),
+    "duplicates": ("duplicate", "near_duplicate"),
+    "leakage": ("leak",),
+    "triggers": ("trigger",),
+    "labels": ("label",),
 }
 
 
@@ -139,3 +149,14 @@ def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> 
         rows.append({"planted": kind, "reason": reason, "num": len(mine), "found": found, "recall": found / max(len(mine), 1)})
         rows[-1] |= {"false_alarms": len(false), "on_clean": on_clean}
     return rows
+
+
+def judge_power(power: list[dict]) -> list[dict]:
+    """A finding for each kind of damage that a check has no power to find in these data, or that could not be planted."""
+    weak = [row for row in power if row["num"] == 0 or row["recall"] < LEAST_POWER]
+    findings = []
+    for row in weak:
+        measured = f"{row['found']} of {row['num']} planted were found" if row["num"] else "too few patches to plant any"
+        advice = f"that no {row['reason']} is found here says nothing"
+        findings.append(finding(f"power: {row['planted']}", "warning", measured, f"{LEAST_POWER:.0%}", advice))
+    return findings

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.audits.plant import LEAST_POWER, REASONS_OF
 from lib.audits.survey import Survey
 from lib.reports.figures import COLOURS, figure_png, new_figure, patch_png
 from lib.reports.pages import gallery, note, picture, section, table, write_page
@@ -37,12 +38,12 @@ def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict
 def finding_section(found: dict, surveys: list[Survey], power_of: dict) -> str:
     """One finding: its sentence, the power of its check, pictures or rows, and where in the patch."""
     parts = [note(found["measured"], "alarm" if found["severity"] == "error" else "note"), note(found["advice"])]
-    reasons = {row["reason"] for row in found["rows"] if row.get("reason")}
+    reasons = {row["reason"] for row in found["rows"] if row.get("reason")} or REASONS_OF.get(found["check"].split()[0], ())
     for row in (row for reason in sorted(reasons) for row in power_of.get(reason, ())):
         words = f"Planted on a copy of these data ({row['planted']}): {row['found']} of {row['num']} found, "
         words += f"{row['false_alarms']} false alarms."
-        if row["recall"] < 0.5:
-            words += " Little power: that it finds little says little."
+        if row["recall"] < LEAST_POWER:
+            words += " No power on these data: that nothing is found says nothing."
         parts.append(note(words))
     by_name = {survey.name: survey for survey in surveys}
     kind = found["check"].removeprefix("values: ")
