@@ -17,7 +17,7 @@ from lib.audits.triggers import check_triggers
 from lib.config import load_config
 from lib.logger import read_csv
 from lib.pcam import SplitWriter, split_path
-from lib.synthetic import SyntheticPlan, write_synthetic
+from lib.synthetic import SyntheticPlan, draw_slide, write_synthetic
 
 QUICK_CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift")
 
@@ -126,6 +126,23 @@ def test_a_leak_is_named_on_both_sides(tmp_path):
         ("valid", "2"),
     }
     assert {row["reason"] for row in quarantine} == {"leak"} and of_check(findings, "leak: equal patches")
+
+
+def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
+    image = draw_slide(6, "train", 1, 0.0).image
+    places = [(y, x) for y in range(0, 1000, 110) for x in range(0, 1000, 110)]
+    cut = {
+        "train": places[:50],
+        "valid": [(y + 20, x + 8) for y, x in places[:10]] + [(y, x + 2) for y, x in places[10:20]] + places[60:80],
+    }
+    for name, wanted in cut.items():
+        with SplitWriter(tmp_path, name, len(wanted)) as writer:
+            writer.add(np.stack([image[y : y + 96, x : x + 96] for y, x in wanted]), np.arange(len(wanted)) % 2)
+    _, findings, _ = audit(tmp_path, tmp_path / "out", ("leakage",))
+    for check, first in (("leak: overlapping crops", 0), ("leak: near copies", 10)):
+        (found,) = of_check(findings, check)
+        sides = {(row["index"], row["of"]) for row in found["rows"] if row["split"] == "train"}
+        assert len(sides) >= 8 and sides <= {(row, f"valid {row}") for row in range(first, first + 10)}
 
 
 def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
@@ -296,3 +313,15 @@ def test_the_command_line_names_what_is_wrong(pcam_dir, tmp_path):
     for name in ("findings.json", "quarantine.csv", "audit.html", "balance.csv", "files.csv", "size.csv"):
         assert (tmp_path / "my out" / name).is_file()
     assert not list((tmp_path / "my out").glob(".work*"))
+
+
+@pytest.mark.parametrize("scale", [lambda patch: patch / 255, lambda patch: patch / 127.5 - 1])
+def test_a_scaled_copy_is_still_a_copy(tmp_path, scale):
+    patches, known = draw_patches(40, 3)
+    patches = patches.astype(np.float64)
+    patches[30] = scale(patches[4])
+    known[30] = known[4]
+    write_float(tmp_path / "data", patches, known)
+    write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
+    _, _, quarantine = audit(tmp_path / "data", tmp_path / "out", ("duplicates",))
+    assert [(row["index"], row["reason"]) for row in quarantine] == [("30", "duplicate")]
