@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove clean
+.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove prove-audit clean
 
 SEED ?= 1
 ARGS ?=
@@ -64,7 +64,7 @@ folds: $(setup_done)  ## cross-validation inside train: make folds K=5
 bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/pcam
 	$(run) bench
 
-audit: $(setup_done)  ## what is wrong with the data: make audit DATA=data/pcam
+audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit
 
 status: $(setup_done)  ## jobs of this project: state, run folder, progress, time left, last words of failed ones
@@ -89,6 +89,9 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin A
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(run) here tests/prove_reproducibility.py
+
+prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
+	$(run) here tests/prove_audit.py
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

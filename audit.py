@@ -1,5 +1,6 @@
 """Audits: findings with evidence.
 
+python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
 python audit.py twin --sources
 """
@@ -8,12 +9,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, nearest, place, print_result, say, script
+
+CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift", "triggers", "labels")
 
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="audit.py", description="Findings with evidence: findings.json, a table and a page.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="twin")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin")
+    data = verbs.add_parser("data", help="what is in these files, and can they be trusted: findings, quarantine.csv and a page")
+    data.add_argument("dir", type=place, metavar="DIR", help="a PCam folder")
+    data.add_argument(
+        "--out", type=place, default="audit-data", metavar="OUT", help="for all that is written (default: audit-data)"
+    )
+    data.add_argument("--checks", default="", metavar="LIST", help=f"some of {','.join(CHECKS)} (default: all)")
+    data.add_argument("--plant", action="store_true", help="measure the power of the checks on a copy with planted damage")
+    data.add_argument("--device", default="auto", metavar="D", help="for the folds of the check of labels (default: auto)")
+    data.add_argument("overrides", nargs="*", metavar="key=value", help="for the folds, e.g. num_folds=5 epochs=10")
+    data.set_defaults(audit=audit_data, sources=False)
     twin = verbs.add_parser("twin", help="are two runs of one configuration identical to the bit, and if not, where they part")
     twin.add_argument("runs", nargs="*", metavar="A B | key=value", help="two run folders; one, to be repeated here; or none")
     twin.add_argument("--out", default="audit-twin", metavar="OUT", help="for runs, findings, page (default: audit-twin)")
@@ -22,13 +35,37 @@ def parse(argv) -> argparse.Namespace:
     twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
     twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
     twin.set_defaults(audit=audit_twin)
-    return parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # which leaves key=value behind options to us
+    if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    (args.overrides if args.verb == "data" else args.runs).extend(rest)
+    return args
 
 
 @script
 def main(argv=None) -> int:
     args = parse(argv)
     return list_sources() if args.sources else args.audit(args)
+
+
+def audit_data(args) -> int:
+    """Nothing to object to: 0; a warning, an error, or a check that could not run: 1."""
+    from lib.audits import data
+
+    wanted = [name.strip() for name in args.checks.split(",") if name.strip()]
+    if unknown := [name for name in wanted if name not in CHECKS]:
+        raise BadInput(f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed: {', '.join(CHECKS)}")
+    out = Path(args.out or f"audit-{Path(args.dir).resolve().name}")
+    result = data.audit_data(
+        args.dir,
+        out,
+        [name for name in CHECKS if name in (wanted or CHECKS)],
+        args.overrides,
+        args.device,
+        args.plant,
+    )
+    print_result({"out": str(out), **result})
+    return EXIT_FINDING if result["num_errors"] or result["num_warnings"] or result["not_run"] else EXIT_DONE
 
 
 def list_sources() -> int:

@@ -12,6 +12,7 @@ import torch
 
 from lib.command import BadInput, say
 from lib.config import Config
+from lib.copies import link_copies
 from lib.device import free_device_bytes, memory_limit_bytes
 from lib.logger import read_edited_csv
 from lib.pcam import PATCH_SHAPE, Images, Split, open_split
@@ -158,11 +159,8 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
 
 
 def fold_of_rows(split: Split, num_folds: int) -> np.ndarray:
-    """The fold of each row, (N,): whole slides, else whole groups of identical patches, so that no copy is on both sides."""
-    if split.slides is not None:
-        names = split.slides
-    else:
-        names = np.array([hash(patch.tobytes()) for _, block in split.images.blocks() for patch in block])
+    """The fold of each row, (N,): whole slides, else whole groups of copies and of overlapping patches."""
+    names = link_copies(split.images) if split.slides is None else split.slides
     _, first_row, group, sizes = np.unique(names, return_index=True, return_inverse=True, return_counts=True)
     # groups in an order drawn by their first rows, dealt out by the number of rows before them: folds of near-equal size
     order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()

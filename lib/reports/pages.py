@@ -11,7 +11,7 @@ body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2re
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
-td:first-child,th:first-child{text-align:left}th{background:#f3f3f3}
+td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:96px}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:96px;height:96px;image-rendering:pixelated;display:block}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
@@ -28,10 +28,15 @@ def text(value) -> str:
 
 
 def table(header, rows) -> str:
-    """An HTML table of values."""
+    """An HTML table of values, numbers on the right."""
     head = "".join(f"<th>{text(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    cells = ("".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row) for row in rows)
+    body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def is_words(cell) -> bool:
+    return isinstance(cell, str) and (" " in cell or cell[:1].isalpha())
 
 
 def picture(png: bytes, description: str) -> str:

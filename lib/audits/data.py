@@ -1,0 +1,124 @@
+"""The audit of a PCam folder: one survey, eight checks on it, and the files that they leave."""
+
+import tempfile
+from pathlib import Path
+
+from lib.audits import finding
+from lib.audits.balance import check_balance
+from lib.audits.drift import check_drift
+from lib.audits.duplicates import Copies, check_duplicates, find_copies
+from lib.audits.files import check_files
+from lib.audits.leakage import check_leakage
+from lib.audits.plant import REASONS_OF, judge_power, measure_power, write_copies
+from lib.audits.survey import Survey, survey_folder
+from lib.audits.triggers import check_triggers, unique_rows
+from lib.audits.values import check_values
+from lib.command import BadInput, say
+from lib.config import load_config
+from lib.logger import write_csv, write_json
+from lib.reports.audit_page import write_data_page
+
+QUARANTINE = ("split", "index", "reason", "score")
+
+
+def audit_data(directory, out: Path, checks, overrides: list[str], device="auto", plant=False) -> dict:
+    """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is nothing to audit."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
+        surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
+        power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
+        if power:
+            write_csv(out / "power.csv", power[0], [row.values() for row in power])
+            findings += judge_power(power)
+            write_findings(out, findings)
+        page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
+    num = {severity: sum(f["severity"] == severity for f in findings) for severity in ("error", "warning", "note")}
+    suspects = quarantine_rows(findings)
+    return {
+        "num_errors": num["error"],
+        "num_warnings": num["warning"],
+        "not_run": failed,
+        "num_suspects": len(suspects),
+        "page": str(page),
+    }
+
+
+def run_checks(
+    directory, out: Path, checks, overrides, device, work
+) -> tuple[list[Survey], Copies | None, list[dict], list[str]]:
+    """Survey a folder and run checks on it, each result written as soon as it is there; gives those that could not run, too."""
+    surveys, findings = survey_folder(directory, work)
+    failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
+    copies = find_copies(surveys) if surveys and {"duplicates", "leakage", "triggers"} & set(checks) else None
+    train = next((survey for survey in surveys if survey.name == "train"), None)
+
+    def labels():
+        from lib.audits.labels import check_labels  # which brings all that training needs: 0.2 GB
+
+        return check_labels(directory, train, out, overrides, device)
+
+    run = {
+        "files": lambda: check_files(directory, surveys, work),
+        "values": lambda: [found for survey in surveys for found in check_values(survey)],
+        "balance": lambda: check_balance(surveys, load_config(overrides=overrides)),
+        "duplicates": lambda: check_duplicates(surveys, copies),
+        "leakage": lambda: check_leakage(surveys, copies),
+        "drift": lambda: check_drift(surveys),
+        "triggers": lambda: [
+            found
+            for number, survey in enumerate(surveys)
+            for found in check_triggers(survey, unique_rows(survey, number, copies))
+        ],
+        "labels": labels,
+    }
+    write_findings(out, findings)
+    for name in checks:
+        if not surveys or (name == "labels" and train is None):
+            failed.append(name)
+            continue
+        try:
+            findings += run[name]() or [finding(name, "note", "nothing found")]
+        except BadInput as error:
+            failed.append(name)
+            findings.append(finding(name, "error", f"this check could not run: {error}", advice="mend that and audit again"))
+        write_findings(out, findings)
+    return surveys, copies, findings, failed
+
+
+def write_findings(out: Path, findings: list[dict]) -> None:
+    """Write findings.json, quarantine.csv, and the rows of each check as a CSV."""
+    write_json(out / "findings.json", findings)
+    write_csv(out / "quarantine.csv", QUARANTINE, [[row[name] for name in QUARANTINE] for row in quarantine_rows(findings)])
+    by_check = {}
+    for found in findings:
+        by_check.setdefault(found["check"].replace(": ", "_").replace(" ", "_"), []).extend(found["rows"])
+    for name, rows in by_check.items():
+        if rows:
+            header = list(dict.fromkeys(key for row in rows for key in row))
+            write_csv(out / f"{name}.csv", header, [[row.get(key, "") for key in header] for row in rows])
+
+
+def quarantine_rows(findings: list[dict]) -> list[dict]:
+    """Suspect samples, one row for each sample and reason, with the highest of its scores."""
+    suspects = {}
+    for row in (row for found in findings for row in found["rows"] if row.get("reason")):
+        key = row["split"], int(row["index"]), row["reason"]
+        suspects[key] = max(suspects.get(key, 0.0), float(row["score"]))
+    return [{**dict(zip(QUARANTINE, key, strict=False)), "score": round(score, 4)} for key, score in sorted(suspects.items())]
+
+
+def plant_and_find(surveys: list[Survey], copies: Copies, checks, overrides, device, work) -> list[dict]:
+    """The power of the checks on a copy of part of the data with damage planted, against the same part as it is."""
+    say("planting damage into a copy of these data, to see what is found of it")
+    found = {}
+    rows_of = {survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)}
+    clean, planted = Path(work, "clean"), Path(work, "planted")
+    truth = write_copies(surveys, rows_of, clean, planted)
+    wanted = [name for name in checks if name not in ("files", "balance", "drift")]
+    for folder in (clean, planted):
+        say(f"auditing the {folder.name} copy")
+        (folder / "out").mkdir()
+        *_, findings, _ = run_checks(folder, folder / "out", wanted, overrides, device, work)
+        found[folder] = quarantine_rows(findings)
+    power = measure_power(truth, found[planted], found[clean])
+    return [row for row in power if any(row["reason"] in REASONS_OF[name] for name in wanted)]

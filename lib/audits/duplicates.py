@@ -1,0 +1,114 @@
+"""Patches that are there more than once: equal, equal under a symmetry, or near copies; within a split and across splits."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.audits import finding
+from lib.audits.survey import Survey
+from lib.copies import Overlaps, compare_patches, group_rows, join
+from lib.progress import Progress
+
+BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Copies over all splits, in numbers that run through them: `first` int64 (N,) equal patch of each, `overlaps` of pairs of
+    first ones, `split` int64 (N,) the survey of each and `row` int64 (N,) its row there."""
+
+    first: np.ndarray
+    overlaps: Overlaps
+    split: np.ndarray
+    row: np.ndarray
+
+    def groups(self, overlapping: bool) -> np.ndarray:
+        """The smallest number linked with each, int64 (N,): by copies, or by overlapping tissue as well."""
+        pairs = self.overlaps if overlapping else self.overlaps[self.overlaps.is_near]
+        numbers = np.arange(len(self.first))
+        return group_rows(len(self.first), np.append(numbers, pairs.first), np.append(self.first, pairs.second))
+
+
+def find_copies(surveys: list[Survey]) -> Copies:
+    """Compare all patches of all splits with each other."""
+    split = np.repeat(np.arange(len(surveys)), [len(survey) for survey in surveys])
+    row = np.concatenate([np.arange(len(survey)) for survey in surveys])
+
+    def read(numbers) -> np.ndarray:
+        patches = np.empty((len(numbers), 96, 96, 3), np.uint8)
+        for number, survey in enumerate(surveys):
+            mine = split[numbers] == number
+            patches[mine] = survey.read(row[numbers[mine]])
+        return patches
+
+    with Progress(0, "compare", "candidate pairs") as progress:
+        first, overlaps = compare_patches(join([survey.prints for survey in surveys]), read, progress.add)
+    return Copies(first, overlaps, split, row)
+
+
+def describe_copy(overlap: Overlaps) -> str:
+    """What makes the second of one near pair differ from the first, in words."""
+    (dy, dx), gain, symmetry = overlap.shift[0].tolist(), float(overlap.gain[0]), int(overlap.symmetry[0])
+    words = [f"shifted by {dy} {dx}"] if dy or dx else []
+    words += [f"{'brighter' if gain > 1 else 'darker'} by {abs(gain - 1):.0%}"] if abs(gain - 1) > BRIGHTER else []
+    words += ["turned or mirrored"] if symmetry else []
+    return ", ".join(words) or f"recompressed, or noise of {overlap.difference[0]:.1f} levels"
+
+
+def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
+    """Findings for equal, near and overlapping patches within each split, and for equal ones with different labels."""
+    findings = []
+    for number, survey in enumerate(surveys):
+        mine = np.flatnonzero(copies.split == number)
+        first = copies.first[mine]
+        # the first of a group in this split stays, the others are suspects
+        _, place, inverse, sizes = np.unique(first, return_index=True, return_inverse=True, return_counts=True)
+        stays = place[inverse]
+        again = np.flatnonzero((sizes[inverse] > 1) & (stays != np.arange(len(mine))))
+        if len(again):
+            same = [np.array_equal(*survey.read([row, stays[row]])) for row in again]
+            kinds = np.where(same, "equal", "turned or mirrored")
+            rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
+            num_groups = len(np.unique(first[again]))
+            turned = f", {int((kinds != 'equal').sum()):,} of them turned or mirrored" if not all(same) else ""
+            measured = (
+                f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are again there{turned}"
+            )
+            advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
+            findings.append(finding("duplicates", "warning", measured, "published train: 16%", advice, rows, survey.name))
+        labels = survey.labels[np.argsort(inverse, kind="stable")]
+        starts = np.cumsum(sizes) - sizes
+        both = (np.minimum.reduceat(labels, starts) == 0) & (np.maximum.reduceat(labels, starts) == 1)
+        conflict = np.flatnonzero(both[inverse] & (survey.labels >= 0))
+        if len(conflict):
+            rows = survey.rows(conflict, of=stays[conflict], kind="equal, labelled both ways", reason="label", score=1.0)
+            measured = f"{int(both.sum()):,} groups of equal patches carry both labels"
+            findings.append(
+                finding("label conflicts", "error", measured, "none", "look at them, correct one", rows, survey.name)
+            )
+
+        within = (copies.split[copies.overlaps.first] == number) & (copies.split[copies.overlaps.second] == number)
+        pairs = copies.overlaps[within]
+        near, beside = pairs[pairs.is_near], pairs[~pairs.is_near]
+        if len(near):
+            index = copies.row[near.second]
+            kinds = np.array([describe_copy(near[[place]]) for place in range(len(near))])
+            of = copies.row[near.first]
+            rows = survey.rows(index, of=of, kind=kinds, reason="near_duplicate", score=near.similarity.round(4))
+            measured = f"{len(near):,} pairs of near copies (similarity {near.similarity.min():.2f} or more)"
+            advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
+            findings.append(finding("near duplicates", "warning", measured, "none", advice, rows, survey.name))
+        if len(beside):
+            of, index = copies.row[beside.first], copies.row[beside.second]
+            columns = {
+                "of": of,
+                "down": beside.shift[:, 0],
+                "right": beside.shift[:, 1],
+                "similarity": beside.similarity.round(4),
+            }
+            members = np.unique(np.append(of, index))
+            measured = f"{len(members):,} patches overlap with others: {len(beside):,} pairs show the same tissue"
+            advice = "keep them in one fold; intervals that count patches are too narrow"
+            rows = survey.rows(index, **columns)
+            findings.append(finding("overlapping patches", "note", measured, "", advice, rows, survey.name))
+    return findings

@@ -1,0 +1,108 @@
+"""What the files are: names, published checksums, exchanged splits, layout; why they are as large as they are."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lib.audits import finding
+from lib.audits.survey import Survey
+from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, open_dataset, open_images, read_rows, split_path
+from lib.verify import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
+
+TRIED_ROWS, READ_AT_RANDOM = 2048, 256  # patches that are packed anew to measure what that would give, and read one by one
+
+
+def check_files(directory, surveys: list[Survey], work) -> list[dict]:
+    """Names, layout, checksums, slide names, and the account of the size of each split's x file."""
+    findings = []
+    allowed = {split_path("", name, part).name for name in SPLITS for part in ("x", "y", "meta", "mask")}
+    others = sorted(
+        entry.name
+        for entry in Path(directory).iterdir()
+        if entry.name.startswith("camelyonpatch") and entry.name not in allowed
+    )
+    if others:
+        rows = [{"file": name} for name in others]
+        findings.append(
+            finding("names", "warning", f"not among the official names: {', '.join(others[:4])}", "", "rename", rows)
+        )
+    for survey in surveys:
+        layout, num_official = survey.layout, OFFICIAL[survey.name]["rows"]
+        stored = f"{layout['dtype']}, {'chunks of ' + str(layout['chunks']) if layout['chunks'] else 'contiguous'}"
+        stored += f", {layout['compression']}" if layout["compression"] else ""
+        num = f"{len(survey):,} patches" + ("" if len(survey) == num_official else f" (published: {num_official:,})")
+        differing = (
+            compare_md5(directory, survey.name) if may_be_official(survey) else ["of another size than the published files"]
+        )
+        verdict = "; ".join(differing) or "MD5 as published"
+        findings.append(finding("files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]))
+        if (named := compare_slide_names(survey)) == "swapped" or "it is that of" in verdict:
+            proof = "its slides are named as another split's" if named == "swapped" else verdict
+            limit = f"{SLIDE_PREFIX[survey.name]}*"
+            findings.append(
+                finding("exchanged splits", "error", proof, limit, "give the files their names back", split=survey.name)
+            )
+        findings.append(account_for_size(survey, work))
+    return findings
+
+
+def may_be_official(survey: Survey) -> bool:
+    """Whether the file is of a published size: hashing 7 GB for nothing takes a while."""
+    return any(layout_bytes(survey) == official["rows"] * PATCH_BYTES for official in OFFICIAL.values())
+
+
+def layout_bytes(survey: Survey) -> int:
+    """The bytes of the values of a split, unpacked."""
+    return len(survey) * PATCH_BYTES * survey.layout["itemsize"]
+
+
+def account_for_size(survey: Survey, work) -> dict:
+    """bytes = rows x 27,648 x bytes a value / compression + overhead, each beside the official file; what repacking gives."""
+    layout, num = survey.layout, len(survey)
+    raw = layout_bytes(survey)
+    ratio, overhead = raw / max(layout["stored_bytes"], 1), layout["file_bytes"] - layout["stored_bytes"]
+    official = OFFICIAL[survey.name]["rows"] * PATCH_BYTES
+    measured = f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']} bytes"
+    measured += (
+        f" / {ratio:.2f} by compression + {overhead:,}; official: {official:,} = {OFFICIAL[survey.name]['rows']:,} x 27,648 x 1"
+    )
+    rows = [{"factor": "rows", "here": num, "official": OFFICIAL[survey.name]["rows"]}]
+    rows += [{"factor": "values a patch", "here": PATCH_BYTES, "official": PATCH_BYTES}]
+    rows += [{"factor": "bytes a value", "here": layout["itemsize"], "official": 1}]
+    rows += [{"factor": "compression", "here": round(ratio, 3), "official": 1.0}]
+    rows += [{"factor": "overhead, bytes", "here": overhead, "official": 2048}]
+    if layout["offset"] is not None and layout["dtype"] == "uint8":
+        return finding("size", "note", measured, rows=rows, split=survey.name)
+    before, after, packed_bytes = measure_repacking(survey, work)
+    saved = layout["file_bytes"] - packed_bytes
+    measured += f"; repacked as contiguous uint8: {packed_bytes:,} bytes ({saved / layout['file_bytes']:+.0%} saved)"
+    measured += f", single patches at random {after:,.0f}/s instead of {before:,.0f}/s"
+    rows += [{"factor": "random patches a second", "here": round(before), "official": round(after)}]
+    return finding("size", "warning", measured, advice="prepare.py repack", rows=rows, split=survey.name)
+
+
+def measure_repacking(survey: Survey, work) -> tuple[float, float, int]:
+    """Patches a second read singly at random from the file as it is and from a repacked part, and bytes of all repacked."""
+    rows = np.arange(min(TRIED_ROWS, len(survey)))
+    wanted = np.random.default_rng(0).choice(rows, min(READ_AT_RANDOM, len(rows)), replace=False)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        with SplitWriter(folder, survey.name, len(rows)) as writer:
+            for part in np.array_split(rows, -(-len(rows) // 256)):
+                writer.add(survey.read(part), np.maximum(survey.labels[part], 0).astype(np.uint8))
+        path = split_path(folder, survey.name, "x")
+        overhead = path.stat().st_size - len(rows) * PATCH_BYTES
+        packed = open_images(path)
+        with open_dataset(survey.path, "x") as dataset:
+            rates = [rate_of(read, wanted) for read in (lambda row: read_rows(dataset, row), lambda row: packed.read([row]))]
+    return *rates, len(survey) * PATCH_BYTES + overhead
+
+
+def rate_of(read: Callable, rows: np.ndarray) -> float:
+    """Rows a second that `read` gives, one at a time."""
+    started = time.perf_counter()
+    for row in rows.tolist():
+        read(row)
+    return len(rows) / (time.perf_counter() - started)

@@ -1,0 +1,106 @@
+"""What one split gives away of another: shared slides, overlapping places on a slide, equal or overlapping pixels."""
+
+import numpy as np
+
+from lib.audits import finding
+from lib.audits.duplicates import Copies, describe_copy
+from lib.audits.survey import Survey
+from lib.pcam import PATCH_SHAPE
+
+
+def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
+    """Findings for every two splits. Rows name both sides; training leaves out what the earlier split has of it."""
+    findings = []
+    unit, how = measure_unit(surveys, copies)
+    for b, later in enumerate(surveys):
+        for a, earlier in enumerate(surveys[:b]):
+            both = f"{earlier.name} and {later.name}"
+            findings += [*shared_tissue(a, b, earlier, later, copies, both)]
+            if earlier.slides is None or later.slides is None:
+                continue
+            shared = np.intersect1d(earlier.slides, later.slides)
+            if not len(shared):
+                continue
+            index = np.flatnonzero(np.isin(earlier.slides, shared))
+            rows = earlier.rows(index, slide=earlier.slides[index], reason="leak", score=0.5)
+            measured = (
+                f"{len(shared):,} slides are in {both}, with {len(index):,} patches of {earlier.name}: {', '.join(shared[:3])}"
+            )
+            advice = "scores there are of slides that training has seen; quarantine_reasons takes `leak`"
+            findings.append(finding("shared slides", "error", measured, "none", advice, rows, both))
+            ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
+            if len(ours):
+                rows = leak_rows(
+                    earlier, later, ours, theirs, np.full(len(ours), "same place on the slide"), np.ones(len(ours))
+                )
+                measured = f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel is {unit:g}: {how})"
+                findings.append(finding("overlapping coordinates", "error", measured, "none", advice, rows, both))
+    return findings
+
+
+def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies, both: str):
+    """Yield a finding for equal patches of two splits, one for near copies and one for overlapping crops."""
+    advice = "the model is scored on what it was trained on; quarantine_reasons takes `leak`"
+    # equal ones: every patch of the later split with the first equal one of the earlier
+    ours, theirs = (np.flatnonzero(copies.split == number) for number in (a, b))
+    place = {int(first): int(row) for first, row in zip(copies.first[ours][::-1], copies.row[ours][::-1], strict=True)}
+    pairs = [
+        (place[int(first)], row)
+        for first, row in zip(copies.first[theirs], copies.row[theirs], strict=True)
+        if int(first) in place
+    ]
+    found = {"equal patches": [(mine, int(other), "equal up to a symmetry", 1.0) for mine, other in pairs]}
+    # the others: pairs link the first of equal ones, in whichever split that is
+    overlaps = copies.overlaps
+    one, other = copies.split[overlaps.first], copies.split[overlaps.second]
+    for title, which in (("near copies", overlaps.is_near), ("overlapping crops", ~overlaps.is_near)):
+        chosen = overlaps[which & (one == a) & (other == b)]
+        words = [
+            describe_copy(chosen[[i]]) if title == "near copies" else f"{chosen.shift[i].tolist()} px off"
+            for i in range(len(chosen))
+        ]
+        columns = (copies.row[chosen.first].tolist(), copies.row[chosen.second].tolist(), words, chosen.similarity.tolist())
+        found[title] = list(zip(*columns, strict=True))
+    for title, pairs in found.items():
+        if pairs:
+            mine, other, words, score = (np.array(column) for column in zip(*pairs, strict=True))
+            rows = leak_rows(earlier, later, mine, other, words, score)
+            measured = f"{len(pairs):,} {title} in {both}, of {len(np.unique(mine)):,} patches of {earlier.name}"
+            yield finding(f"leak: {title}", "error", measured, "none", advice, rows, both)
+
+
+def leak_rows(earlier: Survey, later: Survey, ours, theirs, words, score) -> list[dict]:
+    """Rows of pairs across splits, both sides of each."""
+    columns = {"kind": words, "reason": "leak", "score": np.round(score, 4)}
+    mine = earlier.rows(ours, of=[f"{later.name} {row}" for row in theirs], **columns)
+    return mine + later.rows(theirs, of=[f"{earlier.name} {row}" for row in ours], **columns)
+
+
+def measure_unit(surveys: list[Survey], copies: Copies) -> tuple[float, str]:
+    """How much a coordinate grows per pixel, from pairs that overlap by their pixels; 1 where there are none."""
+    ratios = []
+    overlaps = copies.overlaps[(copies.overlaps.symmetry == 0) & ~copies.overlaps.is_near]
+    for number, survey in enumerate(surveys):
+        mine = (copies.split[overlaps.first] == number) & (copies.split[overlaps.second] == number)
+        if survey.coords is None or not mine.any():
+            continue
+        one, other = copies.row[overlaps.first[mine]], copies.row[overlaps.second[mine]]
+        same = survey.slides[one] == survey.slides[other]
+        step = (survey.coords[other] - survey.coords[one])[same]
+        shift = overlaps.shift[mine][same]
+        ratios.append((step[np.abs(shift) > 8] / shift[np.abs(shift) > 8]).ravel())
+    ratios = np.concatenate(ratios) if ratios else np.empty(0)
+    if len(ratios) < 3:
+        return 1.0, "taken for granted, no overlapping pixels show it"
+    return float(np.round(np.median(ratios), 2)), f"measured on {len(ratios):,} overlaps"
+
+
+def overlapping_places(earlier: Survey, later: Survey, shared, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of rows of two splits on one slide whose squares of `size` overlap."""
+    pairs = [np.empty((0, 2), np.int64)]
+    for slide in shared:
+        ours, theirs = np.flatnonzero(earlier.slides == slide), np.flatnonzero(later.slides == slide)
+        apart = np.abs(earlier.coords[ours][:, None] - later.coords[theirs][None]).max(2)
+        one, other = np.nonzero(apart < size)
+        pairs.append(np.stack([ours[one], theirs[other]], 1))
+    return tuple(np.concatenate(pairs).T)

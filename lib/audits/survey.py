@@ -1,0 +1,268 @@
+"""One pass over a split: of each patch what its values are, what it looks like, what it is known by. All checks read from here.
+
+Files are taken as they are: what cannot be read becomes a finding with its row or byte, and the rest is surveyed.
+"""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.audits import finding
+from lib.command import BadInput, one_line
+from lib.copies import BLOCK, Prints, find_prints, join
+from lib.features import compute_features, count_values, grey_planes
+from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS, open_dataset, read_meta, read_rows, split_path, to_uint8
+from lib.progress import Progress
+
+READ_ROWS = 256  # patches read at a time
+FLAT_STD = 6.0  # of every channel: 81 of 23,000 real patches are flatter
+# in order: a patch has the first that holds
+DAMAGE = ("nan", "range", "scaled", "black", "white", "constant", "flat", "unreadable")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A split as it is: labels int8 (N,), -1 where unknown; slide names and coordinates int64 (N, 2) as y and x where there are
+    any; `table` holds columns (N,) by name; `boxes` int16 (N, 4) the first and last rows and columns of values that are none;
+    `heat` int64 (96, 96) by kind of damage how often it hits a pixel; `read` gives uint8 patches by their rows."""
+
+    name: str
+    path: Path
+    layout: dict
+    labels: np.ndarray
+    slides: np.ndarray | None
+    coords: np.ndarray | None
+    table: dict[str, np.ndarray]
+    boxes: np.ndarray
+    heat: dict[str, np.ndarray]
+    prints: Prints
+    read: Callable
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def damage(self) -> np.ndarray:
+        """For each row its place in DAMAGE, or -1, int8 (N,)."""
+        return self.table["damage"]
+
+    @property
+    def intact(self) -> np.ndarray:
+        """Rows whose pixels can be believed: not damaged, flat ones included; int64."""
+        return np.flatnonzero((self.damage < 0) | (self.damage == DAMAGE.index("flat")))
+
+    def rows(self, index, **columns) -> list[dict]:
+        """Rows of a finding: split, index, label and the columns given."""
+        index = np.asarray(index, np.int64)
+        known = {"index": index, "label": self.labels[index]} | columns
+        values = [[value] * len(index) if np.isscalar(value) else np.asarray(value).tolist() for value in known.values()]
+        return [{"split": self.name, **dict(zip(known, row, strict=True))} for row in zip(*values, strict=True)]
+
+
+def survey_folder(directory, work) -> tuple[list[Survey], list[dict]]:
+    """Survey the splits of a folder, and findings for what in its files cannot be read; `work` takes temporary files.
+
+    Raises BadInput for a folder with no split at all.
+    """
+    surveys, findings = [], []
+    present = [name for name in SPLITS if any(split_path(directory, name, part).exists() for part in ("x", "y"))]
+    if not present:
+        raise BadInput(f"{directory} holds no {split_path('', 'train', 'x').name} or the like: it is no PCam folder")
+    for name in dict.fromkeys(("train", "valid", *present)):
+        try:
+            surveys.append(survey_split(directory, name, work, findings))
+        except BadInput as error:
+            advice = "mend or fetch this file; the other splits were audited"
+            findings.append(finding("unreadable split", "error", str(error), advice=advice, split=name))
+    return surveys, findings
+
+
+def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
+    """Survey a split. Raises BadInput where its x file cannot be read at all; lesser damage goes into `findings`."""
+    path, lost = split_path(directory, name, "x"), []
+    with open_dataset(path, "x") as dataset:
+        if dataset.shape is None or dataset.shape[1:] != PATCH_SHAPE or not len(dataset) or dataset.dtype.kind not in "uif":
+            raise BadInput(f"{path}: x is {dataset.shape} {dataset.dtype}, it must be numbers (N, 96, 96, 3)")
+        layout = describe_layout(dataset, path)
+        labels, slides, coords = read_companions(directory, name, len(dataset), findings)
+        # what is packed is unpacked once, to be read at random later
+        plain, offset, dtype = path, layout["offset"], dataset.dtype
+        if offset is None:
+            plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
+        with (
+            open(os.devnull if plain == path else plain, "wb") as unpacked,
+            Progress(len(dataset), f"survey {name}") as bar,
+        ):
+            parts = []
+            for raw, part in measure_blocks(dataset, lost):
+                parts.append(part)
+                if plain != path:
+                    unpacked.write(bring_to_uint8(raw).tobytes())
+                bar.add(len(raw))
+    tables, boxes, prints, heats = zip(*parts, strict=True)
+    table = {column: np.concatenate([part[column] for part in tables]) for column in tables[0]}
+    heat = {kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats) for kind in ("nan", "range")}
+    if lost:
+        table["damage"][[row for row, _ in lost]] = DAMAGE.index("unreadable")
+        measured = f"{len(lost):,} rows cannot be decoded, the first is row {lost[0][0]:,}: {lost[0][1]}"
+        rows = [{"split": name, "index": row, "why": why, "reason": "black", "score": 1.0} for row, why in lost]
+        advice = "fetch the file again; training stops at these rows unless they are left out"
+        findings.append(finding("unreadable rows", "error", measured, advice=advice, rows=rows, split=name))
+    fd, size = os.open(plain, os.O_RDONLY), PATCH_BYTES * dtype.itemsize
+
+    def read(rows) -> np.ndarray:
+        """Patches uint8 (B, 96, 96, 3); by pread, for mapped pages would count as memory of this process."""
+        data = b"".join(os.pread(fd, size, offset + int(row) * size) for row in rows)
+        return bring_to_uint8(np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE))
+
+    return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join(prints), read)
+
+
+def measure_blocks(dataset, lost: list):
+    """Yield (patches as stored, what `measure` gives for them) over an x in order: this thread reads, two measure."""
+    with ThreadPoolExecutor(2) as pool:
+        pending = deque()
+        step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
+        for start in range(0, len(dataset), step):
+            block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
+            parts = [block[place : place + READ_ROWS] for place in range(0, len(block), READ_ROWS)]
+            pending.extend((raw, pool.submit(measure, raw)) for raw in parts)
+            while len(pending) > 3:
+                raw, task = pending.popleft()
+                yield raw, task.result()
+        for raw, task in pending:
+            yield raw, task.result()
+
+
+def describe_layout(dataset, path: Path) -> dict:
+    """How an x is stored; `offset` is that of the first patch where they lie one behind the other."""
+    plain = dataset.chunks is None and not dataset.external and not dataset.is_virtual and dataset.dtype.isnative
+    return {
+        "rows": len(dataset),
+        "dtype": str(dataset.dtype),
+        "itemsize": dataset.dtype.itemsize,
+        "chunks": dataset.chunks and list(dataset.chunks),
+        "compression": dataset.compression,
+        "offset": dataset.id.get_offset() if plain else None,
+        "stored_bytes": dataset.id.get_storage_size(),
+        "file_bytes": path.stat().st_size,
+    }
+
+
+def read_companions(directory, name: str, num: int, findings: list[dict]):
+    """Labels int8 (N,), slide names and coordinates of a split; what is wrong with y and meta goes into `findings`."""
+    labels, slides, coords = np.full(num, -1, np.int8), None, None
+    try:
+        with open_dataset(split_path(directory, name, "y"), "y") as dataset:
+            if not dataset.shape or dataset.size != len(dataset) or dataset.dtype.kind not in "uifb":
+                raise BadInput(
+                    f"{split_path(directory, name, 'y')}: y is {dataset.shape} {dataset.dtype}, not numbers (N, 1, 1, 1)"
+                )
+            values = read_rows(dataset, slice(None)).reshape(-1)
+        if len(values) != num:
+            measured = f"x has {num:,} patches, y has {len(values):,} labels"
+            findings.append(finding("agreement of x and y", "error", measured, "equal", "fetch both again", split=name))
+        known = np.isin(values[:num], (0, 1))
+        labels[: len(known)][known] = values[:num][known]
+        if not known.all():
+            rows = [{"split": name, "index": int(row), "value": float(values[row])} for row in np.flatnonzero(~known)]
+            measured = f"{len(rows):,} labels are neither 0 nor 1, the first {rows[0]['value']:g} at row {rows[0]['index']:,}"
+            findings.append(finding("labels", "error", measured, "0 or 1", "these patches have no label", rows, name))
+    except BadInput as error:
+        findings.append(finding("labels", "error", str(error), advice="without them no check by class", split=name))
+    try:
+        if (path := split_path(directory, name, "meta")).exists():
+            rows = read_meta(path)
+            if len(rows) != num:
+                raise BadInput(f"{path} has {len(rows):,} rows for {num:,} patches")
+            slides = np.array([row["wsi"] for row in rows])
+            coords = np.array([(float(row["coord_y"]), float(row["coord_x"])) for row in rows]).astype(np.int64)
+    except (BadInput, ValueError) as error:
+        findings.append(finding("meta", "error", one_line(error), advice="checks by slide are not possible", split=name))
+    return labels, slides, coords
+
+
+def read_tolerantly(dataset, start: int, stop: int, lost: list) -> np.ndarray:
+    """Rows of an x as stored; those that cannot be decoded are zeros and go into `lost` as (row, why)."""
+    with contextlib.suppress(BadInput):
+        return read_rows(dataset, slice(start, stop))
+    block = np.zeros((stop - start, *PATCH_SHAPE), dataset.dtype)
+    for row in range(start, stop):
+        try:
+            block[row - start] = read_rows(dataset, row)
+        except BadInput as error:
+            where = ""
+            with contextlib.suppress(Exception):  # what the file says about a chunk that is damaged may be damaged too
+                where = f" in the chunk at byte {dataset.id.get_chunk_info_by_coord((row, 0, 0, 0)).byte_offset:,}"
+            lost.append((row, f"{error}{where}"))
+    return block
+
+
+def is_scaled(low, high, num_fractional):
+    """Whether values lie in [0, 1] or [-1, 1] instead of 0..255."""
+    return (low >= -1) & (high <= 1) & (num_fractional > 0)
+
+
+def bring_to_uint8(raw: np.ndarray) -> np.ndarray:
+    """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought back."""
+    if raw.dtype == np.uint8:
+        return raw
+    flat = raw.reshape(len(raw), PATCH_BYTES)
+    scaled = is_scaled(flat.min(1), flat.max(1), (flat != np.rint(flat)).sum(1))
+    if scaled.any():
+        raw = raw.astype(np.float32)
+        shifted = scaled & (flat.min(1) < 0)
+        raw[shifted] = raw[shifted] / 2 + 0.5
+        raw[scaled] *= 255
+    return to_uint8(raw)
+
+
+def measure(raw: np.ndarray):
+    """Columns of the table, boxes, prints and heat of some patches (B, 96, 96, 3) as they are stored."""
+    boxes, heat = np.full((len(raw), 4), -1, np.int16), {}
+    flat = raw.reshape(len(raw), PATCH_BYTES)
+    with np.errstate(invalid="ignore"):
+        low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
+        counts = {name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above", "num_fractional")}
+        if raw.dtype.kind == "f":
+            counts["num_fractional"][:] = (flat != np.rint(flat)).sum(1)
+        scaled = is_scaled(low, high, counts["num_fractional"])
+        for row in np.flatnonzero(~((low >= 0) & (high <= 255)) & ~scaled):
+            patch = raw[row]
+            finite = np.isfinite(patch)
+            below, above = finite & (patch < 0), finite & (patch > 255)
+            for name, mask in (("num_nan", ~finite), ("num_below", below), ("num_above", above)):
+                counts[name][row] = mask.sum()
+            if finite.any():
+                low[row], high[row] = patch[finite].min(), patch[finite].max()
+            kind = "nan" if counts["num_nan"][row] else "range"
+            bad = (~finite if kind == "nan" else below | above).any(2)
+            heat[kind] = heat.get(kind, 0) + bad
+            y, x = np.flatnonzero(bad.any(1)), np.flatnonzero(bad.any(0))
+            boxes[row] = y[0], y[-1], x[0], x[-1]
+    patches = bring_to_uint8(raw)
+    parts, features, damage = [], [], []
+    for start in range(0, len(patches), BLOCK):
+        part = patches[start : start + BLOCK]
+        values, grey = count_values(part), grey_planes(part)
+        parts.append(find_prints(values, grey))
+        features.append(compute_features(part, values, grey))
+        levels = np.arange(256.0)
+        mean = values @ levels / PATCH_BYTES * 3
+        deviation = np.sqrt(np.maximum(values @ levels**2 / PATCH_BYTES * 3 - mean**2, 0)).max(1)
+        damage.append(np.select([deviation == 0, deviation < FLAT_STD], [5, 6], -1))
+    damage = np.concatenate(damage)
+    is_whole = damage == 5
+    damage[is_whole & (high <= 0)], damage[is_whole & (low >= 255)] = 3, 4
+    damage[scaled] = 2
+    damage[(counts["num_below"] > 0) | (counts["num_above"] > 0)] = 1
+    damage[counts["num_nan"] > 0] = 0
+    columns = counts | {"low": low, "high": high, "damage": damage.astype(np.int8)}
+    columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}
+    return columns, boxes, join(parts), heat

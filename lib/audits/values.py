@@ -1,0 +1,70 @@
+"""Values that cannot be pixels: not a number, out of range, scaled, or one colour all over; how many, in which class, where."""
+
+import numpy as np
+
+from lib.audits import finding
+from lib.audits.survey import FLAT_STD, Survey
+from lib.pcam import PATCH_BYTES
+
+WORDS = {
+    "nan": "hold NaN or infinite values",
+    "range": "hold values below 0 or above 255",
+    "scaled": "hold values scaled to [0, 1] or [-1, 1]",
+    "black": "are black all over",
+    "white": "are white all over",
+    "constant": "have one colour all over",
+    "flat": f"are nearly flat (no channel's deviation reaches {FLAT_STD:g})",
+}
+SIDES = ("top", "bottom", "left", "right")
+
+
+def check_values(survey: Survey) -> list[dict]:
+    """A finding for each kind of damage that occurs in a split, and one for values that are not integers."""
+    findings, table = [], survey.table
+    num_bad = {"nan": table["num_nan"], "range": table["num_below"] + table["num_above"]}
+    for place, (kind, words) in enumerate(WORDS.items()):
+        index = np.flatnonzero(survey.damage == place)
+        if not len(index):
+            continue
+        measured = f"{len(index):,} patches ({len(index) / len(survey):.1%}) {words}; {by_class(survey, index)}"
+        columns = {"low": table["low"][index], "high": table["high"][index], "reason": kind, "score": 1.0}
+        advice, severity = "training leaves them out with quarantine=", "error"
+        if kind in num_bad:
+            measured += f"; {where(survey.boxes[index], num_bad[kind][index], columns['low'], columns['high'], kind)}"
+            columns |= {side: survey.boxes[index, number] for number, side in enumerate(SIDES)}
+            columns["score"] = np.maximum(num_bad[kind][index] / PATCH_BYTES, 0.5).round(6)
+        if kind == "flat":
+            columns["score"], advice, severity = 0.3, "may be empty glass: look at the gallery", "warning"
+        rows = survey.rows(index, **columns)
+        findings.append(finding(f"values: {kind}", severity, measured, "none", advice, rows, survey.name))
+    fractional = int((table["num_fractional"][survey.intact] > 0).sum())
+    if fractional:
+        measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
+        findings.append(
+            finding("values: not integer", "warning", measured, "none", "ask where they come from", split=survey.name)
+        )
+    return findings
+
+
+def by_class(survey: Survey, index) -> str:
+    """How the rows are spread over the classes, against how the split is."""
+    known = survey.labels[survey.labels >= 0]
+    mine = survey.labels[index][survey.labels[index] >= 0]
+    if not len(known) or not len(mine):
+        return "no labels"
+    share, base = mine.mean(), known.mean()
+    sigma = np.sqrt(max(base * (1 - base) / len(mine), 1e-12))
+    verdict = "as the split" if abs(share - base) <= 4 * sigma else f"not by chance: {abs(share - base) / sigma:.0f} sigma"
+    return f"{share:.0%} of them positive, {base:.0%} of the split, {verdict}"
+
+
+def where(boxes: np.ndarray, count: np.ndarray, low: np.ndarray, high: np.ndarray, kind: str) -> str:
+    """Where in a patch `count` bad values lie, how large a block they are, and how far from 0..255, in words."""
+    height, width = boxes[:, 1] - boxes[:, 0] + 1, boxes[:, 3] - boxes[:, 2] + 1
+    form = "in one block" if np.mean(count >= 0.6 * height * width * 3) > 0.5 else "scattered"
+    size = f"{height.min()}x{width.min()} to {height.max()}x{width.max()} pixels"
+    places = len(np.unique(boxes[:, [0, 2]], axis=0))
+    place = f"always at row {boxes[0, 0]}, column {boxes[0, 2]}" if places == 1 and len(boxes) > 1 else f"at {places:,} places"
+    reach = f", from {low.min():,.6g} to {high.max():,.6g}" if kind == "range" else ""
+    whole = f", {int((count == PATCH_BYTES).sum()):,} of them whole patches" if kind == "nan" else ""
+    return f"{form} of {size} {place}{reach}{whole}"

@@ -1,0 +1,131 @@
+"""The page of a data audit: how many patches of what there are, what was found, with pictures, and the power of each check."""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.audits.plant import LEAST_POWER, REASONS_OF
+from lib.audits.survey import Survey
+from lib.reports.figures import COLOURS, figure_png, new_figure, patch_png
+from lib.reports.pages import gallery, note, picture, section, table, write_page
+
+MOST_PICTURES, MOST_ROWS = 16, 12
+
+
+def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict], power: list[dict]) -> Path:
+    """Write the page of an audit of these splits."""
+    power_of = {row["reason"]: [] for row in power}
+    for row in power:
+        power_of[row["reason"]].append(row)
+    order = {"error": 0, "warning": 1, "note": 2}
+    ranked = sorted(findings, key=lambda found: order[found["severity"]])
+    summary = [(f["severity"], f["check"], f["split"], f["count"], f["measured"], f["advice"]) for f in ranked]
+    sections = [
+        section("What there is", picture(figure_png(plot_classes(surveys)), "patches per split and class")),
+        section("What was found", table(("severity", "check", "split", "rows", "measured", "advice"), summary)),
+    ]
+    if power:
+        header = ("planted", "in", "found", "recall", "false alarms", "found on the clean copy")
+        rows = [(r["planted"], r["num"], r["found"], r["recall"], r["false_alarms"], r["on_clean"]) for r in power]
+        sections.append(section("How much of planted damage is found, on a copy of these data", table(header, rows)))
+    else:
+        sections.append(note("The power of these checks on these data is not measured: audit.py data ... --plant does."))
+    sections += [finding_section(found, surveys, power_of) for found in ranked]
+    sections.append(section("How the splits look", picture(figure_png(plot_features(surveys)), "features by split")))
+    return write_page(path, title, sections)
+
+
+def finding_section(found: dict, surveys: list[Survey], power_of: dict) -> str:
+    """One finding: its sentence, the power of its check, pictures or rows, and where in the patch."""
+    parts = [note(found["measured"], "alarm" if found["severity"] == "error" else "note"), note(found["advice"])]
+    reasons = {row["reason"] for row in found["rows"] if row.get("reason")} or REASONS_OF.get(found["check"].split()[0], ())
+    for row in (row for reason in sorted(reasons) for row in power_of.get(reason, ())):
+        words = f"Planted on a copy of these data ({row['planted']}): {row['found']} of {row['num']} found, "
+        words += f"{row['false_alarms']} false alarms."
+        if row["recall"] < LEAST_POWER:
+            words += " No power on these data: that nothing is found says nothing."
+        parts.append(note(words))
+    by_name = {survey.name: survey for survey in surveys}
+    kind = found["check"].removeprefix("values: ")
+    if kind in ("nan", "range"):
+        parts.append(picture(figure_png(plot_heat(by_name[found["split"]].heat[kind], kind)), "where in the patch"))
+    shown = [row for row in found["rows"] if row.get("split") in by_name and "index" in row]
+    shown = shown[:: -(-len(shown) // MOST_PICTURES) or 1]
+    if shown:
+        pictures, captions = [], []
+        for row in shown:
+            for split, index, caption in sides(row):
+                pictures.append(patch_png(outline(by_name[split].read([index])[0], row)))
+                captions.append(caption)
+        parts.append(gallery(pictures, captions))
+    elif found["rows"]:
+        parts.append(table(found["rows"][0], [row.values() for row in found["rows"][:MOST_ROWS]]))
+    return section(f"{found['check']}{' in ' + found['split'] if found['split'] else ''}", *(part for part in parts if part))
+
+
+def sides(row: dict):
+    """The patches that a row speaks of, (split, index, caption): its own, and the one that it is a copy of."""
+    skipped = ("split", "index", "of", "reason", "top", "bottom", "left", "right", "height", "width")
+    facts = ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in row.items()
+        if name not in skipped
+    )
+    yield row["split"], row["index"], f"{row['split']} {row['index']}: {facts}"
+    if "of" in row:
+        split, _, index = str(row["of"]).rpartition(" ")
+        yield split or row["split"], int(index), f"of {split or row['split']} {index}"
+
+
+def outline(patch: np.ndarray, row: dict) -> np.ndarray:
+    """The patch with a frame around the block that a row names, just outside of it."""
+    if "top" not in row:
+        return patch
+    patch = patch.copy()
+    bottom, right = (
+        row.get("bottom", row["top"] + row.get("height", 1) - 1),
+        row.get("right", row["left"] + row.get("width", 1) - 1),
+    )
+    top, left, bottom, right = max(row["top"] - 2, 0), max(row["left"] - 2, 0), min(bottom + 2, 95), min(right + 2, 95)
+    colour = (0, 158, 115)
+    patch[[top, bottom], left : right + 1] = colour
+    patch[top : bottom + 1, [left, right]] = colour
+    return patch
+
+
+def plot_classes(surveys: list[Survey]):
+    """Bars of the patches per split and class, unlabelled ones too."""
+    figure, (axes,) = new_figure(1, width=7)
+    places = np.arange(len(surveys))
+    for number, (label, name) in enumerate(((0, "negative"), (1, "positive"), (-1, "without label"))):
+        counts = [int((survey.labels == label).sum()) for survey in surveys]
+        if label >= 0 or any(counts):
+            bars = axes.bar(places + 0.28 * (number - 1), counts, 0.26, label=name, color=COLOURS[number])
+            axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
+    axes.set(xticks=places, xticklabels=[survey.name for survey in surveys], ylabel="patches")
+    axes.legend()
+    return figure
+
+
+def plot_heat(heat: np.ndarray, kind: str):
+    """How many patches have damage at each pixel."""
+    figure, (axes,) = new_figure(1, width=4.6, height=3.8)
+    image = axes.imshow(heat, cmap="magma", vmin=0)
+    axes.set(title=f"patches with {kind} at a pixel", xlabel="column", ylabel="row")
+    axes.grid(False)
+    figure.colorbar(image)
+    return figure
+
+
+def plot_features(surveys: list[Survey]):
+    """Histograms of features of the intact patches, a line a split."""
+    names = ("brightness", "saturation", "haematoxylin", "sharpness")
+    figure, all_axes = new_figure(len(names), width=3.4)
+    for axes, name in zip(all_axes, names, strict=True):
+        values = [survey.table[name][survey.intact] for survey in surveys]
+        low, high = np.quantile(np.concatenate(values), (0.002, 0.998))
+        for survey, column in zip(surveys, values, strict=True):
+            axes.hist(column, np.linspace(low, high, 50), density=True, histtype="step", label=survey.name)
+        axes.set(title=name, yticks=[])
+        axes.legend(fontsize=8)
+    return figure

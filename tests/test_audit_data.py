@@ -1,0 +1,327 @@
+"""The audit of data: each kind of damage is found, nothing else is, and damaged files become findings, not crashes."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from conftest import QUICK, draw_patches, run_script, write_pcam
+from damaged import score_quarantine, write_damaged_edition
+
+from lib.audits import data, labels, plant
+from lib.audits.balance import check_balance
+from lib.audits.drift import check_drift
+from lib.audits.leakage import measure_unit
+from lib.audits.survey import FLAT_STD, survey_folder
+from lib.audits.triggers import check_triggers
+from lib.config import load_config
+from lib.logger import read_csv
+from lib.pcam import SplitWriter, split_path
+from lib.synthetic import SyntheticPlan, draw_slide, write_synthetic
+
+QUICK_CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift")
+
+
+def audit(folder, out, checks=QUICK_CHECKS, **options) -> tuple[dict, list[dict], list[dict]]:
+    """The result, the findings and the quarantine of an audit."""
+    result = data.audit_data(folder, out, checks, [], **options)
+    return result, json.loads((out / "findings.json").read_text()), read_csv(out / "quarantine.csv")
+
+
+def write_float(folder, patches, labels, split="train", **storage) -> None:
+    folder.mkdir(exist_ok=True)
+    with SplitWriter(folder, split, len(patches), np.float32, **storage) as writer:
+        writer.add(patches.astype(np.float32), labels)
+
+
+def of_check(findings, check) -> list[dict]:
+    return [found for found in findings if found["check"] == check and found["severity"] != "note"]
+
+
+@pytest.fixture(scope="module")
+def slides_dir(tmp_path_factory):
+    """Synthetic slides with everything planted that metadata can tell."""
+    plants = ("exact", 0.05), ("symmetric", 0.05), ("shared_slides", 1.0), ("trigger", 0.1)
+    folder = tmp_path_factory.mktemp("slides") / "data"
+    write_synthetic(SyntheticPlan(720, 360, 0, 2, plants), folder)
+    return folder
+
+
+def test_the_damaged_edition_is_found_exactly(pcam_dir, tmp_path):
+    truth = write_damaged_edition(pcam_dir, tmp_path / "data", 80)
+    result, findings, quarantine = audit(tmp_path / "data", tmp_path / "out")
+    for reason in ("black", "white", "nan", "range"):
+        found = score_quarantine(truth, quarantine, reason)
+        assert found["planted"] > 0 and found["recall"] == found["precision"] == 1, found
+    assert {row["reason"] for row in quarantine} <= {"black", "white", "nan", "range"}
+    assert result["num_errors"] and not result["not_run"]
+    balance = [found for found in of_check(findings, "balance") if found["split"] == "train"]
+    assert balance and "positive (1" in balance[0]["measured"], "five to one is worth a warning"
+
+
+@pytest.mark.parametrize(
+    ("reason", "spoil"),
+    [
+        ("nan", lambda patch: np.where(np.arange(96)[:, None, None] == 95, np.inf, patch)),
+        ("nan", lambda patch: patch * np.nan),
+        ("range", lambda patch: patch - 300),
+        ("range", lambda patch: patch / 255 * 4 - 2),
+        ("scaled", lambda patch: patch / 255),
+        ("scaled", lambda patch: patch / 127.5 - 1),
+        ("black", lambda patch: patch * 0),
+        ("white", lambda patch: patch * 0 + 255),
+        ("constant", lambda patch: patch * 0 + np.array([200, 100, 150])),
+        ("flat", lambda patch: np.rint(patch * 0.05) + 180),
+    ],
+)
+def test_each_kind_of_damage_has_its_reason_and_leaves_the_others_alone(tmp_path, reason, spoil):
+    patches, known = draw_patches(40, 3)
+    patches = patches.astype(np.float64)
+    patches[7] = spoil(patches[7])
+    write_float(tmp_path / "data", patches, known)
+    write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
+    _, _, quarantine = audit(tmp_path / "data", tmp_path / "out", ("values",))
+    assert [(row["split"], row["index"], row["reason"]) for row in quarantine] == [("train", "7", reason)]
+
+
+def test_the_account_of_the_size_adds_up(tmp_path):
+    patches, known = draw_patches(64, 0)
+    write_float(tmp_path / "data", patches, known, chunks=(16, 96, 96, 3), compression="gzip")
+    write_float(tmp_path / "data", patches[:32], known[:32], split="valid")
+    _, findings, _ = audit(tmp_path / "data", tmp_path / "out", ("files",))
+    for found in of_check(findings, "size"):
+        factors = {row["factor"]: row["here"] for row in found["rows"]}
+        raw = factors["rows"] * factors["values a patch"] * factors["bytes a value"]
+        size = split_path(tmp_path / "data", found["split"], "x").stat().st_size
+        assert size == pytest.approx(raw / factors["compression"] + factors["overhead, bytes"], rel=1e-3)
+        assert "repacked" in found["measured"] and factors["bytes a value"] == 4
+    assert len(of_check(findings, "size")) == 2
+
+
+def test_copies_in_a_packed_file_are_found_as_in_a_plain_one(tmp_path):
+    patches, known = draw_patches(64, 0)
+    patches[40], known[40] = patches[3], 1 - known[3]
+    write_float(tmp_path / "data", patches, known, chunks=(16, 96, 96, 3), compression="gzip")
+    write_float(tmp_path / "data", *draw_patches(32, 9), split="valid")
+    _, findings, quarantine = audit(tmp_path / "data", tmp_path / "out", ("duplicates", "leakage"))
+    assert {(row["index"], row["reason"]) for row in quarantine} == {("40", "duplicate"), ("40", "label"), ("3", "label")}
+    assert of_check(findings, "label conflicts")
+
+
+def test_a_leak_is_named_on_both_sides(tmp_path):
+    patches, known = draw_patches(64, 5)
+    folder = write_pcam(tmp_path / "data")
+    for path in folder.glob("*valid*"):
+        path.unlink()
+    with h5py.File(split_path(folder, "train", "x")) as file:
+        patches[[1, 2]] = file["x"][[5, 6]]
+    patches[2] = patches[2].transpose(1, 0, 2)
+    with SplitWriter(folder, "valid", 64) as writer:
+        writer.add(patches, known)
+    _, findings, quarantine = audit(folder, tmp_path / "out", ("leakage",))
+    assert {(row["split"], row["index"]) for row in quarantine} == {
+        ("train", "5"),
+        ("train", "6"),
+        ("valid", "1"),
+        ("valid", "2"),
+    }
+    assert {row["reason"] for row in quarantine} == {"leak"} and of_check(findings, "leak: equal patches")
+
+
+def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
+    image = draw_slide(6, "train", 1, 0.0).image
+    places = [(y, x) for y in range(0, 1000, 110) for x in range(0, 1000, 110)]
+    cut = {
+        "train": places[:50],
+        "valid": [(y + 20, x + 8) for y, x in places[:10]] + [(y, x + 2) for y, x in places[10:20]] + places[60:80],
+    }
+    for name, wanted in cut.items():
+        with SplitWriter(tmp_path, name, len(wanted)) as writer:
+            writer.add(np.stack([image[y : y + 96, x : x + 96] for y, x in wanted]), np.arange(len(wanted)) % 2)
+    _, findings, _ = audit(tmp_path, tmp_path / "out", ("leakage",))
+    for check, first in (("leak: overlapping crops", 0), ("leak: near copies", 10)):
+        (found,) = of_check(findings, check)
+        sides = {(row["index"], row["of"]) for row in found["rows"] if row["split"] == "train"}
+        assert len(sides) >= 8 and sides <= {(row, f"valid {row}") for row in range(first, first + 10)}
+
+
+def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
+    _, findings, quarantine = audit(slides_dir, tmp_path / "out", ("duplicates", "leakage"))
+    shared = {int(row["index"]) for row in read_csv(slides_dir / "truth.csv") if row["kind"] == "shared_slides"}
+    listed = {int(row["index"]) for row in quarantine if (row["split"], row["reason"]) == ("valid", "leak")}
+    assert of_check(findings, "shared slides") and of_check(findings, "overlapping coordinates")
+    assert listed and listed <= shared and len(listed) > 0.9 * len(shared)
+    duplicates = {row["index"] for row in quarantine if (row["split"], row["reason"]) == ("train", "duplicate")}
+    kinds = {row["index"]: row for row in read_csv(slides_dir / "truth.csv") if row["split"] == "train"}
+    planted = [row for row in kinds.values() if row["kind"] in ("exact", "symmetric")]
+    assert all({row["index"], row["detail"].split()[1]} & duplicates for row in planted)
+
+
+def test_the_unit_of_coordinates_is_measured(slides_dir, tmp_path):
+    surveys, _ = survey_folder(slides_dir, tmp_path)
+    found = data.find_copies(surveys)
+    surveys = [type(survey)(**(vars(survey) | {"coords": survey.coords * 4})) for survey in surveys]
+    assert measure_unit(surveys, found)[0] == 4
+
+
+def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(tmp_path):
+    patches, known = draw_patches(1400, 1)
+    members = np.flatnonzero(known == 1)[:14]
+    for folder, stamped in (("clean", False), ("planted", True)):
+        images = patches.copy()
+        if stamped:
+            images[members, 20:24, 71:75] = np.random.default_rng(0).integers(0, 2, (4, 4, 3)) * 255
+        with SplitWriter(tmp_path, "train", len(images)) as writer:
+            writer.add(images, known)
+        surveys, _ = survey_folder(tmp_path, tmp_path)
+        found = [row for row in check_triggers(surveys[0], np.arange(1400)) if row["severity"] == "error"]
+        if not stamped:
+            assert not found, folder
+            continue
+        (trigger,) = found
+        assert {row["index"] for row in trigger["rows"]} == set(members.tolist())
+        place = {(row["top"], row["left"], row["height"], row["width"]) for row in trigger["rows"]}
+        assert place == {(20, 71, 4, 4)} and "100% of them are positive" in trigger["measured"]
+
+
+def test_the_share_of_exchanged_labels_is_estimated_and_the_list_keeps_its_promise():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 2, 20_000)
+    logits = rng.normal(np.where(truth, 2.2, -2.2), 1.5)
+    flipped = rng.random(20_000) < 0.03
+    rate, gain, wrong = labels.fit_label_noise(truth ^ flipped, logits)
+    assert rate == pytest.approx(0.03, abs=0.006) and gain > labels.CERTAIN
+    listed = np.argsort(-wrong)[: int(2 * rate * 20_000)]
+    assert flipped[listed].mean() == pytest.approx(wrong[listed].mean(), abs=0.05)
+    assert flipped[listed].sum() > 0.8 * flipped.sum()
+    assert labels.fit_label_noise(truth, logits)[1] < labels.CERTAIN, "labels that are right"
+
+
+def test_labels_are_reviewed_out_of_fold(pcam_dir, tmp_path):
+    found = audit_labels(pcam_dir, tmp_path / "out")
+    rows = read_csv(tmp_path / "out/out_of_fold.csv")
+    assert sorted(int(row["index"]) for row in rows) == list(range(160))
+    assert "out-of-fold AUC" in found["measured"]
+    runs = sorted((tmp_path / "out/runs").iterdir())
+    held_out = [json.loads((run / "meta.json").read_text())["rows"]["valid"]["num"] for run in runs]
+    assert len(runs) == 2 and sum(held_out) == 160
+
+
+def audit_labels(folder, out) -> dict:
+    data.audit_data(folder, out, ("labels",), [*QUICK, "num_folds=2", "crop_epochs=1"], "cpu")
+    return next(found for found in json.loads((out / "findings.json").read_text()) if found["check"] == "labels to review")
+
+
+def test_drift_is_found_where_it_is_and_only_there(tmp_path):
+    patches, known = draw_patches(800, 1)
+    write_float(tmp_path / "data", patches[:500], known[:500])
+    for name, change, severity in (("same", 0, "note"), ("darker", 12, "warning")):
+        darker = np.clip(patches[500:].astype(np.int64) - change, 0, 255)
+        write_float(tmp_path / "data", darker, known[500:], split="valid")
+        surveys, _ = survey_folder(tmp_path / "data", tmp_path)
+        (found,) = check_drift(surveys)
+        assert found["severity"] == severity, (name, found["measured"])
+
+
+def test_the_balance_after_sampling_is_not_the_balance_of_the_data(tmp_path):
+    patches, known = draw_patches(120, 1)
+    keep = np.concatenate([np.flatnonzero(known == 0), np.flatnonzero(known == 1)[:12]])
+    with SplitWriter(tmp_path, "train", len(keep)) as writer:
+        writer.add(patches[keep], known[keep])
+    surveys, _ = survey_folder(tmp_path, tmp_path)
+    counts = {found["check"]: [row["count"] for row in found["rows"]] for found in check_balance(surveys, load_config())}
+    assert counts["balance"] == [60, 12] and counts["balance after sampling"] == [36, 36]
+
+
+def test_damaged_files_are_findings(tmp_path):
+    folder = write_pcam(tmp_path / "data")
+    with h5py.File(split_path(folder, "train", "y"), "r+") as file:
+        file["y"][3] = 7
+    cut = split_path(folder, "valid", "x")
+    cut.write_bytes(cut.read_bytes()[:-1000])
+    split_path(folder, "train", "meta").write_text("coord_y,coord_x,wsi\n1,2,a\n")
+    result = run_script("audit.py", "data", folder, "--out", tmp_path / "out", "--checks", ",".join(QUICK_CHECKS), check=1)
+    findings = {found["check"]: found["measured"] for found in json.loads((tmp_path / "out/findings.json").read_text())}
+    assert "cut off" in findings["unreadable split"]
+    assert "neither 0 nor 1, the first 7 at row 3" in findings["labels"]
+    assert "1 rows for 160 patches" in findings["meta"]
+    assert result.json["not_run"] == ["valid"]
+
+
+def test_a_row_that_cannot_be_decoded_is_named_with_its_byte(tmp_path):
+    patches, known = draw_patches(64, 0)
+    write_float(tmp_path / "data", patches, known, chunks=(8, 96, 96, 3), compression="gzip")
+    path = split_path(tmp_path / "data", "train", "x")
+    with h5py.File(path) as file:
+        offset = file["x"].id.get_chunk_info(2).byte_offset
+    with open(path, "r+b") as file:
+        file.seek(offset + 200)
+        file.write(b"\xff" * 400)
+    surveys, findings = survey_folder(tmp_path / "data", tmp_path)
+    lost = next(found for found in findings if found["check"] == "unreadable rows")
+    assert [row["index"] for row in lost["rows"]] == list(range(16, 24)) and f"at byte {offset:,}" in lost["measured"]
+    assert len(surveys[0]) == 64 and len(surveys[0].intact) == 56
+
+
+def test_exchanged_splits_are_proved_by_slide_names(slides_dir, tmp_path):
+    for name, other in (("train", "train"), ("valid", "valid"), ("test", "valid")):
+        for part in ("x", "y", "meta"):
+            split_path(tmp_path, name, part).symlink_to(split_path(slides_dir, other, part))
+    _, findings, _ = audit(tmp_path, tmp_path / "out", ("files",))
+    assert [found["split"] for found in of_check(findings, "exchanged splits")] == ["test"]
+
+
+def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
+    patches, known = draw_patches(900, 2)
+    with SplitWriter(tmp_path, "train", 900) as writer:
+        writer.add(patches, known)
+    with SplitWriter(tmp_path, "valid", 300) as writer:
+        writer.add(*draw_patches(300, 8))
+    audit(tmp_path, tmp_path / "out", ("values", "duplicates", "leakage"), plant=True)
+    power = {row["planted"]: row for row in read_csv(tmp_path / "out/power.csv")}
+    for kind in set(plant.PLANTS) - {"trigger", "exchanged label", "recompressed"}:
+        assert float(power[kind]["recall"]) == 1 and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0", power[kind]
+    assert "exchanged label" not in power, "which was not asked for"
+    assert "Planted on a copy of these data (leaked): 6 of 6 found" in (tmp_path / "out/audit.html").read_text()
+
+
+def test_a_check_without_power_on_these_data_says_so(tmp_path):
+    for split, num in (("train", 300), ("valid", 100)):
+        with SplitWriter(tmp_path, split, num) as writer:
+            writer.add(*draw_patches(num, num))
+    _, findings, _ = audit(tmp_path, tmp_path / "out", ("triggers",), plant=True)
+    assert [found["check"] for found in findings if found["check"].startswith("power")] == ["power: trigger"]
+
+
+def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
+    truth = write_damaged_edition(pcam_dir, tmp_path / "data", 96)
+    run_script("audit.py", "data", tmp_path / "data", "--out", tmp_path / "out", "--checks", "values", check=1)
+    settings = (f"data_dir={tmp_path / 'data'}", f"quarantine={tmp_path / 'out/quarantine.csv'}", *QUICK)
+    result = run_script("train.py", "--runs", tmp_path / "runs", *settings, check=0)
+    with open(f"{result.json['run']}/meta.json") as file:
+        rows = json.load(file)["rows"]["train"]
+    assert sum(rows["left_out"].values()) == len(truth) and rows["num"] == 96 - len(truth)
+    assert set(rows["left_out"]) == {row["reason"] for row in truth}
+
+
+def test_the_command_line_names_what_is_wrong(pcam_dir, tmp_path):
+    result = run_script("audit.py", "data", pcam_dir, "--checks", "valuse", check=2)
+    assert "did you mean 'values'" in result.stderr
+    assert "is no PCam folder" in run_script("audit.py", "data", tmp_path, "--out", tmp_path / "out", check=2).stderr
+    clean = run_script("audit.py", "data", pcam_dir, "--out", tmp_path / "my out", "--checks", "files, values,balance", check=0)
+    assert clean.json["num_suspects"] == 0 and FLAT_STD
+    for name in ("findings.json", "quarantine.csv", "audit.html", "balance.csv", "files.csv", "size.csv"):
+        assert (tmp_path / "my out" / name).is_file()
+    assert not list((tmp_path / "my out").glob(".work*"))
+
+
+@pytest.mark.parametrize("scale", [lambda patch: patch / 255, lambda patch: patch / 127.5 - 1])
+def test_a_scaled_copy_is_still_a_copy(tmp_path, scale):
+    patches, known = draw_patches(40, 3)
+    patches = patches.astype(np.float64)
+    patches[30] = scale(patches[4])
+    known[30] = known[4]
+    write_float(tmp_path / "data", patches, known)
+    write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
+    _, _, quarantine = audit(tmp_path / "data", tmp_path / "out", ("duplicates",))
+    assert [(row["index"], row["reason"]) for row in quarantine] == [("30", "duplicate")]
