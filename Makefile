@@ -1,10 +1,10 @@
 # Every target sets up .venv when it is missing; PYTHON=/path/to/python uses that interpreter instead.
-# Variables: SEED=1 ARGS="key=value ..."
+# Variables: SEED=1 ARGS="key=value ..." DEST=DIR RUN=RUN
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train data demo twin prove clean
+.PHONY: help setup test lint train data demo twin prove handover checklist clean
 
 SEED ?= 1
 ARGS ?=
@@ -68,6 +68,13 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin A
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(PYTHON) tests/prove_reproducibility.py $(ARGS)
+
+handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
+	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }
+	$(PYTHON) report.py handover --to "$$DEST" $(ARGS) "$${RUN:-assets/champion}"
+
+checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
+	$(PYTHON) audit.py handover . $(ARGS)
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

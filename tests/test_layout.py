@@ -15,7 +15,7 @@ from lib.config import Config
 FLOORS = [
     {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
     {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs"},
-    {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download", "trace"},
+    {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download", "trace", "handover"},
     {"audits", "reports"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
