@@ -4,7 +4,7 @@
 #   ./run.sh INPUT... [--out FILE]     INPUT: image, folder or tar of 96x96 images, .h5, PCam folder with --split
 #
 # Further options are those of code/inference.py. predictions.csv is written to the folder that you call it from.
-# PCAM_PYTHON names a Python, PCAM_HOME the folder to install into (about 1 GB; default: ~/.cache/pcam-NUMBER).
+# PCAM_PYTHON names a Python, PCAM_HOME the folder to install into (0.9 GB; default: ~/.cache/pcam-NUMBER).
 set -eu
 unset PYTHONPATH PYTHONHOME CDPATH
 export PYTHONDONTWRITEBYTECODE=1 # or the stick would get files that nobody sent
