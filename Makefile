@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove prove-audit clean
+.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove prove-audit handover checklist clean
 
 SEED ?= 1
 ARGS ?=
@@ -92,6 +92,13 @@ prove: $(test_setup_done)  ## the figures of reproducibility, at length: make pr
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
 	$(run) here tests/prove_audit.py
+
+handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
+	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }
+	$(run) here report.py handover --to "$$DEST" "$${RUN:-assets/champion}"
+
+checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
+	$(run) here audit.py handover .
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

@@ -3,6 +3,7 @@
 python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
 python audit.py twin --sources
+python audit.py handover DIR [--out OUT]
 """
 
 import argparse
@@ -16,7 +17,7 @@ CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift", "trigg
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="audit.py", description="Findings with evidence: findings.json, a table and a page.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin|handover")
     data = verbs.add_parser("data", help="what is in these files, and can they be trusted: findings, quarantine.csv and a page")
     data.add_argument("dir", type=place, metavar="DIR", help="a PCam folder")
     data.add_argument(
@@ -35,10 +36,15 @@ def parse(argv) -> argparse.Namespace:
     twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
     twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
     twin.set_defaults(audit=audit_twin)
+    handover = verbs.add_parser("handover", help="a handover folder, or a repository's submission checklist, item by item")
+    handover.add_argument("folder", metavar="DIR", help="what report.py handover wrote, or a repository such as .")
+    handover.add_argument("--out", default="audit-handover", metavar="OUT", help="for findings.json (default: audit-handover)")
+    handover.set_defaults(audit=audit_handover, sources=False)
     args, rest = parser.parse_known_args(argv)  # which leaves key=value behind options to us
-    if unknown := [item for item in rest if item.startswith("-") or "=" not in item]:
+    if unknown := [item for item in rest if item.startswith("-") or "=" not in item or args.verb == "handover"]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    (args.overrides if args.verb == "data" else args.runs).extend(rest)
+    if args.verb != "handover":
+        (args.overrides if args.verb == "data" else args.runs).extend(rest)
     return args
 
 
@@ -112,6 +118,25 @@ def audit_twin(args) -> int:
     write_json(out / "findings.json", findings)
     print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
     return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
+
+
+def audit_handover(args) -> int:
+    """Everything there: 0; an item is missing: 1. A handover folder is checked with the copy of the repository in it."""
+    from lib.audits.handover import audit_checklist, audit_folder
+    from lib.logger import write_json
+
+    folder, out = Path(args.folder), Path(args.out)
+    code = folder if (folder / "inference.py").is_file() else folder / "code"
+    if not folder.is_dir() or (code == folder / "code" and not (folder / "verify.py").is_file()):
+        raise BadInput(f"{folder} is neither a handover folder nor a repository of this program")
+    findings = [] if code == folder else audit_folder(folder)
+    is_whole = all(found["severity"] != "error" for found in findings)  # no code of a damaged folder is run
+    findings += audit_checklist(code) if is_whole else []
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "findings.json", findings)
+    missing = [found["check"] for found in findings if found["severity"] == "error"]
+    print_result({"num_items": len(findings), "missing": missing, "findings": str(out / "findings.json")})
+    return EXIT_FINDING if missing else EXIT_DONE
 
 
 def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):

@@ -1,15 +1,18 @@
 """Pages and tables from what runs have left on disk.
 
 python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
+python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
 """
 
 import argparse
+import platform
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, BadInput, Parser, print_result, probability, say, script
+from lib.command import EXIT_DONE, BadInput, Parser, place, print_result, probability, say, script
 
 NUM_EXAMPLES = 12
+CHAMPION = Path(__file__).parent / "assets" / "champion"
 SHOWN_SCORES = {
     "AUC": ("auc", "constant_auc"),
     "PR-AUC": ("pr_auc", "constant_pr_auc"),
@@ -22,20 +25,51 @@ SHOWN_SCORES = {
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="report.py", description="Pages and tables from what runs have left on disk.")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="run")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="run|handover")
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
     run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
     run.add_argument("--threshold", type=probability, default=0.5, metavar="T", help="of the decision (default: 0.5)")
     run.add_argument("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
     run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
+    run.set_defaults(report=report_run)
+    stick = commands.add_parser("handover", help="a folder that predicts on a machine without a network, for a USB stick")
+    stick.add_argument("run", nargs="?", default=CHAMPION, metavar="RUN", help="a finished run (default: assets/champion)")
+    stick.add_argument("--to", required=True, type=place, metavar="DIR", help="a new or an empty folder")
+    stick.add_argument("--platform", default=f"manylinux_2_28_{platform.machine()}", metavar="P", help="default: %(default)s")
+    here = "{}.{}".format(*sys.version_info)
+    stick.add_argument("--python", default=here, type=python_version, metavar="3.X", help="default: %(default)s")
+    stick.add_argument("--wheels", type=place, metavar="DIR", help="a folder of wheels to take instead of fetching them")
+    stick.set_defaults(report=report_handover)
     return parser.parse_args(argv)
+
+
+def python_version(text: str) -> str:
+    """An argument such as 3.12."""
+    if not (text.startswith("3.") and text[2:].isdigit()):
+        raise argparse.ArgumentTypeError(f"{text} is no version such as 3.12")
+    return text
 
 
 @script
 def main(argv=None) -> int:
     args = parse(argv)
+    return args.report(args)
 
+
+def report_handover(args) -> int:
+    """Write a handover folder, and say how large it is."""
+    from lib.handover import write_handover
+    from lib.rundir import find_run
+
+    result = write_handover(find_run(args.run), Path(args.to), args.platform, args.python, args.wheels)
+    say(f"{args.to}: {result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB, torch {result['torch']}")
+    print_result(result)
+    return EXIT_DONE
+
+
+def report_run(args) -> int:
+    """Write the page of a run."""
     from lib.rundir import find_run
 
     run = find_run(args.run)

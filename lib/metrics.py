@@ -2,6 +2,7 @@
 
 import numpy as np
 
+Z_95 = 1.959964  # of a normal distribution, 95% lie within as many deviations
 PROBABILITY_FLOOR = 1e-7  # a log loss clipped here stays finite: 16.1 for a certain and wrong answer
 
 
@@ -121,3 +122,18 @@ def constant_alarm(metrics: dict[str, float], labels) -> str:
         f"ALARM: every validation patch is called {answer}; F2 {metrics['f2']:.3f} is what a constant gives "
         f"(always positive: {baseline:.3f})"
     )
+
+
+def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+    """95% interval of an AUC from the counts of the classes alone (Hanley and McNeil 1982)."""
+    both_positive, both_negative = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (num_positive - 1) * (both_positive - auc**2) + (num_negative - 1) * (both_negative - auc**2)
+    reach = Z_95 * np.sqrt(max(variance, 0) / (num_positive * num_negative))
+    return float(max(0, auc - reach)), float(min(1, auc + reach))
+
+
+def share_interval(num: int, num_total: int) -> tuple[float, float]:
+    """95% interval of the share num / num_total (Wilson 1927)."""
+    share, weight = num / num_total, Z_95**2 / num_total
+    reach = Z_95 * np.sqrt((share * (1 - share) + weight / 4) / num_total)
+    return float((share + weight / 2 - reach) / (1 + weight)), float((share + weight / 2 + reach) / (1 + weight))

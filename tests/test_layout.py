@@ -15,7 +15,20 @@ from lib.config import Config
 FLOORS = [
     {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
     {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs", "features", "copies"},
-    {"training", "predict", "checkpoint", "search", "launch", "ingest", "repack", "verify", "download", "trace", "slurm"},
+    {
+        "training",
+        "predict",
+        "checkpoint",
+        "search",
+        "launch",
+        "ingest",
+        "repack",
+        "verify",
+        "download",
+        "trace",
+        "slurm",
+        "handover",
+    },
     {"audits", "reports"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lib.metrics import (
+    auc_interval,
     compute_auc,
     compute_confusion,
     compute_fbeta,
@@ -11,6 +12,7 @@ from lib.metrics import (
     compute_pr_auc,
     constant_alarm,
     constant_baselines,
+    share_interval,
     sigmoid,
 )
 
@@ -109,3 +111,15 @@ def test_a_constant_model_raises_the_alarm_and_another_does_not(logit, word):
     alarm = constant_alarm(compute_metrics(labels, np.full(10, logit) + np.arange(10) / 10), labels)
     assert alarm.startswith("ALARM") and word in alarm and "0.833" in alarm
     assert constant_alarm(compute_metrics(labels, np.where(labels, 1, -1)), labels) == ""
+
+
+def test_intervals_agree_with_published_and_drawn_ones():
+    """Wilson's for 0 of 10 and 50 of 100 (Newcombe 1998); Hanley and McNeil's against redrawn patches."""
+    assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
+    assert share_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
+    rng = np.random.default_rng(0)
+    labels, scores = np.arange(600) % 2, rng.normal(np.arange(600) % 2 * 1.5)
+    draws = rng.integers(0, 600, (400, 600))
+    redrawn = np.percentile([compute_auc(labels[draw], scores[draw]) for draw in draws], [2.5, 97.5])
+    assert auc_interval(compute_auc(labels, scores), 300, 300) == pytest.approx(tuple(redrawn), abs=0.008)
+    assert auc_interval(1.0, 5, 5) == (1.0, 1.0)
