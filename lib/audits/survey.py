@@ -259,7 +259,8 @@ def measure(raw: np.ndarray):
         levels = np.arange(256.0)
         mean = values @ levels / PATCH_BYTES * 3
         deviation = np.sqrt(np.maximum(values @ levels**2 / PATCH_BYTES * 3 - mean**2, 0)).max(1)
-        features[-1]["black_share"] = (part == 0).all(3).mean((1, 2), dtype=np.float32)
+        is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
+        features[-1]["black_share"] = is_black.mean((1, 2), dtype=np.float32)
         damage.append(np.select([deviation == 0, deviation < FLAT_STD], [5, 6], -1))
     damage = np.concatenate(damage)
     is_whole = damage == 5
