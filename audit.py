@@ -20,9 +20,7 @@ def parse(argv) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin|handover")
     data = verbs.add_parser("data", help="what is in these files, and can they be trusted: findings, quarantine.csv and a page")
     data.add_argument("dir", type=place, metavar="DIR", help="a PCam folder")
-    data.add_argument(
-        "--out", type=place, default="audit-data", metavar="OUT", help="for all that is written (default: audit-data)"
-    )
+    data.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-NAME of DIR)")
     data.add_argument("--checks", default="", metavar="LIST", help=f"some of {','.join(CHECKS)} (default: all)")
     data.add_argument("--plant", action="store_true", help="measure the power of the checks on a copy with planted damage")
     data.add_argument("--device", default="auto", metavar="D", help="for the folds of the check of labels (default: auto)")
@@ -61,15 +59,9 @@ def audit_data(args) -> int:
     wanted = [name.strip() for name in args.checks.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in CHECKS]:
         raise BadInput(f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed: {', '.join(CHECKS)}")
+    checks = [name for name in CHECKS if name in (wanted or CHECKS)]
     out = Path(args.out or f"audit-{Path(args.dir).resolve().name}")
-    result = data.audit_data(
-        args.dir,
-        out,
-        [name for name in CHECKS if name in (wanted or CHECKS)],
-        args.overrides,
-        args.device,
-        args.plant,
-    )
+    result = data.audit_data(args.dir, out, checks, args.overrides, args.device, args.plant)
     print_result({"out": str(out), **result})
     return EXIT_FINDING if result["num_errors"] or result["num_warnings"] or result["not_run"] else EXIT_DONE
 

@@ -89,7 +89,7 @@ def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     seen = np.where(flip_y[:, None, None], seen[:, ::-1], seen)
     seen = np.where(transpose[:, None, None], seen.transpose(0, 2, 1), seen)
     # eight at a time: for larger products BLAS would start threads of its own, which fight with ours
-    rows = np.pad(seen.reshape(len(seen), -1), ((0, -len(seen) % 8), (0, 0))).reshape(-1, 8, len(OFFSETS) ** 2)
+    rows = np.pad(seen, ((0, -len(seen) % 8), (0, 0), (0, 0))).reshape(-(-len(seen) // 8), 8, len(OFFSETS) ** 2)
     signs = ((rows @ _random("directions")).reshape(-1, NUM_CODES, NUM_BITS) > 0)[: len(seen)]
 
     place = np.zeros((len(key), NUM_ANCHORS, 2), np.int8)

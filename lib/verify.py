@@ -55,7 +55,8 @@ def compare_slide_names(split: Split) -> str:
     slides = () if split.slides is None else np.unique(split.slides)
     if len(slides) and all(slide.startswith(SLIDE_PREFIX[split.name]) for slide in slides):
         return "match"
-    return "swapped" if any(slide.startswith(tuple(SLIDE_PREFIX.values())) for slide in slides) else "unknown"
+    others = tuple(set(SLIDE_PREFIX.values()) - {SLIDE_PREFIX[split.name]})
+    return "swapped" if any(slide.startswith(others) for slide in slides) else "unknown"
 
 
 def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:

@@ -180,6 +180,18 @@ def prove_training(args, scratch: Path) -> list[dict]:
     return [row("damaged edition, AUC with quarantine above that without, each of three seeds", text, held)]
 
 
+def write_markdown(path: Path, results: dict) -> None:
+    """The results of the parts as a table."""
+    lines = ["| asked | measured | held | part, date, commit |", "|---|---|---|---|"]
+    for name in (name for name in PARTS if name in results):
+        made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
+        lines += [
+            f"| {r['asked']} | {r['measured']} | {'yes' if r['held'] else 'NO'} | {made} |" for r in results[name]["rows"]
+        ]
+    with atomic_write(path, "w") as file:
+        file.write("\n".join(lines) + "\n")
+
+
 PARTS = {name.removeprefix("prove_"): part for name, part in list(globals().items()) if name.startswith("prove_")}
 
 
@@ -208,14 +220,7 @@ def main(argv=None) -> int:
         write_json(path, results)
         for found in rows:
             say(f"{'held' if found['held'] else 'MISSED'}: {found['asked']}: {found['measured']}")
-    lines = ["| asked | measured | held | part, date, commit |", "|---|---|---|---|"]
-    for name in (name for name in PARTS if name in results):
-        made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
-        lines += [
-            f"| {r['asked']} | {r['measured']} | {'yes' if r['held'] else 'NO'} | {made} |" for r in results[name]["rows"]
-        ]
-    with atomic_write(args.out.with_suffix(".md"), "w") as file:
-        file.write("\n".join(lines) + "\n")
+    write_markdown(args.out.with_suffix(".md"), results)
     missed = [r["asked"] for result in results.values() for r in result["rows"] if not r["held"]]
     print_result({"missed": missed, "table": str(args.out.with_suffix(".md"))})
     return EXIT_FINDING if missed else EXIT_DONE

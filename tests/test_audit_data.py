@@ -325,3 +325,54 @@ def test_a_scaled_copy_is_still_a_copy(tmp_path, scale):
     write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
     _, _, quarantine = audit(tmp_path / "data", tmp_path / "out", ("duplicates",))
     assert [(row["index"], row["reason"]) for row in quarantine] == [("30", "duplicate")]
+
+
+@pytest.mark.parametrize("value", [0, 255, np.nan])
+def test_a_block_without_any_feature_is_no_obstacle(tmp_path, value):
+    patches, known = draw_patches(40, 3)
+    patches = patches.astype(np.float64)
+    patches[16:] = value
+    write_float(tmp_path / "data", patches, known)
+    write_float(tmp_path / "data", patches[20:], known[20:], split="valid")
+    result, _, quarantine = audit(tmp_path / "data", tmp_path / "out", (*QUICK_CHECKS, "triggers"))
+    assert len(quarantine) == 24 + 20 and not result["not_run"]
+
+
+def test_every_copy_across_splits_is_named_not_the_first_alone(tmp_path):
+    patches, known = draw_patches(40, 3)
+    patches[[5, 9]] = patches[2]
+    with SplitWriter(tmp_path, "train", 40) as writer:
+        writer.add(patches, known)
+    others, labels_of = draw_patches(30, 4)
+    others[7] = patches[2]
+    with SplitWriter(tmp_path, "valid", 30) as writer:
+        writer.add(others, labels_of)
+    _, _, quarantine = audit(tmp_path, tmp_path / "out", ("leakage",))
+    leaked = {(row["split"], int(row["index"])) for row in quarantine}
+    assert leaked == {("train", 2), ("train", 5), ("train", 9), ("valid", 7)}
+
+
+def test_an_earlier_audit_and_what_a_killed_one_left_are_cleared_away(pcam_dir, tmp_path):
+    damaged, out = tmp_path / "damaged", tmp_path / "out"
+    write_damaged_edition(pcam_dir, damaged, 80)
+    audit(damaged, out, ("values",))
+    (out / ".work.killed").mkdir()
+    assert (out / "values_nan.csv").exists()
+    audit(pcam_dir, out, ("values",))
+    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "findings.json", "quarantine.csv"]
+
+
+def test_wrong_use_is_refused_before_the_work_begins(pcam_dir, tmp_path):
+    assert "epochs" in run_script("audit.py", "data", pcam_dir, "--out", tmp_path / "a", "epochs=x", check=2).stderr
+    assert "no such folder" in run_script("audit.py", "data", tmp_path / "none", "--out", tmp_path / "a", check=2).stderr
+    own = write_pcam(tmp_path / "own")
+    assert "may not be the data" in run_script("audit.py", "data", own, "--out", own, check=2).stderr
+
+
+def test_coordinates_that_are_none_cost_the_checks_by_slide_and_no_more(tmp_path):
+    folder = write_pcam(tmp_path / "data")
+    for split, num in (("train", 160), ("valid", 64)):
+        rows = "".join(f"{row},nan,5,0,0,slide\n" for row in range(num))
+        split_path(folder, split, "meta").write_text(",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi\n" + rows)
+    result, findings, _ = audit(folder, tmp_path / "out", ("leakage", "drift", "files"))
+    assert len(of_check(findings, "meta")) == 2 and not result["not_run"]

@@ -1,5 +1,7 @@
 """The audit of a PCam folder: one survey, eight checks on it, and the files that they leave."""
 
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,45 +18,46 @@ from lib.audits.values import check_values
 from lib.command import BadInput, say
 from lib.config import load_config
 from lib.logger import write_csv, write_json
+from lib.pcam import sole_writer
 from lib.reports.audit_page import write_data_page
 
+WORK = ".work."  # begins the name of the folder of temporary files in OUT
 QUARANTINE = ("split", "index", "reason", "score")
 
 
 def audit_data(directory, out: Path, checks, overrides: list[str], device="auto", plant=False) -> dict:
     """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is nothing to audit."""
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out, prefix=".work.") as work:
-        surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
-        power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
-        if power:
-            write_csv(out / "power.csv", power[0], [row.values() for row in power])
-            findings += judge_power(power)
+    directory = Path(directory)
+    if not directory.is_dir() or directory.resolve() == out.resolve():
+        raise BadInput(f"{directory}: {'OUT may not be the data themselves' if directory.is_dir() else 'no such folder'}")
+    load_config(overrides=overrides)  # whatever is wrong with it is said before an hour's work
+    with sole_writer(out):
+        clear(out)
+        with tempfile.TemporaryDirectory(dir=out, prefix=WORK) as work:
+            surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
+            power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
+            if power:
+                write_csv(out / "power.csv", power[0], [row.values() for row in power])
+                findings += judge_power(power)
             write_findings(out, findings)
-        page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
+            page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
     num = {severity: sum(f["severity"] == severity for f in findings) for severity in ("error", "warning", "note")}
     suspects = quarantine_rows(findings)
-    return {
-        "num_errors": num["error"],
-        "num_warnings": num["warning"],
-        "not_run": failed,
-        "num_suspects": len(suspects),
-        "page": str(page),
-    }
+    result = {"num_errors": num["error"], "num_warnings": num["warning"], "not_run": failed}
+    return result | {"num_suspects": len(suspects), "page": str(page)}
 
 
-def run_checks(
-    directory, out: Path, checks, overrides, device, work
-) -> tuple[list[Survey], Copies | None, list[dict], list[str]]:
-    """Survey a folder and run checks on it, each result written as soon as it is there; gives those that could not run, too."""
+def run_checks(directory, out: Path, checks, overrides, device, work):
+    """Survey a folder and run checks on it: (surveys, copies or None, findings, names of the checks that could not run)."""
     surveys, findings = survey_folder(directory, work)
     failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
     copies = find_copies(surveys) if surveys and {"duplicates", "leakage", "triggers"} & set(checks) else None
     train = next((survey for survey in surveys if survey.name == "train"), None)
 
     def labels():
-        from lib.audits.labels import check_labels  # which brings all that training needs: 0.2 GB
+        from lib.audits.labels import check_labels  # which brings all that training needs
 
+        write_findings(out, findings)  # what is found so far: folds leave damage out, and this may take an hour
         return check_labels(directory, train, out, overrides, device)
 
     run = {
@@ -71,7 +74,6 @@ def run_checks(
         ],
         "labels": labels,
     }
-    write_findings(out, findings)
     for name in checks:
         if not surveys or (name == "labels" and train is None):
             failed.append(name)
@@ -81,21 +83,35 @@ def run_checks(
         except BadInput as error:
             failed.append(name)
             findings.append(finding(name, "error", f"this check could not run: {error}", advice="mend that and audit again"))
-        write_findings(out, findings)
     return surveys, copies, findings, failed
 
 
+def clear(out: Path) -> None:
+    """Remove what an earlier audit has left in OUT, its temporary files if it was killed too; runs of folds stay."""
+    for leftover in out.glob(f"{WORK}*"):
+        shutil.rmtree(leftover)
+    if not (out / "findings.json").exists():
+        return
+    checks = {found["check"] for found in json.loads((out / "findings.json").read_text())}
+    for name in (*map(csv_name, checks), "quarantine.csv", "power.csv", "out_of_fold.csv", "audit.html", "findings.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def csv_name(check: str) -> str:
+    return f"{check.replace(': ', '_').replace(' ', '_')}.csv"
+
+
 def write_findings(out: Path, findings: list[dict]) -> None:
-    """Write findings.json, quarantine.csv, and the rows of each check as a CSV."""
-    write_json(out / "findings.json", findings)
-    write_csv(out / "quarantine.csv", QUARANTINE, [[row[name] for name in QUARANTINE] for row in quarantine_rows(findings)])
+    """Write the rows of each check as a CSV, quarantine.csv, and, last, findings.json."""
+    write_csv(out / "quarantine.csv", QUARANTINE, [row.values() for row in quarantine_rows(findings)])
     by_check = {}
     for found in findings:
-        by_check.setdefault(found["check"].replace(": ", "_").replace(" ", "_"), []).extend(found["rows"])
+        by_check.setdefault(csv_name(found["check"]), []).extend(found["rows"])
     for name, rows in by_check.items():
         if rows:
             header = list(dict.fromkeys(key for row in rows for key in row))
-            write_csv(out / f"{name}.csv", header, [[row.get(key, "") for key in header] for row in rows])
+            write_csv(out / name, header, [[row.get(key, "") for key in header] for row in rows])
+    write_json(out / "findings.json", findings)
 
 
 def quarantine_rows(findings: list[dict]) -> list[dict]:
@@ -107,10 +123,10 @@ def quarantine_rows(findings: list[dict]) -> list[dict]:
     return [{**dict(zip(QUARANTINE, key, strict=False)), "score": round(score, 4)} for key, score in sorted(suspects.items())]
 
 
-def plant_and_find(surveys: list[Survey], copies: Copies, checks, overrides, device, work) -> list[dict]:
+def plant_and_find(surveys: list[Survey], copies: Copies | None, checks, overrides, device, work) -> list[dict]:
     """The power of the checks on a copy of part of the data with damage planted, against the same part as it is."""
     say("planting damage into a copy of these data, to see what is found of it")
-    found = {}
+    copies, found = copies or find_copies(surveys), {}
     rows_of = {survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)}
     clean, planted = Path(work, "clean"), Path(work, "planted")
     truth = write_copies(surveys, rows_of, clean, planted)

@@ -7,6 +7,7 @@ import numpy as np
 from lib.audits import finding
 from lib.audits.survey import Survey
 from lib.copies import Overlaps, compare_patches, group_rows, join
+from lib.pcam import PATCH_BYTES
 from lib.progress import Progress
 
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
@@ -41,8 +42,13 @@ def find_copies(surveys: list[Survey]) -> Copies:
             patches[mine] = survey.read(row[numbers[mine]])
         return patches
 
+    prints = join([survey.prints for survey in surveys])
+    for name, survey in enumerate(surveys):  # of what is mostly out of range, clipping has left nothing to compare
+        lost = survey.table["num_nan"] + survey.table["num_below"] + survey.table["num_above"] > PATCH_BYTES // 2
+        numbers = np.flatnonzero(split == name)[lost]
+        prints.key[numbers], prints.codes[numbers] = 0, -1
     with Progress(0, "compare", "candidate pairs") as progress:
-        first, overlaps = compare_patches(join([survey.prints for survey in surveys]), read, progress.add)
+        first, overlaps = compare_patches(prints, read, progress.add)
     return Copies(first, overlaps, split, row)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.audits import finding
-from lib.audits.survey import Survey
+from lib.audits.survey import DAMAGE, Survey
 from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, open_dataset, open_images, read_rows, split_path
 from lib.verify import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
 
@@ -86,7 +86,7 @@ def account_for_size(survey: Survey, work) -> dict:
 
 def measure_repacking(survey: Survey, work) -> tuple[float, float, int]:
     """Patches a second read singly at random from the file as it is and from a repacked part, and bytes of all repacked."""
-    rows = np.arange(min(TRIED_ROWS, len(survey)))
+    rows = np.flatnonzero(survey.damage != DAMAGE.index("unreadable"))[:TRIED_ROWS]
     wanted = np.random.default_rng(0).choice(rows, min(READ_AT_RANDOM, len(rows)), replace=False)
     with tempfile.TemporaryDirectory(dir=work) as folder:
         with SplitWriter(folder, survey.name, len(rows)) as writer:

@@ -16,7 +16,7 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
         for a, earlier in enumerate(surveys[:b]):
             both = f"{earlier.name} and {later.name}"
             findings += [*shared_tissue(a, b, earlier, later, copies, both)]
-            if earlier.slides is None or later.slides is None:
+            if earlier.coords is None or later.coords is None:
                 continue
             shared = np.intersect1d(earlier.slides, later.slides)
             if not len(shared):
@@ -39,34 +39,45 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
 
 
 def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies, both: str):
-    """Yield a finding for equal patches of two splits, one for near copies and one for overlapping crops."""
+    """Yield a finding for equal patches of two splits, one for near copies and one for overlapping crops.
+
+    Each patch that has a counterpart in the other split is named, with one such counterpart.
+    """
     advice = "the model is scored on what it was trained on; quarantine_reasons takes `leak`"
-    # equal ones: every patch of the later split with the first equal one of the earlier
-    ours, theirs = (np.flatnonzero(copies.split == number) for number in (a, b))
-    place = {int(first): int(row) for first, row in zip(copies.first[ours][::-1], copies.row[ours][::-1], strict=True)}
-    pairs = [
-        (place[int(first)], row)
-        for first, row in zip(copies.first[theirs], copies.row[theirs], strict=True)
-        if int(first) in place
-    ]
-    found = {"equal patches": [(mine, int(other), "equal up to a symmetry", 1.0) for mine, other in pairs]}
-    # the others: pairs link the first of equal ones, in whichever split that is
-    overlaps = copies.overlaps
-    one, other = copies.split[overlaps.first], copies.split[overlaps.second]
-    for title, which in (("near copies", overlaps.is_near), ("overlapping crops", ~overlaps.is_near)):
-        chosen = overlaps[which & (one == a) & (other == b)]
-        words = [
-            describe_copy(chosen[[i]]) if title == "near copies" else f"{chosen.shift[i].tolist()} px off"
-            for i in range(len(chosen))
-        ]
-        columns = (copies.row[chosen.first].tolist(), copies.row[chosen.second].tolist(), words, chosen.similarity.tolist())
-        found[title] = list(zip(*columns, strict=True))
+    sides = [members_by_first(copies, number) for number in (a, b)]
+    found = {"equal patches": [], "near copies": [], "overlapping crops": []}
+    for first in sides[0].keys() & sides[1].keys():
+        found["equal patches"] += pair_up(sides[0][first], sides[1][first], "equal up to a symmetry", 1.0)
+    overlaps = copies.overlaps  # they link the first of equal ones, in whichever split that is
+    for number, pair in enumerate(zip(overlaps.first.tolist(), overlaps.second.tolist(), strict=True)):
+        for one, other in (pair, pair[::-1]):
+            if one in sides[0] and other in sides[1]:
+                title = "near copies" if overlaps.is_near[number] else "overlapping crops"
+                words = (
+                    describe_copy(overlaps[[number]]) if title == "near copies" else f"{overlaps.shift[number].tolist()} px off"
+                )
+                found[title] += pair_up(sides[0][one], sides[1][other], words, float(overlaps.similarity[number]))
     for title, pairs in found.items():
         if pairs:
             mine, other, words, score = (np.array(column) for column in zip(*pairs, strict=True))
             rows = leak_rows(earlier, later, mine, other, words, score)
-            measured = f"{len(pairs):,} {title} in {both}, of {len(np.unique(mine)):,} patches of {earlier.name}"
+            measured = (
+                f"{len(np.unique(mine)):,} patches of {earlier.name} are {title} of {len(np.unique(other)):,} of {later.name}"
+            )
             yield finding(f"leak: {title}", "error", measured, "none", advice, rows, both)
+
+
+def members_by_first(copies: Copies, number: int) -> dict[int, list[int]]:
+    """The rows of a split by the first patch, of any split, that they equal."""
+    members, mine = {}, np.flatnonzero(copies.split == number)
+    for first, row in zip(copies.first[mine].tolist(), copies.row[mine].tolist(), strict=True):
+        members.setdefault(first, []).append(row)
+    return members
+
+
+def pair_up(ours: list[int], theirs: list[int], *facts) -> list[tuple]:
+    """Each of ours with their first, and each of theirs with our first."""
+    return [(row, theirs[0], *facts) for row in ours] + [(ours[0], row, *facts) for row in theirs[1:]]
 
 
 def leak_rows(earlier: Survey, later: Survey, ours, theirs, words, score) -> list[dict]:

@@ -181,8 +181,11 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
             rows = read_meta(path)
             if len(rows) != num:
                 raise BadInput(f"{path} has {len(rows):,} rows for {num:,} patches")
-            slides = np.array([row["wsi"] for row in rows])
-            coords = np.array([(float(row["coord_y"]), float(row["coord_x"])) for row in rows]).astype(np.int64)
+            places = np.array([(float(row["coord_y"]), float(row["coord_x"])) for row in rows])
+            names = np.array([row["wsi"] for row in rows])
+            if not np.isfinite(places).all() or not names.all():
+                raise BadInput(f"{path} has rows without a coordinate or a slide name")
+            slides, coords = names, places.astype(np.int64)
     except (BadInput, ValueError) as error:
         findings.append(finding("meta", "error", one_line(error), advice="checks by slide are not possible", split=name))
     return labels, slides, coords
@@ -256,6 +259,8 @@ def measure(raw: np.ndarray):
         levels = np.arange(256.0)
         mean = values @ levels / PATCH_BYTES * 3
         deviation = np.sqrt(np.maximum(values @ levels**2 / PATCH_BYTES * 3 - mean**2, 0)).max(1)
+        is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
+        features[-1]["black_share"] = is_black.mean((1, 2), dtype=np.float32)
         damage.append(np.select([deviation == 0, deviation < FLAT_STD], [5, 6], -1))
     damage = np.concatenate(damage)
     is_whole = damage == 5

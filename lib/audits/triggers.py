@@ -116,7 +116,7 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
     if len(y) < LEAST_PIXELS:
         return None
     pattern = centre[y, x]
-    members = carriers(survey, rows, y, x, pattern)
+    members = carriers(survey, survey.intact, y, x, pattern)  # copies as well
     by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in elsewhere(y, x)]) * len(rows)
     by_chance /= min(len(others), 20_000) or 1
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):

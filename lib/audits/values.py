@@ -15,6 +15,7 @@ WORDS = {
     "constant": "have one colour all over",
     "flat": f"are nearly flat (no channel's deviation reaches {FLAT_STD:g})",
 }
+LEAST_BLACK = 0.1  # of a patch that is black in part
 SIDES = ("top", "bottom", "left", "right")
 
 
@@ -33,10 +34,18 @@ def check_values(survey: Survey) -> list[dict]:
             measured += f"; {where(survey.boxes[index], num_bad[kind][index], columns['low'], columns['high'], kind)}"
             columns |= {side: survey.boxes[index, number] for number, side in enumerate(SIDES)}
             columns["score"] = np.maximum(num_bad[kind][index] / PATCH_BYTES, 0.5).round(6)
+        if len(index) > len(survey) / 2:
+            advice = "so many are another scale rather than damage: prepare.py repack"
         if kind == "flat":
             columns["score"], advice, severity = 0.3, "may be empty glass: look at the gallery", "warning"
         rows = survey.rows(index, **columns)
         findings.append(finding(f"values: {kind}", severity, measured, "none", advice, rows, survey.name))
+    partly = survey.intact[table["black_share"][survey.intact] >= LEAST_BLACK]
+    if len(partly):
+        measured = f"{len(partly):,} patches are black in part, {LEAST_BLACK:.0%} of their pixels or more"
+        rows = survey.rows(partly, black_share=table["black_share"][partly].round(4))
+        advice = "an edge of the scan, or lost tiles: look at the gallery"
+        findings.append(finding("values: partly black", "note", measured, "", advice, rows, survey.name))
     fractional = int((table["num_fractional"][survey.intact] > 0).sum())
     if fractional:
         measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
