@@ -34,7 +34,24 @@ NEAR_PX = 4  # a copy that lies further off shows other tissue: it overlaps
 
 
 @dataclass(frozen=True)
-class Prints:
+class Columns:
+    """Arrays of one length under names: rows are chosen, and parts joined, in all of them at once."""
+
+    def __len__(self) -> int:
+        return len(getattr(self, next(iter(self.__dataclass_fields__))))
+
+    def __getitem__(self, which):
+        return type(self)(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+
+def join(parts):
+    """Consecutive Columns of one kind as one."""
+    kind = type(parts[0])
+    return kind(*(np.concatenate([getattr(part, name) for part in parts]) for name in kind.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class Prints(Columns):
     """What N patches are known by: `key` uint64 (N,), equal for equal patches, 0 for those of one colour; anchors `place` int8
     (N, K, 2) as y and x, `symmetry` uint8 (N, K) that turns what is around, `codes` int64 (N, K, 2), -1 where there is none."""
 
@@ -42,15 +59,6 @@ class Prints:
     place: np.ndarray
     symmetry: np.ndarray
     codes: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.key)
-
-
-def join(parts):
-    """Prints of consecutive patches, or overlaps, as one."""
-    kind = type(parts[0])
-    return kind(*(np.concatenate([getattr(part, name) for part in parts]) for name in kind.__dataclass_fields__))
 
 
 @lru_cache
@@ -196,7 +204,7 @@ def _relative_symmetry() -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Overlaps:
+class Overlaps(Columns):
     """Pairs of patches that show the same tissue: row numbers `first` < `second`, int64 (M,); `shift` int64 (M, 2), pixels by
     which the second, turned by `symmetry`, lies lower and further right than the first; `similarity`, the correlation of their
     pixels where both lie; `gain`, how much brighter the second is there; `difference`, the mean of what else differs."""
@@ -208,12 +216,6 @@ class Overlaps:
     similarity: np.ndarray
     gain: np.ndarray
     difference: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def __getitem__(self, which) -> "Overlaps":
-        return Overlaps(*(getattr(self, name)[which] for name in Overlaps.__dataclass_fields__))
 
     @property
     def is_near(self) -> np.ndarray:
@@ -263,11 +265,12 @@ def find_overlaps(prints: Prints, rows: np.ndarray, read: Callable, progress=Non
         near = lay_over(prints, part[pairs.is_near & (pairs.similarity >= LEAST_ALIKE - 0.1)], read, 2)
         return join([beside, near[(near.similarity >= LEAST_ALIKE) & (np.abs(np.log(near.gain)) < MOST_GAIN)]])
 
+    parts = np.array_split(candidates, -(-len(candidates) // 128) or 1)
     with ThreadPoolExecutor(2) as pool:
-        for part in pool.map(confirm, np.array_split(candidates, -(-len(candidates) // 128) or 1)):
-            found.append(part)
+        for part, overlaps in zip(parts, pool.map(confirm, parts), strict=True):
+            found.append(overlaps)
             if progress:
-                progress(128)
+                progress(len(part))
     return join(found)
 
 
@@ -291,6 +294,11 @@ def compare_patches(prints: Prints, read: Callable, progress=None) -> tuple[np.n
     return first, find_overlaps(prints, rows, read, progress)
 
 
+def link_groups(first: np.ndarray, overlaps: Overlaps) -> np.ndarray:
+    """The smallest number that each patch is linked with, by equality or by overlaps, if only by way of others, int64 (N,)."""
+    return group_rows(len(first), np.append(np.arange(len(first)), overlaps.first), np.append(first, overlaps.second))
+
+
 def link_copies(images) -> np.ndarray:
     """For each patch of lib.pcam.Images the smallest row that shows some of the same tissue, if only by way of others: (N,)."""
     with Progress(images.num, "looking for copies and overlapping patches") as progress:
@@ -298,6 +306,4 @@ def link_copies(images) -> np.ndarray:
         for _, block in images.blocks():
             prints.append(print_patches(block))
             progress.add(len(block))
-    first, overlaps = compare_patches(join(prints), images.read)
-    rows = np.arange(images.num)
-    return group_rows(images.num, np.append(rows, overlaps.first), np.append(first, overlaps.second))
+    return link_groups(*compare_patches(join(prints), images.read))

@@ -27,7 +27,8 @@ def grey_planes(patches: np.ndarray) -> np.ndarray:
 def compute_features(patches: np.ndarray, counts: np.ndarray, grey: np.ndarray) -> dict[str, np.ndarray]:
     """float32 (B,) by NAMES, of patches with their value counts and grey planes: brightness and contrast (the mean of the
     channels' deviations) in 0..255, saturation (Smith 1978) in 0..1, mean concentration of each stain in optical density,
-    sharpness as the mean difference of neighbours over that of pixels two apart, which blurring brings down to a half."""
+    sharpness as the mean difference of neighbours over that of pixels two apart, which blurring brings down to a half. And
+    `deviation`, the largest of a channel, by which a patch is flat."""
     values, num = np.arange(256.0), PATCH_SHAPE[0] * PATCH_SHAPE[1]
     mean = counts @ values / num  # (B, 3)
     deviation = np.sqrt(np.maximum(counts @ values**2 / num - mean**2, 0))
@@ -47,4 +48,5 @@ def compute_features(patches: np.ndarray, counts: np.ndarray, grey: np.ndarray) 
         stains[:, 1],
         near / np.maximum(far, 1e-3),
     )
-    return dict(zip(NAMES, (np.asarray(column, np.float32) for column in columns), strict=True))
+    named = zip((*NAMES, "deviation"), (*columns, deviation.max(1)), strict=True)
+    return {name: np.asarray(column, np.float32) for name, column in named}

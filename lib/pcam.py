@@ -159,12 +159,17 @@ def open_images(path, num_labels: int = 0) -> Images:
         return Images(path, len(dataset), None, f"{dataset.dtype}, chunks {dataset.chunks}, compression {dataset.compression}")
 
 
-def read_labels(path) -> np.ndarray:
-    """The labels of a `y` file as uint8 (N,). Raises BadInput for values other than 0 and 1."""
+def read_label_values(path) -> np.ndarray:
+    """The numbers in a `y` file as they are, (N,). Raises BadInput where there is not one for each row."""
     with open_dataset(path, "y") as dataset:
         if not dataset.shape or dataset.size != len(dataset) or dataset.dtype.kind not in "uifb":
             raise BadInput(f"{path}: y has shape {dataset.shape} and type {dataset.dtype}, it must be numbers (N, 1, 1, 1)")
-        values = read_rows(dataset, slice(None)).reshape(-1)
+        return read_rows(dataset, slice(None)).reshape(-1)
+
+
+def read_labels(path) -> np.ndarray:
+    """The labels of a `y` file as uint8 (N,). Raises BadInput for values other than 0 and 1."""
+    values = read_label_values(path)
     wrong = np.flatnonzero(~np.isin(values, (0, 1)))
     if len(wrong):
         raise BadInput(f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, it must be 0 or 1 ({len(wrong):,} such rows)")

@@ -345,24 +345,30 @@ def cut_patches(slide: Slide, num: int, rng, num_positive: int) -> tuple[np.ndar
     raise ValueError(f"{slide.name} has {len(kept[0])} negative and {len(kept[1])} positive patches, asked for {wanted}")
 
 
-def _copy_patch(kind, slide, image, yx, rng):
-    """A copy of the patch `image` (96, 96, 3) uint8 cut at `yx`: (copy, where it was cut, what was done to it in words)."""
+def alter_patch(kind: str, image: np.ndarray, rng, least_quality: int = 70) -> tuple[np.ndarray, str]:
+    """A patch uint8 (96, 96, 3) symmetric, brightened, recompressed or, as any other kind, the same: (copy, words for it)."""
     if kind == "symmetric":
         turns, mirrored = divmod(int(rng.integers(1, 8)), 2)
-        return np.rot90(image, turns)[:, :: 1 - 2 * mirrored], yx, f"turned {90 * turns}{' mirrored' * mirrored}"
+        return np.rot90(image, turns)[:, :: 1 - 2 * mirrored], f"turned {90 * turns}{' mirrored' * mirrored}"
     if kind == "brightened":
         factor = rng.uniform(1.02, 1.1)
-        return np.minimum(image * factor + 0.5, 255).astype(np.uint8), yx, f"times {factor:.3f}"
+        return np.minimum(image * factor + 0.5, 255).astype(np.uint8), f"times {factor:.3f}"
     if kind == "recompressed":
-        buffer, quality = io.BytesIO(), int(rng.integers(70, 96))
+        buffer, quality = io.BytesIO(), int(rng.integers(least_quality, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        return np.asarray(Image.open(buffer)), yx, f"quality {quality}"
+        return np.asarray(Image.open(buffer)), f"quality {quality}"
+    return image, "same bytes"
+
+
+def _copy_patch(kind, slide, image, yx, rng):
+    """A copy of the patch `image` (96, 96, 3) uint8 cut at `yx`: (copy, where it was cut, what was done to it in words)."""
     if kind in ("shifted", "overlap"):
         low, high = (1, 4) if kind == "shifted" else (24, 64)
         step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
         step = np.where((yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX), -step, step)
         return _cut(slide.image, *(yx + step)), yx + step, f"by {step[0]} {step[1]}"
-    return image, yx, "same bytes"
+    copied, words = alter_patch(kind, image, rng)
+    return copied, yx, words
 
 
 def _damage(kind, image, rng) -> str:

@@ -3,7 +3,6 @@
 python tests/prove_audit.py [PART ...] --data DIR [--full DIR] [--out assets/audit]
 """
 
-import datetime
 import json
 import resource
 import shutil
@@ -16,11 +15,11 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 from damaged import score_quarantine, write_damaged_edition, write_flipped_edition
+from proofs import made_now, write_markdown
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
-from lib.logger import atomic_write, read_csv, read_json, write_json
+from lib.logger import read_csv, read_json, write_json
 from lib.pcam import require_splits
-from lib.rundir import git_state
 
 QUICK_CHECKS = "files,values,balance,duplicates,leakage,drift"
 EXACT = ("nan", "range", "black", "white", "constant", "scaled")
@@ -180,16 +179,13 @@ def prove_training(args, scratch: Path) -> list[dict]:
     return [row("damaged edition, AUC with quarantine above that without, each of three seeds", text, held)]
 
 
-def write_markdown(path: Path, results: dict) -> None:
+def write_table(path: Path, results: dict) -> None:
     """The results of the parts as a table."""
-    lines = ["| asked | measured | held | part, date, commit |", "|---|---|---|---|"]
+    rows = []
     for name in (name for name in PARTS if name in results):
         made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
-        lines += [
-            f"| {r['asked']} | {r['measured']} | {'yes' if r['held'] else 'NO'} | {made} |" for r in results[name]["rows"]
-        ]
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+        rows += [(r["asked"], r["measured"], "yes" if r["held"] else "NO", made) for r in results[name]["rows"]]
+    write_markdown(path, ("asked", "measured", "held", "part, date, commit"), rows)
 
 
 PARTS = {name.removeprefix("prove_"): part for name, part in list(globals().items()) if name.startswith("prove_")}
@@ -210,17 +206,16 @@ def main(argv=None) -> int:
     path = args.out.with_suffix(".json")
     results = read_json(path) if path.exists() else {}
     for name in args.parts or PARTS:
-        code = git_state()
+        made = made_now()
         with tempfile.TemporaryDirectory(prefix="audit-proof-", dir=REPOSITORY / "data") as scratch:
             rows = PARTS[name](args, Path(scratch))
             shutil.rmtree(scratch, ignore_errors=True)
             Path(scratch).mkdir()
-        commit = (code["commit"] or "none")[:10] + (" with changes" if code["uncommitted_patch"] else "")
-        results[name] = {"date": str(datetime.date.today()), "commit": commit, "rows": rows}
+        results[name] = made | {"rows": rows}
         write_json(path, results)
         for found in rows:
             say(f"{'held' if found['held'] else 'MISSED'}: {found['asked']}: {found['measured']}")
-    write_markdown(args.out.with_suffix(".md"), results)
+    write_table(args.out.with_suffix(".md"), results)
     missed = [r["asked"] for result in results.values() for r in result["rows"] if not r["held"]]
     print_result({"missed": missed, "table": str(args.out.with_suffix(".md"))})
     return EXIT_FINDING if missed else EXIT_DONE

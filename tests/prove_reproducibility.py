@@ -4,7 +4,6 @@ python tests/prove_reproducibility.py [PART] [--count N] [--data DIR] [--device 
 """
 
 import contextlib
-import datetime
 import functools
 import itertools
 import json
@@ -21,6 +20,7 @@ import time
 from pathlib import Path
 
 from conftest import QUICK, REPOSITORY, write_pcam
+from proofs import made_now, write_markdown
 
 # imported before the forks, so that a training starts at once; nothing here computes: a fork may not inherit threads
 import audit
@@ -31,9 +31,9 @@ from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result,
 from lib.config import load_config
 from lib.device import choose_device, describe_machine
 from lib.launch import ALONE
-from lib.logger import atomic_write, read_json, write_json
+from lib.logger import read_json, write_json
 from lib.models import build_model
-from lib.rundir import git_state, package_versions
+from lib.rundir import package_versions
 from lib.seeding import set_determinism
 
 SIZE = ["limit_train=160", "limit_valid=64", "data_residence=disk"]
@@ -306,7 +306,7 @@ def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) 
     """Put a part's result into OUT.json, where those of earlier parts stay, and all of them into OUT.md."""
     path = args.out.with_suffix(".json")
     results = read_json(path) if path.exists() else {}
-    machine, code = describe_machine(choose_device(args.device)), git_state()
+    machine = describe_machine(choose_device(args.device))
     held = sum(row["held"] for row in rows)
     results[name] = {
         "held": held,
@@ -315,8 +315,7 @@ def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) 
         "command": f"python tests/prove_reproducibility.py {name} --count {len(rows)}"
         + (f" --data {args.data}" * bool(args.data)),
         "data": args.data or "synthetic",
-        "date": str(datetime.date.today()),
-        "commit": (code["commit"] or "none")[:10] + (" with changes" if code["uncommitted_patch"] else ""),
+        **made_now(),
         "machine": machine,
         "torch": package_versions()["torch"],
         "wall_s": round(seconds, 1),
@@ -324,22 +323,21 @@ def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) 
     }
     results = {key: results[key] for key in PARTS if key in results}
     write_json(path, results)
-    write_markdown(args.out.with_suffix(".md"), results)
+    write_results(args.out.with_suffix(".md"), results)
     return results[name]
 
 
-def write_markdown(path: Path, results: dict) -> None:
+def write_results(path: Path, results: dict) -> None:
     """The results of the parts as a table."""
-    lines = ["| proof | held | remark | command | data, device, date, commit |", "|---|---|---|---|---|"]
+    rows = []
     for key, found in results.items():
         text = f"{found['held']} of {found['count']}"
         if key.endswith("_price"):
             text = ("under" if found["held"] == found["count"] else "NOT under") + f" {LIMIT_PERCENT}%, {found['count']} pairs"
         device = found["machine"].get("gpu", f"{found['machine']['num_cores']} cores of {found['machine']['cpu']}")
         made = f"{found['data']}, {device}, {found['date']}, {found['commit']}"
-        lines.append(f"| {key.replace('_', ' ')} | {text} | {found['remark']} | `{found['command']}` | {made} |")
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+        rows.append((key.replace("_", " "), text, found["remark"], f"`{found['command']}`", made))
+    write_markdown(path, ("proof", "held", "remark", "command", "data, device, date, commit"), rows)
 
 
 @script

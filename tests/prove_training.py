@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from conftest import REPOSITORY
+from proofs import write_markdown
 
 from lib.logger import read_csv, read_json, write_csv
 from lib.metrics import compute_auc
@@ -64,10 +65,8 @@ def draw() -> None:
     axes.set_yticks(range(len(names)), names)
     axes.legend(loc="lower right")
     TABLE.with_suffix(".png").write_bytes(figure_png(figure))
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in sorted(rows, key=lambda row: -names.index(row["name"])):
-        lines.append("| " + " | ".join(row[column] for column in COLUMNS) + " |")
-    TABLE.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    ordered = sorted(rows, key=lambda row: -names.index(row["name"]))
+    write_markdown(TABLE.with_suffix(".md"), COLUMNS, ([row[column] for column in COLUMNS] for row in ordered))
 
 
 def main(argv=None) -> int:

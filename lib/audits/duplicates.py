@@ -6,7 +6,7 @@ import numpy as np
 
 from lib.audits import finding
 from lib.audits.survey import Survey
-from lib.copies import Overlaps, compare_patches, group_rows, join
+from lib.copies import Overlaps, compare_patches, join
 from lib.pcam import PATCH_BYTES
 from lib.progress import Progress
 
@@ -22,12 +22,6 @@ class Copies:
     overlaps: Overlaps
     split: np.ndarray
     row: np.ndarray
-
-    def groups(self, overlapping: bool) -> np.ndarray:
-        """The smallest number linked with each, int64 (N,): by copies, or by overlapping tissue as well."""
-        pairs = self.overlaps if overlapping else self.overlaps[self.overlaps.is_near]
-        numbers = np.arange(len(self.first))
-        return group_rows(len(self.first), np.append(numbers, pairs.first), np.append(self.first, pairs.second))
 
 
 def find_copies(surveys: list[Survey]) -> Copies:

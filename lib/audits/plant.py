@@ -1,16 +1,14 @@
 """The power of the detectors on the user's own data: damage of every kind planted into a copy, and what of it is found."""
 
-import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lib.audits import finding
 from lib.audits.survey import Survey
-from lib.copies import turn
 from lib.logger import write_csv
 from lib.pcam import SplitWriter
+from lib.synthetic import alter_patch
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
 TRIGGER_SIDE = 4
@@ -63,18 +61,10 @@ def damage_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
 
 def copy_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
     """A patch uint8 (96, 96, 3) as a copy of a kind."""
-    if kind == "turned":
-        return turn(patch[None], int(rng.integers(1, 8)))[0]
-    if kind == "recompressed":
-        buffer = io.BytesIO()
-        Image.fromarray(patch).save(buffer, "JPEG", quality=int(rng.integers(60, 96)))
-        return np.asarray(Image.open(buffer))
-    if kind == "brightened":
-        return np.clip(patch * rng.uniform(1.02, 1.1) + 0.5, 0, 255).astype(np.uint8)
     if kind == "shifted":
         dy, dx = rng.choice([(dy, dx) for dy in range(-4, 5) for dx in range(-4, 5) if dy or dx])
         return np.pad(patch, ((4, 4), (4, 4), (0, 0)), "edge")[4 + dy : 100 + dy, 4 + dx : 100 + dx]
-    return patch
+    return alter_patch("symmetric" if kind == "turned" else kind, patch, rng, least_quality=60)[0]
 
 
 def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: Path, planted: Path) -> list[dict]:

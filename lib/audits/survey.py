@@ -17,7 +17,17 @@ from lib.audits import finding
 from lib.command import BadInput, one_line
 from lib.copies import BLOCK, Prints, find_prints, join
 from lib.features import compute_features, count_values, grey_planes
-from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS, open_dataset, read_meta, read_rows, split_path, to_uint8
+from lib.pcam import (
+    PATCH_BYTES,
+    PATCH_SHAPE,
+    SPLITS,
+    open_dataset,
+    read_label_values,
+    read_meta,
+    read_rows,
+    split_path,
+    to_uint8,
+)
 from lib.progress import Progress
 
 READ_ROWS = 256  # patches read at a time
@@ -100,11 +110,11 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
             Progress(len(dataset), f"survey {name}") as bar,
         ):
             parts = []
-            for raw, part in measure_blocks(dataset, lost):
+            for patches, part in measure_blocks(dataset, lost):
                 parts.append(part)
                 if plain != path:
-                    unpacked.write(bring_to_uint8(raw).tobytes())
-                bar.add(len(raw))
+                    unpacked.write(patches.tobytes())
+                bar.add(len(patches))
     tables, boxes, prints, heats = zip(*parts, strict=True)
     table = {column: np.concatenate([part[column] for part in tables]) for column in tables[0]}
     heat = {kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats) for kind in ("nan", "range")}
@@ -119,25 +129,25 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
     def read(rows) -> np.ndarray:
         """Patches uint8 (B, 96, 96, 3); by pread, for mapped pages would count as memory of this process."""
         data = b"".join(os.pread(fd, size, offset + int(row) * size) for row in rows)
-        return bring_to_uint8(np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE))
+        raw = np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE)
+        return raw if dtype == np.uint8 else bring_to_uint8(raw, find_range(raw)[-1])
 
     return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join(prints), read)
 
 
 def measure_blocks(dataset, lost: list):
-    """Yield (patches as stored, what `measure` gives for them) over an x in order: this thread reads, two measure."""
+    """Yield what `measure` gives for block after block of an x: this thread reads, two measure."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque()
         step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
         for start in range(0, len(dataset), step):
             block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
             parts = [block[place : place + READ_ROWS] for place in range(0, len(block), READ_ROWS)]
-            pending.extend((raw, pool.submit(measure, raw)) for raw in parts)
+            pending.extend(pool.submit(measure, raw) for raw in parts)
             while len(pending) > 3:
-                raw, task = pending.popleft()
-                yield raw, task.result()
-        for raw, task in pending:
-            yield raw, task.result()
+                yield pending.popleft().result()
+        for task in pending:
+            yield task.result()
 
 
 def describe_layout(dataset, path: Path) -> dict:
@@ -159,12 +169,7 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
     """Labels int8 (N,), slide names and coordinates of a split; what is wrong with y and meta goes into `findings`."""
     labels, slides, coords = np.full(num, -1, np.int8), None, None
     try:
-        with open_dataset(split_path(directory, name, "y"), "y") as dataset:
-            if not dataset.shape or dataset.size != len(dataset) or dataset.dtype.kind not in "uifb":
-                raise BadInput(
-                    f"{split_path(directory, name, 'y')}: y is {dataset.shape} {dataset.dtype}, not numbers (N, 1, 1, 1)"
-                )
-            values = read_rows(dataset, slice(None)).reshape(-1)
+        values = read_label_values(split_path(directory, name, "y"))
         if len(values) != num:
             measured = f"x has {num:,} patches, y has {len(values):,} labels"
             findings.append(finding("agreement of x and y", "error", measured, "equal", "fetch both again", split=name))
@@ -207,35 +212,32 @@ def read_tolerantly(dataset, start: int, stop: int, lost: list) -> np.ndarray:
     return block
 
 
-def is_scaled(low, high, num_fractional):
-    """Whether values lie in [0, 1] or [-1, 1] instead of 0..255."""
-    return (low >= -1) & (high <= 1) & (num_fractional > 0)
-
-
-def bring_to_uint8(raw: np.ndarray) -> np.ndarray:
-    """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought back."""
-    if raw.dtype == np.uint8:
-        return raw
+def find_range(raw: np.ndarray):
+    """Of patches as they are stored: lowest and highest value float64 (B,), NaN where one is, how many are no integers, and
+    whether they are scaled to [0, 1] or [-1, 1] instead of 0..255."""
     flat = raw.reshape(len(raw), PATCH_BYTES)
-    scaled = is_scaled(flat.min(1), flat.max(1), (flat != np.rint(flat)).sum(1))
+    low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
+    num_fractional = (flat != np.rint(flat)).sum(1, dtype=np.int32) if raw.dtype.kind == "f" else np.zeros(len(raw), np.int32)
+    return low, high, num_fractional, (low >= -1) & (high <= 1) & (num_fractional > 0)
+
+
+def bring_to_uint8(raw: np.ndarray, scaled: np.ndarray) -> np.ndarray:
+    """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought back."""
     if scaled.any():
         raw = raw.astype(np.float32)
-        shifted = scaled & (flat.min(1) < 0)
+        shifted = scaled & (raw.reshape(len(raw), PATCH_BYTES).min(1) < 0)
         raw[shifted] = raw[shifted] / 2 + 0.5
         raw[scaled] *= 255
     return to_uint8(raw)
 
 
 def measure(raw: np.ndarray):
-    """Columns of the table, boxes, prints and heat of some patches (B, 96, 96, 3) as they are stored."""
+    """Some patches (B, 96, 96, 3), as they are stored, as uint8, and their columns of the table, boxes, prints and heat."""
     boxes, heat = np.full((len(raw), 4), -1, np.int16), {}
-    flat = raw.reshape(len(raw), PATCH_BYTES)
     with np.errstate(invalid="ignore"):
-        low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
-        counts = {name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above", "num_fractional")}
-        if raw.dtype.kind == "f":
-            counts["num_fractional"][:] = (flat != np.rint(flat)).sum(1)
-        scaled = is_scaled(low, high, counts["num_fractional"])
+        low, high, num_fractional, scaled = find_range(raw)
+        counts = {name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above")}
+        counts["num_fractional"] = num_fractional
         for row in np.flatnonzero(~((low >= 0) & (high <= 255)) & ~scaled):
             patch = raw[row]
             finite = np.isfinite(patch)
@@ -249,25 +251,27 @@ def measure(raw: np.ndarray):
             heat[kind] = heat.get(kind, 0) + bad
             y, x = np.flatnonzero(bad.any(1)), np.flatnonzero(bad.any(0))
             boxes[row] = y[0], y[-1], x[0], x[-1]
-    patches = bring_to_uint8(raw)
-    parts, features, damage = [], [], []
+    patches = bring_to_uint8(raw, scaled)
+    prints, features = [], []
     for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
         values, grey = count_values(part), grey_planes(part)
-        parts.append(find_prints(values, grey))
-        features.append(compute_features(part, values, grey))
-        levels = np.arange(256.0)
-        mean = values @ levels / PATCH_BYTES * 3
-        deviation = np.sqrt(np.maximum(values @ levels**2 / PATCH_BYTES * 3 - mean**2, 0)).max(1)
+        prints.append(find_prints(values, grey))
         is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
-        features[-1]["black_share"] = is_black.mean((1, 2), dtype=np.float32)
-        damage.append(np.select([deviation == 0, deviation < FLAT_STD], [5, 6], -1))
-    damage = np.concatenate(damage)
-    is_whole = damage == 5
-    damage[is_whole & (high <= 0)], damage[is_whole & (low >= 255)] = 3, 4
-    damage[scaled] = 2
-    damage[(counts["num_below"] > 0) | (counts["num_above"] > 0)] = 1
-    damage[counts["num_nan"] > 0] = 0
-    columns = counts | {"low": low, "high": high, "damage": damage.astype(np.int8)}
+        black_share = is_black.mean((1, 2), dtype=np.float32)
+        features.append(compute_features(part, values, grey) | {"black_share": black_share})
+    prints = join(prints)
+    columns = counts | {"low": low, "high": high}
     columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}
-    return columns, boxes, join(parts), heat
+    has_one_colour = prints.key == 0
+    conditions = {
+        "nan": counts["num_nan"] > 0,
+        "range": counts["num_below"] + counts["num_above"] > 0,
+        "scaled": scaled,
+        "black": has_one_colour & (high <= 0),
+        "white": has_one_colour & (low >= 255),
+        "constant": has_one_colour,
+        "flat": columns["deviation"] < FLAT_STD,
+    }
+    columns["damage"] = np.select([*conditions.values()], [DAMAGE.index(kind) for kind in conditions], -1).astype(np.int8)
+    return patches, (columns, boxes, prints, heat)

@@ -9,6 +9,7 @@ import numpy as np
 from lib.audits import finding
 from lib.audits.duplicates import Copies
 from lib.audits.survey import Survey
+from lib.copies import link_groups
 from lib.pcam import PATCH_SHAPE
 from lib.progress import Progress
 
@@ -149,9 +150,9 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     while True:
         wider = np.pad(part, 1)
         wider = np.any([wider[1 + dy : 97 + dy, 1 + dx : 97 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0) & mask
-        if (wider == part).all() or (wider | part).sum() == part.sum():
+        if not (wider & ~part).any():
             return part & mask
-        part = wider | part
+        part |= wider
 
 
 def elsewhere(y: np.ndarray, x: np.ndarray):
@@ -163,5 +164,6 @@ def elsewhere(y: np.ndarray, x: np.ndarray):
 def unique_rows(survey: Survey, number: int, copies: Copies) -> np.ndarray:
     """The intact rows of a split, copies once."""
     mine = np.flatnonzero(copies.split == number)
-    _, place = np.unique(copies.groups(overlapping=False)[mine], return_index=True)
+    groups = link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])
+    _, place = np.unique(groups[mine], return_index=True)
     return np.intersect1d(copies.row[mine[place]], survey.intact)

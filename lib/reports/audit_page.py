@@ -121,12 +121,11 @@ def plot_features(surveys: list[Survey]):
     """Histograms of features of the intact patches, a line a split."""
     names = ("brightness", "saturation", "haematoxylin", "sharpness")
     figure, all_axes = new_figure(len(names), width=3.4)
-    for axes, name in zip(all_axes, names, strict=True):
-        values = [survey.table[name][survey.intact] for survey in surveys if len(survey.intact)]
-        if not values:
-            continue
+    shown = [survey for survey in surveys if len(survey.intact)]
+    for axes, name in zip(all_axes, names, strict=True) if shown else ():
+        values = [survey.table[name][survey.intact] for survey in shown]
         low, high = np.quantile(np.concatenate(values), (0.002, 0.998))
-        for survey, column in zip((survey for survey in surveys if len(survey.intact)), values, strict=True):
+        for survey, column in zip(shown, values, strict=True):
             axes.hist(column, np.linspace(low, high, 50), density=True, histtype="step", label=survey.name)
         axes.set(title=name, yticks=[])
         axes.legend(fontsize=8)
