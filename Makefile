@@ -43,11 +43,12 @@ setup: $(setup_done)  ## make .venv with the pinned packages
 	touch $@
 
 test: $(test_setup_done)  ## run all tests
-	$(run) here -m pytest
+	$(run) here -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-lint: $(test_setup_done)  ## check style and format
+lint: $(test_setup_done)  ## check style, format and the CI workflow
 	"$$PYTHON" -m ruff check .
 	"$$PYTHON" -m ruff format --check .
+	"$$("$$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/zizmor" --offline --quiet .github
 
 # jobs: on a Slurm cluster these submit, elsewhere they run here. PARTITION=, TIME=, CPUS=, MEM=: what to ask for (default: what
 # fits the partition); AFTER=ID,...: start when those jobs have ended; NUM_RANKS=2: train with two processes; STAGE_DATA=1: copy

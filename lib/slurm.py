@@ -11,6 +11,7 @@ import secrets
 import shlex
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
 MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4  # asked for, where the partition has as much
 NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
+SNAPSHOT_S = 86_400  # a snapshot stays at least so long
 
 # Make variables: what they may look like, and what they are when not given
 VARIABLES = {
@@ -211,9 +213,19 @@ def take_snapshot() -> Path:
     return snapshot
 
 
+def remove_snapshots() -> None:
+    """Remove this user's old snapshots, but those of jobs that wait or run."""
+    commands, now = run_command("squeue", "-h", "-o", "%o"), time.time()
+    for folder in SNAPSHOTS.glob("*"):
+        status = folder.stat()
+        if status.st_uid == os.getuid() and now - status.st_mtime > SNAPSHOT_S and folder.name not in commands:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def submit(name: str, work: Work, python: str, request: list[str], data: str, after: str) -> str:
     """Submit a job, an array if there are several tasks; returns its id. Raises BadInput with sbatch's reason."""
     LOGS.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder, and a job without its log ends without a word
+    remove_snapshots()
     code = take_snapshot()
     options = [f"--job-name=pcam-{name}", f"--chdir={REPOSITORY}", "--requeue", "--open-mode=append", *request]
     logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern

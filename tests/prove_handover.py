@@ -4,7 +4,6 @@ python tests/prove_handover.py [--run RUN] [--out assets/handover]     needs Lin
 """
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -15,10 +14,10 @@ import time
 from pathlib import Path
 
 from conftest import REPOSITORY, run_script
+from proofs import made_now, write_markdown
 from test_handover import MOUNT, flip
 
 from lib.logger import read_csv, write_json
-from lib.rundir import git_state
 
 NUM_PARTS = 5  # the first findings are on the stick, the others on the checklist
 
@@ -77,15 +76,15 @@ def main() -> int:
     parser.add_argument("--run", default=REPOSITORY / "assets" / "champion")
     parser.add_argument("--out", default=REPOSITORY / "assets" / "handover")
     args = parser.parse_args()
+    made = made_now()
     with tempfile.TemporaryDirectory(prefix="a stick's ") as scratch:
         told, rows = prove(args.run, Path(scratch))
-    about = {"date": f"{datetime.date.today()}", "commit": git_state()["commit"], "python": platform.python_version()}
+    about = made | {"python": platform.python_version(), "num_cores": os.cpu_count()}
     write_json(f"{args.out}.json", about | told | {"rows": rows})
-    lines = [f"`python tests/prove_handover.py`, {about['date']}, commit {about['commit'][:10]}, Python {about['python']}."]
-    lines += ["", "| what | held | measured | wall seconds, on two busy cores |", "|---|---|---|---|"]
-    for row in rows:
-        lines.append(f"| {row['what']} | {'yes' if row['held'] else '**no**'} | {row['measured']} | {row['wall_s']} |")
-    Path(f"{args.out}.md").write_text("\n".join(lines) + "\n")
+    header = ("what", "held", "measured", "wall seconds", "date, commit, machine")
+    at = f"{about['date']}, {about['commit']}, Python {about['python']} on {about['num_cores']} cores"
+    table = [(row["what"], "yes" if row["held"] else "NO", row["measured"], f"{row['wall_s']}", at) for row in rows]
+    write_markdown(f"{args.out}.md", header, table)
     return 0 if all(row["held"] for row in rows) else 1
 
 

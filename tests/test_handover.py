@@ -297,6 +297,7 @@ def test_the_checklist_is_judged_item_by_item(tmp_path):
     (tmp_path / "jobs" / "train.sbatch").write_text("#!/bin/bash\n#SBATCH --gpus=1\n")
     good = audit_checklist(tmp_path)
     assert [found["severity"] for found in good] == ["note"] * 6, good
+    assert good[3]["measured"] == "jobs/train.sbatch"
     assert "https://example.org/team/pcam" in good[0]["measured"] and "2 members" in good[5]["measured"]
     # the link and the ids after the first page, a picture elsewhere, no Slurm script, no checkpoint
     (tmp_path / "JOURNAL.md").write_text(

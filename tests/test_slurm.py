@@ -185,12 +185,17 @@ def test_two_tasks_are_two_ranks_and_end_with_the_weights_of_one(jobs, project, 
 def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_words_status_quotes(project, cluster):
     (project / "lib/new.py").write_text("NAME = 'new'\n")
     script, text = project / "train.py", (project / "train.py").read_text()
+    old, older = (project / f"jobs/snapshots/{name}" for name in ("old", "older"))
+    for folder in (old, older):
+        folder.mkdir(parents=True)
+    os.utime(older, (0, 0))
     script.write_text(text.replace("\nimport argparse\n", "\nimport argparse\nimport lib.new\n"))
     try:
         failing = make(project, cluster, "train", arguments=[*SHORT, "--device cuda"]).json["job"]
         after = make(project, cluster, "train", arguments=SHORT, AFTER=failing).json["job"]
     finally:
         script.write_text("raise SystemExit('not what was submitted')\n")
+    assert old.is_dir() and not older.exists()
     try:
         assert ended(project, after) == "0", logged(project, after)
         status = make(project, cluster, "status")
@@ -211,13 +216,14 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
 def test_bench_audit_and_folds_run(project, cluster):
     quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8", *QUICK[2:]]
     bench = make(project, cluster, "bench", PARTITION="thin_course", DATA='my "data"', arguments=quick).json
-    audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', OUT="an audit").json
+    audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', OUT="an audit", arguments=["--checks values,balance"]).json
     folds = make(project, cluster, "folds", K=2, arguments=SHORT).json
     assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(audit["request"])
     assert folds["tasks"] == ["0", "1"]
     assert ended(project, bench["job"]) == "0", logged(project, bench["job"])
     assert json.loads(logged(project, bench["job"], "out").splitlines()[-1])["rows"]
-    assert ended(project, audit["job"])
+    assert ended(project, audit["job"]) in ("0", "1"), logged(project, audit["job"])  # 1: there are suspects
+    assert {row["check"] for row in json.loads((project / "an audit/findings.json").read_text())} >= {"balance"}
     for task in "01":
         run = wait_for(lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin")
         assert f"fold: {task}\n" in (run / "config.yaml").read_text()

@@ -16,7 +16,7 @@ from lib.rundir import REPOSITORY
 PARTS = ("run.sh", "verify.py", "stick.json", "expected.csv", "packages.csv", "MODEL_CARD.md", "wheels/requirements.txt")
 PARTS += ("code/inference.py", "code/config.yaml", *(f"model/{name}" for name in RUN_FILES))
 VERIFY = REPOSITORY / "jobs" / "stick" / "verify.py"  # ours: that of a changed folder may say anything
-SLURM = re.compile(r"(?m)^#SBATCH ")
+SLURM = re.compile(r"(?m)^#SBATCH |\bSLURM_[A-Z]")  # what only a job knows
 IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*src=[\"']?([^\"'\s>]+)")
 SECONDS = 300
 
@@ -77,7 +77,7 @@ def audit_folder(folder: Path) -> list[dict]:
 
 
 def slurm_scripts(folder: Path, names) -> list[str]:
-    """Those of `names` that are job scripts: they hold lines of #SBATCH."""
+    """Those of `names` that are job scripts: shell that speaks to Slurm."""
     scripts = [name for name in names if name.endswith((".sh", ".sbatch", ".slurm", ".job"))]
     return [name for name in scripts if SLURM.search((folder / name).read_text(errors="replace"))]
 
@@ -113,9 +113,10 @@ def audit_checklist(folder: Path) -> list[dict]:
     findings.append(judge("inference.py works", told, "8 drawn patches predicted"))
 
     scripts = slurm_scripts(folder, names)
-    on_disk = slurm_scripts(folder, (path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*")))
+    beside = (path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*"))
+    on_disk = slurm_scripts(folder, (name for name in beside if not name.startswith("jobs/snapshots/")))
     left_out = [{"file": name} for name in on_disk if name not in names]
-    told = f"{len(left_out)} are not tracked" if left_out else "" if scripts else "no script with #SBATCH lines"
+    told = f"{len(left_out)} are not tracked" if left_out else "" if scripts else "no shell script that speaks to Slurm"
     findings.append(judge("every Slurm script", told, ", ".join(scripts), "git add jobs/", left_out))
 
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in names if name in ("README.md", "JOURNAL.md")}
