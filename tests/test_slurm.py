@@ -216,15 +216,8 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
 def test_bench_audit_and_folds_run(project, cluster):
     quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8", *QUICK[2:]]
     bench = make(project, cluster, "bench", PARTITION="thin_course", DATA='my "data"', arguments=quick).json
-    audit = make(
-        project,
-        cluster,
-        "audit",
-        PARTITION="gpu_course",
-        DATA='my "data"',
-        OUT="an audit",
-        arguments=["--checks values,balance"],
-    ).json
+    checks = {"OUT": "an audit", "ARGS": "--checks values,balance"}
+    audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', **checks).json
     folds = make(project, cluster, "folds", K=2, arguments=SHORT).json
     assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(audit["request"])
     assert folds["tasks"] == ["0", "1"]
