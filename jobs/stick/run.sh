@@ -4,7 +4,7 @@
 #   ./run.sh INPUT... [--out FILE]     INPUT: image, folder or tar of 96x96 images, .h5, PCam folder with --split
 #
 # Further options are those of code/inference.py. predictions.csv is written to the folder that you call it from.
-# PCAM_PYTHON names a Python, PCAM_HOME the folder to install into (0.9 GB; default: ~/.cache/pcam-NUMBER).
+# PCAM_PYTHON names a Python, PCAM_HOME the folder to install into (1 GB; default: ~/.cache/pcam-NUMBER).
 set -eu
 unset PYTHONPATH PYTHONHOME CDPATH
 export PYTHONDONTWRITEBYTECODE=1 # or the stick would get files that nobody sent
@@ -49,7 +49,7 @@ if [ ! -f "$home/installed" ] || ! cmp -s "$stick/SHA256SUMS" "$home/installed";
     "$python" -m venv --without-pip "$scratch/venv" # pip comes from the stick: not every Python brings one
     for pip in "$stick"/wheels/pip-*.whl; do :; done
     PIP_CONFIG_FILE=/dev/null "$scratch/venv/bin/python" "$pip/pip" --isolated install --quiet \
-        --no-index --find-links "$stick/wheels" --no-cache-dir --no-compile --disable-pip-version-check \
+        --no-index --find-links "$stick/wheels" --no-cache-dir --disable-pip-version-check \
         -r "$stick/wheels/requirements.txt" >&2 || { say "error: the wheels could not be installed into $home"; exit 2; }
     cp "$stick/SHA256SUMS" "$scratch/installed"
     "$python" -c 'import os, sys; os.rename(*sys.argv[1:])' "$scratch" "$home" 2>/dev/null || [ -f "$home/installed" ]
