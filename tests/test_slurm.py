@@ -225,6 +225,28 @@ def test_bench_audit_and_folds_run(project, cluster):
 
 
 @needs_slurm
+def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(project, cluster):
+    ranges = "{lr: {choice: [0.01, 0.02]}, momentum: {choice: [0.9]}}"
+    space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
+    (project / "my space.yaml").write_text(space)
+    cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
+    found = make(project, cluster, "sweep", SPACE="my space.yaml", NAME="two", DATA='my "data"', arguments=cheap).json
+    first, *_, last = found["jobs"]
+    assert len(found["jobs"]) == 6
+    # the first task dies with all its processes before it has a result
+    job = wait_for(lambda: (run := run_of(project, f"{first}_0")) and job_of(run), "the first trial to begin")
+    run(["scancel", "--signal=KILL", "--full", f"{first}_0"], cluster)
+    assert ended(project, last) == "0", logged(project, last)
+    champion = read_json(project / "sweeps/two/champion.json")
+    assert champion["champion"] and len(champion["finalists"]) == 3
+    assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
+        "one of two was promoted; three times three seeds"
+    )
+    assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
+    assert not (project / f"jobs/logs/{job}.exit").exists(), "it was killed"
+
+
+@needs_slurm
 def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     def refused(sentence, target="train", **variables):
         assert sentence in make(project, cluster, target, check=2, **variables).stderr
