@@ -187,7 +187,9 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     }
     sections = [section(title, picture(figures.figure_png(figure), title)) for title, figure in pictures.items()]
     if champion:
-        rows = [[f[k] for k in ("trial", "mean_auc", "low", "high", "run")] for f in champion["finalists"]]
+        rows = [
+            [f["trial"], *(show(f[k]) for k in ("mean_auc", "low", "high")), Path(f["run"]).name] for f in champion["finalists"]
+        ]
         header = ("trial", "mean AUC on validation", "95% from", "to", "its best run")
         words = f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were chosen on the same patches."
         sections.insert(0, section("Champion", note(champion["note"], "alarm"), table(header, rows), note(words)))

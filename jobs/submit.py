@@ -41,8 +41,7 @@ def main(argv=None) -> int:
         return sweep(variables)
     work = slurm.build_work(args.verb, variables)
     if slurm.has_slurm():
-        submit(args.verb, work, variables)
-        return EXIT_DONE
+        return submit(args.verb, [work], variables)
     say("no Slurm cluster here: this runs on this machine")
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
     return run_here([[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]])
@@ -65,16 +64,13 @@ def sweep(variables: dict[str, str]) -> int:
         say("no Slurm cluster here: this runs on this machine")
         stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
         return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks])
-    jobs = []
-    for work in slurm.sweep_stages(name, num_rows, []):
-        jobs.append(submit("sweep", work, variables | ({"AFTER": jobs[-1]} if jobs else {})))
-    print_result({"jobs": jobs, "plan": str(planned.folder / "plan.json")})
-    return EXIT_DONE
+    return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
 
 
-def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> str:
-    """Check all that can be checked now, in the environment that the job will have, and submit."""
+def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
+    """Check all that can be checked now, in the environment that jobs will have, and submit; each waits for the one before."""
     slurm.require_disk(REPOSITORY)
+    work, jobs, after = chain[0], [], variables["AFTER"]
     arguments = work.of_task(next(iter(work.tasks), ""))
     checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
     shell = ["bash", "-c", '. jobs/env.sh && exec "$@"', "bash", *checking]
@@ -85,10 +81,12 @@ def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> str:
         raise BadInput(f"not submitted: {found.get('error') or f'the environment of jobs does not work: {last_words}'}")
     request = slurm.fit_request(variables, found["threads"])
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
-    job = slurm.submit(target, work, sys.executable, request, data, variables["AFTER"])
-    say(f"job {job} submitted: {' '.join(request)}; `make status` shows how it fares")
-    print_result({"job": job, "tasks": work.tasks, "request": request})
-    return job
+    for work in chain:
+        after = slurm.submit(target, work, sys.executable, request, data, after)
+        jobs.append(after)
+    say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
+    print_result({"job": jobs[0], "jobs": jobs, "tasks": chain[0].tasks, "request": request})
+    return EXIT_DONE
 
 
 def check(num_ranks: str, data: str, name: str, *arguments) -> int:
