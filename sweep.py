@@ -7,10 +7,19 @@ python sweep.py champion NAME [--finish] [--open-test]
 """
 
 import argparse
+import datetime
+import getpass
+import json
+import math
+import subprocess
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, positive, print_result, say, script
+from lib import search
+from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, place, positive, print_result, say, script
+from lib.config import DEFAULT_PATH, load_config
+from lib.logger import read_json, write_json
+from lib.rundir import REPOSITORY, git_state
 
 NUM_GROUPS = 3  # of trials by the value of a parameter
 
@@ -30,7 +39,7 @@ def parse(argv) -> argparse.Namespace:
     champion = commands.add_parser("champion", help="the best three and the plain config on fresh seeds; the page")
     champion.add_argument("--open-test", action="store_true", help="score it on the test split: once, and on record")
     for verb in (run, promote, champion):
-        verb.add_argument("name", metavar="NAME", help="of a planned search")
+        verb.add_argument("name", metavar="NAME", type=place, help="of a planned search")
         verb.add_argument("--processes", type=positive, default=1, metavar="K", help="trials at a time (default: 1)")
         verb.add_argument("--device", default="auto", metavar="D", help="for train.py (default: auto)")
         verb.add_argument("--runs", default="runs", metavar="DIR", help="where the run folders are (default: runs)")
@@ -50,10 +59,6 @@ def parse(argv) -> argparse.Namespace:
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-
-    from lib import search
-    from lib.config import DEFAULT_PATH
-
     folder = Path(args.sweeps) / (args.name or Path(args.space).stem)
     if args.verb == "plan":
         plan = search.freeze(folder, args.space, args.config or DEFAULT_PATH, args.overrides)
@@ -71,7 +76,7 @@ def main(argv=None) -> int:
     if args.verb == "promote" and not result.get("interrupted"):
         path = search.promote(sweep, rung)
         page = write_sweep_page(sweep)
-        result |= {"next": str(path), "trials": search.read_json(path)["trials"], "page": str(page)}
+        result |= {"next": str(path), "trials": read_json(path)["trials"], "page": str(page)}
         say(f"{path}: {', '.join(result['trials'])}; page {page}")
     print_result(result)
     return EXIT_INTERRUPTED if result.get("interrupted") else EXIT_FINDING if result.get("num_failed") else EXIT_DONE
@@ -79,16 +84,14 @@ def main(argv=None) -> int:
 
 def run_rung(sweep, rung: int, args) -> dict:
     """Carry out a rung, or one row of it; the counts of what has become of the rows."""
-    from lib.search import outcome, run_rows
-
     rows, row = sweep.rows(rung), getattr(args, "row", None)
     if row is not None:
         if not 0 <= row < sweep.num_rows(rung):
             raise BadInput(f"--row {row}: rung {rung} of {sweep.folder} has the rows 0 to {sweep.num_rows(rung) - 1}")
         rows = rows[row : row + 1]  # empty where trials failed and so fewer were promoted than planned
-    result = run_rows(sweep, rows, args.processes, ["--device", args.device, *args.overrides])
+    result = search.run_rows(sweep, rows, args.processes, ["--device", args.device, *args.overrides])
     for each in rows:
-        if (found := outcome(sweep, each))["state"] == "failed":
+        if (found := search.outcome(sweep, each))["state"] == "failed":
             say(f"{each} failed: {found['reason']}")
     counts = ", ".join(f"{value} {key.removeprefix('num_')}" for key, value in result.items() if key.startswith("num_"))
     say(f"rung {rung} of {sweep.folder}: {counts}")
@@ -97,41 +100,30 @@ def run_rung(sweep, rung: int, args) -> dict:
 
 def crown(sweep, args) -> int:
     """Train the finalists on fresh seeds, where that is not done yet, and say which is the champion."""
-    from lib.logger import write_json
-    from lib.search import choose_champion, promote
-
     if not sweep.rung_file(sweep.num_rungs).is_file():
-        promote(sweep, sweep.num_rungs - 1)
+        search.promote(sweep, sweep.num_rungs - 1)
     result = run_rung(sweep, sweep.num_rungs, args)
     if not result["interrupted"]:
-        champion = choose_champion(sweep)
+        champion = search.choose_champion(sweep)
         write_json(sweep.folder / "champion.json", champion)
         say(champion["note"])
         result |= champion | {"page": str(write_sweep_page(sweep, champion))}
         if args.open_test:
-            result["test"] = open_test(sweep, champion, Path(args.sweeps), args)
+            result["test"] = open_test(sweep, champion, args)
     print_result(result)
     return EXIT_INTERRUPTED if result["interrupted"] else EXIT_FINDING if result["num_failed"] else EXIT_DONE
 
 
-def open_test(sweep, champion: dict, sweeps: Path, args) -> dict:
+def open_test(sweep, champion: dict, args) -> dict:
     """Score the champion's run on the test split, once for these data and folder of searches, and write down who did.
 
     The record comes before the score, so that no crash can hide an opening; without a score the same run may be scored again.
     """
-    import datetime
-    import getpass
-    import json
-    import subprocess
-
-    from lib.config import load_config
-    from lib.logger import read_json, write_json
     from lib.pcam import fingerprint
-    from lib.rundir import REPOSITORY, git_state
 
     data = load_config(sweep.folder / "config.yaml", args.overrides).data_dir
     digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())
-    record = sweeps / f"test-opened-{digest}.json"
+    record = Path(args.sweeps) / f"test-opened-{digest}.json"
     opening = {"when_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "who": getpass.getuser()}
     opening |= {"commit": git_state()["commit"], "search": str(sweep.folder), "run": champion["run"], "auc": None}
     try:
@@ -142,10 +134,10 @@ def open_test(sweep, champion: dict, sweeps: Path, args) -> dict:
         if first["auc"] is not None or first["run"] != champion["run"]:
             what = f"by {first['who']} at {first['when_utc']} for {first['run']} (commit {first['commit']}): AUC {first['auc']}"
             raise BadInput(f"the test split is opened once, and was, {what}; see {record}") from None
+        opening = first
     out = sweep.folder / "test_predictions.csv"
-    command = ["inference.py", "--ckpt", champion["run"], data, "--split", "test", "--out", out, "--device", args.device]
-    command = [sys.executable, REPOSITORY / command[0], *command[1:]]
-    found = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(REPOSITORY / "inference.py"), "--ckpt", champion["run"], data, "--split", "test"]
+    found = subprocess.run([*command, "--out", str(out), "--device", args.device], stdout=subprocess.PIPE, text=True)
     scores = json.loads(found.stdout.splitlines()[-1]).get("scores") if found.stdout else None
     if not scores:
         raise BadInput(f"{champion['run']} could not be scored on the test split of {data}; the opening stands in {record}")
@@ -160,14 +152,13 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
 
     from lib.reports import figures
     from lib.reports.pages import note, picture, section, table, write_page
-    from lib.search import mean_interval, outcome
 
     plan, keys = sweep.plan, list(sweep.plan["ranges"])
     told, scores, done, rung_ends, spent = {}, {}, [], [], 0
     for rung in range(min(sweep.newest_rung(), sweep.num_rungs - 1) + 1):
         before = plan["rungs"][rung - 1] if rung else 0
         for row in sweep.rows(rung):
-            found = outcome(sweep, row)
+            found = search.outcome(sweep, row)
             spent += max(0, found["num_epochs"] - before)
             told.setdefault(row.trial, []).append(found.get("score", found.get("reason", "-")))
             if "score" in found:
@@ -182,7 +173,7 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
     pictures = {
         "Every trial": figures.plot_parallel(points, labels, keys, means, kept),
-        "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups, mean_interval),
+        "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups, search.mean_interval),
         "Best against budget": figures.plot_budget(*np.array(done).T, rung_ends, full),
     }
     sections = [section(title, picture(figures.figure_png(figure), title)) for title, figure in pictures.items()]
@@ -206,8 +197,6 @@ def show(score) -> str:
 
 def axis(spec: dict, values: list) -> tuple[list[float], list[int], list[str]]:
     """Values as positions from 0 to 1 on an axis, the group of each, and the labels of the axis from low to high."""
-    import math
-
     ((kind, bounds),) = spec.items()
     if kind == "choice":
         groups = [bounds.index(value) for value in values]

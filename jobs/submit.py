@@ -54,7 +54,7 @@ def sweep(variables: dict[str, str]) -> int:
     if variables["NUM_RANKS"] != "1":
         raise BadInput("NUM_RANKS: the trials of a search have one rank each")
     overrides = [*slurm.split_arguments(variables["ARGS"]), *([f"data_dir={variables['DATA']}"] if variables["DATA"] else [])]
-    name = variables["NAME"] or Path(variables["SPACE"]).stem
+    name = variables["SEARCH"] or Path(variables["SPACE"]).stem
     planning = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"], "--name", name, *overrides]
     if code := subprocess.run(planning, stdout=subprocess.DEVNULL).returncode:
         return code

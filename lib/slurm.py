@@ -37,7 +37,7 @@ VARIABLES = {
     "AFTER": (r"\d+(,\d+)*", ""),
     "JOB": (r"\d+(_\d+)?", ""),
     "STAGE_DATA": (r"[01]", "0"),
-    "NAME": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", ""),
+    "SEARCH": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", ""),
     "PROCESSES": (r"[1-9]\d*", "1"),
 }
 

@@ -230,7 +230,7 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
     (project / "my space.yaml").write_text(space)
     cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
-    found = make(project, cluster, "sweep", SPACE="my space.yaml", NAME="two", DATA='my "data"', arguments=cheap).json
+    found = make(project, cluster, "sweep", SPACE="my space.yaml", SEARCH="two", DATA='my "data"', arguments=cheap).json
     first, *_, last = found["jobs"]
     assert len(found["jobs"]) == 6
     # the first task dies with all its processes before it has a result
