@@ -301,7 +301,22 @@ def test_slurm_times_are_read_in_all_their_forms(text, minutes):
 
 
 @pytest.mark.parametrize(
-    "name", ["SEED", "SEEDS", "K", "PARTITION", "TIME", "MEM", "AFTER", "NUM_RANKS", "STAGE_DATA", "CPUS", "JOB"]
+    "name",
+    [
+        "SEED",
+        "SEEDS",
+        "K",
+        "PARTITION",
+        "TIME",
+        "MEM",
+        "AFTER",
+        "NUM_RANKS",
+        "STAGE_DATA",
+        "CPUS",
+        "JOB",
+        "SEARCH",
+        "PROCESSES",
+    ],
 )
 @pytest.mark.parametrize("value", ["1; touch x", "$(touch x)", "-1", "1\n2", "١"])
 def test_a_variable_that_is_more_than_its_form_is_refused(name, value):
