@@ -230,11 +230,15 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
     (project / "my space.yaml").write_text(space)
     cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
-    found = make(project, cluster, "sweep", SPACE="my space.yaml", SEARCH="two", DATA='my "data"', arguments=cheap).json
-    first, *_, last = found["jobs"]
-    assert len(found["jobs"]) == 6
-    # the first task dies with all its processes before it has a result
-    job = wait_for(lambda: (run := run_of(project, f"{first}_0")) and job_of(run), "the first trial to begin")
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    named = {"SPACE": "my space.yaml", "SEARCH": "two", "DATA": 'my "data"', "AFTER": held}
+    first, *others, last = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
+    assert len(others) == 4
+    run(["scontrol", "release", held], cluster)
+    # the first task dies with all its processes before it has a result; what it left goes on in the next job
+    killed = wait_for(lambda: run_of(project, f"{first}_0"), "the first trial to begin")
+    os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
+    job = job_of(killed)
     run(["scancel", "--signal=KILL", "--full", f"{first}_0"], cluster)
     assert ended(project, last) == "0", logged(project, last)
     champion = read_json(project / "sweeps/two/champion.json")
@@ -243,7 +247,7 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
         "one of two was promoted; three times three seeds"
     )
     assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
-    assert not (project / f"jobs/logs/{job}.exit").exists(), "it was killed"
+    assert not (project / f"jobs/logs/{job}.exit").exists() and read_json(killed / "meta.json")["earlier_starts"]
 
 
 @needs_slurm
