@@ -291,7 +291,7 @@ def choose_champion(sweep: Sweep) -> dict:
         mean, half = mean_interval([each["score"] for each in found])
         best = max(found, key=lambda each: each["score"])
         finalists.append({"trial": trial, "mean_auc": mean, "low": mean - half, "high": mean + half, "run": best["run"]})
-    champion, *others = sorted(finalists, key=lambda each: -each["mean_auc"])
+    champion, *others = finalists
     close = [each["trial"] for each in others if each["high"] >= champion["low"]]
     note = f"{champion['trial']} has the highest mean AUC"
     note += f", but is not separable from {', '.join(close)}: their intervals overlap" if close else ", apart from all others"
