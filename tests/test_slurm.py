@@ -247,7 +247,7 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
         "one of two was promoted; three times three seeds"
     )
     assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
-    assert not (project / f"jobs/logs/{job}.exit").exists() and read_json(killed / "meta.json")["earlier_starts"]
+    assert ended(project, job) == "137" and read_json(killed / "meta.json")["earlier_starts"]
 
 
 @needs_slurm
