@@ -4,10 +4,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove prove-audit handover checklist clean
+.PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit handover checklist clean
 
 SEED ?= 1
 ARGS ?=
+SPACE ?= assets/space.yaml
 
 ifdef PYTHON
 setup_done :=
@@ -23,7 +24,7 @@ DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
 # Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them.
-variables := PYTHON ARGS SEED SEEDS K DATA OUT NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+variables := PYTHON ARGS SEED SEEDS K DATA OUT SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
 export $(variables)
 run := "$$PYTHON" jobs/submit.py
@@ -61,6 +62,9 @@ seeds: $(setup_done)  ## the same with several seeds: make seeds SEEDS=1,2,3
 
 folds: $(setup_done)  ## cross-validation inside train: make folds K=5
 	$(run) folds
+
+sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.yaml ARGS="data_dir=data/sample" PROCESSES=2
+	$(run) sweep
 
 bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/pcam
 	$(run) bench

@@ -27,7 +27,7 @@ TARGETS = ("train", "seeds", "folds", "bench", "audit")
 @script
 def main(argv=None) -> int:
     parser = Parser(prog="submit.py", description="Submit the work of a Make target, or run it here where there is no Slurm.")
-    parser.add_argument("verb", choices=(*TARGETS, "status", "cancel", "here", "check", "go"))
+    parser.add_argument("verb", choices=(*TARGETS, "sweep", "status", "cancel", "here", "check", "go"))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS")
     args = parser.parse_args(argv)
     if args.verb in ("check", "go"):
@@ -37,17 +37,40 @@ def main(argv=None) -> int:
         return run_here([[*args.rest, *slurm.split_arguments(variables["ARGS"])]])
     if args.verb in ("status", "cancel"):
         return {"status": show_status, "cancel": cancel}[args.verb](variables)
+    if args.verb == "sweep":
+        return sweep(variables)
     work = slurm.build_work(args.verb, variables)
     if slurm.has_slurm():
-        return submit(args.verb, work, variables)
+        return submit(args.verb, [work], variables)
     say("no Slurm cluster here: this runs on this machine")
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
     return run_here([[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]])
 
 
-def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> int:
-    """Check all that can be checked now, in the environment that the job will have, and submit."""
+def sweep(variables: dict[str, str]) -> int:
+    """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
+    from lib.search import load_sweep
+
+    if variables["NUM_RANKS"] != "1":
+        raise BadInput("NUM_RANKS: the trials of a search have one rank each")
+    overrides = [*slurm.split_arguments(variables["ARGS"]), *([f"data_dir={variables['DATA']}"] if variables["DATA"] else [])]
+    name = variables["SEARCH"] or Path(variables["SPACE"]).stem
+    planning = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"], "--name", name, *overrides]
+    if code := subprocess.run(planning, stdout=subprocess.DEVNULL).returncode:
+        return code
+    planned = load_sweep(Path("sweeps") / name, "runs")
+    num_rows = [planned.num_rows(rung) for rung in range(planned.num_rungs + 1)]
+    if not slurm.has_slurm():
+        say("no Slurm cluster here: this runs on this machine")
+        stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
+        return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks])
+    return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
+
+
+def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
+    """Check all that can be checked now, in the environment that jobs will have, and submit; each waits for the one before."""
     slurm.require_disk(REPOSITORY)
+    work, jobs, after = chain[0], [], variables["AFTER"]
     arguments = work.of_task(next(iter(work.tasks), ""))
     checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
     shell = ["bash", "-c", '. jobs/env.sh && exec "$@"', "bash", *checking]
@@ -58,9 +81,11 @@ def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> int:
         raise BadInput(f"not submitted: {found.get('error') or f'the environment of jobs does not work: {last_words}'}")
     request = slurm.fit_request(variables, found["threads"])
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
-    job = slurm.submit(target, work, sys.executable, request, data, variables["AFTER"])
-    say(f"job {job} submitted: {' '.join(request)}; `make status` shows how it fares")
-    print_result({"job": job, "tasks": work.tasks, "request": request})
+    for work in chain:
+        after = slurm.submit(target, work, sys.executable, request, data, after)
+        jobs.append(after)
+    say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
+    print_result({"job": jobs[0], "jobs": jobs, "tasks": chain[0].tasks, "request": request})
     return EXIT_DONE
 
 
@@ -79,14 +104,16 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
         overrides = [item for item in words if not item.startswith("-")]
         if name == "benchmark.py":  # its first word is what to measure, and its data are --data
             overrides = [*overrides[1:], *([f"data_dir={data}"] if data else [])]
-        if options.resume:
+        if name == "sweep.py":
+            cfg = load_config(Path("sweeps") / arguments[1] / "config.yaml", [word for word in overrides if "=" in word])
+        elif options.resume:
             cfg = resume_config(find_run(options.resume, options.runs), overrides)
         else:
             cfg = load_config(options.config or DEFAULT_PATH, overrides)
         require_equal_shares(cfg.shards, int(num_ranks))
         (_, rows), _ = open_train_valid(cfg)
         fit_batch_size(cfg, len(rows))
-        found = {"threads": cfg.threads if name == "train.py" else 0, "data_dir": cfg.data_dir}
+        found = {"threads": 0 if name == "benchmark.py" else cfg.threads, "data_dir": cfg.data_dir}
     print_result(found)
     return EXIT_DONE
 

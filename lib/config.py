@@ -110,13 +110,13 @@ class Config:
 HINTS = typing.get_type_hints(Config, include_extras=True)
 
 
-def _coerce(key, value, hint):
+def coerce(key, value, hint):
     """`value` as the declared type. YAML reads `1e-3` as text, and the shell hands over nothing but text: both are parsed."""
     kind, *extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     if typing.get_origin(kind) is tuple:
         items = value.strip(" []").replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, (list, tuple)) else [items]
-        return tuple(_coerce(key, item, typing.get_args(kind)[0]) for item in items)
+        return tuple(coerce(key, item, typing.get_args(kind)[0]) for item in items)
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
         if str(value) in choices:  # a nan that is a number to YAML too
@@ -146,7 +146,7 @@ def config_from_dict(values: dict, source="config") -> Config:
     refuse_unknown(values, source)
     if missing := [key for key in HINTS if key not in values]:
         raise BadInput(f"{source}: missing {', '.join(missing)} (config.yaml has every key with its meaning)")
-    cfg = Config(**{key: _coerce(key, values[key], hint) for key, hint in HINTS.items()})
+    cfg = Config(**{key: coerce(key, values[key], hint) for key, hint in HINTS.items()})
     _check_together(cfg)
     return cfg
 

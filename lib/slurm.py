@@ -39,12 +39,14 @@ VARIABLES = {
     "AFTER": (r"\d+(,\d+)*", ""),
     "JOB": (r"\d+(_\d+)?", ""),
     "STAGE_DATA": (r"[01]", "0"),
+    "SEARCH": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", ""),
+    "PROCESSES": (r"[1-9]\d*", "1"),
 }
 
 
 def read_variables(environment) -> dict[str, str]:
     """The Make variables in an environment. Raises BadInput for one that could mean anything but what it is for."""
-    values = {name: environment.get(name, "") for name in ("ARGS", "DATA", "OUT")}
+    values = {name: environment.get(name, "") for name in ("ARGS", "DATA", "OUT", "SPACE")}
     for name, (form, default) in VARIABLES.items():
         values[name] = environment.get(name) or default
         if values[name] and not re.fullmatch(form, values[name], re.ASCII):
@@ -91,6 +93,20 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
     if target == "folds":
         return Work("train.py", [*seed, f"num_folds={num_folds}", *arguments], "fold", tuple(map(str, range(num_folds))))
     return Work("train.py", seed + arguments)
+
+
+def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[Work]:
+    """A planned search as jobs, one after the other: an array for each rung, and a job that ends the rung and promotes.
+
+    That job carries out first what a killed task left; after the last rung, the champion's, it names the champion.
+    """
+    stages = []
+    for rung, num in enumerate(num_rows):
+        tasks = tuple(map(str, range(num)))
+        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tasks))
+        ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung), "--finish"]
+        stages.append(Work("sweep.py", [*ending, *arguments]))
+    return stages
 
 
 def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:

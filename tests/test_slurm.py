@@ -232,6 +232,32 @@ def test_bench_audit_and_folds_run(project, cluster):
 
 
 @needs_slurm
+def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(project, cluster):
+    ranges = "{lr: {choice: [0.01, 0.02]}, momentum: {choice: [0.9]}}"
+    space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
+    (project / "my space.yaml").write_text(space)
+    cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    named = {"SPACE": "my space.yaml", "SEARCH": "two", "DATA": 'my "data"', "AFTER": held}
+    first, *others, last = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
+    assert len(others) == 4
+    run(["scontrol", "release", held], cluster)
+    # the first task dies with all its processes before it has a result; what it left goes on in the next job
+    killed = wait_for(lambda: run_of(project, f"{first}_0"), "the first trial to begin")
+    os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
+    job = job_of(killed)
+    run(["scancel", "--signal=KILL", "--full", f"{first}_0"], cluster)
+    assert ended(project, last) == "0", logged(project, last)
+    champion = read_json(project / "sweeps/two/champion.json")
+    assert champion["champion"] and len(champion["finalists"]) == 3
+    assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
+        "one of two was promoted; three times three seeds"
+    )
+    assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
+    assert ended(project, job) == "137" and read_json(killed / "meta.json")["earlier_starts"]
+
+
+@needs_slurm
 def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     def refused(sentence, target="train", **variables):
         assert sentence in make(project, cluster, target, check=2, **variables).stderr
@@ -286,7 +312,22 @@ def test_slurm_times_are_read_in_all_their_forms(text, minutes):
 
 
 @pytest.mark.parametrize(
-    "name", ["SEED", "SEEDS", "K", "PARTITION", "TIME", "MEM", "AFTER", "NUM_RANKS", "STAGE_DATA", "CPUS", "JOB"]
+    "name",
+    [
+        "SEED",
+        "SEEDS",
+        "K",
+        "PARTITION",
+        "TIME",
+        "MEM",
+        "AFTER",
+        "NUM_RANKS",
+        "STAGE_DATA",
+        "CPUS",
+        "JOB",
+        "SEARCH",
+        "PROCESSES",
+    ],
 )
 @pytest.mark.parametrize("value", ["1; touch x", "$(touch x)", "-1", "1\n2", "١"])
 def test_a_variable_that_is_more_than_its_form_is_refused(name, value):

@@ -224,6 +224,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_config(whole, 
     assert repeatable(run) == repeatable(whole)
 
 
+def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_dir, tmp_path):
+    run, result, _ = start(tmp_path, pcam_dir, *RICH, "--until-epoch=1")
+    assert result == {"run": str(run), "status": "paused", "epoch": 1} and not (run / "summary.json").exists()
+    for _ in range(2):  # the second time it has come that far already
+        assert resume(run, "--until-epoch=2")[0] == {"run": str(run), "status": "paused", "epoch": 2}
+        assert len(read_csv(run / "epochs.csv")) == 2
+    resume(run, "--until-epoch=99")
+    assert repeatable(run) == repeatable(whole)
+
+
 def test_resuming_a_finished_run_says_so_and_changes_nothing(quick_run):
     before = {entry.name: entry.read_bytes() for entry in quick_run.iterdir()}
     result, err = resume(quick_run)
