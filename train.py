@@ -150,7 +150,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                         if ranks.any(stop, device):
                             save("last.pt")
                             if ranks.is_first:
-                                say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
+                                rundir.write_stop(run, progress["num_steps"])
                                 print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
                             return EXIT_INTERRUPTED
                         if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:

@@ -61,6 +61,31 @@ def read_json(path) -> dict:
     return value
 
 
+def cache_file(path) -> Path:
+    """Where this user keeps what was learnt about `path`, which may lie where nothing of ours can stand."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcam")
+    return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]}.json"
+
+
+def read_cache(path) -> dict:
+    """What `write_cache` left at a cache's `path`; empty where there is nothing that can be used."""
+    try:
+        return read_json(path)
+    except (OSError, BadInput):
+        return {}
+
+
+def write_cache(path, value: dict) -> bool:
+    """Keep `value` if that can be done: it is found out anew where it cannot."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            file.write(json.dumps(value))
+    except OSError:
+        return False
+    return True
+
+
 def read_csv(path) -> list[dict[str, str]]:
     """The rows of a CSV file as dicts of text; a torn last line (no newline, or fields missing) is dropped."""
     data = Path(path).read_bytes()

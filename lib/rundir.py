@@ -119,6 +119,18 @@ def git_state() -> dict:
     }
 
 
+def process_start(pid: int) -> str:
+    """When a live process of this machine began, in ticks since the boot, which tells it from a later one of its number.
+
+    Empty where there is none, or no /proc to ask.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
     versions = {"python": platform.python_version()}
@@ -137,6 +149,7 @@ def environment() -> dict:
         "cwd": os.getcwd(),
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
         **git_state(),
         "versions": package_versions(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
@@ -156,6 +169,13 @@ def write_meta(run: Path, meta: dict) -> None:
         before = read_json(path)
         meta = meta | {"earlier_starts": [*before.pop("earlier_starts", []), before]}
     write_json(path, meta)
+
+
+def write_stop(run: Path, step: int) -> None:
+    """Note in meta.json that the process was told to stop and has saved: one that was killed cannot."""
+    stopped = {"step": step, "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
+    say(f"stopped after step {step}; go on with: python train.py --resume {run}")
 
 
 class Diverged(Exception):

@@ -118,3 +118,17 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label", xticks=(0, 1), yticks=(0, 1))
     matrix.grid(False)
     return figure
+
+
+def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
+    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are {(run, file): CSV rows}."""
+    figure, panels = new_figure(len(curves), height=4.2)
+    names = list(dict.fromkeys(run for run, _ in tables))
+    for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
+        for number, run in enumerate(names):
+            rows, style = tables.get((run, file), []), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+            axes.plot(column(rows, "step"), column(rows, name), style, color=COLOURS[number % len(COLOURS)], linewidth=1)
+        axes.set(title=title, xlabel="step", yscale=scale)
+    with plt.rc_context(STYLE):
+        figure.legend(panels[0].lines, names, loc="outside lower center", ncols=max(1, min(3, len(names))), fontsize=8)
+    return figure
