@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train data demo twin prove handover checklist clean
+.PHONY: help setup test lint train data demo twin prove runs handover checklist clean
 
 SEED ?= 1
 ARGS ?=
@@ -68,6 +68,9 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin A
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(PYTHON) tests/prove_reproducibility.py $(ARGS)
+
+runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
+	$(PYTHON) report.py runs $(ARGS)
 
 handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
 	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }

@@ -15,6 +15,7 @@ from lib.metrics import curve_points
 
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MOST_POINTS = 150  # of a line, where several are drawn together
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -121,14 +122,20 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
 
 
 def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
-    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are {(run, file): CSV rows}."""
+    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are {(run, file): CSV rows}.
+
+    Of a long run the means of blocks of rows are drawn: the noise of single steps would hide every line but the last.
+    """
     figure, panels = new_figure(len(curves), height=4.2)
     names = list(dict.fromkeys(run for run, _ in tables))
     for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
         for number, run in enumerate(names):
             rows, style = tables.get((run, file), []), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
-            axes.plot(column(rows, "step"), column(rows, name), style, color=COLOURS[number % len(COLOURS)], linewidth=1)
+            blocks = [np.array_split(column(rows, key), min(len(rows), MOST_POINTS) or 1) for key in ("step", name)]
+            x, y = ([block.mean() for block in part if len(block)] for part in blocks)
+            axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1)
         axes.set(title=title, xlabel="step", yscale=scale)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     with plt.rc_context(STYLE):
         figure.legend(panels[0].lines, names, loc="outside lower center", ncols=max(1, min(3, len(names))), fontsize=8)
     return figure
