@@ -53,7 +53,8 @@ def write_json(path, value) -> None:
 def read_json(path) -> dict:
     """The object in a JSON file. Raises BadInput where it is not one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):

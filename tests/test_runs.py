@@ -270,6 +270,7 @@ def test_report_lists_runs_and_draws_those_that_are_chosen(tmp_path, capsys):
     runs = tmp_path / "runs"
     for seed in range(4):
         write_run(runs, f"seed={seed}", "name=a & b", auc=0.8 + seed / 100, status="finished" if seed else "")
+    capsys.readouterr()
     command = ["runs", "--runs", str(runs), "--sort", "val_auc", "--descending"]
     page = tmp_path / "runs.html"
     assert report.main([*command, "--where", "status=finished", "--where", "seed>1", "--html", str(page)]) == 0

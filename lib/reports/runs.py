@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import operator
 import os
 import platform
@@ -16,7 +15,7 @@ import yaml
 from lib.command import BadInput, nearest, say
 from lib.config import HINTS, read_yaml
 from lib.logger import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
-from lib.rundir import SCORES, is_finished, process_start
+from lib.rundir import SCORES, process_start
 
 SILENT_S = 900.0  # a run on another machine that has not written for so long is dead: staging or an evaluation takes less
 MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
@@ -24,6 +23,7 @@ SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}  # nothing that is compared depends on them
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
+NUMBER_LINE = re.compile(r"(\w+): (-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?)", re.ASCII)  # YAML means by it what Python does
 OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "!=": operator.ne}
 OPERATORS |= {"=": operator.eq, "==": operator.eq}
 # file, column, title, scale
@@ -73,11 +73,12 @@ def read_run(run: Path) -> dict:
     """A run as a flat row: its status, facts of meta.json, config, scores. Empty where there is no config.yaml, so no run."""
     row = {"run": run.name, "status": "unreadable"}
     try:
-        if not (run / "config.yaml").is_file():
+        try:
+            config = read_flat_yaml(f"{run}/config.yaml")
+        except FileNotFoundError:
             return {}
-        config = read_flat_yaml(run / "config.yaml")
-        meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else {}
-        scores = read_json(run / "summary.json") if is_finished(run) else scores_so_far(run) | {"status": run_status(run, meta)}
+        meta, summary = read_if_there(f"{run}/meta.json"), read_if_there(f"{run}/summary.json")
+        scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
         job, data = meta.get("job", {}), meta.get("data")
         row |= {
             "started_utc": meta.get("started_utc"),
@@ -86,7 +87,7 @@ def read_run(run: Path) -> dict:
             "host": meta.get("machine", {}).get("host"),
             "job": job.get("SLURM_JOB_ID"),
             "array_index": job.get("SLURM_ARRAY_TASK_ID"),
-            "data": data and hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12],
+            "data": data and hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()[:12],
             "num_train": meta.get("rows", {}).get("train", {}).get("num"),
             "num_starts": len(meta.get("earlier_starts", [])) + 1,
         }
@@ -96,18 +97,29 @@ def read_run(run: Path) -> dict:
         return row
 
 
-@functools.cache
-def _parse_line(line: str) -> dict:
-    return yaml.load(line, getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (safe, written in C)
-
-
-def read_flat_yaml(path: Path) -> dict:
-    """The values of a config.yaml: most of its lines stand in many runs, and each is parsed once."""
+def read_if_there(path: str) -> dict:
+    """The object in a JSON file that need not be there yet; asking first would cost as much as reading."""
     try:
-        return {
-            key: value for line in path.read_text(encoding="utf-8").splitlines() for key, value in _parse_line(line).items()
-        }
-    except (yaml.YAMLError, AttributeError):  # a value over several lines, a comment
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+@functools.cache
+def _parse_line(line: str):
+    if match := NUMBER_LINE.fullmatch(line):  # of which there are too many to remember, and YAML is slow
+        return match[1], float(match[2]) if "." in match[2] else int(match[2])
+    ((key, value),) = yaml.load(line, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items()  # noqa: S506 (safe, written in C)
+    return key, value
+
+
+def read_flat_yaml(path: str) -> dict:
+    """The values of a config.yaml: most of its lines stand in many runs, and each is parsed once."""
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    try:
+        return dict(map(_parse_line, lines))
+    except (yaml.YAMLError, AttributeError, ValueError):  # a value over several lines, a comment
         return read_yaml(path)
 
 
@@ -139,13 +151,18 @@ def plain(value) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def build_condition(text: str, columns: set[str]):
+def require_column(name: str, rows: list[dict], source: str) -> None:
+    """Raise BadInput where no row has the column, with the nearest that there is."""
+    if name not in HINTS and not any(name in row for row in rows):
+        raise BadInput(f"{source}: no run has {name}{nearest(name, set().union(HINTS, *rows))}")
+
+
+def build_condition(text: str, rows: list[dict]):
     """`val_auc>0.9` as a function of a row: numbers are compared as numbers, else text; what a row lacks meets only `!=`."""
     if not (match := CONDITION.fullmatch(text)):
         raise BadInput(f"--where {text!r}: it must be a name, one of {' '.join(OPERATORS)}, and a value, such as 'val_auc>0.9'")
     name, sign, wanted = match.groups()
-    if name not in columns:
-        raise BadInput(f"--where {text!r}: no run has {name}{nearest(name, columns)}")
+    require_column(name, rows, f"--where {text!r}")
 
     def holds(row) -> bool:
         if (value := row.get(name)) is None:
@@ -160,10 +177,10 @@ def build_condition(text: str, columns: set[str]):
 
 def select_runs(rows: list[dict], conditions=(), sort="run", descending=False) -> list[dict]:
     """The rows that meet every condition, ordered by a column; those that lack it come last."""
-    columns = {"run", "status"}.union(HINTS, *rows)
-    conditions = [build_condition(text, columns) for text in conditions]
-    if sort not in columns:
-        raise BadInput(f"--sort {sort}: no run has it{nearest(sort, columns)}")
+    if not rows:
+        return []
+    conditions = [build_condition(text, rows) for text in conditions]
+    require_column(sort, rows, f"--sort {sort}")
     rows = [row for row in rows if all(holds(row) for holds in conditions)]
     numbers = all(isinstance(row.get(sort), (int, float, type(None))) for row in rows)
     there = [row for row in rows if row.get(sort) is not None]
@@ -173,7 +190,9 @@ def select_runs(rows: list[dict], conditions=(), sort="run", descending=False) -
 
 def differing_keys(rows: list[dict], but=frozenset()) -> list[str]:
     """The config keys in which the rows are not all equal."""
-    return [key for key in HINTS if key not in but and any(row.get(key) != rows[0].get(key) for row in rows)]
+    first = rows[0] if rows else {}
+    keys = {key: first.get(key) for key in HINTS if key not in but}
+    return [key for key, value in keys.items() if any(row.get(key) != value for row in rows)]
 
 
 def table_of_runs(rows: list[dict]) -> tuple[list[str], list[list]]:
