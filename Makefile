@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit handover checklist clean
+.PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
+.PHONY: checklist clean
 
 SEED ?= 1
 ARGS ?=
@@ -97,6 +98,9 @@ prove: $(test_setup_done)  ## the figures of reproducibility, at length: make pr
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
 	$(run) here tests/prove_audit.py
+
+runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
+	$(run) here report.py runs
 
 handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
 	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }

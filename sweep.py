@@ -173,13 +173,13 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
     pictures = {
         "Every trial": figures.plot_parallel(points, labels, keys, means, kept),
-        "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups, search.mean_interval),
+        "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups),
         "Best against budget": figures.plot_budget(*np.array(done).T, rung_ends, full),
     }
     sections = [section(title, picture(figures.figure_png(figure), title)) for title, figure in pictures.items()]
     if champion:
         rows = [
-            [f["trial"], *(show(f[k]) for k in ("mean_auc", "low", "high")), Path(f["run"]).name] for f in champion["finalists"]
+            [f["trial"], *(show(f[k]) for k in ("mean", "low", "high")), Path(f["run"]).name] for f in champion["finalists"]
         ]
         header = ("trial", "mean AUC on validation", "95% from", "to", "its best run")
         words = f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were chosen on the same patches."

@@ -150,8 +150,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                         if ranks.any(stop, device):
                             save("last.pt")
                             if ranks.is_first:
-                                say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
-                                print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
+                                rundir.write_stop(run, "interrupted", progress["num_steps"])
                             return EXIT_INTERRUPTED
                         if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:
                             save("last.pt")
@@ -183,7 +182,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     # summary.json comes last: it says that the run is over
     exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
     if status == "paused" and ranks.is_first:
-        print_result({"run": str(run), "status": status, "epoch": progress["epoch"]})
+        rundir.write_stop(run, status, progress["num_steps"])
     if status == "paused" or not ranks.is_first:
         return exit_code
     (run / PREVIOUS).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import file_digest, read_edited_csv, read_json, sync_folder, write_csv, write_json
+from lib.logger import cache_file, file_digest, read_cache, read_edited_csv, sync_folder, write_cache, write_csv
 
 SPLITS = ("train", "valid", "test")
 PATCH_SHAPE = (96, 96, 3)
@@ -298,18 +298,15 @@ def write_meta(path, rows) -> None:
 
 
 def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
-    """SHA-256 {file name: hex} of each x and y file, kept beside the data, so that 7 GB are hashed once."""
+    """SHA-256 {file name: hex} of each x and y file, so that 7 GB are hashed once; kept beside the data or by the user."""
     result, store = {}, Path(directory, FINGERPRINT_FILE)
-    try:
-        known = read_json(store)
-    except (OSError, BadInput):
-        known = {}
+    stores = (store, cache_file(store))
+    known = read_cache(stores[1]) | read_cache(stores[0])
     before = dict(known)
     for path in (split_path(directory, split, part) for split in splits for part in "xy"):
         status = require_file(path).stat()
         key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
         known[key] = result[path.name] = known.get(key) or file_digest(path)
     if known != before:
-        with contextlib.suppress(OSError):  # read-only data: hashed again next time
-            write_json(store, known)
+        any(write_cache(store, known) for store in stores)  # the first one that takes it: shared data are often read-only
     return result

@@ -23,6 +23,7 @@ from typing import Annotated, Literal, TextIO
 from lib.command import EXIT_INTERRUPTED, BadInput, nearest
 from lib.config import Config, Natural, Positive, coerce, config_from_dict, dump_config, load_config, read_yaml, refuse_unknown
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
+from lib.metrics import mean_interval
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
 
@@ -38,7 +39,6 @@ SPACE = {
 # the search sets them, or scores could not be compared across them
 FIXED_KEYS = ("name", "seed", "epochs", "data_dir", "limit_valid", "num_folds", "fold")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # Student's t at 97.5% for 1 to 9 degrees of freedom
 
 
 @dataclass(frozen=True)
@@ -273,13 +273,6 @@ def promote(sweep: Sweep, rung: int) -> Path:
     return path
 
 
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean of values and half the width of its 95% interval, by Student's t."""
-    num, mean = len(values), sum(values) / len(values)
-    t = T_975[num - 2] if num - 2 < len(T_975) else 1.96 + 2.4 / (num - 1)
-    return mean, t * math.sqrt(sum((value - mean) ** 2 for value in values) / (num - 1) / num)
-
-
 def choose_champion(sweep: Sweep) -> dict:
     """The finalist with the highest mean AUC over fresh seeds, and whether its interval lies apart from those of the others.
 
@@ -288,9 +281,8 @@ def choose_champion(sweep: Sweep) -> dict:
     finalists, rung = [], sweep.num_rungs
     for trial in mean_scores(sweep, rung):
         found = [outcome(sweep, row) for row in sweep.rows(rung) if row.trial == trial]
-        mean, half = mean_interval([each["score"] for each in found])
         best = max(found, key=lambda each: each["score"])
-        finalists.append({"trial": trial, "mean_auc": mean, "low": mean - half, "high": mean + half, "run": best["run"]})
+        finalists.append({"trial": trial, "run": best["run"], **mean_interval([each["score"] for each in found])})
     champion, *others = finalists
     close = [each["trial"] for each in others if each["high"] >= champion["low"]]
     note = f"{champion['trial']} has the highest mean AUC"

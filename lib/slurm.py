@@ -5,7 +5,10 @@ Options and formats are those of the manual pages of sbatch, sinfo, scontrol and
 
 import argparse
 import datetime
+import hashlib
+import json
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -18,7 +21,7 @@ from pathlib import Path
 from lib.command import BadInput, nearest, one_line
 from lib.logger import read_csv, read_json
 from lib.progress import format_duration
-from lib.rundir import REPOSITORY
+from lib.rundir import REPOSITORY, SUBMITTED, git_state
 
 LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
@@ -251,6 +254,10 @@ def submit(name: str, work: Work, python: str, request: list[str], data: str, af
     job = [code / "jobs/job.sh", code, python, data, work.varied, work.script, *work.arguments]
     # of a job that this is called from, nothing may reach the new one
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    state = git_state()
+    state["uncommitted_patch_sha256"] = hashlib.sha256(state.pop("uncommitted_patch").encode()).hexdigest()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    environment[SUBMITTED] = json.dumps({"utc": now, "host": platform.node(), "folder": str(REPOSITORY)} | state)
     try:
         return run_command("sbatch", "--parsable", *options, *map(str, job), env=environment).strip().partition(";")[0]
     except BadInput:

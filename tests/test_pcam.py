@@ -251,6 +251,20 @@ def test_the_fingerprint_is_the_files_sha256_and_notices_a_change(tmp_path, monk
         assert fingerprint(folder) == changed, "a damaged store is not believed"
 
 
+def test_the_fingerprint_of_data_that_cannot_be_written_is_kept_by_the_user(tmp_path, monkeypatch):
+    folder = write_pcam(tmp_path / "data", 8, 4)
+    (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = fingerprint(folder)
+    assert found == {path.name: file_digest(path) for path in folder.glob("*.h5")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
+        assert fingerprint(folder) == found
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept either
+    assert fingerprint(folder) == found
+
+
 def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     (tmp_path / "pcam").symlink_to(pcam_dir)

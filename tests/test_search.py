@@ -169,7 +169,7 @@ def test_the_champion_has_the_highest_mean_and_overlapping_intervals_are_not_sep
     scores = [0.90, 0.91, 0.92, 0.94, 0.90, 0.95, 0.80, 0.81, 0.82, 0.70, 0.71, 0.72]
     sweep = finals(tmp_path, *scores)
     found = search.choose_champion(sweep)
-    assert found["champion"] == "t002" and found["mean_auc"] == pytest.approx(0.93)
+    assert found["champion"] == "t002" and found["mean"] == pytest.approx(0.93)
     assert "not separable from t001: " in found["note"] and found["run"] == str(sweep.run_of(sweep.rows(1)[5]))
     # mean of three +- 4.303 s / sqrt(3), from a table of Student's t
     low, high = (next(f for f in found["finalists"] if f["trial"] == "base")[side] for side in ("low", "high"))

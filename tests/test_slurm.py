@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -155,7 +156,7 @@ def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs
 def test_a_cancelled_task_saves_and_does_not_go_on(jobs, project, cluster):
     assert jobs["cancelled"] == {"num_cancelled": 1}
     assert ended(project, jobs["task 2"]) == "130" and "goes on later" not in logged(project, jobs["task 2"])
-    assert "stopped after step" in logged(project, jobs["task 2"])
+    assert "interrupted after step" in logged(project, jobs["task 2"])
     assert wait_for(lambda: not state(cluster, jobs["task 2"]), "the cancelled job to leave the queue")
 
 
@@ -168,7 +169,7 @@ def test_a_preempted_job_goes_on_by_itself(jobs, project, undisturbed):
 def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_start(jobs, project, undisturbed):
     assert digest_of_resumed(project, jobs["limited"]) == undisturbed
     log = logged(project, jobs["limited"])
-    assert "stopped after step" in log and log.count("data copied to") == 2
+    assert "interrupted after step" in log and log.count("data copied to") == 2
     copy = read_json(run_of(project, jobs["limited"]) / "meta.json")["argv"][-1].removeprefix("data_dir=")
     assert jobs["limited"] in copy and not Path(copy).exists()
 
@@ -207,6 +208,7 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
     assert (
         meta["commit"] == head and "+import lib.new" in meta["uncommitted_patch"] and meta["untracked_files"] == ["lib/new.py"]
     )
+    assert meta["submitted"]["commit"] == head and meta["submitted"]["uncommitted_patch_sha256"] != sha256(b"").hexdigest()
     row = next(row for row in status.json["jobs"] if row["id"] == failing)
     assert row["state"] == "failed, exit 2" and "--device cuda: this machine offers no CUDA" in " ".join(row["stderr"])
     assert "--device cuda: this machine offers no CUDA" in status.stderr

@@ -174,6 +174,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(number, s
         on_step(patch, step, lambda: os.kill(os.getpid(), number))
         run, result, err = start(tmp_path, pcam_dir, *RICH, expect=130)
     assert result["status"] == "interrupted" and result["step"] == step and f"--resume {run}" in err
+    assert read_json(run / "meta.json")["stopped"]["step"] == step
     assert not (run / "summary.json").exists() and len(read_csv(run / "steps.csv")) == step
     resume(run)
     assert repeatable(run) == repeatable(whole)

@@ -11,10 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from lib.metrics import curve_points
+from lib.metrics import curve_points, mean_interval
 
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MOST_POINTS = 150  # of a line, where several are drawn together
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -140,7 +141,7 @@ def plot_parallel(points: np.ndarray, labels: list[list[str]], names: list[str],
     return figure
 
 
-def plot_marginals(points: np.ndarray, labels: list[list[str]], names: list[str], scores: np.ndarray, groups, interval):
+def plot_marginals(points: np.ndarray, labels: list[list[str]], names: list[str], scores: np.ndarray, groups):
     """Score against each parameter alone: trials as dots, and the mean with its interval in each of `groups` int (N, D)."""
     figure, all_axes = new_figure(len(names), 3.0)
     for axes, at, texts, name, group in zip(all_axes, points.T, labels, names, groups.T, strict=True):
@@ -148,8 +149,9 @@ def plot_marginals(points: np.ndarray, labels: list[list[str]], names: list[str]
         for number in np.unique(group):
             inside = group == number
             if inside.sum() > 1:
-                mean, half = interval(scores[inside].tolist())
-                axes.errorbar(at[inside].mean(), mean, half, fmt="s", color=COLOURS[1], capsize=4)
+                spread = mean_interval(scores[inside])
+                reach = spread["high"] - spread["mean"]
+                axes.errorbar(at[inside].mean(), spread["mean"], reach, fmt="s", color=COLOURS[1], capsize=4)
         axes.set(xticks=np.linspace(0, 1, len(texts)) if len(texts) > 1 else [0.5], xticklabels=texts, xlabel=name)
     all_axes[0].set_ylabel("AUC after the first rung")
     return figure
@@ -165,4 +167,24 @@ def plot_budget(budgets: np.ndarray, scores: np.ndarray, rung_ends: list[float],
     axes.axvline(full, color=COLOURS[2], label="every trial to its end")
     axes.set(xlabel="epochs trained, all trials together (dotted: end of a rung)", ylabel="AUC on validation")
     axes.legend(loc="lower right")
+    return figure
+
+
+def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
+    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are {(run, file): CSV rows}.
+
+    Of a long run the means of blocks of rows are drawn: the noise of single steps would hide every line but the last.
+    """
+    figure, panels = new_figure(len(curves), height=4.2)
+    names = list(dict.fromkeys(run for run, _ in tables))
+    for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
+        for number, run in enumerate(names):
+            rows, style = tables.get((run, file), []), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+            blocks = [np.array_split(column(rows, key), min(len(rows), MOST_POINTS) or 1) for key in ("step", name)]
+            x, y = ([block.mean() for block in part if len(block)] for part in blocks)
+            axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1)
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    with plt.rc_context(STYLE):
+        figure.legend(panels[0].lines, names, loc="outside lower center", ncols=max(1, min(3, len(names))), fontsize=8)
     return figure
