@@ -2,7 +2,8 @@
 
 python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
 python report.py runs [--runs DIR] [--where 'val_auc>0.9'] [--sort NAME] [--html FILE]
-python report.py seeds RUN... [--folds RUN...] [--html FILE]      python report.py folds RUN... [--seeds RUN...] [--html FILE]
+python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
+python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
 """
@@ -45,17 +46,19 @@ def parse(argv) -> argparse.Namespace:
     runs.add_argument("--descending", action="store_true", help="the largest first")
     runs.add_argument("--html", default="", metavar="FILE", help="a page with their curves drawn together")
     runs.set_defaults(report=report_runs)
+    spreads = []
     for verb, other in (("seeds", "folds"), ("folds", "seeds")):
         spread = commands.add_parser(verb, help=f"the mean over {verb}, its interval and the spread")
-        spread.add_argument(verb, nargs="+", metavar="RUN", help=f"finished runs that differ in the {verb[:-1]} alone")
+        spread.add_argument(verb, nargs="*", metavar="RUN", help=f"finished runs that differ in the {verb[:-1]} alone")
         spread.add_argument(f"--{other}", nargs="+", default=[], metavar="RUN", help=f"the spread over {other}, set beside it")
         spread.add_argument("--html", default="", metavar="FILE", help="a page with gradient norms and learning rates together")
         spread.set_defaults(report=report_spread)
+        spreads.append(spread)
     export = commands.add_parser("export", help="runs as TensorBoard or MLflow read them")
     export.add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
     export.add_argument("--out", required=True, type=place, metavar="DIR", help="a new or an empty folder")
     export.set_defaults(report=report_export)
-    for chosen in (runs, export):
+    for chosen in (runs, export, *spreads):
         chosen.add_argument(
             "--runs", default="runs", type=place, metavar="DIR", help="the folder that holds them (default: runs)"
         )
@@ -113,9 +116,14 @@ def report_runs(args) -> int:
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
-    from lib.reports.runs import GRADIENTS, average_scores, read_run, text_table, write_together
+    from lib.reports.runs import GRADIENTS, average_scores, list_runs, read_run, select_runs, text_table, write_together
     from lib.rundir import find_run
 
+    if args.where and not getattr(args, args.what):
+        chosen = select_runs(list_runs(args.runs), args.where)
+        setattr(args, args.what, [str(Path(args.runs, row["run"])) for row in chosen])
+    if not getattr(args, args.what):
+        raise BadInput(f"{args.what}: no run is named" + f", and none in {args.runs} meets the conditions" * bool(args.where))
     order = ("seeds", "folds") if args.what == "seeds" else ("folds", "seeds")
     runs = {varied: [find_run(name) for name in getattr(args, varied)] for varied in order if getattr(args, varied)}
     rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}

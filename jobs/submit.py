@@ -17,6 +17,7 @@ sys.path.insert(0, str(REPOSITORY))
 try:
     from lib import slurm
     from lib.command import EXIT_DONE, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
+    from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
     print(f"error: {sys.executable} lacks the package {error.name}: make setup, or name another PYTHON", file=sys.stderr)
     sys.exit(2)
@@ -37,14 +38,18 @@ def main(argv=None) -> int:
         return run_here([[*args.rest, *slurm.split_arguments(variables["ARGS"])]])
     if args.verb in ("status", "cancel"):
         return {"status": show_status, "cancel": cancel}[args.verb](variables)
+    submission = slurm.describe_submission()
+    os.environ[SUBMITTED] = json.dumps(submission)  # which jobs and children inherit
     if args.verb == "sweep":
         return sweep(variables)
     work = slurm.build_work(args.verb, variables)
+    spread = [slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"])] if len(work.tasks) > 1 else []
     if slurm.has_slurm():
-        return submit(args.verb, [work], variables)
+        return submit(args.verb, [work, *spread], variables)
     say("no Slurm cluster here: this runs on this machine")
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
-    return run_here([[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]])
+    commands = [[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]]
+    return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
 
 
 def sweep(variables: dict[str, str]) -> int:
@@ -85,6 +90,8 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
         after = slurm.submit(target, work, sys.executable, request, data, after)
         jobs.append(after)
     say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
+    if chain[-1].script == "report.py":
+        say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{after}.err")
     print_result({"job": jobs[0], "jobs": jobs, "tasks": chain[0].tasks, "request": request})
     return EXIT_DONE
 
@@ -128,8 +135,11 @@ def go(data: str, varied: str, name: str, *arguments) -> int:
     return run_here([[str(REPOSITORY / name), *arguments]])
 
 
-def run_here(commands: list[list[str]]) -> int:
-    """Run Python with each of these arguments in turn, until one is interrupted; one alone takes this process's place."""
+def run_here(commands: list[list[str]], last=()) -> int:
+    """Run Python with each of these arguments in turn, until one is interrupted, and with those of `last` if all succeed.
+
+    The very last one takes this process's place.
+    """
     if len(commands) == 1:
         os.execv(sys.executable, [sys.executable, *commands[0]])
     codes = []
@@ -138,6 +148,8 @@ def run_here(commands: list[list[str]]) -> int:
         child = subprocess.Popen([sys.executable, *commands[len(codes)]])
         signal.signal(signal.SIGTERM, lambda number, _, child=child: child.send_signal(number))
         codes.append(child.wait())
+    if last and not any(codes):
+        return run_here(last)
     print_result({"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes})
     return max(map(abs, codes))
 

@@ -6,7 +6,6 @@ Options and formats are those of the manual pages of sbatch, sinfo, scontrol and
 import argparse
 import datetime
 import hashlib
-import json
 import os
 import platform
 import re
@@ -21,7 +20,7 @@ from pathlib import Path
 from lib.command import BadInput, nearest, one_line
 from lib.logger import read_csv, read_json
 from lib.progress import format_duration
-from lib.rundir import REPOSITORY, SUBMITTED, git_state
+from lib.rundir import REPOSITORY, git_state
 
 LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
@@ -138,6 +137,8 @@ def with_data(script: str, arguments: list[str], data: str) -> list[str]:
     """The arguments with another data folder: the copy on the node."""
     if script == "audit.py":
         return [arguments[0], data, *arguments[2:]]
+    if script == "report.py":
+        return arguments
     if script == "benchmark.py":
         return [*arguments, "--data", data]  # the last one counts
     return [*(item for item in arguments if not item.startswith("data_dir=")), f"data_dir={data}"]
@@ -241,6 +242,14 @@ def remove_snapshots() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def describe_submission() -> dict:
+    """What a run's meta.json keeps of its submission: the code as it was then, and an id that all its tasks share."""
+    state, now = git_state(), datetime.datetime.now(datetime.UTC)
+    state["uncommitted_patch_sha256"] = hashlib.sha256(state.pop("uncommitted_patch").encode()).hexdigest()
+    number = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return {"id": number, "utc": now.isoformat(timespec="seconds"), "host": platform.node(), "folder": str(REPOSITORY)} | state
+
+
 def submit(name: str, work: Work, python: str, request: list[str], data: str, after: str) -> str:
     """Submit a job, an array if there are several tasks; returns its id. Raises BadInput with sbatch's reason."""
     LOGS.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder, and a job without its log ends without a word
@@ -254,10 +263,6 @@ def submit(name: str, work: Work, python: str, request: list[str], data: str, af
     job = [code / "jobs/job.sh", code, python, data, work.varied, work.script, *work.arguments]
     # of a job that this is called from, nothing may reach the new one
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
-    state = git_state()
-    state["uncommitted_patch_sha256"] = hashlib.sha256(state.pop("uncommitted_patch").encode()).hexdigest()
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    environment[SUBMITTED] = json.dumps({"utc": now, "host": platform.node(), "folder": str(REPOSITORY)} | state)
     try:
         return run_command("sbatch", "--parsable", *options, *map(str, job), env=environment).strip().partition(";")[0]
     except BadInput:

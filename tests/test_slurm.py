@@ -231,6 +231,8 @@ def test_bench_audit_and_folds_run(project, cluster):
         run = wait_for(lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin")
         assert f"fold: {task}\n" in (run / "config.yaml").read_text()
         wait_for(lambda run=run: (run / "summary.json").is_file(), "a fold to end")
+    assert ended(project, folds["jobs"][1]) == "0", logged(project, folds["jobs"][1])
+    assert json.loads(logged(project, folds["jobs"][1], "out").splitlines()[-1])["folds"]["val_auc"]["num"] == 2
 
 
 @needs_slurm
@@ -357,6 +359,7 @@ def test_without_slurm_seeds_run_one_after_the_other(project, tmp_path):
     environment = {"PATH": str(tmp_path), "ARGS": " ".join(SHORT), "SEEDS": "7,8"}
     command = [sys.executable, "jobs/submit.py", "seeds"]
     result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert json.loads(result.stdout.splitlines()[-1]) == {"num_done": 2, "num_planned": 2, "exit_codes": [0, 0]}, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["num_runs"] == 2 and told["seeds"]["val_auc"]["num"] == 2, result.stderr
     for seed in (7, 8):
         assert len(list((project / "runs").glob(f"*-s{seed}-*/summary.json"))) == 1

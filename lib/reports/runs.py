@@ -85,6 +85,7 @@ def read_run(run: Path) -> dict:
             "commit": (meta.get("commit") or "")[:10],
             "patched": bool(meta.get("uncommitted_patch")),
             "host": meta.get("machine", {}).get("host"),
+            "submission": (meta.get("submitted") or {}).get("id"),
             "job": job.get("SLURM_JOB_ID"),
             "array_index": job.get("SLURM_ARRAY_TASK_ID"),
             "data": data and hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()[:12],
