@@ -227,7 +227,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_config(whole, 
 
 def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_dir, tmp_path):
     run, result, _ = start(tmp_path, pcam_dir, *RICH, "--until-epoch=1")
-    assert result == {"run": str(run), "status": "paused", "epoch": 1} and not (run / "summary.json").exists()
+    assert result == {"run": str(run), "status": "paused", "step": 10} and not (run / "summary.json").exists()
     for _ in range(2):  # the second time it has come that far already
         assert resume(run, "--until-epoch=2")[0] == {"run": str(run), "status": "paused", "epoch": 2}
         assert len(read_csv(run / "epochs.csv")) == 2
