@@ -23,7 +23,6 @@ from typing import Annotated, Literal, TextIO
 from lib.command import EXIT_INTERRUPTED, BadInput, nearest
 from lib.config import Config, Natural, Positive, coerce, config_from_dict, dump_config, load_config, read_yaml, refuse_unknown
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
-from lib.metrics import mean_interval
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
 
@@ -278,6 +277,8 @@ def choose_champion(sweep: Sweep) -> dict:
 
     `run`, of the champion's runs the one with the highest AUC, is what is handed over. Raises BadInput as mean_scores does.
     """
+    from lib.metrics import mean_interval
+
     finalists, rung = [], sweep.num_rungs
     for trial in mean_scores(sweep, rung):
         found = [outcome(sweep, row) for row in sweep.rows(rung) if row.trial == trial]

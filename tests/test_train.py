@@ -229,7 +229,7 @@ def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_
     run, result, _ = start(tmp_path, pcam_dir, *RICH, "--until-epoch=1")
     assert result == {"run": str(run), "status": "paused", "step": 10} and not (run / "summary.json").exists()
     for _ in range(2):  # the second time it has come that far already
-        assert resume(run, "--until-epoch=2")[0] == {"run": str(run), "status": "paused", "epoch": 2}
+        assert resume(run, "--until-epoch=2")[0] == {"run": str(run), "status": "paused", "step": 20}
         assert len(read_csv(run / "epochs.csv")) == 2
     resume(run, "--until-epoch=99")
     assert repeatable(run) == repeatable(whole)
