@@ -25,7 +25,7 @@ DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
 # Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them.
-variables := PYTHON ARGS SEED SEEDS K DATA OUT SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
 export $(variables)
 run := "$$PYTHON" jobs/submit.py

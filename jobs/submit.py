@@ -6,6 +6,7 @@ Make variables come in by the environment, so that no shell ever reads them. Job
 import argparse
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ except ModuleNotFoundError as error:
     print(f"error: {sys.executable} lacks the package {error.name}: make setup, or name another PYTHON", file=sys.stderr)
     sys.exit(2)
 
+NUM_AUDIT_THREADS = 4
 TARGETS = ("train", "seeds", "folds", "bench", "audit")
 
 
@@ -46,10 +48,21 @@ def main(argv=None) -> int:
     spread = [slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"])] if len(work.tasks) > 1 else []
     if slurm.has_slurm():
         return submit(args.verb, [work, *spread], variables)
-    say("no Slurm cluster here: this runs on this machine")
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
+    say_no_slurm(variables)
+    ranks = []
+    if variables["NUM_RANKS"] != "1":
+        examine(work, variables)  # or each rank would say what is wrong, and torchrun much more
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would, with a warning; `threads` counts
+        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]]
     commands = [[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]]
     return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
+
+
+def say_no_slurm(variables: dict[str, str]) -> None:
+    """Say that there is no cluster, and which variables say nothing without one."""
+    idle = [name for name in ("PARTITION", "TIME", "CPUS", "MEM", "AFTER") if variables[name]]
+    idle += ["STAGE_DATA"] if variables["STAGE_DATA"] == "1" else []
+    say("no Slurm cluster here: this runs on this machine" + f", and {', '.join(idle)} say nothing" * bool(idle))
 
 
 def sweep(variables: dict[str, str]) -> int:
@@ -66,7 +79,7 @@ def sweep(variables: dict[str, str]) -> int:
     planned = load_sweep(Path("sweeps") / name, "runs")
     num_rows = [planned.num_rows(rung) for rung in range(planned.num_rungs + 1)]
     if not slurm.has_slurm():
-        say("no Slurm cluster here: this runs on this machine")
+        say_no_slurm(variables)
         stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
         return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks])
     return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
@@ -75,16 +88,10 @@ def sweep(variables: dict[str, str]) -> int:
 def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
     """Check all that can be checked now, in the environment that jobs will have, and submit; each waits for the one before."""
     slurm.require_disk(REPOSITORY)
-    work, jobs, after = chain[0], [], variables["AFTER"]
-    arguments = work.of_task(next(iter(work.tasks), ""))
-    checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
-    shell = ["bash", "-c", '. jobs/env.sh && exec "$@"', "bash", *checking]
-    result = subprocess.run(shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL)
-    found = json.loads((result.stdout.splitlines() or ["{}"])[-1])
-    if result.returncode:
-        last_words = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BadInput(f"not submitted: {found.get('error') or f'the environment of jobs does not work: {last_words}'}")
-    request = slurm.fit_request(variables, found["threads"])
+    slurm.require_jobs(variables["AFTER"])
+    say("checking environment, config and data")
+    found, jobs, after = examine(chain[0], variables), [], variables["AFTER"]
+    request = slurm.fit_request(variables, found["threads"], chain[0].script in ("train.py", "sweep.py"))
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
     for work in chain:
         after = slurm.submit(target, work, sys.executable, request, data, after)
@@ -96,6 +103,20 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
     return EXIT_DONE
 
 
+def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
+    """What `check` finds of the first task, in the environment that jobs will have. Raises BadInput for what cannot work."""
+    arguments = work.of_task(next(iter(work.tasks), ""))
+    checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
+    shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *checking]
+    result = subprocess.run(shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL)
+    last = (result.stdout.splitlines() or [""])[-1]
+    found = json.loads(last) if last.startswith("{") else {}
+    if result.returncode or not found:
+        last_words = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BadInput(f"this cannot work: {found.get('error') or f'the environment of jobs does not: {last_words}'}")
+    return found
+
+
 def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     """Refuse what the script would refuse at its start; print how many threads it computes with and where its data are."""
     from lib.batches import fit_batch_size, open_train_valid
@@ -103,7 +124,8 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     from lib.launch import require_equal_shares
     from lib.rundir import find_run, resume_config
 
-    found = {"threads": 0, "data_dir": data}
+    runpy.run_path(str(REPOSITORY / name))["parse"](list(arguments))  # unknown options
+    found = {"threads": NUM_AUDIT_THREADS, "data_dir": data}
     if name != "audit.py":  # what is wrong with the data is for the audit to find out
         options, rest = slurm.training_options(arguments)
         # a word after an option may be its value
@@ -125,13 +147,17 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     return EXIT_DONE
 
 
-def go(data: str, varied: str, name: str, *arguments) -> int:
-    """In a job: become the script. A training that starts again goes on with its run."""
-    arguments = [*arguments, *([f"{varied}={os.environ['SLURM_ARRAY_TASK_ID']}"] if varied else [])]
+def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
+    """In a job: become the script, for its value of what varies. A training that starts again goes on with its run."""
+    if varied:
+        key, _, values = varied.partition("=")
+        arguments = [*arguments, f"{key}={values.split(',')[int(os.environ['SLURM_ARRAY_TASK_ID'])]}"]
     if name == "train.py" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         arguments = slurm.going_on(arguments, os.environ)
-    if data:
-        arguments = slurm.with_data(name, arguments, data)
+    if copy:
+        from lib.pcam import DATA_COPY
+
+        os.environ[DATA_COPY] = json.dumps([os.path.realpath(data), copy])
     return run_here([[str(REPOSITORY / name), *arguments]])
 
 
@@ -170,6 +196,8 @@ def show_status(_variables) -> int:
 
 def cancel(variables) -> int:
     """End this project's jobs, or JOB alone."""
+    if not slurm.has_slurm():
+        raise BadInput("no Slurm cluster here: there are no jobs to cancel")
     jobs = [job for job in slurm.queued_jobs() if variables["JOB"] in ("", job["id"], job["shown"], job["shown"].split("_")[0])]
     if jobs:
         slurm.run_command("scancel", *(job["shown"] for job in jobs))

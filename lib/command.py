@@ -6,7 +6,9 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -89,7 +91,7 @@ def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
 
     BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2,
-    Ctrl-C becomes 130. Anything else is a bug and keeps its traceback.
+    Ctrl-C and SIGTERM become 130, after what is open was tidied up. Anything else is a bug and keeps its traceback.
     """
 
     def fail(sentence, code):
@@ -99,6 +101,9 @@ def script(main):
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
+        previous = None
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return main(argv)
         except BadInput as error:
@@ -114,5 +119,8 @@ def script(main):
             return fail(f"{one_line(error.strerror or error).lower()}{where}", EXIT_USAGE)
         except MemoryError as error:
             return fail(f"not enough memory ({one_line(error)})", EXIT_USAGE)
+        finally:
+            if previous is not None:
+                signal.signal(signal.SIGTERM, previous)
 
     return wrapper

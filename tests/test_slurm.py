@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from slurm_cluster import needs_slurm, run, running_cluster, wait_for
 from lib import slurm
 from lib.command import BadInput
 from lib.logger import read_json
+from lib.rundir import read_run_config
 
 LONG = ["epochs=12", *QUICK[1:], "shards=2", "data_dir='my \"data\"'"]  # long enough to be caught after its first epoch
 SHORT = ["epochs=1", *LONG[1:]]
@@ -125,11 +127,11 @@ def jobs(project, cluster) -> dict[str, str]:
         return make(project, cluster, target, arguments=LONG, **more).json["job"]
 
     ids = {"array": submit("seeds", SEEDS="1,2")}
-    with paused(project, f"{ids['array']}_1"), paused(project, f"{ids['array']}_2"):
-        ids |= {f"task {task}": job_of(run_of(project, f"{ids['array']}_{task}")) for task in "12"}
+    with paused(project, f"{ids['array']}_0"), paused(project, f"{ids['array']}_1"):
+        ids |= {f"task {seed}": job_of(run_of(project, f"{ids['array']}_{seed - 1}")) for seed in (1, 2)}
         ids["status"] = make(project, cluster, "status").json["jobs"]
         run(["scontrol", "requeue", ids["task 1"]], cluster)
-        ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_2").json
+        ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_1").json
     ids["preempted"] = submit(PARTITION="gpu_course")
     with paused(project, ids["preempted"]):
         run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true"], cluster)
@@ -150,6 +152,8 @@ def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs
     row, run = next(row for row in jobs["status"] if row["id"] == jobs["task 2"]), run_of(project, jobs["task 2"])
     assert row["state"] == "RUNNING" and row["progress"].endswith("/60") and row["left"] and row["limit_left"]
     assert row["run"] == str(run.relative_to(project)) and "-s2-" in run.name
+    shown = (project / f"jobs/logs/{jobs['task 1']}.shown").read_text().strip()
+    assert shown == f"{jobs['array']}_0", "which status shows when Slurm has forgotten the job"
 
 
 @needs_slurm
@@ -170,8 +174,9 @@ def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_
     assert digest_of_resumed(project, jobs["limited"]) == undisturbed
     log = logged(project, jobs["limited"])
     assert "interrupted after step" in log and log.count("data copied to") == 2
-    copy = read_json(run_of(project, jobs["limited"]) / "meta.json")["argv"][-1].removeprefix("data_dir=")
+    copy = re.search("data copied to (.*)", log)[1]
     assert jobs["limited"] in copy and not Path(copy).exists()
+    assert read_run_config(run_of(project, jobs["limited"])).data_dir == 'my "data"', "the run can be resumed without the copy"
 
 
 @needs_slurm
@@ -271,12 +276,15 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     refused("unknown key 'lrr', did you mean 'lr'?", arguments=[*SHORT, "lrr=1"])
     refused("3 ranks cannot share out 2 shards", arguments=SHORT, NUM_RANKS=3)
     refused("no partition thin_curse, did you mean 'thin_course'?", arguments=SHORT, PARTITION="thin_curse")
+    refused("unrecognized arguments: --nonsense", arguments=[*SHORT, "--nonsense"])
+    refused("AFTER=99999: there is no such job", arguments=SHORT, AFTER="99999")
     settings, text = project / "jobs/env.sh", (project / "jobs/env.sh").read_text()
-    settings.write_text('echo "no module 2019" >&2\nreturn 2\n')
-    try:
-        refused("no module 2019", arguments=SHORT)
-    finally:
-        settings.write_text(text)
+    for lines in ("echo loading\necho no module 2019 >&2\nreturn 2\n", "echo no module 2019 >&2\nfalse\ntrue\n"):
+        settings.write_text(lines)
+        try:
+            refused("no module 2019", arguments=SHORT)
+        finally:
+            settings.write_text(text)
     refused("DATA=DIR", target="audit", DATA="")
     assert set(run(["squeue", "-h", "-o", "%A"], cluster).split()) <= set(queued)
 
@@ -285,6 +293,7 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     "variables, sentence",
     [
         ({"PARTITION": "closed"}, "partition closed is down"),
+        ({"TIME": "00:00:00"}, "TIME=00:00:00 is no time at all"),
         ({"PARTITION": "gpu_course", "TIME": "45"}, "TIME=45 is over the limit of partition gpu_course, 30:00"),
         ({"PARTITION": "gpu_course", "CPUS": "5"}, "1 x 5 cores do not fit: a node of gpu_course has 4"),
         ({"NUM_RANKS": "32"}, "32 x 1 cores do not fit"),
@@ -340,13 +349,50 @@ def test_a_variable_that_is_more_than_its_form_is_refused(name, value):
 
 
 @pytest.mark.parametrize(
-    "variables", [{"SEED": "1; touch pwned"}, {"ARGS": "$(shell touch pwned) `touch pwned` ; touch pwned"}]
+    "variables",
+    [
+        {"SEED": "1; touch pwned"},
+        {"ARGS": "$(shell touch pwned) `touch pwned` ; touch pwned"},
+        {"ARGS": "--no", "DEST": "$(shell touch pwned)", "RUN": "$(shell touch pwned)"},
+    ],
 )
 def test_neither_make_nor_a_shell_carries_out_what_stands_in_a_variable(variables, project):
     environment = {"PATH": os.environ["PATH"]}
     assert "Traceback" not in make(project, environment, "train", check=2, **variables).stderr
     make(project, environment, "demo", check=2, DEMO_DATA="--no", **variables)
     assert not (project / "pwned").exists()
+
+
+def test_what_cannot_be_read_hides_no_job_and_stops_no_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(slurm, "LOGS", tmp_path / "logs")
+    for name, text in (("a", "{"), ("b", '{"job": null}'), ("c", '{"job": {"SLURM_JOB_ID": "7"}}')):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "meta.json").write_text(text)
+    (tmp_path / "logs" / "9.err").mkdir(parents=True)
+    (tmp_path / "logs" / "7.err").write_text("x" * 10_000 + "\nlast words")
+    (tmp_path / "logs" / "7.exit").write_bytes(b"\xff")
+    (row,) = slurm.describe_jobs([])
+    assert row["progress"].startswith("cannot be read") and row["stderr"][-1] == "last words" and len(row["stderr"][0]) < 5_000
+    job = {"SLURM_JOB_ID": "7"}
+    assert slurm.going_on(["--runs", str(tmp_path / "runs"), "seed=1"], job)[2:] == ["--resume", str(tmp_path / "runs/c")]
+
+
+@needs_slurm
+def test_a_job_takes_the_config_that_was_submitted_and_an_audit_told_to_stop_leaves_no_process(project, cluster):
+    config = project / "my.yaml"
+    config.write_text((project / "config.yaml").read_text())
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    waiting = make(project, cluster, "train", arguments=["--config my.yaml", *SHORT], AFTER=held).json["job"]
+    config.write_text("not: what was submitted\n")
+    run(["scontrol", "release", held], cluster)
+    audit = make(project, cluster, "audit", DATA='my "data"', OUT="stopped", ARGS="--checks labels epochs=500").json["job"]
+    fold = wait_for(lambda: next(iter(project.glob("stopped/runs/*/meta.json")), None), "the audit to train")
+    worker = read_json(fold)["pid"]
+    make(project, cluster, "cancel", JOB=audit)
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the worker to end")
+    assert ended(project, audit) == "130", logged(project, audit)
+    assert ended(project, waiting) == "0", logged(project, waiting)
 
 
 def test_a_full_disk_is_seen(tmp_path):
