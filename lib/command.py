@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -91,7 +92,7 @@ def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
 
     BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2,
-    Ctrl-C and SIGTERM become 130, after what is open was tidied up. Anything else is a bug and keeps its traceback.
+    Ctrl-C and what Slurm says before it kills become 130, after what is open was tidied up. Anything else is a bug and keeps its traceback.
     """
 
     def fail(sentence, code):
@@ -101,9 +102,10 @@ def script(main):
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
-        previous = None
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        unheard = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+        unheard = unheard if threading.current_thread() is threading.main_thread() else []
+        for number in unheard:
+            signal.signal(number, signal.default_int_handler)
         try:
             return main(argv)
         except BadInput as error:
@@ -120,7 +122,7 @@ def script(main):
         except MemoryError as error:
             return fail(f"not enough memory ({one_line(error)})", EXIT_USAGE)
         finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            for number in unheard:
+                signal.signal(number, signal.SIG_DFL)
 
     return wrapper

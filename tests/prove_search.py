@@ -15,7 +15,7 @@ from pathlib import Path
 
 from conftest import REPOSITORY
 from proofs import made_now, write_markdown
-from slurm_cluster import run, running_cluster, wait_for
+from slurm_cluster import kill_job, run, running_cluster, wait_for
 
 from lib import search
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, print_result, say, script
@@ -36,33 +36,26 @@ def make(environment, *words) -> dict:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def kill_all(environment, job: str) -> int:
-    """SIGKILL to every process of the array's running tasks, as if their node died; how many tasks."""
-    running = run(["squeue", "-h", "-r", "-j", job, "-t", "RUNNING", "-o", "%i"], environment).split()
-    for task in running:
-        subprocess.run(["scancel", "--signal=KILL", "--full", task], env=environment, check=True)
-    return len(running)
-
-
-def search_through_slurm(environment, overrides) -> tuple[search.Sweep, dict]:
-    """The search, and how it went."""
+def search_through_slurm(environment, overrides) -> None:
+    """Carry the search out, and leave beside its files how that went."""
     started_at = time.monotonic()
     words = [f"PYTHON={sys.executable}", f"SPACE={SPACE}", f"SEARCH={NAME}", f"CPUS={CPUS}", f"ARGS={' '.join(overrides)}"]
     jobs = make(environment, "sweep", *words)["jobs"]
-    sweep = search.load_sweep(REPOSITORY / "sweeps" / NAME, REPOSITORY / "runs")
-    half = len(sweep.rows(0)) // 2
-
-    def done(rung):
-        return sum(search.outcome(sweep, row)["state"] != "todo" for row in sweep.rows(rung))
-
-    wait_for(lambda: done(0) >= half, "half of the first rung", HOURS)
-    num_killed, num_done = kill_all(environment, jobs[0]), done(0)
-    say(f"{num_killed} tasks killed after {num_done} of {len(sweep.rows(0))} trials")
+    sweep = open_sweep()
+    rows = sweep.rows(0)
+    wait_for(lambda: sum(search.outcome(sweep, row)["state"] != "todo" for row in rows) >= len(rows) // 2, "half a rung", HOURS)
+    victim = run(["squeue", "-h", "-r", "-t", "RUNNING", "-o", "%A"], environment).split()[0]
+    killed = {"job": victim, "utc": made_now()["date"], "num_processes": kill_job(victim)}
+    write_json(sweep.folder / "killed.json", killed)
+    say(f"job {victim} killed, all of its {killed['num_processes']} processes")
     ending = REPOSITORY / f"jobs/logs/{jobs[-1]}.exit"
     wait_for(ending.is_file, "the champion", HOURS)
-    code = ending.read_text().strip()
-    wall_s = round(time.monotonic() - started_at)
-    return sweep, {"jobs": len(jobs), "num_killed": num_killed, "killed_after": num_done, "exit": code, "wall_s": wall_s}
+    told = {"jobs": len(jobs), "exit": ending.read_text().strip(), "wall_s": round(time.monotonic() - started_at)}
+    write_json(sweep.folder / "slurm.json", told)
+
+
+def open_sweep() -> search.Sweep:
+    return search.load_sweep(REPOSITORY / "sweeps" / NAME, REPOSITORY / "runs")
 
 
 def finish_grid(sweep: search.Sweep, arguments) -> None:
@@ -106,18 +99,22 @@ def main(argv=None) -> int:
         "--out", default=REPOSITORY / "assets" / "search", type=Path, metavar="OUT", help="OUT.json, .md, .html"
     )
     parser.add_argument("overrides", nargs="*", default=SMALL, metavar="key=value", help=f"default: {' '.join(SMALL)}")
+    parser.add_argument("--again", action="store_true", help="the search is over: compare what it left")
     args = parser.parse_args(argv)
     overrides, made = [f"data_dir={args.data}", *args.overrides], made_now()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster is ended then, too
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running_cluster(Path(folder)) as environment:
-        sweep, told = search_through_slurm(environment | {"OMP_NUM_THREADS": "1"}, overrides)
-    page = shutil.copy(sweep.folder / "sweep.html", args.out.with_suffix(".html"))
-    say(f"page {page}; now the grid, on this machine")
+    if not args.again:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster is ended then, too
+        with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running_cluster(Path(folder)) as environment:
+            search_through_slurm(environment | {"OMP_NUM_THREADS": "1"}, overrides)
+    sweep = open_sweep()
+    told, killed = (read_json(sweep.folder / name) for name in ("slurm.json", "killed.json"))
+    shutil.copy(sweep.folder / "sweep.html", args.out.with_suffix(".html"))
+    say("now the grid, on this machine")
     os.environ["OMP_NUM_THREADS"] = "1"
     finish_grid(sweep, [])
     found, champion = compare(sweep), read_json(sweep.folder / "champion.json")
     base = next(each for each in champion["finalists"] if each["trial"] == search.BASE)
-    result = made | {"overrides": overrides, "space": SPACE, "slurm": told, **found, "champion": champion}
+    result = made | {"overrides": overrides, "space": SPACE, "slurm": told, "killed": killed, **found, "champion": champion}
     write_json(args.out.with_suffix(".json"), result)
 
     def spread(each):
@@ -127,7 +124,7 @@ def main(argv=None) -> int:
         ("trials, rungs", f"{len(sweep.plan['trials'])}, {sweep.plan['rungs']} epochs", "-"),
         (
             "through Slurm, to a champion",
-            f"{told['jobs']} jobs, {told['num_killed']} tasks killed after {told['killed_after']} trials, {told['wall_s']} s",
+            f"{told['jobs']} jobs in {told['wall_s']} s; one task with its {killed['num_processes']} processes killed on the way",
             "yes" if told["exit"] == "0" else "NO",
         ),
         ("halving's best, AUC below the grid's best", f"{found['loss']:.4f}", "yes" if found["loss"] <= LOSS else "NO"),
