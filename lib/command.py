@@ -91,8 +91,9 @@ def print_result(result: dict) -> None:
 def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
 
-    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2,
-    Ctrl-C and what Slurm says before it kills become 130, after what is open was tidied up. Anything else is a bug and keeps its traceback.
+    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2.
+    Ctrl-C, and what Slurm says before it kills, become 130, after what is open was tidied up. Anything else is a bug and
+    keeps its traceback.
     """
 
     def fail(sentence, code):
