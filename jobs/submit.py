@@ -184,7 +184,8 @@ def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
     rows = slurm.describe_jobs(slurm.queued_jobs() if slurm.has_slurm() else [])
     for row in rows:
-        parts = [row.get(key) for key in ("shown", "name", "state", "reason", "run", "progress") if row.get(key) != "None"]
+        number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
+        parts = [number, *(row.get(key) for key in ("name", "state", "reason", "run", "progress") if row.get(key) != "None")]
         if "limit_left" in row:
             parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
         say("  ".join(filter(None, parts)))

@@ -124,7 +124,7 @@ def main(argv=None) -> int:
         ("trials, rungs", f"{len(sweep.plan['trials'])}, {sweep.plan['rungs']} epochs", "-"),
         (
             "through Slurm, to a champion",
-            f"{told['jobs']} jobs, {told['wall_s']} s; one task, all its {killed['num_processes']} processes, killed on the way",
+            f"{told['jobs']} jobs, {told['wall_s']} s; of one task all {killed['num_processes']} processes killed on the way",
             "yes" if told["exit"] == "0" else "NO",
         ),
         ("halving's best, AUC below the grid's best", f"{found['loss']:.4f}", "yes" if found["loss"] <= LOSS else "NO"),
