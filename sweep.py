@@ -154,13 +154,14 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     from lib.reports.pages import note, picture, section, table, write_page
 
     plan, keys = sweep.plan, list(sweep.plan["ranges"])
-    told, scores, done, rung_ends, spent = {}, {}, [], [], 0
+    told = {trial: [[] for _ in plan["rungs"]] for trial in plan["trials"]}  # by rung
+    scores, done, rung_ends, spent = {}, [], [], 0
     for rung in range(min(sweep.newest_rung(), sweep.num_rungs - 1) + 1):
         before = plan["rungs"][rung - 1] if rung else 0
         for row in sweep.rows(rung):
             found = search.outcome(sweep, row)
             spent += max(0, found["num_epochs"] - before)
-            told.setdefault(row.trial, []).append(found.get("score", found.get("reason", "-")))
+            told[row.trial][rung].append(show(found.get("score", found.get("reason", "-"))))
             if "score" in found:
                 done.append((spent, found["score"]))
                 if not rung:
@@ -184,8 +185,9 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
         header = ("trial", "mean AUC on validation", "95% from", "to", "its best run")
         words = f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were chosen on the same patches."
         sections.insert(0, section("Champion", note(champion["note"], "alarm"), table(header, rows), note(words)))
-    rows = [[trial, *values.values(), "; ".join(map(show, told[trial]))] for trial, values in plan["trials"].items()]
-    sections.append(section("Trials", table(("trial", *keys, "AUC after each rung, or what went wrong"), rows)))
+    rows = [[trial, *plan["trials"][trial].values(), *("; ".join(texts) or "-" for texts in told[trial])] for trial in told]
+    header = ("trial", *keys, *(f"AUC after {epochs} epoch{'s' * (epochs > 1)}" for epochs in plan["rungs"]))
+    sections.append(section("Trials", table(header, rows)))
     facts = f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs; plan SHA-256 {plan['sha256']}. "
     facts += f"{spent} epochs were trained, {spent / full:.0%} of what every trial to its end would take ({full})."
     return write_page(sweep.folder / "sweep.html", f"Search {sweep.folder.name}", [note(facts), *sections])
