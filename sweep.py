@@ -79,7 +79,12 @@ def main(argv=None) -> int:
         result |= {"next": str(path), "trials": read_json(path)["trials"], "page": str(page)}
         say(f"{path}: {', '.join(result['trials'])}; page {page}")
     print_result(result)
-    return EXIT_INTERRUPTED if result.get("interrupted") else EXIT_FINDING if result.get("num_failed") else EXIT_DONE
+    return EXIT_INTERRUPTED if result.get("interrupted") else EXIT_FINDING if is_open(result) else EXIT_DONE
+
+
+def is_open(result: dict) -> bool:
+    """Whether a row failed, or has no result and nobody is at it."""
+    return bool(result.get("num_failed") or result.get("num_todo", 0) > result.get("num_elsewhere", 0))
 
 
 def run_rung(sweep, rung: int, args) -> dict:
@@ -89,6 +94,8 @@ def run_rung(sweep, rung: int, args) -> dict:
         if not 0 <= row < sweep.num_rows(rung):
             raise BadInput(f"--row {row}: rung {rung} of {sweep.folder} has the rows 0 to {sweep.num_rows(rung) - 1}")
         rows = rows[row : row + 1]  # empty where trials failed and so fewer were promoted than planned
+    if any(search.outcome(sweep, each)["state"] == "todo" for each in rows):
+        search.require_comparable(sweep, args.overrides)
     result = search.run_rows(sweep, rows, args.processes, ["--device", args.device, *args.overrides])
     for each in rows:
         if (found := search.outcome(sweep, each))["state"] == "failed":
@@ -111,7 +118,7 @@ def crown(sweep, args) -> int:
         if args.open_test:
             result["test"] = open_test(sweep, champion, args)
     print_result(result)
-    return EXIT_INTERRUPTED if result["interrupted"] else EXIT_FINDING if result["num_failed"] else EXIT_DONE
+    return EXIT_INTERRUPTED if result["interrupted"] else EXIT_FINDING if is_open(result) else EXIT_DONE
 
 
 def open_test(sweep, champion: dict, args) -> dict:

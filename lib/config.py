@@ -186,10 +186,21 @@ def read_yaml(path) -> dict:
         raise BadInput(f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
-    keys = [key.value for key, _ in root.value]  # of which safe_load keeps the last in silence
-    if twice := [key for key in values if keys.count(key) > 1]:
-        raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
+    nodes = [root]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):  # of keys that stand twice safe_load keeps the last in silence
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
+            nodes += [value for _, value in node.value if value not in nodes]
     return values
+
+
+def plain(value) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(plain, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_overrides(pairs) -> dict[str, str]:

@@ -82,7 +82,7 @@ def write_cache(path, value: dict) -> bool:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as file:
             file.write(json.dumps(value))
-    except OSError:
+    except (OSError, TypeError, ValueError, RecursionError):
         return False
     return True
 

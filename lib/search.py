@@ -20,12 +20,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
-from lib.command import EXIT_INTERRUPTED, BadInput, nearest
-from lib.config import Config, Natural, Positive, coerce, config_from_dict, dump_config, load_config, read_yaml, refuse_unknown
+from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, BadInput, nearest, say
+from lib.config import (
+    Config,
+    Natural,
+    Positive,
+    change_free_keys,
+    coerce,
+    config_from_dict,
+    dump_config,
+    load_config,
+    parse_overrides,
+    plain,
+    read_yaml,
+    refuse_unknown,
+)
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
 
+MOST_SEED = 2**31 - 101  # with room for the champion's fresh ones
 KEPT_SHARE, NUM_FINALISTS, BASE = 3, 3, "base"  # one in three trials goes on; `base` is the config with nothing varied
 SPACE = {
     "design": Literal["sobol", "grid"],
@@ -36,7 +50,7 @@ SPACE = {
     "champion_seeds": Annotated[int, 3],
 }
 # the search sets them, or scores could not be compared across them
-FIXED_KEYS = ("name", "seed", "epochs", "data_dir", "limit_valid", "num_folds", "fold")
+FIXED_KEYS = ("name", "seed", "epochs", "data_dir", "limit_valid", "num_folds", "fold", "views")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -91,7 +105,7 @@ class Sweep:
         if rung:
             if not self.rung_file(rung).is_file():
                 raise BadInput(f"{self.folder} has no rung {rung} yet: sweep.py promote {self.folder.name}")
-            trials = read_json(self.rung_file(rung))["trials"]
+            trials = self.promoted(rung - 1)
         if is_final:
             seeds = range(max(seeds) + 1, max(seeds) + 1 + self.plan["champion_seeds"])
         epochs = self.plan["rungs"][min(rung, self.num_rungs - 1)]
@@ -99,7 +113,11 @@ class Sweep:
 
     def promoted(self, rung: int) -> list[str]:
         """The trials that went on from a rung; none before it was promoted."""
-        return read_json(self.rung_file(rung + 1))["trials"] if self.rung_file(rung + 1).is_file() else []
+        path = self.rung_file(rung + 1)
+        trials = read_json(path).get("trials") if path.is_file() else []
+        if not isinstance(trials, list) or not {*self.plan["trials"], BASE}.issuperset(trials):
+            raise BadInput(f"{path} does not hold trials of the plan: remove it, and promote rung {rung} again")
+        return trials
 
     def newest_rung(self) -> int:
         return max(rung for rung in range(self.num_rungs + 1) if not rung or self.rung_file(rung).is_file())
@@ -115,6 +133,8 @@ def build_plan(space: dict, base: Config, source) -> dict:
     plan, ranges = {key: coerce(f"{source}: {key}", space[key], hint) for key, hint in SPACE.items()}, space["ranges"]
     if not plan["rungs"] or list(plan["rungs"]) != sorted(set(plan["rungs"])) or not plan["seeds"]:
         raise BadInput(f"{source}: rungs must be rising numbers of epochs, and seeds at least one")
+    if len(set(plan["seeds"])) < len(plan["seeds"]) or max(*plan["seeds"], plan["seed"]) > MOST_SEED:
+        raise BadInput(f"{source}: seeds must differ, and be at most {MOST_SEED:,}")
     if not isinstance(ranges, dict) or not ranges:
         raise BadInput(f"{source}: ranges must hold config keys, each with a range")
     refuse_unknown(ranges, f"{source}: ranges")
@@ -134,7 +154,8 @@ def build_plan(space: dict, base: Config, source) -> dict:
     for number, point in enumerate(points):
         items = zip(kinds.items(), point, strict=True)
         values = {key: _value_at(*kind, x, getattr(base, key)) for (key, kind), x in items}
-        config_from_dict(base.as_dict() | values, source=f"{source}: trial {number}")
+        typed = {key: plain(value) for key, value in values.items()}  # as train.py gets them
+        config_from_dict(base.as_dict() | typed, source=f"{source}: trial {number}")
         plan["trials"][f"t{number:03}"] = values
     return {"sha256": plan_digest(plan), **json.loads(json.dumps(plan))}
 
@@ -174,7 +195,8 @@ def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> dict:
         raise BadInput(f"{owned[0]}: the search sets names, seeds (by seeds) and epochs (by rungs)")
     base = load_config(config_path, overrides)
     base = dataclasses.replace(base, epochs=max(coerce("rungs", space.get("rungs", []), SPACE["rungs"]), default=1))
-    plan = build_plan(space, base, space_path)
+    plan = build_plan(space, base, space_path) | {"name": folder.name}
+    plan["sha256"] = plan_digest(plan)
     if (folder / "plan.json").is_file():
         if read_json(folder / "plan.json") != plan:
             raise BadInput(f"{folder} holds another plan: a plan is frozen, take another --name")
@@ -192,12 +214,22 @@ def load_sweep(folder, runs_dir) -> Sweep:
     if not (folder / "plan.json").is_file():
         raise BadInput(f"{folder} is no planned search: it has no plan.json (sweep.py plan SPACE)")
     plan = read_json(folder / "plan.json")
-    if plan.get("sha256") != plan_digest(plan) or file_digest(folder / "config.yaml") != plan["config_sha256"]:
+    if plan.get("sha256") != plan_digest(plan) or file_digest(folder / "config.yaml") != plan.get("config_sha256"):
         raise BadInput(f"{folder}: plan.json or config.yaml was changed after the plan was frozen")
+    if (name := plan.get("name", folder.name)) != folder.name:
+        raise BadInput(f"{folder} was planned as {name}, after which its runs are called: give it that name again")
     return Sweep(folder, Path(runs_dir), plan)
 
 
 # what the run folders say
+
+
+def _number(value) -> float:
+    """A score as a number; NaN for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def outcome(sweep: Sweep, row: Row) -> dict:
@@ -212,15 +244,15 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     found = {"run": str(run) if run else None, "num_epochs": len(epochs)}
     needs_summary = row.epochs == sweep.plan["rungs"][-1]  # or its last checkpoint might not be written yet
     if summary.get("status") == "finished" or (len(epochs) == row.epochs and not needs_summary):
-        scores = [summary["val_auc"]] if row.is_final else [float(epoch["val_auc"]) for epoch in epochs]
-        scores = [score for score in scores if score is not None and math.isfinite(score)]
+        scores = [summary.get("val_auc")] if row.is_final else [epoch.get("val_auc") for epoch in epochs]
+        scores = [score for score in map(_number, scores) if math.isfinite(score)]
         if scores:
             return found | {"state": "done", "score": max(scores)}
         return found | {"state": "failed", "reason": "no AUC: validation lacks a class, or no logit was finite"}
     if summary:
         return found | {"state": "failed", "reason": f"diverged after step {summary.get('diverged_step')}"}
     if failure.is_file():
-        return found | {"state": "failed", "reason": read_json(failure)["reason"]}
+        return found | {"state": "failed", "reason": read_json(failure).get("reason", "for no reason that was kept")}
     return found | {"state": "todo"}
 
 
@@ -286,13 +318,34 @@ def choose_champion(sweep: Sweep) -> dict:
         finalists.append({"trial": trial, "run": best["run"], **mean_interval([each["score"] for each in found])})
     champion, *others = finalists
     close = [each["trial"] for each in others if each["high"] >= champion["low"]]
+    lost = [trial for trial in sweep.promoted(rung - 1) if trial not in [each["trial"] for each in finalists]]
     note = f"{champion['trial']} has the highest mean AUC"
-    note += f", but is not separable from {', '.join(close)}: their intervals overlap" if close else ", apart from all others"
+    if not others:
+        note = f"{champion['trial']} is the only finalist with a score"
+    elif close:
+        note += f", but is not separable from {', '.join(close)}: their intervals overlap"
+    else:
+        note += ", apart from all others"
+    note += f"; {', '.join(lost)} failed" * bool(lost)
     values = sweep.plan["trials"].get(champion["trial"], {})
     return {"champion": champion["trial"], "values": values, "note": note, **champion, "finalists": finalists}
 
 
 # carrying rows out
+
+
+def require_comparable(sweep: Sweep, overrides: list[str]) -> None:
+    """Raise BadInput for overrides, or data, with which rows would not be the plan's, or not comparable to those so far."""
+    from lib.pcam import fingerprint
+
+    changes = parse_overrides(overrides)
+    if fixed := [key for key in changes if key in ("name", "views")]:
+        raise BadInput(f"{fixed[0]} cannot be changed after the plan")
+    cfg = change_free_keys(load_config(sweep.folder / "config.yaml"), changes)
+    digests, path = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"]), sweep.folder / "data.json"
+    if path.is_file() and read_json(path) != digests:
+        raise BadInput(f"{cfg.data_dir} is not the data that {sweep.folder} was begun with: its SHA-256 differs")
+    write_json(path, digests)
 
 
 def claim(sweep: Sweep, row: Row) -> TextIO | None:
@@ -319,7 +372,7 @@ def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> sub
         which = ["--resume", str(run)]
     else:
         values = {"name": sweep.run_name(row.trial), "seed": row.seed, **sweep.plan["trials"].get(row.trial, {})}
-        which = ["--config", str(sweep.folder / "config.yaml"), *(f"{key}={value}" for key, value in values.items())]
+        which = ["--config", str(sweep.folder / "config.yaml"), *(f"{key}={plain(value)}" for key, value in values.items())]
     command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(sweep.runs_dir), "--until-epoch", str(row.epochs)]
     logs.mkdir(exist_ok=True)
     with open(logs / f"{row}.err", "ab") as log:
@@ -327,10 +380,14 @@ def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> sub
         return subprocess.Popen([*command, *which, *arguments], **quiet, pass_fds=[held.fileno()])
 
 
+def last_words(sweep: Sweep, row: Row) -> str:
+    """What the trainer of a row said last."""
+    return ((sweep.folder / "logs" / f"{row}.err").read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
+
+
 def record_death(sweep: Sweep, row: Row, code: int) -> None:
     """A trial whose trainer ended without a result is a failure with a reason, not a gap; remove the file to try again."""
-    words = (sweep.folder / "logs" / f"{row}.err").read_text(errors="replace").strip().splitlines()
-    reason = f"{f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit {code}'}: {words[-1] if words else 'no word'}"
+    reason = f"{f'killed by {signal.Signals(-code).name}' if code < 0 else f'exit {code}'}: {last_words(sweep, row)}"
     (sweep.folder / "failed").mkdir(exist_ok=True)
     write_json(sweep.folder / "failed" / f"{row}.json", {"exit": code, "reason": reason})
 
@@ -353,7 +410,9 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
             for process in [process for process in running if process.poll() is not None]:
                 row, held = running.pop(process)
                 stopped = told or process.returncode in (EXIT_INTERRUPTED, *(-number for number in STOP_SIGNALS))
-                if not stopped and outcome(sweep, row)["state"] == "todo":
+                if process.returncode == EXIT_USAGE and not sweep.run_of(row):  # its surroundings, not the trial: to be mended
+                    say(f"{row} could not start: {last_words(sweep, row)}")
+                elif not stopped and outcome(sweep, row)["state"] == "todo":
                     record_death(sweep, row, process.returncode)
                 held.close()
                 bar.add(1)

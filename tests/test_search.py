@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import QUICK, REPOSITORY, run_script
+from conftest import QUICK, REPOSITORY, run_script, write_pcam
 from slurm_cluster import wait_for
 
 from lib import rundir, search
@@ -103,6 +103,9 @@ def test_a_grid_has_every_combination_once(tmp_path):
         ({"rungs": [3, 1]}, "rising numbers of epochs"),
         ({"rungs": []}, "rising numbers of epochs"),
         ({"seeds": []}, "seeds at least one"),
+        ({"seeds": [1, 1]}, "seeds must differ"),
+        ({"seed": 10**20}, "seeds must differ, and be at most"),
+        ({"ranges": {"views": {"choice": [1, 8]}}}, "views cannot be searched over"),
         ({"trials": 0}, "at least 1"),
         ({"champion_seeds": 2}, "at least 3"),
         ({"trails": 9}, "unknown key 'trails', did you mean 'trials'?"),
@@ -276,6 +279,34 @@ def test_a_claimed_row_is_left_alone_until_its_last_process_is_gone(tmp_path, pc
     orphan.kill()
     orphan.wait()
     free().close()
+
+
+def test_rows_are_the_plans_and_comparable_or_refused_and_nothing_is_recorded(tmp_path, pcam_dir):
+    data = shutil.copytree(pcam_dir, tmp_path / "data")
+    sweep = plan(tmp_path, overrides=[f"data_dir={data}", *TINY], ranges={"mlp_hidden": {"choice": [[4], [4, 4]]}})
+    for override, sentence in (
+        ("weight_decay=0.7", "weight_decay changes the weights"),
+        ("views=8", "views cannot be changed after the plan"),
+        ("data_dir=nowhere", "no folder nowhere"),
+    ):
+        assert sentence in sweep_script(tmp_path, "run", "s", "--row", 0, override, check=2).stderr
+    assert not sweep.runs_dir.exists() and not (sweep.folder / "failed").exists()
+    sweep_script(tmp_path, "run", "s", "--row", 0, check=0)
+    write_pcam(data, seed=9)
+    assert "is not the data that" in sweep_script(tmp_path, "run", "s", "--row", 1, check=2).stderr
+    renamed = sweep.folder.rename(tmp_path / "t")
+    assert "was planned as s" in sweep_script(tmp_path, "run", "t", "--row", 1, check=2).stderr
+    renamed.rename(sweep.folder)
+    (sweep.folder / "rung-1.json").write_text("{}")
+    assert "does not hold trials" in sweep_script(tmp_path, "run", "s", "--all", check=2).stderr
+
+
+def test_a_finalist_that_failed_is_named_and_one_alone_is_not_apart_from_others(tmp_path):
+    sweep = finals(tmp_path, *[0.9, 0.91, 0.92] * 4)
+    for row in sweep.rows(1):
+        if row.trial != "base":
+            write_json(sweep.run_of(row) / "summary.json", {"status": "diverged", "diverged_step": 2})
+    assert search.choose_champion(sweep)["note"] == "base is the only finalist with a score; t001, t002, t000 failed"
 
 
 def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is_not(tmp_path, pcam_dir):

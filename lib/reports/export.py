@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 
 from lib.command import BadInput, one_line
-from lib.config import HINTS
+from lib.config import HINTS, plain
 from lib.logger import read_csv, read_json
 from lib.progress import Progress
-from lib.reports.runs import plain
 
 TABLES = (("steps.csv", "train"), ("epochs.csv", "epoch"))
 MLFLOW_STATUS = {"finished": "FINISHED", "running": "RUNNING", "interrupted": "KILLED", "paused": "KILLED"}  # others: FAILED

@@ -1,8 +1,10 @@
 """Run folders as rows: listed while they are written, selected, compared, averaged over seeds or folds, drawn together."""
 
 import contextlib
+import csv
 import functools
 import hashlib
+import json
 import operator
 import os
 import platform
@@ -12,12 +14,13 @@ from pathlib import Path
 
 import yaml
 
-from lib.command import BadInput, nearest, say
-from lib.config import HINTS, read_yaml
+from lib.command import BadInput, nearest, one_line, say
+from lib.config import HINTS, plain, read_yaml
 from lib.logger import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
 from lib.rundir import SCORES, process_start
 
 SILENT_S = 900.0  # a run on another machine that has not written for so long is dead: staging or an evaluation takes less
+UNREADABLE = (OSError, BadInput, AttributeError, KeyError, TypeError, ValueError, RecursionError, csv.Error)
 MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}  # nothing that is compared depends on them
@@ -92,8 +95,10 @@ def read_run(run: Path) -> dict:
             "num_train": meta.get("rows", {}).get("train", {}).get("num"),
             "num_starts": len(meta.get("earlier_starts", [])) + 1,
         }
-        return row | config | {name: value for name, value in scores.items() if not isinstance(value, list)}
-    except (OSError, BadInput, AttributeError, TypeError, ValueError) as error:  # edited by hand, or of another program
+        found = row | config | {name: value for name, value in scores.items() if not isinstance(value, list)}
+        json.dumps(found)  # what YAML takes for a date goes into no table
+        return found | {"status": str(found["status"])}
+    except UNREADABLE as error:  # edited by hand, or of another program
         say(f"{run} cannot be read: {error}")
         return row
 
@@ -145,13 +150,6 @@ def run_status(run: Path, meta: dict) -> str:
     return "running" if time.time() - max(path.stat().st_mtime for path in signs) < SILENT_S else "dead"
 
 
-def plain(value) -> str:
-    """A value as it would be typed."""
-    if isinstance(value, list):
-        return ",".join(map(plain, value))
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
 def require_column(name: str, rows: list[dict], source: str) -> None:
     """Raise BadInput where no row has the column, with the nearest that there is."""
     if name not in HINTS and not any(name in row for row in rows):
@@ -168,7 +166,7 @@ def build_condition(text: str, rows: list[dict]):
     def holds(row) -> bool:
         if (value := row.get(name)) is None:
             return sign == "!="
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             if not isinstance(value, (str, bool)):
                 return OPERATORS[sign](float(value), float(wanted))
         return OPERATORS[sign](plain(value), wanted)
@@ -218,6 +216,8 @@ def require_alike(rows: list[dict], varied: str) -> None:
     for row in rows:
         if row["status"] != "finished":
             raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
+        if row.get(varied) is None:
+            raise BadInput(f"{row['run']} says nothing of its {varied}")
         if (other := seen.setdefault(row[varied], row)) is not row:
             raise BadInput(f"{other['run']} and {row['run']} share {varied} {row[varied]}: that is one result, not two")
         if wrong := [key for key in sorted(same) if row.get(key) != first.get(key)]:
@@ -233,7 +233,23 @@ def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
 
     require_alike(rows, varied)
     names = [f"val_{name}" for name in SCORES if name not in COUNTS and rows[0].get(f"val_{name}") is not None]
+    for row, name in ((row, name) for row in rows for name in names):
+        if type(row.get(name)) not in (int, float):
+            raise BadInput(f"{row['run']}: {name} is {row.get(name)!r}, which is no score")
     return {name: mean_interval([row[name] for row in rows]) for name in names}
+
+
+def read_curves(path: Path, curves) -> list[dict]:
+    """The rows of a CSV file that a curve is drawn of; none, with a sentence, where it holds anything else."""
+    try:
+        rows = read_csv(path)
+        for row in rows:
+            for _ in map(float, [row["step"], *(row[name] for file, name, *_ in curves if file == path.name and row[name])]):
+                pass
+        return rows
+    except UNREADABLE as error:
+        say(f"{path} cannot be drawn: {one_line(error)}")
+        return []
 
 
 def write_together(path, title: str, shown, runs: list[Path], curves, remark: str = "") -> Path:
@@ -244,6 +260,7 @@ def write_together(path, title: str, shown, runs: list[Path], curves, remark: st
     if not 0 < len(runs) <= MOST_DRAWN:
         raise BadInput(f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where chooses)")
     files = [(run, name) for run in runs for name in dict.fromkeys(curve[0] for curve in curves) if (run / name).is_file()]
-    figure = plot_together({(run.name, name): read_csv(run / name) for run, name in files}, curves)
+    tables = {(run.name, name): rows for run, name in files if (rows := read_curves(run / name, curves))}
+    figure = plot_together(tables, curves)
     drawn = picture(figure_png(figure), ", ".join(curve[2] for curve in curves))
     return write_page(path, title, [section("Runs", table(*shown), note(remark)), section("Curves", drawn)])
