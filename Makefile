@@ -45,7 +45,7 @@ setup: $(setup_done)  ## make .venv with the pinned packages
 	touch $@
 
 test: $(test_setup_done)  ## run all tests
-	$(run) here -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(run) here -m pytest -n 3 --dist loadfile
 
 lint: $(test_setup_done)  ## check style, format and the CI workflow
 	"$$PYTHON" -m ruff check .
