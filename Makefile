@@ -4,10 +4,12 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds bench audit status cancel data demo twin prove prove-audit handover checklist clean
+.PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
+.PHONY: checklist clean
 
 SEED ?= 1
 ARGS ?=
+SPACE ?= assets/space.yaml
 
 ifdef PYTHON
 setup_done :=
@@ -23,7 +25,7 @@ DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
 # Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them.
-variables := PYTHON ARGS SEED SEEDS K DATA OUT NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
 export $(variables)
 run := "$$PYTHON" jobs/submit.py
@@ -43,7 +45,7 @@ setup: $(setup_done)  ## make .venv with the pinned packages
 	touch $@
 
 test: $(test_setup_done)  ## run all tests
-	$(run) here -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(run) here -m pytest -n 3 --dist loadfile
 
 lint: $(test_setup_done)  ## check style, format and the CI workflow
 	"$$PYTHON" -m ruff check .
@@ -61,6 +63,9 @@ seeds: $(setup_done)  ## the same with several seeds: make seeds SEEDS=1,2,3
 
 folds: $(setup_done)  ## cross-validation inside train: make folds K=5
 	$(run) folds
+
+sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.yaml ARGS="data_dir=data/sample" PROCESSES=2
+	$(run) sweep
 
 bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/pcam
 	$(run) bench
@@ -93,6 +98,9 @@ prove: $(test_setup_done)  ## the figures of reproducibility, at length: make pr
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
 	$(run) here tests/prove_audit.py
+
+runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
+	$(run) here report.py runs
 
 handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
 	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }

@@ -43,6 +43,8 @@ def main(argv=None) -> int:
     device = choose_device(args.device)
     if not Path(args.out).absolute().parent.is_dir():
         raise BadInput(f"--out {args.out}: there is no folder {Path(args.out).parent}")
+    if Path(args.out).is_dir():
+        raise BadInput(f"--out {args.out} is a folder: name a file in it")
     model, cfg, checkpoint = load_model(args.ckpt)
     model.to(device)
     views = args.views or cfg.views

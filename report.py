@@ -1,6 +1,10 @@
 """Pages and tables from what runs have left on disk.
 
 python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
+python report.py runs [--runs DIR] [--where 'val_auc>0.9'] [--sort NAME] [--html FILE]
+python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
+python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
+python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
 """
 
@@ -21,11 +25,15 @@ SHOWN_SCORES = {
     "accuracy": ("accuracy", "majority_accuracy"),
     "log loss (nats)": ("loss", "prior_loss"),
 }
+SPREAD_NOTE = (
+    "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their training patches, so that theirs "
+    "is narrower than it should be (Bengio and Grandvalet 2004)."
+)
 
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="report.py", description="Pages and tables from what runs have left on disk.")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="run|handover")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="run|runs|seeds|folds|export|handover")
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
     run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
@@ -33,6 +41,29 @@ def parse(argv) -> argparse.Namespace:
     run.add_argument("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
     run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
     run.set_defaults(report=report_run)
+    runs = commands.add_parser("runs", help="all runs: status, the keys in which they differ, scores")
+    runs.add_argument("--sort", default="run", metavar="NAME", help="a column to order by (default: run, which is by start)")
+    runs.add_argument("--descending", action="store_true", help="the largest first")
+    runs.add_argument("--html", default="", metavar="FILE", help="a page with their curves drawn together")
+    runs.set_defaults(report=report_runs)
+    spreads = []
+    for verb, other in (("seeds", "folds"), ("folds", "seeds")):
+        spread = commands.add_parser(verb, help=f"the mean over {verb}, its interval and the spread")
+        spread.add_argument(verb, nargs="*", metavar="RUN", help=f"finished runs that differ in the {verb[:-1]} alone")
+        spread.add_argument(f"--{other}", nargs="+", default=[], metavar="RUN", help=f"the spread over {other}, set beside it")
+        spread.add_argument("--html", default="", metavar="FILE", help="a page with gradient norms and learning rates together")
+        spread.set_defaults(report=report_spread)
+        spreads.append(spread)
+    export = commands.add_parser("export", help="runs as TensorBoard or MLflow read them")
+    export.add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
+    export.add_argument("--out", required=True, type=place, metavar="DIR", help="a new or an empty folder")
+    export.set_defaults(report=report_export)
+    for chosen in (runs, export, *spreads):
+        chosen.add_argument(
+            "--runs", default="runs", type=place, metavar="DIR", help="the folder that holds them (default: runs)"
+        )
+        condition = "only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead; all of several"
+        chosen.add_argument("--where", action="append", default=[], metavar="CONDITION", help=condition)
     stick = commands.add_parser("handover", help="a folder that predicts on a machine without a network, for a USB stick")
     stick.add_argument("run", nargs="?", default=CHAMPION, metavar="RUN", help="a finished run (default: assets/champion)")
     stick.add_argument("--to", required=True, type=place, metavar="DIR", help="a new or an empty folder")
@@ -65,6 +96,61 @@ def report_handover(args) -> int:
     result = write_handover(find_run(args.run), Path(args.to), args.platform, args.python, args.wheels)
     say(f"{args.to}: {result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB, torch {result['torch']}")
     print_result(result)
+    return EXIT_DONE
+
+
+def report_runs(args) -> int:
+    """List runs, and draw their curves together."""
+    from lib.reports.runs import CURVES, list_runs, select_runs, table_of_runs, text_table, write_together
+
+    rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
+    shown, statuses = table_of_runs(rows), [row["status"] for row in rows]
+    say(text_table(*shown))
+    result = {"num_runs": len(rows)} | {status: statuses.count(status) for status in sorted(set(statuses))}
+    if args.html:
+        folders = [Path(args.runs, row["run"]) for row in rows]
+        result["page"] = str(write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES))
+    print_result(result)
+    return EXIT_DONE
+
+
+def report_spread(args) -> int:
+    """Say how far scores lie apart between seeds, and between folds."""
+    from lib.reports.runs import GRADIENTS, average_scores, list_runs, read_run, select_runs, text_table, write_together
+    from lib.rundir import find_run
+
+    if args.where and not getattr(args, args.what):
+        chosen = select_runs(list_runs(args.runs), args.where)
+        setattr(args, args.what, [str(Path(args.runs, row["run"])) for row in chosen])
+    if not getattr(args, args.what):
+        raise BadInput(f"{args.what}: no run is named" + f", and none in {args.runs} meets the conditions" * bool(args.where))
+    order = ("seeds", "folds") if args.what == "seeds" else ("folds", "seeds")
+    runs = {varied: [find_run(name) for name in getattr(args, varied)] for varied in order if getattr(args, varied)}
+    rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}
+    spreads = {varied: average_scores(rows[varied], varied[:-1]) for varied in runs}
+    constants = {f"val_{score}": rows[args.what][0].get(constant) for score, constant in SHOWN_SCORES.values()}
+    columns = ("mean", "deviation", "low", "high", "num")
+    header = ["score", "constant answer", *(f"{column} over {varied}" for varied in runs for column in columns)]
+    cells = [
+        [name, constants.get(name), *(scores[name][column] for scores in spreads.values() for column in columns)]
+        for name in spreads[args.what]
+    ]
+    say(text_table(header, cells))
+    result = spreads | {"num_runs": sum(map(len, runs.values()))}
+    if args.html:
+        title = f"Scores over {' and '.join(runs)}"
+        result["page"] = str(write_together(args.html, title, (header, cells), sum(runs.values(), []), GRADIENTS, SPREAD_NOTE))
+    print_result(result)
+    return EXIT_DONE
+
+
+def report_export(args) -> int:
+    """Write runs for another program."""
+    from lib.reports.export import export_runs
+    from lib.reports.runs import list_runs, select_runs
+
+    rows = select_runs(list_runs(args.runs), args.where)
+    print_result({"num_runs": export_runs(rows, Path(args.runs), Path(args.out), args.to), "out": args.out})
     return EXIT_DONE
 
 

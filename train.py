@@ -1,7 +1,7 @@
 """Train a tumour-patch classifier: one run, from config to run folder.
 
 python train.py [--config F] [--runs DIR] [--device D] [--trace] [key=value ...]
-python train.py --resume RUN
+python train.py --resume RUN [--until-epoch N]
 """
 
 import argparse
@@ -19,6 +19,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)")
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    parser.add_argument("--until-epoch", type=positive, default=0, metavar="N", help="pause after N epochs, for --resume")
     parser.add_argument("--trace", action="store_true", help="write SHA-256 digests of each step to RUN/trace.csv")
     parser.add_argument("--trace-every", type=positive, default=0, metavar="N", help="the same for every Nth step only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3")
@@ -78,12 +79,11 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     batch_size = batches.fit_batch_size(cfg, len(train_rows))
     steps_per_epoch = len(train_rows) // batch_size
     data = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"])
-
     if run:
         rundir.require_same_run(run, cfg, data)
 
     # build the state before the first step, or bring back the one of the last checkpoint
-    state, scores = training.build_state(cfg, device), {}
+    state, scores, details = training.build_state(cfg, device), {}, {}
     if run and (newest := newest_checkpoint(run)):
         saved, path = newest
         training.restore_state(state, saved, path)
@@ -133,7 +133,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
     ):
         try:
-            while progress["epoch"] < cfg.epochs and not training.is_stale(progress, cfg):
+            while progress["epoch"] < min(cfg.epochs, args.until_epoch or cfg.epochs) and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
                 epoch = progress["epoch"]
                 keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg)
@@ -150,8 +150,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                         if ranks.any(stop, device):
                             save("last.pt")
                             if ranks.is_first:
-                                say(f"stopped after step {progress['num_steps']}; go on with: python train.py --resume {run}")
-                                print_result({"run": str(run), "status": "interrupted", "step": progress["num_steps"]})
+                                rundir.write_stop(run, "interrupted", progress["num_steps"])
                             return EXIT_INTERRUPTED
                         if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:
                             save("last.pt")
@@ -173,7 +172,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 if is_best:
                     save("best.pt")
                 save("last.pt")
-            status, details = "finished", {}
+            status = "finished" if progress["epoch"] == cfg.epochs or training.is_stale(progress, cfg) else "paused"
         except rundir.Diverged as error:
             if ranks.is_first:
                 good = "last.pt" if (run / "last.pt").is_file() else "none yet"
@@ -181,16 +180,16 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
 
     # summary.json comes last: it says that the run is over
-    exit_code = EXIT_DONE if status == "finished" else EXIT_FINDING
-    if not ranks.is_first:
+    exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
+    if status == "paused" and ranks.is_first:
+        rundir.write_stop(run, status, progress["num_steps"])
+    if status == "paused" or not ranks.is_first:
         return exit_code
     (run / PREVIOUS).unlink(missing_ok=True)
     if status == "finished" and cfg.views > 1:  # an epoch is scored on one view a patch, the best one then on all
-        best = load_model(run)[0].to(device)
-        progress["best_scores"] = evaluate(best, valid_source, valid_rows, cfg, views=cfg.views)
+        progress["best_scores"] = evaluate(load_model(run)[0].to(device), valid_source, valid_rows, cfg, views=cfg.views)
     details |= {"wall_s": round(time.monotonic() - args.started_at, 3), **log.times()}
-    digest = weights_sha256(state.model.state_dict())
-    summary = rundir.write_summary(run, status, digest, progress, baselines, **details)
+    summary = rundir.write_summary(run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details)
     print_result({"run": str(run), **summary})
     return exit_code
 

@@ -5,17 +5,19 @@
 # tasks differ in or ''. The working folder is the project: data and runs are where they are without Slurm.
 code=$1 python=$2 data=$3 varied=$4
 shift 4
-exit_file=jobs/logs/$SLURM_JOB_ID.exit
+log=jobs/logs/$SLURM_JOB_ID
 num_starts=$((${SLURM_RESTART_COUNT:-0} + 1)) most_starts=100 # a job that never gets anywhere must end some day
 num_signals=0 step='' timer='' copy=''
-rm -f "$exit_file"
+rm -f "$log.exit"
+echo "$SLURM_JOB_NAME" > "$log.name" # for `make status`, when Slurm has forgotten the job
+echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" > "$log.shown"
 
 # finish CODE: tidy up, and leave the exit code where `make status` finds it; a job without one was killed.
 finish() {
-  [ -z "$timer" ] || kill "$timer" 2> /dev/null
+  [ -z "$timer" ] || kill $(ps -o pid= --ppid "$timer") "$timer" 2> /dev/null # and its sleep
   [ -z "$copy" ] || rm -rf -- "$copy"
   [ "$1" = again ] && exit
-  echo "$1" > "$exit_file"
+  echo "$1" > "$log.exit"
   exit "$1"
 }
 
@@ -34,14 +36,19 @@ on_signal() {
   [ -z "$step" ] || kill -USR1 "$step" 2> /dev/null
   if [ "$1" = USR1 ] && [ -z "$timer" ]; then
     ends_at=$(date +%s --date="$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)")
-    (sleep $((ends_at - $(date +%s) - 5)) && go_on) &
+    left=$((ends_at - $(date +%s) - 5))
+    (sleep $((left > 0 ? left : 0)) && go_on) &
     timer=$!
   fi
 }
 trap 'on_signal USR1' USR1
 trap 'on_signal TERM' TERM
 
-. "$code/jobs/env.sh" || finish 2
+# a line of it that fails stops the job, and no setting of its shell stays
+trap 'finish 2' ERR
+. "$code/jobs/env.sh"
+trap - ERR
+set +eu
 
 if [ -n "$data" ]; then
   copy=$NODE_SCRATCH/pcam-$SLURM_JOB_ID
@@ -58,7 +65,7 @@ fi
 
 # in the background, because bash heeds a signal only while it waits
 srun --ntasks="$SLURM_NTASKS" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 \
-  "$python" "$code/jobs/submit.py" go "$copy" "$varied" "$@" < /dev/null &
+  "$python" "$code/jobs/submit.py" go "$data" "$copy" "$varied" "$@" < /dev/null &
 step=$!
 [ "$num_signals" -eq 0 ] || kill -USR1 "$step" # it came while the data were copied
 heard=-1

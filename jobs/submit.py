@@ -6,6 +6,7 @@ Make variables come in by the environment, so that no shell ever reads them. Job
 import argparse
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,17 +18,19 @@ sys.path.insert(0, str(REPOSITORY))
 try:
     from lib import slurm
     from lib.command import EXIT_DONE, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
+    from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
     print(f"error: {sys.executable} lacks the package {error.name}: make setup, or name another PYTHON", file=sys.stderr)
     sys.exit(2)
 
+NUM_AUDIT_THREADS = 4
 TARGETS = ("train", "seeds", "folds", "bench", "audit")
 
 
 @script
 def main(argv=None) -> int:
     parser = Parser(prog="submit.py", description="Submit the work of a Make target, or run it here where there is no Slurm.")
-    parser.add_argument("verb", choices=(*TARGETS, "status", "cancel", "here", "check", "go"))
+    parser.add_argument("verb", choices=(*TARGETS, "sweep", "status", "cancel", "here", "check", "go"))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS")
     args = parser.parse_args(argv)
     if args.verb in ("check", "go"):
@@ -37,31 +40,81 @@ def main(argv=None) -> int:
         return run_here([[*args.rest, *slurm.split_arguments(variables["ARGS"])]])
     if args.verb in ("status", "cancel"):
         return {"status": show_status, "cancel": cancel}[args.verb](variables)
+    submission = slurm.describe_submission()
+    os.environ[SUBMITTED] = json.dumps(submission)  # which jobs and children inherit
+    if args.verb == "sweep":
+        return sweep(variables)
     work = slurm.build_work(args.verb, variables)
+    spread = [slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"])] if len(work.tasks) > 1 else []
     if slurm.has_slurm():
-        return submit(args.verb, work, variables)
-    say("no Slurm cluster here: this runs on this machine")
-    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]] if variables["NUM_RANKS"] != "1" else []
-    return run_here([[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]])
+        return submit(args.verb, [work, *spread], variables)
+    say_no_slurm(variables)
+    ranks = []
+    if variables["NUM_RANKS"] != "1":
+        examine(work, variables)  # or each rank would say what is wrong, and torchrun much more
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would, with a warning; `threads` counts
+        ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]]
+    commands = [[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]]
+    return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
 
 
-def submit(target: str, work: slurm.Work, variables: dict[str, str]) -> int:
-    """Check all that can be checked now, in the environment that the job will have, and submit."""
+def say_no_slurm(variables: dict[str, str]) -> None:
+    """Say that there is no cluster, and which variables say nothing without one."""
+    idle = [name for name in ("PARTITION", "TIME", "CPUS", "MEM", "AFTER") if variables[name]]
+    idle += ["STAGE_DATA"] if variables["STAGE_DATA"] == "1" else []
+    say("no Slurm cluster here: this runs on this machine" + f", and {', '.join(idle)} say nothing" * bool(idle))
+
+
+def sweep(variables: dict[str, str]) -> int:
+    """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
+    from lib.search import load_sweep
+
+    if variables["NUM_RANKS"] != "1":
+        raise BadInput("NUM_RANKS: the trials of a search have one rank each")
+    overrides = [*slurm.split_arguments(variables["ARGS"]), *([f"data_dir={variables['DATA']}"] if variables["DATA"] else [])]
+    name = variables["SEARCH"] or Path(variables["SPACE"]).stem
+    planning = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"], "--name", name, *overrides]
+    if code := subprocess.run(planning, stdout=subprocess.DEVNULL).returncode:
+        return code
+    planned = load_sweep(Path("sweeps") / name, "runs")
+    num_rows = [planned.num_rows(rung) for rung in range(planned.num_rungs + 1)]
+    if not slurm.has_slurm():
+        say_no_slurm(variables)
+        stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
+        return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks])
+    return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
+
+
+def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
+    """Check all that can be checked now, in the environment that jobs will have, and submit; each waits for the one before."""
     slurm.require_disk(REPOSITORY)
+    slurm.require_jobs(variables["AFTER"])
+    say("checking environment, config and data")
+    found, jobs, after = examine(chain[0], variables), [], variables["AFTER"]
+    request = slurm.fit_request(variables, found["threads"], chain[0].script in ("train.py", "sweep.py"))
+    data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
+    for work in chain:
+        after = slurm.submit(target, work, sys.executable, request, data, after)
+        jobs.append(after)
+    say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
+    if chain[-1].script == "report.py":
+        say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{after}.err")
+    print_result({"job": jobs[0], "jobs": jobs, "tasks": chain[0].tasks, "request": request})
+    return EXIT_DONE
+
+
+def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
+    """What `check` finds of the first task, in the environment that jobs will have. Raises BadInput for what cannot work."""
     arguments = work.of_task(next(iter(work.tasks), ""))
     checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
-    shell = ["bash", "-c", '. jobs/env.sh && exec "$@"', "bash", *checking]
+    shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *checking]
     result = subprocess.run(shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL)
-    found = json.loads((result.stdout.splitlines() or ["{}"])[-1])
-    if result.returncode:
+    last = (result.stdout.splitlines() or [""])[-1]
+    found = json.loads(last) if last.startswith("{") else {}
+    if result.returncode or not found:
         last_words = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BadInput(f"not submitted: {found.get('error') or f'the environment of jobs does not work: {last_words}'}")
-    request = slurm.fit_request(variables, found["threads"])
-    data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
-    job = slurm.submit(target, work, sys.executable, request, data, variables["AFTER"])
-    say(f"job {job} submitted: {' '.join(request)}; `make status` shows how it fares")
-    print_result({"job": job, "tasks": work.tasks, "request": request})
-    return EXIT_DONE
+        raise BadInput(f"this cannot work: {found.get('error') or f'the environment of jobs does not: {last_words}'}")
+    return found
 
 
 def check(num_ranks: str, data: str, name: str, *arguments) -> int:
@@ -71,7 +124,8 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     from lib.launch import require_equal_shares
     from lib.rundir import find_run, resume_config
 
-    found = {"threads": 0, "data_dir": data}
+    runpy.run_path(str(REPOSITORY / name))["parse"](list(arguments))  # unknown options
+    found = {"threads": NUM_AUDIT_THREADS, "data_dir": data}
     if name != "audit.py":  # what is wrong with the data is for the audit to find out
         options, rest = slurm.training_options(arguments)
         # a word after an option may be its value
@@ -79,30 +133,39 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
         overrides = [item for item in words if not item.startswith("-")]
         if name == "benchmark.py":  # its first word is what to measure, and its data are --data
             overrides = [*overrides[1:], *([f"data_dir={data}"] if data else [])]
-        if options.resume:
+        if name == "sweep.py":
+            cfg = load_config(Path("sweeps") / arguments[1] / "config.yaml", [word for word in overrides if "=" in word])
+        elif options.resume:
             cfg = resume_config(find_run(options.resume, options.runs), overrides)
         else:
             cfg = load_config(options.config or DEFAULT_PATH, overrides)
         require_equal_shares(cfg.shards, int(num_ranks))
         (_, rows), _ = open_train_valid(cfg)
         fit_batch_size(cfg, len(rows))
-        found = {"threads": cfg.threads if name == "train.py" else 0, "data_dir": cfg.data_dir}
+        found = {"threads": 0 if name == "benchmark.py" else cfg.threads, "data_dir": cfg.data_dir}
     print_result(found)
     return EXIT_DONE
 
 
-def go(data: str, varied: str, name: str, *arguments) -> int:
-    """In a job: become the script. A training that starts again goes on with its run."""
-    arguments = [*arguments, *([f"{varied}={os.environ['SLURM_ARRAY_TASK_ID']}"] if varied else [])]
+def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
+    """In a job: become the script, for its value of what varies. A training that starts again goes on with its run."""
+    if varied:
+        key, _, values = varied.partition("=")
+        arguments = [*arguments, f"{key}={values.split(',')[int(os.environ['SLURM_ARRAY_TASK_ID'])]}"]
     if name == "train.py" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         arguments = slurm.going_on(arguments, os.environ)
-    if data:
-        arguments = slurm.with_data(name, arguments, data)
+    if copy:
+        from lib.pcam import DATA_COPY
+
+        os.environ[DATA_COPY] = json.dumps([os.path.realpath(data), copy])
     return run_here([[str(REPOSITORY / name), *arguments]])
 
 
-def run_here(commands: list[list[str]]) -> int:
-    """Run Python with each of these arguments in turn, until one is interrupted; one alone takes this process's place."""
+def run_here(commands: list[list[str]], last=()) -> int:
+    """Run Python with each of these arguments in turn, until one is interrupted, and with those of `last` if all succeed.
+
+    The very last one takes this process's place.
+    """
     if len(commands) == 1:
         os.execv(sys.executable, [sys.executable, *commands[0]])
     codes = []
@@ -111,6 +174,8 @@ def run_here(commands: list[list[str]]) -> int:
         child = subprocess.Popen([sys.executable, *commands[len(codes)]])
         signal.signal(signal.SIGTERM, lambda number, _, child=child: child.send_signal(number))
         codes.append(child.wait())
+    if last and not any(codes):
+        return run_here(last)
     print_result({"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes})
     return max(map(abs, codes))
 
@@ -119,7 +184,8 @@ def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
     rows = slurm.describe_jobs(slurm.queued_jobs() if slurm.has_slurm() else [])
     for row in rows:
-        parts = [row.get(key) for key in ("shown", "name", "state", "reason", "run", "progress") if row.get(key) != "None"]
+        number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
+        parts = [number, *(row.get(key) for key in ("name", "state", "reason", "run", "progress") if row.get(key) != "None")]
         if "limit_left" in row:
             parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
         say("  ".join(filter(None, parts)))
@@ -131,6 +197,8 @@ def show_status(_variables) -> int:
 
 def cancel(variables) -> int:
     """End this project's jobs, or JOB alone."""
+    if not slurm.has_slurm():
+        raise BadInput("no Slurm cluster here: there are no jobs to cancel")
     jobs = [job for job in slurm.queued_jobs() if variables["JOB"] in ("", job["id"], job["shown"], job["shown"].split("_")[0])]
     if jobs:
         slurm.run_command("scancel", *(job["shown"] for job in jobs))

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,13 +15,14 @@ from lib.command import BadInput, say
 from lib.config import Config
 from lib.copies import link_copies
 from lib.device import free_device_bytes, memory_limit_bytes
-from lib.logger import read_edited_csv
-from lib.pcam import PATCH_SHAPE, Images, Split, open_split
+from lib.logger import cache_file, read_cache, read_edited_csv, write_cache
+from lib.pcam import PATCH_SHAPE, Images, Split, fingerprint, open_split, split_path
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
 HOST_BYTES = 1 << 30  # `auto` never takes more memory than this for a split: the rest of the machine may be somebody else's
 NUM_BUFFERS = 3  # one with the model, one ready, one being filled
+LINKS = 1  # version of what link_copies finds: raise it when that changes
 ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
 
 
@@ -121,7 +123,7 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     index = np.arange(len(split))
     left_out = {}
     if cfg.num_folds:
-        in_fold = fold_of_rows(split, cfg.num_folds) == cfg.fold
+        in_fold = fold_of_rows(group_of_rows(split, cfg.data_dir), cfg.num_folds) == cfg.fold
         index = index[in_fold if held_out else ~in_fold]
     if cfg.quarantine and not held_out:  # validation keeps all, so that scores with and without stay comparable
         suspects = read_quarantine(cfg.quarantine, split.name, cfg.quarantine_reasons)
@@ -158,15 +160,27 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
     return suspects
 
 
-def fold_of_rows(split: Split, num_folds: int) -> np.ndarray:
-    """The fold of each row, (N,): whole slides, else whole groups of copies and of overlapping patches."""
-    names = link_copies(split.images) if split.slides is None else split.slides
+def group_of_rows(split: Split, directory) -> np.ndarray:
+    """What belongs together, (N,): slides, else rows linked as copies or by overlapping, which are found once and kept."""
+    if split.slides is not None:
+        return split.slides
+    digest = fingerprint(directory, [split.name])[split_path(directory, split.name, "x").name]
+    store = cache_file(Path(directory, f"{split.name} groups"))
+    kept = read_cache(store)
+    if kept.get("of") != [digest, LINKS]:
+        kept = {"of": [digest, LINKS], "groups": link_copies(split.images).tolist()}
+        write_cache(store, kept)
+    return np.asarray(kept["groups"])
+
+
+def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
+    """The fold of each row, (N,), from the name of its group (N,): groups stay whole."""
     _, first_row, group, sizes = np.unique(names, return_index=True, return_inverse=True, return_counts=True)
     # groups in an order drawn by their first rows, dealt out by the number of rows before them: folds of near-equal size
     order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()
     rows_before = np.empty_like(sizes)
     rows_before[order] = np.cumsum(sizes[order]) - sizes[order]
-    return rows_before[group] * num_folds // len(split)
+    return rows_before[group] * num_folds // len(names)
 
 
 def open_train_valid(cfg: Config) -> tuple[tuple[Split, Rows], tuple[Split, Rows]]:

@@ -6,8 +6,11 @@ import functools
 import json
 import math
 import os
+import signal
 import sys
+import threading
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -88,8 +91,9 @@ def print_result(result: dict) -> None:
 def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
 
-    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2,
-    Ctrl-C becomes 130. Anything else is a bug and keeps its traceback.
+    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2.
+    Ctrl-C, and what Slurm says before it kills, become 130, after what is open was tidied up. Anything else is a bug and
+    keeps its traceback.
     """
 
     def fail(sentence, code):
@@ -99,6 +103,10 @@ def script(main):
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
+        unheard = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+        unheard = unheard if threading.current_thread() is threading.main_thread() else []
+        for number in unheard:
+            signal.signal(number, signal.default_int_handler)
         try:
             return main(argv)
         except BadInput as error:
@@ -114,5 +122,8 @@ def script(main):
             return fail(f"{one_line(error.strerror or error).lower()}{where}", EXIT_USAGE)
         except MemoryError as error:
             return fail(f"not enough memory ({one_line(error)})", EXIT_USAGE)
+        finally:
+            for number in unheard:
+                signal.signal(number, signal.SIG_DFL)
 
     return wrapper

@@ -110,13 +110,13 @@ class Config:
 HINTS = typing.get_type_hints(Config, include_extras=True)
 
 
-def _coerce(key, value, hint):
+def coerce(key, value, hint):
     """`value` as the declared type. YAML reads `1e-3` as text, and the shell hands over nothing but text: both are parsed."""
     kind, *extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     if typing.get_origin(kind) is tuple:
         items = value.strip(" []").replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, (list, tuple)) else [items]
-        return tuple(_coerce(key, item, typing.get_args(kind)[0]) for item in items)
+        return tuple(coerce(key, item, typing.get_args(kind)[0]) for item in items)
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
         if str(value) in choices:  # a nan that is a number to YAML too
@@ -146,7 +146,7 @@ def config_from_dict(values: dict, source="config") -> Config:
     refuse_unknown(values, source)
     if missing := [key for key in HINTS if key not in values]:
         raise BadInput(f"{source}: missing {', '.join(missing)} (config.yaml has every key with its meaning)")
-    cfg = Config(**{key: _coerce(key, values[key], hint) for key, hint in HINTS.items()})
+    cfg = Config(**{key: coerce(key, values[key], hint) for key, hint in HINTS.items()})
     _check_together(cfg)
     return cfg
 
@@ -186,10 +186,21 @@ def read_yaml(path) -> dict:
         raise BadInput(f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
-    keys = [key.value for key, _ in root.value]  # of which safe_load keeps the last in silence
-    if twice := [key for key in values if keys.count(key) > 1]:
-        raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
+    nodes = [root]
+    for node in nodes:
+        if isinstance(node, yaml.MappingNode):  # of keys that stand twice safe_load keeps the last in silence
+            keys = [key.value for key, _ in node.value]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
+            nodes += [value for _, value in node.value if value not in nodes]
     return values
+
+
+def plain(value) -> str:
+    """A value as it would be typed."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(plain, value))
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def parse_overrides(pairs) -> dict[str, str]:

@@ -66,13 +66,15 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
                 shutil.copy(path, dest / name)  # with its mode: run.sh is called
                 progress.add(path.stat().st_size)
     made_for = {"python": python, "system": "Linux", "machine": machine[1], "platform": system}
-    samples = write_samples(dest, model, cfg, checkpoint)
-    write_json(dest / "stick.json", made_for | samples | {"run": run.resolve().name, "commit": git_state()["commit"]})
+    samples, state = write_samples(dest, model, cfg, checkpoint), git_state()
+    dirty = {"uncommitted_changes": bool(state["uncommitted_patch"])}
+    write_json(dest / "stick.json", made_for | samples | {"run": run.resolve().name, "commit": state["commit"]} | dirty)
     write_csv(dest / "packages.csv", list(packages[0]), [package.values() for package in packages])
     with atomic_write(dest / "wheels" / "requirements.txt", "w") as file:
         file.writelines(f"{package['package']}=={package['version']}\n" for package in packages)
     with atomic_write(dest / "MODEL_CARD.md", "w") as file:
         file.write(model_card(run, model, cfg, checkpoint, packages))
+    require_predictions(dest)
     os.sync()  # first what is summed up, then the sums
     names = sorted(path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file())
     with atomic_write(dest / SUMS, "w") as file:
@@ -81,6 +83,17 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
     build = next(package["version"] for package in packages if package["package"] == "torch")
     result = {"handover": str(dest), "num_files": len(names), "num_bytes": num_bytes, "torch": build, **samples}
     return result | {"sha256sums": file_digest(dest / SUMS)}
+
+
+def require_predictions(dest: Path) -> None:
+    """Raise BadInput unless the code on the stick predicts the sample patches: a file that git does not track is not on it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [dest.resolve() / "code/inference.py", "--ckpt", dest.resolve() / "model", dest.resolve() / "patches"]
+        command = [sys.executable, "-B", *map(str, command), "--device", "cpu", "--out", "patches.csv"]
+        tried = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+    if tried.returncode:
+        told = one_line((tried.stderr.strip().splitlines() or ["no word"])[-1])
+        raise BadInput(f"{dest} cannot predict (is every file of the program tracked by git?): {told}")
 
 
 def tracked_files() -> list[str]:
@@ -187,8 +200,13 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
 
     auc, majority = summary["val_auc"], summary["majority_accuracy"]
     trained = meta.get("rows", {}).get("train")
+    torch_here = next(package["version"] for package in packages if package["package"] == "torch")
     lines = [
         f"# Model card: {run.resolve().name}",
+        "## Use",
+        "`./run.sh PATCHES [--out FILE]` on Linux: verifies the stick, installs from it, tests itself, predicts. PATCHES are "
+        "images of 96x96 pixels, a folder or tar of them, an .h5 or a PCam folder; predictions.csv gets a row for each. "
+        f"It runs on torch {torch_here} and was trained on {meta.get('versions', {}).get('torch', 'one not recorded')}.",
         "## Intended use",
         "Research and teaching: ranking 96x96 patches of H&E-stained lymph node sections by the probability that their centre "
         "32x32 holds tumour. It is not a medical device; no diagnosis, and no decision about a patient, may rest on it.",
@@ -196,14 +214,14 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         f"`{cfg.model}`, {num_parameters(model):,} parameters, {cfg.precision}, {cfg.views} view(s) a patch, positive from "
         f"probability {checkpoint['threshold']:g}. best.pt: SHA-256 `{file_digest(run / 'best.pt')}`.",
         "## Data",
-        f"Folder `{cfg.data_dir}`; validation: {num:,} patches, {num_positive:,} of them positive."
+        "PatchCamelyon (Veeling et al. 2018, from Camelyon16, CC0) or patches in its format, folder "
+        f"`{Path(cfg.data_dir).name}`; validation: {num:,} patches, {num_positive:,} of them positive."
         + (f" Trained on {trained['num']:,} patches, {trained['num_positive']:,} positive." if trained else ""),
         *[f"- {name}: SHA-256 `{digest}`" for name, digest in checkpoint["data"].items()],
         "## Training",
         f"Epoch {summary['best_epoch']} of {summary['num_epochs']} ({len(epochs):,} evaluated), chosen by {cfg.select_metric} "
         f"on the validation split; {summary['num_steps']:,} steps of {cfg.batch_size} patches, {cfg.optimizer}, learning rate "
-        f"{cfg.lr:g}, seed {cfg.seed}; {summary['wall_s'] / 60:.0f} minutes in its last process. Commit "
-        f"{meta.get('commit') or 'not recorded'}. All parameters: `model/config.yaml`.",
+        f"{cfg.lr:g}, seed {cfg.seed}. Commit {meta.get('commit') or 'not recorded'}. All parameters: `model/config.yaml`.",
         "## Scores",
         f"On the validation split, at threshold 0.5. 95% intervals over patches: of the AUC after Hanley and McNeil (1982), "
         f"from it and the {num_positive:,} and {num_negative:,} patches of the classes; of shares after Wilson (1927). They "
@@ -226,7 +244,7 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         "- Another processor or build of torch rounds otherwise: the self-test compares with `expected.csv`, within the "
         "tolerance in `stick.json`. Its patches are drawn, and say nothing about tissue.",
         "## Software",
-        f"{len(packages)} packages with versions and licences: `packages.csv`.",
+        f"{len(packages)} packages with versions and licences: `packages.csv`. Program and weights: MIT, `code/LICENSE`.",
     ]
     text = "\n\n".join(lines)
     return re.sub(r"\|\n\n(?=\|)", "|\n", re.sub(r"\n\n(?=- )", "\n", text)) + "\n"

@@ -53,12 +53,38 @@ def write_json(path, value) -> None:
 def read_json(path) -> dict:
     """The object in a JSON file. Raises BadInput where it is not one."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise BadInput(f"{path} holds a {type(value).__name__}, not a JSON object")
     return value
+
+
+def cache_file(path) -> Path:
+    """Where this user keeps what was learnt about `path`, which may lie where nothing of ours can stand."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcam")
+    return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]}.json"
+
+
+def read_cache(path) -> dict:
+    """What `write_cache` left at a cache's `path`; empty where there is nothing that can be used."""
+    try:
+        return read_json(path)
+    except (OSError, BadInput):
+        return {}
+
+
+def write_cache(path, value: dict) -> bool:
+    """Keep `value` if that can be done: it is found out anew where it cannot."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path, "w") as file:
+            file.write(json.dumps(value))
+    except (OSError, TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def read_csv(path) -> list[dict[str, str]]:

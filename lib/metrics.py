@@ -132,6 +132,19 @@ def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[floa
     return float(max(0, auc - reach)), float(min(1, auc + reach))
 
 
+def mean_interval(values) -> dict[str, float]:
+    """Mean of values (N,), N at least 2, their sample deviation, and the 95% interval of the mean (Student 1908)."""
+    values = np.asarray(values, np.float64)
+    num_free = len(values) - 1
+    # t = sqrt(num_free) tan(angle) turns Student's density into cos(angle) ** (num_free - 1)
+    angles = np.linspace(0, np.pi / 2, 100_001)
+    mass = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (num_free - 1))
+    reach = np.sqrt(num_free) * np.tan(np.interp(0.95, mass / mass[-1], angles[1:])) * values.std(ddof=1) / np.sqrt(len(values))
+    mean = values.mean()
+    spread = {"mean": mean, "deviation": values.std(ddof=1), "low": mean - reach, "high": mean + reach}
+    return {name: float(value) for name, value in spread.items()} | {"num": len(values)}
+
+
 def share_interval(num: int, num_total: int) -> tuple[float, float]:
     """95% interval of the share num / num_total (Wilson 1927)."""
     share, weight = num / num_total, Z_95**2 / num_total

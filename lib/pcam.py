@@ -5,6 +5,7 @@ Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -15,18 +16,22 @@ import h5py
 import numpy as np
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import file_digest, read_edited_csv, read_json, sync_folder, write_csv, write_json
+from lib.logger import cache_file, file_digest, read_cache, read_edited_csv, sync_folder, write_cache, write_csv
 
 SPLITS = ("train", "valid", "test")
 PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
 FINGERPRINT_FILE = ".pcam-sha256.json"
+DATA_COPY = "PCAM_DATA_COPY"  # a folder and its copy on the node, as JSON: so no run points at what a job removes
 MOST_PACKED = 5000  # bytes of patches in a byte of the file: five times what gzip can do
 
 
 def split_path(directory, split: str, part: str) -> Path:
-    """The official path of a split's `x`, `y`, `mask` (HDF5) or `meta` (CSV)."""
+    """The official path of a split's `x`, `y`, `mask` (HDF5) or `meta` (CSV); in a job that has copied them, of the copy."""
+    original, copy = json.loads(os.environ.get(DATA_COPY, "[null, null]"))
+    if original and os.path.realpath(directory) == original:
+        directory = copy
     return Path(directory, f"camelyonpatch_level_2_split_{split}_{part}.{'csv' if part == 'meta' else 'h5'}")
 
 
@@ -35,7 +40,7 @@ def require_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.parent.is_dir():
-        raise BadInput(f"no folder {path.parent} (prepare.py puts the data there; data_dir= names another folder)")
+        raise BadInput(f"no folder {path.parent} (prepare.py download, import or synthetic makes one; data_dir= names another)")
     if path.with_name(path.name + ".gz").is_file():
         raise BadInput(f"{path.name}.gz in {path.parent} is still packed: gunzip it, or use prepare.py download")
     there = [entry.name for entry in path.parent.iterdir()]
@@ -298,18 +303,15 @@ def write_meta(path, rows) -> None:
 
 
 def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
-    """SHA-256 {file name: hex} of each x and y file, kept beside the data, so that 7 GB are hashed once."""
+    """SHA-256 {file name: hex} of each x and y file, so that 7 GB are hashed once; kept beside the data or by the user."""
     result, store = {}, Path(directory, FINGERPRINT_FILE)
-    try:
-        known = read_json(store)
-    except (OSError, BadInput):
-        known = {}
+    stores = (store, cache_file(store))
+    known = read_cache(stores[1]) | read_cache(stores[0])
     before = dict(known)
     for path in (split_path(directory, split, part) for split in splits for part in "xy"):
         status = require_file(path).stat()
         key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
         known[key] = result[path.name] = known.get(key) or file_digest(path)
     if known != before:
-        with contextlib.suppress(OSError):  # read-only data: hashed again next time
-            write_json(store, known)
+        any(write_cache(store, known) for store in stores)  # the first one that takes it: shared data are often read-only
     return result

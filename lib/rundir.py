@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -13,13 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import BadInput, nearest, say
+from lib.command import BadInput, nearest, print_result, say
 from lib.config import Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
 from lib.logger import CsvLog, atomic_write, read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
 JOB_VARIABLES = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+SUBMITTED = "PCAM_SUBMITTED"  # what was submitted when, as JSON; the rest of meta.json says what ran
 JOB_VARIABLES += ("SLURM_JOB_PARTITION", "SLURMD_NODENAME")
 # environment variables that change what is computed
 VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_")
@@ -120,6 +122,18 @@ def git_state() -> dict:
     }
 
 
+def process_start(pid: int) -> str:
+    """When a live process of this machine began, in ticks since the boot, which tells it from a later one of its number.
+
+    Empty where there is none, or no /proc to ask.
+    """
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if state in "ZX" else fields[18]
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
     versions = {"python": platform.python_version()}
@@ -138,9 +152,11 @@ def environment() -> dict:
         "cwd": os.getcwd(),
         "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
         **git_state(),
         "versions": package_versions(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "submitted": json.loads(os.environ.get(SUBMITTED, "null")),
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
     }
 
@@ -157,6 +173,14 @@ def write_meta(run: Path, meta: dict) -> None:
         before = read_json(path)
         meta = meta | {"earlier_starts": [*before.pop("earlier_starts", []), before]}
     write_json(path, meta)
+
+
+def write_stop(run: Path, status: str, step: int) -> None:
+    """Note in meta.json that the run was interrupted, or paused as it was asked to, and say so: one that was killed cannot."""
+    stopped = {"status": status, "step": step, "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
+    say(f"{status} after step {step}; go on with: python train.py --resume {run}")
+    print_result({"run": str(run), "status": status, "step": step})
 
 
 class Diverged(Exception):

@@ -5,7 +5,9 @@ Options and formats are those of the manual pages of sbatch, sinfo, scontrol and
 
 import argparse
 import datetime
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shlex
@@ -18,7 +20,7 @@ from pathlib import Path
 from lib.command import BadInput, nearest, one_line
 from lib.logger import read_csv, read_json
 from lib.progress import format_duration
-from lib.rundir import REPOSITORY
+from lib.rundir import REPOSITORY, git_state
 
 LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
@@ -39,16 +41,21 @@ VARIABLES = {
     "AFTER": (r"\d+(,\d+)*", ""),
     "JOB": (r"\d+(_\d+)?", ""),
     "STAGE_DATA": (r"[01]", "0"),
+    "SEARCH": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", ""),
+    "PROCESSES": (r"[1-9]\d*", "1"),
 }
+EXAMPLES = {"TIME": "30 (minutes), 0:30:00 or 1-12:00:00", "MEM": "8G", "SEEDS": "1,2,3", "AFTER": "123", "JOB": "123 or 123_4"}
+MOST_TASKS = 1000  # of an array: Slurm's MaxArraySize, unless a site has set another
 
 
 def read_variables(environment) -> dict[str, str]:
     """The Make variables in an environment. Raises BadInput for one that could mean anything but what it is for."""
-    values = {name: environment.get(name, "") for name in ("ARGS", "DATA", "OUT")}
+    values = {name: environment.get(name, "") for name in ("ARGS", "DATA", "OUT", "SPACE")}
     for name, (form, default) in VARIABLES.items():
         values[name] = environment.get(name) or default
         if values[name] and not re.fullmatch(form, values[name], re.ASCII):
-            raise BadInput(f"{name} is {values[name]!r}, it must be of the form {form}")
+            example = f", such as {EXAMPLES[name]}" if name in EXAMPLES else ""
+            raise BadInput(f"{name} is {values[name]!r}, it must be of the form {form}{example}")
     return values
 
 
@@ -87,10 +94,24 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
     arguments += [f"data_dir={data}"] if data else []
     seed = [] if "--resume" in arguments else [f"seed={variables['SEED']}"]
     if target == "seeds":
-        return Work("train.py", arguments, "seed", tuple(variables["SEEDS"].split(",")))
+        return Work("train.py", arguments, "seed", tuple(dict.fromkeys(variables["SEEDS"].split(","))))
     if target == "folds":
         return Work("train.py", [*seed, f"num_folds={num_folds}", *arguments], "fold", tuple(map(str, range(num_folds))))
     return Work("train.py", seed + arguments)
+
+
+def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[Work]:
+    """A planned search as jobs, one after the other: an array for each rung, and a job that ends the rung and promotes.
+
+    That job carries out first what a killed task left; after the last rung, the champion's, it names the champion.
+    """
+    stages = []
+    for rung, num in enumerate(num_rows):
+        tasks = tuple(map(str, range(num)))
+        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tasks))
+        ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung), "--finish"]
+        stages.append(Work("sweep.py", [*ending, *arguments]))
+    return stages
 
 
 def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
@@ -101,6 +122,14 @@ def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
+def job_of(meta: Path) -> dict:
+    """The Slurm job that a run's meta.json names; empty for one that names none, or cannot be read."""
+    try:
+        return read_json(meta).get("job") or {}
+    except (OSError, BadInput):
+        return {}
+
+
 def going_on(arguments: list[str], environment) -> list[str]:
     """train.py's arguments when a job starts again: its run resumed, if it got as far as to make one.
 
@@ -108,27 +137,18 @@ def going_on(arguments: list[str], environment) -> list[str]:
     """
     options, rest = training_options(arguments)
     for meta in sorted(Path(options.runs).glob("*/meta.json"), reverse=True):
-        job = read_json(meta).get("job", {})
+        job = job_of(meta)
         if all(job.get(name) == environment.get(name) for name in ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME")):
-            kept = [item for item in rest if item.startswith(("-", "data_dir=")) or "=" not in item]
+            kept = [item for item in rest if item.startswith("-") or "=" not in item]
             return ["--runs", options.runs, "--resume", str(meta.parent), *kept]
     return arguments
-
-
-def with_data(script: str, arguments: list[str], data: str) -> list[str]:
-    """The arguments with another data folder: the copy on the node."""
-    if script == "audit.py":
-        return [arguments[0], data, *arguments[2:]]
-    if script == "benchmark.py":
-        return [*arguments, "--data", data]  # the last one counts
-    return [*(item for item in arguments if not item.startswith("data_dir=")), f"data_dir={data}"]
 
 
 def run_command(*command, **options) -> str:
     """The stdout of a Slurm or git command. Raises BadInput with the first line of its stderr."""
     result = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", **options)
     if result.returncode:
-        raise BadInput(f"{command[0]}: {one_line(result.stderr)}")
+        raise BadInput(f"{command[0]}: {one_line(result.stderr.removeprefix(f'{command[0]}: '))}")
     return result.stdout
 
 
@@ -151,8 +171,10 @@ def minutes_of(text: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def fit_request(variables: dict[str, str], num_threads: int = 0) -> list[str]:
-    """What sbatch asks for: what training with `num_threads` a rank, or other work (0), can use and the partition has.
+def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True) -> list[str]:
+    """What sbatch asks for: what work with `num_threads` a rank (0: all that it can get) can use and the partition has.
+
+    Work that `saves` is warned ahead of the time limit.
 
     Raises BadInput where there is no such partition, it starts no jobs, or has less than the variables name.
     """
@@ -171,15 +193,16 @@ def fit_request(variables: dict[str, str], num_threads: int = 0) -> list[str]:
     usable = min(num_threads or (NUM_GPU_CPUS if has_gpu else NUM_CPUS), num_cpus // ranks)
     if usable < 1 or ranks * int(variables["CPUS"] or 1) > num_cpus:
         raise BadInput(f"{ranks} x {variables['CPUS'] or 1} cores do not fit: a node of {name} has {num_cpus}")
-    if time and minutes_of(time) > minutes_of(limit):
-        raise BadInput(f"TIME={time} is over the limit of partition {name}, {limit}")
+    if time and not 0 < minutes_of(time) <= minutes_of(limit):  # no minutes would be taken for no limit
+        over = f"over the limit of partition {name}, {limit}" if minutes_of(time) else "no time at all"
+        raise BadInput(f"TIME={time} is {over}")
     minutes = minutes_of(time) if time else min(LIMIT_MINUTES, minutes_of(limit))
     return [
         *(f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"),
         f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}",
         f"--time={time or int(minutes)}",
-        # training is told so many seconds ahead of the limit, and up to 30 more, to save; other work has nothing to save
-        *([f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if num_threads else []),
+        # so many seconds ahead of the limit, and up to 30 more
+        *([f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []),
         *([f"--gpus={ranks}"] if has_gpu else []),
     ]
 
@@ -188,6 +211,16 @@ def require_disk(folder: Path, least_bytes: int = LEAST_FREE_BYTES) -> None:
     """Raise BadInput where a run would fill the disk."""
     if (free := shutil.disk_usage(folder).free) < least_bytes:
         raise BadInput(f"{folder} has {free / 1e9:.1f} GB free, a job needs {least_bytes / 1e9:.1f} GB for its run")
+
+
+def require_jobs(numbers: str) -> None:
+    """Raise BadInput for a job to wait for that Slurm has never heard of, nor this project: sbatch would not wait at all."""
+    for number in filter(None, numbers.split(",")):
+        if not (LOGS / f"{number}.exit").exists():
+            try:
+                run_command("scontrol", "show", "job", number)
+            except BadInput:
+                raise BadInput(f"AFTER={number}: there is no such job, and {LOGS.name}/ has no end of one") from None
 
 
 def take_snapshot() -> Path:
@@ -206,6 +239,8 @@ def take_snapshot() -> Path:
     changed = run_command(*here, "diff", "--no-renames", "--name-only", "-z", "HEAD")
     changed += run_command(*here, "ls-files", "--others", "--exclude-standard", "-z")
     for path in filter(None, changed.split("\0")):
+        if (snapshot / path).is_dir() and not (snapshot / path).is_symlink():
+            shutil.rmtree(snapshot / path)
         (snapshot / path).unlink(missing_ok=True)
         if (REPOSITORY / path).is_file():
             (snapshot / path).parent.mkdir(parents=True, exist_ok=True)
@@ -216,23 +251,38 @@ def take_snapshot() -> Path:
 def remove_snapshots() -> None:
     """Remove this user's old snapshots, but those of jobs that wait or run."""
     commands, now = run_command("squeue", "-h", "-o", "%o"), time.time()
-    for folder in SNAPSHOTS.glob("*"):
-        status = folder.stat()
-        if status.st_uid == os.getuid() and now - status.st_mtime > SNAPSHOT_S and folder.name not in commands:
-            shutil.rmtree(folder, ignore_errors=True)
+    for kept in SNAPSHOTS.glob("*"):
+        status = kept.stat()
+        if status.st_uid == os.getuid() and now - status.st_mtime > SNAPSHOT_S and kept.name not in commands:
+            shutil.rmtree(kept, ignore_errors=True) if kept.is_dir() else kept.unlink()
+
+
+def describe_submission() -> dict:
+    """What a run's meta.json keeps of its submission: the code as it was then, and an id that all its tasks share."""
+    state, now = git_state(), datetime.datetime.now(datetime.UTC)
+    state["uncommitted_patch_sha256"] = hashlib.sha256(state.pop("uncommitted_patch").encode()).hexdigest()
+    number = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return {"id": number, "utc": now.isoformat(timespec="seconds"), "host": platform.node(), "folder": str(REPOSITORY)} | state
 
 
 def submit(name: str, work: Work, python: str, request: list[str], data: str, after: str) -> str:
     """Submit a job, an array if there are several tasks; returns its id. Raises BadInput with sbatch's reason."""
+    if len(work.tasks) > MOST_TASKS:
+        raise BadInput(f"{len(work.tasks)} tasks are more than an array takes, {MOST_TASKS}")
     LOGS.mkdir(parents=True, exist_ok=True)  # sbatch makes no folder, and a job without its log ends without a word
     remove_snapshots()
     code = take_snapshot()
     options = [f"--job-name=pcam-{name}", f"--chdir={REPOSITORY}", "--requeue", "--open-mode=append", *request]
     logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern
     options += [f"--output={logs}/%j.out", f"--error={logs}/%j.err"]
-    options += [f"--array={','.join(work.tasks)}"] if work.tasks else []
+    options += [f"--array=0-{len(work.tasks) - 1}"] if work.tasks else []
     options += [f"--dependency=afterany:{after.replace(',', ':')}"] if after else []
-    job = [code / "jobs/job.sh", code, python, data, work.varied, work.script, *work.arguments]
+    arguments, wanted = work.arguments, training_options(work.arguments)
+    if work.script == "train.py" and wanted[0].config:  # a copy, for it may be edited before the job starts
+        frozen = shutil.copy(wanted[0].config, code.with_suffix(".yaml"))
+        arguments = ["--config", frozen, "--runs", wanted[0].runs, *wanted[1]]
+    varied = f"{work.varied}={','.join(work.tasks)}" if work.tasks else ""
+    job = [code / "jobs/job.sh", code, python, data, varied, work.script, *arguments]
     # of a job that this is called from, nothing may reach the new one
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
     try:
@@ -246,32 +296,45 @@ def queued_jobs() -> list[dict[str, str]]:
     """This project's jobs that wait or run, each task of an array by itself; `id` is what its run and logs know it by."""
     columns = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
     rows = run_command("squeue", "--me", "-h", "-r", "-o", "%A|%i|%j|%T|%L|%r|%Z").splitlines()
-    jobs = [dict(zip(columns, row.split("|", 6), strict=True)) for row in rows]
+    jobs = [dict(zip(columns, row.split("|", 6), strict=True)) for row in rows if row.count("|") >= 6]  # not of torn names
     return [job for job in jobs if job["folder"] == str(REPOSITORY)]
 
 
 def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
     """A row a job, those that are over last: state, run folder, progress, time left, and the last words of a failed one."""
     metas = sorted((REPOSITORY / "runs").glob("*/meta.json"))
-    runs = {read_json(meta).get("job", {}).get("SLURM_JOB_ID"): meta.parent for meta in metas}
+    runs = {job_of(meta).get("SLURM_JOB_ID"): meta.parent for meta in metas}
     rows, known = [dict(job) for job in queued], {job["id"] for job in queued}
-    logs = [log for log in LOGS.glob("*.err") if log.stem not in known]
+    logs = [log for log in LOGS.glob("*.err") if log.stem not in known and log.is_file()]
     for log in sorted(logs, key=lambda path: path.stat().st_mtime, reverse=True)[:NUM_ENDED]:
-        ending = log.with_suffix(".exit")  # job.sh leaves it
-        code = ending.read_text().strip() if ending.is_file() else ""
-        state = {"0": "done", "130": "stopped", "": "killed"}.get(code, f"failed, exit {code}")
-        row = {"id": log.stem, "shown": log.stem, "state": state}
-        quoted = {} if code == "0" else {"stderr": log.read_text(errors="replace").strip().splitlines()[-NUM_QUOTED_LINES:]}
+        name, shown, code = (read_end(log.with_suffix(suffix)) for suffix in (".name", ".shown", ".exit"))  # job.sh leaves them
+        stopped = dict.fromkeys(("130", "138", "143"), "stopped")
+        state = ({"0": "done", "": "killed"} | stopped).get(code, f"failed, exit {code}")
+        row = {"id": log.stem, "shown": shown or log.stem, "name": name, "state": state}
+        quoted = {} if code == "0" else {"stderr": read_end(log).splitlines()[-NUM_QUOTED_LINES:]}
         rows.append(row | quoted)
     return [row | (run_progress(runs[row["id"]]) if row["id"] in runs else {}) for row in rows]
+
+
+def read_end(path: Path, num_bytes: int = 4096) -> str:
+    """The last bytes of a text file, stripped; empty where there is none."""
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - num_bytes))
+        return file.read().decode(errors="replace").strip()
 
 
 def run_progress(run: Path) -> dict[str, str]:
     """How far a run has come, and how long it will take at the pace of its last steps."""
     from lib.rundir import read_run_config
 
-    meta, rows = read_json(run / "meta.json"), read_csv(run / "steps.csv")[-50:] if (run / "steps.csv").is_file() else []
-    total, num_done = meta["steps_per_epoch"] * read_run_config(run).epochs, int(rows[-1]["step"]) if rows else 0
-    step_s = sum(meta["batch_size"] / float(row["images_per_s"]) for row in rows) / max(len(rows), 1)
+    found = {"run": str(run.relative_to(REPOSITORY))}
+    try:
+        meta, rows = read_json(run / "meta.json"), read_csv(run / "steps.csv")[-50:] if (run / "steps.csv").is_file() else []
+        total, num_done = meta["steps_per_epoch"] * read_run_config(run).epochs, int(rows[-1]["step"]) if rows else 0
+        step_s = sum(meta["batch_size"] / float(row["images_per_s"]) for row in rows) / max(len(rows), 1)
+    except (OSError, BadInput, KeyError, TypeError, ValueError, ZeroDivisionError) as error:  # edited, or of another version
+        return found | {"progress": f"cannot be read: {one_line(error)}"}
     left = format_duration((total - num_done) * step_s) if rows else ""
-    return {"run": str(run.relative_to(REPOSITORY)), "progress": f"step {num_done}/{total}", "left": left}
+    return found | {"progress": f"step {num_done}/{total}", "left": left}

@@ -113,6 +113,17 @@ def running_cluster(folder: Path):
                     daemon.kill()
 
 
+def kill_job(number: str) -> int:
+    """SIGKILL to every process of a running job, its script first, as if the node had died; how many there were."""
+    killed = 0
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
+        with contextlib.suppress(OSError):
+            if f"SLURM_JOB_ID={number}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
+                killed += 1
+    return killed
+
+
 def run(command, environment) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
 

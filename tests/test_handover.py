@@ -308,6 +308,26 @@ def test_the_checklist_is_judged_item_by_item(tmp_path):
     assert [found["severity"] for found in audit_checklist(tmp_path)] == ["error"] * 6
 
 
+def test_what_would_change_or_misuse_the_stick_is_refused(stick, tmp_path):
+    def refused(*arguments, **environment):
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PCAM_PYTHON": sys.executable} | environment
+        command = ["sh", stick / "run.sh", *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=stick, env=environment)
+        assert result.returncode == 2, result.stderr
+        return result.stderr
+
+    assert "lies on the stick" in refused("patches", "--out", stick / "out.csv")
+    assert "lies on the stick" in refused("patches", "--out=new.csv")
+    assert "there is no nothing" in refused("nothing")
+    assert "there is no HOME" in refused("patches", HOME="")
+    (stick / "python").mkdir()
+    (stick / "python" / "evil.sh").write_text("#!/bin/sh\ntouch ../pwned\n")
+    (stick / "python" / "evil.sh").chmod(0o755)
+    made_for = json.loads((stick / "stick.json").read_text()) | {"python": "/evil.sh"}
+    (stick / "stick.json").write_text(json.dumps(made_for, indent=1))
+    assert "names no Python" in refused("patches", PCAM_PYTHON="") and not (tmp_path / "pwned").exists()
+
+
 def test_make_handover_wants_a_place():
     environment = {name: value for name, value in os.environ.items() if name != "DEST"}
     command = ["make", "handover", f"PYTHON={sys.executable}"]

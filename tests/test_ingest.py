@@ -248,21 +248,26 @@ sys.path.insert(0, sys.argv[1])
 import prepare
 from lib.pcam import SplitWriter
 add = SplitWriter.add
-SplitWriter.add = lambda writer, *rows: (add(writer, *rows), writer.split == "train" and time.sleep(600))
-sys.exit(prepare.main(sys.argv[2:]))
+def add_and_wait(writer, *rows):
+    add(writer, *rows)
+    if writer.split == "train":
+        open(sys.argv[2], "w").close()
+        time.sleep(600)
+SplitWriter.add = add_and_wait
+sys.exit(prepare.main(sys.argv[3:]))
 """
 
 
 def stop_in_mid_train(target, with_signal, *arguments):
     """Run prepare.py in a process of its own and stop it with part of the train split written; gives exit code, stderr."""
+    held = target.with_name(f"{target.name} held")
     process = subprocess.Popen(
-        [sys.executable, "-c", HELD_UP, str(REPOSITORY), *map(str, arguments)],
+        [sys.executable, "-c", HELD_UP, str(REPOSITORY), str(held), *map(str, arguments)],
         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )  # fmt: skip
-    while not any(target.glob(".train_x.*")) and process.poll() is None:
+    while not held.exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(0.1)
     process.send_signal(with_signal)
     return process.wait(), process.stderr.read()
 

@@ -1,8 +1,10 @@
 """The PCam files: mapped where they can be, read equal where they cannot, refused by name where they are damaged."""
 
+import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -251,6 +253,20 @@ def test_the_fingerprint_is_the_files_sha256_and_notices_a_change(tmp_path, monk
         assert fingerprint(folder) == changed, "a damaged store is not believed"
 
 
+def test_the_fingerprint_of_data_that_cannot_be_written_is_kept_by_the_user(tmp_path, monkeypatch):
+    folder = write_pcam(tmp_path / "data", 8, 4)
+    (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = fingerprint(folder)
+    assert found == {path.name: file_digest(path) for path in folder.glob("*.h5")}
+    with monkeypatch.context() as patch:
+        patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
+        assert fingerprint(folder) == found
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept either
+    assert fingerprint(folder) == found
+
+
 def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     (tmp_path / "pcam").symlink_to(pcam_dir)
@@ -260,6 +276,15 @@ def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
         for row in range(0, len(ours), 7):
             image, label = dataset[row]
             assert np.array_equal(np.asarray(image), ours.images.mapped[row]) and label == ours.labels[row]
+
+
+def test_a_copied_folder_is_read_where_the_copy_is(tmp_path, monkeypatch):
+    there, link = tmp_path / "data", tmp_path / "link"
+    there.mkdir()
+    link.symlink_to(there)
+    monkeypatch.setenv("PCAM_DATA_COPY", json.dumps([str(there), "/scratch/copy"]))
+    assert split_path(link, "train", "x").parent == Path("/scratch/copy")
+    assert split_path(tmp_path, "train", "x").parent == tmp_path
 
 
 def test_a_folder_has_one_writer_at_a_time_and_is_free_again_after_an_error(tmp_path):

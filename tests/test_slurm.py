@@ -3,19 +3,22 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from conftest import QUICK, REPOSITORY
-from slurm_cluster import needs_slurm, run, running_cluster, wait_for
+from slurm_cluster import kill_job, needs_slurm, run, running_cluster, wait_for
 
 from lib import slurm
 from lib.command import BadInput
 from lib.logger import read_json
+from lib.rundir import read_run_config
 
 LONG = ["epochs=12", *QUICK[1:], "shards=2", "data_dir='my \"data\"'"]  # long enough to be caught after its first epoch
 SHORT = ["epochs=1", *LONG[1:]]
@@ -124,11 +127,11 @@ def jobs(project, cluster) -> dict[str, str]:
         return make(project, cluster, target, arguments=LONG, **more).json["job"]
 
     ids = {"array": submit("seeds", SEEDS="1,2")}
-    with paused(project, f"{ids['array']}_1"), paused(project, f"{ids['array']}_2"):
-        ids |= {f"task {task}": job_of(run_of(project, f"{ids['array']}_{task}")) for task in "12"}
+    with paused(project, f"{ids['array']}_0"), paused(project, f"{ids['array']}_1"):
+        ids |= {f"task {seed}": job_of(run_of(project, f"{ids['array']}_{seed - 1}")) for seed in (1, 2)}
         ids["status"] = make(project, cluster, "status").json["jobs"]
         run(["scontrol", "requeue", ids["task 1"]], cluster)
-        ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_2").json
+        ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_1").json
     ids["preempted"] = submit(PARTITION="gpu_course")
     with paused(project, ids["preempted"]):
         run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true"], cluster)
@@ -149,13 +152,15 @@ def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs
     row, run = next(row for row in jobs["status"] if row["id"] == jobs["task 2"]), run_of(project, jobs["task 2"])
     assert row["state"] == "RUNNING" and row["progress"].endswith("/60") and row["left"] and row["limit_left"]
     assert row["run"] == str(run.relative_to(project)) and "-s2-" in run.name
+    shown = (project / f"jobs/logs/{jobs['task 1']}.shown").read_text().strip()
+    assert shown == f"{jobs['array']}_0", "which status shows when Slurm has forgotten the job"
 
 
 @needs_slurm
 def test_a_cancelled_task_saves_and_does_not_go_on(jobs, project, cluster):
     assert jobs["cancelled"] == {"num_cancelled": 1}
     assert ended(project, jobs["task 2"]) == "130" and "goes on later" not in logged(project, jobs["task 2"])
-    assert "stopped after step" in logged(project, jobs["task 2"])
+    assert "interrupted after step" in logged(project, jobs["task 2"])
     assert wait_for(lambda: not state(cluster, jobs["task 2"]), "the cancelled job to leave the queue")
 
 
@@ -168,9 +173,10 @@ def test_a_preempted_job_goes_on_by_itself(jobs, project, undisturbed):
 def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_start(jobs, project, undisturbed):
     assert digest_of_resumed(project, jobs["limited"]) == undisturbed
     log = logged(project, jobs["limited"])
-    assert "stopped after step" in log and log.count("data copied to") == 2
-    copy = read_json(run_of(project, jobs["limited"]) / "meta.json")["argv"][-1].removeprefix("data_dir=")
+    assert "interrupted after step" in log and log.count("data copied to") == 2
+    copy = re.search("data copied to (.*)", log)[1]
     assert jobs["limited"] in copy and not Path(copy).exists()
+    assert read_run_config(run_of(project, jobs["limited"])).data_dir == 'my "data"', "the run can be resumed without the copy"
 
 
 @needs_slurm
@@ -207,6 +213,7 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
     assert (
         meta["commit"] == head and "+import lib.new" in meta["uncommitted_patch"] and meta["untracked_files"] == ["lib/new.py"]
     )
+    assert meta["submitted"]["commit"] == head and meta["submitted"]["uncommitted_patch_sha256"] != sha256(b"").hexdigest()
     row = next(row for row in status.json["jobs"] if row["id"] == failing)
     assert row["state"] == "failed, exit 2" and "--device cuda: this machine offers no CUDA" in " ".join(row["stderr"])
     assert "--device cuda: this machine offers no CUDA" in status.stderr
@@ -229,6 +236,34 @@ def test_bench_audit_and_folds_run(project, cluster):
         run = wait_for(lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin")
         assert f"fold: {task}\n" in (run / "config.yaml").read_text()
         wait_for(lambda run=run: (run / "summary.json").is_file(), "a fold to end")
+    assert ended(project, folds["jobs"][1]) == "0", logged(project, folds["jobs"][1])
+    assert json.loads(logged(project, folds["jobs"][1], "out").splitlines()[-1])["folds"]["val_auc"]["num"] == 2
+
+
+@needs_slurm
+def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(project, cluster):
+    ranges = "{lr: {choice: [0.01, 0.02]}, momentum: {choice: [0.9]}}"
+    space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
+    (project / "my space.yaml").write_text(space)
+    cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    named = {"SPACE": "my space.yaml", "SEARCH": "two", "DATA": 'my "data"', "AFTER": held}
+    first, *others, last = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
+    assert len(others) == 4
+    run(["scontrol", "release", held], cluster)
+    # the first task dies with all its processes before it has a result; what it left goes on in the next job
+    killed = wait_for(lambda: run_of(project, f"{first}_0"), "the first trial to begin")
+    os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
+    job = job_of(killed)
+    assert kill_job(job) >= 4, "its script, srun, sweep.py and train.py"
+    assert ended(project, last) == "0", logged(project, last)
+    champion = read_json(project / "sweeps/two/champion.json")
+    assert champion["champion"] and len(champion["finalists"]) == 3
+    assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
+        "one of two was promoted; three times three seeds"
+    )
+    assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
+    assert not (project / f"jobs/logs/{job}.exit").exists() and read_json(killed / "meta.json")["earlier_starts"]
 
 
 @needs_slurm
@@ -241,12 +276,15 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     refused("unknown key 'lrr', did you mean 'lr'?", arguments=[*SHORT, "lrr=1"])
     refused("3 ranks cannot share out 2 shards", arguments=SHORT, NUM_RANKS=3)
     refused("no partition thin_curse, did you mean 'thin_course'?", arguments=SHORT, PARTITION="thin_curse")
+    refused("unrecognized arguments: --nonsense", arguments=[*SHORT, "--nonsense"])
+    refused("AFTER=99999: there is no such job", arguments=SHORT, AFTER="99999")
     settings, text = project / "jobs/env.sh", (project / "jobs/env.sh").read_text()
-    settings.write_text('echo "no module 2019" >&2\nreturn 2\n')
-    try:
-        refused("no module 2019", arguments=SHORT)
-    finally:
-        settings.write_text(text)
+    for lines in ("echo loading\necho no module 2019 >&2\nreturn 2\n", "echo no module 2019 >&2\nfalse\ntrue\n"):
+        settings.write_text(lines)
+        try:
+            refused("no module 2019", arguments=SHORT)
+        finally:
+            settings.write_text(text)
     refused("DATA=DIR", target="audit", DATA="")
     assert set(run(["squeue", "-h", "-o", "%A"], cluster).split()) <= set(queued)
 
@@ -255,6 +293,7 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     "variables, sentence",
     [
         ({"PARTITION": "closed"}, "partition closed is down"),
+        ({"TIME": "00:00:00"}, "TIME=00:00:00 is no time at all"),
         ({"PARTITION": "gpu_course", "TIME": "45"}, "TIME=45 is over the limit of partition gpu_course, 30:00"),
         ({"PARTITION": "gpu_course", "CPUS": "5"}, "1 x 5 cores do not fit: a node of gpu_course has 4"),
         ({"NUM_RANKS": "32"}, "32 x 1 cores do not fit"),
@@ -286,7 +325,22 @@ def test_slurm_times_are_read_in_all_their_forms(text, minutes):
 
 
 @pytest.mark.parametrize(
-    "name", ["SEED", "SEEDS", "K", "PARTITION", "TIME", "MEM", "AFTER", "NUM_RANKS", "STAGE_DATA", "CPUS", "JOB"]
+    "name",
+    [
+        "SEED",
+        "SEEDS",
+        "K",
+        "PARTITION",
+        "TIME",
+        "MEM",
+        "AFTER",
+        "NUM_RANKS",
+        "STAGE_DATA",
+        "CPUS",
+        "JOB",
+        "SEARCH",
+        "PROCESSES",
+    ],
 )
 @pytest.mark.parametrize("value", ["1; touch x", "$(touch x)", "-1", "1\n2", "١"])
 def test_a_variable_that_is_more_than_its_form_is_refused(name, value):
@@ -295,13 +349,49 @@ def test_a_variable_that_is_more_than_its_form_is_refused(name, value):
 
 
 @pytest.mark.parametrize(
-    "variables", [{"SEED": "1; touch pwned"}, {"ARGS": "$(shell touch pwned) `touch pwned` ; touch pwned"}]
+    "variables",
+    [
+        {"SEED": "1; touch pwned"},
+        {"ARGS": "$(shell touch pwned) `touch pwned` ; touch pwned"},
+        {"ARGS": "--no", "DEST": "$(shell touch pwned)", "RUN": "$(shell touch pwned)"},
+    ],
 )
 def test_neither_make_nor_a_shell_carries_out_what_stands_in_a_variable(variables, project):
     environment = {"PATH": os.environ["PATH"]}
     assert "Traceback" not in make(project, environment, "train", check=2, **variables).stderr
     make(project, environment, "demo", check=2, DEMO_DATA="--no", **variables)
     assert not (project / "pwned").exists()
+
+
+def test_what_cannot_be_read_hides_no_job_and_stops_no_restart(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(slurm, "LOGS", tmp_path / "logs")
+    for name, text in (("a", "{"), ("b", '{"job": null}'), ("c", '{"job": {"SLURM_JOB_ID": "7"}}')):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "meta.json").write_text(text)
+    (tmp_path / "logs" / "9.err").mkdir(parents=True)
+    (tmp_path / "logs" / "7.err").write_text("x" * 10_000 + "\nlast words")
+    (tmp_path / "logs" / "7.exit").write_bytes(b"\xff")
+    (row,) = slurm.describe_jobs([])
+    assert row["progress"].startswith("cannot be read") and row["stderr"][-1] == "last words" and len(row["stderr"][0]) < 5_000
+    job = {"SLURM_JOB_ID": "7"}
+    assert slurm.going_on(["--runs", str(tmp_path / "runs"), "seed=1"], job)[2:] == ["--resume", str(tmp_path / "runs/c")]
+
+
+@needs_slurm
+def test_a_job_takes_the_config_that_was_submitted_and_an_audit_told_to_stop_leaves_no_process(project, cluster):
+    config = project / "my.yaml"
+    config.write_text((project / "config.yaml").read_text())
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    waiting = make(project, cluster, "train", arguments=["--config my.yaml", *SHORT], AFTER=held).json["job"]
+    config.write_text("not: what was submitted\n")
+    run(["scontrol", "release", held], cluster)
+    audit = make(project, cluster, "audit", DATA='my "data"', OUT="stopped", ARGS="--checks labels epochs=500").json["job"]
+    fold = wait_for(lambda: next(iter(project.glob("stopped/runs/*/meta.json")), None), "the audit to train")
+    worker = read_json(fold)["pid"]
+    make(project, cluster, "cancel", JOB=audit)
+    wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the worker to end")
+    assert ended(project, waiting) == "0", logged(project, waiting)
 
 
 def test_a_full_disk_is_seen(tmp_path):
@@ -314,6 +404,7 @@ def test_without_slurm_seeds_run_one_after_the_other(project, tmp_path):
     environment = {"PATH": str(tmp_path), "ARGS": " ".join(SHORT), "SEEDS": "7,8"}
     command = [sys.executable, "jobs/submit.py", "seeds"]
     result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True)
-    assert json.loads(result.stdout.splitlines()[-1]) == {"num_done": 2, "num_planned": 2, "exit_codes": [0, 0]}, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert told["num_runs"] == 2 and told["seeds"]["val_auc"]["num"] == 2, result.stderr
     for seed in (7, 8):
         assert len(list((project / "runs").glob(f"*-s{seed}-*/summary.json"))) == 1

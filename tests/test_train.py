@@ -174,6 +174,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(number, s
         on_step(patch, step, lambda: os.kill(os.getpid(), number))
         run, result, err = start(tmp_path, pcam_dir, *RICH, expect=130)
     assert result["status"] == "interrupted" and result["step"] == step and f"--resume {run}" in err
+    assert read_json(run / "meta.json")["stopped"]["step"] == step
     assert not (run / "summary.json").exists() and len(read_csv(run / "steps.csv")) == step
     resume(run)
     assert repeatable(run) == repeatable(whole)
@@ -221,6 +222,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_config(whole, 
     for name in ("config.yaml", "meta.json", "steps.csv"):
         shutil.copy(whole / name, run)
     resume(run)
+    assert repeatable(run) == repeatable(whole)
+
+
+def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_dir, tmp_path):
+    run, result, _ = start(tmp_path, pcam_dir, *RICH, "--until-epoch=1")
+    assert result == {"run": str(run), "status": "paused", "step": 10} and not (run / "summary.json").exists()
+    for _ in range(2):  # the second time it has come that far already
+        assert resume(run, "--until-epoch=2")[0] == {"run": str(run), "status": "paused", "step": 20}
+        assert len(read_csv(run / "epochs.csv")) == 2
+    resume(run, "--until-epoch=99")
     assert repeatable(run) == repeatable(whole)
 
 

@@ -63,7 +63,8 @@ def check_files(stick):
             kind = "additional"
         else:
             try:
-                kind = "" if not os.path.islink(path) and sha256(path) == expected[name] else "changed"
+                is_plain = os.path.isfile(path) and not os.path.islink(path)  # a pipe would never end
+                kind = "" if is_plain and sha256(path) == expected[name] else "changed"
             except OSError:  # a medium that cannot be read there any more
                 kind = "changed"
         if kind:

@@ -88,8 +88,8 @@ def audit_checklist(folder: Path) -> list[dict]:
     names = tracked_files() if is_own else [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     journal = (folder / "JOURNAL.md").read_text(encoding="utf-8") if "JOURNAL.md" in names else ""
     front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
-    no_journal = "" if journal else "there is no JOURNAL.md"
-    advice = "python report.py journal"
+    no_journal = "" if journal else "there is no JOURNAL.md yet"
+    advice = "write JOURNAL.md"
 
     link = re.search(r"(?im)^.*repository.*?((?:https?://|git@)\S+)", front)
     told = no_journal or ("" if link else "no link to it on the front page")
@@ -127,5 +127,5 @@ def audit_checklist(folder: Path) -> list[dict]:
 
     members = re.findall(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b(\d{4,})\b", front.partition("Members")[2])
     told = no_journal or ("" if members else "no member with a number after `Members`")
-    findings.append(judge("names and ids", told, f"{len(members)} members with an id", "journal.yaml"))
+    findings.append(judge("names and ids", told, f"{len(members)} members with an id", advice))
     return findings

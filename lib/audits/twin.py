@@ -39,9 +39,14 @@ class Side:
 
 
 def make_run(argv: list[str], fault: Fault | None = None) -> Path:
-    """The run folder of a training in a process of its own. Raises BadInput as train.py does."""
+    """The run folder of a training in a process of its own, which does not outlive us. Raises BadInput as train.py does."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return Path(pool.submit(train, argv, fault).result()[0]["run"])
+        try:
+            return Path(pool.submit(train, argv, fault).result()[0]["run"])
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def read_side(path) -> Side:

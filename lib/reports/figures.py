@@ -11,10 +11,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
-from lib.metrics import curve_points
+from lib.metrics import curve_points, mean_interval
 
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+MOST_POINTS = 150  # of a line, where several are drawn together
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -117,4 +118,73 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
         matrix.text(col, row, f"{count:,}", ha="center", va="center", fontsize=12)
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label", xticks=(0, 1), yticks=(0, 1))
     matrix.grid(False)
+    return figure
+
+
+def plot_parallel(points: np.ndarray, labels: list[list[str]], names: list[str], scores: np.ndarray, kept: np.ndarray):
+    """Trials as lines over axes, the last of them their score: `points` (N, D) from 0 to 1, `labels` of each axis from low to
+    high, `kept` bool (N,) for those that were promoted."""
+    figure, (axes,) = new_figure(1, 1.6 * (len(names) + 2), 3.6)
+    low, high = scores.min(), max(scores.max(), scores.min() + 1e-9)
+    height = np.column_stack([points, (scores - low) / (high - low)])
+    for line, score, is_kept in sorted(zip(height, scores, kept, strict=True), key=lambda trial: (trial[2], trial[1])):
+        colour = matplotlib.colormaps["cividis"]((score - low) / (high - low))
+        axes.plot(line, color=colour, linewidth=2.4 if is_kept else 0.9, alpha=1.0 if is_kept else 0.6)
+    for number, texts in enumerate([*labels, [f"{low:.3f}", f"{high:.3f}"]]):
+        axes.axvline(number, color="black", linewidth=0.8)
+        for text, y in zip(texts, np.linspace(0, 1, len(texts)) if len(texts) > 1 else [0.5], strict=True):
+            box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+            axes.text(number + 0.03, y, text, fontsize=8, va="center", bbox=box)
+    axes.set(xticks=range(len(names) + 1), xticklabels=[*names, "AUC"], yticks=(), xlim=(-0.1, len(names) + 0.5))
+    axes.set_title("every trial after its first rung; thick: promoted")
+    axes.grid(False)
+    return figure
+
+
+def plot_marginals(points: np.ndarray, labels: list[list[str]], names: list[str], scores: np.ndarray, groups):
+    """Score against each parameter alone: trials as dots, and the mean with its interval in each of `groups` int (N, D)."""
+    figure, all_axes = new_figure(len(names), 3.0)
+    for axes, at, texts, name, group in zip(all_axes, points.T, labels, names, groups.T, strict=True):
+        axes.plot(at, scores, "o", markersize=3, alpha=0.5)
+        for number in np.unique(group):
+            inside = group == number
+            if inside.sum() > 1:
+                spread = mean_interval(scores[inside])
+                reach = spread["high"] - spread["mean"]
+                axes.errorbar(at[inside].mean(), spread["mean"], reach, fmt="s", color=COLOURS[1], capsize=4)
+        axes.set(xticks=np.linspace(0, 1, len(texts)) if len(texts) > 1 else [0.5], xticklabels=texts, xlabel=name)
+    all_axes[0].set_ylabel("AUC after the first rung")
+    return figure
+
+
+def plot_budget(budgets: np.ndarray, scores: np.ndarray, rung_ends: list[float], full: float):
+    """The best score so far against the epochs spent so far, beside what all trials to the end would have cost."""
+    figure, (axes,) = new_figure(1, 6.4)
+    axes.plot(budgets, scores, "o", markersize=3, alpha=0.5, label="a trial")
+    axes.step(budgets, np.maximum.accumulate(scores), where="post", color=COLOURS[1], label="best so far")
+    for end in rung_ends:
+        axes.axvline(end, color="black", linestyle=":", linewidth=0.8)
+    axes.axvline(full, color=COLOURS[2], label="every trial to its end")
+    axes.set(xlabel="epochs trained, all trials together (dotted: end of a rung)", ylabel="AUC on validation")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
+    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are {(run, file): CSV rows}.
+
+    Of a long run the means of blocks of rows are drawn: the noise of single steps would hide every line but the last.
+    """
+    figure, panels = new_figure(len(curves), height=4.2)
+    names = list(dict.fromkeys(run for run, _ in tables))
+    for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
+        for number, run in enumerate(names):
+            rows, style = tables.get((run, file), []), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+            blocks = [np.array_split(column(rows, key), min(len(rows), MOST_POINTS) or 1) for key in ("step", name)]
+            x, y = ([block.mean() for block in part if len(block)] for part in blocks)
+            axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1)
+        axes.set(title=title, xlabel="step", yscale=scale)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    with plt.rc_context(STYLE):
+        figure.legend(panels[0].lines, names, loc="outside lower center", ncols=max(1, min(3, len(names))), fontsize=8)
     return figure

@@ -9,7 +9,7 @@ from lib.reports.figures import data_uri
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
-img{max-width:100%}table{border-collapse:collapse;margin:1rem 0}
+img{max-width:100%}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
 td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:96px}figcaption{font-size:.72rem;line-height:1.25}
@@ -19,12 +19,12 @@ td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
 
 
 def text(value) -> str:
-    """A value as safe HTML text, numbers in four digits."""
+    """A value as safe HTML text, numbers in four digits, None as nothing."""
     if isinstance(value, float):
         value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     elif isinstance(value, int) and not isinstance(value, bool):
         value = f"{value:,}"
-    return html.escape(str(value))
+    return html.escape("" if value is None else str(value))
 
 
 def table(header, rows) -> str:
