@@ -22,7 +22,8 @@ from lib.command import EXIT_DONE, EXIT_FINDING, Parser, print_result, say, scri
 from lib.logger import read_json, write_json
 
 NAME, SPACE = "proof", "assets/space.yaml"
-SMALL = ["limit_train=2500", "limit_valid=2000", "crop_epochs=7", "warmup_epochs=1", "threads=1"]  # put over config.yaml
+# put over config.yaml: a network and patches small enough for the whole grid to be trained beside the search
+SMALL = ["model=cnn", "limit_train=4000", "limit_valid=2000", "crop_epochs=18", "warmup_epochs=1", "threads=1"]
 CPUS = 8  # of the 16 that the cluster claims to have: two tasks at a time
 LOSS, COST = 0.005, 0.30  # asked for: at most so much AUC below the grid's best, at most this share of its epochs
 HOURS = 4 * 3600
