@@ -37,8 +37,9 @@ def main(argv=None) -> int:
     from lib.inputs import read_inputs
     from lib.logger import write_csv
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
-    from lib.predict import predict_batch
+    from lib.predict import predict_batch, ready_to_predict
     from lib.progress import Progress
+    from lib.reference import farthest_features, judge_batch, measure_features, patch_scores
 
     device = choose_device(args.device)
     if not Path(args.out).absolute().parent.is_dir():
@@ -46,18 +47,26 @@ def main(argv=None) -> int:
     if Path(args.out).is_dir():
         raise BadInput(f"--out {args.out} is a folder: name a file in it")
     model, cfg, checkpoint = load_model(args.ckpt)
-    model.to(device)
+    model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views
     threshold = checkpoint["threshold"] if args.threshold is None else args.threshold
-    temperature = (checkpoint["calibration"] or {}).get("temperature", 1.0)
+    calibration, reference = checkpoint["calibration"], checkpoint["reference"]
+    temperature, offset = (calibration["temperature"], calibration["offset"]) if calibration else (1.0, 0.0)
+    if calibration and calibration.get("views") != views:
+        say(f"warning: probabilities and threshold were set for {calibration.get('views')} view(s), not for {views}")
 
     started_at = time.monotonic()
-    rows, logits, labels = [], [], []
+    rows, logits, labels, features = [], [], [], []
     with Progress(0, "predicting") as bar:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
-            found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy() / temperature
+            found = (
+                predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy() / temperature
+                + offset
+            )
             logits.append(found)
+            if reference:
+                features.append(measure_features(block.images))
             labels += block.labels
             rows += zip(block.sources, block.indices, block.errors, strict=True)
             bar.add(len(found))
@@ -67,27 +76,40 @@ def main(argv=None) -> int:
     failed = [error for _, _, error in rows if error]
     if len(failed) == len(rows):
         raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
-    known = np.array([label is not None and not row[2] for label, row in zip(labels, rows, strict=True)])
-    further = [*(["label"] if known.any() else []), *(["error"] if failed else [])]
+    good = np.array([not error for _, _, error in rows])
+    known = good & np.array([label is not None for label in labels])
 
-    def cells(row, prob, label):
-        source, index, error = row
-        yield from (source, index)
-        yield from ("", "") if error else (f"{prob:.9g}", int(prob >= threshold))
-        if known.any():
-            yield "" if label is None else label
-        if failed:
-            yield error or ""
-
-    header = ["source", "index", "probability", "prediction", *further]
-    write_csv(args.out, header, [list(cells(*row)) for row in zip(rows, probs, labels, strict=True)])
+    # a column for each thing that is known; cells of what could not be read stay empty
+    columns = {"probability": [f"{prob:.9g}" for prob in probs], "prediction": (probs >= threshold).astype(int).tolist()}
+    if reference:
+        features = np.concatenate(features)
+        drift = patch_scores(features, reference)
+        columns["drift"] = [f"{score:.4g}" for score in drift]
+        columns["unlike"] = np.where(drift > reference["limit"], farthest_features(features, reference), "").tolist()
+    columns = {name: [cell if is_good else "" for cell, is_good in zip(c, good, strict=True)] for name, c in columns.items()}
+    if known.any():
+        columns["label"] = ["" if label is None else label for label in labels]
+    if failed:
+        columns["error"] = [error or "" for _, _, error in rows]
+    names = [name for name in ("probability", "prediction", "label", "drift", "unlike", "error") if name in columns]
+    places = [(source, index) for source, index, _ in rows]
+    cells = zip(*(columns[name] for name in names), strict=True)
+    write_csv(args.out, ["source", "index", *names], [(*p, *c) for p, c in zip(places, cells, strict=True)])
 
     result = {"predictions": args.out, "num": len(rows), "num_failed": len(failed), "threshold": threshold, "views": views}
-    good = np.array([not error for _, _, error in rows])
     result |= {"num_positive": int((probs[good] >= threshold).sum()), "wall_s": round(time.monotonic() - started_at, 3)}
+    result |= {"calibrated": calibration is not None, "weights_sha256": checkpoint["weights_sha256"]}
     say(f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at {threshold:g}, {views} view(s)")
     for error in failed[:5]:
         say(f"not read: {error}")
+    if reference:
+        result["drift"] = batch = judge_batch(features[good], reference)
+        if batch["drifted"]:
+            say(
+                f"WARNING: these patches do not look like those the model was trained on: mean {batch['feature']} is "
+                f"{batch['shift']:+.2f} deviations away (limit {batch['shift_limit']:.2f}), {batch['share_beyond']:.1%} are "
+                "beyond the limit of a single patch; probabilities and threshold may not hold"
+            )
     if known.any():
         truth = np.array([label for label, is_known in zip(labels, known, strict=True) if is_known])
         scores, baselines = compute_metrics(truth, logits[known], threshold), constant_baselines(truth)

@@ -60,8 +60,8 @@ def start(cfg, args, run: Path | None = None) -> int:
 
 def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
-    from lib import batches, rundir, training
-    from lib.checkpoint import PREVIOUS, load_model, newest_checkpoint, save_checkpoint, weights_sha256
+    from lib import batches, deploy, rundir, training
+    from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
     from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
@@ -186,8 +186,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if status == "paused" or not ranks.is_first:
         return exit_code
     (run / PREVIOUS).unlink(missing_ok=True)
-    if status == "finished" and cfg.views > 1:  # an epoch is scored on one view a patch, the best one then on all
-        progress["best_scores"] = evaluate(load_model(run)[0].to(device), valid_source, valid_rows, cfg, views=cfg.views)
+    if status == "finished":  # an epoch is scored on one view a patch, the best one then on all
+        splits = (train_split, train_rows), (valid_split, valid_rows)
+        progress["best_scores"], details = deploy.complete_checkpoint(run, device, *splits, valid_source, cfg)
     details |= {"wall_s": round(time.monotonic() - args.started_at, 3), **log.times()}
     summary = rundir.write_summary(run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details)
     print_result({"run": str(run), **summary})

@@ -21,6 +21,28 @@ def fit_temperature(labels, logits) -> float:
     return float(np.exp((low + high) / 2))
 
 
+def fit_scaling(labels, logits) -> tuple[float, float]:
+    """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss (Platt 1999, with his targets, which
+    keep it finite where the classes do not overlap). The offset mends a model that calls too few or too many positive."""
+    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
+    targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
+    inputs, factors = np.stack([logits, np.ones(len(logits))], 1), np.array([1.0, 0.0])
+
+    def loss(factors) -> float:
+        return float((np.logaddexp(0.0, inputs @ factors) - targets * (inputs @ factors)).mean())
+
+    for _ in range(100):  # Newton's method, with shorter steps where a whole one does not lower the loss
+        probs = sigmoid(inputs @ factors)
+        curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, inputs.T @ (probs - targets))
+        while loss(factors - step) > loss(factors) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        factors = factors - step
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(1 / np.clip(factors[0], 1 / STEEPEST, STEEPEST)), float(factors[1])
+
+
 def reliability(labels, probs) -> list[dict]:
     """Bins of equal width over probabilities (N,): low, high, num, mean probability and share of positives; empty ones left out."""
     labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)

@@ -5,12 +5,17 @@ R = 1, which makes a plain network of the same shape.
 """
 
 import contextlib
+import copy
 import functools
+import itertools
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+
+EPSILON = 1e-5  # of batch norm
 
 
 def symmetry_reads(size: int) -> np.ndarray:
@@ -99,14 +104,37 @@ class GroupBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num))
         self.register_buffer("running_var", torch.ones(num))
 
+    def tensors(self):
+        return self.running_mean, self.running_var, self.weight, self.bias
+
     def forward(self, x):
-        tensors = self.running_mean, self.running_var, self.weight, self.bias
-        mean, var, weight, bias = (tensor.repeat(self.orientations) for tensor in tensors)
-        x = functional.batch_norm(x, mean, var, weight, bias, self.training)
+        mean, var, weight, bias = (tensor.repeat(self.orientations) for tensor in self.tensors())
+        x = functional.batch_norm(x, mean, var, weight, bias, self.training, eps=EPSILON)
         if self.training:
             self.running_mean.copy_(mean.view(self.orientations, -1).mean(0))
             self.running_var.copy_(var.view(self.orientations, -1).mean(0))
         return x
+
+
+@torch.no_grad()
+def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model for prediction alone: its batch norms, whose statistics are fixed then, and the orientations of its
+    filters become plain convolutions of `dtype`, which say the same up to rounding and cost less."""
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(norm, GroupBatchNorm):
+                filters, factors = conv.make_filters(), [tensor.repeat(norm.orientations) for tensor in norm.tensors()]
+                weight, bias = fuse_conv_bn_weights(filters, None, *factors[:2], EPSILON, *factors[2:])
+                plain = nn.Conv2d(weight.shape[1], len(weight), conv.size, conv.stride, conv.padding, device=weight.device)
+                plain.weight, plain.bias = weight, bias
+            elif isinstance(norm, nn.BatchNorm2d):
+                plain = fuse_conv_bn_eval(conv, norm)
+            else:
+                continue
+            setattr(parent, name, plain.to(dtype, memory_format=torch.channels_last))
+            setattr(parent, norm_name, nn.Identity())
+    return model.requires_grad_(False)
 
 
 def conv_norm(num_in: int, num_out: int, size: int, orientations: int, **geometry) -> nn.Sequential:

@@ -11,15 +11,14 @@ from torch import nn
 
 from lib.augment import PREPROCESSING
 from lib.command import BadInput, say
-from lib.config import Config, config_from_dict
+from lib.config import ADDED_KEYS, Config, config_from_dict
+from lib.features import NAMES
 from lib.logger import atomic_write
 from lib.models import build_model, fit_state, load_pickle_free
 
-SCHEMA = 1
+SCHEMA = 2
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
-# keys that a later schema added to the config, each with the value that older checkpoints were made with
-ADDED_KEYS: dict[int, dict] = {}
 # keys of a checkpoint and their types; what is None belongs to later work or does not apply
 FIELDS = {
     "config": dict,
@@ -31,8 +30,9 @@ FIELDS = {
     "data": dict,  # SHA-256 of the data files
     "preprocessing": dict,  # mean and std of the channels
     "threshold": float,  # of the decision, on probabilities
-    "calibration": (dict, type(None)),
+    "calibration": (dict, type(None)),  # temperature and offset, for how many views, and what it is worth
     "reference": (dict, type(None)),  # statistics of the training data, to notice other data by
+    "weights_sha256": str,  # of the weights that are evaluated; since schema 2
 }
 
 
@@ -77,6 +77,7 @@ def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, 
         "threshold": 0.5,
         "calibration": None,
         "reference": None,
+        "weights_sha256": weights_sha256((averaged or model).state_dict()),
         **fields,
     }
 
@@ -119,15 +120,16 @@ def load_checkpoint(path) -> dict:
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
     for name, kind in FIELDS.items():
+        if schema == 1 and name == "weights_sha256":
+            continue
         if not isinstance(checkpoint.get(name), kind):
             raise BadInput(f"{path} is damaged: its {name} is {'of a wrong type' if name in checkpoint else 'missing'}")
     if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in _tensors(checkpoint)):
         raise BadInput(f"{path} is damaged: a tensor in it is larger than what is stored of it")
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
-    for added_in, values in ADDED_KEYS.items():
-        if schema < added_in:
-            checkpoint["config"] = values | checkpoint["config"]
+    checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
+    checkpoint.setdefault("weights_sha256", weights_sha256(checkpoint["averaged"] or checkpoint["model"]))
     return checkpoint
 
 
@@ -140,11 +142,27 @@ def _tensors(value):
             yield from _tensors(item)
 
 
-def _is_preprocessing(value: dict) -> bool:
-    numbers = [value.get(name) for name in ("mean", "std")]
-    return all(
-        isinstance(v, list) and len(v) == 3 and all(isinstance(x, float) and math.isfinite(x) for x in v) for v in numbers
-    )
+def _is_finite(value, *shape: int) -> bool:
+    """Whether a value is a finite float or, of a shape, lists of such."""
+    if not shape:
+        return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, list) and len(value) == shape[0] and all(_is_finite(item, *shape[1:]) for item in value)
+
+
+def require_sound(checkpoint: dict, path) -> None:
+    """Raise BadInput unless what prediction takes from a checkpoint, besides weights, is of the right kind."""
+    preprocessing, calibration, reference = (checkpoint[name] for name in ("preprocessing", "calibration", "reference"))
+    if not all(_is_finite(preprocessing.get(name), 3) for name in ("mean", "std")) or min(preprocessing["std"]) <= 0:
+        raise BadInput(f"{path} is damaged: its preprocessing must hold a mean and a std of three numbers")
+    if not 0 <= checkpoint["threshold"] <= 1:
+        raise BadInput(f"{path} is damaged: its threshold {checkpoint['threshold']} is not between 0 and 1")
+    if calibration and not all(_is_finite(calibration.get(name)) for name in ("temperature", "offset")):
+        raise BadInput(f"{path} is damaged: its calibration must hold a temperature and an offset, two numbers")
+    if calibration and calibration["temperature"] <= 0:
+        raise BadInput(f"{path} is damaged: the temperature {calibration['temperature']} is not above zero")
+    num, shapes = len(NAMES), {"mean": 1, "deviation": 1, "inverse_correlation": 2, "limit": 0, "shift_limit": 0}
+    if reference and not all(_is_finite(reference.get(name), *[num] * depth) for name, depth in shapes.items()):
+        raise BadInput(f"{path} is damaged: its reference statistics must hold {', '.join(shapes)} of {num} features")
 
 
 def checkpoint_path(ckpt) -> Path:
@@ -164,8 +182,7 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     path = checkpoint_path(ckpt)
     checkpoint = load_checkpoint(path)
     cfg = config_from_dict(checkpoint["config"], source=str(path))
-    if not _is_preprocessing(checkpoint["preprocessing"]):
-        raise BadInput(f"{path} is damaged: its preprocessing must hold a mean and a std of three numbers")
+    require_sound(checkpoint, path)
     try:
         with torch.device("meta"):  # no memory is taken before every shape has been compared
             model = build_model(cfg)

@@ -85,6 +85,9 @@ class Config:
     early_stop_epochs: Natural
     eval_batch_size: Annotated[int, 1, NOT_IDENTITY]
     views: Annotated[Literal[1, 8], NOT_IDENTITY]
+    threshold_rule: Annotated[Literal["f2", "recall", "cost"], NOT_IDENTITY]
+    least_recall: Annotated[float, 0, 1, NOT_IDENTITY]
+    false_negative_cost: Annotated[float, 0, NOT_IDENTITY]
     checkpoint_every_steps: Annotated[int, 0, NOT_IDENTITY]
 
     def identity(self) -> dict:
@@ -107,6 +110,8 @@ class Config:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
 
+# keys that came later, each with the value that stands for it in runs and checkpoints made before
+ADDED_KEYS = {"threshold_rule": "f2", "least_recall": 0.95, "false_negative_cost": 10.0}
 HINTS = typing.get_type_hints(Config, include_extras=True)
 
 

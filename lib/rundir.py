@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from lib.command import BadInput, nearest, print_result, say
-from lib.config import Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
+from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
 from lib.logger import CsvLog, atomic_write, read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -71,7 +71,7 @@ def find_run(name, runs_dir="runs") -> Path:
 
 def read_run_config(run: Path) -> Config:
     """The configuration that a run was started with."""
-    return config_from_dict(read_yaml(run / "config.yaml"), source=str(run / "config.yaml"))
+    return config_from_dict(ADDED_KEYS | read_yaml(run / "config.yaml"), source=str(run / "config.yaml"))
 
 
 def resume_config(run: Path, overrides) -> Config:

@@ -9,7 +9,17 @@ from lib.command import BadInput
 from lib.config import DEFAULT_PATH, Config, change_free_keys, config_from_dict, dump_config, load_config, parse_overrides
 
 LINES = [line for line in DEFAULT_PATH.read_text().splitlines() if re.match(r"\w", line)]
-FREE = {"name", "data_dir", "data_residence", "eval_batch_size", "views", "checkpoint_every_steps"}
+FREE = {
+    "name",
+    "data_dir",
+    "data_residence",
+    "eval_batch_size",
+    "views",
+    "threshold_rule",
+    "least_recall",
+    "false_negative_cost",
+    "checkpoint_every_steps",
+}
 REFUSED = {
     "epochs": ["1.5", "0", "nan", "inf", "true", "", "ten"],
     "seed": ["-1", "2147483648"],
