@@ -60,11 +60,8 @@ def main(argv=None) -> int:
     with Progress(0, "predicting") as bar:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
-            found = (
-                predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy() / temperature
-                + offset
-            )
-            logits.append(found)
+            found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy()
+            logits.append(found / temperature + offset)
             if reference:
                 features.append(measure_features(block.images))
             labels += block.labels
