@@ -32,7 +32,6 @@ FIELDS = {
     "threshold": float,  # of the decision, on probabilities
     "calibration": (dict, type(None)),  # temperature and offset, for how many views, and what it is worth
     "reference": (dict, type(None)),  # statistics of the training data, to notice other data by
-    "weights_sha256": str,  # of the weights that are evaluated; since schema 2
 }
 
 
@@ -66,6 +65,11 @@ def state_sha256(value, digest=None) -> str:
     return digest.hexdigest()
 
 
+def evaluated(checkpoint: dict) -> dict:
+    """The weights of a checkpoint that are evaluated: the averaged ones, where there are any."""
+    return checkpoint["averaged"] or checkpoint["model"]
+
+
 def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, **fields) -> dict:
     """A checkpoint as a dict; `fields` give what FIELDS names besides config and weights."""
     return {
@@ -77,7 +81,6 @@ def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, 
         "threshold": 0.5,
         "calibration": None,
         "reference": None,
-        "weights_sha256": weights_sha256((averaged or model).state_dict()),
         **fields,
     }
 
@@ -88,7 +91,10 @@ def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None
     With `keep_previous` the one that was there stays beside it as previous.pt, at every instant at least one is whole.
     """
     path, buffer = Path(path), io.BytesIO()  # torch's writer would turn a full disk into an error of its own
-    torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(checkpoint), **checkpoint}, buffer)
+    fields = {name: checkpoint[name] for name in FIELDS if name in checkpoint}
+    header = {"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(fields)}
+    header["weights_sha256"] = weights_sha256(evaluated(checkpoint))  # since schema 2
+    torch.save(header | fields, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
         if keep_previous and path.exists():
@@ -116,12 +122,10 @@ def load_checkpoint(path) -> dict:
     checkpoint = load_pickle_free(path)
     if not isinstance(checkpoint, dict) or checkpoint.pop("kind", None) != KIND:
         raise BadInput(f"{path} is not a checkpoint of this program (train.py writes best.pt and last.pt)")
-    schema, checksum = checkpoint.pop("schema", None), checkpoint.pop("sha256", None)
+    schema, checksum, digest = (checkpoint.pop(name, None) for name in ("schema", "sha256", "weights_sha256"))
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
         raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
     for name, kind in FIELDS.items():
-        if schema == 1 and name == "weights_sha256":
-            continue
         if not isinstance(checkpoint.get(name), kind):
             raise BadInput(f"{path} is damaged: its {name} is {'of a wrong type' if name in checkpoint else 'missing'}")
     if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in _tensors(checkpoint)):
@@ -129,7 +133,9 @@ def load_checkpoint(path) -> dict:
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
-    checkpoint.setdefault("weights_sha256", weights_sha256(checkpoint["averaged"] or checkpoint["model"]))
+    checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
+    if schema > 1 and digest != checkpoint["weights_sha256"]:
+        raise BadInput(f"{path} is damaged: its weights do not match their checksum")
     return checkpoint
 
 
@@ -188,5 +194,5 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
             model = build_model(cfg)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
-    fit_state(model, checkpoint["averaged"] or checkpoint["model"], path)
+    fit_state(model, evaluated(checkpoint), path)
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint

@@ -12,7 +12,7 @@ from torch.nn import functional
 from lib.augment import Draws, draw_augmentation, model_input, patch_size
 from lib.batches import Batch
 from lib.centrenet import filters_made_once
-from lib.checkpoint import build_checkpoint, load_checkpoint
+from lib.checkpoint import build_checkpoint, evaluated, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
@@ -67,7 +67,7 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
         loaded = load_pickle_free(cfg.weights)
         if isinstance(loaded, dict) and "model" in loaded and "config" in loaded:  # a checkpoint of this program
             loaded = load_checkpoint(cfg.weights)
-            loaded = loaded["averaged"] or loaded["model"]
+            loaded = evaluated(loaded)
         fit_state(model, loaded, cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None

@@ -7,9 +7,9 @@ import pytest
 from conftest import REAL_SAMPLE, REPOSITORY, real_sample, run_script
 
 from lib.checkpoint import load_model
-from lib.config import load_config
 from lib.logger import read_csv, read_json
 from lib.metrics import compute_auc
+from lib.rundir import read_run_config
 
 CHAMPION = REPOSITORY / "assets" / "champion"
 
@@ -18,7 +18,7 @@ def test_the_champion_is_small_and_its_files_belong_together():
     _, cfg, checkpoint = load_model(CHAMPION)
     summary = read_json(CHAMPION / "summary.json")
     assert (CHAMPION / "best.pt").stat().st_size < 5_000_000 and summary["status"] == "finished"
-    assert cfg == load_config(CHAMPION / "config.yaml") and cfg.views == 8
+    assert cfg == read_run_config(CHAMPION) and cfg.views == 8
     best = read_csv(CHAMPION / "epochs.csv")[summary["best_epoch"] - 1]
     assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], "of one view, and of eight"
 

@@ -63,10 +63,21 @@ def sources(pcam_dir, tmp_path_factory) -> dict:
     }  # fmt: skip
 
 
+def calibrated(logits, run):
+    """Probabilities of logits, from the definition of a run's calibration."""
+    calibration = load_checkpoint(run / "best.pt")["calibration"]
+    return sigmoid(logits / calibration["temperature"] + calibration["offset"])
+
+
 @pytest.fixture(scope="module")
-def expected(quick_run, sources):
-    """Probabilities of the patches, from the definition."""
-    return sigmoid(by_hand(load_model(quick_run)[0], torch.from_numpy(sources["images"])).numpy())
+def logits(quick_run, sources):
+    """Of the patches, from the definition."""
+    return by_hand(load_model(quick_run)[0], torch.from_numpy(sources["images"])).numpy()
+
+
+@pytest.fixture(scope="module")
+def expected(quick_run, logits):
+    return calibrated(logits, quick_run)
 
 
 @pytest.mark.parametrize("kind", ["files", "folder", "tar", "packed", "h5", "pcam"])
@@ -74,8 +85,9 @@ def test_a_patch_has_one_probability_however_it_comes(kind, quick_run, sources, 
     given = sources[kind] if kind == "files" else [sources[kind], *(["--split", "test"] if kind == "pcam" else [])]
     rows, result, _ = infer(quick_run, *given, out=tmp_path / "p.csv")
     assert column(rows, "probability") == pytest.approx(expected.tolist(), abs=1e-6)
-    assert column(rows, "prediction", int) == [int(prob >= 0.5) for prob in expected] and result["num"] == NUM
-    assert list(rows[0]) == ["source", "index", "probability", "prediction", *(["label"] if kind == "pcam" else [])]
+    assert column(rows, "prediction", int) == [int(prob >= result["threshold"]) for prob in expected]
+    further = [*(["label"] if kind == "pcam" else []), "drift", "unlike"]
+    assert list(rows[0]) == ["source", "index", "probability", "prediction", *further] and result["num"] == NUM
     names = [str(path) for path in sources["files"]]
     if kind in ("tar", "packed"):
         names = [f"{sources[kind]}/{path.relative_to(sources['folder'])}" for path in sources["files"]]
@@ -97,8 +109,9 @@ def test_inputs_keep_the_order_in_which_they_are_given(quick_run, sources, expec
 def test_eight_views_are_the_mean_logit_of_eight_turned_and_shifted_patches_and_are_remembered(quick_run, sources, tmp_path):
     model = load_model(quick_run)[0]
     images = torch.from_numpy(sources["images"])
-    eight = sigmoid(torch.stack([by_hand(model, shift(turn(images))) for turn in DIHEDRAL]).mean(0).numpy())
-    rows, result, _ = infer(quick_run, sources["h5"], "--views", 8, out=tmp_path / "p.csv")
+    eight = calibrated(torch.stack([by_hand(model, shift(turn(images))) for turn in DIHEDRAL]).mean(0).numpy(), quick_run)
+    rows, result, err = infer(quick_run, sources["h5"], "--views", 8, out=tmp_path / "p.csv")
+    assert "set for 1 view(s), not for 8" in err
     assert column(rows, "probability") == pytest.approx(eight.tolist(), abs=1e-6) and result["views"] == 8
     fields = load_checkpoint(quick_run / "best.pt")
     save_checkpoint(tmp_path / "eight.pt", {**fields, "config": fields["config"] | {"views": 8}})
@@ -117,12 +130,32 @@ def test_the_threshold_decides_and_comes_from_the_checkpoint_unless_given(quick_
         assert infer(quick_run, sources["h5"], "--threshold", threshold, out=tmp_path / "p.csv")[1]["num_positive"] == num
 
 
-def test_calibration_in_a_checkpoint_is_applied(quick_run, sources, expected, tmp_path):
+def test_calibration_in_a_checkpoint_is_applied_and_told(quick_run, sources, logits, tmp_path):
     fields = load_checkpoint(quick_run / "best.pt")
-    save_checkpoint(tmp_path / "t.pt", {**fields, "calibration": {"temperature": 2.0}})
-    rows = infer(tmp_path / "t.pt", sources["h5"], out=tmp_path / "p.csv")[0]
-    logits = np.log(expected / (1 - expected))
-    assert column(rows, "probability") == pytest.approx(sigmoid(logits / 2).tolist(), abs=1e-6)
+    for calibration, probs in (({"temperature": 2.0, "offset": -1.0}, sigmoid(logits / 2 - 1)), (None, sigmoid(logits))):
+        save_checkpoint(tmp_path / "t.pt", {**fields, "calibration": calibration})
+        rows, result, _ = infer(tmp_path / "t.pt", sources["h5"], out=tmp_path / "p.csv")
+        assert column(rows, "probability") == pytest.approx(probs.tolist(), abs=1e-6)
+        assert result["calibrated"] == (calibration is not None)
+
+
+def test_patches_unlike_the_training_data_are_named_one_by_one_and_as_a_batch(quick_run, pcam_dir, tmp_path):
+    patches = open_split(pcam_dir, "valid").images.read(range(40))
+    changed = {
+        "as they are": patches,
+        "dark": (patches * 0.6).astype(np.uint8),
+        "one is grey": np.concatenate([patches[:39], patches[39:].mean(3, keepdims=True).astype(np.uint8).repeat(3, 3)]),
+    }
+    found = {}
+    for name, images in changed.items():
+        with SplitWriter(tmp_path, "test", len(images)) as writer:
+            writer.add(images, np.arange(len(images), dtype=np.uint8) % 2)
+        rows, result, err = infer(quick_run, split_path(tmp_path, "test", "x"), out=tmp_path / "p.csv")
+        unlike = [number for number, row in enumerate(rows) if row["unlike"]]
+        found[name] = result["drift"]["drifted"], unlike, result["drift"]["feature"]
+        assert ("do not look like those the model was trained on" in err) == result["drift"]["drifted"]
+    assert found["as they are"][:2] == (False, []) and found["one is grey"][:2] == (False, [39])
+    assert found["dark"][0] and found["dark"][1] == [*range(40)]
 
 
 def test_an_unreadable_image_is_a_row_with_its_reason_and_a_finding(quick_run, sources, expected, tmp_path):
@@ -212,7 +245,13 @@ def test_a_place_that_cannot_be_written_is_named_as_the_person_wrote_it(out, qui
 def test_inference_repeats_the_validation_scores_of_training(quick_run, pcam_dir, tmp_path):
     scores = infer(quick_run, pcam_dir, "--split", "valid", out=tmp_path / "p.csv")[1]["scores"]
     summary = read_json(quick_run / "summary.json")
-    assert {name: summary[f"val_{name}"] for name in scores} == pytest.approx(scores, abs=1e-6)
+    assert (summary["val_auc"], summary["val_pr_auc"]) == pytest.approx((scores["auc"], scores["pr_auc"]), abs=1e-6)
+    assert summary["threshold"] == load_checkpoint(quick_run / "best.pt")["threshold"]
+    half = sigmoid(summary["offset"])  # what a logit of 0 is called once it is calibrated
+    scores = infer(quick_run, pcam_dir, "--split", "valid", "--threshold", half, out=tmp_path / "p.csv")[1]["scores"]
+    assert {name: summary[f"val_{name}"] for name in scores if name != "loss"} == pytest.approx(
+        {name: value for name, value in scores.items() if name != "loss"}, abs=1e-6
+    )
 
 
 def test_a_real_process_writes_to_the_working_folder_by_default(quick_run, tmp_path):

@@ -1,0 +1,75 @@
+"""lib/deploy.py and lib/reference.py: what a finished checkpoint carries to be used elsewhere."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_patches
+
+from lib import deploy
+from lib.batches import PatchSource, fold_of_rows, group_of_rows, open_train_valid
+from lib.calibration import calibration_scores, choose_threshold, decision_scores
+from lib.checkpoint import load_checkpoint, load_model
+from lib.features import NAMES
+from lib.logger import read_json
+from lib.metrics import sigmoid
+from lib.predict import predict_rows
+from lib.reference import build_reference, judge_batch, measure_features, patch_scores
+
+
+def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_them(quick_run):
+    model, cfg, checkpoint = load_model(quick_run)
+    _, (split, rows) = open_train_valid(cfg)
+    logits = predict_rows(model, PatchSource(split.images, "disk", torch.device("cpu")), rows.index, cfg, cfg.views)
+    judged = fold_of_rows(group_of_rows(split, cfg.data_dir), 2)[rows.index] == 1
+    calibration = checkpoint["calibration"]
+    scaled = logits / calibration["temperature"] + calibration["offset"]
+    rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
+    assert choose_threshold(rows.labels[~judged], sigmoid(scaled[~judged]), *rule) == pytest.approx(checkpoint["threshold"])
+    decision = decision_scores(rows.labels[judged], sigmoid(scaled[judged]), checkpoint["threshold"])
+    assert decision == pytest.approx(calibration["decision"])
+    for name, values in (("before", logits), ("after", scaled)):
+        assert calibration_scores(rows.labels[judged], values[judged]) == pytest.approx(calibration[name], abs=1e-6)
+    summary = read_json(quick_run / "summary.json")
+    assert summary["half_f2"] == decision["f2"] and summary["half_ece"] == calibration["after"]["ece"]
+
+
+def test_without_both_classes_in_both_halves_nothing_is_made_up(quick_run, tmp_path, capsys):
+    _, cfg, fields = load_model(quick_run)
+    (train, train_rows), (split, rows) = open_train_valid(cfg)
+    few = type(rows)(rows.index[:1], rows.labels[:1], {})
+    target = tmp_path / "best.pt"
+    target.write_bytes((quick_run / "best.pt").read_bytes())
+    source = PatchSource(split.images, "disk", torch.device("cpu"))
+    before = load_checkpoint(target)["weights_sha256"]
+    _, told = deploy.complete_checkpoint(target, torch.device("cpu"), (train, train_rows), (split, few), source, cfg)
+    left = load_checkpoint(target)
+    assert left["threshold"] == 0.5 and left["calibration"] is None and not told and left["reference"]
+    assert left["weights_sha256"] == before
+    assert "probabilities are not calibrated" in capsys.readouterr().err
+
+
+FEATURES = measure_features(draw_patches(600, 1)[0])
+
+
+def test_the_reference_is_the_training_data_and_its_limits_are_those_of_validation():
+    train, valid = FEATURES[:400], FEATURES[400:]
+    reference = build_reference(train, valid, np.arange(200))
+    assert np.allclose(reference["mean"], train.mean(0)) and reference["num"] == 400
+    assert (patch_scores(valid, reference) > reference["limit"]).mean() <= 0.005
+    assert np.sqrt((patch_scores(train, reference) ** 2).mean()) == pytest.approx(1, abs=0.05), "a deviation over all features"
+    by_slide = build_reference(train, valid + np.where(np.arange(200) < 20, 3.0, 0)[:, None] * reference["deviation"],
+                               np.arange(200) // 20)  # fmt: skip
+    assert by_slide["shift_limit"] > reference["shift_limit"] + 1, "a slide of validation may look so, too"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_that_differs_in_one_feature_is_named_by_it_and_a_small_one_is_granted_chance(name):
+    reference = build_reference(FEATURES[:400], FEATURES[400:], np.arange(200))
+    place = NAMES.index(name)
+    moved = FEATURES[400:].copy()
+    moved[:, place] += 2 * reference["deviation"][place]
+    found = judge_batch(moved, reference)
+    assert found["drifted"] and found["feature"] == name and found["shift"] == pytest.approx(2, abs=0.3)
+    assert not judge_batch(FEATURES[400:], reference)["drifted"]
+    alone = [judge_batch(FEATURES[row : row + 1], reference)["drifted"] for row in range(400, 600)]
+    assert sum(alone) <= 2
