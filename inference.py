@@ -32,6 +32,7 @@ def main(argv=None) -> int:
     import numpy as np
     import torch
 
+    from lib.calibration import calibrate
     from lib.checkpoint import load_model
     from lib.device import choose_device
     from lib.inputs import read_inputs
@@ -51,7 +52,6 @@ def main(argv=None) -> int:
     views = args.views or cfg.views
     threshold = checkpoint["threshold"] if args.threshold is None else args.threshold
     calibration, reference = checkpoint["calibration"], checkpoint["reference"]
-    temperature, offset = (calibration["temperature"], calibration["offset"]) if calibration else (1.0, 0.0)
     if calibration and calibration.get("views") != views:
         say(f"warning: probabilities and threshold were set for {calibration.get('views')} view(s), not for {views}")
 
@@ -61,7 +61,7 @@ def main(argv=None) -> int:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
             found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy()
-            logits.append(found / temperature + offset)
+            logits.append(calibrate(found, calibration))
             if reference:
                 features.append(measure_features(block.images))
             labels += block.labels

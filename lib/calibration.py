@@ -43,6 +43,12 @@ def fit_scaling(labels, logits) -> tuple[float, float]:
     return float(1 / np.clip(factors[0], 1 / STEEPEST, STEEPEST)), float(factors[1])
 
 
+def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
+    """Logits float64 (N,) as a checkpoint's `calibration` scales them; as they are where it has none."""
+    logits = np.asarray(logits, np.float64)
+    return logits / calibration["temperature"] + calibration["offset"] if calibration else logits
+
+
 def reliability(labels, probs) -> list[dict]:
     """Bins of equal width over probabilities (N,): low, high, num, mean probability, share of positives; no empty ones."""
     labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)

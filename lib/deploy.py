@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from lib.batches import PatchSource, Rows, fold_of_rows, group_of_rows
-from lib.calibration import calibration_scores, choose_threshold, decision_scores, fit_scaling
+from lib.calibration import calibrate, calibration_scores, choose_threshold, decision_scores, fit_scaling
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config
@@ -38,13 +38,13 @@ def complete_checkpoint(
     calibration, threshold, told = None, 0.5, {}
     if all(len(np.unique(labels[half])) == 2 for half in (chosen_on, ~chosen_on)):
         temperature, offset = fit_scaling(labels[chosen_on], logits[chosen_on])
-        calibrated = logits / temperature + offset
+        calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
+        calibrated = calibrate(logits, calibration)
         probs = sigmoid(calibrated)
         rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
         threshold = choose_threshold(labels[chosen_on], probs[chosen_on], *rule)
         before, after = (calibration_scores(labels[~chosen_on], scaled[~chosen_on]) for scaled in (logits, calibrated))
         decision = decision_scores(labels[~chosen_on], probs[~chosen_on], threshold)
-        calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
         told = {"threshold": threshold} | calibration | {"half_ece": after["ece"], "half_ece_raw": before["ece"]}
         calibration |= {"before": before, "after": after, "decision": decision}
         told |= {f"half_{name}": decision[name] for name in ("recall", "specificity", "precision", "f2")}

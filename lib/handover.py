@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.command import BadInput, one_line, say
 from lib.ingest import require_space
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_csv, write_json
 from lib.metrics import auc_interval, share_interval, sigmoid
 from lib.models import num_parameters
-from lib.predict import predict_batch
+from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, git_state
 from lib.synthetic import SyntheticPlan, generate_split
@@ -162,11 +163,11 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     so that no rounding can change a decision.
     """
     drawn = np.concatenate([images for images, *_ in generate_split(SyntheticPlan(0, 0, NUM_DRAWN, SEED), "test")])
-    temperature = (checkpoint["calibration"] or {}).get("temperature", 1.0)
 
     def probs(images, precision):
-        logits = predict_batch(model, torch.from_numpy(images), precision, cfg.views, checkpoint["preprocessing"])
-        return sigmoid(logits.numpy() / temperature)
+        ready, images = ready_to_predict(model, precision), torch.from_numpy(images)
+        logits = predict_batch(ready, images, precision, cfg.views, checkpoint["preprocessing"])
+        return sigmoid(calibrate(logits.numpy(), checkpoint["calibration"]))
 
     found, threshold = probs(drawn, cfg.precision), checkpoint["threshold"]
     deviation = float(np.abs(found - probs(drawn, "fp32")).max())
@@ -184,6 +185,18 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     rows = [(name, 0, f"{prob:.9g}", int(prob >= threshold)) for name, prob in zip(names, probabilities, strict=True)]
     write_csv(dest / "expected.csv", ("source", "index", "probability", "prediction"), rows)
     return {"tolerance": round(tolerance, 6), "deviation_from_float32": round(deviation, 6), "num_patches": len(names)}
+
+
+def describe_decision(checkpoint: dict) -> list[str]:
+    """What the stored threshold means, where a checkpoint says so."""
+    if not checkpoint["calibration"]:
+        return ["Probabilities are not calibrated."]
+    decision, after = checkpoint["calibration"]["decision"], checkpoint["calibration"]["after"]
+    rates = ", ".join(f"{name} {decision[name]:.4f}" for name in ("recall", "specificity", "precision", "f2"))
+    return [
+        f"Threshold {checkpoint['threshold']:.4f} and calibration were chosen on half of the validation patches. On the other "
+        f"half: {rates}; expected calibration error {after['ece']:.4f}."
+    ]
 
 
 def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
@@ -236,11 +249,13 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         row("F2", summary["val_f2"], None, summary["always_positive_f2"]),
         row("log loss (nats)", summary["val_loss"], None, summary["prior_loss"]),
         "The constant answers always positive; for accuracy it is the larger class, for the log loss the prevalence.",
+        *describe_decision(checkpoint),
         "## Limits",
         "- The epoch was chosen on the patches that are scored here: the scores flatter. They are no scores on PatchCamelyon's "
         "official test split; patches that were recompressed as JPEG, or sampled, compare with no published score.",
         "- Another scanner, laboratory, stain or magnification than in training shifts the colours and may cost any part of "
-        "the score; nothing here notices such drift. Only the centre 32x32 was labelled.",
+        "the score. predictions.csv has a drift score a patch, and a batch unlike the training data gets a warning: it knows "
+        "brightness, colour and sharpness, nothing else. Only the centre 32x32 was labelled.",
         "- Another processor or build of torch rounds otherwise: the self-test compares with `expected.csv`, within the "
         "tolerance in `stick.json`. Its patches are drawn, and say nothing about tissue.",
         "## Software",

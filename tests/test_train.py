@@ -134,9 +134,9 @@ def test_the_summary_scores_the_best_model_over_all_views(pcam_dir, tmp_path):
     command = ["inference.py", "--ckpt", run, pcam_dir, "--split", "valid", "--out", tmp_path / "p.csv"]
     scores = run_script(*command, check=0).json["scores"]
     summary, best = read_json(run / "summary.json"), max(float(row["val_auc"]) for row in read_csv(run / "epochs.csv"))
-    assert summary["val_loss"] == pytest.approx(scores["loss"], rel=1e-5) and summary["val_auc"] == scores["auc"]
+    assert (summary["val_auc"], summary["val_pr_auc"]) == (scores["auc"], scores["pr_auc"])
     one = run_script(*command[:-1], tmp_path / "q.csv", "--views", 1, check=0).json["scores"]
-    assert one["auc"] == best and one["loss"] != pytest.approx(scores["loss"], rel=1e-5)
+    assert one["auc"] == best and one["loss"] != pytest.approx(scores["loss"], rel=1e-5), "eight views are others"
 
 
 # ---- the same again
@@ -354,7 +354,7 @@ def test_best_pt_is_the_epoch_with_the_best_score_by_the_averaged_weights(pcam_d
 
     monkeypatch.setattr(predict, "evaluate", scripted)
     run, result, _ = start(tmp_path, pcam_dir, "epochs=6", "early_stop_epochs=2")
-    assert result["num_epochs"] == 4 and result["best_epoch"] == 2 and result["val_auc"] == 0.8, "stopped early"
+    assert result["num_epochs"] == 4 and result["best_epoch"] == 2, "stopped early"
     best, last = load_checkpoint(run / "best.pt"), load_checkpoint(run / "last.pt")
     assert weights_sha256(best["averaged"]) == evaluated[1] and weights_sha256(last["averaged"]) == evaluated[3]
     assert best["metrics"]["auc"] == 0.8 and best["progress"]["num_steps"] == 10
