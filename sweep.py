@@ -7,7 +7,6 @@ python sweep.py champion NAME [--finish] [--open-test]
 """
 
 import argparse
-import datetime
 import getpass
 import json
 import math
@@ -18,7 +17,7 @@ from pathlib import Path
 from lib import search
 from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, place, positive, print_result, say, script
 from lib.config import DEFAULT_PATH, load_config
-from lib.logger import read_json, write_json
+from lib.logger import read_json, utc_now, write_json
 from lib.rundir import REPOSITORY, git_state
 
 NUM_GROUPS = 3  # of trials by the value of a parameter
@@ -131,7 +130,7 @@ def open_test(sweep, champion: dict, args) -> dict:
     data = load_config(sweep.folder / "config.yaml", args.overrides).data_dir
     digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())
     record = Path(args.sweeps) / f"test-opened-{digest}.json"
-    opening = {"when_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "who": getpass.getuser()}
+    opening = {"when_utc": utc_now(), "who": getpass.getuser()}
     opening |= {"commit": git_state()["commit"], "search": str(sweep.folder), "run": champion["run"], "auc": None}
     try:
         with open(record, "x") as file:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 try:
     from lib import slurm
-    from lib.command import EXIT_DONE, EXIT_INTERRUPTED, BadInput, Parser, print_result, say, script
+    from lib.command import EXIT_DONE, EXIT_INTERRUPTED, BadInput, Parser, last_line, print_result, say, script
     from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
     print(f"error: {sys.executable} lacks the package {error.name}: make setup, or name another PYTHON", file=sys.stderr)
@@ -112,8 +112,8 @@ def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
     last = (result.stdout.splitlines() or [""])[-1]
     found = json.loads(last) if last.startswith("{") else {}
     if result.returncode or not found:
-        last_words = (result.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise BadInput(f"this cannot work: {found.get('error') or f'the environment of jobs does not: {last_words}'}")
+        why = found.get("error") or f"the environment of jobs does not: {last_line(result.stderr)}"
+        raise BadInput(f"this cannot work: {why}")
     return found
 
 

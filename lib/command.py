@@ -10,7 +10,8 @@ import signal
 import sys
 import threading
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C; preemption, scancel; the time limit ahead
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
@@ -51,6 +52,11 @@ def place(text: str) -> str:
 def one_line(error) -> str:
     """The first line of an exception's text; libraries append pages of internals to theirs."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def last_line(text: str) -> str:
+    """The last words of a program, which is where its error stands."""
+    return one_line(text.strip().rpartition("\n")[2] or "it says nothing")
 
 
 def nearest(name, allowed) -> str:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from lib.command import BadInput
+from lib.command import STOP_SIGNALS, BadInput
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PATIENCE = datetime.timedelta(minutes=30)  # a rank may wait that long for another, which may be reading data
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import datetime
 import hashlib
 import io
 import json
@@ -12,6 +13,11 @@ from pathlib import Path
 from lib.command import BadInput, one_line, without_nan
 
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # a file's name may be any bytes
+
+
+def utc_now() -> str:
+    """Now, to the second, as it stands in every file that says when."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lib.command import BadInput, nearest, print_result, say
 from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
-from lib.logger import CsvLog, atomic_write, read_json, write_json
+from lib.logger import CsvLog, atomic_write, read_json, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
@@ -150,7 +150,7 @@ def environment() -> dict:
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
-        "started_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started_utc": utc_now(),
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
         **git_state(),
@@ -177,7 +177,7 @@ def write_meta(run: Path, meta: dict) -> None:
 
 def write_stop(run: Path, status: str, step: int) -> None:
     """Note in meta.json that the run was interrupted, or paused as it was asked to, and say so: one that was killed cannot."""
-    stopped = {"status": status, "step": step, "utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    stopped = {"status": status, "step": step, "utc": utc_now()}
     write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {run}")
     print_result({"run": str(run), "status": status, "step": step})

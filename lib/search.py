@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
-from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, BadInput, nearest, say
+from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, STOP_SIGNALS, BadInput, last_line, nearest, say
 from lib.config import (
     Config,
     Natural,
@@ -51,7 +51,6 @@ SPACE = {
 }
 # the search sets them, or scores could not be compared across them
 FIXED_KEYS = ("name", "seed", "epochs", "data_dir", "limit_valid", "num_folds", "fold", "views")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ class Sweep:
 # the design, frozen before anything runs
 
 
-def build_plan(space: dict, base: Config, source) -> dict:
+def build_plan(name: str, space: dict, base: Config, source) -> dict:
     """The trials of a space as plain values, each checked against the config, with a SHA-256 over the whole."""
     for key in space.keys() ^ {*SPACE, "ranges"}:
         raise BadInput(f"{source}: {'unknown' if key in space else 'missing'} key {key!r}{nearest(key, SPACE)}")
@@ -157,7 +156,8 @@ def build_plan(space: dict, base: Config, source) -> dict:
         typed = {key: plain(value) for key, value in values.items()}  # as train.py gets them
         config_from_dict(base.as_dict() | typed, source=f"{source}: trial {number}")
         plan["trials"][f"t{number:03}"] = values
-    return {"sha256": plan_digest(plan), **json.loads(json.dumps(plan))}
+    plan = json.loads(json.dumps(plan | {"name": name}))
+    return plan | {"sha256": plan_digest(plan)}
 
 
 def _check_range(where: str, spec, design: str) -> tuple[str, list]:
@@ -195,8 +195,7 @@ def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> dict:
         raise BadInput(f"{owned[0]}: the search sets names, seeds (by seeds) and epochs (by rungs)")
     base = load_config(config_path, overrides)
     base = dataclasses.replace(base, epochs=max(coerce("rungs", space.get("rungs", []), SPACE["rungs"]), default=1))
-    plan = build_plan(space, base, space_path) | {"name": folder.name}
-    plan["sha256"] = plan_digest(plan)
+    plan = build_plan(folder.name, space, base, space_path)
     if (folder / "plan.json").is_file():
         if read_json(folder / "plan.json") != plan:
             raise BadInput(f"{folder} holds another plan: a plan is frozen, take another --name")
@@ -382,7 +381,7 @@ def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> sub
 
 def last_words(sweep: Sweep, row: Row) -> str:
     """What the trainer of a row said last."""
-    return ((sweep.folder / "logs" / f"{row}.err").read_text(errors="replace").strip().splitlines() or ["no word"])[-1]
+    return last_line((sweep.folder / "logs" / f"{row}.err").read_text(errors="replace"))
 
 
 def record_death(sweep: Sweep, row: Row, code: int) -> None:

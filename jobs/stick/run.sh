@@ -77,7 +77,7 @@ if ! cmp -s "$stick/SHA256SUMS" "$home/installed"; then
     for pip in "$stick"/wheels/pip-*.whl; do :; done
     PIP_CONFIG_FILE=/dev/null "$scratch/venv/bin/python" "$pip/pip" --isolated install --quiet \
         --no-index --find-links "$stick/wheels" --no-cache-dir --disable-pip-version-check \
-        -r "$stick/wheels/requirements.txt" >&2 || { say "error: the wheels could not be installed into $home"; exit 2; }
+        -r "$stick/wheels/requirements.txt" >&2 || refuse "the wheels could not be installed into $home"
     cp "$stick/SHA256SUMS" "$scratch/installed"
     "$python" -I -c 'import os, sys; os.rename(*sys.argv[1:])' "$scratch" "$home" 2>/dev/null || [ -f "$home/installed" ]
     mkdir -p "$scratch"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib.audits import finding
 from lib.checkpoint import load_model
-from lib.command import BadInput, one_line
+from lib.command import BadInput, last_line
 from lib.handover import RUN_FILES, SUMS, read_wheels, tracked_files
 from lib.logger import file_digest, read_csv, read_json
 from lib.rundir import REPOSITORY
@@ -30,10 +30,6 @@ def run_python(*arguments, folder=None) -> subprocess.CompletedProcess:
     """A Python program run to its end, nothing written beside it."""
     command = [sys.executable, "-B", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=SECONDS, check=False)
-
-
-def last_line(text: str) -> str:
-    return one_line(text.strip().rpartition("\n")[2])
 
 
 def audit_folder(folder: Path) -> list[dict]:

@@ -244,8 +244,7 @@ def read_curves(path: Path, curves) -> list[dict]:
     try:
         rows = read_csv(path)
         for row in rows:
-            for _ in map(float, [row["step"], *(row[name] for file, name, *_ in curves if file == path.name and row[name])]):
-                pass
+            list(map(float, [row["step"], *(row[name] for file, name, *_ in curves if file == path.name and row[name])]))
         return rows
     except UNREADABLE as error:
         say(f"{path} cannot be drawn: {one_line(error)}")
