@@ -6,6 +6,7 @@ Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,7 +25,8 @@ PATCH_BYTES = 96 * 96 * 3
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
 FINGERPRINT_FILE = ".pcam-sha256.json"
 DATA_COPY = "PCAM_DATA_COPY"  # a folder and its copy on the node, as JSON: so no run points at what a job removes
-MOST_PACKED = 5000  # bytes of patches in a byte of the file: five times what gzip can do
+MOST_PACKED = 5000  # bytes of patches, or labels, in a byte of the file: five times what gzip can do
+MOST_CHUNK_BYTES = 1 << 27  # which a row of it costs in memory: 1,024 patches of 32-bit floats
 
 
 def split_path(directory, split: str, part: str) -> Path:
@@ -68,11 +70,18 @@ def open_dataset(path, key: str):
         raise BadInput(f"{path} {what} ({path.stat().st_size:,} bytes)") from None
     with file:
         try:
-            item = file.get(key)
-        except (KeyError, OSError, RuntimeError) as error:
+            names, link = list(file), file.get(key, getlink=True)
+            item = file[key] if isinstance(link, h5py.HardLink) else None
+            is_dataset = isinstance(item, h5py.Dataset) and item.dtype is not None
+            is_elsewhere = (
+                isinstance(link, (h5py.SoftLink, h5py.ExternalLink)) or is_dataset and (item.external or item.is_virtual)
+            )
+        except Exception as error:  # whatever damage provokes in HDF5
             raise BadInput(f"{path}: '{key}' cannot be read ({one_line(error)})") from None
-        if not isinstance(item, h5py.Dataset):
-            raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(file) or 'nothing'}")
+        if is_elsewhere:  # it may be a device or a pipe, and the file's SHA-256 says nothing about it
+            raise BadInput(f"{path}: '{key}' is a link or lies in another file, it must be a dataset in this one")
+        if not is_dataset:
+            raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(names) or 'nothing'}")
         yield item
 
 
@@ -154,6 +163,10 @@ def open_images(path, num_labels: int = 0) -> Images:
         size = path.stat().st_size
         if len(dataset) > max(num_labels, size * MOST_PACKED // PATCH_BYTES):
             raise BadInput(f"{path}: x declares {len(dataset):,} patches in a file of {size:,} bytes, most were never written")
+        if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MOST_CHUNK_BYTES:
+            raise BadInput(
+                f"{path}: x is cut into chunks of {dataset.chunks}, too large for memory (prepare.py repack mends that)"
+            )
         if dataset.dtype.kind == "f":
             sample = read_rows(dataset, slice(None, None, max(1, len(dataset) // 64)))
             if 0 < np.max(sample, where=np.isfinite(sample), initial=0) <= 1:
@@ -169,6 +182,8 @@ def read_label_values(path) -> np.ndarray:
     with open_dataset(path, "y") as dataset:
         if not dataset.shape or dataset.size != len(dataset) or dataset.dtype.kind not in "uifb":
             raise BadInput(f"{path}: y has shape {dataset.shape} and type {dataset.dtype}, it must be numbers (N, 1, 1, 1)")
+        if dataset.size > dataset.id.get_storage_size() * MOST_PACKED:
+            raise BadInput(f"{path}: y declares {dataset.size:,} labels, most were never written")
         return read_rows(dataset, slice(None)).reshape(-1)
 
 
