@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from lib.command import BadInput, nearest, one_line, say
-from lib.config import HINTS, plain, read_yaml
+from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
 from lib.logger import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
 from lib.rundir import SCORES, process_start
 
@@ -77,7 +77,7 @@ def read_run(run: Path) -> dict:
     row = {"run": run.name, "status": "unreadable"}
     try:
         try:
-            config = read_flat_yaml(f"{run}/config.yaml")
+            config = ADDED_KEYS | read_flat_yaml(f"{run}/config.yaml")
         except FileNotFoundError:
             return {}
         meta, summary = read_if_there(f"{run}/meta.json"), read_if_there(f"{run}/summary.json")
