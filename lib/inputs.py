@@ -5,11 +5,9 @@ import ctypes
 import io
 import itertools
 import logging
-import lzma
 import os
 import tarfile
 import warnings
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +21,11 @@ from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-TAR_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError)
 FORMATS = ("PNG", "JPEG", "TIFF")  # of the many that Pillow knows; for some of those it starts another program
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # what Pillow turns into 8-bit RGB without a choice to make
-MOST_BYTES = 1 << 20  # of an encoded patch
-MOST_TILE = 1 << 22  # pixels of a TIFF's tile, all of which are decoded, whatever the size of the image
+LONG_NAMES = b"LKxgX"  # types of members that describe the next one
+MOST_BYTES = 1 << 20  # of an encoded patch, or of a name in a tar
+MOST_TILE = 1 << 22  # pixels of a TIFF's tile, all of which are decoded, whatever the image's size
 NUM_DECODERS = 2
 BLOCK = 256
 
@@ -86,24 +84,39 @@ def is_tar(path: Path) -> bool:
     return path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()
 
 
+class CheckedMember(tarfile.TarInfo):
+    """A member of a tar whose header is not taken on trust: tarfile reads any size, and goes back where it is negative."""
+
+    def _proc_member(self, tar):  # which tarfile calls for every header, and leaves to subclasses
+        if self.size < 0 or (self.type in LONG_NAMES and self.size > MOST_BYTES):
+            raise tarfile.ReadError(f"a header declares {self.size:,} bytes")
+        return super()._proc_member(tar)
+
+
 def walk_tar(path: Path, archive=None, load=False):
     """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images among it.
 
     Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of the folder.
     """
     try:
-        with tarfile.open(path, fileobj=archive) as tar:
+        with tarfile.open(path, fileobj=archive, tarinfo=CheckedMember) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # tarfile would keep 1.5 KB of every member
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
                     raise BadInput(f"{path} holds the path '{name}', which climbs out of its folder: the whole tar is refused")
+                if member.size < 0:  # by an extended header
+                    raise BadInput(f"{path} is damaged: the member '{name}' has {member.size:,} bytes")
                 wanted = load and member.isfile() and is_image(name.name)
                 yield str(name), member, tar.extractfile(member).read(MOST_BYTES + 1) if wanted else None
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damage between members for the end
                 raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of zeros")
-    except TAR_DAMAGE as error:
+            while tar.fileobj.read(1 << 20):  # behind which a packed one has its checksum
+                pass
+    except BadInput:
+        raise
+    except Exception as error:  # whatever damage provokes in tarfile
         raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
 
 
@@ -162,7 +175,7 @@ def _image_blocks(path: Path) -> Iterator[Block]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    """All that is named as an image below a folder, sorted, folders excepted. Raises OSError for a folder that cannot be read."""
+    """All below a folder that is named as an image, sorted, except folders. Raises OSError where one cannot be entered."""
 
     def fail(error):
         raise error
