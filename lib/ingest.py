@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lib.command import BadInput, nearest, one_line
-from lib.inputs import TAR_DAMAGE, decode_patch, is_image, is_tar, walk_tar
+from lib.inputs import decode_patch, is_image, is_tar, walk_tar
 from lib.logger import read_edited_csv, read_json, write_json
 from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
 from lib.progress import Progress
@@ -181,7 +181,7 @@ def open_archive(path: Path, scratch: Path):
             shutil.copyfileobj(tar.fileobj, unpacked, 1 << 20)
             unpacked.seek(0)
             return unpacked
-    except TAR_DAMAGE as error:
+    except Exception as error:  # whatever damage provokes in tarfile
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, not a damaged archive
             raise
         raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None

@@ -121,10 +121,10 @@ def test_an_unreadable_image_keeps_its_row_and_says_why(tmp_path, monkeypatch):
     assert [bool(error) for error in errors] == [False, True, True, False] and "96x50" in errors[2]
     assert np.array_equal(images[[0, 3]], PATCHES[[0, 2]]) and not images[[1, 2]].any()
 
-    def deny(path):
+    def deny(path, *_):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(type(tmp_path), "read_bytes", deny)
+    monkeypatch.setattr(type(tmp_path), "open", deny)
     assert "Permission denied" in read_all(tmp_path)[4][3], "the reason is the disk's, not the decoder's"
 
 
@@ -171,7 +171,9 @@ def test_what_is_not_there_or_unknown_is_refused_by_name(tmp_path, name, words):
 def test_a_pipe_is_no_input(tmp_path, name):
     os.mkfifo(tmp_path / name)
     (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
-    assert read_all(tmp_path)[0] == [str(tmp_path / "a.png")]
+    sources, _, _, _, errors = read_all(tmp_path)
+    pipe = [str(tmp_path / name)] if name == "f.png" else []
+    assert sources == [str(tmp_path / "a.png"), *pipe] and [error is None for error in errors] == [True] + [False] * len(pipe)
     with pytest.raises(BadInput, match=name):
         read_all(tmp_path / name)
 
