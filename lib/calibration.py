@@ -138,8 +138,9 @@ def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> di
     for weight in weights:
         weight = weight[order].astype(np.float64)
         tp, fp = np.cumsum(weight * labels)[ends], np.cumsum(weight * ~labels)[ends]
-        recalls.append(np.interp(grid, fp / max(fp[-1], 1), tp / max(tp[-1], 1)))
-        at = np.minimum(np.searchsorted(tp, grid * tp[-1]), len(tp) - 1)
+        origin = np.zeros(1)  # a threshold above all: without it the curve of one tie would be perfect
+        recalls.append(np.interp(grid, np.append(origin, fp) / max(fp[-1], 1), np.append(origin, tp) / max(tp[-1], 1)))
+        at = np.minimum(np.searchsorted(tp, grid * tp[-1] - 1e-6), len(tp) - 1)  # counts are whole, their products not quite
         precisions.append(tp[at] / np.maximum(tp[at] + fp[at], 1))
     return {"recall": np.stack(recalls), "precision": np.stack(precisions)}
 
