@@ -1,4 +1,4 @@
-"""What a probability is worth: its temperature, its calibration, a threshold on it, and intervals by resampling whole groups."""
+"""What a probability is worth: its temperature, its calibration, a threshold on it, and intervals by resampling groups."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def fit_temperature(labels, logits) -> float:
 
 
 def reliability(labels, probs) -> list[dict]:
-    """Bins of equal width over probabilities (N,): low, high, num, mean probability and share of positives; empty ones left out."""
+    """Bins of equal width over probabilities (N,): low, high, num, mean probability, share of positives; no empty ones."""
     labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
     place = np.minimum((probs * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     rows = []

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from lib.config import Config
 
 FLOORS = [
-    {"command", "config", "seeding", "device", "logger", "metrics", "progress"},
+    {"command", "config", "seeding", "device", "logger", "metrics", "calibration", "progress"},
     {"pcam", "batches", "augment", "synthetic", "models", "optimizers", "centrenet", "rundir", "inputs", "features", "copies"},
     {
         "training",
