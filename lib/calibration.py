@@ -21,6 +21,34 @@ def fit_temperature(labels, logits) -> float:
     return float(np.exp((low + high) / 2))
 
 
+def fit_scaling(labels, logits) -> tuple[float, float]:
+    """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss (Platt 1999, with his targets, which
+    keep it finite where the classes do not overlap). The offset mends a model that calls too few or too many positive."""
+    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
+    targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
+    inputs, factors = np.stack([logits, np.ones(len(logits))], 1), np.array([1.0, 0.0])
+
+    def loss(factors) -> float:
+        return float((np.logaddexp(0.0, inputs @ factors) - targets * (inputs @ factors)).mean())
+
+    for _ in range(100):  # Newton's method, with shorter steps where a whole one does not lower the loss
+        probs = sigmoid(inputs @ factors)
+        curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, inputs.T @ (probs - targets))
+        while loss(factors - step) > loss(factors) and np.abs(step).max() > 1e-9:
+            step = step / 2
+        factors = factors - step
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(1 / np.clip(factors[0], 1 / STEEPEST, STEEPEST)), float(factors[1])
+
+
+def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
+    """Logits float64 (N,) as a checkpoint's `calibration` scales them; as they are where it has none."""
+    logits = np.asarray(logits, np.float64)
+    return logits / calibration["temperature"] + calibration["offset"] if calibration else logits
+
+
 def reliability(labels, probs) -> list[dict]:
     """Bins of equal width over probabilities (N,): low, high, num, mean probability, share of positives; no empty ones."""
     labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
@@ -152,3 +180,13 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def with_itself(weights: np.ndarray) -> np.ndarray:
+    """Weights (R, N) below a row of ones: what is computed of them has the figure itself in front (see `estimate`)."""
+    return np.concatenate([np.ones_like(weights[:1]), weights])
+
+
+def estimate(values: np.ndarray) -> tuple[float, float, float]:
+    """A figure and its interval, (value, low, high), from values (1 + R,) of which the first is the figure itself."""
+    return float(values[0]), *interval(values[1:])
