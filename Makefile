@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: checklist clean
+.PHONY: checklist clean audit-model prove-model
 
 SEED ?= 1
 ARGS ?=
@@ -73,6 +73,10 @@ bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit
 
+audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: make audit-model RUN=runs/RUN DATA=data/sample
+	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }
+	$(run) here audit.py model --ckpt "$${RUN:-assets/champion}" "$$DATA" $${OUT:+--out "$$OUT"}
+
 status: $(setup_done)  ## jobs of this project: state, run folder, progress, time left, last words of failed ones
 	$(run) status
 
@@ -98,6 +102,9 @@ prove: $(test_setup_done)  ## the figures of reproducibility, at length: make pr
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
 	$(run) here tests/prove_audit.py
+
+prove-model: $(test_setup_done)  ## the figures of the model audit, at length: make prove-model ARGS="sample --data data/sample"
+	$(run) here tests/prove_model.py
 
 runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
 	$(run) here report.py runs

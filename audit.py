@@ -3,6 +3,7 @@
 python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
 python audit.py twin --sources
+python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--without-patches] [key=value ...]
 python audit.py handover DIR [--out OUT]
 """
 
@@ -17,7 +18,7 @@ CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift", "trigg
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="audit.py", description="Findings with evidence: findings.json, a table and a page.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin|handover")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin|model|handover")
     data = verbs.add_parser("data", help="what is in these files, and can they be trusted: findings, quarantine.csv and a page")
     data.add_argument("dir", type=place, metavar="DIR", help="a PCam folder")
     data.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-NAME of DIR)")
@@ -34,6 +35,15 @@ def parse(argv) -> argparse.Namespace:
     twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
     twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
     twin.set_defaults(audit=audit_twin)
+    model = verbs.add_parser("model", help="where a model fails: slices, the price of thresholds, shortcuts, its worst errors")
+    model.add_argument("dir", type=place, metavar="DIR", help="a PCam folder with labels")
+    model.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
+    model.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
+    model.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-model-NAME of DIR)")
+    model.add_argument("--without-patches", action="store_true", help="no picture of a patch on the page: maps and captions")
+    model.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    model.add_argument("overrides", nargs="*", metavar="key=value", help="that do not change the weights, such as views=1")
+    model.set_defaults(audit=audit_model, sources=False)
     handover = verbs.add_parser("handover", help="a handover folder, or a repository's submission checklist, item by item")
     handover.add_argument("folder", metavar="DIR", help="what report.py handover wrote, or a repository such as .")
     handover.add_argument("--out", default="audit-handover", metavar="OUT", help="for findings.json (default: audit-handover)")
@@ -42,7 +52,7 @@ def parse(argv) -> argparse.Namespace:
     if unknown := [item for item in rest if item.startswith("-") or "=" not in item or args.verb == "handover"]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.verb != "handover":
-        (args.overrides if args.verb == "data" else args.runs).extend(rest)
+        (args.runs if args.verb == "twin" else args.overrides).extend(rest)
     return args
 
 
@@ -110,6 +120,19 @@ def audit_twin(args) -> int:
     write_json(out / "findings.json", findings)
     print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
     return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
+
+
+def audit_model(args) -> int:
+    """Nothing to object to: 0; a warning or an error: 1."""
+    from lib.audits import model
+    from lib.pcam import SPLITS
+
+    if args.split not in SPLITS:
+        raise BadInput(f"--split {args.split!r} is unknown{nearest(args.split, SPLITS)}; allowed: {', '.join(SPLITS)}")
+    out = Path(args.out or f"audit-model-{Path(args.dir).resolve().name}")
+    result = model.audit_model(args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches)
+    print_result({"out": str(out), **result})
+    return EXIT_FINDING if result["num_errors"] or result["num_warnings"] else EXIT_DONE
 
 
 def audit_handover(args) -> int:

@@ -180,3 +180,13 @@ def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def with_itself(weights: np.ndarray) -> np.ndarray:
+    """Weights (R, N) below a row of ones: what is computed of them has the figure itself in front (see `estimate`)."""
+    return np.concatenate([np.ones_like(weights[:1]), weights])
+
+
+def estimate(values: np.ndarray) -> tuple[float, float, float]:
+    """A figure and its interval, (value, low, high), from values (1 + R,) of which the first is the figure itself."""
+    return float(values[0]), *interval(values[1:])

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lib.features import count_values, grey_planes
+from lib.features import count_values, extreme_around, grey_planes, mean_around
 from lib.pcam import PATCH_SHAPE
 from lib.progress import Progress
 
@@ -77,11 +77,11 @@ def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     key[(counts.max(2) == SIZE * SIZE).all(1)] = 0
 
     # blobs: smoothed by boxes of 3 three times, less what is smoothed wider
-    fine = _box(_box(_box(grey, 1), 1), 1)  # (90, 90, B): pixel (3, 3) is its first
-    blob = fine[8:-8, 8:-8] - _box(_box(fine, 4), 4)  # (74, 74, B): pixel (11, 11) is its first
+    fine = mean_around(mean_around(mean_around(grey, 1), 1), 1)  # (90, 90, B): pixel (3, 3) is its first
+    blob = fine[8:-8, 8:-8] - mean_around(mean_around(fine, 4), 4)  # (74, 74, B): pixel (11, 11) is its first
     is_peak = np.zeros(blob.shape, bool)
     for signed, extreme in ((1, np.maximum), (-1, np.minimum)):
-        is_peak |= (blob == _widest(blob, extreme)) & (signed * blob > 0)
+        is_peak |= (blob == extreme_around(blob, extreme, WINDOW)) & (signed * blob > 0)
     y, x, patch = np.nonzero(is_peak)
     order = np.lexsort((-np.abs(blob[y, x, patch]), patch))
     rank = np.arange(len(order)) - np.searchsorted(patch[order], patch[order])
@@ -107,23 +107,6 @@ def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     symmetry[patch, rank] = flip_x + 2 * flip_y + 4 * transpose
     codes[patch, rank] = (signs << np.arange(NUM_BITS)).sum(2)
     return Prints(key, place, symmetry, codes)
-
-
-def _box(values: np.ndarray, step: int) -> np.ndarray:
-    """(H, W, B) averaged over 3x3 pixels that lie `step` apart; the result is 2 `step` smaller."""
-    rows = values[: -2 * step] + values[step:-step] + values[2 * step :]
-    rows = rows[:, : -2 * step] + rows[:, step:-step] + rows[:, 2 * step :]
-    return np.multiply(rows, np.float32(1 / 9), out=rows)
-
-
-def _widest(values: np.ndarray, extreme) -> np.ndarray:
-    """The extreme of WINDOW x WINDOW pixels around each of (H, W, B), by doubling; outside there is nothing."""
-    for axis in (0, 1):
-        values = np.pad(values, [(WINDOW // 2, WINDOW // 2) if axis == side else (0, 0) for side in range(3)], "edge")
-        for step in (1, 2, 4, WINDOW - 8):
-            first, second = (values[:-step], values[step:]) if axis == 0 else (values[:, :-step], values[:, step:])
-            values = extreme(first, second)
-    return values
 
 
 def print_patches(patches: np.ndarray) -> Prints:

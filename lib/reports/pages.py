@@ -12,8 +12,8 @@ h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px sol
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
 td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
-.gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0;width:96px}figcaption{font-size:.72rem;line-height:1.25}
-.gallery img{width:96px;height:96px;image-rendering:pixelated;display:block}
+.gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
+.gallery img{width:100%;image-rendering:pixelated;display:block}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
 """
 
@@ -44,11 +44,11 @@ def picture(png: bytes, description: str) -> str:
     return f'<img src="{data_uri(png)}" alt="{html.escape(description)}">'
 
 
-def gallery(pngs, captions) -> str:
-    """Small pictures in rows, each with a caption."""
+def gallery(pngs, captions, width: int = 96) -> str:
+    """Small pictures in rows, each `width` pixels wide and with a caption."""
     cells = (
-        f'<figure><img src="{data_uri(png)}" alt="{text(caption)}"><figcaption>{text(caption)}</figcaption></figure>'
-        for png, caption in zip(pngs, captions, strict=True)
+        f'<figure style="width:{width}px"><img src="{data_uri(png)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+        for png, words in zip(pngs, map(text, captions), strict=True)
     )
     return f'<div class="gallery">{"".join(cells)}</div>'
 
