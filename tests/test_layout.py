@@ -28,6 +28,9 @@ FLOORS = [
         "trace",
         "slurm",
         "handover",
+        "bench",
+        "cases",
+        "verdict",
     },
     {"audits", "reports"},
 ]
