@@ -67,7 +67,7 @@ folds: $(setup_done)  ## cross-validation inside train: make folds K=5
 sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.yaml ARGS="data_dir=data/sample" PROCESSES=2
 	$(run) sweep
 
-bench: $(setup_done)  ## throughput: make bench PARTITION=thin_course DATA=data/pcam
+bench: $(setup_done)  ## throughput and what limits it: make bench PARTITION=thin_course DATA=data/pcam [OUT=DIR]
 	$(run) bench
 
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant

@@ -1,263 +1,134 @@
-"""Measure throughput on the user's own files: how fast patches come and how fast a model learns from them, and what each
-technique gives, against the plain way: torchvision's PCAM in a DataLoader, float32, NCHW.
+"""Measure throughput on the user's own files, each case several times in processes of their own, and say what holds it up.
 
-python benchmark.py loader|train [--data DIR] [--batch-sizes 64,128] [key=value ...]
+python benchmark.py loader|infer|train|all [--data DIR] [--out OUT] [--batch-sizes 1,8,...] [key=value ...]
+python benchmark.py compare A B
 """
 
 import argparse
-import statistics
+import dataclasses
+import datetime
+import functools
+import json
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, BadInput, Parser, print_result, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, positive, print_result, say, script
+
+WHAT = {
+    "loader": "ways to a batch: cold and warm file, random and in order, beside torchvision's PCAM and the memory's limit",
+    "infer": "a small and a large model over batch sizes, and variants",
+    "train": "the step of train.py likewise, its stages apart and overlapped, and which of them is the bottleneck",
+    "all": "all of these",
+}
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="benchmark.py", description="Measure throughput on your own files.")
+    about = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
+    parser = Parser(prog="benchmark.py", description="Measure throughput on your own files.", epilog=about)
+    parser.add_argument("what", choices=(*WHAT, "compare"), help="compare A B: does B differ from A by more than the noise")
+    parser.add_argument("--data", metavar="DIR", type=place, help="PCam folder (default: data_dir of config.yaml)")
     parser.add_argument(
-        "what", choices=("loader", "train"), help="loader: batches ready for the model; train: optimisation steps"
+        "--out", type=place, metavar="OUT", help="a folder (default: bench/ and the partition and job, or a date)"
     )
-    parser.add_argument("--data", metavar="DIR", help="PCam folder (default: data_dir of config.yaml)")
-    parser.add_argument("--batch-sizes", default="", metavar="B,...", help="default: batch_size of config.yaml")
-    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="measured per case and repeat (default: 3)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of all cases in turn (default: 5)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the config, e.g. model=resnet18 threads=1")
-    return parser.parse_intermixed_args(argv)
+    parser.add_argument("--batch-sizes", default="", metavar="B,...", help="default: 1,8,...,512; of loader: batch_size")
+    parser.add_argument("--cases", default="", metavar="LIST", help="some of them, as rows.csv names them (default: all)")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="measured per case and repeat (default: 1)")
+    parser.add_argument("--repeats", type=positive, default=6, metavar="N", help="of all cases in turn (default: 6)")
+    parser.add_argument("--device", default="auto", metavar="D", help="for models (default: auto)")
+    parser.add_argument("--allow-noise", action="store_true", help="measure on a busy machine too, and mark the rows")
+    parser.add_argument(
+        "rest", nargs="*", metavar="key=value", help="put over the config, e.g. model=cnn threads=1; compare: A B"
+    )
+    args = parser.parse_intermixed_args(argv)
+    if args.what == "compare" and len(args.rest) != 2:
+        parser.error(f"compare takes two benchmarks, {len(args.rest)} given")
+    try:
+        args.batch_sizes = sorted({int(size) for size in args.batch_sizes.split(",")}) if args.batch_sizes else []
+    except ValueError:
+        parser.error(f"--batch-sizes {args.batch_sizes}: must be integers such as 1,8,64")
+    if not 0 < args.seconds <= 600 or min(args.batch_sizes, default=1) < 1:
+        parser.error("batch sizes must be 1 or more, seconds above 0 and at most 600")
+    return args
 
 
 @script
 def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["case"]:  # a repeat, in a process of its own
+        from lib.cases import time_case
+
+        print_result(time_case(json.load(sys.stdin)))
+        return EXIT_DONE
     args = parse(argv)
+    return compare(*args.rest) if args.what == "compare" else benchmark(args)
 
+
+def benchmark(args) -> int:
+    """Refuse what cannot be measured, measure all cases in turn, and write rows, samples, tables, plots and the verdict."""
+    from lib import bench, cases
+    from lib.batches import open_train_valid
     from lib.config import load_config
+    from lib.device import choose_device, control_group_limits, describe_machine
+    from lib.reports.benchmark import write_benchmark
+    from lib.rundir import environment
+    from lib.verdict import headline, judge
 
-    cfg = load_config(overrides=args.overrides + ([f"data_dir={args.data}"] if args.data else []))
-    try:
-        sizes = [int(size) for size in args.batch_sizes.split(",")] if args.batch_sizes else [cfg.batch_size]
-    except ValueError:
-        raise BadInput(f"--batch-sizes {args.batch_sizes}: must be integers such as 1,8,64") from None
-    if min(sizes) < 1 or args.seconds <= 0 or args.repeats < 1:
-        raise BadInput("batch sizes, seconds and repeats must be above zero")
-    bench = {"loader": bench_loader, "train": bench_train}[args.what]
-    rows = [bench(cfg, size, args.seconds, args.repeats) for size in sizes]
-    print_result(rows[-1] | {"rows": rows})
-    return EXIT_DONE
+    cfg = load_config(overrides=args.rest + ([f"data_dir={args.data}"] if args.data else []))
+    device = choose_device(args.device)
+    sizes = args.batch_sizes or ([cfg.batch_size] if args.what == "loader" else list(cases.SIZES))
+    if wrong := [size for size in sizes if size % cfg.shards]:
+        raise BadInput(f"batch size {wrong[0]} must be a multiple of shards ({cfg.shards})")
+    open_train_valid(cfg)
+    if not args.allow_noise:
+        bench.require_quiet()
+    job, about = bench.describe_job(machine := describe_machine(device)), environment()
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    out = Path(args.out or f"bench/{job['partition']}-{stamp if job['job_id'] == 'none' else job['job_id']}")
+    result = {"what": args.what, "seconds": args.seconds, "repeats": args.repeats, "data": cfg.data_dir}
+    result |= {"config": cfg.as_dict(), "machine": machine | control_group_limits(), "environment": about}
+    measured = {}
 
+    def keep() -> None:  # after each round, so that a job at its time limit leaves something
+        result["rows"] = bench.build_rows(measured, job)
+        result["verdict"] = judge(result["rows"])
+        write_benchmark(out, result, bench.samples_of(measured))
 
-def bench_loader(cfg, batch_size: int, seconds: float, repeats: int) -> dict:
-    """Images per second of every way to a batch, random order, all ways in turn so that a noisy machine hits them alike."""
-    import torch
-
-    from lib.augment import draw_augmentation, model_input
-    from lib.batches import PatchSource, load_batches
-    from lib.device import describe_machine
-    from lib.pcam import open_split
-    from lib.seeding import position_permutation, set_determinism
-
-    set_determinism(cfg.deterministic, cfg.threads)
-    split = open_split(cfg.data_dir, "train")
-    source = PatchSource(split.images, cfg.data_residence, torch.device("cpu"))
-    order = position_permutation(len(split), cfg.seed)
-
-    def raw():
-        for batch in load_batches(source, split.labels, order.split(batch_size)):
-            yield len(batch.keys)
-
-    def ready(dtype):
-        for batch in load_batches(source, split.labels, order.split(batch_size)):
-            yield len(model_input(batch.images, draw_augmentation(batch.keys, 0, cfg), dtype=dtype))
-
-    def copied():  # what memory allows: the same bytes, from one place to another
-        patches = torch.zeros(1024, 96, 96, 3, dtype=torch.uint8)
-        target = torch.empty_like(patches[:batch_size])
-        while True:
-            for part in patches.split(batch_size):
-                target[: len(part)].copy_(part)
-                yield len(part)
-
-    def torchvision_sizes(num_workers):
-        for images, _ in torchvision_loader(cfg, batch_size, num_workers):
-            yield len(images)
-
-    cases = {
-        "raw": raw,
-        "ready_fp32": lambda: ready(torch.float32),
-        "ready_bf16": lambda: ready(torch.bfloat16),
-        "memory_copy": copied,
-        "torchvision_0_workers": lambda: torchvision_sizes(0),
-        "torchvision_2_workers": lambda: torchvision_sizes(2),
-    }
-    rates, median = in_turn(cases, batch_size, seconds, repeats)
-    reference = max(median["torchvision_0_workers"], median["torchvision_2_workers"])
-    return {
-        "batch_size": batch_size,
-        "images_per_s": median["ready_fp32"],
-        "bf16_images_per_s": median["ready_bf16"],
-        "raw_images_per_s": median["raw"],
-        "memory_copy_images_per_s": median["memory_copy"],
-        "torchvision_images_per_s": reference,
-        "ratio": median["ready_fp32"] / reference,
-        "ratio_bf16": median["ready_bf16"] / reference,
-        "ratio_raw": median["raw"] / reference,
-        "samples": rates,
-        "data": str(cfg.data_dir),
-        "layout": split.images.layout,
-        "residence": source.residence,
-        "machine": describe_machine(torch.device("cpu")),
-    }
+    planned, probed = cases.plan_cases(args.what, cfg, sizes, device, args.cases.split(",") if args.cases else [])
+    with tempfile.TemporaryDirectory(prefix="compiled-") as cache:
+        run = functools.partial(bench.run_cases, results=measured, seconds=args.seconds, cache_dir=cache, keep=keep)
+        for probes in probed:
+            run(probes, repeats=1)
+            best = max(probes, key=lambda case: bench.rate_of(measured[case]))
+            del measured[best]  # what it was chosen by does not count
+            planned += [best, dataclasses.replace(best, cache="cold")]
+        run(planned, repeats=args.repeats)
+    rows, verdict = result["rows"], result["verdict"]
+    states = {state: sum(row["status"] == state for row in rows) for state in dict.fromkeys(row["status"] for row in rows)}
+    say(verdict["sentence"])
+    say(f"{out}/benchmark.md: " + ", ".join(f"{num} rows {state}" for state, num in states.items()))
+    found = headline(rows, args.what, cfg.model, cases.size_of_variants(cfg, sizes))
+    print_result(found | {"out": str(out), "statuses": states, "verdict": verdict, "machine": result["machine"], "rows": rows})
+    return EXIT_DONE if any(row["p50_s"] for row in rows) else EXIT_FINDING
 
 
-def bench_train(cfg, batch_size: int, seconds: float, repeats: int) -> dict:
-    """Images per second of the very step of train.py on whole patches, of it with one technique left out or added, and of the
-    same model trained the plain way."""
-    import dataclasses
+def compare(before: str, after: str) -> int:
+    """Say for each row of both whether they differ by more than the noise; exit 1 where the second one is then slower."""
+    from lib.reports.runs import text_table
+    from lib.verdict import compare_rows, read_rows
 
-    import torch
-
-    from lib import training
-    from lib.batches import PatchSource, epoch_order, load_batches, open_train_valid
-    from lib.device import describe_machine, keep_freed_memory
-    from lib.seeding import set_determinism
-
-    cfg = dataclasses.replace(cfg, crop_epochs=0, epochs=10**9, batch_size=batch_size)
-    set_determinism(cfg.deterministic, cfg.threads)
-    cpu = torch.device("cpu")
-    (split, rows), _ = open_train_valid(cfg)
-    source = PatchSource(split.images, cfg.data_residence, cpu)
-    keys = epoch_order(rows, len(split), 0, cfg).split(batch_size)
-    startup_s = {}
-
-    def steps(cfg=cfg, alter=None, resident=False, keep_memory=True):
-        keep_freed_memory(keep_memory)
-        state = training.build_state(cfg, cpu)
-        if alter:
-            alter(state)
-        batches = load_batches(source, split.labels, [keys[0]] * 10**6 if resident else keys)
-        for batch in [next(batches)] * 10**6 if resident else batches:
-            training.training_step(state, batch, cfg, cfg.lr)
-            yield batch_size
-        keep_freed_memory(True)
-
-    def nchw(state):
-        state.model.to(memory_format=torch.contiguous_format)
-        state.model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-
-    def unfused(state):
-        for group in state.optimizer.param_groups:
-            group |= {"fused": False, "foreach": False}
-
-    def compiled(state):
-        state.model.compile()
-        started_at = time.perf_counter()
-        batch = next(load_batches(source, split.labels, keys[:1]))
-        training.training_step(state, batch, cfg, 0.0)
-        startup_s.setdefault("compile", time.perf_counter() - started_at)  # later repeats find it compiled
-
-    cases = {
-        "default": steps,
-        "resident_batch": lambda: steps(resident=True),
-        "centre_64": lambda: steps(dataclasses.replace(cfg, crop=64, crop_epochs=10**9)),
-        "fp32": lambda: steps(dataclasses.replace(cfg, precision="fp32")),
-        "nchw": lambda: steps(alter=nchw),
-        "unfused_optimizer": lambda: steps(alter=unfused),
-        "memory_returned": lambda: steps(keep_memory=False),
-        "compile": lambda: steps(alter=compiled),
-        "plain_0_workers": lambda: plain_steps(cfg, 0),
-        "plain_2_workers": lambda: plain_steps(cfg, 2),
-    }
-    rates, median = in_turn(cases, batch_size, seconds, repeats)
-    plain = max(median["plain_0_workers"], median["plain_2_workers"])
-    return {
-        "batch_size": batch_size,
-        "images_per_s": median["default"],
-        "plain_images_per_s": plain,
-        "ratio": median["default"] / plain,
-        "ratio_resident": median["default"] / median["resident_batch"],
-        "against_default": {name: rate / median["default"] for name, rate in median.items()},
-        "startup_s": startup_s,
-        "samples": rates,
-        "data": str(cfg.data_dir),
-        "model": cfg.model,
-        "threads": cfg.threads,
-        "machine": describe_machine(cpu),
-    }
-
-
-def plain_steps(cfg, num_workers: int):
-    """Sizes of batches that the config's model learns from the plain way: float32, NCHW, torchvision's PCAM, a DataLoader."""
-    import torch
-    from torch.nn.functional import binary_cross_entropy_with_logits
-
-    from lib.models import build_model
-    from lib.optimizers import build_optimizer
-
-    model = build_model(cfg).to(memory_format=torch.contiguous_format).train()
-    optimizer = build_optimizer(model, cfg)
-    for images, labels in torchvision_loader(cfg, cfg.batch_size, num_workers):
-        loss = binary_cross_entropy_with_logits(model(images).flatten(), labels.float().flatten())
-        model.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield len(images)
-
-
-def in_turn(cases: dict, batch_size: int, seconds: float, repeats: int) -> tuple[dict, dict]:
-    """Images per second of each case {name: [rate of a repeat]}, all cases in turn, and the medians {name: rate}."""
-    rates = {name: [] for name in cases}
-    for repeat in range(repeats):
-        for name, case in cases.items():
-            rates[name].append(images_per_s(case, seconds))
-            say(f"batch {batch_size}, repeat {repeat + 1}/{repeats}: {name} {rates[name][-1]:,.0f} images/s")
-    return rates, {name: statistics.median(values) for name, values in rates.items()}
-
-
-def images_per_s(case, seconds: float) -> float:
-    """Images per second of a generator of batch sizes, its first batch (start-up, cold pages) not counted."""
-    batches = case()
-    next(batches)
-    count, started_at = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started_at) < seconds:
-        size = next(batches, None)
-        if size is None:  # the split is used up: from the start again
-            batches.close()
-            batches = case()
-            continue
-        count += size
-    batches.close()
-    return count / elapsed
-
-
-def torchvision_loader(cfg, batch_size: int, num_workers: int):
-    """Batches of the same product, the plain way: torchvision's PCAM, a transform per patch, a DataLoader."""
-    import torch
-    from torch.nn.functional import pad
-    from torchvision.datasets import PCAM
-    from torchvision.transforms.functional import to_tensor
-
-    from lib.augment import PCAM_MEAN, PCAM_STD
-
-    mean, std = torch.tensor(PCAM_MEAN).view(3, 1, 1), torch.tensor(PCAM_STD).view(3, 1, 1)
-
-    def transform(image):
-        patch = to_tensor(image)  # (3, 96, 96) in [0, 1]
-        flip_x, flip_y, transpose = torch.rand(3) < 0.5
-        patch = patch.flip(2) if flip_x else patch
-        patch = patch.flip(1) if flip_y else patch
-        patch = patch.transpose(1, 2) if transpose else patch
-        if cfg.shift:
-            y, x = torch.randint(2 * cfg.shift + 1, (2,)).tolist()
-            patch = pad(patch[None], [cfg.shift] * 4, mode="replicate")[0, :, y : y + 96, x : x + 96]
-        gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
-        offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
-        return (patch * gain + offset - mean) / std
-
-    with tempfile.TemporaryDirectory() as root:
-        (Path(root) / "pcam").symlink_to(Path(cfg.data_dir).resolve())
-        dataset = PCAM(root, split="train", transform=transform)
-        loader = torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, num_workers=num_workers)
-        yield from loader
+    rows = compare_rows(read_rows(before), read_rows(after))
+    words = {None: "cannot be told", False: "within the noise"}
+    header = ["what", "case", "model", "batch_size", "precision", "cache", "ratio", "low", "high", "status"]
+    cells = [[row[name] for name in header] for row in rows]
+    for cell, row in zip(cells, rows, strict=True):
+        cell.append(words.get(row["exceeds"], "slower" if row["exceeds"] and row["ratio"] < 1 else "faster"))
+    say(text_table([*header, "B is"], cells))
+    slower = [row for row in rows if row["exceeds"] and row["ratio"] < 1]
+    exceeding = sum(bool(row["exceeds"]) for row in rows)
+    say(f"{len(rows)} rows compared, {exceeding} differ by more than the noise, in {len(slower)} of them B is slower")
+    print_result({"num_compared": len(rows), "num_exceeding": exceeding, "num_slower": len(slower), "rows": rows})
+    return EXIT_FINDING if slower else EXIT_DONE
 
 
 if __name__ == "__main__":

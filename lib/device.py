@@ -46,10 +46,40 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def layer_precision(device: torch.device, precision: str):
-    """The context in which layers compute: autocast to bfloat16, or plain float32."""
-    if precision == "bf16":
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    """The context in which layers compute: autocast to bfloat16 or, which no config offers, float16; or plain float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def control_groups() -> list[Path]:
+    """Folders of this process's control groups and of all above them: a job's limit may stand above the group of its step."""
+    folders = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():  # number:controllers:path; version 2 names none
+            _, controllers, path = line.split(":", 2)
+            top = Path("/sys/fs/cgroup", controllers)
+            group = top / path.lstrip("/")
+            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+    return folders
+
+
+def control_group_limits() -> dict:
+    """The processors and the memory that the control groups, of version 2 or 1, leave to this process; None: no limit."""
+    cpus, memory = [], []
+    for folder in control_groups():
+        with contextlib.suppress(OSError, ValueError):  # `max` and -1 are no limit
+            quota, period = (folder / "cpu.max").read_text().split()
+            cpus.append(int(quota) / int(period))
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+            cpus += [quota / period] if quota > 0 else []
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):
+                memory.append(int((folder / name).read_text()))
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    least = min(memory, default=physical)
+    return {"cgroup_cpus": min(cpus, default=None), "cgroup_memory_bytes": least if least < physical else None}
 
 
 def memory_limit_bytes() -> int:
@@ -58,19 +88,21 @@ def memory_limit_bytes() -> int:
     with contextlib.suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        group = Path("/sys/fs/cgroup", next(line for line in lines if line.startswith("0::"))[3:].lstrip("/"))
-        for folder in (group, *group.parents):  # a job's limit may stand above the group of its step
-            with contextlib.suppress(OSError, ValueError):
-                used = int((folder / "memory.current").read_text())
-                free = min(free, int((folder / "memory.max").read_text()) - used)
+    for folder in control_groups():
+        with contextlib.suppress(OSError, ValueError):
+            used = int((folder / "memory.current").read_text())
+            free = min(free, int((folder / "memory.max").read_text()) - used)
     return max(free, 0)
 
 
 def free_device_bytes(device: torch.device) -> int:
     """Free memory of a CUDA device, 0 for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -83,7 +115,7 @@ def describe_machine(device: torch.device) -> dict:
         "host": platform.node(),
         "system": platform.platform(),
         "cpu": cpu,
-        "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cores": num_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": str(device),

@@ -89,8 +89,8 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
         out = variables["OUT"] or f"audit-{Path(data).resolve().name}"
         return Work("audit.py", ["data", data, "--out", out, *arguments])
     if target == "bench":
-        verb = "all" if '"all"' in (REPOSITORY / "benchmark.py").read_text() else "train"
-        return Work("benchmark.py", [verb, *(["--data", data] if data else []), *arguments])
+        out = ["--out", variables["OUT"]] if variables["OUT"] else []
+        return Work("benchmark.py", ["all", *(["--data", data] if data else []), *out, *arguments])
     arguments += [f"data_dir={data}"] if data else []
     seed = [] if "--resume" in arguments else [f"seed={variables['SEED']}"]
     if target == "seeds":

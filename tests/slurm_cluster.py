@@ -52,7 +52,7 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 KillWait=20
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
-NodeName=thin NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=12000
+NodeName=thin NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 RealMemory=12000 Feature=rome,256g
 NodeName=gpu NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=8 RealMemory=8000 Gres=gpu:1
 PartitionName=thin_course Nodes=thin Default=YES MaxTime=60
 PartitionName=gpu_course Nodes=gpu MaxTime=30 MaxCPUsPerNode=4

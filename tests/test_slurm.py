@@ -221,15 +221,21 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
 
 @needs_slurm
 def test_bench_audit_and_folds_run(project, cluster):
-    quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8", *QUICK[2:]]
-    bench = make(project, cluster, "bench", PARTITION="thin_course", DATA='my "data"', arguments=quick).json
+    quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8 --allow-noise --cases raw,default,apart model=resnet18", *QUICK[2:]]
+    wanted = {"DATA": 'my "data"', "OUT": "my bench", "arguments": quick}
+    bench = make(project, cluster, "bench", PARTITION="thin_course", **wanted).json
     checks = {"OUT": "an audit", "ARGS": "--checks values,balance"}
     audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', **checks).json
     folds = make(project, cluster, "folds", K=2, arguments=SHORT).json
     assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(audit["request"])
     assert folds["tasks"] == ["0", "1"]
     assert ended(project, bench["job"]) == "0", logged(project, bench["job"])
-    assert json.loads(logged(project, bench["job"], "out").splitlines()[-1])["rows"]
+    rows = read_json(project / "my bench/benchmark.json")["rows"]
+    assert {row["what"] for row in rows} == {"loader", "infer", "train", "stage"}
+    assert {(row["partition"], row["node_type"], row["job_id"]) for row in rows} == {("thin_course", "rome,256g", bench["job"])}
+    assert json.loads(logged(project, bench["job"], "out").splitlines()[-1])["rows"] == rows
+    nowhere = make(project, cluster, "bench", check=2, PARTITION="thick_course", **wanted)
+    assert "no partition thick_course, did you mean 'thin_course'" in nowhere.stderr
     assert ended(project, audit["job"]) in ("0", "1"), logged(project, audit["job"])  # 1: there are suspects
     assert {row["check"] for row in json.loads((project / "an audit/findings.json").read_text())} >= {"balance"}
     for task in "01":

@@ -1,0 +1,152 @@
+"""What the rows of a benchmark say: which stage is the bottleneck and how far the machine's limit is, and whether two runs
+differ by more than their noise."""
+
+from pathlib import Path
+
+from lib.bench import KEY
+from lib.command import BadInput
+from lib.logger import read_json
+
+# what a person can do something about, and the stages that it is made of
+GROUPS = {
+    "disk": ("read",),
+    "loader": ("gather",),
+    "transfer": ("transfer", "augment"),
+    "model": ("forward", "backward", "optimiser"),
+    "logging": ("logging",),
+}
+NAMES = {
+    "disk": "the disk",
+    "loader": "the loader",
+    "transfer": "turning bytes into the model's input",
+    "model": "the model's computing",
+    "logging": "the logging",
+}
+UNEXPLAINED = 1.25  # by this factor the pipeline may leave what its stages predict
+NEEDED = ("gather", "transfer", "forward", "backward", "optimiser")
+
+
+def judge(rows: list[dict]) -> dict:
+    """The verdict on training, computed from the stages timed apart: {first_epoch, later_epochs, sentence}.
+
+    In the first epoch the file is cold; later ones find it in memory. `sentence` alone, where a stage has no number.
+    """
+    stages = {row["case"]: row for row in rows if row["what"] == "stage"}
+    if lacking := [name for name in NEEDED if not stages.get(name, {}).get("images_per_s")]:
+        return {"sentence": f"No verdict: the stage {lacking[0]} has no number (benchmark.py train or all measures it)."}
+    limits = [row for row in rows if row["what"] == "limit"]
+    later = judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)
+    verdict = {"later_epochs": later, "sentence": f"From memory, {later['sentence']}."}
+    if stages.get("read", {}).get("images_per_s"):
+        first = judge_epoch(stages, limits, stages.get("overlapped_cold"), is_cold=True)
+        verdict = {"first_epoch": first, "later_epochs": later}
+        verdict["sentence"] = f"In the first epoch, from a cold file, {first['sentence']}. From memory, {later['sentence']}."
+    return verdict
+
+
+def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_cold: bool) -> dict:
+    """The group of stages that a batch waits for, in the lane that takes longest: what loads in the background, or the rest.
+
+    `expected_s` is what the stages predict for a batch, `overlapped_s` what the real pipeline took.
+    """
+    some, names = stages["gather"], [name for group in GROUPS.values() for name in group if is_cold or name != "read"]
+    rates = {name: stages[name]["images_per_s"] for name in names if name in stages}
+    seconds = {name: some["batch_size"] / rate for name, rate in rates.items() if rate}
+    on_gpu, background = some["gpu"] != "none", ()
+    if some["residence"] == "disk" or (some["residence"] == "host" and on_gpu):  # as PatchSource.can_stall
+        background = ("read", "gather", *(["transfer"] if on_gpu else []))
+    if is_cold and some["residence"] != "disk":
+        background = tuple(name for name in background if name != "read")  # the file is read before the first step
+    lanes = [{name: seconds[name] for name in seconds if (name in background) == ahead} for ahead in (True, False)]
+    lane = max(lanes, key=lambda lane: sum(lane.values()))
+    group_s = {group: sum(lane.get(name, 0.0) for name in names) for group, names in GROUPS.items()}
+    bottleneck = max(group_s, key=group_s.get)
+    expected_s = sum(lane.values())
+    measured = overlapped and overlapped["images_per_s"]
+    rate = measured or some["batch_size"] / expected_s
+    limit, words = find_limit(bottleneck, limits, stages.get("overlapped"))
+    sentence = f"{NAMES[bottleneck]} is the bottleneck: {group_s[bottleneck] * 1e3:.3g} of {expected_s * 1e3:.3g} ms a batch"
+    sentence += f" of {some['batch_size']}, {rate:,.0f} images/s{'' if measured else ' expected'}"
+    if measured and not 1 / UNEXPLAINED <= rate * expected_s / some["batch_size"] <= UNEXPLAINED:
+        sentence += f", where the stages alone predict {some['batch_size'] / expected_s:,.0f}"
+    if limit:
+        sentence += f"; the machine's limit for it ({words}) is {limit:,.0f} images/s, {limit / rate:.1f} times that"
+    return {
+        "bottleneck": bottleneck,
+        "sentence": sentence,
+        "stage_s": seconds,
+        "expected_s": expected_s,
+        "overlapped_s": some["batch_size"] / measured if measured else None,
+        "images_per_s": rate,
+        "limit_s": some["batch_size"] / limit if limit else None,
+        "limit": words,
+    }
+
+
+def find_limit(bottleneck: str, limits: list[dict], overlapped: dict | None) -> tuple[float | None, str]:
+    """Images per second that the machine would allow where the bottleneck is, and what was measured to know it."""
+    if bottleneck == "model":
+        alike, flops = ("case", "precision", "threads"), (overlapped or {}).get("flops_per_image")
+        wanted = ["matrix_product", *((overlapped or {}).get(name) for name in alike[1:])]
+        found = [row["flops_per_s"] for row in limits if [row[name] for name in alike] == wanted]
+        return (found[0] / flops if found and found[0] and flops else None), "matrix product"
+    rates = {row["case"]: row["images_per_s"] for row in limits}
+    order = {"disk": ["sequential_read"], "transfer": ["copy_to_device", "memory_copy"], "loader": ["memory_copy"]}
+    name = next((name for name in order.get(bottleneck, []) if rates.get(name)), "")
+    return rates.get(name), name.replace("_", " ")
+
+
+def headline(rows: list[dict], what: str, model: str, batch_size: int) -> dict:
+    """What the script's last line says at a glance, None where there is no number: images per second of the loader or of the
+    model, and for the loader how often torchvision's with its best number of workers."""
+    rows = [row for row in rows if row["batch_size"] == batch_size and row["cache"] == "warm"]
+    rates = {(row["what"], row["case"], row["model"], row["precision"]): row["images_per_s"] for row in rows}
+    rates |= {row["what"]: row["images_per_s"] for row in rows if row["case"] == "default" and row["model"] == model}
+    if what in ("infer", "train"):
+        return {"images_per_s": rates.get(what)}
+    plain = [row for row in rows if row["case"].startswith("torchvision") and row["images_per_s"]]
+    best = max(plain, key=lambda row: (row["num_repeats"], row["images_per_s"]), default={"images_per_s": None})["images_per_s"]
+    found = {"images_per_s": rates.get(("loader", "ready", model, "fp32")), "torchvision_images_per_s": best}
+    found |= {"bf16_images_per_s": rates.get(("loader", "ready", model, "bf16"))}
+    found |= {"raw_images_per_s": rates.get(("loader", "raw", model, "fp32"))}
+    found |= {"memory_copy_images_per_s": rates.get(("limit", "memory_copy", model, "fp32"))}
+    for ratio, of in (("ratio", "images_per_s"), ("ratio_bf16", "bf16_images_per_s"), ("ratio_raw", "raw_images_per_s")):
+        found[ratio] = found[of] / best if found[of] and best else None
+    return found | ({f"{verb}_images_per_s": rates.get(verb) for verb in ("infer", "train")} if what == "all" else {})
+
+
+def read_rows(path) -> list[dict]:
+    """The rows of a benchmark, from its folder or its JSON. Raises BadInput for what is none."""
+    path = Path(path)
+    path = path / "benchmark.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BadInput(f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)")
+    rows = read_json(path).get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= row.keys() for row in rows):
+        raise BadInput(f"{path} is no benchmark: it has no rows of one")
+    return rows
+
+
+def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
+    """For each row of both: the ratio of rates after / before, its interval, and whether it exceeds the noise.
+
+    It does where the two intervals lie apart. With six repeats each, all of one side then beat all of the other, which
+    chance alone brings about in 2 of 924 cases (Mann and Whitney 1947).
+    """
+    known, compared = {tuple(row[name] for name in KEY): row for row in before}, []
+    for row in after:
+        other = known.get(tuple(row[name] for name in KEY))
+        if other is None:
+            continue
+        old, new = (each.get("images_per_s") or each.get("flops_per_s") for each in (other, row))
+        found = {name: row[name] for name in KEY} | {"before": old, "after": new}
+        found |= dict.fromkeys(("ratio", "low", "high", "exceeds"))
+        if old and new:
+            found["ratio"] = new / old
+        if old and new and other["low"] and row["low"]:
+            found |= {"low": row["low"] / other["high"], "high": row["high"] / other["low"]}
+            found["exceeds"] = not found["low"] <= 1 <= found["high"]
+        compared.append(found | {"status": f"{other['status']}, {row['status']}"})
+    if not compared:
+        raise BadInput("the two benchmarks have no row in common: compare runs of one model, batch size and variant")
+    return compared
