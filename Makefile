@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: checklist clean audit-model prove-model
+.PHONY: checklist journal demo-journal clean audit-model prove-model
 
 SEED ?= 1
 ARGS ?=
@@ -26,6 +26,7 @@ DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 # Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them.
 variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+variables += CHECK
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
 export $(variables)
 run := "$$PYTHON" jobs/submit.py
@@ -115,6 +116,12 @@ handover: $(setup_done)  ## a folder for a USB stick that predicts without a net
 
 checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
 	$(run) here audit.py handover .
+
+journal: $(setup_done)  ## JOURNAL.md and journal.html from runs/, assets/, audits and git: make journal [CHECK=1]
+	$(run) here report.py journal $(if $(filter 1,$(CHECK)),--check)
+
+demo-journal: $(setup_done)  ## the same from nothing, every section filled, on synthetic slides: data/demo-journal/journal.html
+	$(run) here -m jobs.demo_journal data/demo-journal
 
 clean:  ## remove what tools cache; data/ and runs/ stay
 	rm -rf .pytest_cache .ruff_cache

@@ -6,6 +6,7 @@ python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
 python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
+python report.py journal [DIR] [--check]
 """
 
 import argparse
@@ -13,18 +14,10 @@ import platform
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, BadInput, Parser, place, print_result, probability, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, probability, say, script
 
 NUM_EXAMPLES = 12
 CHAMPION = Path(__file__).parent / "assets" / "champion"
-SHOWN_SCORES = {
-    "AUC": ("auc", "constant_auc"),
-    "PR-AUC": ("pr_auc", "constant_pr_auc"),
-    "F2": ("f2", "always_positive_f2"),
-    "F1": ("f1", "always_positive_f1"),
-    "accuracy": ("accuracy", "majority_accuracy"),
-    "log loss (nats)": ("loss", "prior_loss"),
-}
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their training patches, so that theirs "
     "is narrower than it should be (Bengio and Grandvalet 2004)."
@@ -33,7 +26,7 @@ SPREAD_NOTE = (
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(prog="report.py", description="Pages and tables from what runs have left on disk.")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="run|runs|seeds|folds|export|handover")
+    commands = parser.add_subparsers(dest="what", required=True, metavar="run|runs|seeds|folds|export|handover|journal")
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
     run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
@@ -72,6 +65,13 @@ def parse(argv) -> argparse.Namespace:
     stick.add_argument("--python", default=here, type=python_version, metavar="3.X", help="default: %(default)s")
     stick.add_argument("--wheels", type=place, metavar="DIR", help="a folder of wheels to take instead of fetching them")
     stick.set_defaults(report=report_handover)
+    journal = commands.add_parser(
+        "journal", help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it"
+    )
+    about = "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
+    journal.add_argument("folder", nargs="?", default=Path(__file__).parent, type=Path, metavar="DIR", help=about)
+    journal.add_argument("--check", action="store_true", help="name what in JOURNAL.md does not agree with the files")
+    journal.set_defaults(report=report_journal)
     return parser.parse_args(argv)
 
 
@@ -99,6 +99,19 @@ def report_handover(args) -> int:
     return EXIT_DONE
 
 
+def report_journal(args) -> int:
+    """Write the journal: 0; or say where it and the files disagree: 1 if they do."""
+    from lib.reports.journal import check_journal, write_journal
+
+    if not args.check:
+        print_result(write_journal(args.folder))
+        return EXIT_DONE
+    for sentence in (differing := check_journal(args.folder)):
+        say(sentence)
+    print_result({"num_differing": len(differing), "differing": differing[:20]})
+    return EXIT_FINDING if differing else EXIT_DONE
+
+
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
     from lib.reports.runs import CURVES, list_runs, select_runs, table_of_runs, text_table, write_together
@@ -116,7 +129,16 @@ def report_runs(args) -> int:
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
-    from lib.reports.runs import GRADIENTS, average_scores, list_runs, read_run, select_runs, text_table, write_together
+    from lib.reports.runs import (
+        GRADIENTS,
+        SHOWN_SCORES,
+        average_scores,
+        list_runs,
+        read_run,
+        select_runs,
+        text_table,
+        write_together,
+    )
     from lib.rundir import find_run
 
     if args.where and not getattr(args, args.what):
@@ -207,6 +229,7 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
     from lib.metrics import compute_confusion, compute_metrics, constant_baselines
     from lib.reports.figures import figure_png, patch_png, plot_decisions
     from lib.reports.pages import gallery, note, picture, section, table
+    from lib.reports.runs import SHOWN_SCORES
 
     rows = [row for row in read_edited_csv(predictions, ("source", "index", "probability", "label")) if row["probability"]]
     try:

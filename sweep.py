@@ -9,7 +9,6 @@ python sweep.py champion NAME [--finish] [--open-test]
 import argparse
 import getpass
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,6 @@ from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Par
 from lib.config import DEFAULT_PATH, load_config
 from lib.logger import read_json, utc_now, write_json
 from lib.rundir import REPOSITORY, git_state
-
-NUM_GROUPS = 3  # of trials by the value of a parameter
 
 
 def parse(argv) -> argparse.Namespace:
@@ -173,7 +170,7 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
                 if not rung:
                     scores.setdefault(row.trial, []).append(found["score"])
         rung_ends.append(spent)
-    axes = [axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]) for key in keys]
+    axes = [figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]) for key in keys]
     points, groups = (np.array([each[part] for each in axes]).T for part in (0, 1))
     labels, means = [each[2] for each in axes], np.array([np.mean(values) for values in scores.values()])
     kept = np.array([trial in sweep.promoted(0) for trial in scores])
@@ -201,18 +198,6 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
 
 def show(score) -> str:
     return f"{score:.4f}" if isinstance(score, float) else score
-
-
-def axis(spec: dict, values: list) -> tuple[list[float], list[int], list[str]]:
-    """Values as positions from 0 to 1 on an axis, the group of each, and the labels of the axis from low to high."""
-    ((kind, bounds),) = spec.items()
-    if kind == "choice":
-        groups = [bounds.index(value) for value in values]
-        return [group / max(1, len(bounds) - 1) for group in groups], groups, [str(bound) for bound in bounds]
-    scale = math.log if kind == "log" else float
-    low, high = (scale(float(bound)) for bound in bounds)
-    points = [(scale(value) - low) / (high - low) for value in values]
-    return points, [min(int(point * NUM_GROUPS), NUM_GROUPS - 1) for point in points], [f"{float(b):g}" for b in bounds]
 
 
 if __name__ == "__main__":

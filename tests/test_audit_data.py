@@ -359,7 +359,8 @@ def test_an_earlier_audit_and_what_a_killed_one_left_are_cleared_away(pcam_dir, 
     (out / ".work.killed").mkdir()
     assert (out / "values_nan.csv").exists()
     audit(pcam_dir, out, ("values",))
-    assert sorted(path.name for path in out.iterdir()) == ["audit.html", "findings.json", "quarantine.csv"]
+    kept = ["audit.html", "findings.json", "histograms.csv", "quarantine.csv"]
+    assert sorted(path.name for path in out.iterdir()) == kept
 
 
 def test_wrong_use_is_refused_before_the_work_begins(pcam_dir, tmp_path):

@@ -78,7 +78,8 @@ def test_untouched_twins_are_identical(twins, compare, tmp_path):
     assert code == 0 and result["verdict"] == "identical" and result["num_steps"] == 10 and result["weights"] == "equal"
     assert (twins[0] / "trace.csv").read_text() == (twins[1] / "trace.csv").read_text()
     findings = json.loads((tmp_path / "out/findings.json").read_text())
-    assert [found["severity"] for found in findings if found["check"] != "inputs"] == ["note", "note"]
+    assert [found["severity"] for found in findings if found["check"] != "inputs"] == ["note", "note", "note"]
+    assert [row["folder"] for row in findings[0]["rows"]] == [result["a"], result["b"]]
     assert "identical to the bit over 10 traced steps" in (tmp_path / "out/twin.html").read_text()
 
 

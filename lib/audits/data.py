@@ -19,7 +19,8 @@ from lib.command import BadInput, say
 from lib.config import load_config
 from lib.logger import write_csv, write_json
 from lib.pcam import sole_writer
-from lib.reports.audit_page import write_data_page
+from lib.reports.audit_page import feature_histograms, plot_suspects, write_data_page
+from lib.reports.figures import figure_png
 
 WORK = ".work."  # begins the name of the folder of temporary files in OUT
 QUARANTINE = ("split", "index", "reason", "score")
@@ -40,6 +41,10 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
                 write_csv(out / "power.csv", power[0], [row.values() for row in power])
                 findings += judge_power(power)
             write_findings(out, findings)
+            if bins := feature_histograms(surveys):
+                write_csv(out / "histograms.csv", bins[0], [row.values() for row in bins])
+            if gallery := plot_suspects(surveys, findings):
+                (out / "suspects.png").write_bytes(figure_png(gallery))
             page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
     num = {severity: sum(f["severity"] == severity for f in findings) for severity in ("error", "warning", "note")}
     suspects = quarantine_rows(findings)
@@ -93,7 +98,8 @@ def clear(out: Path) -> None:
     if not (out / "findings.json").exists():
         return
     checks = {found["check"] for found in json.loads((out / "findings.json").read_text())}
-    for name in (*map(csv_name, checks), "quarantine.csv", "power.csv", "out_of_fold.csv", "audit.html", "findings.json"):
+    tables = ("quarantine.csv", "power.csv", "out_of_fold.csv", "histograms.csv")
+    for name in (*map(csv_name, checks), *tables, "suspects.png", "audit.html", "findings.json"):
         (out / name).unlink(missing_ok=True)
 
 

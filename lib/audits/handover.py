@@ -85,7 +85,7 @@ def audit_checklist(folder: Path) -> list[dict]:
     journal = (folder / "JOURNAL.md").read_text(encoding="utf-8") if "JOURNAL.md" in names else ""
     front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
     no_journal = "" if journal else "there is no JOURNAL.md yet"
-    advice = "write JOURNAL.md"
+    advice = "make journal"
 
     link = re.search(r"(?im)^.*repository.*?((?:https?://|git@)\S+)", front)
     told = no_journal or ("" if link else "no link to it on the front page")
@@ -123,5 +123,6 @@ def audit_checklist(folder: Path) -> list[dict]:
 
     members = re.findall(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b(\d{4,})\b", front.partition("Members")[2])
     told = no_journal or ("" if members else "no member with a number after `Members`")
-    findings.append(judge("names and ids", told, f"{len(members)} members with an id", advice))
+    open_places = ", but some of the front page is to be filled in, in journal.yaml" * ("to be filled in" in front)
+    findings.append(judge("names and ids", told, f"{len(members)} members with an id{open_places}", advice))
     return findings

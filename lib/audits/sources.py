@@ -36,13 +36,23 @@ environment | variables recorded, compared by twin | lib/rundir.py: "variables":
 """
 
 
+def locate_sources(read) -> list[dict]:
+    """Each source with its control, the statement that controls it, and `where`: file:line of each place, none where it is
+    lost. `read` gives the text of a file by its name in the repository."""
+    rows = []
+    for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
+        name, statement = place.split(": ", 1)
+        lines = read(name).splitlines()
+        where = [f"{name}:{number}" for number, line in enumerate(lines, 1) if statement in line.split("  #")[0]]
+        rows.append({"source": source, "control": control, "file": name, "statement": statement, "where": where})
+    return rows
+
+
 def find_sources(repository: Path) -> list[dict]:
     """A finding for each source with the file:line of its control; an error where that statement is not there any more."""
     findings = []
-    for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
-        name, statement = place.split(": ", 1)
-        lines = (repository / name).read_text().splitlines()
-        where = [{"where": f"{name}:{number}"} for number, line in enumerate(lines, 1) if statement in line.split("  #")[0]]
-        measured = ", ".join(row["where"] for row in where) or f"no `{statement}` in {name}"
-        findings.append(finding(source, "note" if where else "error", measured, control, rows=where))
+    for row in locate_sources(lambda name: (repository / name).read_text()):
+        measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
+        rows = [{"where": where} for where in row["where"]]
+        findings.append(finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows))
     return findings

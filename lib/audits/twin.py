@@ -88,6 +88,13 @@ def compare_inputs(a: Side, b: Side) -> list[dict]:
     return rows
 
 
+def describe_side(name: str, side: Side) -> dict:
+    """What a reader has to know of one of the two: where it is, of which code, on which machine, with which final weights."""
+    kept = {key: side.meta["machine"].get(key) for key in ("host", "cpu", "device")} | {"torch": side.meta["versions"]["torch"]}
+    facts = {"side": name, "run": side.run.name, "folder": str(side.run), "commit": side.meta["commit"]} | kept
+    return facts | {"weights_sha256": side.summary["weights_sha256"]}
+
+
 def find_parting(a: Side, b: Side) -> dict:
     """Step, quantity and layer that differ first, in time and then in the order of cause and effect; {} for none."""
     before, last = 0, a.summary["num_steps"]
@@ -165,7 +172,9 @@ def compare(a: Side, b: Side, fault: Fault | None = None, device: str | None = N
     inputs, where = compare_inputs(a, b), find_parting(a, b)
     weights = "equal" if a.summary["weights_sha256"] == b.summary["weights_sha256"] else "not equal"
     result = {"verdict": "parted" if where else "identical", "weights": weights, "num_steps": len(a.trace), **where}
-    findings = [finding("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", rows=inputs)]
+    sides = [describe_side(name, side) for name, side in (("A", a), ("B", b))]
+    findings = [finding("runs", "note", f"A is {a.run.name}, B is {b.run.name}", rows=sides)]
+    findings.append(finding("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", rows=inputs))
     if where:
         cause = "; ".join([QUANTITIES[where["quantity"]], *(f"they differ in {row['what']}" for row in inputs)])
         measured = f"part at step {where['step']}, first in {where['quantity']} {where['layer']}"

@@ -6,10 +6,12 @@ import numpy as np
 
 from lib.audits.plant import LEAST_POWER, REASONS_OF
 from lib.audits.survey import Survey
-from lib.reports.figures import COLOURS, figure_png, new_figure, patch_png
+from lib.reports.figures import figure_png, new_figure, patch_png, plot_counts, plot_gallery, plot_histograms
 from lib.reports.pages import gallery, note, picture, section, table, write_page
 
-MOST_PICTURES, MOST_ROWS = 16, 12
+MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
+NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
+UNITS = {"brightness": "0 to 255", "saturation": "0 to 1", "haematoxylin": "optical density", "sharpness": "ratio"}
 
 
 def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict], power: list[dict]) -> Path:
@@ -21,7 +23,7 @@ def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict
     ranked = sorted(findings, key=lambda found: order[found["severity"]])
     summary = [(f["severity"], f["check"], f["split"], f["count"], f["measured"], f["advice"]) for f in ranked]
     sections = [
-        section("What there is", picture(figure_png(plot_classes(surveys)), "patches per split and class")),
+        section("What there is", picture(figure_png(plot_counts(class_counts(surveys))), "patches per split and class")),
         section("What was found", table(("severity", "check", "split", "rows", "measured", "advice"), summary)),
     ]
     if power:
@@ -31,7 +33,9 @@ def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict
     else:
         sections.append(note("The power of these checks on these data is not measured: audit.py data ... --plant does."))
     sections += [finding_section(found, surveys, power_of) for found in ranked]
-    sections.append(section("How the splits look", picture(figure_png(plot_features(surveys)), "features by split")))
+    sections.append(
+        section("How the splits look", picture(figure_png(plot_histograms(feature_histograms(surveys))), "features by split"))
+    )
     return write_page(path, title, sections)
 
 
@@ -93,18 +97,35 @@ def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     return patch
 
 
-def plot_classes(surveys: list[Survey]):
-    """Bars of the patches per split and class, unlabelled ones too."""
-    figure, (axes,) = new_figure(1, width=7)
-    places = np.arange(len(surveys))
-    for number, (label, name) in enumerate(((0, "negative"), (1, "positive"), (-1, "without label"))):
-        counts = [int((survey.labels == label).sum()) for survey in surveys]
-        if label >= 0 or any(counts):
-            bars = axes.bar(places + 0.28 * (number - 1), counts, 0.26, label=name, color=COLOURS[number])
-            axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
-    axes.set(xticks=places, xticklabels=[survey.name for survey in surveys], ylabel="patches")
-    axes.legend()
-    return figure
+def class_counts(surveys: list[Survey]) -> list[dict]:
+    """Rows of split, label (-1: without one) and count."""
+    pairs = [(survey, label) for survey in surveys for label in (0, 1, -1)]
+    return [{"split": survey.name, "label": label, "count": int((survey.labels == label).sum())} for survey, label in pairs]
+
+
+def feature_histograms(surveys: list[Survey]) -> list[dict]:
+    """Rows of split, feature, unit, low, high and num: intact patches in each bin, the same bins for all splits."""
+    shown, rows = [survey for survey in surveys if len(survey.intact)], []
+    for name, unit in UNITS.items() if shown else ():
+        values = [survey.table[name][survey.intact] for survey in shown]
+        edges = np.linspace(*np.quantile(np.concatenate(values), (0.002, 0.998)), NUM_BINS + 1)
+        for survey, column in zip(shown, values, strict=True):
+            for low, high, num in zip(edges, edges[1:], np.histogram(column, edges)[0], strict=False):
+                row = {"split": survey.name, "feature": name, "unit": unit, "low": round(float(low), 5)}
+                rows.append(row | {"high": round(float(high), 5), "num": int(num)})
+    return rows
+
+
+def plot_suspects(surveys: list[Survey], findings: list[dict]):
+    """Pictures of suspect patches, a few of each reason; None where there are none."""
+    by_name, by_reason, patches, captions = {survey.name: survey for survey in surveys}, {}, [], []
+    for row in (row for found in findings for row in found["rows"] if row.get("reason") and row["split"] in by_name):
+        by_reason.setdefault(row["reason"], []).append(row)
+    for reason, rows in by_reason.items():
+        for row in rows[:: -(-len(rows) // NUM_SUSPECTS)]:
+            patches.append(outline(by_name[row["split"]].read([row["index"]])[0], row))
+            captions.append(f"{reason} {row['split']} {row['index']}")
+    return plot_gallery(patches, captions) if patches else None
 
 
 def plot_heat(heat: np.ndarray, kind: str):
@@ -114,19 +135,4 @@ def plot_heat(heat: np.ndarray, kind: str):
     axes.set(title=f"patches with {kind} at a pixel", xlabel="column", ylabel="row")
     axes.grid(False)
     figure.colorbar(image)
-    return figure
-
-
-def plot_features(surveys: list[Survey]):
-    """Histograms of features of the intact patches, a line a split."""
-    names = ("brightness", "saturation", "haematoxylin", "sharpness")
-    figure, all_axes = new_figure(len(names), width=3.4)
-    shown = [survey for survey in surveys if len(survey.intact)]
-    for axes, name in zip(all_axes, names, strict=True) if shown else ():
-        values = [survey.table[name][survey.intact] for survey in shown]
-        low, high = np.quantile(np.concatenate(values), (0.002, 0.998))
-        for survey, column in zip(shown, values, strict=True):
-            axes.hist(column, np.linspace(low, high, 50), density=True, histtype="step", label=survey.name)
-        axes.set(title=name, yticks=[])
-        axes.legend(fontsize=8)
     return figure

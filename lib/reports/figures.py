@@ -2,6 +2,8 @@
 
 import base64
 import io
+import math
+import textwrap
 
 import matplotlib
 
@@ -15,7 +17,9 @@ from lib.metrics import curve_points, mean_interval
 
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
+LINES, MARKS = ("-", "--", ":", "-."), "osD^vP*X"  # what tells lines and points apart where colours do not
 MOST_POINTS = 150  # of a line, where several are drawn together
+NUM_GROUPS = 3  # of trials by the value of a parameter
 STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
     "axes.spines.top": False,
@@ -36,11 +40,11 @@ def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
     return figure, list(axes[0])
 
 
-def figure_png(figure, dpi: int = 110) -> bytes:
-    """A figure as PNG; the figure is closed."""
+def figure_png(figure, dpi: int = 110, source: str = "") -> bytes:
+    """A figure as PNG, with what it was drawn from as text in it; the figure is closed."""
     buffer = io.BytesIO()
     with plt.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None} | ({"Source": source} if source else {}))
     plt.close(figure)
     return buffer.getvalue()
 
@@ -95,19 +99,22 @@ def plot_steps(steps: list[dict]):
     return figure
 
 
-def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, confusion: dict[str, int]):
-    """ROC, precision-recall and the confusion matrix at a threshold."""
+def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, confusion: dict[str, int], others=()):
+    """ROC, precision-recall and the confusion matrix at a threshold; on the curves `others` too, as (name, threshold)."""
     figure, (roc, pr, matrix) = new_figure(3)
     points = curve_points(labels, probs)
-    at = np.searchsorted(-points["threshold"], -threshold, side="right") - 1
+    thresholds = [(f"threshold {threshold:g}", threshold), *others]
     for axes, x, y, chance in (
         (roc, "false_positive_rate", "recall", ([0, 1], [0, 1])),
         (pr, "recall", "precision", ([0, 1], [labels.mean()] * 2)),
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        if at >= 0:
-            axes.plot(points[x][at], points[y][at], "o", color=COLOURS[1], label=f"threshold {threshold:g}")
+        for number, (name, value) in enumerate(thresholds):
+            at = np.searchsorted(-points["threshold"], -value, side="right") - 1
+            if at >= 0:
+                mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]
+                axes.plot(points[x][at], points[y][at], mark, color=colour, label=name)
         axes.set(xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
         axes.legend(loc="lower right" if axes is roc else "lower left")
     roc.set_title("ROC")
@@ -119,6 +126,18 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label", xticks=(0, 1), yticks=(0, 1))
     matrix.grid(False)
     return figure
+
+
+def axis(spec: dict, values: list) -> tuple[list[float], list[int], list[str]]:
+    """Values of a search's range as positions from 0 to 1 on an axis, the group of each, and labels from low to high."""
+    ((kind, bounds),) = spec.items()
+    if kind == "choice":
+        groups = [bounds.index(value) for value in values]
+        return [group / max(1, len(bounds) - 1) for group in groups], groups, [str(bound) for bound in bounds]
+    scale = math.log if kind == "log" else float
+    low, high = (scale(float(bound)) for bound in bounds)
+    points = [(scale(value) - low) / (high - low) for value in values]
+    return points, [min(int(point * NUM_GROUPS), NUM_GROUPS - 1) for point in points], [f"{float(b):g}" for b in bounds]
 
 
 def plot_parallel(points: np.ndarray, labels: list[list[str]], names: list[str], scores: np.ndarray, kept: np.ndarray):
@@ -179,7 +198,7 @@ def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
     names = list(dict.fromkeys(run for run, _ in tables))
     for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
         for number, run in enumerate(names):
-            rows, style = tables.get((run, file), []), ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+            rows, style = tables.get((run, file), []), LINES[number // len(COLOURS) % 4]
             blocks = [np.array_split(column(rows, key), min(len(rows), MOST_POINTS) or 1) for key in ("step", name)]
             x, y = ([block.mean() for block in part if len(block)] for part in blocks)
             axes.plot(x, y, style, color=COLOURS[number % len(COLOURS)], linewidth=1)
@@ -187,4 +206,155 @@ def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
     with plt.rc_context(STYLE):
         figure.legend(panels[0].lines, names, loc="outside lower center", ncols=max(1, min(3, len(names))), fontsize=8)
+    return figure
+
+
+def plot_seeds(tables: dict[str, list[dict]], curves):
+    """An axes for each curve (column, title, scale) over `step` or `epoch`: each run a thin line, their mean a thick one.
+
+    Where there are many steps the mean is taken over blocks of them too, and the thin lines show what it hides.
+    """
+    figure, panels = new_figure(len(curves), 4.2 if len(curves) > 2 else 9 / len(curves), 3.6)
+    x = "epoch" if all("val_loss" in rows[0] for rows in tables.values()) else "step"
+    length = min(map(len, tables.values()))
+    for axes, (name, title, scale) in zip(panels, curves, strict=True):
+        values = np.array([column(rows[:length], name) for rows in tables.values()])
+        at = column(next(iter(tables.values()))[:length], x)
+        for number, (run, line) in enumerate(zip(tables, values, strict=True)):
+            axes.plot(at, line, LINES[number % 4], color=COLOURS[number % 7], linewidth=0.7, alpha=0.8, label=run)
+        blocks = np.array_split(np.arange(length), min(length, MOST_POINTS))
+        middle = [values[:, block].mean() for block in blocks]
+        axes.plot([at[block].mean() for block in blocks], middle, color="black", linewidth=2, label="mean")
+        axes.set(title=title, xlabel=x, yscale=scale)
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def plot_reliability(bins: list[dict]):
+    """Share of positives against mean probability, and patches, of bins {low, high, num, mean_probability, positive_share}."""
+    figure, (left, right) = new_figure(2)
+    left.plot([0, 1], [0, 1], ":", color="black", label="calibrated")
+    left.plot(column(bins, "mean_probability"), column(bins, "positive_share"), "o-", label="model")
+    left.set(xlabel="mean probability in a bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1.02), title="reliability")
+    left.legend()
+    low, high = column(bins, "low"), column(bins, "high")
+    right.bar(low, column(bins, "num"), high - low, align="edge", edgecolor="white")
+    right.set(xlabel="probability", ylabel="patches", xlim=(0, 1), title="patches in each bin")
+    return figure
+
+
+def plot_counts(rows: list[dict]):
+    """Bars of the patches per split and class: rows of split, label (-1: without one) and count."""
+    figure, (axes,) = new_figure(1, width=7)
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    for number, (label, name) in enumerate(((0, "negative"), (1, "positive"), (-1, "without label"))):
+        counts = [
+            sum(int(row["count"]) for row in rows if (row["split"], int(row["label"])) == (split, label)) for split in splits
+        ]
+        if label >= 0 or any(counts):
+            places, hatch = np.arange(len(splits)) + 0.28 * (number - 0.5), ("", "//", "..")[number]
+            bars = axes.bar(places, counts, 0.26, label=name, color=COLOURS[number], hatch=hatch, edgecolor="white")
+            axes.bar_label(bars, [f"{count:,}" for count in counts], fontsize=8)
+    axes.set(xticks=range(len(splits)), xticklabels=splits, ylabel="patches")
+    axes.legend()
+    return figure
+
+
+def plot_histograms(rows: list[dict]):
+    """An axes for each feature, a line for each split: rows of split, feature, unit, low, high and num."""
+    units = {row["feature"]: row["unit"] for row in rows}
+    figure, panels = new_figure(max(1, len(units)), width=3.4)
+    for axes, (feature, unit) in zip(panels, units.items(), strict=False):
+        for number, split in enumerate(dict.fromkeys(row["split"] for row in rows)):
+            bins = [row for row in rows if (row["split"], row["feature"]) == (split, feature)]
+            num, edges = column(bins, "num"), [float(bins[0]["low"]), *column(bins, "high")]
+            axes.stairs(
+                num / max(num.sum(), 1), edges, label=split, color=COLOURS[number], linestyle=LINES[number % 4], linewidth=1.4
+            )
+        axes.set(title=feature, xlabel=unit)
+        axes.legend(fontsize=8)
+    panels[0].set_ylabel("share of the intact patches")
+    return figure
+
+
+def plot_gallery(patches, captions: list[str], num_columns: int = 8):
+    """Patches uint8 (H, W, 3) in rows, each with a caption below."""
+    num_rows = -(-len(patches) // num_columns)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(num_rows, num_columns, figsize=(1.35 * num_columns, 1.75 * num_rows), squeeze=False)
+    for place in axes.flat:
+        place.axis("off")
+    for place, patch, caption in zip(axes.flat, patches, captions, strict=False):
+        framed = np.pad(patch, ((1, 1), (1, 1), (0, 0)), constant_values=190)  # or nobody would see white ones
+        place.imshow(framed, interpolation="nearest")
+        words = "\n".join(textwrap.wrap(caption, 20)[:3])
+        place.text(0.5, -0.04, words, fontsize=7, ha="center", va="top", transform=place.transAxes)
+    return figure
+
+
+def plot_intervals(names: list[str], values, lows, highs, overall: float, title: str):
+    """A score as a dot with its interval for each name, beside the overall one."""
+    figure, (axes,) = new_figure(1, 7.5, 1.2 + 0.26 * len(names))
+    places = np.arange(len(names))[::-1]
+    axes.hlines(places, lows, highs, color=COLOURS[0])
+    axes.plot(values, places, "o", color=COLOURS[0], label="slice, with its interval")
+    if math.isfinite(overall):
+        axes.axvline(overall, color="black", linestyle="--", label="all patches")
+    axes.set(yticks=places, yticklabels=names, xlabel=title, ylim=(-0.7, len(names) - 0.3))
+    with plt.rc_context(STYLE):
+        figure.legend(loc="outside upper right", ncols=2, fontsize=8)
+    return figure
+
+
+def plot_scaling(series: dict[str, list[tuple[float, float, float, float]]]):
+    """Throughput against batch size, a line for each series: (batch size, images per second, low, high)."""
+    figure, (axes,) = new_figure(1, 7.5, 4.2)
+    for number, (name, points) in enumerate(series.items()):
+        size, rate, low, high = np.array(sorted(points)).T
+        colour, line, mark = COLOURS[number % 7], LINES[number // 7 % 4], MARKS[number % len(MARKS)]
+        axes.errorbar(size, rate, [rate - low, high - rate], color=colour, linestyle=line, marker=mark, capsize=3, label=name)
+    sizes = sorted({point[0] for points in series.values() for point in points})
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second", xticks=sizes)
+    axes.set_xticklabels([f"{size:g}" for size in sizes])
+    axes.minorticks_off()
+    with plt.rc_context(STYLE):
+        figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    return figure
+
+
+def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):
+    """The grid quantities x steps of two runs: equal to the bit, or not."""
+    figure, (axes,) = new_figure(1, width=11, height=0.9 + 0.28 * len(equal))
+    extent = (steps[0] / 2, steps[-1] + steps[0] / 2, len(equal) - 0.5, -0.5)
+    colours = matplotlib.colors.ListedColormap([COLOURS[1], COLOURS[5]])
+    axes.imshow([*equal.values()], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    axes.hlines([row + 0.5 for row in range(len(equal))], *extent[:2], color="white", linewidth=2)
+    axes.set(xlabel="step", yticks=range(len(equal)), yticklabels=equal, title="blue: equal to the bit, orange: not")
+    axes.grid(False)
+    return figure
+
+
+def plot_commits(commits: list[tuple[str, list[str], str]]):
+    """Commits (name, names of parents, subject), the newest first, as a graph: a lane for each line of development."""
+    figure, (axes,) = new_figure(1, 10, 0.5 + 0.3 * len(commits))
+    lanes, row_of, lane_of = [], {name: row for row, (name, _, _) in enumerate(commits)}, {}
+    for name, parents, _ in commits:
+        lane = lane_of[name] = lanes.index(name) if name in lanes else len(lanes)
+        lanes = [None if waiting == name else waiting for waiting in lanes] + [None] * (lane == len(lanes))
+        for number, parent in enumerate(parents):
+            if parent not in lanes:
+                free = lane if not number else next((at for at, waits in enumerate(lanes) if waits is None), len(lanes))
+                lanes[free : free + 1] = [parent]
+    for name, parents, subject in commits:
+        row = row_of[name]
+        for number, parent in enumerate(parents):
+            to = row_of.get(parent, len(commits))
+            bend = lane_of.get(parent, lane_of[name])
+            via = bend if number else lane_of[name]
+            axes.plot([lane_of[name], via, via, bend], [row, row + 0.5, max(to - 0.5, row + 0.5), to], color="grey", zorder=1)
+        axes.plot(lane_of[name], row, MARKS[len(parents) > 1], color=COLOURS[len(parents) > 1], zorder=2)
+        axes.text(max(lane_of.values()) + 0.6, row, f"{name}  {subject[:90]}", va="center", fontsize=8, family="monospace")
+    axes.set(ylim=(len(commits) - 0.4, -0.6), xlim=(-0.5, max(lane_of.values()) + 12))
+    axes.axis("off")
     return figure

@@ -14,25 +14,52 @@ td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-v
 td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
+nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
+.sortable th{cursor:pointer}.sortable th[aria-sort=ascending]::after{content:" \\25b2"}
+.sortable th[aria-sort=descending]::after{content:" \\25bc"}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
+"""
+# a click on a table's head, or Enter, orders its rows: numbers as numbers, and once more the other way round
+SORTING = """
+for (const head of document.querySelectorAll(".sortable th")) {
+  head.tabIndex = 0;
+  head.onclick = () => {
+    const sign = head.ariaSort === "ascending" ? -1 : 1, body = head.closest("table").tBodies[0];
+    const cell = row => row.cells[head.cellIndex].textContent;
+    const number = row => cell(row) ? parseFloat(cell(row).replaceAll(",", "")) : -1e99;
+    const isNumber = [...body.rows].every(row => !cell(row) || /^[-+.,\\de]+$/.test(cell(row)));
+    const order = isNumber ? (a, b) => number(a) - number(b) : (a, b) => cell(a).localeCompare(cell(b));
+    for (const other of head.parentNode.cells) other.ariaSort = null;
+    head.ariaSort = sign > 0 ? "ascending" : "descending";
+    body.append(...[...body.rows].sort((a, b) => sign * order(a, b)));
+  };
+  head.onkeydown = event => { if (event.key === "Enter") head.click(); };
+}
 """
 
 
-def text(value) -> str:
-    """A value as safe HTML text, numbers in four digits, None as nothing."""
+def show(value) -> str:
+    """A value as text, numbers in four digits, None as nothing."""
     if isinstance(value, float):
         value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     elif isinstance(value, int) and not isinstance(value, bool):
         value = f"{value:,}"
-    return html.escape("" if value is None else str(value))
+    return "" if value is None else str(value)
 
 
-def table(header, rows) -> str:
-    """An HTML table of values, numbers on the right."""
-    head = "".join(f"<th>{text(name)}</th>" for name in header)
+def text(value) -> str:
+    """A value as safe HTML text."""
+    return html.escape(show(value))
+
+
+def table(header, rows, kind: str = "") -> str:
+    """An HTML table of values, numbers on the right; one of the kind `sortable` is ordered by clicks (SORTING)."""
+    rows = [[*row] for row in rows]
+    heads = zip(header, rows[0] if rows else header, strict=True)
+    head = "".join(f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads)
     cells = ("".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table{f' class={kind}' * bool(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def is_words(cell) -> bool:
@@ -54,19 +81,24 @@ def gallery(pngs, captions, width: int = 96) -> str:
 
 
 def note(sentence: str, kind: str = "note") -> str:
-    return f'<p class="{kind}">{text(sentence)}</p>'
+    return paragraph(text(sentence), kind)
 
 
-def section(title: str, *parts: str) -> str:
-    return f"<section><h2>{text(title)}</h2>{''.join(parts)}</section>"
+def paragraph(content: str, kind: str = "") -> str:
+    """HTML as a paragraph; nothing where there is none."""
+    return f"<p{f' class={kind}' * bool(kind)}>{content}</p>" if content else ""
 
 
-def write_page(path, title: str, sections) -> Path:
-    """Write a page atomically."""
+def section(title: str, *parts: str, anchor: str = "") -> str:
+    return f"<section{f' id={anchor}' * bool(anchor)}><h2>{text(title)}</h2>{''.join(parts)}</section>"
+
+
+def write_page(path, title: str, sections, script: str = "") -> Path:
+    """Write a page atomically; `script` is JavaScript of ours."""
     with atomic_write(path, "w") as file:
         file.write(
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
-            f"<body><h1>{text(title)}</h1>{''.join(sections)}</body></html>\n"
+            f"<body><h1>{text(title)}</h1>{''.join(sections)}{f'<script>{script}</script>' * bool(script)}</body></html>\n"
         )
     return Path(path)

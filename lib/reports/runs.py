@@ -24,6 +24,14 @@ UNREADABLE = (OSError, BadInput, AttributeError, KeyError, TypeError, ValueError
 MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}  # nothing that is compared depends on them
+SHOWN_SCORES = {  # a score and what a constant answer gets
+    "AUC": ("auc", "constant_auc"),
+    "PR-AUC": ("pr_auc", "constant_pr_auc"),
+    "F2": ("f2", "always_positive_f2"),
+    "F1": ("f1", "always_positive_f1"),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "log loss (nats)": ("loss", "prior_loss"),
+}
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
 NUMBER_LINE = re.compile(r"(\w+): (-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?)", re.ASCII)  # YAML means by it what Python does

@@ -1,0 +1,266 @@
+"""What a journal cites: files of runs, searches and audits, copied beside it; their digests; and code as it was at a commit."""
+
+import ast
+import functools
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.command import BadInput, nearest, say
+from lib.config import HINTS, plain, read_yaml
+from lib.logger import file_digest, read_csv, read_json, write_csv, write_json
+from lib.reports.runs import FREE_KEYS, list_runs, table_of_runs
+from lib.rundir import REPOSITORY
+
+KEPT = "assets/evidence"
+CHAMPION = "assets/champion"
+RUN_FILES = ("config.yaml", "epochs.csv", "steps.csv", "summary.json")
+PRIVATE = {"argv", "cwd", "pid", "process_start", "submitted", "untracked_files", "uncommitted_patch", "earlier_starts"}
+NUM_SEEDS, MOST_SEEDS = 3, 5
+MOST_ROWS, MOST_LINES, MOST_BYTES = 12, 45, 1_000_000  # of a finding; of a quoted difference; of a file that is copied
+SAID = {"group", "members", "repository", "remark", "runs", "search", "audit", "twin", "pictures", "answers"}
+NUMBER = re.compile(r"(?<![\w.-])\d[\d.,]*%?(?![\w-])")  # F2 and s1 are names
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The folder of a journal, the commit whose code it quotes (empty outside of git), and what journal.yaml says."""
+
+    root: Path
+    commit: str
+    said: dict
+
+    def names(self, pattern: str) -> list[str]:
+        """Files and folders below the root, in order."""
+        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+
+    def has(self, name: str) -> bool:
+        return (self.root / name).is_file()
+
+    def json(self, name: str) -> dict:
+        """An object; empty where there is no such file."""
+        return read_json(self.root / name) if self.has(name) else {}
+
+    def csv(self, name: str) -> list[dict[str, str]]:
+        return read_csv(self.root / name) if self.has(name) else []
+
+    def digest(self, name: str) -> str:
+        """The first digits of a file's SHA-256."""
+        return file_digest(self.root / name)[:12] if self.has(name) else "missing"
+
+    def findings(self, audit: str, *checks: str) -> list[dict]:
+        """Findings of an audit whose check begins with one of `checks`; all without any."""
+        found = self.json(f"{KEPT}/{audit}/findings.json").get("findings", [])
+        return [row for row in found if not checks or row["check"].startswith(checks)]
+
+
+def read_said(path) -> dict:
+    """What journal.yaml says. Raises BadInput for an unknown key, and for a number in an answer: numbers come from files."""
+    said = read_yaml(path)
+    for key in said:
+        if key not in SAID:
+            raise BadInput(f"{path}: unknown key {key!r}{nearest(key, SAID) or f' (allowed: {sorted(SAID)})'}")
+    for key, text in {**(said.get("answers") or {}), "remark": said.get("remark")}.items():
+        if number := NUMBER.search(str(text or "")):
+            raise BadInput(f"{path}: the answer {key} holds the number {number[0]}: numbers come from files, words from here")
+    return said
+
+
+# git and code
+
+
+@functools.cache
+def git(*arguments: str) -> str:
+    """What git says of this repository; empty where it has no answer."""
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return "" if result.returncode else result.stdout
+
+
+def read_code(commit: str, name: str) -> str:
+    """A file of the repository at a commit, empty where it had none; outside of git as it is now."""
+    return git("show", f"{commit}:{name}") if commit else (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def find_code(file: str, text: str, name: str) -> tuple[int, str]:
+    """First line number and text, with the comment above, of a function, class or constant of Python, of a paragraph of prose
+    or a block of another file, by words of its first line; of all without a name. (0, "") where there is none."""
+    lines = text.splitlines()
+    if not name:
+        return min(1, len(lines)), text.rstrip()
+    first = last = next((number for number, line in enumerate(lines, 1) if name in line), 0)
+    if file.endswith(".py"):
+        first, last = next((lines_of(node) for node in ast.walk(ast.parse(text)) if name in names_of(node)), (0, 0))
+    elif file.endswith(".md"):
+        while first > 1 and lines[first - 2].strip() and not lines[first - 1].startswith("- "):
+            first -= 1
+        while first and last < len(lines) and lines[last].strip() and not lines[last].startswith("- "):
+            last += 1
+    else:
+        while first and last < len(lines) and indentation(lines[last]) > indentation(lines[first - 1]):
+            last += 1
+    while first > 1 and lines[first - 2].lstrip().startswith("#"):
+        first -= 1
+    return first, "\n".join(lines[first - 1 : last]) if first else ""
+
+
+def names_of(node: ast.AST) -> list[str]:
+    """What a statement of Python defines: a function, a class, or constants."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+
+
+def lines_of(node) -> tuple[int, int]:
+    return min(each.lineno for each in [node, *getattr(node, "decorator_list", ())]), node.end_lineno
+
+
+def indentation(line: str) -> int:
+    return len(line) - len(line.lstrip()) if line.strip() else 1 << 16  # an empty line ends no block
+
+
+def commits(commit: str, num: int) -> list[tuple[str, list[str], str]]:
+    """The last commits up to `commit`, the newest first: name, names of parents, subject."""
+    lines = git("log", f"-{num}", "--topo-order", "--abbrev=10", "--format=%h%x09%p%x09%s", commit, "--").splitlines()
+    return [(name, parents.split(), subject) for name, parents, subject in (line.split("\t", 2) for line in lines)]
+
+
+def find_conflict(commit: str) -> str:
+    """The newest merge that was stopped by two changes of one place, and how it was resolved; empty where there is none."""
+    for merge in git("log", "--merges", "--format=%h", commit, "--").split():
+        parts = re.split(r"(?m)^(?=diff --git )", git("show", "--remerge-diff", "--format=%h %s", merge))
+        if conflicts := [part for part in parts if "<<<<<<<" in part]:
+            lines = (parts[0] + min(conflicts, key=len)).splitlines()
+            return "\n".join(lines[:MOST_LINES] + ["..."] * (len(lines) > MOST_LINES)) + "\n"
+    return ""
+
+
+# which files, and their copies
+
+
+def choose_seeds(rows: list[dict], wanted: list[str]) -> list[dict]:
+    """Of all runs those that are `wanted`, or the newest finished ones, three or more, that differ in the seed alone."""
+    if wanted:
+        there = {row["run"]: row for row in rows}
+        return [there[name] for name in wanted] if set(wanted) <= set(there) else []
+    groups = {}
+    for row in (row for row in rows if row["status"] == "finished"):  # in the order of their starts
+        same = repr([row.get(key) for key in sorted({*HINTS, "data"} - FREE_KEYS - {"seed"})])
+        groups.setdefault(same, {})[row["seed"]] = row
+    groups = [list(group.values())[-MOST_SEEDS:] for group in groups.values() if len(group) >= NUM_SEEDS]
+    return max(groups, key=lambda group: max(row["run"] for row in group), default=[])
+
+
+def newest(root: Path, said: str | None, pattern: str) -> Path | None:
+    """The folder that journal.yaml names, or of those with such a file the one in which it is newest."""
+    if said:
+        return root / said if (root / said).is_dir() else None
+    found = sorted(root.glob(pattern), key=lambda path: (path.stat().st_mtime, path))
+    return found[-1].parent if found else None
+
+
+def gather(root: Path, said: dict, commit: str) -> None:
+    """Copy what the journal will cite into assets/evidence; what was copied before, and is not here, stays.
+
+    Raises BadInput for a run that journal.yaml names and that is in neither place.
+    """
+    kept = root / KEPT
+    rows = list_runs(root / "runs") if (root / "runs").is_dir() else []
+    if rows:
+        paths = ("data_dir", "quarantine", "weights")  # of which a name is published, not where it lies
+        shown = [row | {key: Path(row[key]).name for key in paths if row.get(key)} for row in rows]
+        header, cells = table_of_runs(shown)
+        summaries = [root / "runs" / row["run"] / "summary.json" for row in rows]
+        digests = [file_digest(path)[:12] if path.is_file() else "" for path in summaries]
+        cells = [[*map(plain, row), digest] for row, digest in zip(cells, digests, strict=True)]
+        kept.mkdir(parents=True, exist_ok=True)
+        write_csv(kept / "runs.csv", [*header, "summary_sha256"], cells)
+    if seeds := choose_seeds(rows, said.get("runs") or []):
+        fresh(kept / "seeds")
+        for row in seeds:
+            gather_run(root / "runs" / row["run"], kept / "seeds" / row["run"], root)
+    elif missing := [name for name in said.get("runs") or [] if not (kept / "seeds" / name).is_dir()]:
+        raise BadInput(f"journal.yaml: runs names {missing[0]}, which is neither in {root / 'runs'} nor in {kept / 'seeds'}")
+
+    summary = root / CHAMPION / "summary.json"
+    weights = read_json(summary).get("weights_sha256", "none") if summary.is_file() else "none"
+    for row in (row for row in rows if row.get("weights_sha256") == weights):
+        predictions = root / "runs" / row["run"] / "predictions.csv"
+        if predictions.is_file() and predictions.stat().st_size <= MOST_BYTES:
+            shutil.copy(predictions, fresh(kept / "champion"))
+
+    if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
+        copy_files(search, fresh(kept / "search"), "plan.json", "champion.json", "rung-*.json")
+    if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
+        gather_findings(audit, fresh(kept / "audit"), root)
+        copy_files(audit, kept / "audit", "histograms.csv", "power.csv")
+    if twin := newest(root, said.get("twin"), "audit-*/twin.html"):
+        findings = gather_findings(twin, fresh(kept / "twin"), root)
+        folders = [row["folder"] for found in findings if found["check"] == "runs" for row in found["rows"]]
+        gather_timeline(*(REPOSITORY / folder / "trace.csv" for folder in folders), kept / "twin" / "timeline.csv")
+    for kind in ("damage", "errors"):
+        name = (said.get("pictures") or {}).get(kind)
+        if name and (root / name).is_file():
+            (kept / "pictures").mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, kept / "pictures" / f"{kind}.png")
+    if conflict := find_conflict(commit):
+        (fresh(kept / "git") / "conflict.diff").write_text(conflict, encoding="utf-8")
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder in place of what was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def copy_files(source: Path, target: Path, *patterns: str) -> None:
+    for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
+        shutil.copy(path, target)
+
+
+def gather_run(run: Path, target: Path, root: Path) -> None:
+    """A run's small files, and of meta.json what may be published: no folders, no host, no patch."""
+    target.mkdir()
+    copy_files(run, target, *RUN_FILES)
+    meta = read_json(run / "meta.json")
+    machine = {key: value for key, value in meta["machine"].items() if key != "host"}
+    kept = {key: value for key, value in meta.items() if key not in PRIVATE} | {"machine": machine}
+    patched = {"patched": bool(meta.get("uncommitted_patch"))}
+    write_json(target / "meta.json", {"of": source_of(run / "meta.json", root)} | kept | patched)
+    text = (target / "config.yaml").read_text(encoding="utf-8")
+    if str(Path.home()) in text or str(REPOSITORY) in text:
+        say(f"note: {target}/config.yaml names folders of this machine: think of it before you publish it")
+
+
+def gather_findings(audit: Path, target: Path, root: Path) -> list[dict]:
+    """Findings with the first of their rows; gives them whole."""
+    findings = json.loads((audit / "findings.json").read_text(encoding="utf-8"))
+    cut = [found | {"rows": [public(row) for row in found["rows"][:MOST_ROWS]]} for found in findings]
+    write_json(target / "findings.json", {"of": source_of(audit / "findings.json", root), "findings": cut})
+    return findings
+
+
+def gather_timeline(a: Path, b: Path, target: Path) -> None:
+    """Of two traces, step by step and quantity by quantity: equal, or not."""
+    if not (a.is_file() and b.is_file()):
+        say(f"note: no time line of the twins: {a if b.is_file() else b} is gone (make twin)")
+        return
+    ours, theirs = read_csv(a), read_csv(b)
+    header = [name for name in ours[0] if "." not in name]
+    rows = [
+        [row["step"], *(int(row[name] == other[name]) for name in header[1:])] for row, other in zip(ours, theirs, strict=True)
+    ]
+    write_csv(target, header, rows)
+
+
+def public(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("host", "folder")}
+
+
+def source_of(path: Path, root: Path) -> dict:
+    """Which file an extract was made from."""
+    return {"file": path.relative_to(root).as_posix(), "sha256": file_digest(path)}
