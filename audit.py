@@ -3,7 +3,7 @@
 python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
 python audit.py twin --sources
-python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--without-patches] [key=value ...]
+python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--store] [--without-patches]
 python audit.py handover DIR [--out OUT]
 """
 
@@ -40,6 +40,9 @@ def parse(argv) -> argparse.Namespace:
     model.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
     model.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
     model.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-model-NAME of DIR)")
+    model.add_argument(
+        "--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR"
+    )
     model.add_argument("--without-patches", action="store_true", help="no picture of a patch on the page: maps and captions")
     model.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     model.add_argument("overrides", nargs="*", metavar="key=value", help="that do not change the weights, such as views=1")
@@ -130,6 +133,10 @@ def audit_model(args) -> int:
     if args.split not in SPLITS:
         raise BadInput(f"--split {args.split!r} is unknown{nearest(args.split, SPLITS)}; allowed: {', '.join(SPLITS)}")
     out = Path(args.out or f"audit-model-{Path(args.dir).resolve().name}")
+    if args.store:
+        from lib.deploy import recalibrate
+
+        recalibrate(args.ckpt, args.dir, args.overrides, args.device)
     result = model.audit_model(args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches)
     print_result({"out": str(out), **result})
     return EXIT_FINDING if result["num_errors"] or result["num_warnings"] else EXIT_DONE

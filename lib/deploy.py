@@ -3,11 +3,12 @@
 import numpy as np
 import torch
 
-from lib.batches import PatchSource, Rows, fold_of_rows, group_of_rows
+from lib.batches import PatchSource, Rows, fold_of_rows, group_of_rows, open_train_valid
 from lib.calibration import calibrate, calibration_scores, choose_threshold, decision_scores, fit_scaling
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
-from lib.config import Config
+from lib.config import Config, change_free_keys, parse_overrides
+from lib.device import choose_device
 from lib.metrics import compute_metrics, sigmoid
 from lib.pcam import Split
 from lib.predict import predict_rows
@@ -56,3 +57,11 @@ def complete_checkpoint(
     checkpoint |= {"threshold": threshold, "calibration": calibration, "reference": reference}
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(labels, logits), told
+
+
+def recalibrate(ckpt, directory, overrides, device: str) -> None:
+    """Calibrate a checkpoint anew, in place, on a folder's train and valid splits; `overrides` may change free keys."""
+    cfg = change_free_keys(load_model(ckpt)[1], {"data_dir": str(directory)} | parse_overrides(overrides))
+    train, valid = open_train_valid(cfg)
+    device = choose_device(device)
+    complete_checkpoint(ckpt, device, train, valid, PatchSource(valid[0].images, cfg.data_residence, device), cfg)

@@ -31,7 +31,7 @@ from lib.device import choose_device
 from lib.logger import file_digest, write_csv, write_json
 from lib.metrics import compute_metrics, constant_alarm, constant_baselines, share_interval, sigmoid
 from lib.pcam import Split, fingerprint, open_split, sole_writer, split_path
-from lib.predict import predict_batch
+from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
 from lib.reports.figures import figure_png
 from lib.reports.model_page import plot_errors, write_model_page
@@ -63,7 +63,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
     if any(len(np.unique(split.labels[half == side])) < 2 for side in (0, 1)):
         raise BadInput(f"{directory}: the {kind} of split {split_name} do not make two halves with both classes in each")
     copies = groups if split.slides is None else group_of_rows(replace(split, slides=None), directory)
-    model.to(device)
+    model = ready_to_predict(model.to(device), cfg.precision)
 
     def predict(patches: torch.Tensor, views: int = 1) -> np.ndarray:
         parts = patches.split(cfg.eval_batch_size)
