@@ -5,39 +5,19 @@ python tests/prove_audit.py [PART ...] --data DIR [--full DIR] [--out assets/aud
 
 import json
 import resource
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
-from conftest import REPOSITORY
 from damaged import score_quarantine, write_damaged_edition, write_flipped_edition
-from proofs import made_now, write_markdown
+from proofs import row, run, run_parts
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
-from lib.logger import read_csv, read_json, write_json
+from lib.command import Parser, say, script
+from lib.logger import read_csv, read_json
 from lib.pcam import require_splits
 
 QUICK_CHECKS = "files,values,balance,duplicates,leakage,drift"
 EXACT = ("nan", "range", "black", "white", "constant", "scaled")
-
-
-def run(*command) -> dict:
-    """A script of the repository as a user runs it: its result, with peak memory and time of all children so far."""
-    say("$ python " + " ".join(map(str, command)))
-    started = time.monotonic()
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    if result.returncode not in (0, 1):
-        raise BadInput(f"{command[0]} failed with exit code {result.returncode}")
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    return json.loads(result.stdout.splitlines()[-1]) | {"wall_s": time.monotonic() - started, "peak_gb": peak}
-
-
-def row(asked: str, measured: str, held: bool) -> dict:
-    return {"asked": asked, "measured": measured, "held": bool(held)}
 
 
 def prove_clean(args, scratch: Path) -> list[dict]:
@@ -179,15 +159,6 @@ def prove_training(args, scratch: Path) -> list[dict]:
     return [row("damaged edition, AUC with quarantine above that without, each of three seeds", text, held)]
 
 
-def write_table(path: Path, results: dict) -> None:
-    """The results of the parts as a table."""
-    rows = []
-    for name in (name for name in PARTS if name in results):
-        made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
-        rows += [(r["asked"], r["measured"], "yes" if r["held"] else "NO", made) for r in results[name]["rows"]]
-    write_markdown(path, ("asked", "measured", "held", "part, date, commit"), rows)
-
-
 PARTS = {name.removeprefix("prove_"): part for name, part in list(globals().items()) if name.startswith("prove_")}
 
 
@@ -199,26 +170,9 @@ def main(argv=None) -> int:
     parser.add_argument("--full", default="data/full", metavar="DIR", help="files of full size (default: data/full)")
     parser.add_argument("--out", default="assets/audit", type=Path, metavar="OUT", help="OUT.json and OUT.md")
     args = parser.parse_args(argv)
-    if unknown := set(args.parts) - set(PARTS):
-        raise BadInput(f"no part {unknown.pop()!r}; allowed: {', '.join(PARTS)}")
     args.data = Path(args.data).resolve()
     require_splits(args.data)
-    path = args.out.with_suffix(".json")
-    results = read_json(path) if path.exists() else {}
-    for name in args.parts or PARTS:
-        made = made_now()
-        with tempfile.TemporaryDirectory(prefix="audit-proof-", dir=REPOSITORY / "data") as scratch:
-            rows = PARTS[name](args, Path(scratch))
-            shutil.rmtree(scratch, ignore_errors=True)
-            Path(scratch).mkdir()
-        results[name] = made | {"rows": rows}
-        write_json(path, results)
-        for found in rows:
-            say(f"{'held' if found['held'] else 'MISSED'}: {found['asked']}: {found['measured']}")
-    write_table(args.out.with_suffix(".md"), results)
-    missed = [r["asked"] for result in results.values() for r in result["rows"] if not r["held"]]
-    print_result({"missed": missed, "table": str(args.out.with_suffix(".md"))})
-    return EXIT_FINDING if missed else EXIT_DONE
+    return run_parts(PARTS, args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from lib.audits.shortcut import judge_shortcuts, map_evidence, probe_colours, pr
 from lib.audits.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows, group_of_rows
-from lib.calibration import draw_weights, resampled_curves, with_itself
+from lib.calibration import choose_threshold, draw_weights, resampled_curves, with_itself
+from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
 from lib.logger import read_csv
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid
@@ -263,6 +264,8 @@ def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(audited, pcam
     probs = np.array([float(row["probability"]) for row in read_csv(out / "predictions.csv")])
     split = open_split(pcam_dir, "valid")
     half = fold_of_rows(group_of_rows(split, pcam_dir), 2)
+    chosen = choose_threshold(split.labels[half == 0], probs[half == 0], "f2", 0, 0)
+    assert float(rows["F2-optimal"]["threshold"]) == pytest.approx(chosen, abs=1e-6)
     labels, probs = split.labels[half == 1], probs[half == 1]
     assert len(rows) == 12 and all(int(row["num"]) == len(labels) for row in rows.values())
     for rule, row in rows.items():
@@ -294,17 +297,29 @@ def test_files_say_what_was_audited_and_the_page_shows_it(audited, quick_run, pc
     assert f"row {index}, p = " in page and scores["checkpoint"]["sha256"] in page
 
 
-def test_a_page_without_patches_has_maps_and_captions(quick_run, pcam_dir, tmp_path, monkeypatch, capsys):
+def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied(
+    audited, quick_run, pcam_dir, tmp_path, monkeypatch, capsys
+):
     drawn = []
     monkeypatch.setattr(model, "NUM_PICTURES", 2)  # and few of all else, for speed
     monkeypatch.setattr(shortcut, "MOST_PROBED", 8)
     monkeypatch.setattr(model_page, "patch_png", lambda tile: drawn.append(tile.shape) or patch_png(tile))
+    ckpt, calibration = tmp_path / "scaled.pt", {"temperature": 0.5, "offset": -0.4, "views": 1}
+    save_checkpoint(ckpt, {**load_checkpoint(quick_run / "best.pt"), "calibration": calibration})
     options = ["--out", str(tmp_path), "--without-patches"]
-    assert audit.main(["model", "--ckpt", str(quick_run), str(pcam_dir), *options]) in (0, 1)
+    assert audit.main(["model", "--ckpt", str(ckpt), str(pcam_dir), *options]) in (0, 1)
     page = (tmp_path / "model.html").read_text()
     assert not (tmp_path / "errors.png").exists() and "Pictures of patches are left out" in page and "row " in page
     assert drawn and set(drawn) == {(192, 192, 3)}, "a map alone, no patch beside it"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["page"] == str(tmp_path / "model.html")
+    for ours, plain in zip(*(read_csv(out / "predictions.csv") for out in (tmp_path, audited[0])), strict=True):
+        prob, before = float(ours["probability"]), float(plain["probability"])
+        assert prob == pytest.approx(sigmoid(2 * np.log(before / (1 - before)) - 0.4), abs=1e-5)
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    rows = {row["probabilities"]: row for row in scores["calibration"]}
+    before = json.loads((audited[0] / "scores.json").read_text())["calibration"][0]
+    assert rows["as the model says"]["ece"] == pytest.approx(before["ece"], abs=1e-6)
+    assert rows["as the checkpoint scales them"]["brier"] == pytest.approx(scores["global"]["brier"]["value"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

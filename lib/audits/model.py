@@ -204,9 +204,9 @@ def check_calibration(answers: Answers, raw: np.ndarray, stored: dict | None) ->
     labels, prior = answers.labels[second], answers.labels[first].mean()
     scaled = {"as the model says": (1.0, 0.0)}
     scaled |= {"as the checkpoint scales them": (stored["temperature"], stored["offset"])} if stored else {}
-    used, fitted = list(scaled)[-1], "with a temperature of the other half"
-    scaled[fitted] = fit_temperature(answers.labels[first], raw[first]), 0.0
-    scaled["with a temperature and offset of it"] = fit_scaling(answers.labels[first], raw[first])
+    used, fitted = list(scaled)[-1], "with a temperature and an offset of the other half"
+    scaled["with a temperature of the other half"] = fit_temperature(answers.labels[first], raw[first]), 0.0
+    scaled[fitted] = fit_scaling(answers.labels[first], raw[first])
     scaled["always the prevalence"] = math.inf, math.log(prior / (1 - prior))
     rows, bins, rng = {}, [], np.random.default_rng(0)
     for name, (temperature, offset) in scaled.items():
