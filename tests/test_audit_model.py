@@ -312,9 +312,11 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
     assert not (tmp_path / "errors.png").exists() and "Pictures of patches are left out" in page and "row " in page
     assert drawn and set(drawn) == {(192, 192, 3)}, "a map alone, no patch beside it"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["page"] == str(tmp_path / "model.html")
+    stored = load_checkpoint(quick_run / "best.pt")["calibration"]
     for ours, plain in zip(*(read_csv(out / "predictions.csv") for out in (tmp_path, audited[0])), strict=True):
         prob, before = float(ours["probability"]), float(plain["probability"])
-        assert prob == pytest.approx(sigmoid(2 * np.log(before / (1 - before)) - 0.4), abs=1e-5)
+        raw = (np.log(before / (1 - before)) - stored["offset"]) * stored["temperature"]
+        assert prob == pytest.approx(sigmoid(2 * raw - 0.4), abs=1e-5)
     scores = json.loads((tmp_path / "scores.json").read_text())
     rows = {row["probabilities"]: row for row in scores["calibration"]}
     before = json.loads((audited[0] / "scores.json").read_text())["calibration"][0]
