@@ -164,28 +164,21 @@ def num_oom_kills() -> int | None:
 def run_case(case: Case, seconds: float, repeat: int, cache_dir) -> dict:
     """A repeat of a case in a fresh process: what it measured and who else used the machine, or a status that says why not."""
     task = {"case": dataclasses.asdict(case), "seconds": seconds, "repeat": repeat, "started_at": time.time()}
-    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(cache_dir)}  # its own, so that the first repeat compiles and later ones find it
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": MOST_S}
+    # of this benchmark alone, so that the first repeat compiles and later ones find what it has compiled
+    options["env"] = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache_dir)}
     before, kills = read_load(), num_oom_kills()
     try:
-        child = subprocess.run(
-            CHILD,
-            input=json.dumps(task),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=MOST_S,
-            env=os.environ | compiled,
-        )
+        child = subprocess.run(CHILD, input=json.dumps(task), **options)
     except subprocess.TimeoutExpired:
         return {"status": "error", "note": f"no result within {MOST_S:.0f} s"}
-    found = json.loads((child.stdout.splitlines() or ["{}"])[-1])
+    told, last = (([""] + text.strip().splitlines())[-1] for text in (child.stdout, child.stderr))
+    found = json.loads(told) if told.startswith("{") else {}
     if child.returncode:
-        last = (child.stderr.strip().splitlines() or ["no word"])[-1]
         ended = f"exit {child.returncode}" if child.returncode > 0 else f"killed by {signal.Signals(-child.returncode).name}"
         found = {"status": "error", "note": found.get("error", f"{ended}: {last}")}
-        if num_oom_kills() != kills or (
-            child.returncode == -signal.SIGKILL and kills is None
-        ):  # the kernel says so, or nothing
+        silent = kills is None and child.returncode == -signal.SIGKILL  # else the kernel says what it did
+        if silent or num_oom_kills() != kills:
             found = {"status": OUT_OF_MEMORY, "note": f"{ended}, for want of memory"}
     return found | load_between(before, read_load()) | {"host_load": os.getloadavg()[0]}
 
@@ -257,12 +250,10 @@ def build_rows(results: dict, job: dict) -> list[dict]:
 
 
 def samples_of(results: dict) -> list[dict]:
-    """The raw samples: for each case what it is, and the seconds of every batch of every repeat."""
+    """The raw samples: each case, and the seconds of every batch, and of its stages, of every repeat."""
+    names = ("samples", "parts")
     return [
-        {name: value for name, value in dataclasses.asdict(case).items() if name != "cfg"}
-        | {"model": case.cfg.model, "batch_size": case.cfg.batch_size, "precision": case.cfg.precision}
-        | {"deterministic": case.cfg.deterministic, "threads": case.cfg.threads}
-        | {"seconds": [each.get("samples") for each in found], "parts": [each.get("parts") for each in found]}
+        dataclasses.asdict(case) | {name: [each.get(name) for each in found] for name in names}
         for case, found in results.items()
     ]
 

@@ -46,57 +46,64 @@ def plan_cases(what: str, cfg: Config, sizes: list[int], device: torch.device, w
     And, for each batch size of the loader, torchvision's with each number of workers, of which the best is to be measured.
     Raises BadInput for a name that no case has.
     """
-    on_gpu, precisions = device.type == "cuda", ("fp32", "bf16")
-    whole = dataclasses.replace(cfg, crop_epochs=0)
+    whole = dataclasses.replace(cfg, crop_epochs=0)  # whole patches, unless a case says otherwise
     at = dataclasses.replace(whole, batch_size=size_of_variants(cfg, sizes))
-    cases = []
-    for size in sizes if what == "loader" else [at.batch_size] if what == "all" else []:
-        each = dataclasses.replace(whole, batch_size=size, precision="fp32")
-        on_disk = dataclasses.replace(each, data_residence="disk")
-        in_bf16 = dataclasses.replace(each, precision="bf16")
-        cases += [Case("loader", "ready", "ready", each, device="cpu"), Case("loader", "ready", "ready", in_bf16, device="cpu")]
-        cases += [Case("loader", "ready_on_gpu", "ready", in_bf16)] if on_gpu else []
-        cases += [
-            Case("loader", "raw", "raw", each, device="cpu"),
-            Case("limit", "memory_copy", "memory_copy", each, device="cpu"),
-        ]
-        for kind, cache, order in itertools.product(("raw", "ready"), ("warm", "cold"), ("random", "sequential")):
-            cases.append(Case("loader", f"{kind}_file_{order}", kind, on_disk, cache=cache, order=order, device="cpu"))
+    verbs = ("loader", "infer", "train") if what == "all" else (what,)
+    cases, probed = [], []
+    if "loader" in verbs:
+        for size in sizes if what == "loader" else [at.batch_size]:
+            each = dataclasses.replace(whole, batch_size=size, precision="fp32")
+            cases += plan_loader(each, device)
+            # every number of workers that may be the best
+            numbers = sorted({*range(min(num_cores(), MOST_WORKERS) + 1), num_cores()})
+            plain = Case("loader", "", "torchvision", each, channels_last=False, device="cpu")
+            probed.append([dataclasses.replace(plain, name=f"torchvision_{n}_workers", num_workers=n) for n in numbers])
     for verb in ("infer", "train"):
-        if what not in (verb, "all"):
-            continue
-        for model in dict.fromkeys((cfg.model, LARGE)):
-            cases += [Case(verb, "default", verb, dataclasses.replace(whole, model=model, batch_size=size)) for size in sizes]
-        others = [precision for precision in precisions if precision != cfg.precision]
-        others += ["fp16"] if on_gpu and verb == "infer" else []  # which needs a scaled loss, and training has none
-        cases += [Case(verb, precision, verb, dataclasses.replace(at, precision=precision)) for precision in others]
-        other = dataclasses.replace(at, deterministic=not cfg.deterministic)
-        cases += [Case(verb, "deterministic" if other.deterministic else "not_deterministic", verb, other)]
-        cases += [Case(verb, "nchw", verb, at, channels_last=False), Case(verb, "compile", verb, at, compile=True)]
-        if num_cores() != cfg.threads:
-            cases.append(Case(verb, "all_cores", verb, dataclasses.replace(at, threads=num_cores())))
-    if what in ("train", "all"):
+        cases += plan_model(verb, whole, at, sizes, device) if verb in verbs else []
+    if "train" in verbs:
         cases += plan_training(cfg, at, device)
-    used = [case.cfg for case in cases if case.kind in ("infer", "train")]
-    cases += [
-        Case("limit", "matrix_product", "matrix_product", dataclasses.replace(at, precision=precision, threads=threads))
-        for precision, threads in dict.fromkeys((each.precision, each.threads) for each in used)
-    ]
+    kinds = dict.fromkeys((case.cfg.precision, case.cfg.threads) for case in cases if case.kind in ("infer", "train"))
+    for precision, threads in kinds:
+        alike = dataclasses.replace(at, precision=precision, threads=threads)
+        cases.append(Case("limit", "matrix_product", "matrix_product", alike))
     cases = [dataclasses.replace(case, device=str(device)) if case.device == "auto" else case for case in dict.fromkeys(cases)]
-    probed = [torchvision_cases(cfg, size) for size in sorted({case.cfg.batch_size for case in cases if case.what == "loader"})]
-    known = {case.name for case in cases} | ({torchvision.__name__} if probed else set())
+    known = {case.name for case in cases} | ({"torchvision"} if probed else set())
     if unknown := [name for name in wanted if name not in known]:
-        raise BadInput(
-            f"--cases {unknown[0]}: {what} has no such case{nearest(unknown[0], known)} ({', '.join(sorted(known))})"
-        )
-    if not wanted:
-        return cases, probed
-    return [case for case in cases if case.name in wanted], probed if torchvision.__name__ in wanted else []
+        hint = f"{nearest(unknown[0], known)} ({', '.join(sorted(known))})"
+        raise BadInput(f"--cases {unknown[0]}: {what} has no such case{hint}")
+    if wanted:
+        cases, probed = [case for case in cases if case.name in wanted], probed if "torchvision" in wanted else []
+    return cases, probed
 
 
 def size_of_variants(cfg: Config, sizes: list[int]) -> int:
     """The batch size at which variants and stages are measured: the config's, or the largest where that is not asked for."""
     return cfg.batch_size if cfg.batch_size in sizes else sizes[-1]
+
+
+def plan_loader(cfg: Config, device: torch.device) -> list[Case]:
+    """Ways to a batch: from where the patches reside by default; from the file, cold and warm, random and in order."""
+    in_bf16 = dataclasses.replace(cfg, precision="bf16")
+    on_disk = dataclasses.replace(cfg, data_residence="disk")
+    cases = [Case("loader", "ready", "ready", each, device="cpu") for each in (cfg, in_bf16)]
+    cases += [Case("loader", "raw", "raw", cfg, device="cpu"), Case("limit", "memory_copy", "memory_copy", cfg, device="cpu")]
+    for kind, cache, order in itertools.product(("raw", "ready"), ("warm", "cold"), ("random", "sequential")):
+        cases.append(Case("loader", f"{kind}_file_{order}", kind, on_disk, cache=cache, order=order, device="cpu"))
+    return cases + ([Case("loader", "ready_on_gpu", "ready", in_bf16)] if device.type == "cuda" else [])
+
+
+def plan_model(verb: str, whole: Config, at: Config, sizes: list[int], device: torch.device) -> list[Case]:
+    """A small and a large model over batch sizes, and the small one with one thing changed."""
+    models, precisions = dict.fromkeys((at.model, LARGE)), ["fp32", "bf16"]
+    if device.type == "cuda" and verb == "infer":  # training has no scaled loss, without which fp16 does not learn
+        precisions.append("fp16")
+    changed = {precision: {"precision": precision} for precision in precisions if precision != at.precision}
+    changed["not_deterministic" if at.deterministic else "deterministic"] = {"deterministic": not at.deterministic}
+    changed |= {"all_cores": {"threads": num_cores()}} if num_cores() != at.threads else {}
+    scaled = [dataclasses.replace(whole, model=model, batch_size=size) for model in models for size in sizes]
+    cases = [Case(verb, "default", verb, cfg) for cfg in scaled]
+    cases += [Case(verb, name, verb, dataclasses.replace(at, **keys)) for name, keys in changed.items()]
+    return [*cases, Case(verb, "nchw", verb, at, channels_last=False), Case(verb, "compile", verb, at, compile=True)]
 
 
 def plan_training(cfg: Config, at: Config, device: torch.device) -> list[Case]:
@@ -105,8 +112,8 @@ def plan_training(cfg: Config, at: Config, device: torch.device) -> list[Case]:
     cases = [Case("train", f"plain_{n}_workers", "plain", plain, channels_last=False, num_workers=n) for n in (0, 2)]
     if cfg.crop < 96 and cfg.crop_epochs:
         cases.append(Case("train", f"centre_{cfg.crop}", "train", dataclasses.replace(at, crop_epochs=cfg.epochs)))
-    cases += [Case("train", "resident_batch", "train", at, resident=True)]
-    cases += [Case("train", "memory_returned", "train", at, keep_memory=False)]
+    cases.append(Case("train", "resident_batch", "train", at, resident=True))
+    cases.append(Case("train", "memory_returned", "train", at, keep_memory=False))
     cases += [Case("stage", "apart", "apart", at), Case("stage", "overlapped", "train", at)]
     residence = choose_residence(open_split(at.data_dir, "train").images, at.data_residence, device)
     order = "random" if residence == "disk" else "sequential"  # as training reads it: else once, before its first step
@@ -115,16 +122,6 @@ def plan_training(cfg: Config, at: Config, device: torch.device) -> list[Case]:
     cases.append(Case("limit", "sequential_read", "read", at, cache="cold", order="sequential"))
     cases.append(Case("limit", "memory_copy", "memory_copy", plain, device="cpu"))
     return cases + ([Case("limit", "copy_to_device", "copy_to_device", at)] if device.type == "cuda" else [])
-
-
-def torchvision_cases(cfg: Config, size: int) -> list[Case]:
-    """torchvision's PCAM in a DataLoader giving the same product, once for each number of workers that may be the best."""
-    cfg = dataclasses.replace(cfg, batch_size=size, precision="fp32", crop_epochs=0)
-    numbers = sorted({*range(min(num_cores(), MOST_WORKERS) + 1), num_cores()})
-    return [
-        Case("loader", f"torchvision_{n}_workers", "torchvision", cfg, channels_last=False, num_workers=n, device="cpu")
-        for n in numbers
-    ]
 
 
 def time_case(task: dict) -> dict:

@@ -97,22 +97,19 @@ def find_limit(bottleneck: str, limits: list[dict], overlapped: dict | None) -> 
 
 
 def headline(rows: list[dict], what: str, model: str, batch_size: int) -> dict:
-    """What the script's last line says at a glance, None where there is no number: images per second of the loader or of the
-    model, and for the loader how often torchvision's with its best number of workers."""
-    rows = [row for row in rows if row["batch_size"] == batch_size and row["cache"] == "warm"]
-    rates = {(row["what"], row["case"], row["model"], row["precision"]): row["images_per_s"] for row in rows}
-    rates |= {row["what"]: row["images_per_s"] for row in rows if row["case"] == "default" and row["model"] == model}
+    """What the script's last line says at a glance, None where there is no number: images per second of the model, or of the
+    loader and how often torchvision's with its best number of workers."""
+    rows = [row for row in rows if row["batch_size"] == batch_size and row["cache"] == "warm" and row["images_per_s"]]
+    default = {row["what"]: row["images_per_s"] for row in rows if row["case"] == "default" and row["model"] == model}
     if what in ("infer", "train"):
-        return {"images_per_s": rates.get(what)}
-    plain = [row for row in rows if row["case"].startswith("torchvision") and row["images_per_s"]]
-    best = max(plain, key=lambda row: (row["num_repeats"], row["images_per_s"]), default={"images_per_s": None})["images_per_s"]
-    found = {"images_per_s": rates.get(("loader", "ready", model, "fp32")), "torchvision_images_per_s": best}
-    found |= {"bf16_images_per_s": rates.get(("loader", "ready", model, "bf16"))}
-    found |= {"raw_images_per_s": rates.get(("loader", "raw", model, "fp32"))}
-    found |= {"memory_copy_images_per_s": rates.get(("limit", "memory_copy", model, "fp32"))}
-    for ratio, of in (("ratio", "images_per_s"), ("ratio_bf16", "bf16_images_per_s"), ("ratio_raw", "raw_images_per_s")):
-        found[ratio] = found[of] / best if found[of] and best else None
-    return found | ({f"{verb}_images_per_s": rates.get(verb) for verb in ("infer", "train")} if what == "all" else {})
+        return {"images_per_s": default.get(what)}
+    rates = {(row["case"], row["precision"]): row["images_per_s"] for row in rows if row["what"] == "loader"}
+    # the best was measured again and again, the others once
+    tried = [(row["num_repeats"], row["images_per_s"]) for row in rows if row["case"].startswith("torchvision")]
+    plain, ready, raw = max(tried, default=(0, None))[1], rates.get(("ready", "fp32")), rates.get(("raw", "fp32"))
+    found = {"images_per_s": ready, "torchvision_images_per_s": plain, "raw_images_per_s": raw}
+    found |= {name: rate / plain if rate and plain else None for name, rate in (("ratio", ready), ("ratio_raw", raw))}
+    return found | ({f"{verb}_images_per_s": default.get(verb) for verb in ("infer", "train")} if what == "all" else {})
 
 
 def read_rows(path) -> list[dict]:

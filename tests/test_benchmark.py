@@ -466,7 +466,7 @@ def test_a_benchmark_through_real_processes(pcam_dir, tmp_path):
     assert float(table[0]["images_per_s"]) == small["images_per_s"] and table[1]["images_per_s"] == ""
     with gzip.open(out / "samples.json.gz") as file:
         samples = json.load(file)
-    assert sum(map(len, samples[0]["seconds"])) == small["num_batches"] and samples[1]["seconds"] == [None]
+    assert sum(map(len, samples[0]["samples"])) == small["num_batches"] and samples[1]["samples"] == [None]
     page = (out / "benchmark.md").read_text()
     assert "## Scaling: infer, resnet18" in page and "out of memory" in page and "not measured: there is no GPU" in page
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,206 @@
+"""The benchmark's own figures, at length: its verdict on what was slowed, what it costs itself, whether it agrees with itself.
+
+python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     needs a quiet machine; `disk` root and cgroups
+"""
+
+import contextlib
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from conftest import REPOSITORY
+from proofs import made_now, write_markdown
+
+import benchmark
+from lib import bench, cases
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, positive, print_result, say, script
+from lib.config import load_config
+from lib.logger import read_json, write_json
+from lib.pcam import SplitWriter, open_split
+from lib.seeding import set_determinism
+
+STAGES = "apart,overlapped,overlapped_cold,read,memory_copy,sequential_read,matrix_product"
+NUM_PATCHES, BATCH_SIZE = 512, 16  # few, so that a slow disk need not be waited for
+SLOW_S, SLOW_BYTES_PER_S = 0.5, 1_000_000  # a batch more; a second at most
+OVERHEAD, NUM_BATCHES = 0.02, 200  # asked for: at most; batches in a run of the loop
+AGREE = 0.9  # asked for: of the intervals
+QUICK = ["--seconds", "1", "--repeats"]
+
+
+def write_part(data: str, folder: Path) -> Path:
+    """A PCam folder with the first patches of another, on the same disk."""
+    for name in ("train", "valid"):
+        split = open_split(data, name)
+        num = min(NUM_PATCHES, len(split))
+        folder.mkdir(exist_ok=True)
+        with SplitWriter(folder, name, num) as writer:
+            writer.add(split.images.read(range(num)), split.labels[:num])
+    return folder
+
+
+@contextlib.contextmanager
+def slow_disk(path: Path):
+    """A control group (version 1 or 2) whose processes read so much a second from the disk that holds `path`, for the block."""
+    number = os.stat(path).st_dev
+    disk = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    if not disk.exists():
+        raise BadInput(f"{path} lies on no block device whose reading can be limited")
+    disk = disk.resolve()
+    disk = disk.parent if (disk / "partition").exists() else disk
+    number = (disk / "dev").read_text().strip()
+    one, two = Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup")
+    group = (one if one.is_dir() else two) / f"slow-disk-{os.getpid()}"
+    group.mkdir()
+    try:
+        if one.is_dir():
+            (group / "blkio.throttle.read_bps_device").write_text(f"{number} {SLOW_BYTES_PER_S}")
+        else:
+            (two / "cgroup.subtree_control").write_text("+io")
+            (group / "io.max").write_text(f"{number} rbps={SLOW_BYTES_PER_S}")
+        yield group
+    finally:
+        group.rmdir()
+
+
+def judge_slowed(what: str, value, data: Path, scratch: Path, repeats: int) -> dict:
+    """The verdict of `benchmark.py train` whose repeats are slowed."""
+    before = bench.CHILD
+    bench.CHILD = [sys.executable, str(REPOSITORY / "tests/slowed_case.py"), what, str(value)] if what else before
+    try:
+        arguments = ["--out", str(scratch), "--batch-sizes", str(BATCH_SIZE), "--cases", STAGES, "--allow-noise"]
+        told = [*QUICK, str(repeats), "data_residence=disk"]
+        if benchmark.main(["train", "--data", str(data), *arguments, *told]):
+            raise BadInput(f"the benchmark with a slowed {what} failed")
+    finally:
+        bench.CHILD = before
+    return read_json(scratch / "benchmark.json")["verdict"]
+
+
+def prove_slowed(what: str, data: str, scratch: Path, count: int) -> tuple[int, int, str]:
+    """The verdict of one run with a slowed part, once for each count: in the first epoch, and for what is in memory later."""
+    expected = {"loader": ("loader", "loader"), "model": ("model", "model"), "disk": ("disk", "model"), "": ("model", "model")}
+    part, held, verdict = write_part(data, scratch / "part"), 0, {}
+    for _ in range(count):
+        with slow_disk(part) if what == "disk" else contextlib.nullcontext(SLOW_S) as value:
+            verdict = judge_slowed(what, value, part, scratch / "out", 3)
+        named = tuple(verdict[epoch]["bottleneck"] for epoch in ("first_epoch", "later_epochs"))
+        held += named == expected[what]
+        say(f"{what or 'nothing'} slowed: {named}")
+    return held, count, verdict["sentence"]
+
+
+def prove_loader(data: str, scratch: Path, count: int):
+    """Slowed loader: 0.5 s more in each gather. The verdict names the loader, cold and warm."""
+    return prove_slowed("loader", data, scratch, count)
+
+
+def prove_model(data: str, scratch: Path, count: int):
+    """Slowed model: 0.5 s more in each forward pass. The verdict names the model, cold and warm."""
+    return prove_slowed("model", data, scratch, count)
+
+
+def prove_disk(data: str, scratch: Path, count: int):
+    """Slowed disk: the kernel lets the repeats read 1 MB/s (cgroup). The verdict names the disk, cold, and the model, warm."""
+    return prove_slowed("disk", data, scratch, count)
+
+
+def prove_nothing(data: str, scratch: Path, count: int):
+    """Nothing slowed, on this machine: the verdict names the model's computing, cold and warm."""
+    return prove_slowed("", data, scratch, count)
+
+
+def prove_overhead(data: str, _scratch: Path, count: int) -> tuple[int, int, str]:
+    """The loop with the harness's clock against the bare one, in turn, over the fastest case (uint8 batches of 64, some 0.1 ms)
+    and the step of training: under 2% of a batch."""
+    cfg, told, held = load_config(overrides=[f"data_dir={data}"]), [], 0
+    set_determinism(cfg.deterministic, cfg.threads)
+    for kind, num in (("raw", NUM_BATCHES), ("train", 4)):
+        stream = cases.TIMED[kind](bench.Case("train", kind, kind, cfg, device="cpu"), torch.device("cpu"), {}, {})
+        list(itertools.islice(stream, 10))
+        shares = []
+        for _ in range(count):
+            started_at = time.perf_counter()
+            for _ in itertools.islice(stream, num):
+                pass
+            bare_s = time.perf_counter() - started_at
+            started_at = time.perf_counter()
+            bench.take(stream, 0, num, lambda: None)
+            shares.append((time.perf_counter() - started_at) / bare_s - 1)
+        low, high = bench.median_interval(shares)
+        median = statistics.median(shares)
+        told.append(f"{kind}: {median:+.2%} of {bare_s / num * 1e3:.3g} ms a batch (95% {low:+.2%} to {high:+.2%})")
+        held += median < OVERHEAD
+    return held, 2, "; ".join(told)
+
+
+def prove_agreement(data: str, scratch: Path, count: int) -> tuple[int, int, str]:
+    """Whole runs repeated: the interval of a row holds the median over all runs nine times of ten."""
+    runs = []
+    for number in range(count):
+        arguments = ["--cases", "raw,ready,default,matrix_product", "--batch-sizes", "64", *QUICK, str(bench.REPEATS)]
+        code = benchmark.main(["all", "--data", data, "--out", str(scratch / str(number)), "--allow-noise", *arguments])
+        if code:
+            raise BadInput(f"run {number} failed")
+        runs.append(read_json(scratch / str(number) / "benchmark.json")["rows"])
+    held, total, noisy, widths = 0, 0, 0, []
+    for rows in zip(*runs, strict=True):
+        rates = [row["images_per_s"] or row["flops_per_s"] for row in rows]
+        median = statistics.median(rates)
+        inside = [row["low"] <= median <= row["high"] for row in rows]
+        widths += [row["high"] / row["low"] - 1 for row in rows]
+        held, total, noisy = held + sum(inside), total + len(inside), noisy + sum(row["status"] != "ok" for row in rows)
+        say(f"{rows[0]['what']} {rows[0]['case']} {rows[0]['model']}: {sum(inside)} of {len(inside)}")
+    remark = f"{total} intervals of {len(runs[0])} rows, half of them narrower than {statistics.median(widths):.1%}"
+    return held, total, f"{remark}; {noisy} rows were marked noisy or unsteady"
+
+
+PARTS = {  # what, how often, and the share that has to hold
+    "loader": (prove_loader, 1, 1.0),
+    "model": (prove_model, 1, 1.0),
+    "disk": (prove_disk, 1, 1.0),
+    "nothing": (prove_nothing, 1, 1.0),
+    "overhead": (prove_overhead, 50, 1.0),
+    "agreement": (prove_agreement, 10, AGREE),
+}
+
+
+@script
+def main(argv=None) -> int:
+    parser = Parser(prog="prove_benchmark.py", description="Prove, at length, that the benchmark can be believed.")
+    parser.add_argument("part", nargs="?", default="all", help=f"{', '.join(PARTS)}, or all (default)")
+    parser.add_argument("--data", required=True, metavar="DIR", help="the real patches, on a disk")
+    parser.add_argument("--count", type=positive, help="how often (default: as the issue asks)")
+    parser.add_argument("--out", default=REPOSITORY / "assets" / "benchmark_proof", type=Path, metavar="OUT")
+    args = parser.parse_args(argv)
+    if args.part not in (*PARTS, "all"):
+        raise BadInput(f"{args.part} is no part: {', '.join(PARTS)}, all")
+    path = args.out.with_suffix(".json")
+    table = read_json(path) if path.is_file() else {}
+    for name in PARTS if args.part == "all" else [args.part]:
+        prove, count, asked = PARTS[name]
+        made, count = made_now(), args.count or count
+        (REPOSITORY / "data").mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="proof-", dir=REPOSITORY / "data") as scratch:
+            held, total, remark = prove(args.data, Path(scratch), count)
+        command = f"python tests/prove_benchmark.py {name} --data {args.data}" + (f" --count {count}" if args.count else "")
+        what = " ".join(prove.__doc__.split())
+        table[name] = {"what": what, "held": held, "total": total, "asked": asked, "remark": remark, "command": command} | made
+        write_json(path, table)
+        say(f"{name}: {held} of {total} held; {remark}")
+    rows = []
+    for row in table.values():
+        held, made = f"{row['held']} of {row['total']}", f"{row['date']}, {row['commit']}"
+        rows.append((row["what"], held, row["remark"], f"`{row['command']}`", made))
+    write_markdown(args.out.with_suffix(".md"), ("what", "held", "remark", "command", "date, commit"), rows)
+    failed = [name for name, row in table.items() if row["held"] < row["asked"] * row["total"]]
+    print_result({"failed": failed, "table": str(args.out.with_suffix(".md"))})
+    return EXIT_FINDING if failed else EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
