@@ -98,13 +98,14 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
     model, bench = folder / "assets" / "model", folder / "assets" / "benchmark"
     options = ("model", "--ckpt", champion, data, "--out", model)
     make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
-    quick = ("--seconds", 0.1, "--repeats", 2, "--batch-sizes", "1,8,64", "--allow-noise")
+    quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise")
     options = ("train", "--data", data, "--out", bench, *quick, "threads=1")
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 
     said = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))
     pictures = {"damage": "audit-damaged/suspects.png", "errors": "assets/model/errors.png", "remark": REMARK}
-    said |= {"group": "none: this is the demonstration", "members": [], "runs": [], "search": "", "audit": "", "twin": ""}
+    plain = [path.parent.name for path in sorted(runs.glob("*-plain-s*/summary.json"))]
+    said |= {"group": "none: this is the demonstration", "members": [], "runs": plain, "search": "", "audit": "", "twin": ""}
     said |= {"pictures": pictures, "remark": f"{REMARK} The scores say nothing about real tissue."}
     (folder / "journal.yaml").write_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if not call("report.py", "journal", folder):

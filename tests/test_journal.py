@@ -116,7 +116,7 @@ def made(pcam_dir, tmp_path_factory):
         "files,values,balance,leakage",
         codes=(0, 1),
     )
-    space = {"design": "sobol", "trials": 3, "seed": 1, "seeds": [1], "rungs": [1], "champion_seeds": 3}
+    space = {"design": "sobol", "trials": 2, "seed": 1, "seeds": [1], "rungs": [1], "champion_seeds": 3}
     write_json(root / "space.yaml", space | {"ranges": {"lr": {"log": [0.002, 0.02]}, "batch_size": {"choice": [32, 48]}}})
     where = ("--sweeps", root / "sweeps")
     call(sweep.main, "plan", root / "space.yaml", "--name", "tiny", *where, *options)

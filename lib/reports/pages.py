@@ -16,7 +16,7 @@ td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
 nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
 .sortable th{cursor:pointer}.sortable th[aria-sort=ascending]::after{content:" \\25b2"}
-.sortable th[aria-sort=descending]::after{content:" \\25bc"}
+.sortable td:first-child{white-space:nowrap}.sortable th[aria-sort=descending]::after{content:" \\25bc"}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
 """
 # a click on a table's head, or Enter, orders its rows: numbers as numbers, and once more the other way round

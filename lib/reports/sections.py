@@ -116,8 +116,8 @@ def quote(e: Evidence, code: str) -> list[Code]:
     """`file: name, name; file: name` as quotes: of lib/ and config.yaml as they were when the runs were made, if they were."""
     made = next((e.json(f"{run}/meta.json").get("commit") for run in seeds(e)), None)
     parts = []
-    for file, _, names in (item.strip().partition(": ") for item in code.split(";") if item.strip()):
-        for file, name in ((file.removesuffix(":"), name) for name in names.split(", ")):
+    for file, _, names in (item.strip().partition(":") for item in code.split(";") if item.strip()):
+        for name in map(str.strip, names.split(",")):
             for commit in [made, e.commit] if made and file.startswith(("lib/", "config.yaml")) else [e.commit]:
                 line, text = find_code(file, read_code(commit, file), name)
                 if line:
@@ -221,7 +221,9 @@ def twins(e: Evidence) -> list:
     equal = {name: [row[name] == "1" for row in rows] for name in rows[0] if name != "step"}
     num = sum(map(all, zip(*equal.values(), strict=True)))
     parts = [Words(f"{num:,} of {len(rows):,} traced steps are equal to the bit in every quantity.", (line,))]
-    parts += table(sides[0], [[*row.values()] for row in sides], TWIN) + findings(e, "twin")
+    long = ("commit", "weights_sha256")
+    told = [[str(value)[:12] if name in long else value for name, value in row.items()] for row in sides]
+    parts += table(sides[0], told, TWIN) + findings(e, "twin")
     title, steps = "Twin runs: what was equal to the bit at which step", [int(row["step"]) for row in rows]
     parts += picture("twin", title, [line], figures.plot_time_line, equal, steps)
     return parts + proofs(e, "assets/reproducibility.json") + proofs(e, "assets/reproducibility_sample.json")
@@ -338,9 +340,8 @@ def tracked(e: Evidence) -> list:
 def reproduce(e: Evidence) -> list:
     for run in finished(e):
         commit, data = e.json(f"{run}/meta.json")["commit"] or "COMMIT", read_run(e.root / run)["data_dir"]
-        steps = (
-            f"git checkout {commit}\nmake setup\npython prepare.py verify {data}\npython train.py --config {run}/config.yaml"
-        )
+        steps = f"cp {run}/config.yaml again.yaml\ngit checkout {commit}\nmake setup\npython prepare.py verify {data}\n"
+        steps += "python train.py --config again.yaml"
         digest = e.json(f"{run}/summary.json")["weights_sha256"]
         told = f"It is reproduced if the new summary.json has the `weights_sha256` `{digest}`."
         return [Code(steps, f"{run}, once more"), Words(told, (f"{run}/summary.json", f"{run}/config.yaml"))]
