@@ -40,9 +40,7 @@ def parse(argv) -> argparse.Namespace:
     model.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
     model.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
     model.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-model-NAME of DIR)")
-    model.add_argument(
-        "--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR"
-    )
+    model.add_argument("--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR")
     model.add_argument("--without-patches", action="store_true", help="no picture of a patch on the page: maps and captions")
     model.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     model.add_argument("overrides", nargs="*", metavar="key=value", help="that do not change the weights, such as views=1")

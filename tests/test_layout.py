@@ -17,7 +17,8 @@ FLOORS = [
     for rooms in (
         "command config seeding device logger metrics calibration progress",
         "pcam batches augment synthetic models optimizers centrenet rundir inputs features copies reference",
-        "training predict deploy checkpoint search launch ingest repack verify download trace slurm handover bench cases verdict",
+        "training predict deploy checkpoint search launch ingest repack verify download trace slurm handover "
+        "bench cases verdict",
         "audits reports",
     )
 ]
