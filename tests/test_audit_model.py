@@ -328,6 +328,7 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
     ("spoil", "sentence"),
     [
         ("no labels", "no file camelyonpatch_level_2_split_valid_y.h5"),
+        ("empty", "x is empty"),
         ("one class", "have the label 1, both are needed"),
         ("one group", "do not make two halves"),
         ("no checkpoint", "is not a checkpoint of this program"),
@@ -339,7 +340,9 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
 def test_what_cannot_be_audited_is_refused_in_a_sentence(spoil, sentence, quick_run, tmp_path, capsys):
     patches, labels = draw_patches(24, 0)
     ckpt, out, more = quick_run, tmp_path / "out", []
-    if spoil == "one class":
+    if spoil == "empty":
+        patches, labels = patches[:0], labels[:0]
+    elif spoil == "one class":
         labels[:] = 1
     elif spoil == "one group":
         patches[:] = patches[:1]
@@ -349,7 +352,7 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(spoil, sentence, quick_
     elif spoil == "into the data":
         out = tmp_path
     more = {"unknown split": ["--split", "vaild"], "weights": ["lr=1"]}.get(spoil, [])
-    with SplitWriter(tmp_path, "valid", 24) as writer:
+    with SplitWriter(tmp_path, "valid", len(patches)) as writer:
         writer.add(patches, labels)
     if spoil == "no labels":
         split_path(tmp_path, "valid", "y").unlink()

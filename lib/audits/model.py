@@ -59,7 +59,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
     if len(np.unique(split.labels)) < 2:
         raise BadInput(f"{directory}: all patches of split {split_name} have the label {split.labels[0]}, both are needed")
     groups = group_of_rows(split, directory)
-    kind, half = "groups of copies" if split.slides is None else "slides", fold_of_rows(groups, 2)
+    kind, half = "groups that share tissue" if split.slides is None else "slides", fold_of_rows(groups, 2)
     if any(len(np.unique(split.labels[half == side])) < 2 for side in (0, 1)):
         raise BadInput(f"{directory}: the {kind} of split {split_name} do not make two halves with both classes in each")
     copies = groups if split.slides is None else group_of_rows(replace(split, slides=None), directory)
