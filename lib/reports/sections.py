@@ -74,11 +74,11 @@ conflict | A merge conflict | |
 graph | The graph of the last fifteen commits | |
 8 Benchmark
 throughput | How throughput is measured | | lib/rundir.py: add_step; lib/bench.py: measure; benchmark.py: images_per_s
-precision | What precision changes | bench PARTITION=thin_course |
+precision | What precision changes | bench PARTITION=thin_course OUT=assets/benchmark |
 another_day | Why another day can be slower | |
-batch_one | Throughput at batch 1 | bench PARTITION=thin_course |
-scaling | Scaling over batch size, for a small and a large model | bench PARTITION=thin_course |
-bottleneck | The bottleneck | bench PARTITION=thin_course |
+batch_one | Throughput at batch 1 | bench PARTITION=thin_course OUT=assets/benchmark |
+scaling | Scaling over batch size, for a small and a large model | bench PARTITION=thin_course OUT=assets/benchmark |
+bottleneck | The bottleneck | bench PARTITION=thin_course OUT=assets/benchmark |
 9 Documentation
 readme | README with installation, data, training, inference | |
 stick | The files for a USB stick that runs the model offline | | README.md: On the stick:; lib/audits/handover.py: PARTS
@@ -511,7 +511,7 @@ def scaling(e: Evidence) -> list:
 def bottleneck(e: Evidence) -> list:
     verdict = e.json(BENCHMARK).get("verdict") or {}
     rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
-    return [Words(str(verdict.get("sentence", "")))] * bool(verdict) + table(("what", "value"), rows, BENCHMARK)
+    return [Words(str(verdict.get("sentence", "")), (BENCHMARK,))] * bool(verdict) + table(("what", "value"), rows, BENCHMARK)
 
 
 # 9: documentation, and the checklist
