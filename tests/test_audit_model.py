@@ -14,8 +14,8 @@ from lib.audits.shortcut import judge_shortcuts, map_evidence, probe_colours, pr
 from lib.audits.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows, group_of_rows
-from lib.calibration import choose_threshold, draw_weights, resampled_curves, with_itself
-from lib.checkpoint import load_checkpoint, save_checkpoint
+from lib.calibration import calibration_scores, choose_threshold, draw_weights, resampled_curves, with_itself
+from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
 from lib.logger import read_csv
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid
@@ -258,12 +258,16 @@ def test_errors_are_all_errors_the_most_confident_first(audited):
     assert (out / "errors.png").stat().st_size > 1000
 
 
+def halves(split, folder) -> np.ndarray:
+    return fold_of_rows(group_of_rows(split, folder), 2)
+
+
 def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(audited, pcam_dir):
     out, _ = audited
     rows = {row["rule"]: row for row in read_csv(out / "thresholds.csv")}
     probs = np.array([float(row["probability"]) for row in read_csv(out / "predictions.csv")])
     split = open_split(pcam_dir, "valid")
-    half = fold_of_rows(group_of_rows(split, pcam_dir), 2)
+    half = halves(split, pcam_dir)
     chosen = choose_threshold(split.labels[half == 0], probs[half == 0], "f2", 0, 0)
     assert float(rows["F2-optimal"]["threshold"]) == pytest.approx(chosen, abs=1e-6)
     labels, probs = split.labels[half == 1], probs[half == 1]
@@ -298,7 +302,7 @@ def test_files_say_what_was_audited_and_the_page_shows_it(audited, quick_run, pc
 
 
 def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied(
-    audited, quick_run, pcam_dir, tmp_path, monkeypatch, capsys
+    quick_run, pcam_dir, tmp_path, monkeypatch, capsys
 ):
     drawn = []
     monkeypatch.setattr(model, "NUM_PICTURES", 2)  # and few of all else, for speed
@@ -312,15 +316,15 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
     assert not (tmp_path / "errors.png").exists() and "Pictures of patches are left out" in page and "row " in page
     assert drawn and set(drawn) == {(192, 192, 3)}, "a map alone, no patch beside it"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["page"] == str(tmp_path / "model.html")
-    stored = load_checkpoint(quick_run / "best.pt")["calibration"]
-    for ours, plain in zip(*(read_csv(out / "predictions.csv") for out in (tmp_path, audited[0])), strict=True):
-        prob, before = float(ours["probability"]), float(plain["probability"])
-        raw = (np.log(before / (1 - before)) - stored["offset"]) * stored["temperature"]
-        assert prob == pytest.approx(sigmoid(2 * raw - 0.4), abs=1e-5)
+    split, (network, cfg, _) = open_split(pcam_dir, "valid"), load_model(quick_run)
+    patches = torch.from_numpy(split.images.read(np.arange(64)))
+    raw = predict_batch(network, patches, cfg.precision, cfg.views, PREPROCESSING).double().numpy()
+    probs = [float(row["probability"]) for row in read_csv(tmp_path / "predictions.csv")]
+    assert probs == pytest.approx(sigmoid(2 * raw - 0.4).tolist(), abs=1e-5)
     scores = json.loads((tmp_path / "scores.json").read_text())
-    rows = {row["probabilities"]: row for row in scores["calibration"]}
-    before = json.loads((audited[0] / "scores.json").read_text())["calibration"][0]
-    assert rows["as the model says"]["ece"] == pytest.approx(before["ece"], abs=1e-6)
+    rows, judged = {row["probabilities"]: row for row in scores["calibration"]}, np.flatnonzero(halves(split, pcam_dir) == 1)
+    expected = calibration_scores(split.labels[judged], raw[judged])
+    assert rows["as the model says"]["brier"] == pytest.approx(expected["brier"], abs=1e-5)
     assert rows["as the checkpoint scales them"]["brier"] == pytest.approx(scores["global"]["brier"]["value"], abs=1e-6)
 
 
