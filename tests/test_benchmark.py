@@ -419,6 +419,7 @@ STEP = {"transfer": 2.0, "forward": 3.0, "backward": 6.0, "optimiser": 1.0, "log
         ({"read": 11.0, "residence": "host"}, "disk", "model", 1e5),
         ({"gather": 8.0, "transfer": 7.0, "gpu": "H100", "residence": "host"}, "loader", "loader", 1e6),
         ({"gather": 0.1, "transfer": 7.0, "gpu": "H100", "residence": "host"}, "model", "model", 1e5),
+        ({"gather": 4.0, "transfer": 1.0, "read": 6.0, "gpu": "H100", "residence": "host"}, "model", "model", 1e5),
     ],
 )
 def test_the_bottleneck_is_the_largest_part_of_what_a_batch_waits_for(changes, first, later, limit):
