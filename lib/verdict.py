@@ -54,12 +54,11 @@ def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_co
     seconds = {name: some["batch_size"] / rate for name, rate in rates.items() if rate}
     on_gpu, background = some["gpu"] != "none", ()
     if some["residence"] == "disk" or (some["residence"] == "host" and on_gpu):  # as PatchSource.can_stall
-        background = ("read", "gather", *(["transfer"] if on_gpu else []))
-    if is_cold and some["residence"] != "disk":
-        background = tuple(name for name in background if name != "read")  # the file is read before the first step
+        background = ("gather", *(["transfer"] if on_gpu else []))
+        background += ("read",) if some["residence"] == "disk" else ()  # else the file is read before the first step
     lanes = [{name: seconds[name] for name in seconds if (name in background) == ahead} for ahead in (True, False)]
     lane = max(lanes, key=lambda lane: sum(lane.values()))
-    group_s = {group: sum(lane.get(name, 0.0) for name in names) for group, names in GROUPS.items()}
+    group_s = {group: sum(lane.get(part, 0.0) for part in parts) for group, parts in GROUPS.items()}
     bottleneck = max(group_s, key=group_s.get)
     expected_s = sum(lane.values())
     measured = overlapped and overlapped["images_per_s"]

@@ -25,8 +25,8 @@ from lib.pcam import SplitWriter, open_split
 from lib.seeding import set_determinism
 
 STAGES = "apart,overlapped,overlapped_cold,read,memory_copy,sequential_read,matrix_product"
-NUM_PATCHES, BATCH_SIZE = 512, 16  # few, so that a slow disk need not be waited for
-SLOW_S, SLOW_BYTES_PER_S = 0.5, 1_000_000  # a batch more; a second at most
+NUM_PATCHES, BATCH_SIZE = 256, 16  # few, so that a slow disk need not be waited for
+SLOW_S, SLOW_BYTES_PER_S = 1.0, 250_000  # a batch more; a second at most: 1.8 s a batch
 OVERHEAD, NUM_BATCHES = 0.02, 200  # asked for: at most; batches in a run of the loop
 AGREE = 0.9  # asked for: of the intervals
 QUICK = ["--seconds", "1", "--repeats"]
@@ -73,7 +73,7 @@ def judge_slowed(what: str, value, data: Path, scratch: Path, repeats: int) -> d
     bench.CHILD = [sys.executable, str(REPOSITORY / "tests/slowed_case.py"), what, str(value)] if what else before
     try:
         arguments = ["--out", str(scratch), "--batch-sizes", str(BATCH_SIZE), "--cases", STAGES, "--allow-noise"]
-        told = [*QUICK, str(repeats), "data_residence=disk"]
+        told = [*QUICK, str(repeats), "data_residence=disk", "threads=1"]
         if benchmark.main(["train", "--data", str(data), *arguments, *told]):
             raise BadInput(f"the benchmark with a slowed {what} failed")
     finally:
@@ -95,17 +95,17 @@ def prove_slowed(what: str, data: str, scratch: Path, count: int) -> tuple[int, 
 
 
 def prove_loader(data: str, scratch: Path, count: int):
-    """Slowed loader: 0.5 s more in each gather. The verdict names the loader, cold and warm."""
+    """Slowed loader: 1 s more in each gather. The verdict names the loader, cold and warm."""
     return prove_slowed("loader", data, scratch, count)
 
 
 def prove_model(data: str, scratch: Path, count: int):
-    """Slowed model: 0.5 s more in each forward pass. The verdict names the model, cold and warm."""
+    """Slowed model: 1 s more in each forward pass. The verdict names the model, cold and warm."""
     return prove_slowed("model", data, scratch, count)
 
 
 def prove_disk(data: str, scratch: Path, count: int):
-    """Slowed disk: the kernel lets the repeats read 1 MB/s (cgroup). The verdict names the disk, cold, and the model, warm."""
+    """Slowed disk: the kernel lets the repeats read 0.25 MB/s (cgroup). Cold, the disk is named, warm, the model."""
     return prove_slowed("disk", data, scratch, count)
 
 
