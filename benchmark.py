@@ -23,6 +23,9 @@ WHAT = {
 }
 
 
+PLACES = ("argv", "cwd", "pid", "process_start", "submitted")  # of this machine alone: a benchmark is shown to others
+
+
 def parse(argv) -> argparse.Namespace:
     about = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
     parser = Parser(prog="benchmark.py", description="Measure throughput on your own files.", epilog=about)
@@ -82,7 +85,8 @@ def benchmark(args) -> int:
     open_train_valid(cfg)
     if not args.allow_noise:
         bench.require_quiet()
-    job, about = bench.describe_job(machine := describe_machine(device)), environment()
+    job = bench.describe_job(machine := describe_machine(device))
+    about = {name: value for name, value in environment().items() if name not in PLACES}
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     out = Path(args.out or f"bench/{job['partition']}-{stamp if job['job_id'] == 'none' else job['job_id']}")
     result = {"what": args.what, "seconds": args.seconds, "repeats": args.repeats, "data": cfg.data_dir}
