@@ -15,7 +15,7 @@ from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
 from lib.logger import atomic_write
-from lib.models import build_model, fit_state, is_plain_tensor, load_pickle_free
+from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free
 
 SCHEMA = 2
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
@@ -210,7 +210,7 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     require_sound(checkpoint, path)
     try:
         cfg = config_from_dict(checkpoint["config"], source="its config")
-        with torch.device("meta"):  # no memory is taken before every shape has been compared
+        with torch.device("meta"), Undrawn():  # no memory is taken before every shape has been compared
             model = build_model(cfg)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None

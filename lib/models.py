@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lib.centrenet import CentreNet
 from lib.command import BadInput, one_line
@@ -65,6 +66,16 @@ def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
     state = {name: state[name].to(value.dtype) for name, value in own.items()}
     model.load_state_dict(state, assign=next(iter(own.values())).is_meta)
     return model
+
+
+class Undrawn(TorchFunctionMode):
+    """While a model is built to be filled: no weights are drawn. Without a place for them, that would load torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ in ("normal_", "uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
 def is_plain_tensor(value) -> bool:
