@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import math
 import os
 from pathlib import Path
@@ -14,11 +15,13 @@ from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
 from lib.logger import atomic_write
-from lib.models import build_model, fit_state, load_pickle_free
+from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free
 
 SCHEMA = 2
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
+ITEM_BYTES, SPARE_BYTES, DEEPEST = 100, 1 << 20, 20  # of plain values: a stranger's checkpoint must be gone through in time
+SMALLEST, LARGEST = 1e-9, 1e9  # of numbers that are divided by and reckoned with: beyond, float32 is left
 # keys of a checkpoint and their types; what is None belongs to later work or does not apply
 FIELDS = {
     "config": dict,
@@ -122,14 +125,16 @@ def load_checkpoint(path) -> dict:
     checkpoint = load_pickle_free(path)
     if not isinstance(checkpoint, dict) or checkpoint.pop("kind", None) != KIND:
         raise BadInput(f"{path} is not a checkpoint of this program (train.py writes best.pt and last.pt)")
+    if _num_bytes(checkpoint, most := Path(path).stat().st_size + SPARE_BYTES) > most:
+        raise BadInput(f"{path} is damaged: it holds what no checkpoint does, or more than fits into its file")
     schema, checksum, digest = (checkpoint.pop(name, None) for name in ("schema", "sha256", "weights_sha256"))
     if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
+        raise BadInput(f"{path} has the schema {str(schema):.40}, this program reads 1 to {SCHEMA}")
     for name, kind in FIELDS.items():
         if not isinstance(checkpoint.get(name), kind):
             raise BadInput(f"{path} is damaged: its {name} is {'of a wrong type' if name in checkpoint else 'missing'}")
-    if any(t.numel() * t.element_size() > t.untyped_storage().nbytes() for t in _tensors(checkpoint)):
-        raise BadInput(f"{path} is damaged: a tensor in it is larger than what is stored of it")
+    if not all(map(is_plain_tensor, evaluated(checkpoint).values())):
+        raise BadInput(f"{path} is damaged: its weights are not all tensors")
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
@@ -139,36 +144,51 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 
-def _tensors(value):
-    """Every tensor in nested dicts and lists."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+def _num_bytes(value, most: float, depth: int = 0) -> float:
+    """Roughly the bytes of nested dicts and lists of tensors and plain values, each counted as often as it is referred to.
+    Counts no further than beyond `most`; infinite for anything else, and for what is nested deeply or in itself."""
+    if isinstance(value, (dict, list, tuple)) and depth < DEEPEST:
+        num_bytes = ITEM_BYTES
+        for item in itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value:
+            if num_bytes > most:
+                break
+            num_bytes += _num_bytes(item, most - num_bytes, depth + 1)
+        return num_bytes
+    if is_plain_tensor(value):
+        return ITEM_BYTES + value.numel() * value.element_size()
+    if isinstance(value, str):
+        return ITEM_BYTES + len(value)
+    return ITEM_BYTES if value is None or isinstance(value, (bool, int, float)) else math.inf
 
 
 def _is_finite(value, *shape: int) -> bool:
-    """Whether a value is a finite float or, of a shape, lists of such."""
+    """Whether a value is a float that can be reckoned with or, of a shape, lists of such."""
     if not shape:
-        return isinstance(value, float) and math.isfinite(value)
+        return isinstance(value, float) and abs(value) < LARGEST
     return isinstance(value, list) and len(value) == shape[0] and all(_is_finite(item, *shape[1:]) for item in value)
 
 
 def require_sound(checkpoint: dict, path) -> None:
     """Raise BadInput unless what prediction takes from a checkpoint, besides weights, is of the right kind."""
     preprocessing, calibration, reference = (checkpoint[name] for name in ("preprocessing", "calibration", "reference"))
-    if not all(_is_finite(preprocessing.get(name), 3) for name in ("mean", "std")) or min(preprocessing["std"]) <= 0:
+    if not all(_is_finite(preprocessing.get(name), 3) for name in ("mean", "std")) or min(preprocessing["std"]) < SMALLEST:
         raise BadInput(f"{path} is damaged: its preprocessing must hold a mean and a std of three numbers")
     if not 0 <= checkpoint["threshold"] <= 1:
         raise BadInput(f"{path} is damaged: its threshold {checkpoint['threshold']} is not between 0 and 1")
-    if calibration and not all(_is_finite(calibration.get(name)) for name in ("temperature", "offset")):
+    if calibration is not None and not all(_is_finite(calibration.get(name)) for name in ("temperature", "offset")):
         raise BadInput(f"{path} is damaged: its calibration must hold a temperature and an offset, two numbers")
-    if calibration and calibration["temperature"] <= 0:
+    if calibration and calibration["temperature"] < SMALLEST:
         raise BadInput(f"{path} is damaged: the temperature {calibration['temperature']} is not above zero")
+    if calibration and calibration.get("views", 1) not in (1, 8):
+        raise BadInput(f"{path} is damaged: its calibration must be of 1 view or of 8")
     num, shapes = len(NAMES), {"mean": 1, "deviation": 1, "inverse_correlation": 2, "limit": 0, "shift_limit": 0}
-    if reference and not all(_is_finite(reference.get(name), *[num] * depth) for name, depth in shapes.items()):
-        raise BadInput(f"{path} is damaged: its reference statistics must hold {', '.join(shapes)} of {num} features")
+    if reference is not None:
+        if not all(_is_finite(reference.get(name), *[num] * depth) for name, depth in shapes.items()):
+            raise BadInput(f"{path} is damaged: its reference statistics must hold {', '.join(shapes)} of {num} features")
+        inverse = torch.tensor(reference["inverse_correlation"], dtype=torch.float64)
+        variances = torch.linalg.eigvalsh(inverse + inverse.T).tolist()  # below zero a distance would be no number
+        if min(*reference["deviation"], *variances, reference["limit"], reference["shift_limit"]) < SMALLEST:
+            raise BadInput(f"{path} is damaged: its reference statistics hold spreads or limits that are not above zero")
 
 
 def checkpoint_path(ckpt) -> Path:
@@ -187,10 +207,10 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     """The model of a checkpoint with the weights that were evaluated, ready to predict; its config; the checkpoint."""
     path = checkpoint_path(ckpt)
     checkpoint = load_checkpoint(path)
-    cfg = config_from_dict(checkpoint["config"], source=str(path))
     require_sound(checkpoint, path)
     try:
-        with torch.device("meta"):  # no memory is taken before every shape has been compared
+        cfg = config_from_dict(checkpoint["config"], source="its config")
+        with torch.device("meta"), Undrawn():  # no memory is taken before every shape has been compared
             model = build_model(cfg)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None

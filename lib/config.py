@@ -18,6 +18,7 @@ from lib.logger import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
 TINY = math.ulp(0.0)
+MOST_ITEMS = 100  # of a key that takes several values
 NOT_IDENTITY = "does not change the weights"
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -121,6 +122,8 @@ def coerce(key, value, hint):
     if typing.get_origin(kind) is tuple:
         items = value.strip(" []").replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, (list, tuple)) else [items]
+        if len(items) > MOST_ITEMS:
+            raise BadInput(f"config key {key}: {len(items):,} values are too many, at most {MOST_ITEMS} are allowed")
         return tuple(coerce(key, item, typing.get_args(kind)[0]) for item in items)
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}

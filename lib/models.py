@@ -1,10 +1,13 @@
 """The classifiers: each takes normalised patches (B, 3, 96, 96) and gives one logit a patch, (B, 1)."""
 
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from lib.centrenet import CentreNet
 from lib.command import BadInput, one_line
@@ -52,7 +55,7 @@ def num_parameters(model: nn.Module) -> int:
 def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
     """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit."""
     own = model.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(is_plain_tensor, state.values())):
         raise BadInput(f"{source} does not hold the weights of a model")
     for name in sorted(own.keys() | state.keys(), key=str):
         if name not in state or name not in own:
@@ -65,6 +68,23 @@ def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
     return model
 
 
+class Undrawn(TorchFunctionMode):
+    """While a model is built to be filled: no weights are drawn. Without a place for them, that would load torch's compiler."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.__name__ in ("normal_", "uniform_"):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def is_plain_tensor(value) -> bool:
+    """Whether a value is a tensor whose real numbers all lie in memory: not sparse, quantized, complex or without content."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not (value.is_quantized or value.is_complex() or value.is_nested)
+
+
 def load_pickle_free(path) -> object:
     """What torch.save wrote to `path`, as tensors and plain values on the CPU; code in it is refused, never run."""
     path = Path(path)
@@ -73,7 +93,12 @@ def load_pickle_free(path) -> object:
     if not path.stat().st_size:
         raise BadInput(f"{path} is an empty file, not a checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            is_archive = file.read(4) == b"PK\3\4"
+        if is_archive and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+            raise ValueError("its parts are packed, torch.save leaves them as they are")  # up to a thousandfold
+        with warnings.catch_warnings(action="ignore"):  # what torch has to remark about foreign files
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise BadInput(f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers") from None
     except Exception as error:  # whatever a damaged archive provokes in torch's reader
