@@ -1,12 +1,13 @@
 """The benchmark's own figures, at length: its verdict on what was slowed, what it costs itself, whether it agrees with itself.
 
-python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     needs a quiet machine; `disk` root and cgroups
+python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     needs a quiet machine; `disk` root, cgroups
 """
 
 import contextlib
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -44,23 +45,34 @@ def write_part(data: str, folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def slow_disk(path: Path):
-    """A control group (version 1 or 2) whose processes read so much a second from the disk that holds `path`, for the block."""
-    number = os.stat(path).st_dev
-    disk = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
-    if not disk.exists():
-        raise BadInput(f"{path} lies on no block device whose reading can be limited")
-    disk = disk.resolve()
-    disk = disk.parent if (disk / "partition").exists() else disk
-    number = (disk / "dev").read_text().strip()
+def own_disk(folder: Path):
+    """A small file system in a file, on a device of its own, mounted at `folder` for the block."""
+    image = folder.with_suffix(".img")
+    folder.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(image)], check=True)
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def slow_reader(folder: Path):
+    """A control group (version 1 or 2) whose processes read so much a second from the disk that holds `folder`."""
+    device = os.stat(folder).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
     one, two = Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup")
     group = (one if one.is_dir() else two) / f"slow-disk-{os.getpid()}"
+    if not one.is_dir():
+        (two / "cgroup.subtree_control").write_text("+io")
     group.mkdir()
     try:
         if one.is_dir():
             (group / "blkio.throttle.read_bps_device").write_text(f"{number} {SLOW_BYTES_PER_S}")
         else:
-            (two / "cgroup.subtree_control").write_text("+io")
             (group / "io.max").write_text(f"{number} rbps={SLOW_BYTES_PER_S}")
         yield group
     finally:
@@ -84,13 +96,15 @@ def judge_slowed(what: str, value, data: Path, scratch: Path, repeats: int) -> d
 def prove_slowed(what: str, data: str, scratch: Path, count: int) -> tuple[int, int, str]:
     """The verdict of one run with a slowed part, once for each count: in the first epoch, and for what is in memory later."""
     expected = {"loader": ("loader", "loader"), "model": ("model", "model"), "disk": ("disk", "model"), "": ("model", "model")}
-    part, held, verdict = write_part(data, scratch / "part"), 0, {}
-    for _ in range(count):
-        with slow_disk(part) if what == "disk" else contextlib.nullcontext(SLOW_S) as value:
-            verdict = judge_slowed(what, value, part, scratch / "out", 3)
-        named = tuple(verdict[epoch]["bottleneck"] for epoch in ("first_epoch", "later_epochs"))
-        held += named == expected[what]
-        say(f"{what or 'nothing'} slowed: {named}")
+    held, verdict, is_disk = 0, {}, what == "disk"
+    with own_disk(scratch / "disk") if is_disk else contextlib.nullcontext(scratch) as place:
+        part = write_part(data, place / "part")
+        for _ in range(count):
+            with slow_reader(part) if is_disk else contextlib.nullcontext(SLOW_S) as value:
+                verdict = judge_slowed(what, value, part, scratch / "out", 3)
+            named = tuple(verdict[epoch]["bottleneck"] for epoch in ("first_epoch", "later_epochs"))
+            held += named == expected[what]
+            say(f"{what or 'nothing'} slowed: {named}")
     return held, count, verdict["sentence"]
 
 

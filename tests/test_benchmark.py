@@ -186,7 +186,8 @@ def test_load_by_others_is_seen_and_a_busy_machine_is_refused(pcam_dir, tmp_path
     before = bench.read_load()
     time.sleep(1)
     assert bench.load_between(before, bench.read_load())["others_share"] > 0.5
-    code = benchmark.main(["loader", "--data", str(pcam_dir), "--out", str(tmp_path / "out")])
+    quick = ["--cases", "memory_copy", "--seconds", "0.01", "--repeats", "1"]
+    code = benchmark.main(["loader", "--data", str(pcam_dir), "--out", str(tmp_path / "out"), *quick])
     assert code == 2 and "too busy to measure: others use" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -426,6 +427,15 @@ def test_the_bottleneck_is_the_largest_part_of_what_a_batch_waits_for(changes, f
     assert judged["later_epochs"]["limit_s"] == (limit and pytest.approx(64 / limit))
     told = judged["sentence"].split("From memory, ")
     assert told[0].count(verdict.NAMES[first]) == 1 and told[1].startswith(verdict.NAMES[later])
+
+
+def test_the_limit_of_a_disk_is_its_faster_way():
+    rows = stage_rows(**STEP | {"read": 20.0, "overlapped": 20.0})
+    first = verdict.judge(rows)["first_epoch"]
+    assert (first["limit"], first["limit_s"]) == ("sequential read", pytest.approx(64 / 2e5))
+    next(each for each in rows if each["case"] == "sequential_read")["images_per_s"] = 1.0
+    first = verdict.judge(rows)["first_epoch"]
+    assert (first["limit"], first["limit_s"]) == ("read", pytest.approx(20.0))
 
 
 def test_a_verdict_needs_its_stages_and_says_where_they_do_not_explain_the_pipeline():
