@@ -284,9 +284,9 @@ def test_cold_and_warm_are_told_apart_by_the_pages(pcam_dir, monkeypatch):
     path = split_path(pcam_dir, "train", "x")
     for _ in range(2):
         assert cases.prepare_pages(path, "cold") == {} and cases.resident_share(path) < cases.COLD_SHARE
-        assert cases.prepare_pages(path, "warm") == {} and cases.resident_share(path) == 1
+        assert cases.prepare_pages(path, "warm") == {} and cases.resident_share(path) >= cases.WARM_SHARE
     monkeypatch.setattr(os, "posix_fadvise", lambda *_: None)  # a file system that does not heed it
-    with pytest.raises(BadInput, match="cannot be made cold: 100% of it stays"):
+    with pytest.raises(BadInput, match="cannot be made cold: (9[0-9]|100)% of it stays"):
         cases.prepare_pages(path, "cold")
 
 
