@@ -12,6 +12,7 @@ h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px sol
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
 td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
+.dense{font-size:.8rem;white-space:nowrap}.dense td,.dense th{padding:.2rem .4rem}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
@@ -27,12 +28,12 @@ def text(value) -> str:
     return html.escape("" if value is None else str(value))
 
 
-def table(header, rows) -> str:
-    """An HTML table of values, numbers on the right."""
+def table(header, rows, kind: str = "") -> str:
+    """An HTML table of values, numbers on the right; `kind` "dense" for many columns."""
     head = "".join(f"<th>{text(name)}</th>" for name in header)
     cells = ("".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<table{' class=' * bool(kind)}{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def is_words(cell) -> bool:
