@@ -9,7 +9,16 @@ import torch
 
 from lib.audits import finding
 from lib.audits.shortcut import check_shortcuts, map_evidence
-from lib.audits.slices import Answers, build_slices, conclude, describe_patches, measure_slices, slide_slices, split_answers
+from lib.audits.slices import (
+    JUDGED,
+    Answers,
+    build_slices,
+    conclude,
+    describe_patches,
+    measure_slices,
+    slide_slices,
+    split_answers,
+)
 from lib.batches import fold_of_rows, group_of_rows
 from lib.calibration import (
     PREVALENCES,
@@ -96,7 +105,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
             by_copies = split_answers(answers.labels, answers.probs, threshold, copies)
             slices += measure_slices(slide_slices(split.slides), by_copies)
         worst = conclude(slices)
-        keep(slice_findings(slices), slices=slices)
+        keep(check_slices(slices, worst), slices=slices)
         shortcut, found = check_shortcuts(predict_calibrated, split, answers, logits, colours, groups)
         keep(found, shortcut=shortcut)
         tables |= {"errors": list_errors(split, answers), "predictions": list_predictions(split, answers)}
@@ -232,25 +241,27 @@ def draw_curves(answers: Answers) -> list[dict]:
     curves = resampled_curves(answers.labels[rows], answers.probs[rows], answers.weights[1], GRID)
     points = []
     for curve, name in (("roc", "recall"), ("pr", "precision")):
-        for x, values in zip(GRID, curves[name].T, strict=True):
-            points.append({"curve": curve, "x": float(x), **dict(zip(("y", "low", "high"), estimate(values), strict=True))})
+        for x, values in zip(GRID.tolist(), curves[name].T, strict=True):
+            if x == 0 and curve == "pr":
+                continue  # where nothing is called there is no precision
+            points.append({"curve": curve, "x": x, **dict(zip(("y", "low", "high"), estimate(values), strict=True))})
     return points
 
 
-def slice_findings(rows: list[dict]) -> list[dict]:
-    """A warning for each confirmed slice, or a note that there is none."""
-    tried = f"{rows[0]['num_tried']} comparisons of {len(rows)} slices" if rows else "no slice"
-    found = []
-    for row in rows:
-        for name in row["confirmed"].split():
-            value, low, high, rest = (row[key] for key in (name, f"{name}_low", f"{name}_high", f"rest_{name}"))
-            measured = f"{row['feature']} {row['slice']}: {name} {value:.3f} ({low:.3f} to {high:.3f}), elsewhere {rest:.3f}"
-            advice = "look at these patches; more like them in training, or a threshold of their own"
-            facts = {key: row[key] for key in ("feature", "slice", "num", "num_positive", name, f"rest_{name}", f"p_{name}")}
-            found.append(finding("slice", "warning", measured, f"found on the other half, of {tried}", advice, [facts]))
-    num_found = sum(bool(row["found"]) for row in rows)
-    measured = f"of {tried} {num_found} slices fall behind on one half, none of them for certain on the other too"
-    return found or [finding("slices", "note", measured)]
+def check_slices(rows: list[dict], worst: dict | None) -> list[dict]:
+    """Whether slices are confirmed to be worse than the rest: a finding with a row for each of them."""
+    tried, num_found = f"{rows[0]['num_tried']} comparisons of {len(rows)} slices", sum(bool(row["found"]) for row in rows)
+    measured = f"{num_found} of {len(rows)} slices fall behind the rest on one half, "
+    if worst is None:
+        return [finding("slices", "note", f"{measured}none of them for certain on the other too", tried)]
+    keys = ("feature", "slice", "num", "num_positive", "confirmed", *(end + name for name in JUDGED for end in ("", "rest_")))
+    confirmed = [{key: row[key] for key in keys} for row in rows if row["confirmed"]]
+    name = worst["measure"]
+    measured += f"{len(confirmed)} of them on the other too; worst, {worst['feature']} {worst['slice']}: {name} "
+    measured += f"{worst[name]:.3f} ({worst[f'{name}_low']:.3f} to {worst[f'{name}_high']:.3f}), elsewhere "
+    measured += f"{worst[f'rest_{name}']:.3f}"
+    advice = "look at their patches: more like them in training, or a threshold of their own"
+    return [finding("slices", "warning", measured, f"none of {tried}", advice, confirmed)]
 
 
 def list_errors(split: Split, answers: Answers) -> list[dict]:

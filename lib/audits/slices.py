@@ -4,6 +4,7 @@ A slice is defined by what can be seen of a patch, or where it comes from, never
 Slices are judged by AUC, recall and specificity, which do not depend on how many of a slice's patches are positive, as F2 does.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -58,22 +59,18 @@ def describe_patches(images) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def build_slices(features: dict[str, np.ndarray], copies: np.ndarray, first_half: np.ndarray) -> list[dict]:
-    """Slices as {feature, slice, mask bool (N,)}: bins of SLICED features with edges of the first half, and whether a patch
-    shares tissue with another, by its group of `copies` (N,)."""
+    """Slices as {feature, slice, mask bool (N,)}: bins of SLICED features with edges of the first half, the two lowest and the
+    two highest together besides, for what is wider than one; and whether a patch shares tissue with another, by its group of
+    `copies` (N,)."""
     slices = []
     for name in SLICED:
         values = features[name]
-        edges = np.unique(np.quantile(values[first_half], np.linspace(0, 1, NUM_BINS + 1)[1:-1]))
-        place, ends = np.searchsorted(edges, values, "right"), [-np.inf, *edges, np.inf]
-        for number, (low, high) in enumerate(zip(ends, ends[1:], strict=False)):
-            text = (
-                f"below {high:.3g}"
-                if low == -np.inf
-                else f"{low:.3g} or more"
-                if high == np.inf
-                else f"{low:.3g} to {high:.3g}"
-            )
-            slices.append({"feature": name, "slice": text, "mask": place == number})
+        ends = np.quantile(values[first_half], np.linspace(0, 1, NUM_BINS + 1))
+        ends[0], ends[-1] = -np.inf, np.inf
+        for low, high in dict.fromkeys([*itertools.pairwise(ends), (-np.inf, ends[2]), (ends[-3], np.inf)]):
+            text = f"{low:.3g} to {high:.3g}" if low > -np.inf else f"below {high:.3g}"
+            text = f"{low:.3g} or more" if high == np.inf else text
+            slices.append({"feature": name, "slice": text, "mask": (values >= low) & (values < high)})
     _, group, sizes = np.unique(copies, return_inverse=True, return_counts=True)
     for text, mask in (("shares tissue with another patch", sizes[group] > 1), ("shares none", sizes[group] == 1)):
         slices.append({"feature": "copies", "slice": text, "mask": mask})

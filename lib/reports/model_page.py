@@ -44,13 +44,13 @@ def write_model_page(path, scores: dict, findings: list[dict], tables: dict, sho
 
 
 def number(value, form: str = ".3f") -> str:
-    return "undefined" if value is None or math.isnan(value) else f"{value:{form}}"
+    return "undefined" if value is None or math.isnan(value) else f"{value:{form}}".replace("inf", "\N{INFINITY}")
 
 
-def span(row: dict, name: str = "") -> str:
+def span(row: dict, name: str = "", form: str = ".3f") -> str:
     """A figure of a row with its interval, where it has one, in one piece."""
     value, low, high = (row[key] for key in ((name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high")))
-    return number(value) + ("" if math.isnan(low) else f"\N{NO-BREAK SPACE}({low:.2f}\N{EN DASH}{high:.2f})")
+    return number(value, form) + ("" if math.isnan(low) else f"\N{NO-BREAK SPACE}({low:.2f}\N{EN DASH}{high:.2f})")
 
 
 def headline(scores: dict) -> list[str]:
@@ -59,13 +59,13 @@ def headline(scores: dict) -> list[str]:
     constants = (0.5, base["always_positive_f2"], 1.0, 0.0, base["prevalence"])
     rows = [
         [text, span(scores["global"][name]), number(constant)]
-        + ([span(worst, name), number(worst[f"rest_{name}"])] if worst and name in worst else [])
+        + ([span(worst, name), number(worst[f"rest_{name}"])] if worst and name in worst else ["", ""] if worst else [])
         for (name, text), constant in zip(NAMES.items(), constants, strict=True)
     ]
     header = ["score", "all patches", "always positive"]
     if not worst:
         return [table(header, rows), note(f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest.")]
-    name = f"{worst['feature']} {worst['slice']}"
+    name = slice_name(worst)
     words = f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is "
     words += (
         f"{number(worst['always_positive_f2'])} if all are called so. Of the confirmed slices it has the most errors for one "
@@ -110,17 +110,17 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
     slides = [row for row in slices if row["feature"] == "slide"]
     slides.sort(key=lambda row: min((row[name] for name in JUDGED if not math.isnan(row[name])), default=1.0))
     shown = [row for row in slices if row["feature"] != "slide"] + slides[:MOST_SLIDES]
-    header = ("slice", "patches", "positive", "F2", "always positive", "recall", "AUC", "specificity", "found", "confirmed")
-    rows = [
-        (f"{row['feature']} {row['slice']}".replace("_", " "), row["num"], row["num_positive"], span(row, "f2"))
-        + (number(row["always_positive_f2"]), span(row, "recall"), span(row, "auc"), span(row, "specificity"))
-        + (row["found"], row["confirmed"])
-        for row in shown
-    ]
+    header = ("slice", "patches", "positive", "F2", "always positive", "recall", "AUC", "specificity", "worse by")
+    rows = []
+    for row in shown:
+        spans = {name: span(row, name, ".2f") for name in ("f2", *JUDGED)}
+        marks = [NAMES[name] + "*" * (name in row["confirmed"].split()) for name in row["found"].split()]
+        cells = spans["f2"], number(row["always_positive_f2"], ".2f"), spans["recall"], spans["auc"], spans["specificity"]
+        rows.append((slice_name(row), row["num"], row["num_positive"], *cells, ", ".join(marks)))
     words = (
-        "No slice is defined by a label or by what the model says; bins of a feature are fifths of the half that finds. Found: "
+        "No slice is defined by a label or by what the model says; of a feature they are fifths of the half that finds. Worse: "
         f"AUC, recall or specificity falls behind the rest of that half, {slices[0]['num_tried']} comparisons corrected for "
-        "(Benjamini-Hochberg, 5% of false discoveries). Confirmed (orange; found only: yellow): its interval on the other "
+        "(Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, orange; else yellow): its interval on the other "
         "half lies below the rest there. F2 follows how many of a slice's patches are positive and is not compared. "
         "Undefined: a class is missing; no interval: too few groups to resample."
     )
@@ -128,7 +128,11 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
         f"A slide lies in one half, so its own patches are halved. The {MOST_SLIDES} lowest of {len(slides)} are shown."
     )
     dots = picture(figure_png(plot_slices(shown, scores["global"])), "scores by slice")
-    return [note(words), *([note(slide_words)] if slides else []), dots, table(header, rows)]
+    return [note(words), *([note(slide_words)] if slides else []), dots, table(header, rows, "dense")]
+
+
+def slice_name(row: dict) -> str:
+    return f"{row['feature'].replace('_', ' ')} {row['slice']}"
 
 
 def shortcut_parts(rows: list[dict]) -> list[str]:
@@ -256,8 +260,7 @@ def plot_slices(rows: list[dict], overall: dict):
         axes.axvline(overall[name]["value"], color="black", linestyle=":")
         axes.set(title=f"{NAMES[name]} ({overall[name]['value']:.3f})", yticks=range(len(rows)), yticklabels=[])
         axes.set_ylim(len(rows) - 0.4, -0.6)
-    labels = [f"{row['feature']} {row['slice']}".replace("_", " ") for row in rows]
-    panels[0].set_yticklabels(labels, fontsize=8)
+    panels[0].set_yticklabels([slice_name(row) for row in rows], fontsize=8)
     return figure
 
 

@@ -12,6 +12,7 @@ h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px sol
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
 td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
+.dense{font-size:.8rem;white-space:nowrap}.dense td,.dense th{padding:.2rem .4rem}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
 nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
@@ -53,7 +54,7 @@ def text(value) -> str:
 
 
 def table(header, rows, kind: str = "") -> str:
-    """An HTML table of values, numbers on the right; one of the kind `sortable` is ordered by clicks (SORTING)."""
+    """An HTML table of values, numbers on the right; of the kind "sortable" it is ordered by clicks (SORTING), "dense" has many columns."""
     rows = [[*row] for row in rows]
     heads = zip(header, rows[0] if rows else header, strict=True)
     head = "".join(f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads)
