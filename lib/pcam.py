@@ -216,7 +216,7 @@ def open_split(directory, split: str) -> Split:
     if len(labels) != images.num:
         raise BadInput(f"{directory}: split {split} has {images.num:,} patches in x but {len(labels):,} labels in y")
     if (meta_path := split_path(directory, split, "meta")).exists():
-        slides = np.array([row["wsi"] for row in read_meta(meta_path)], dtype=str)
+        slides = np.array([row["wsi"] for row in read_meta(require_file(meta_path))], dtype=str)
         if len(slides) != images.num:
             raise BadInput(f"{meta_path} has {len(slides):,} rows for {images.num:,} patches")
     return Split(split, images, labels, slides)
