@@ -53,6 +53,11 @@ def one_line(error) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
+def printable(text) -> str:
+    """A text as one line for a terminal: a file's name may hold line ends, and characters that steer it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
 def nearest(name, allowed) -> str:
     """A hint such as `, did you mean 'lr'?` or an empty string."""
     import difflib
@@ -97,6 +102,7 @@ def script(main):
     """
 
     def fail(sentence, code):
+        sentence = printable(sentence)
         say(f"error: {sentence}")
         print_result({"error": sentence, "exit": code})
         return code
