@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, probability, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, printable, probability, say, script
+
+MOST_LOGIT = 1e30  # which float32 can still be scaled
 
 
 def parse(argv) -> argparse.Namespace:
@@ -47,6 +49,8 @@ def main(argv=None) -> int:
         raise BadInput(f"--out {args.out}: there is no folder {Path(args.out).parent}")
     if Path(args.out).is_dir():
         raise BadInput(f"--out {args.out} is a folder: name a file in it")
+    if Path(args.out).exists() and not Path(args.out).is_file():
+        raise BadInput(f"--out {args.out} is a device or a pipe, which a file would replace: name a file")
     model, cfg, checkpoint = load_model(args.ckpt)
     model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views
@@ -61,6 +65,8 @@ def main(argv=None) -> int:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
             found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy()
+            if not (np.abs(found) < MOST_LOGIT).all():
+                raise BadInput(f"{args.ckpt} answers {block.sources[0]} with no number: its weights are damaged or diverged")
             logits.append(calibrate(found, calibration))
             if reference:
                 features.append(measure_features(block.images))
@@ -98,7 +104,7 @@ def main(argv=None) -> int:
     result |= {"calibrated": calibration is not None, "weights_sha256": checkpoint["weights_sha256"]}
     say(f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at {threshold:g}, {views} view(s)")
     for error in failed[:5]:
-        say(f"not read: {error}")
+        say(f"not read: {printable(error)}")
     if reference:
         result["drift"] = batch = judge_batch(features[good], reference)
         if batch["drifted"]:

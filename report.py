@@ -269,15 +269,21 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
 
 def read_patch(row: dict):
     """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
-    from lib.inputs import read_inputs
+    from lib.inputs import is_image, read_inputs
+    from lib.logger import row_number
     from lib.pcam import open_images
 
     if row["source"].endswith((".h5", ".hdf5")):
-        images = open_images(row["source"])
-        if not row["index"].isdigit() or int(row["index"]) >= images.num:
-            raise BadInput(f"{row['source']} has no row {row['index']}, it has {images.num:,}")
-        return images.read([int(row["index"])])[0]
-    return next(read_inputs([row["source"]])).images[0]
+        images, index = open_images(row["source"]), row_number(row["index"])
+        if index is None or index >= images.num:
+            raise BadInput(f"{row['source']} has no row {row['index'][:40]}, it has {images.num:,}")
+        return images.read([index])[0]
+    if not is_image(Path(row["source"]).name) or Path(row["source"]).is_dir():
+        raise BadInput(f"the source {row['source']!r} is no HDF5 file and no image")
+    block = next(read_inputs([row["source"]]))
+    if block.errors[0]:
+        raise BadInput(block.errors[0])
+    return block.images[0]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lib.command import BadInput, say
 from lib.config import Config
 from lib.copies import link_copies
 from lib.device import free_device_bytes, memory_limit_bytes
-from lib.logger import cache_file, read_cache, read_edited_csv, write_cache
+from lib.logger import cache_file, read_cache, read_edited_csv, row_number, write_cache
 from lib.pcam import PATCH_SHAPE, Images, Split, fingerprint, open_split, split_path
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
@@ -154,9 +154,9 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
     for number, row in enumerate(rows, 2):
         if row["split"] != split or row["reason"] not in reasons:
             continue
-        if not row["index"].isdigit():
-            raise BadInput(f"quarantine {path}, line {number}: the index {row['index']!r} is not a row number")
-        suspects.setdefault(int(row["index"]), row["reason"])
+        if (index := row_number(row["index"])) is None:
+            raise BadInput(f"quarantine {path}, line {number}: the index {row['index'][:40]!r} is not a row number")
+        suspects.setdefault(index, row["reason"])
     return suspects
 
 

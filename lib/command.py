@@ -59,6 +59,11 @@ def last_line(text: str) -> str:
     return one_line(text.strip().rpartition("\n")[2] or "it says nothing")
 
 
+def printable(text) -> str:
+    """A text as one line for a terminal: a file's name may hold line ends, and characters that steer it."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
+
+
 def nearest(name, allowed) -> str:
     """A hint such as `, did you mean 'lr'?` or an empty string."""
     import difflib
@@ -103,6 +108,7 @@ def script(main):
     """
 
     def fail(sentence, code):
+        sentence = printable(sentence)
         say(f"error: {sentence}")
         print_result({"error": sentence, "exit": code})
         return code

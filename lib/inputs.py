@@ -63,6 +63,8 @@ def decode_patch(data: bytes, name) -> np.ndarray:
             tags = getattr(image, "tag_v2", {})
             if tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1) > MOST_TILE:
                 raise BadInput(f"{name} has tiles far larger than its 96x96 pixels")
+            if image.format == "PNG":
+                Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # its checksums, at which decoding does not look
             patch = np.asarray(image.convert("RGB"))
             with contextlib.suppress(EOFError):
                 image.seek(1)
@@ -112,8 +114,9 @@ def walk_tar(path: Path, archive=None, load=False):
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damage between members for the end
                 raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of zeros")
-            while tar.fileobj.read(1 << 20):  # behind which a packed one has its checksum
-                pass
+            while rest := tar.fileobj.read(1 << 20):  # behind which a packed one has its checksum
+                if rest.strip(b"\0"):  # zeros in place of a header would end the tar before its time
+                    raise BadInput(f"{path} is damaged: something stands behind its end at byte {tar.offset:,}")
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in tarfile

@@ -9,6 +9,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from lib.command import BadInput, one_line, without_nan
 
@@ -101,6 +102,11 @@ def read_csv(path) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in reader if len(row) == len(header)]
 
 
+def row_number(text: str) -> int | None:
+    """The row that a cell names, None for anything else: isdigit takes a superscript for a digit, int does not."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
 def read_edited_csv(path, needed) -> list[dict[str, str]]:
     """The rows of a CSV that a person may have edited. Raises BadInput where it lacks a column of `needed` or is malformed."""
     try:
@@ -120,7 +126,9 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        # with a line end of both characters each of them is quoted in a cell, which may be a file's name
+        lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+        csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
 
 
 class CsvLog:

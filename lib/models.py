@@ -94,8 +94,10 @@ def load_pickle_free(path) -> object:
         raise BadInput(f"{path} is an empty file, not a checkpoint")
     try:
         with open(path, "rb") as file:
-            is_archive = file.read(4) == b"PK\3\4"
-        if is_archive and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+            start = file.read(4)
+        if start != b"PK\3\4" and start[:1] != b"\x80":  # torch would go on with a tar
+            raise pickle.UnpicklingError
+        if start == b"PK\3\4" and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
             raise ValueError("its parts are packed, torch.save leaves them as they are")  # up to a thousandfold
         with warnings.catch_warnings(action="ignore"):  # what torch has to remark about foreign files
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -134,7 +134,10 @@ class Images:
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
     """Intensities of any type as uint8: rounded, clipped to 0..255, NaN as 0. `prepare.py repack` counts what that loses."""
-    return values if values.dtype == np.uint8 else np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
+    if values.dtype == np.uint8:
+        return values
+    with np.errstate(invalid="ignore"):  # some NaN are remarked upon when they are rounded
+        return np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
 
 
 def map_dataset(dataset) -> np.ndarray | None:
@@ -216,7 +219,7 @@ def open_split(directory, split: str) -> Split:
     if len(labels) != images.num:
         raise BadInput(f"{directory}: split {split} has {images.num:,} patches in x but {len(labels):,} labels in y")
     if (meta_path := split_path(directory, split, "meta")).exists():
-        slides = np.array([row["wsi"] for row in read_meta(meta_path)], dtype=str)
+        slides = np.array([row["wsi"] for row in read_meta(require_file(meta_path))], dtype=str)
         if len(slides) != images.num:
             raise BadInput(f"{meta_path} has {len(slides):,} rows for {images.num:,} patches")
     return Split(split, images, labels, slides)
