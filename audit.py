@@ -159,22 +159,6 @@ def audit_handover(args) -> int:
     return EXIT_FINDING if missing else EXIT_DONE
 
 
-def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):
-    """The grid quantities x steps: equal or not."""
-    from matplotlib.colors import ListedColormap
-
-    from lib.reports.figures import COLOURS, new_figure
-
-    figure, (axes,) = new_figure(1, width=11, height=0.9 + 0.28 * len(equal))
-    extent = (steps[0] / 2, steps[-1] + steps[0] / 2, len(equal) - 0.5, -0.5)
-    colours = ListedColormap([COLOURS[1], COLOURS[5]])
-    axes.imshow([*equal.values()], cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
-    axes.hlines([row + 0.5 for row in range(len(equal))], *extent[:2], color="white", linewidth=2)
-    axes.set(xlabel="step", yticks=range(len(equal)), yticklabels=equal, title="blue: equal to the bit, orange: not")
-    axes.grid(False)
-    return figure
-
-
 def plot_growth(ours: list[dict], theirs: list[dict]):
     """Relative difference of losses and gradient norms per step; zeros have no place on the logarithmic axis."""
     import numpy as np
@@ -196,7 +180,7 @@ def plot_growth(ours: list[dict], theirs: list[dict]):
 def write_twin_page(path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path) -> Path:
     """Write the page of a comparison of the run folders A and B; `equal` says which quantity was equal at which step."""
     from lib.logger import read_csv
-    from lib.reports.figures import figure_png
+    from lib.reports.figures import figure_png, plot_time_line
     from lib.reports.pages import note, picture, section, table, write_page
 
     sections = [table(("run", "folder"), [("A", a), ("B", b)])]

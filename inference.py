@@ -36,7 +36,7 @@ def main(argv=None) -> int:
 
     from lib.calibration import calibrate
     from lib.checkpoint import load_model
-    from lib.device import choose_device
+    from lib.device import choose_device, keep_freed_memory
     from lib.inputs import read_inputs
     from lib.logger import write_csv
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
@@ -45,6 +45,7 @@ def main(argv=None) -> int:
     from lib.reference import farthest_features, judge_batch, measure_features, patch_scores
 
     device = choose_device(args.device)
+    keep_freed_memory()
     if not Path(args.out).absolute().parent.is_dir():
         raise BadInput(f"--out {args.out}: there is no folder {Path(args.out).parent}")
     if Path(args.out).is_dir():

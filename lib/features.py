@@ -15,13 +15,13 @@ NUCLEUS_PX, LEAST_NUCLEUS = 7, 0.06  # pixels between the middles of two nuclei;
 
 def count_values(patches: np.ndarray) -> np.ndarray:
     """How often each value occurs in each channel of patches uint8 (B, 96, 96, 3): int64 (B, 3, 256)."""
-    first = np.arange(3) * 256 + np.arange(len(patches))[:, None, None, None] * 768
-    return np.bincount((patches + first).ravel(), minlength=768 * len(patches)).reshape(-1, 3, 256)
+    planes = np.ascontiguousarray(patches.transpose(0, 3, 1, 2)).reshape(-1, PATCH_SHAPE[0] * PATCH_SHAPE[1])
+    return np.array([np.bincount(plane, minlength=256) for plane in planes], np.int64).reshape(-1, 3, 256)
 
 
 def grey_planes(patches: np.ndarray) -> np.ndarray:
     """The mean of the channels of patches uint8 (B, 96, 96, 3), float32 (96, 96, B): loops over pixels run along B."""
-    grey = np.add(patches[..., 0], patches[..., 1], dtype=np.float32)  # no matrix product: BLAS would start threads of its own
+    grey = np.add(patches[..., 0], patches[..., 1], dtype=np.uint16)  # no matrix product: BLAS would start threads of its own
     grey += patches[..., 2]
     return np.ascontiguousarray(grey.transpose(1, 2, 0)) / np.float32(3)
 
@@ -76,9 +76,13 @@ def compute_features(patches: np.ndarray, counts: np.ndarray, grey: np.ndarray) 
     red, green, blue = (patches[..., channel] for channel in range(3))
     widest = np.maximum(np.maximum(red, green), blue)
     spread = widest - np.minimum(np.minimum(red, green), blue)
+
+    def mean_difference(a, b):
+        difference = a - b
+        return np.abs(difference, out=difference).mean((0, 1))
+
     near, far = (
-        sum(np.abs(a - b).mean((0, 1)) for a, b in ((grey[step:], grey[:-step]), (grey[:, step:], grey[:, :-step])))
-        for step in (1, 2)
+        mean_difference(grey[step:], grey[:-step]) + mean_difference(grey[:, step:], grey[:, :-step]) for step in (1, 2)
     )
     columns = (
         mean.mean(1),

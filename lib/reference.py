@@ -1,7 +1,10 @@
 """What the training data look like, in a few numbers, and whether other patches look like that."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
+from lib.device import num_cores
 from lib.features import NAMES, compute_features, count_values, grey_planes
 
 MOST_ROWS = 4_000  # of a split, drawn evenly: enough for means and quantiles
@@ -13,12 +16,14 @@ BLOCK = 64
 
 def measure_features(patches: np.ndarray) -> np.ndarray:
     """Features float64 (B, 6), columns as lib.features.NAMES, of patches uint8 (B, 96, 96, 3)."""
-    parts = []
-    for start in range(0, len(patches), BLOCK):
+
+    def measure(start: int) -> np.ndarray:
         part = patches[start : start + BLOCK]
         found = compute_features(part, count_values(part), grey_planes(part))
-        parts.append(np.stack([found[name] for name in NAMES], 1).astype(np.float64))
-    return np.concatenate(parts) if parts else np.empty((0, len(NAMES)))
+        return np.stack([found[name] for name in NAMES], 1).astype(np.float64)
+
+    with ThreadPoolExecutor(num_cores()) as pool:
+        return np.concatenate([np.empty((0, len(NAMES))), *pool.map(measure, range(0, len(patches), BLOCK))])
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:

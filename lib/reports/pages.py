@@ -54,7 +54,7 @@ def text(value) -> str:
 
 
 def table(header, rows, kind: str = "") -> str:
-    """An HTML table of values, numbers on the right; of the kind "sortable" it is ordered by clicks (SORTING), "dense" has many columns."""
+    """An HTML table of values, numbers on the right; of the kind sortable clicks order it (SORTING), dense has many columns."""
     rows = [[*row] for row in rows]
     heads = zip(header, rows[0] if rows else header, strict=True)
     head = "".join(f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads)
