@@ -42,11 +42,8 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     large = names[sizes >= 2 * len(NAMES)] if len(names) < len(valid) / 10 else []  # slides, not groups of a few copies
     parts = [valid, *(valid[groups == name] for name in large)]
     shifts = [np.abs(feature_shifts(part, reference)).max() for part in parts]
-    limits = {
-        "limit": float(np.quantile(patch_scores(valid, reference), CERTAINTY)),
-        "shift_limit": float(MOST_SHIFT + max(shifts)),
-    }
-    return reference | limits
+    limit = float(np.quantile(patch_scores(valid, reference), CERTAINTY))
+    return reference | {"limit": limit, "shift_limit": float(MOST_SHIFT + max(shifts))}
 
 
 def feature_shifts(features: np.ndarray, reference: dict) -> np.ndarray:

@@ -100,15 +100,10 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
             findings.append(finding("near duplicates", "warning", measured, "none", advice, rows, survey.name))
         if len(beside):
             of, index = copies.row[beside.first], copies.row[beside.second]
-            columns = {
-                "of": of,
-                "down": beside.shift[:, 0],
-                "right": beside.shift[:, 1],
-                "similarity": beside.similarity.round(4),
-            }
+            columns = {"of": of, "down": beside.shift[:, 0], "right": beside.shift[:, 1]}
             members = np.unique(np.append(of, index))
             measured = f"{len(members):,} patches overlap with others: {len(beside):,} pairs show the same tissue"
             advice = "keep them in one fold; intervals that count patches are too narrow"
-            rows = survey.rows(index, **columns)
+            rows = survey.rows(index, **columns, similarity=beside.similarity.round(4))
             findings.append(finding("overlapping patches", "note", measured, "", advice, rows, survey.name))
     return findings

@@ -19,11 +19,7 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
     """Names, layout, checksums, slide names, and the account of the size of each split's x file."""
     findings = []
     allowed = {split_path("", name, part).name for name in SPLITS for part in ("x", "y", "meta", "mask")}
-    others = sorted(
-        entry.name
-        for entry in Path(directory).iterdir()
-        if entry.name.startswith("camelyonpatch") and entry.name not in allowed
-    )
+    others = sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed)
     if others:
         rows = [{"file": name} for name in others]
         findings.append(

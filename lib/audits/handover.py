@@ -62,11 +62,8 @@ def audit_folder(folder: Path) -> list[dict]:
     with tempfile.TemporaryDirectory() as scratch:
         command = (folder.resolve() / "code/inference.py", "--ckpt", folder.resolve() / "model", folder.resolve() / "patches")
         predicted = run_python(*command, "--device", "cpu", "--out", "p.csv", folder=scratch)
-        compared = (
-            run_python(VERIFY, "--stick", folder, "--predictions", Path(scratch, "p.csv"))
-            if not predicted.returncode
-            else predicted
-        )
+        verify = (VERIFY, "--stick", folder, "--predictions", Path(scratch, "p.csv"))
+        compared = predicted if predicted.returncode else run_python(*verify)
     told = last_line(compared.stdout if not compared.returncode else compared.stderr)
     findings.append(judge("expected predictions", told if compared.returncode else "", told))
     return findings

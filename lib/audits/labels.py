@@ -35,28 +35,14 @@ def check_labels(directory, survey: Survey, out: Path, overrides: list[str], dev
     num_folds = cfg.num_folds or NUM_FOLDS
     num_train = len(survey) * (num_folds - 1) // num_folds
     epochs = int(np.clip(PATCHES_PER_FOLD // max(num_train, 1), 1, MOST_EPOCHS))
-    settings = {
-        "epochs": epochs,
-        "crop_epochs": epochs,
-        "limit_train": min(PATCHES_PER_FOLD, num_train),
-        "views": 1,
-        "name": "fold",
-    }
-    settings |= (
-        {"quarantine": out / "quarantine.csv"} | parse_overrides(overrides) | {"data_dir": directory, "num_folds": num_folds}
-    )
+    settings = {"name": "fold", "epochs": epochs, "crop_epochs": epochs, "views": 1, "quarantine": out / "quarantine.csv"}
+    settings |= {"limit_train": min(PATCHES_PER_FOLD, num_train)} | parse_overrides(overrides)
+    settings |= {"data_dir": directory, "num_folds": num_folds}
     logits = np.full(len(survey), np.nan)
     for fold in range(num_folds):
         say(f"training fold {fold + 1} of {num_folds}, to predict its patches by a model that has not seen them")
-        argv = [
-            "--runs",
-            str(out / "runs"),
-            "--device",
-            device,
-            *(f"{key}={value}" for key, value in settings.items()),
-            f"fold={fold}",
-        ]
-        run = make_run(argv)
+        overridden = [f"{key}={value}" for key, value in settings.items()]
+        run = make_run(["--runs", str(out / "runs"), "--device", device, *overridden, f"fold={fold}"])
         run_cfg = resume_config(run, [])
         _, (split, rows) = open_train_valid(run_cfg)
         target = choose_device(device)

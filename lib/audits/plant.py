@@ -136,16 +136,9 @@ def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> 
         found = sum((split, index, reason) in listed or (split, of, reason) in listed for split, index, of in sides)
         false = [row for row in planted if row["reason"] == reason and (row["split"], int(row["index"])) not in touched]
         on_clean = sum(row["reason"] == reason for row in clean)
-        rows.append(
-            {
-                "planted": kind,
-                "reason": reason,
-                "num": len(mine),
-                "found": found,
-                "recall": found / len(mine) if mine else float("nan"),
-            }
-        )
-        rows[-1] |= {"false_alarms": len(false), "on_clean": on_clean}
+        row = {"planted": kind, "reason": reason, "num": len(mine), "found": found}
+        row |= {"recall": found / len(mine) if mine else float("nan"), "false_alarms": len(false), "on_clean": on_clean}
+        rows.append(row)
     return rows
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from lib.audits.plant import LEAST_POWER, REASONS_OF
 from lib.audits.survey import Survey
 from lib.reports.figures import figure_png, new_figure, patch_png, plot_counts, plot_gallery, plot_histograms
-from lib.reports.pages import gallery, note, picture, section, table, write_page
+from lib.reports.pages import gallery, note, picture, section, show, table, write_page
 
 MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
 NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
@@ -16,9 +16,7 @@ UNITS = {"brightness": "0 to 255", "saturation": "0 to 1", "haematoxylin": "opti
 
 def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict], power: list[dict]) -> Path:
     """Write the page of an audit of these splits."""
-    power_of = {row["reason"]: [] for row in power}
-    for row in power:
-        power_of[row["reason"]].append(row)
+    power_of = {row["reason"]: [other for other in power if other["reason"] == row["reason"]] for row in power}
     order = {"error": 0, "warning": 1, "note": 2}
     ranked = sorted(findings, key=lambda found: order[found["severity"]])
     summary = [(f["severity"], f["check"], f["split"], f["count"], f["measured"], f["advice"]) for f in ranked]
@@ -33,9 +31,8 @@ def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict
     else:
         sections.append(note("The power of these checks on these data is not measured: audit.py data ... --plant does."))
     sections += [finding_section(found, surveys, power_of) for found in ranked]
-    sections.append(
-        section("How the splits look", picture(figure_png(plot_histograms(feature_histograms(surveys))), "features by split"))
-    )
+    histograms = figure_png(plot_histograms(feature_histograms(surveys)))
+    sections.append(section("How the splits look", picture(histograms, "features by split")))
     return write_page(path, title, sections)
 
 
@@ -70,11 +67,7 @@ def finding_section(found: dict, surveys: list[Survey], power_of: dict) -> str:
 def sides(row: dict):
     """The patches that a row speaks of, (split, index, caption): its own, and the one that it is a copy of."""
     skipped = ("split", "index", "of", "reason", "top", "bottom", "left", "right", "height", "width")
-    facts = ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in row.items()
-        if name not in skipped
-    )
+    facts = ", ".join(f"{name} {show(value)}" for name, value in row.items() if name not in skipped)
     yield row["split"], row["index"], f"{row['split']} {row['index']}: {facts}"
     if "of" in row:
         split, _, index = str(row["of"]).rpartition(" ")
@@ -86,14 +79,10 @@ def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     if "top" not in row:
         return patch
     patch = patch.copy()
-    bottom, right = (
-        row.get("bottom", row["top"] + row.get("height", 1) - 1),
-        row.get("right", row["left"] + row.get("width", 1) - 1),
-    )
-    top, left, bottom, right = max(row["top"] - 2, 0), max(row["left"] - 2, 0), min(bottom + 2, 95), min(right + 2, 95)
-    colour = (0, 158, 115)
-    patch[[top, bottom], left : right + 1] = colour
-    patch[top : bottom + 1, [left, right]] = colour
+    bottom = min(row.get("bottom", row["top"] + row.get("height", 1) - 1) + 2, 95)
+    right = min(row.get("right", row["left"] + row.get("width", 1) - 1) + 2, 95)
+    top, left = max(row["top"] - 2, 0), max(row["left"] - 2, 0)
+    patch[[top, bottom], left : right + 1] = patch[top : bottom + 1, [left, right]] = 0, 158, 115
     return patch
 
 

@@ -71,11 +71,8 @@ def mlflow_writer(library, out: Path, runs_dir: Path):
         end_ms = start_ms + int(1000 * (row.get("wall_s") or 0))
         made = client.create_run(experiment, start_time=start_ms, tags=tags | {"status": row["status"]}, run_name=run.name)
         metrics = [library.entities.Metric(name, value, end_ms, step) for name, value, step in points]
-        metrics += [
-            library.entities.Metric(f"final/{key}", value, end_ms, row["num_steps"])
-            for key, value in row.items()
-            if key.startswith("val_") and value is not None
-        ]
+        last = {f"final/{key}": value for key, value in row.items() if key.startswith("val_") and value is not None}
+        metrics += [library.entities.Metric(name, value, end_ms, row["num_steps"]) for name, value in last.items()]
         client.log_batch(made.info.run_id, params=[library.entities.Param(*item) for item in config.items()])
         for first in range(0, len(metrics), MOST_AT_ONCE):
             client.log_batch(made.info.run_id, metrics=metrics[first : first + MOST_AT_ONCE])

@@ -146,11 +146,8 @@ def shortcut_parts(rows: list[dict]) -> list[str]:
     lines_of_others = [(row["probe"], row["measure"], span(row), number(row["constant"])) for row in others]
     words = "The label depends on the centre 32x32 alone. One view each. A constant model has AUC 0.5 and moves by 0. Tissue "
     words += "beside tumour is mostly tumour, so the ring tells something without being a cheat."
-    return [
-        note(words),
-        table(("probe", *PROBED), lines),
-        table(("probe", "measure", "value", "constant model"), lines_of_others),
-    ]
+    others = table(("probe", "measure", "value", "constant model"), lines_of_others)
+    return [note(words), table(("probe", *PROBED), lines), others]
 
 
 def error_parts(errors: list[dict], shown: list[dict], patches, maps) -> list[str]:

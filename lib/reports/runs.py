@@ -229,9 +229,8 @@ def require_alike(rows: list[dict], varied: str) -> None:
         if (other := seen.setdefault(row[varied], row)) is not row:
             raise BadInput(f"{other['run']} and {row['run']} share {varied} {row[varied]}: that is one result, not two")
         if wrong := [key for key in sorted(same) if row.get(key) != first.get(key)]:
-            values = (
-                f"{wrong[0]} is {plain(first.get(wrong[0]))!r} in {first['run']}, {plain(row.get(wrong[0]))!r} in {row['run']}"
-            )
+            ours, theirs = (plain(each.get(wrong[0])) for each in (first, row))
+            values = f"{wrong[0]} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}"
             raise BadInput(f"{values}: runs that are averaged may differ in {varied} alone")
 
 

@@ -331,9 +331,7 @@ def tracked(e: Evidence) -> list:
     title = "The champion, epoch by epoch, one view, beside constant answers"
     drawn = picture("champion", title, [epochs], figures.plot_epochs, e.csv(epochs))
     listed = csv_table(e, f"{KEPT}/runs.csv")
-    told = (
-        [Words(f"All {len(listed[0].rows)} runs that lay in runs/, with the SHA-256 of each summary.json:")] if listed else []
-    )
+    told = [Words(f"All {len(rows.rows)} runs that lay in runs/, with the SHA-256 of each summary.json:") for rows in listed]
     return table(header, rows, *files) + drawn + told + listed
 
 
@@ -368,10 +366,8 @@ def trials(e: Evidence) -> list:
     scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
     axes = [figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]) for key in keys]
     points, labels = np.array([each[0] for each in axes]).T, [each[2] for each in axes]
-    kept = np.isin([*scores], rung["trials"])
-    drawn = picture(
-        "search", "The search", used, figures.plot_parallel, points, labels, keys, np.array([*scores.values()]), kept
-    )
+    shown = points, labels, keys, np.array([*scores.values()]), np.isin([*scores], rung["trials"])
+    drawn = picture("search", "The search", used, figures.plot_parallel, *shown)
     rows = [[trial, *plan["trials"][trial].values(), score, plain(trial in rung["trials"])] for trial, score in scores.items()]
     return drawn + table(("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, sortable=True)
 
@@ -441,9 +437,8 @@ def slices(e: Evidence) -> list:
 def global_score(e: Evidence) -> list:
     name = f"{MODEL}/slices.csv"
     rows = sorted((row for row in e.csv(name) if row.get("auc")), key=lambda row: float(row["auc"]))
-    return csv_table(
-        e, name, [{"slice with the": "lowest AUC"} | rows[0], {"slice with the": "highest AUC"} | rows[-1]] if rows else []
-    )
+    ends = zip(("lowest AUC", "highest AUC"), (rows[:1], rows[-1:]), strict=True)
+    return csv_table(e, name, [{"slice with the": end} | row for end, picked in ends for row in picked])
 
 
 # 7: collaboration
