@@ -23,7 +23,7 @@ WHAT = {
 }
 
 
-PLACES = ("argv", "cwd", "pid", "process_start", "submitted")  # of this machine alone: a benchmark is shown to others
+PLACES = ("argv", "cwd", "host", "pid", "process_start", "submitted")  # of this machine alone: a benchmark is shown to others
 
 
 def parse(argv) -> argparse.Namespace:
@@ -86,7 +86,7 @@ def benchmark(args) -> int:
     if not args.allow_noise:
         bench.require_quiet()
     job = bench.describe_job(machine := describe_machine(device))
-    about = {name: value for name, value in environment().items() if name not in PLACES}
+    about, machine = ({name: value for name, value in each.items() if name not in PLACES} for each in (environment(), machine))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     out = Path(args.out or f"bench/{job['partition']}-{stamp if job['job_id'] == 'none' else job['job_id']}")
     result = {"what": args.what, "seconds": args.seconds, "repeats": args.repeats, "data": cfg.data_dir}

@@ -5,14 +5,18 @@ python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     ne
 
 import contextlib
 import itertools
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+import slurm_cluster
 import torch
 from conftest import REPOSITORY
 from proofs import made_now, write_markdown
@@ -21,6 +25,7 @@ import benchmark
 from lib import bench, cases
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, positive, print_result, say, script
 from lib.config import load_config
+from lib.device import num_cores
 from lib.logger import read_json, write_json
 from lib.pcam import SplitWriter, open_split
 from lib.seeding import set_determinism
@@ -30,6 +35,12 @@ NUM_PATCHES, BATCH_SIZE = 256, 16  # few, so that a slow disk need not be waited
 SLOW_S, SLOW_BYTES_PER_S = 1.0, 250_000  # a batch more; a second at most: 1.8 s a batch
 OVERHEAD, NUM_BATCHES = 0.02, 200  # asked for: at most; batches in a run of the loop
 AGREE = 0.9  # asked for: of the intervals
+MOST_S = 3600.0  # of a job
+# folder below assets/, options: the node of the second has no GPU here, so that its tables are short
+PARTITIONS = {
+    "thin_course": ("benchmark", ""),
+    "gpu_course": ("benchmark-gpu_course", f"--device cpu --batch-sizes 1,64 --cases default,{STAGES}"),
+}
 QUICK = ["--seconds", "1", "--repeats"]
 
 
@@ -173,6 +184,31 @@ def prove_agreement(data: str, scratch: Path, count: int) -> tuple[int, int, str
     return held, total, f"{remark}; {noisy} rows were marked noisy or unsteady"
 
 
+def prove_partitions(data: str, scratch: Path, count: int) -> tuple[int, int, str]:
+    """`make bench` as a job of a real Slurm whose nodes are all this machine, in both partitions: into assets/."""
+    slurm_cluster.CONFIG = slurm_cluster.CONFIG.replace(" Feature=rome,256g", "")  # what this machine is not
+    held, told = 0, []
+    with slurm_cluster.running_cluster(Path(tempfile.mkdtemp(dir=scratch))) as environment:
+        for partition, (_, options) in PARTITIONS.items():
+            told_to = {"PARTITION": partition, "DATA": data, "OUT": str(scratch / partition), "CPUS": str(num_cores())}
+            told_to |= {"PYTHON": sys.executable, "ARGS": f"{options} --seconds 0.3 --repeats {count}"}
+            command = ["make", "-s", "bench", *(f"{name}={value}" for name, value in told_to.items())]
+            said = subprocess.run(
+                command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
+            job = json.loads(said.splitlines()[-1])["jobs"][-1]
+            ended = REPOSITORY / "jobs" / "logs" / f"{job}.exit"
+            slurm_cluster.wait_for(ended.is_file, f"job {job}", MOST_S)
+            rows = read_json(scratch / partition / "benchmark.json")["rows"]
+            mine = [row for row in rows if row["partition"] == partition and row["job_id"] == job]
+            held += ended.read_text().strip() == "0" and len(mine) == len(rows)
+            status = Counter(row["status"] for row in rows)
+            told.append(f"{partition}: {', '.join(f'{num} rows {name}' for name, num in status.items())}")
+    for partition, (folder, _) in PARTITIONS.items():  # now, so that all of it was measured at a clean commit
+        shutil.copytree(scratch / partition, REPOSITORY / "assets" / folder, dirs_exist_ok=True)
+    return held, len(PARTITIONS), "; ".join(told)
+
+
 PARTS = {  # what, how often, and the share that has to hold
     "loader": (prove_loader, 1, 1.0),
     "model": (prove_model, 1, 1.0),
@@ -180,6 +216,7 @@ PARTS = {  # what, how often, and the share that has to hold
     "nothing": (prove_nothing, 1, 1.0),
     "overhead": (prove_overhead, 50, 1.0),
     "agreement": (prove_agreement, 10, AGREE),
+    "partitions": (prove_partitions, 5, 1.0),
 }
 
 

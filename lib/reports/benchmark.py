@@ -36,7 +36,7 @@ def describe(result: dict) -> list[str]:
     limits = f"cgroup: {machine['cgroup_cpus'] or 'all'} cores, {show(machine['cgroup_memory_bytes'], 1e-6) or 'all'} MB"
     facts = [
         f"{first['date']}, commit {first['commit']}; {first['versions']}",
-        f"{machine['host']}: {machine['cpu']}, {machine['num_cores']} cores ({limits}), {machine['system']}",
+        f"{machine['cpu']}, {machine['num_cores']} cores ({limits}), {machine['system']}",
         f"partition {first['partition']}, node type {first['node_type']}, job {first['job_id']}",
         f"GPU: {describe_gpu(machine)}",
         f"data: {result['data']}; {result['repeats']} repeats of {result['seconds']:g} s, each in a process of its own",

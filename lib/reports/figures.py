@@ -147,7 +147,7 @@ def plot_parallel(points: np.ndarray, labels: list[list[str]], names: list[str],
     low, high = scores.min(), max(scores.max(), scores.min() + 1e-9)
     height = np.column_stack([points, (scores - low) / (high - low)])
     for line, score, is_kept in sorted(zip(height, scores, kept, strict=True), key=lambda trial: (trial[2], trial[1])):
-        colour = matplotlib.colormaps["cividis"]((score - low) / (high - low))
+        colour = matplotlib.colormaps["cividis_r"]((score - low) / (high - low))
         axes.plot(line, color=colour, linewidth=2.4 if is_kept else 0.9, alpha=1.0 if is_kept else 0.6)
     for number, texts in enumerate([*labels, [f"{low:.3f}", f"{high:.3f}"]]):
         axes.axvline(number, color="black", linewidth=0.8)

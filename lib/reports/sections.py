@@ -467,9 +467,9 @@ def graph(e: Evidence) -> list:
 # 8: benchmark
 
 
-def bench_rows(e: Evidence, **wanted) -> list[dict]:
-    """Rows of a benchmark that time a model, those with these values alone."""
-    rows = [row for row in e.json(BENCHMARK).get("rows", []) if row.get("what") in ("infer", "train")]
+def bench_rows(e: Evidence, *names: str, **wanted) -> list[dict]:
+    """Rows of benchmarks that time a model, those with these values alone."""
+    rows = [row for name in names or [BENCHMARK] for row in e.json(name).get("rows", []) if row["what"] in ("infer", "train")]
     return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
 
 
@@ -486,7 +486,9 @@ def precision(e: Evidence) -> list:
 
 def batch_one(e: Evidence) -> list:
     keys = ("what", "case", "model", "precision", "partition", "node_type", "images_per_s", "low", "high", "job_id", "status")
-    return table(keys, [[row.get(key) for key in keys] for row in bench_rows(e, batch_size=1)], BENCHMARK)
+    names = e.names("assets/benchmark*/benchmark.json")  # one for each partition
+    rows = bench_rows(e, *names, batch_size=1) if names else []
+    return table(keys, [[row.get(key) for key in keys] for row in rows], *names)
 
 
 def scaling(e: Evidence) -> list:
