@@ -27,7 +27,7 @@ from lib.device import choose_device, keep_freed_memory, num_cores
 from lib.models import build_model
 from lib.optimizers import build_optimizer
 from lib.pcam import PATCH_BYTES, PATCH_SHAPE, open_split, split_path
-from lib.predict import predict_batch
+from lib.predict import predict_batch, ready_to_predict
 from lib.rundir import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
@@ -331,7 +331,7 @@ def alter(model: torch.nn.Module, case: Case) -> torch.nn.Module:
 def infer(case, device, about, _parts):
     """Logits on the host, as inference.py asks for them: one view of patches in file order."""
     seed_everything(case.cfg.seed)
-    model = alter(build_model(case.cfg).to(device).eval(), case)
+    model = alter(ready_to_predict(build_model(case.cfg).to(device), case.cfg.precision), case)
     batches = open_batches(dataclasses.replace(case, order="sequential"), device, about)
     yield 0
     for batch in batches:
