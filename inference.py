@@ -35,7 +35,7 @@ def main(argv=None) -> int:
     import torch
 
     from lib.calibration import calibrate
-    from lib.checkpoint import load_model
+    from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
     from lib.inputs import read_inputs
     from lib.logger import write_csv
@@ -52,13 +52,14 @@ def main(argv=None) -> int:
         raise BadInput(f"--out {args.out} is a folder: name a file in it")
     if Path(args.out).exists() and not Path(args.out).is_file():
         raise BadInput(f"--out {args.out} is a device or a pipe, which a file would replace: name a file")
+    if Path(args.out).exists() and Path(args.out).suffix.lower() != ".csv":
+        raise BadInput(f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file")
     model, cfg, checkpoint = load_model(args.ckpt)
     model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views
     threshold = checkpoint["threshold"] if args.threshold is None else args.threshold
     calibration, reference = checkpoint["calibration"], checkpoint["reference"]
-    if calibration and calibration.get("views") != views:
-        say(f"warning: probabilities and threshold were set for {calibration.get('views')} view(s), not for {views}")
+    warn_of_views(calibration, views)
 
     started_at = time.monotonic()
     rows, logits, labels, features = [], [], [], []
@@ -66,8 +67,9 @@ def main(argv=None) -> int:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
             found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy()
-            if not (np.abs(found) < MOST_LOGIT).all():
-                raise BadInput(f"{args.ckpt} answers {block.sources[0]} with no number: its weights are damaged or diverged")
+            if not (sound := np.abs(found) < MOST_LOGIT).all():
+                source = block.sources[sound.argmin()]
+                raise BadInput(f"{args.ckpt} answers {source} with no number: its weights are damaged or diverged")
             logits.append(calibrate(found, calibration))
             if reference:
                 features.append(measure_features(block.images))

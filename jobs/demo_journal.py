@@ -24,6 +24,7 @@ SPACE = {
     "champion_seeds": 3,
     "ranges": {"lr": {"log": [0.002, 0.05]}, "batch_size": {"choice": [32, 64]}, "weight_decay": {"range": [0.0, 0.1]}},
 }
+TIMED = "default,fp32,apart,overlapped,read,sequential_read,memory_copy,matrix_product"
 # how much is drawn and learnt: a test asks for less
 SIZES = {"train": 2000, "valid": 800, "damaged": 1200}
 TRAINING = ["epochs=3", "crop_epochs=2", "warmup_epochs=1"]
@@ -98,7 +99,7 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
     model, bench = folder / "assets" / "model", folder / "assets" / "benchmark"
     options = ("model", "--ckpt", champion, data, "--out", model)
     make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
-    quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise")
+    quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise", "--cases", TIMED)
     options = ("train", "--data", data, "--out", bench, *quick, "threads=1")
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 

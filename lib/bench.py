@@ -41,7 +41,7 @@ COLUMNS = (
     *("partition", "node_type", "job_id", "gpu", "host_load", "others_share", "stolen_share", "throttled_share"),
     *("overhead_share", "status", "note", "date", "commit", "versions"),
 )
-KEY = ("what", "case", "model", "batch_size", "precision", "channels_last", "compile", "deterministic", "threads", "cache")
+KEY = COLUMNS[:10]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def describe_job(machine: dict) -> dict:
     """What every row carries of where and when it was measured: partition, node type, job, device, date, commit, versions."""
     about = environment()
     node_type = machine["cpu"]
-    with contextlib.suppress(BadInput, OSError):
+    with contextlib.suppress(BadInput, OSError, KeyError):  # a shell of salloc is on no node
         told = slurm.run_command("scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]) if about["job"] else ""
         features = dict(item.split("=", 1) for item in told.split() if "=" in item).get("ActiveFeatures", "(null)")
         node_type = node_type if features == "(null)" else features
@@ -244,7 +244,10 @@ def build_rows(results: dict, job: dict) -> list[dict]:
     for case, found in results.items():
         parts = found[0].get("parts", {})
         for part in [*parts, None]:
-            picked = [each | {"samples": each["parts"][part], "overhead_s": 0.0} if part else each for each in found]
+            picked = [
+                each | {"samples": each["parts"][part], "overhead_s": 0.0} if part in each.get("parts", ()) else each
+                for each in found
+            ]
             rows.append(build_row(case, part or case.name, picked, job))
     return add_shares(rows)
 

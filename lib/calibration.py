@@ -23,7 +23,8 @@ def fit_temperature(labels, logits) -> float:
 
 def fit_scaling(labels, logits) -> tuple[float, float]:
     """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss (Platt 1999, with his targets, which
-    keep it finite where the classes do not overlap). The offset mends a model that calls too few or too many positive."""
+    keep it finite where the classes do not overlap). The offset mends a model that calls too few or too many positive. One that
+    ranks them the wrong way round, or hardly at all, is left as it is."""
     labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
     targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
     inputs, factors = np.stack([logits, np.ones(len(logits))], 1), np.array([1.0, 0.0])
@@ -40,7 +41,8 @@ def fit_scaling(labels, logits) -> tuple[float, float]:
         factors = factors - step
         if np.abs(step).max() < 1e-9:
             break
-    return float(1 / np.clip(factors[0], 1 / STEEPEST, STEEPEST)), float(factors[1])
+    slope, offset = factors.tolist()
+    return (1 / slope, offset) if 1 / STEEPEST <= slope <= STEEPEST else (1.0, 0.0)
 
 
 def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:

@@ -6,12 +6,14 @@ Each is a generator. It yields 0 when all is built, then after each batch how ma
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import os
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -146,14 +148,13 @@ def time_built(case: Case, task: dict) -> dict:
     device = choose_device(case.device)
     set_determinism(case.cfg.deterministic, case.cfg.threads)
     keep_freed_memory(case.keep_memory)
-    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
-    about, parts = {}, {}
+    about, parts = {"residence": "disk"} if case.kind in ("torchvision", "plain") else {}, {}
     batches = TIMED[case.kind](case, device, about, parts)
     next(batches)
     about["startup_s"] = time.time() - task["started_at"]
     if about.get("residence") == "disk" or case.cache == "cold":
         about |= prepare_pages(split_path(case.cfg.data_dir, "train", "x"), case.cache)
-    found = about | measure(batches, task["seconds"], wait, case.cache == "warm")
+    found = about | measure(batches, task["seconds"], functools.partial(finish, device), case.cache == "warm")
     num = len(found["samples"])
     found["parts"] = {name: [round(second, 9) for second in seconds[-num:]] for name, seconds in parts.items()}
     found["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_memory_bytes()
@@ -161,6 +162,12 @@ def time_built(case: Case, task: dict) -> dict:
         found["flops_per_image"] = count_flops(batches, case.compile)
     batches.close()
     return found
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def count_flops(batches, is_compiled: bool) -> float | None:
@@ -258,7 +265,9 @@ def ready(case, device, about, _parts):
     batches, dtype = open_batches(case, device, about), torch.bfloat16 if case.cfg.precision == "bf16" else torch.float32
     yield 0
     for batch in batches:
-        yield len(model_input(batch.images, draw_augmentation(batch.keys, 0, case.cfg), dtype=dtype))
+        made = model_input(batch.images, draw_augmentation(batch.keys, 0, case.cfg), dtype=dtype)
+        finish(device)
+        yield len(made)
 
 
 def memory_copy(case, *_):
@@ -277,7 +286,7 @@ def copy_to_device(case, device, *_):
     yield 0
     while True:
         patches.to(device, non_blocking=True)
-        torch.cuda.synchronize(device)
+        finish(device)
         yield len(patches)
 
 
@@ -291,8 +300,7 @@ def matrix_product(case, device, *_):
     yield 0
     while True:
         torch.mm(left, right, out=product)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        finish(device)
         yield 2 * side**3
 
 
@@ -380,8 +388,7 @@ def apart(case, device, about, parts):
 
     def end(stage):
         nonlocal ended_at
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        finish(device)
         started_at, ended_at = ended_at, time.perf_counter()
         in_batch[stage] = in_batch.get(stage, 0.0) + ended_at - started_at
 
@@ -389,13 +396,15 @@ def apart(case, device, about, parts):
         end("backward")  # with the norm of the gradients
         step()
 
+    def compute_gradients(*given, inner=training.compute_gradients):
+        end("augment" if on_gpu else "transfer")
+        return inner(*given)
+
     state.optimizer.step = optimise
-    # before the forward pass of a further shard lies the backward pass of the one before
-    state.model.register_forward_pre_hook(
-        lambda *_: end("backward" if "forward" in in_batch else "augment" if on_gpu else "transfer")
-    )
+    # before the forward pass of the first shard filters are made; before that of another lies the backward pass of the last
+    state.model.register_forward_pre_hook(lambda *_: end("backward" if "forward" in in_batch else "forward"))
     state.model.register_forward_hook(lambda *_: end("forward"))
-    with logged(state) as log:
+    with logged(state) as log, mock.patch.object(training, "compute_gradients", compute_gradients):
         yield 0
         for batch_keys in itertools.cycle(cut_batches(case, keys)):
             in_batch.clear()
@@ -428,6 +437,7 @@ def plain(case, device, _about, _parts):
         model.zero_grad()
         loss.backward()
         optimizer.step()
+        finish(device)
         yield len(images)
 
 

@@ -41,7 +41,7 @@ FIELDS = {
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over a model's state, names sorted: name, dtype, shape and bytes of each tensor."""
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(state, key=str):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -179,7 +179,7 @@ def require_sound(checkpoint: dict, path) -> None:
         raise BadInput(f"{path} is damaged: its calibration must hold a temperature and an offset, two numbers")
     if calibration and calibration["temperature"] < SMALLEST:
         raise BadInput(f"{path} is damaged: the temperature {calibration['temperature']} is not above zero")
-    if calibration and calibration.get("views", 1) not in (1, 8):
+    if calibration and (type(views := calibration.get("views", 1)) is not int or views not in (1, 8)):
         raise BadInput(f"{path} is damaged: its calibration must be of 1 view or of 8")
     num, shapes = len(NAMES), {"mean": 1, "deviation": 1, "inverse_correlation": 2, "limit": 0, "shift_limit": 0}
     if reference is not None:
@@ -201,6 +201,12 @@ def checkpoint_path(ckpt) -> Path:
             raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
         path = path / "best.pt"
     return path
+
+
+def warn_of_views(calibration: dict | None, views: int) -> None:
+    """Say so where a calibration was fitted to another number of views."""
+    if calibration and (fitted := calibration.get("views", views)) != views:
+        say(f"warning: probabilities and threshold were set for {fitted} view(s), not for {views}")
 
 
 def load_model(ckpt) -> tuple[nn.Module, Config, dict]:

@@ -32,9 +32,10 @@ def complete_checkpoint(
     model, _, checkpoint = load_model(ckpt)
     (train_split, train_rows), (valid_split, valid_rows) = train, valid
     logits = predict_rows(model.to(device), source, valid_rows.index, cfg, cfg.views)
-    groups = group_of_rows(valid_split, cfg.data_dir)
-    chosen_on = fold_of_rows(groups, 2)[valid_rows.index] == 0
-    groups, labels = groups[valid_rows.index], valid_rows.labels
+    groups, index, labels = group_of_rows(valid_split, cfg.data_dir), valid_rows.index, valid_rows.labels
+    # a fold is a stretch of the order that halves are cut from: it is halved by itself
+    chosen_on = (fold_of_rows(groups[index], 2) if cfg.num_folds else fold_of_rows(groups, 2)[index]) == 0
+    groups = groups[index]
 
     calibration, threshold, told = None, 0.5, {}
     if all(len(np.unique(labels[half])) == 2 for half in (chosen_on, ~chosen_on)):
@@ -55,6 +56,7 @@ def complete_checkpoint(
     valid_features, places = sample_features(valid_split, valid_rows.index)
     reference = build_reference(train_features, valid_features, groups[places])
     checkpoint |= {"threshold": threshold, "calibration": calibration, "reference": reference}
+    checkpoint["config"] = checkpoint["config"] | {"views": cfg.views}  # of which the calibration is
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(labels, logits), told
 

@@ -1,6 +1,7 @@
 """What the rows of a benchmark say: which stage is the bottleneck and how far the machine's limit is, and whether two runs
 differ by more than their noise."""
 
+import math
 from pathlib import Path
 
 from lib.bench import KEY
@@ -22,7 +23,9 @@ NAMES = {
     "model": "the model's computing",
     "logging": "the logging",
 }
+LEAST_ORDERS = 40  # ways in which the repeats of two sides can be ordered: apart by chance in at most 5%
 UNEXPLAINED = 1.25  # by this factor the pipeline may leave what its stages predict
+NEEDED_COLUMNS = {*KEY, "low", "high", "num_repeats", "status"}
 NEEDED = ("gather", "transfer", "forward", "backward", "optimiser")
 
 
@@ -35,13 +38,14 @@ def judge(rows: list[dict]) -> dict:
     if lacking := [name for name in NEEDED if not stages.get(name, {}).get("images_per_s")]:
         return {"sentence": f"No verdict: the stage {lacking[0]} has no number (benchmark.py train or all measures it)."}
     limits = [row for row in rows if row["what"] == "limit" or row["case"] == "read"]
-    later = judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)
-    verdict = {"later_epochs": later, "sentence": f"From memory, {later['sentence']}."}
+    verdict = {"later_epochs": judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)}
+    told = f"From memory, {verdict['later_epochs']['sentence']}."
     if stages.get("read", {}).get("images_per_s"):
-        first = judge_epoch(stages, limits, stages.get("overlapped_cold"), is_cold=True)
-        verdict = {"first_epoch": first, "later_epochs": later}
-        verdict["sentence"] = f"In the first epoch, from a cold file, {first['sentence']}. From memory, {later['sentence']}."
-    return verdict
+        verdict["first_epoch"] = judge_epoch(stages, limits, stages.get("overlapped_cold"), is_cold=True)
+        told = f"In the first epoch, from a cold file, {verdict['first_epoch']['sentence']}. {told}"
+    if marked := [name for name, row in stages.items() if row.get("status") in ("noisy", "unsteady")]:
+        told += f" Noisy or unsteady: {', '.join(marked)}."
+    return verdict | {"sentence": told}
 
 
 def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_cold: bool) -> dict:
@@ -120,7 +124,7 @@ def read_rows(path) -> list[dict]:
     if not path.is_file():
         raise BadInput(f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)")
     rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and set(KEY) <= row.keys() for row in rows):
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= NEEDED_COLUMNS for row in rows):
         raise BadInput(f"{path} is no benchmark: it has no rows of one")
     return rows
 
@@ -129,7 +133,7 @@ def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
     """For each row of both: the ratio of rates after / before, its interval, and whether it exceeds the noise.
 
     It does where the two intervals lie apart. With six repeats each, all of one side then beat all of the other, which
-    chance alone brings about in 2 of 924 cases (Mann and Whitney 1947).
+    chance alone brings about in 2 of 924 cases (Mann and Whitney 1947); of fewer than four nothing is told.
     """
     known, compared = {tuple(row[name] for name in KEY): row for row in before}, []
     for row in after:
@@ -141,7 +145,8 @@ def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
         found |= dict.fromkeys(("ratio", "low", "high", "exceeds"))
         if old and new:
             found["ratio"] = new / old
-        if old and new and other["low"] and row["low"]:
+        orders = math.comb(other["num_repeats"] + row["num_repeats"], row["num_repeats"])
+        if old and new and orders >= LEAST_ORDERS and other["low"] and row["low"]:
             found |= {"low": row["low"] / other["high"], "high": row["high"] / other["low"]}
             found["exceeds"] = not found["low"] <= 1 <= found["high"]
         compared.append(found | {"status": f"{other['status']}, {row['status']}"})

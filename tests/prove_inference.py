@@ -68,6 +68,7 @@ def main(argv=None) -> int:
     import torch
 
     made, rows, table = made_now(), [], []
+    args.ckpt, args.data = str(Path(args.ckpt).resolve()), str(Path(args.data).resolve())
     with tempfile.TemporaryDirectory() as folder:
         for views in (1, 8):
             command = [

@@ -33,7 +33,7 @@ from lib.calibration import (
     resampled_curves,
     resampled_scores,
 )
-from lib.checkpoint import checkpoint_path, load_model, weights_sha256
+from lib.checkpoint import checkpoint_path, load_model, warn_of_views
 from lib.command import BadInput, without_nan
 from lib.config import change_free_keys, parse_overrides
 from lib.device import choose_device
@@ -51,6 +51,7 @@ FILES = ("findings.json", "scores.json", "model.html", "errors.png", *(f"{name}.
 RECALLS, COSTS = (0.9, 0.95, 0.99), (1, 5, 10, 50)
 MOST_ECE, NUM_SIMULATED = 0.03, 500
 NUM_PICTURES, HEAT_STEP_PX = 12, 8  # of false positives, and of false negatives
+ERROR_COLUMNS = ("split", "index", "label", "probability", "prediction", "kind", "rank", "slide")
 GRID = np.linspace(0, 1, 101)  # of recall and of the false positive rate
 
 
@@ -62,6 +63,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
     device = choose_device(device)
     model, cfg, checkpoint = load_model(ckpt)
     cfg = change_free_keys(cfg, parse_overrides(overrides))
+    warn_of_views(checkpoint["calibration"], cfg.views)
     split = open_split(directory, split_name)
     if Path(directory).resolve() == out.resolve():
         raise BadInput(f"{directory}: OUT may not be the data themselves")
@@ -104,6 +106,8 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
         if split.slides is not None:  # a slide lies in one half: its own patches are halved, by what they share
             by_copies = split_answers(answers.labels, answers.probs, threshold, copies)
             slices += measure_slices(slide_slices(split.slides), by_copies)
+        if not slices:
+            raise BadInput(f"{directory}: the patches of split {split_name} all look the same, there is nothing to compare")
         worst = conclude(slices)
         keep(check_slices(slices, worst), slices=slices)
         shortcut, found = check_shortcuts(predict_calibrated, split, answers, logits, colours, groups)
@@ -115,7 +119,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
         maps = map_evidence(predict_calibrated, torch.from_numpy(patches), HEAT_STEP_PX)
         scores = {
             "checkpoint": {"path": str(checkpoint_path(ckpt)), "sha256": file_digest(checkpoint_path(ckpt))}
-            | {"weights_sha256": weights_sha256(checkpoint["averaged"] or checkpoint["model"]), "threshold": threshold}
+            | {"weights_sha256": checkpoint["weights_sha256"], "threshold": threshold}
             | {"calibration": checkpoint["calibration"], "views": cfg.views},
             "data": {"directory": str(directory), "split": split_name, "sha256": fingerprint(directory, [split_name])},
             "commit": git_state()["commit"],
@@ -282,28 +286,26 @@ def list_errors(split: Split, answers: Answers) -> list[dict]:
 
 def list_predictions(split: Split, answers: Answers) -> list[dict]:
     """Rows as inference.py writes them."""
-    source, header = str(split.images.path), ("source", "index", "probability", "prediction", "label")
+    where = {"source": str(split.images.path)}
     cells = enumerate(zip(answers.probs.tolist(), split.labels.tolist(), strict=True))
-    rows = ((source, row, f"{prob:.9g}", int(prob >= answers.threshold), label) for row, (prob, label) in cells)
-    return [dict(zip(header, row, strict=True)) for row in rows]
+    told = (
+        (row, {"probability": f"{prob:.9g}", "prediction": int(prob >= answers.threshold)}, label)
+        for row, (prob, label) in cells
+    )
+    return [where | {"index": row} | said | {"label": label} for row, said, label in told]
 
 
 def write_all(out: Path, scores: dict, findings: list[dict], tables: dict, shown, patches, maps) -> dict:
     """Write every file of an audit, findings.json last, and give what the terminal is told."""
     for name, rows in tables.items():
-        header = list(rows[0]) if rows else ("split", "index", "label", "probability", "prediction")
+        header = list(rows[0]) if rows else ERROR_COLUMNS
         write_csv(out / f"{name}.csv", header, [without_nan(list(row.values())) for row in rows])
     if patches is not None and shown:
         (out / "errors.png").write_bytes(figure_png(plot_errors(shown, patches, maps)))
     page = write_model_page(out / "model.html", scores, findings, tables, shown, patches, maps)
     write_json(out / "scores.json", scores)
     write_json(out / "findings.json", findings)
-    num = {severity: sum(found["severity"] == severity for found in findings) for severity in ("error", "warning")}
     told = {name: scores["global"][name]["value"] for name in ("auc", "f2", "recall", "specificity")}
     told |= {"ece": {row["probabilities"]: row["ece"] for row in scores["calibration"]}}
-    return told | {
-        "worst_confirmed_slice": scores["worst_confirmed_slice"],
-        "num_errors": num["error"],
-        "num_warnings": num["warning"],
-        "page": str(page),
-    }
+    told |= {"worst_confirmed_slice": scores["worst_confirmed_slice"], "page": str(page)}
+    return told | {f"num_{kind}s": sum(found["severity"] == kind for found in findings) for kind in ("error", "warning")}

@@ -168,8 +168,9 @@ def probe_colours(colours: np.ndarray, answers: Answers, logits: np.ndarray) -> 
 def check_shortcuts(
     predict: Predict, split: Split, answers: Answers, logits: np.ndarray, colours: np.ndarray, groups
 ) -> tuple[list, list]:
-    """Rows of shortcut.csv and findings, of patches drawn evenly from the split; colours of all."""
-    rows = np.linspace(0, len(split) - 1, min(MOST_PROBED, len(split))).astype(np.int64)
+    """Rows of shortcut.csv and findings, of patches drawn evenly from the half that judges; colours of all."""
+    judging = answers.rows[1]
+    rows = judging[np.linspace(0, len(judging) - 1, min(MOST_PROBED, len(judging))).astype(np.int64)]
     patches, weights = torch.from_numpy(split.images.read(rows)), with_itself(draw_weights(groups[rows]))
     found = probe_regions(predict, patches, answers.labels[rows], answers.threshold, weights)
     found += probe_views(predict, patches, answers.threshold, weights)

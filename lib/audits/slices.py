@@ -21,17 +21,19 @@ JUDGED = {"auc": (0, 1), "recall": (1,), "specificity": (0,)}  # and the classes
 SHOWN = ("f2", *JUDGED)
 NUM_BINS = 5  # of a feature, with equally many patches
 LEAST_ROWS = 10  # of each class that a score rests on, in both halves, or nothing is concluded from it
+LEAST_GROUPS = 8  # that are resampled, the same: a few of them vary too little
 FALSE_DISCOVERIES = 0.05  # the share of what is found on the first half that may be found by chance
 
 
 @dataclass(frozen=True)
 class Answers:
     """What a model says of N patches: labels bool (N,), probs float64 (N,), called positive from `threshold` on. `rows` are two
-    halves, int64 each, groups kept whole; `weights` uint8 (1 + R, A) of each resample its groups, after a row of ones."""
+    halves, int64 each, `groups` (N,) kept whole; `weights` uint8 (1 + R, A) of each resample them, after a row of ones."""
 
     labels: np.ndarray
     probs: np.ndarray
     threshold: float
+    groups: np.ndarray
     rows: tuple[np.ndarray, np.ndarray]
     weights: tuple[np.ndarray, np.ndarray]
 
@@ -41,7 +43,7 @@ def split_answers(labels, probs, threshold: float, groups) -> Answers:
     half = fold_of_rows(groups, 2)
     rows = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
     weights = tuple(with_itself(draw_weights(groups[part])) for part in rows)
-    return Answers(np.asarray(labels, bool), np.asarray(probs, np.float64), threshold, rows, weights)
+    return Answers(np.asarray(labels, bool), np.asarray(probs, np.float64), threshold, np.asarray(groups), rows, weights)
 
 
 def describe_patches(images) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -84,13 +86,16 @@ def slide_slices(slides: np.ndarray) -> list[dict]:
 
 def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
     """A row a slice: how many patches in each half, its scores with intervals on the second half, those of the rest there, and
-    for each score the chance `p` that it would fall behind the rest on the first half as it does."""
+    for each score the chance `p` that it would fall behind the rest on the first half as it does, and there its errors for one
+    of the rest."""
     rows = []
     with Progress(len(slices), "judging slices", "slices") as bar:
         for part in slices:
             inside, rest = score_sides(answers, 0, part["mask"])
             shown, others = score_sides(answers, 1, part["mask"])
-            kept = [answers.labels[half[part["mask"][half]]] for half in answers.rows]
+            picked = [half[part["mask"][half]] for half in answers.rows]
+            kept = [answers.labels[index] for index in picked]
+            many = min(len(np.unique(answers.groups[index])) for index in picked) >= LEAST_GROUPS
             row = {"feature": part["feature"], "slice": part["slice"], "num_finding": len(kept[0]), "num": len(kept[1])}
             row["num_positive"] = int(kept[1].sum())
             row["always_positive_f2"] = 5 * row["num_positive"] / max(4 * row["num_positive"] + row["num"], 1) or math.nan
@@ -98,8 +103,9 @@ def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
                 row[name], row[f"{name}_low"], row[f"{name}_high"] = estimate(shown[name])
                 row[f"rest_{name}"] = float(others[name][0])
             for name, classes in JUDGED.items():
-                enough = all((labels == label).sum() >= LEAST_ROWS for labels in kept for label in classes)
+                enough = many and all((labels == label).sum() >= LEAST_ROWS for labels in kept for label in classes)
                 row[f"p_{name}"] = chance_of(rest[name] - inside[name]) if enough else math.nan
+                row[f"finding_ratio_{name}"] = error_ratio(inside[name][0], rest[name][0], len(picked[0]))
             rows.append(row)
             bar.add()
     return rows
@@ -115,6 +121,11 @@ def score_sides(answers: Answers, half: int, mask: np.ndarray) -> tuple[dict, di
     )
 
 
+def error_ratio(score: float, rest: float, num: int) -> float:
+    """Errors of `num` patches for one of the rest; where the rest has none, for one in as many."""
+    return float((1 - score) / max(1 - rest, 1 / max(num, 1)))
+
+
 def chance_of(gaps: np.ndarray) -> float:
     """How likely a gap as large as the first of (1 + R,) is where there is none, its spread being that of the others (normal,
     one-sided); NaN where it is not defined, or does not vary."""
@@ -127,7 +138,8 @@ def conclude(rows: list[dict]) -> dict | None:
     give the worst confirmed row, with the `measure` by which it is. None where nothing is confirmed.
 
     Found: the corrected p is below FALSE_DISCOVERIES (Benjamini and Hochberg 1995). Confirmed: found, and the interval of its
-    score on the other half lies below the score of the rest. Worst: the most errors for one of the rest, as `error_ratio`.
+    score on the other half lies below the score of the rest. Worst: the most errors for one of the rest, on the half that
+    finds; `error_ratio` is that of the other.
     """
     tried = [(row, name) for row in rows for name in JUDGED if not math.isnan(row[f"p_{name}"])]
     tried.sort(key=lambda pair: pair[0][f"p_{pair[1]}"])
@@ -140,7 +152,6 @@ def conclude(rows: list[dict]) -> dict | None:
         confirmed = [name for name in found if row[f"{name}_high"] < row[f"rest_{name}"]]
         row |= {"found": " ".join(found), "confirmed": " ".join(confirmed), "num_tried": len(tried)}
         for name in confirmed:
-            ratio = (1 - row[name]) / max(1 - row[f"rest_{name}"], 1e-9)
-            if worst is None or ratio > worst["error_ratio"]:
-                worst = row | {"measure": name, "error_ratio": ratio}
+            if worst is None or row[f"finding_ratio_{name}"] > worst[f"finding_ratio_{worst['measure']}"]:
+                worst = row | {"measure": name, "error_ratio": error_ratio(row[name], row[f"rest_{name}"], row["num"])}
     return worst

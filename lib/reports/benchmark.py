@@ -138,28 +138,15 @@ def table_of_others(rows: list[dict], others: list[dict], what: str) -> str:
 
 def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
     """PNGs by file name: throughput over batch size, and the stages of a batch beside what the machine would allow."""
-    from lib.reports.figures import COLOURS, figure_png, new_figure
+    from lib.reports.figures import COLOURS, figure_png, new_figure, plot_scaling
 
-    pictures = {}
-    verbs = [verb for verb in ("infer", "train") if any(row["what"] == verb for row in rows)]
-    if verbs:
-        figure, panels = new_figure(len(verbs), 5.0, 3.8)
-        for axes, verb in zip(panels, verbs, strict=True):
-            series = [row for row in rows if row["what"] == verb and row["case"] == "default" and row["images_per_s"]]
-            for number, model in enumerate(dict.fromkeys(row["model"] for row in series)):
-                own = [row for row in series if row["model"] == model]
-                rate = [row["images_per_s"] for row in own]
-                reach = [[row["images_per_s"] - (row["low"] or row["images_per_s"]) for row in own]]
-                reach.append([(row["high"] or row["images_per_s"]) - row["images_per_s"] for row in own])
-                sizes = [row["batch_size"] for row in own]
-                axes.errorbar(sizes, rate, reach, marker="o", markersize=3, capsize=3, color=COLOURS[number], label=model)
-            axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images/s", title=verb)
-            sizes = sorted({row["batch_size"] for row in series})
-            axes.set_xticks(sizes, sizes)
-            axes.minorticks_off()
-            if series:
-                axes.legend()
-        pictures["scaling.png"] = figure_png(figure)
+    points, pictures = {}, {}
+    for row in rows:
+        if row["what"] in ("infer", "train") and row["case"] == "default" and (rate := row["images_per_s"]):
+            spot = [row["batch_size"], rate, row["low"] or rate, row["high"] or rate]
+            points.setdefault(f"{row['what']}, {row['model']}, {row['precision']}", []).append(spot)
+    if points:
+        pictures["scaling.png"] = figure_png(plot_scaling(points))
     if "later_epochs" in verdict:
         epochs = [(name, verdict[name]) for name in ("first_epoch", "later_epochs") if name in verdict]
         figure, panels = new_figure(len(epochs), 5.0, 3.8)

@@ -12,7 +12,7 @@ from lib.reports.figures import COLOURS, figure_png, new_figure, patch_png
 from lib.reports.pages import gallery, note, picture, section, table, write_page
 
 NAMES = {"auc": "AUC", "f2": "F2", "recall": "recall", "specificity": "specificity", "precision": "precision"}
-JUDGED = ("auc", "recall", "specificity")
+JUDGED = ("auc", "recall", "specificity")  # as lib/audits/slices.py
 MARKED = ("F2-optimal", "recall at least 0.95", "a miss costs 10 false alarms", "stored in the checkpoint", "one half")
 MARKERS = "osD^v"
 PROBED = ("AUC", "mean move of the probability", "share of decisions changed")
@@ -26,7 +26,9 @@ def write_model_page(path, scores: dict, findings: list[dict], tables: dict, sho
     ranked = sorted(findings, key=lambda found: ("error", "warning", "note").index(found["severity"]))
     columns, judged = ("severity", "check", "measured", "limit", "advice"), scores["halves"][1]
     words = f"Scores are those of {judged['num']:,} patches, one half; thresholds, temperatures and slices were chosen on the "
-    words += f"other. In brackets: 95% intervals, {judged['num_groups']:,} {judged['groups']} resampled."
+    words += (
+        f"other; errors are those of all. In brackets: 95% intervals, {judged['num_groups']:,} {judged['groups']} resampled."
+    )
     sections = [
         note(words),
         section("The global figure and the worst slice", *headline(scores)),
@@ -68,9 +70,9 @@ def headline(scores: dict) -> list[str]:
     name = slice_name(worst)
     words = f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is "
     words += (
-        f"{number(worst['always_positive_f2'])} if all are called so. Of the confirmed slices it has the most errors for one "
+        f"{number(worst['always_positive_f2'])} if all are called so. It had the most errors for one of the rest on the half "
     )
-    words += f"of the rest: {worst['error_ratio']:.1f} times as many, by {NAMES[worst['measure']]}."
+    words += f"that finds; here {worst['error_ratio']:.1f} times as many, by {NAMES[worst['measure']]}."
     return [table([*header, f"worst slice: {name}", "the rest"], rows), note(words)]
 
 
@@ -118,17 +120,17 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
         cells = spans["f2"], number(row["always_positive_f2"], ".2f"), spans["recall"], spans["auc"], spans["specificity"]
         rows.append((slice_name(row), row["num"], row["num_positive"], *cells, ", ".join(marks)))
     words = (
-        "No slice is defined by a label or by what the model says; of a feature they are fifths of the half that finds. Worse: "
+        "No slice is defined by a label or by what the model says; of a feature they are fifths of the half that finds, and "
+        "two together at either end. Worse: "
         f"AUC, recall or specificity falls behind the rest of that half, {slices[0]['num_tried']} comparisons corrected for "
         "(Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, orange; else yellow): its interval on the other "
         "half lies below the rest there. F2 follows how many of a slice's patches are positive and is not compared. "
         "Undefined: a class is missing; no interval: too few groups to resample."
     )
-    slide_words = (
-        f"A slide lies in one half, so its own patches are halved. The {MOST_SLIDES} lowest of {len(slides)} are shown."
-    )
     dots = picture(figure_png(plot_slices(shown, scores["global"])), "scores by slice")
-    return [note(words), *([note(slide_words)] if slides else []), dots, table(header, rows, "dense")]
+    if slides:
+        words += f" A slide lies in one half: its own patches are halved. The {MOST_SLIDES} lowest of {len(slides)} are shown."
+    return [note(words), dots, table(header, rows, "dense")]
 
 
 def slice_name(row: dict) -> str:
