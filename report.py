@@ -69,7 +69,7 @@ def parse(argv) -> argparse.Namespace:
         "journal", help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it"
     )
     about = "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
-    journal.add_argument("folder", nargs="?", default=Path(__file__).parent, type=Path, metavar="DIR", help=about)
+    journal.add_argument("folder", nargs="?", default=Path(__file__).parent, type=place, metavar="DIR", help=about)
     journal.add_argument("--check", action="store_true", help="name what in JOURNAL.md does not agree with the files")
     journal.set_defaults(report=report_journal)
     return parser.parse_args(argv)
@@ -104,9 +104,9 @@ def report_journal(args) -> int:
     from lib.reports.journal import check_journal, write_journal
 
     if not args.check:
-        print_result(write_journal(args.folder))
+        print_result(write_journal(Path(args.folder)))
         return EXIT_DONE
-    for sentence in (differing := check_journal(args.folder)):
+    for sentence in (differing := check_journal(Path(args.folder))):
         say(sentence)
     print_result({"num_differing": len(differing), "differing": differing[:20]})
     return EXIT_FINDING if differing else EXIT_DONE

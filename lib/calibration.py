@@ -126,8 +126,7 @@ def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     _, group = np.unique(np.asarray(groups), return_inverse=True)
     num_groups, rng = int(group.max()) + 1, np.random.default_rng(seed)
     equal = np.full(num_groups, 1 / num_groups)
-    draws = (rng.multinomial(num_groups, equal).astype(np.uint8)[group] for _ in range(num))
-    return np.stack(list(draws))
+    return np.stack([rng.multinomial(num_groups, equal).astype(np.uint8)[group] for _ in range(num)])
 
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:

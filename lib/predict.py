@@ -44,9 +44,8 @@ def predict_rows(model: nn.Module, source: PatchSource, index: np.ndarray, cfg, 
     model = ready_to_predict(model, cfg.precision)
     no_labels = np.zeros(len(source), np.uint8)  # prediction knows none
     batches = load_batches(source, no_labels, torch.from_numpy(index).split(cfg.eval_batch_size))
-    return np.concatenate(
-        [predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING).cpu().numpy() for batch in batches]
-    )
+    logits = (predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING) for batch in batches)
+    return np.concatenate([each.cpu().numpy() for each in logits])
 
 
 def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks = ALONE, views=1) -> dict[str, float]:

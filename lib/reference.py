@@ -59,8 +59,7 @@ def patch_scores(features: np.ndarray, reference: dict) -> np.ndarray:
 
 def farthest_features(features: np.ndarray, reference: dict) -> np.ndarray:
     """The name of the feature by which each patch differs most, (B,)."""
-    away = np.abs(features - reference["mean"]) / reference["deviation"]
-    return np.array(NAMES)[away.argmax(1)]
+    return np.array(NAMES)[(np.abs(features - reference["mean"]) / reference["deviation"]).argmax(1)]
 
 
 def judge_batch(features: np.ndarray, reference: dict) -> dict:

@@ -165,9 +165,7 @@ def minutes_of(text: str) -> float:
         return float("inf")
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    hours, minutes, seconds = (
-        ([] if dash or len(parts) == 3 else [0]) + parts + [0] * (3 - len(parts) - (not dash and len(parts) < 3))
-    )
+    hours, minutes, seconds = [*([0] * (not dash and len(parts) < 3)), *parts, 0, 0][:3]
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 

@@ -359,7 +359,8 @@ def hostile_fields(fields: dict):
         yield from each("preprocessing", [{"std": [0.5, 0.5, value]}, {"mean": [0.5] * 4}])
         yield from each("reference", [{"deviation": [value] * 6}, {"inverse_correlation": [[value] * 6] * 6}])
         yield from each("reference", [{"limit": value}, {"shift_limit": value}, {"mean": square}])
-    yield from each("calibration", [{"views": value} for value in (3, "1\n\x1b[2J", [1] * 500, "temperature")])
+    yield from each("calibration", [{"views": value} for value in (3, 8.0, "1\n\x1b[2J", [1] * 500, "temperature", plain)])
+    yield "averaged", {1: plain, "a": plain}
     yield from each("config", [{"p4m_width": value} for value in (10**12, 10**7, 16, -1, 2.5)])
     yield from each("config", [{name: 1} for name in ("colour", 5, ("a",), None)])
     yield from each("config", [{"model": "mlp"}, {"model": "cnn"}, {"name": "a/b\n"}, {"quarantine_reasons": ["nan"] * 5000}])

@@ -509,15 +509,10 @@ def test_torchvisions_best_number_of_workers_is_looked_for_and_measured_anew(pca
 # two benchmarks
 
 
-def written(folder, *changes) -> str:
+def written(folder, *changes, num_repeats: int = 6) -> str:
     """A benchmark of a few rows, changed."""
-    common = dict.fromkeys(bench.COLUMNS) | {
-        "what": "train",
-        "case": "default",
-        "model": "p4m",
-        "status": "ok",
-        "cache": "warm",
-    }
+    common = dict.fromkeys(bench.COLUMNS) | {"what": "train", "case": "default", "model": "p4m", "cache": "warm"}
+    common |= {"status": "ok", "num_repeats": num_repeats}
     sizes = {1: 50.0, 8: 100.0, 64: 300.0}
     rows = [common | {"batch_size": size, "images_per_s": r, "low": 0.98 * r, "high": 1.02 * r} for size, r in sizes.items()]
     for each, change in zip(rows, changes, strict=False):
@@ -549,6 +544,22 @@ def test_compare_says_whether_a_difference_exceeds_the_noise(changes, code, word
     assert result["num_exceeding"] == words.count("slower") + words.count("faster")
 
 
+def test_two_repeats_a_side_tell_no_difference(tmp_path, capsys):
+    """Chance alone sets one pair in three apart."""
+    before, after = (written(tmp_path / name, change, num_repeats=2) for name, change in (("a", 1.0), ("b", 0.5)))
+    assert benchmark.main(["compare", before, after]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["num_compared"] == 3 and result["num_exceeding"] == 0 and {row["exceeds"] for row in result["rows"]} == {None}
+
+
+def test_a_stage_that_fails_later_is_a_row_without_a_number():
+    case = bench.Case("stage", "apart", "apart", load_config(REPOSITORY / "config.yaml"))
+    found = {"samples": [0.1] * 3, "parts": {"gather": [0.1] * 3}, "amount": 3, "steady": True, "overhead_s": 0.0}
+    rows = bench.build_rows({case: [found, {"status": bench.OUT_OF_MEMORY, "note": "killed"}]}, {})
+    assert [row["case"] for row in rows] == ["gather", "apart"]
+    assert all(row["status"] == bench.OUT_OF_MEMORY and row["images_per_s"] is None for row in rows)
+
+
 def test_chance_alone_rarely_makes_a_difference():
     """Repeats of one distribution: two medians differ by more than the noise in about 2 of 924 comparisons."""
     draw, num_exceeding = random.Random(0), 0
@@ -556,7 +567,8 @@ def test_chance_alone_rarely_makes_a_difference():
     def drawn():
         rates = sorted(draw.lognormvariate(5, 0.3) for _ in range(6))
         low, high = bench.median_interval(rates)
-        return dict.fromkeys(bench.COLUMNS) | {"images_per_s": statistics.median(rates), "low": low, "high": high}
+        told = {"images_per_s": statistics.median(rates), "low": low, "high": high, "num_repeats": len(rates)}
+        return dict.fromkeys(bench.COLUMNS) | told
 
     for _ in range(5000):
         num_exceeding += verdict.compare_rows([drawn()], [drawn()])[0]["exceeds"]

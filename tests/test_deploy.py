@@ -1,5 +1,8 @@
 """lib/deploy.py and lib/reference.py: what a finished checkpoint carries to be used elsewhere."""
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -46,6 +49,17 @@ def test_without_both_classes_in_both_halves_nothing_is_made_up(quick_run, tmp_p
     assert left["threshold"] == 0.5 and left["calibration"] is None and not told and left["reference"]
     assert left["weights_sha256"] == before
     assert "probabilities are not calibrated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_every_fold_is_calibrated(quick_run, tmp_path, fold):
+    """A fold is a stretch of the order that halves are cut from: most of them lie in one half of it."""
+    cfg = dataclasses.replace(load_model(quick_run)[1], num_folds=4, fold=fold)
+    train, valid = open_train_valid(cfg)
+    shutil.copy(quick_run / "best.pt", tmp_path)
+    source = PatchSource(valid[0].images, "disk", torch.device("cpu"))
+    _, told = deploy.complete_checkpoint(tmp_path / "best.pt", torch.device("cpu"), train, valid, source, cfg)
+    assert 0 <= told["half_ece"] <= 1 and load_checkpoint(tmp_path / "best.pt")["calibration"]
 
 
 FEATURES = measure_features(draw_patches(600, 1)[0])

@@ -73,13 +73,15 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
             bins.append([low, low + 0.2, int(inside.sum()), probs[inside].mean(), labels[inside].mean()])
     folder.mkdir(parents=True)
     write_csv(folder / "reliability.csv", ("low", "high", "num", "mean_probability", "positive_share"), bins)
+    shutil.copy(predictions, folder)
     confusion = compute_confusion(labels, probs >= 0.3)
     write_csv(folder / "thresholds.csv", ("rule", "threshold", *confusion), [["recall", 0.3, *confusion.values()]])
     wrong = [["valid", row["index"], row["label"], row["probability"]] for row in rows if row["label"] != row["prediction"]]
     write_csv(folder / "errors.csv", ("split", "index", "label", "probability"), wrong)
     slices = [["stain", "pale", 30, 0.8, 0.7, 0.9], ["stain", "dark", 34, 0.9, 0.85, 0.95]]
     write_csv(folder / "slices.csv", ("slice", "value", "num", "auc", "auc_low", "auc_high"), slices)
-    write_json(folder / "scores.json", {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}})
+    overall = {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}}
+    write_json(folder / "scores.json", {"checkpoint": {"threshold": 0.3}, "global": overall})
     Image.new("RGB", (40, 40), "purple").save(folder / "errors.png")
 
 
@@ -87,6 +89,7 @@ def write_benchmark(path: Path) -> None:
     row = {"case": "default", "partition": "thin_course", "node_type": "a node", "job_id": "12", "gpu": "none", "status": "ok"}
     rows = [
         row | {"what": "infer", "model": model, "batch_size": size, "precision": precision, "memory_bytes": None}
+        | {"factor": size**0.5, "case": "default" if precision == "bf16" else "fp32"}
         | {"images_per_s": 50.0 * size**0.5 * speed, "low": 45.0 * size**0.5 * speed, "high": 55.0 * size**0.5 * speed}
         for model, speed in (("cnn", 2), ("p4m", 1)) for size in (1, 8, 512) for precision in ("bf16", "fp32")
     ]  # fmt: skip
@@ -166,11 +169,13 @@ def test_what_was_measured_is_shown(made):
     assert f"| AUC | {' | '.join(f'{value:.4g}' for value in auc)} | {np.mean(auc):.4g} | {np.std(auc, ddof=1):.4g} |" in text
     assert re.search(r"(\d+) of \1 traced steps are equal to the bit", text)
     assert "bytes a value | 4 | 1" in text and "values: nan" in text, "the size of a damaged edition, and its damage"
-    assert "| infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text and "out of memory" in text
+    assert "| thin_course: infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text and "out of memory" in text
     assert {path.stem for path in made.glob("assets/journal/*.png")} >= {
         *("gradient-norm", "learning-rate", "metrics", "champion", "twin", "class-balance", "intensity", "search"),
         *("decisions", "reliability", "slices", "scaling", "commits"),
     }
+    assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, "precisions beside each other"
+    assert re.search(r"!\[The champion on [\d,]+ patches of validation, calibrated, at its threshold 0.3\]", text)
     assert re.search(r"!\[Suspect patches. Drawn patches\]\(assets/evidence/pictures/damage.png\)", text)
 
 
@@ -309,12 +314,18 @@ def test_words_come_from_the_team_and_numbers_never_do(tmp_path):
         ("answers: {metrics: 'AUC 0.951 is high'}", "0.951"),
         ("answers: {metrics: better by 3%}", "3%"),
         ("remark: 3,000 patches", "3,000"),
+        ("remark: a drop of .95, in 1e-3 steps", ".95"),
+        ("answers: {metrics: 10-fold}", "10"),
         ("sumary: x", "sumary"),
+        ("answers: text", "answers must be names with values"),
+        ("members: [Alice]", "a member is {name: ..., id: '...'}"),
+        ("members: [{name: A, id: 0012345}]", "a member is {name: ..., id: '...'}"),
+        ("answers: {metrics: [a, b]}", "the answer metrics must be text"),
     ):
         path.write_text(text)
         with pytest.raises(BadInput, match=re.escape(wrong)):
             read_said(path)
-    path.write_text("answers: {metrics: 'F2 and ROC-AUC, H&E, seed s1'}")
+    path.write_text("answers: {metrics: 'F2 and ROC-AUC, H&E, seed s1, SHA-256'}")
     assert read_said(path)
     said = read_said(REPOSITORY / "journal.yaml")
     keys = {key for questions in read_questions().values() for key, *_ in questions}

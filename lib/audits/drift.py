@@ -47,13 +47,10 @@ def compare_splits(train: Survey, other: Survey) -> dict:
         a, b = ours[:, place], theirs[:, place]
         spread = np.sqrt((a.var() + b.var()) / 2)
         both = np.sort(np.concatenate([a, b]))
-        distance = np.abs(
-            np.searchsorted(np.sort(a), both, "right") / len(a) - np.searchsorted(np.sort(b), both, "right") / len(b)
-        ).max()
-        effect = float((b.mean() - a.mean()) / max(spread, 1e-9))
-        rows.append(
-            {"feature": name, "train": float(a.mean()), other.name: float(b.mean()), "effect": effect, "ks": float(distance)}
-        )
+        below = [np.searchsorted(np.sort(values), both, "right") / len(values) for values in (a, b)]
+        row = {"feature": name, "train": float(a.mean()), other.name: float(b.mean())}
+        row |= {"effect": float((b.mean() - a.mean()) / max(spread, 1e-9)), "ks": float(np.abs(below[0] - below[1]).max())}
+        rows.append(row)
 
     values = np.concatenate([ours, theirs])
     values = (values - values.mean(0)) / np.maximum(values.std(0), 1e-9)

@@ -72,7 +72,7 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
             num_groups = len(np.unique(first[again]))
             turned = f", {int((kinds != 'equal').sum()):,} of them turned or mirrored" if not all(same) else ""
             measured = (
-                f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are again there{turned}"
+                f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are there again{turned}"
             )
             advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
             findings.append(finding("duplicates", "warning", measured, "published train: 16%", advice, rows, survey.name))
@@ -83,9 +83,8 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
         if len(conflict):
             rows = survey.rows(conflict, of=stays[conflict], kind="equal, labelled both ways", reason="label", score=1.0)
             measured = f"{int(both.sum()):,} groups of equal patches carry both labels"
-            findings.append(
-                finding("label conflicts", "error", measured, "none", "look at them, correct one", rows, survey.name)
-            )
+            advice = "look at them, correct one"
+            findings.append(finding("label conflicts", "error", measured, "none", advice, rows, survey.name))
 
         within = (copies.split[copies.overlaps.first] == number) & (copies.split[copies.overlaps.second] == number)
         pairs = copies.overlaps[within]

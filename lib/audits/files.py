@@ -22,25 +22,21 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
     others = sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed)
     if others:
         rows = [{"file": name} for name in others]
-        findings.append(
-            finding("names", "warning", f"not among the official names: {', '.join(others[:4])}", "", "rename", rows)
-        )
+        measured = f"not among the official names: {', '.join(others[:4])}"
+        findings.append(finding("names", "warning", measured, "", "rename", rows))
     for survey in surveys:
         layout, num_official = survey.layout, OFFICIAL[survey.name]["rows"]
         stored = f"{layout['dtype']}, {'chunks of ' + str(layout['chunks']) if layout['chunks'] else 'contiguous'}"
         stored += f", {layout['compression']}" if layout["compression"] else ""
         num = f"{len(survey):,} patches" + ("" if len(survey) == num_official else f" (published: {num_official:,})")
-        differing = (
-            compare_md5(directory, survey.name) if may_be_official(survey) else ["of another size than the published files"]
-        )
+        differing = compare_md5(directory, survey.name) if may_be_official(survey) else ["of another size than as published"]
         verdict = "; ".join(differing) or "MD5 as published"
         findings.append(finding("files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]))
         if (named := compare_slide_names(survey)) == "swapped" or "it is that of" in verdict:
             proof = "its slides are named as another split's" if named == "swapped" else verdict
             limit = f"{SLIDE_PREFIX[survey.name]}*"
-            findings.append(
-                finding("exchanged splits", "error", proof, limit, "give the files their names back", split=survey.name)
-            )
+            advice = "give the files their names back"
+            findings.append(finding("exchanged splits", "error", proof, limit, advice, split=survey.name))
         findings.append(account_for_size(survey, work))
     return findings
 
@@ -60,12 +56,10 @@ def account_for_size(survey: Survey, work) -> dict:
     layout, num = survey.layout, len(survey)
     raw = layout_bytes(survey)
     ratio, overhead = raw / max(layout["stored_bytes"], 1), layout["file_bytes"] - layout["stored_bytes"]
-    official = OFFICIAL[survey.name]["rows"] * PATCH_BYTES
-    measured = f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']} bytes"
-    measured += (
-        f" / {ratio:.2f} by compression + {overhead:,}; official: {official:,} = {OFFICIAL[survey.name]['rows']:,} x 27,648 x 1"
-    )
-    rows = [{"factor": "rows", "here": num, "official": OFFICIAL[survey.name]["rows"]}]
+    official = OFFICIAL[survey.name]["rows"]
+    measured = f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']} bytes / {ratio:.2f} by "
+    measured += f"compression + {overhead:,}; official: {official * PATCH_BYTES:,} = {official:,} x 27,648 x 1"
+    rows = [{"factor": "rows", "here": num, "official": official}]
     rows += [{"factor": "values a patch", "here": PATCH_BYTES, "official": PATCH_BYTES}]
     rows += [{"factor": "bytes a value", "here": layout["itemsize"], "official": 1}]
     rows += [{"factor": "compression", "here": round(ratio, 3), "official": 1.0}]

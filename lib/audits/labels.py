@@ -75,9 +75,7 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
         return [finding("labels to review", "note", measured, advice=advice, split=survey.name)]
     chosen = order[: int(np.ceil(BUDGET * rate * len(rows)))]
     expected = wrong[chosen].mean()
-    measured += (
-        f"{rate:.1%} of the labels seem exchanged; of the {len(chosen):,} listed {expected:.0%} are expected to be wrong"
-    )
+    measured += f"{rate:.1%} of the labels seem exchanged; of the {len(chosen):,} listed {expected:.0%} should be wrong"
     advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
     columns = {"probability": probs[chosen].round(4), "reason": "label", "score": wrong[chosen].round(4)}
     rows = survey.rows(rows[chosen], **columns)

@@ -23,16 +23,14 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
                 continue
             index = np.flatnonzero(np.isin(earlier.slides, shared))
             rows = earlier.rows(index, slide=earlier.slides[index], reason="leak", score=0.5)
-            measured = (
-                f"{len(shared):,} slides are in {both}, with {len(index):,} patches of {earlier.name}: {', '.join(shared[:3])}"
-            )
+            measured = f"{len(shared):,} slides are in {both}, with {len(index):,} patches of {earlier.name}: "
+            measured += ", ".join(shared[:3])
             advice = "scores there are of slides that training has seen; quarantine_reasons takes `leak`"
             findings.append(finding("shared slides", "error", measured, "none", advice, rows, both))
             ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
             if len(ours):
-                rows = leak_rows(
-                    earlier, later, ours, theirs, np.full(len(ours), "same place on the slide"), np.ones(len(ours))
-                )
+                told = np.full(len(ours), "same place on the slide")
+                rows = leak_rows(earlier, later, ours, theirs, told, np.ones(len(ours)))
                 measured = f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel is {unit:g}: {how})"
                 findings.append(finding("overlapping coordinates", "error", measured, "none", advice, rows, both))
     return findings
@@ -52,18 +50,16 @@ def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies
     for number, pair in enumerate(zip(overlaps.first.tolist(), overlaps.second.tolist(), strict=True)):
         for one, other in (pair, pair[::-1]):
             if one in sides[0] and other in sides[1]:
-                title = "near copies" if overlaps.is_near[number] else "overlapping crops"
-                words = (
-                    describe_copy(overlaps[[number]]) if title == "near copies" else f"{overlaps.shift[number].tolist()} px off"
-                )
+                is_near = overlaps.is_near[number]
+                title = "near copies" if is_near else "overlapping crops"
+                words = describe_copy(overlaps[[number]]) if is_near else f"{overlaps.shift[number].tolist()} px off"
                 found[title] += pair_up(sides[0][one], sides[1][other], words, float(overlaps.similarity[number]))
     for title, pairs in found.items():
         if pairs:
             mine, other, words, score = (np.array(column) for column in zip(*pairs, strict=True))
             rows = leak_rows(earlier, later, mine, other, words, score)
-            measured = (
-                f"{len(np.unique(mine)):,} patches of {earlier.name} are {title} of {len(np.unique(other)):,} of {later.name}"
-            )
+            nums = [len(np.unique(side)) for side in (mine, other)]
+            measured = f"{nums[0]:,} patches of {earlier.name} are {title} of {nums[1]:,} of {later.name}"
             yield finding(f"leak: {title}", "error", measured, "none", advice, rows, both)
 
 

@@ -100,12 +100,8 @@ def probe_views(predict: Predict, patches: torch.Tensor, threshold: float, weigh
     prediction. A network that turns with its input (p4m) disagrees over shifts alone."""
     rows = []
     for probe, shift in (("eight views, turned", (0, 0)), ("eight views, turned and shifted", VIEW_SHIFT)):
-        with Progress(8, probe, "views") as bar:
-            views = []
-            for view in range(8):
-                views.append(sigmoid(predict(move_pixels(patches, view_draws(len(patches), view, shift)))))
-                bar.add()
-        views = np.stack(views)  # (8, B)
+        turned = (move_pixels(patches, view_draws(len(patches), view, shift)) for view in range(8))
+        views = np.stack([sigmoid(predict(seen)) for seen in turned])  # (8, B)
         called = (views >= threshold).mean(0)
         rows.append(measured(probe, "mean range of the probability", mean_of(np.ptp(views, axis=0), weights), 0.0))
         rows.append(measured(probe, UNDECIDED, mean_of((called > 0) & (called < 1), weights), 0.0))

@@ -60,9 +60,8 @@ def read_side(path) -> Side:
     trace = {int(row["step"]) if row["step"].isdigit() else 0: row for row in rows}
     every = min(trace, default=0) or 1
     if missing := sorted(set(range(every, summary["num_steps"] + 1, every)) ^ set(trace)):
-        raise BadInput(
-            f"{run / 'trace.csv'} is cut: of {summary['num_steps']} steps, every {every}th, it lacks step {missing[0]}"
-        )
+        told = f"of {summary['num_steps']} steps, every {every}th, it lacks step {missing[0]}"
+        raise BadInput(f"{run / 'trace.csv'} is cut: {told}")
     return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
 
 

@@ -49,9 +49,8 @@ def check_values(survey: Survey) -> list[dict]:
     fractional = int((table["num_fractional"][survey.intact] > 0).sum())
     if fractional:
         measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
-        findings.append(
-            finding("values: not integer", "warning", measured, "none", "ask where they come from", split=survey.name)
-        )
+        advice = "ask where they come from"
+        findings.append(finding("values: not integer", "warning", measured, "none", advice, split=survey.name))
     return findings
 
 

@@ -51,9 +51,7 @@ def tables(rows: list[dict]) -> list[str]:
     if at_one := [row for row in scaling if row["batch_size"] == 1]:
         header = ("what", "model", "partition", "node type", "images/s", "95% interval", "job id", "status")
         names = ("what", "model", "partition", "node_type")
-        cells = [
-            [*(row[n] for n in names), show(row["images_per_s"]), interval(row), row["job_id"], status(row)] for row in at_one
-        ]
+        cells = [[*map(row.get, names), show(row["images_per_s"]), interval(row), row["job_id"], status(row)] for row in at_one]
         parts += ["## Throughput at batch 1", table(header, cells)]
     for what, model in dict.fromkeys((row["what"], row["model"]) for row in scaling):
         series = [row for row in scaling if (row["what"], row["model"]) == (what, model)]
@@ -67,11 +65,10 @@ def tables(rows: list[dict]) -> list[str]:
     stages = [row for row in rows if row["what"] in ("stage", "limit")]
     if stages:
         header = ("what", "case", "batch size", "precision", "images/s", "95% interval", "ms a batch", "TFLOP/s", "status")
-        cells = [
-            [*(row[n] for n in ("what", "case", "batch_size", "precision")), show(row["images_per_s"]), interval(row)]
-            + [show(row["p50_s"], 1e3), show(row["flops_per_s"], 1e-12), status(row)]
-            for row in stages
-        ]
+        names, cells = ("what", "case", "batch_size", "precision"), []
+        for row in stages:
+            rates = show(row["images_per_s"]), interval(row), show(row["p50_s"], 1e3), show(row["flops_per_s"], 1e-12)
+            cells.append([*map(row.get, names), *rates, status(row)])
         parts += ["## Stages, and what the machine can do at most", table(header, cells)]
     return parts
 

@@ -20,9 +20,11 @@ CHAMPION = "assets/champion"
 RUN_FILES = ("config.yaml", "epochs.csv", "steps.csv", "summary.json")
 PRIVATE = {"argv", "cwd", "pid", "process_start", "submitted", "untracked_files", "uncommitted_patch", "earlier_starts"}
 NUM_SEEDS, MOST_SEEDS = 3, 5
-MOST_ROWS, MOST_LINES, MOST_BYTES = 12, 45, 1_000_000  # of a finding; of a quoted difference; of a file that is copied
-SAID = {"group", "members", "repository", "remark", "runs", "search", "audit", "twin", "pictures", "answers"}
-NUMBER = re.compile(r"(?<![\w.-])\d[\d.,]*%?(?![\w-])")  # F2 and s1 are names
+MOST_ROWS, MOST_LINES = 12, 45  # of a finding; of a quoted difference
+SAID = dict.fromkeys(("group", "repository", "remark", "search", "audit", "twin"), str)
+SAID |= {"members": list, "runs": list, "pictures": dict, "answers": dict}
+SAID_AS = {str: "text", list: "a list", dict: "names with values"}
+NUMBER = re.compile(r"(?<![\w.-])-?\.?\d[\d.,]*\w*%?")  # F2, s1 and SHA-256 are names
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,20 @@ class Evidence:
 
 
 def read_said(path) -> dict:
-    """What journal.yaml says. Raises BadInput for an unknown key, and for a number in an answer: numbers come from files."""
+    """What journal.yaml says. Raises BadInput for an unknown key, for a value of the wrong kind, and for a number in an answer:
+    numbers come from files."""
     said = read_yaml(path)
-    for key in said:
+    for key, value in said.items():
         if key not in SAID:
             raise BadInput(f"{path}: unknown key {key!r}{nearest(key, SAID) or f' (allowed: {sorted(SAID)})'}")
+        if value and not isinstance(value, SAID[key]):
+            raise BadInput(f"{path}: {key} must be {SAID_AS[SAID[key]]}, not {value!r}")
+    for member in said.get("members") or []:
+        if not isinstance(member, dict) or not all(isinstance(member.get(part), str) for part in ("name", "id")):
+            raise BadInput(f"{path}: a member is {{name: ..., id: '...'}}, the number in quotes, not {member!r}")
     for key, text in {**(said.get("answers") or {}), "remark": said.get("remark")}.items():
+        if text and not isinstance(text, str):
+            raise BadInput(f"{path}: the answer {key} must be text, not {text!r}")
         if number := NUMBER.search(str(text or "")):
             raise BadInput(f"{path}: the answer {key} holds the number {number[0]}: numbers come from files, words from here")
     return said
@@ -185,13 +195,6 @@ def gather(root: Path, said: dict, commit: str) -> None:
     elif missing := [name for name in said.get("runs") or [] if not (kept / "seeds" / name).is_dir()]:
         raise BadInput(f"journal.yaml: runs names {missing[0]}, which is neither in {root / 'runs'} nor in {kept / 'seeds'}")
 
-    summary = root / CHAMPION / "summary.json"
-    weights = read_json(summary).get("weights_sha256", "none") if summary.is_file() else "none"
-    for row in (row for row in rows if row.get("weights_sha256") == weights):
-        predictions = root / "runs" / row["run"] / "predictions.csv"
-        if predictions.is_file() and predictions.stat().st_size <= MOST_BYTES:
-            shutil.copy(predictions, fresh(kept / "champion"))
-
     if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
         copy_files(search, fresh(kept / "search"), "plan.json", "champion.json", "rung-*.json")
     if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
@@ -251,10 +254,8 @@ def gather_timeline(a: Path, b: Path, target: Path) -> None:
         return
     ours, theirs = read_csv(a), read_csv(b)
     header = [name for name in ours[0] if "." not in name]
-    rows = [
-        [row["step"], *(int(row[name] == other[name]) for name in header[1:])] for row, other in zip(ours, theirs, strict=True)
-    ]
-    write_csv(target, header, rows)
+    pairs = zip(ours, theirs, strict=True)
+    write_csv(target, header, [[row["step"], *(int(row[n] == other[n]) for n in header[1:])] for row, other in pairs])
 
 
 def public(row: dict) -> dict:

@@ -249,9 +249,8 @@ def plot_counts(rows: list[dict]):
     figure, (axes,) = new_figure(1, width=7)
     splits = list(dict.fromkeys(row["split"] for row in rows))
     for number, (label, name) in enumerate(((0, "negative"), (1, "positive"), (-1, "without label"))):
-        counts = [
-            sum(int(row["count"]) for row in rows if (row["split"], int(row["label"])) == (split, label)) for split in splits
-        ]
+        own = [row for row in rows if int(row["label"]) == label]
+        counts = [sum(int(row["count"]) for row in own if row["split"] == split) for split in splits]
         if label >= 0 or any(counts):
             places, hatch = np.arange(len(splits)) + 0.28 * (number - 0.5), ("", "//", "..")[number]
             bars = axes.bar(places, counts, 0.26, label=name, color=COLOURS[number], hatch=hatch, edgecolor="white")
@@ -269,9 +268,8 @@ def plot_histograms(rows: list[dict]):
         for number, split in enumerate(dict.fromkeys(row["split"] for row in rows)):
             bins = [row for row in rows if (row["split"], row["feature"]) == (split, feature)]
             num, edges = column(bins, "num"), [float(bins[0]["low"]), *column(bins, "high")]
-            axes.stairs(
-                num / max(num.sum(), 1), edges, label=split, color=COLOURS[number], linestyle=LINES[number % 4], linewidth=1.4
-            )
+            style = {"color": COLOURS[number], "linestyle": LINES[number % 4], "linewidth": 1.4}
+            axes.stairs(num / max(num.sum(), 1), edges, label=split, **style)
         axes.set(title=feature, xlabel=unit)
         axes.legend(fontsize=8)
     panels[0].set_ylabel("share of the intact patches")
@@ -300,7 +298,7 @@ def plot_intervals(names: list[str], values, lows, highs, overall: float, title:
     axes.hlines(places, lows, highs, color=COLOURS[0])
     axes.plot(values, places, "o", color=COLOURS[0], label="slice, with its interval")
     if math.isfinite(overall):
-        axes.axvline(overall, color="black", linestyle="--", label="all patches")
+        axes.axvline(overall, color="black", linestyle="--", label="all of them")
     axes.set(yticks=places, yticklabels=names, xlabel=title, ylim=(-0.7, len(names) - 0.3))
     with plt.rc_context(STYLE):
         figure.legend(loc="outside upper right", ncols=2, fontsize=8)

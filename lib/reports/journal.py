@@ -1,6 +1,7 @@
 """The journal: every question with its answer from files, as JOURNAL.md and as one page; and whether it agrees with them."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ def build(e: Evidence) -> dict[str, list[tuple[str, str, list]]]:
 
 def open_evidence(root: Path, commit: str) -> Evidence:
     """What a journal in `root` is made from: its own journal.yaml, or the repository's."""
+    if not root.is_dir():
+        raise BadInput(f"no folder {root}")
     said = root / SAID if (root / SAID).is_file() else REPOSITORY / SAID
     return Evidence(root, "" if commit == "none" else commit, read_said(said))
 
@@ -130,9 +133,7 @@ def compare_lines(ours: list[str], theirs: list[str]) -> list[str]:
 
 def excerpt(says: str, should: str, reach: int = 60) -> str:
     """Two lines from shortly before the place where they part."""
-    at = next(
-        (at for at, pair in enumerate(zip(says, should, strict=False)) if pair[0] != pair[1]), min(len(says), len(should))
-    )
+    at = len(os.path.commonprefix([says, should]))
     says, should = (f"{'...' * (at > reach)}{line[max(0, at - reach) : at + reach]}" for line in (says, should))
     return f"it says `{says}`, the files say `{should}`"
 

@@ -14,7 +14,8 @@ from lib.reports.runs import GRADIENTS, SHOWN_SCORES, average_scores, read_run
 
 DRAWN, MODEL, SEARCH = "assets/journal", "assets/model", f"{KEPT}/search"
 PLAN, AUDIT, TWIN = f"{SEARCH}/plan.json", f"{KEPT}/audit/findings.json", f"{KEPT}/twin/findings.json"
-BENCHMARK, SWEEP = "assets/benchmark/benchmark.json", "sweep SPACE=assets/space.yaml"
+BENCHMARKS, SWEEP = "assets/benchmark*/benchmark.json", "sweep SPACE=assets/space.yaml"
+PRECISIONS = ("fp32", "bf16", "fp16")
 NUM_COMMITS, NUM_SPIKES, NUM_ERRORS = 15, 3, 8
 WINDOW, SPIKE = 101, 2.0  # a spike: so many times the median of the steps around it
 SETUP = ("model", "epochs", "batch_size", "optimizer", "lr", "schedule", "warmup_epochs", "weight_decay", "ema_decay")
@@ -73,7 +74,7 @@ cpu_build | Why CI installs the CPU build | | .github/workflows/ci.yml: torch-ba
 conflict | A merge conflict | |
 graph | The graph of the last fifteen commits | |
 8 Benchmark
-throughput | How throughput is measured | | lib/rundir.py: add_step; lib/bench.py: measure; benchmark.py: images_per_s
+throughput | How throughput is measured | | lib/rundir.py: add_step; lib/bench.py: measure, rate_of_repeat
 precision | What precision changes | bench PARTITION=thin_course OUT=assets/benchmark |
 another_day | Why another day can be slower | |
 batch_one | Throughput at batch 1 | bench PARTITION=thin_course OUT=assets/benchmark |
@@ -373,18 +374,24 @@ def trials(e: Evidence) -> list:
 
 
 def champion(e: Evidence) -> list:
-    summary, name = e.json(f"{CHAMPION}/summary.json"), f"{KEPT}/champion/predictions.csv"
+    summary, name = e.json(f"{CHAMPION}/summary.json"), f"{MODEL}/predictions.csv"
     found = e.json(f"{SEARCH}/champion.json")
     keys = ("trial", "mean", "deviation", "low", "high", "num")
     rows = [[row[key] for key in keys] for row in found.get("finalists", [])]
     parts = [Words(f"{found['note']}."), *table(keys, rows, f"{SEARCH}/champion.json")] if found else [missing(SWEEP)]
-    cells = [[f"{CHAMPION}, at 0.5", *(summary[f"val_{count}"] for count in ("tn", "fp", "fn", "tp"))]] if summary else []
+    cells = (
+        [[f"{CHAMPION}, uncalibrated, at 0.5", *(summary[f"val_{count}"] for count in ("tn", "fp", "fn", "tp"))]]
+        if summary
+        else []
+    )
     header = ("checkpoint", "true negatives", "false positives", "false negatives", "true positives")
     parts += table(header, cells, f"{CHAMPION}/summary.json")
     if rows := [row for row in e.csv(name) if row.get("label") and row["probability"]]:
         labels, probs = figures.column(rows, "label").astype(int), figures.column(rows, "probability")
-        title, used = f"The champion on {len(rows):,} patches of validation", [name, *e.names(f"{MODEL}/thresholds.csv")]
-        drawn = (labels, probs, 0.5, compute_confusion(labels, probs >= 0.5), thresholds(e))
+        at = e.json(f"{MODEL}/scores.json").get("checkpoint", {}).get("threshold", 0.5)
+        title = f"The champion on {len(rows):,} patches of validation, calibrated, at its threshold {at:.3g}"
+        used = [name, *e.names(f"{MODEL}/scores.json"), *e.names(f"{MODEL}/thresholds.csv")]
+        drawn = (labels, probs, at, compute_confusion(labels, probs >= at), thresholds(e))
         parts += picture("decisions", title, used, figures.plot_decisions, *drawn)
     return parts
 
@@ -417,28 +424,34 @@ def errors(e: Evidence) -> list:
     false_alarms, missed = ([row for row in e.csv(name) if row["label"] == label] for label in ("0", "1"))
     worst = sorted(false_alarms, key=lambda row: -float(row["probability"]))[:NUM_ERRORS]
     worst += sorted(missed, key=lambda row: float(row["probability"]))[:NUM_ERRORS]
-    words = f"{len(false_alarms):,} false positives and {len(missed):,} false negatives; the most certain of each:"
+    words = (
+        f"{len(false_alarms):,} false positives and {len(missed):,} false negatives at the checkpoint's threshold; the most "
+    )
+    words += "certain of each:"
     shown = gallery(e, "errors", "False positives and false negatives", f"{MODEL} where the audit ran")
     return [Words(words), *csv_table(e, name, worst), *shown] if worst else []
 
 
 def slices(e: Evidence) -> list:
-    name, summary = f"{MODEL}/slices.csv", f"{CHAMPION}/summary.json"
+    name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
     parts, rows = csv_table(e, name), [row for row in e.csv(name) if row.get("auc")]
     if rows:
         names = [" ".join(cell for cell in row.values() if isinstance(number(cell), str) and cell) for row in rows]
         ends = [next((key for key in (f"auc_{end}", end) if key in rows[0]), "auc") for end in ("low", "high")]
         values = [figures.column(rows, key) for key in ("auc", *ends)]
-        title, overall = "ROC-AUC by slice, with 95% intervals", e.json(summary).get("val_auc", float("nan"))
-        parts += picture("slices", title, [name, summary], figures.plot_intervals, names, *values, overall, title)
+        title, overall = "ROC-AUC by slice, with 95% intervals", e.json(scores).get("global", {}).get("auc", {})
+        drawn = (names, *values, overall.get("value", float("nan")), title)
+        parts += picture("slices", title, [name, scores], figures.plot_intervals, *drawn)
     return parts
 
 
 def global_score(e: Evidence) -> list:
-    name = f"{MODEL}/slices.csv"
+    name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
+    overall = [[key, *row.values()] for key, row in e.json(scores).get("global", {}).items()]
     rows = sorted((row for row in e.csv(name) if row.get("auc")), key=lambda row: float(row["auc"]))
     ends = zip(("lowest AUC", "highest AUC"), (rows[:1], rows[-1:]), strict=True)
-    return csv_table(e, name, [{"slice with the": end} | row for end, picked in ends for row in picked])
+    extremes = csv_table(e, name, [{"slice with the": end} | row for end, picked in ends for row in picked])
+    return table(("score on the half that judges slices", "value", "95% from", "to"), overall, scores) + extremes
 
 
 # 7: collaboration
@@ -467,48 +480,51 @@ def graph(e: Evidence) -> list:
 # 8: benchmark
 
 
-def bench_rows(e: Evidence, *names: str, **wanted) -> list[dict]:
-    """Rows of benchmarks that time a model, those with these values alone."""
-    rows = [row for name in names or [BENCHMARK] for row in e.json(name).get("rows", []) if row["what"] in ("infer", "train")]
-    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+def bench_rows(e: Evidence, **wanted) -> tuple[list[dict], list[str]]:
+    """Rows of the benchmarks, one for each partition, that time a model, those with these values alone; and their files."""
+    names = e.names(BENCHMARKS)
+    rows = [row for name in names for row in e.json(name)["rows"] if row["what"] in ("infer", "train")]
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())], names
 
 
 def precision(e: Evidence) -> list:
-    rates = {}
-    for row in bench_rows(e):
-        if row.get("images_per_s"):
-            key = row["what"], row.get("model"), row.get("batch_size")
-            rates.setdefault(key, {}).setdefault(row.get("precision"), row["images_per_s"])
-    both = {key: (pair["fp32"], pair["bf16"]) for key, pair in rates.items() if {"fp32", "bf16"} <= set(pair)}
-    rows = [[*key, *pair, pair[1] / pair[0]] for key, pair in both.items()]
-    return table(("what", "model", "batch size", "fp32 images/s", "bf16 images/s", "factor"), rows, BENCHMARK)
+    timed, names = bench_rows(e)
+    keys, rates = ("partition", "what", "model", "batch_size"), {}
+    for row in timed:
+        if row.get("images_per_s") and row["case"] in ("default", "fp32", "bf16", "fp16"):
+            rates.setdefault(tuple(row[key] for key in keys), {})[row["precision"]] = row["images_per_s"]
+    rows = [[*key, *(pair.get(name) for name in PRECISIONS)] for key, pair in rates.items() if len(pair) > 1]
+    return table((*(key.replace("_", " ") for key in keys), *(f"{name}, images/s" for name in PRECISIONS)), rows, *names)
 
 
 def batch_one(e: Evidence) -> list:
     keys = ("what", "case", "model", "precision", "partition", "node_type", "images_per_s", "low", "high", "job_id", "status")
-    names = e.names("assets/benchmark*/benchmark.json")  # one for each partition
-    rows = bench_rows(e, *names, batch_size=1) if names else []
+    rows, names = bench_rows(e, batch_size=1)
     return table(keys, [[row.get(key) for key in keys] for row in rows], *names)
 
 
 def scaling(e: Evidence) -> list:
     cells, points, keys = [], {}, ("batch_size", "images_per_s", "low", "high")
-    for row in bench_rows(e, case="default"):
-        name, rate = f"{row['what']}, {row.get('model')}, {row.get('precision')}", row.get("images_per_s")
+    timed, names = bench_rows(e, case="default")
+    for row in timed:
+        name, rate = f"{row['partition']}: {row['what']}, {row['model']}, {row['precision']}", row.get("images_per_s")
         if rate:
             points.setdefault(name, []).append([row.get(key) or rate for key in keys])
-        factor = rate / points[name][0][1] if rate else None
         memory_mb = row["memory_bytes"] / 1e6 if row.get("memory_bytes") else None
-        cells.append([name, *(row.get(key) for key in keys), factor, memory_mb, row.get("gpu"), row.get("status")])
+        cells.append([name, *(row.get(key) for key in (*keys, "factor")), memory_mb, row.get("gpu"), row.get("status")])
     header = ("series", "batch size", "images/s", "95% from", "to", "factor", "memory, MB", "GPU", "status")
-    drawn = picture("scaling", "Throughput over batch size", [BENCHMARK], figures.plot_scaling, points)
-    return table(header, cells, BENCHMARK) + drawn
+    drawn = picture("scaling", "Throughput over batch size", names, figures.plot_scaling, points)
+    return table(header, cells, *names) + drawn
 
 
 def bottleneck(e: Evidence) -> list:
-    verdict = e.json(BENCHMARK).get("verdict") or {}
-    rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
-    return [Words(str(verdict.get("sentence", "")), (BENCHMARK,))] * bool(verdict) + table(("what", "value"), rows, BENCHMARK)
+    parts = []
+    for name in e.names(BENCHMARKS):
+        verdict = e.json(name).get("verdict") or {}
+        rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
+        partition = e.json(name)["rows"][0]["partition"]
+        parts += [Words(f"{partition}: {verdict.get('sentence', '')}", (name,)), *table(("what", "value"), rows, name)]
+    return parts
 
 
 # 9: documentation, and the checklist
