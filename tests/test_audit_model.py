@@ -124,6 +124,26 @@ def test_corrected_chances_are_those_of_benjamini_and_hochberg():
     assert rows[0]["num_tried"] == 30
 
 
+def test_the_worst_slice_is_ranked_on_the_half_that_finds():
+    """On the half that judges luck would rank it; where the rest has no error, one in n counts."""
+    common = {"p_auc": math.nan, "p_specificity": math.nan, "p_recall": 1e-6, "rest_recall": 1.0, "num": 20}
+    rows = [
+        common | {"slice": name, "recall": recall, "recall_high": 0.95, "finding_ratio_recall": ratio}
+        for name, recall, ratio in (("lucky", 0.5, 3.0), ("worst", 0.8, 9.0))
+    ]
+    worst = conclude(rows)
+    assert worst["slice"] == "worst" and worst["error_ratio"] == pytest.approx(0.2 / (1 / 20))
+
+
+def test_a_slice_of_few_groups_is_not_judged():
+    labels, _, probs = draw_world(600)
+    inside = np.arange(600) < 200
+    for size, is_judged in ((50, False), (5, True)):
+        answers = split_answers(labels, np.where(inside, 1 - probs, probs), 0.5, np.arange(600) // size)
+        (row,) = measure_slices([{"feature": "f", "slice": "a", "mask": inside}], answers)
+        assert math.isnan(row["p_auc"]) != is_judged
+
+
 class Sees(torch.nn.Module):
     """A model whose logit is how dark the pixels of a region are."""
 
