@@ -1,6 +1,6 @@
 """From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised, channels last."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,10 +54,9 @@ def no_augmentation(num: int) -> Draws:
 
 def view_draws(num: int, symmetry: int, shift=(0, 0)) -> Draws:
     """Draws that apply one of the eight symmetries to every patch and shift what comes out by `shift` pixels (y, x)."""
-    plain = no_augmentation(num)
     y, x = shift[::-1] if symmetry & 4 else shift  # as it is before the symmetry, which is when pixels are shifted
     shift = torch.tensor([[-y if symmetry & 2 else y, -x if symmetry & 1 else x]])
-    return Draws(torch.full((num,), symmetry), shift.repeat(num, 1), plain.gain, plain.offset)
+    return replace(no_augmentation(num), symmetry=torch.full((num,), symmetry), shift=shift.repeat(num, 1))
 
 
 def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:
@@ -88,13 +87,9 @@ def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, 
     """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96) `dtype`, channels last."""
     num, height, width, num_channels = images.shape
     mean, std = torch.tensor(mean), torch.tensor(std)
-    scale = draws.gain / (255.0 * std)
-    bias = (draws.offset - mean) / std
+    factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
     # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner loop is long and plain
-    scale, bias = (
-        values.repeat(1, width).view(num, 1, width * num_channels).to(images.device, non_blocking=True)
-        for values in (scale, bias)
-    )
+    scale, bias = factors.repeat(1, 1, width)[:, :, None].to(images.device, non_blocking=True)  # (B, 1, 288) each
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num

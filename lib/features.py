@@ -77,20 +77,11 @@ def compute_features(patches: np.ndarray, counts: np.ndarray, grey: np.ndarray) 
     widest = np.maximum(np.maximum(red, green), blue)
     spread = widest - np.minimum(np.minimum(red, green), blue)
 
-    def mean_difference(a, b):
-        difference = a - b
-        return np.abs(difference, out=difference).mean((0, 1))
+    saturation = (spread / np.maximum(widest, 1).astype(np.float32)).mean((1, 2))
 
-    near, far = (
-        mean_difference(grey[step:], grey[:-step]) + mean_difference(grey[:, step:], grey[:, :-step]) for step in (1, 2)
-    )
-    columns = (
-        mean.mean(1),
-        deviation.mean(1),
-        (spread / np.maximum(widest, 1).astype(np.float32)).mean((1, 2)),
-        stains[:, 0],
-        stains[:, 1],
-        near / np.maximum(far, 1e-3),
-    )
-    named = zip((*NAMES, "deviation"), (*columns, deviation.max(1)), strict=True)
-    return {name: np.asarray(column, np.float32) for name, column in named}
+    def difference(step):
+        return abs(grey[step:] - grey[:-step]).mean((0, 1)) + abs(grey[:, step:] - grey[:, :-step]).mean((0, 1))
+
+    sharpness = difference(1) / np.maximum(difference(2), 1e-3)
+    columns = (mean.mean(1), deviation.mean(1), saturation, stains[:, 0], stains[:, 1], sharpness, deviation.max(1))
+    return {name: np.asarray(column, np.float32) for name, column in zip((*NAMES, "deviation"), columns, strict=True)}
