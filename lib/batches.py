@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -120,19 +120,16 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
 
     With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing, or one class, is left.
     """
-    index = np.arange(len(split))
-    left_out = {}
+    index, left_out = np.arange(len(split)), {}
     if cfg.num_folds:
         in_fold = fold_of_rows(group_of_rows(split, cfg.data_dir), cfg.num_folds) == cfg.fold
         index = index[in_fold if held_out else ~in_fold]
     if cfg.quarantine and not held_out:  # validation keeps all, so that scores with and without stay comparable
         suspects = read_quarantine(cfg.quarantine, split.name, cfg.quarantine_reasons)
-        beyond = [row for row in suspects if row >= len(split)]
-        if beyond:
+        if beyond := [row for row in suspects if row >= len(split)]:
             raise BadInput(f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has {len(split):,} patches")
         is_suspect = np.isin(index, list(suspects))
-        for row in index[is_suspect].tolist():
-            left_out[suspects[row]] = left_out.get(suspects[row], 0) + 1
+        left_out = dict(Counter(suspects[row] for row in index[is_suspect].tolist()))
         index = index[~is_suspect]
     limit = cfg.limit_valid if held_out or split.name != "train" else cfg.limit_train
     if limit and limit < len(index):
