@@ -100,15 +100,10 @@ def measure(batches, seconds: float, wait, is_endless: bool = True) -> dict:
     if len(samples) < LEAST_BATCHES:
         raise BadInput(f"the data ended after {num_warm + len(samples)} batches, which are too few to measure")
     half = len(samples) // 2
-    overhead_s = statistics.median(take(iter(range(2000)), 0, 2000, lambda: None)[1])
-    return {
-        "amount": amount,
-        "samples": [round(sample, 9) for sample in samples],
-        "first_batch_s": sum(first),
-        "warmup_batches": num_warm,
-        "steady": is_steady(windows or [statistics.fmean(samples[:half]), statistics.fmean(samples[half:])]),
-        "overhead_s": overhead_s,
-    }
+    steady = is_steady(windows or [statistics.fmean(samples[:half]), statistics.fmean(samples[half:])])
+    found = {"amount": amount, "samples": [round(sample, 9) for sample in samples], "first_batch_s": sum(first)}
+    found |= {"warmup_batches": num_warm, "steady": steady}
+    return found | {"overhead_s": statistics.median(take(iter(range(2000)), 0, 2000, lambda: None)[1])}
 
 
 def read_load() -> dict[str, float]:
@@ -226,16 +221,11 @@ def describe_job(machine: dict) -> dict:
         told = slurm.run_command("scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]) if about["job"] else ""
         features = dict(item.split("=", 1) for item in told.split() if "=" in item).get("ActiveFeatures", "(null)")
         node_type = node_type if features == "(null)" else features
-    changed = " with changes" * bool(about["uncommitted_patch"])
-    return {
-        "partition": about["job"].get("SLURM_JOB_PARTITION", "none"),
-        "node_type": node_type,
-        "job_id": about["job"].get("SLURM_JOB_ID", "none"),
-        "gpu": machine.get("gpu", "none"),
-        "date": about["started_utc"][:10],
-        "commit": (about["commit"] or "none")[:10] + changed,
-        "versions": " ".join(f"{name} {version}" for name, version in about["versions"].items()),
-    }
+    commit = (about["commit"] or "none")[:10] + " with changes" * bool(about["uncommitted_patch"])
+    versions = " ".join(f"{name} {version}" for name, version in about["versions"].items())
+    partition, job_id = (about["job"].get(name, "none") for name in ("SLURM_JOB_PARTITION", "SLURM_JOB_ID"))
+    job = {"partition": partition, "node_type": node_type, "job_id": job_id, "gpu": machine.get("gpu", "none")}
+    return job | {"date": about["started_utc"][:10], "commit": commit, "versions": versions}
 
 
 def build_rows(results: dict, job: dict) -> list[dict]:
@@ -254,11 +244,8 @@ def build_rows(results: dict, job: dict) -> list[dict]:
 
 def samples_of(results: dict) -> list[dict]:
     """The raw samples: each case, and the seconds of every batch, and of its stages, of every repeat."""
-    names = ("samples", "parts")
-    return [
-        dataclasses.asdict(case) | {name: [each.get(name) for each in found] for name in names}
-        for case, found in results.items()
-    ]
+    raw = {case: {name: [each.get(name) for each in found] for name in ("samples", "parts")} for case, found in results.items()}
+    return [dataclasses.asdict(case) | told for case, told in raw.items()]
 
 
 def build_row(case: Case, name: str, found: list[dict], job: dict) -> dict:

@@ -111,26 +111,14 @@ def describe_machine(device: torch.device) -> dict:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
-    machine = {
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cpu": cpu,
-        "num_cores": num_cores(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "device": str(device),
-    }
+    machine = {"host": platform.node(), "system": platform.platform(), "cpu": cpu, "num_cores": num_cores()}
+    machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    machine |= {"memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "device": str(device)}
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "gpu": properties.name,
-            "gpu_memory_bytes": properties.total_memory,
-            "num_multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-            "driver": _nvidia_smi("driver_version"),
-            "mig": "MIG" in properties.name,
-        }
+        gpu = torch.cuda.get_device_properties(device)
+        machine |= {"gpu": gpu.name, "gpu_memory_bytes": gpu.total_memory, "num_multiprocessors": gpu.multi_processor_count}
+        machine |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        machine |= {"driver": _nvidia_smi("driver_version"), "mig": "MIG" in gpu.name}
     return machine
 
 

@@ -16,13 +16,8 @@ GROUPS = {
     "model": ("forward", "backward", "optimiser"),
     "logging": ("logging",),
 }
-NAMES = {
-    "disk": "the disk",
-    "loader": "the loader",
-    "transfer": "turning bytes into the model's input",
-    "model": "the model's computing",
-    "logging": "the logging",
-}
+NAMES = {group: f"the {group}" for group in GROUPS}
+NAMES |= {"transfer": "turning bytes into the model's input", "model": "the model's computing"}
 LEAST_ORDERS = 40  # ways in which the repeats of two sides can be ordered: apart by chance in at most 5%
 UNEXPLAINED = 1.25  # by this factor the pipeline may leave what its stages predict
 NEEDED_COLUMNS = {*KEY, "low", "high", "num_repeats", "status"}
@@ -74,16 +69,9 @@ def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_co
         sentence += f", where the stages alone predict {some['batch_size'] / expected_s:,.0f}"
     if limit:
         sentence += f"; the machine's limit for it ({words}) is {limit:,.0f} images/s, {limit / rate:.1f} times that"
-    return {
-        "bottleneck": bottleneck,
-        "sentence": sentence,
-        "stage_s": seconds,
-        "expected_s": expected_s,
-        "overlapped_s": some["batch_size"] / measured if measured else None,
-        "images_per_s": rate,
-        "limit_s": some["batch_size"] / limit if limit else None,
-        "limit": words,
-    }
+    found = {"bottleneck": bottleneck, "sentence": sentence, "stage_s": seconds, "expected_s": expected_s}
+    found |= {"overlapped_s": some["batch_size"] / measured if measured else None, "images_per_s": rate}
+    return found | {"limit_s": some["batch_size"] / limit if limit else None, "limit": words}
 
 
 def find_limit(bottleneck: str, limits: list[dict], overlapped: dict | None) -> tuple[float | None, str]:
@@ -137,14 +125,11 @@ def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
     """
     known, compared = {tuple(row[name] for name in KEY): row for row in before}, []
     for row in after:
-        other = known.get(tuple(row[name] for name in KEY))
-        if other is None:
+        if (other := known.get(tuple(row[name] for name in KEY))) is None:
             continue
         old, new = (each.get("images_per_s") or each.get("flops_per_s") for each in (other, row))
-        found = {name: row[name] for name in KEY} | {"before": old, "after": new}
-        found |= dict.fromkeys(("ratio", "low", "high", "exceeds"))
-        if old and new:
-            found["ratio"] = new / old
+        found = {name: row[name] for name in KEY} | {"before": old, "after": new, "ratio": new / old if old and new else None}
+        found |= dict.fromkeys(("low", "high", "exceeds"))
         orders = math.comb(other["num_repeats"] + row["num_repeats"], row["num_repeats"])
         if old and new and orders >= LEAST_ORDERS and other["low"] and row["low"]:
             found |= {"low": row["low"] / other["high"], "high": row["high"] / other["low"]}
