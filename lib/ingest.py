@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from lib.command import BadInput, nearest, one_line
-from lib.inputs import decode_patch, is_image, is_tar, walk_tar
+from lib.inputs import decode_patch, is_image, is_tar, refuse, walk_tar
 from lib.logger import read_edited_csv, read_json, write_json
 from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
 from lib.progress import Progress
@@ -67,8 +67,7 @@ def fill_folder(directory: Path, source: str, sizes: dict[str, int], write_split
             write_json(directory / JOURNAL_FILE, {"source": source, "finished": False})
             for split in todo:
                 began = time.monotonic()
-                splits[split] |= write_split(split)
-                splits[split]["seconds"] = round(time.monotonic() - began, 2)
+                splits[split] |= write_split(split) | {"seconds": round(time.monotonic() - began, 2)}
             write_json(directory / JOURNAL_FILE, {"source": source, "finished": True})
         except BadInput:  # the source has to change, and is another one then
             for path in (*directory.glob("camelyonpatch_*"), directory / JOURNAL_FILE, directory / LOSSES_FILE):
@@ -145,11 +144,7 @@ def read_kaggle_labels(path: Path, valid_share: float) -> dict[str, tuple[str, i
 def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
     """Yield (name below the source, file, its open archive or None, offset, bytes or None for no plain file, time changed)."""
     entered = set()
-
-    def fail(error):
-        raise error
-
-    walk = os.walk(path, followlinks=True, onerror=fail) if path.is_dir() else [(path.parent, [], [path.name])]
+    walk = os.walk(path, followlinks=True, onerror=refuse) if path.is_dir() else [(path.parent, [], [path.name])]
     for folder, folders, files in walk:
         if os.path.realpath(folder) in entered:  # by a link to a folder above
             folders.clear()

@@ -86,6 +86,11 @@ def is_tar(path: Path) -> bool:
     return path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()
 
 
+def refuse(error: OSError):
+    """For os.walk, which would leave out a folder that cannot be entered."""
+    raise error
+
+
 class CheckedMember(tarfile.TarInfo):
     """A member of a tar whose header is not taken on trust: tarfile reads any size, and goes back where it is negative."""
 
@@ -157,7 +162,9 @@ def _array_blocks(images, labels=None) -> Iterator[Block]:
 def _image_blocks(path: Path) -> Iterator[Block]:
     """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
     if path.is_dir():
-        found = ((str(file), file) for file in _image_files(path))
+        walk = os.walk(path, onerror=refuse)
+        files = sorted(Path(parent, name) for parent, _, names in walk for name in names if is_image(name))  # no folders
+        found = ((str(file), file) for file in files)
     elif is_tar(path):
         members = ((PurePosixPath(name), member, data) for name, member, data in walk_tar(path, load=True))
         found = ((f"{path}/{name}", data) for name, member, data in members if is_image(name.name) and not member.isdir())
@@ -175,16 +182,6 @@ def _image_blocks(path: Path) -> Iterator[Block]:
             yield Block([name for name, _ in chunk], [0] * len(chunk), np.stack(patches), [None] * len(chunk), list(errors))
     if not num:
         raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-
-
-def _image_files(folder: Path) -> list[Path]:
-    """All below a folder that is named as an image, sorted, except folders. Raises OSError where one cannot be entered."""
-
-    def fail(error):
-        raise error
-
-    walk = os.walk(folder, onerror=fail)
-    return sorted(Path(parent, name) for parent, _, files in walk for name in files if is_image(name))
 
 
 def _decode(item: tuple[str, Path | bytes | None]) -> tuple[np.ndarray, str | None]:
