@@ -65,9 +65,8 @@ def plan_cases(what: str, cfg: Config, sizes: list[int], device: torch.device, w
     if "train" in verbs:
         cases += plan_training(cfg, at, device)
     kinds = dict.fromkeys((case.cfg.precision, case.cfg.threads) for case in cases if case.kind in ("infer", "train"))
-    for precision, threads in kinds:
-        alike = dataclasses.replace(at, precision=precision, threads=threads)
-        cases.append(Case("limit", "matrix_product", "matrix_product", alike))
+    alike = [dataclasses.replace(at, precision=precision, threads=threads) for precision, threads in kinds]
+    cases += [Case("limit", "matrix_product", "matrix_product", each) for each in alike]
     cases = [dataclasses.replace(case, device=str(device)) if case.device == "auto" else case for case in dict.fromkeys(cases)]
     known = {case.name for case in cases} | ({"torchvision"} if probed else set())
     if unknown := [name for name in wanted if name not in known]:
@@ -174,10 +173,8 @@ def count_flops(batches, is_compiled: bool) -> float | None:
     """FLOPs an image of the next batch, a product and a sum being two; of a compiled model those that it has uncompiled."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    with contextlib.ExitStack() as stack:
-        if is_compiled:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        counter = stack.enter_context(FlopCounterMode(display=False))
+    stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
+    with stance, FlopCounterMode(display=False) as counter:
         num_images = next(batches, 0)
     return counter.get_total_flops() / num_images if num_images else None
 

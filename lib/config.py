@@ -22,7 +22,6 @@ MOST_ITEMS = 100  # of a key that takes several values
 NOT_IDENTITY = "does not change the weights"
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
-
 Share = Annotated[float, 0, 1]  # a type and its bounds, both allowed
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]

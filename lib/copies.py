@@ -226,10 +226,8 @@ def lay_over(prints: Prints, pairs: np.ndarray, read: Callable, step: int) -> Ov
     num = np.maximum(inside.sum(1), 1)
     mean, mean_other = ((grey * inside).sum(1) / num for grey in (one, other))
     # edges of equal height, or one that outshines all others would make any two borders of empty glass alike
-    a, b = (
-        np.concatenate([np.clip(values[k][side] - values[0][side], -STEEP, STEEP) * inside for k in (1, 2)], 1)
-        for side in (0, 1)
-    )
+    steps = [[np.clip(moved[side] - values[0][side], -STEEP, STEEP) * inside for moved in values[1:]] for side in (0, 1)]
+    a, b = (np.concatenate(each, 1) for each in steps)
     similarity = (a * b).sum(1) / np.sqrt(np.maximum((a * a).sum(1) * (b * b).sum(1), 1e-6))
     gain = mean_other / np.maximum(mean, 1e-6)
     difference = (np.abs(other - gain[:, None] * one) * inside).sum(1) / num

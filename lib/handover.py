@@ -139,9 +139,8 @@ def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
     packages, digits = [], python.replace(".", "")
     for path in sorted(folder.glob("*.whl")):
         python_tag, abi, system = path.stem.split("-")[-3:]
-        if not (f"cp{digits}" in python_tag.split(".") or "py3" in python_tag or abi == "abi3") or not (
-            system == "any" or system.endswith(machine)
-        ):
+        fits = f"cp{digits}" in python_tag.split(".") or "py3" in python_tag or abi == "abi3"
+        if not fits or not (system == "any" or system.endswith(machine)):
             raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
         with zipfile.ZipFile(path) as wheel:
             name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA") and name.count("/") == 1)

@@ -44,8 +44,7 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
 
     files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in path.glob("camelyonpatch_*"))
     source = f"{path.resolve()} ({'with losses' if allow_loss else 'without loss'}, {files})"
-    sizes = {split: num for split, (num, _) in plans.items()}
-    splits = fill_folder(directory, source, sizes, write_split)
+    splits = fill_folder(directory, source, {split: num for split, (num, _) in plans.items()}, write_split)
     rows = read_csv(directory / LOSSES_FILE)  # which knows what an earlier start wrote, too
     for split, stats in splits.items():
         losses = [(row["row"], row["kind"], int(row["num_values"])) for row in rows if row["split"] == split]
