@@ -204,8 +204,7 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config) -> torch.Te
     index, labels = torch.from_numpy(rows.index), rows.labels
     if cfg.balance != "sampler":
         return index[position_permutation(len(index), cfg.seed, epoch, ORDER)]
-    share = len(index) // 2
-    parts = []
+    share, parts = len(index) // 2, []
     for label in (0, 1):
         members = index[torch.from_numpy(np.flatnonzero(labels == label))]
         for repeat in range(-(-share // len(members))):

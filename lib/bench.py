@@ -132,10 +132,8 @@ def read_load() -> dict[str, float]:
 def load_between(before: dict, after: dict) -> dict[str, float]:
     """Shares of this process's cores that others used, that other machines stole, and that control groups withheld."""
     spent = {name: after[name] - before[name] for name in before}
-    total = max(spent["all"], 1e-9)
-    others = max(0.0, spent["busy"] - spent["own"])
-    shares = {"others_share": others, "stolen_share": spent["stolen"], "throttled_share": spent["throttled"]}
-    return {name: seconds / total for name, seconds in shares.items()}
+    spent["others"] = max(0.0, spent["busy"] - spent["own"])
+    return {f"{name}_share": spent[name] / max(spent["all"], 1e-9) for name in ("others", "stolen", "throttled")}
 
 
 def require_quiet(seconds: float = 1.0) -> None:
@@ -215,8 +213,7 @@ def median_interval(values) -> tuple[float, float]:
 
 def describe_job(machine: dict) -> dict:
     """What every row carries of where and when it was measured: partition, node type, job, device, date, commit, versions."""
-    about = environment()
-    node_type = machine["cpu"]
+    about, node_type = environment(), machine["cpu"]
     with contextlib.suppress(BadInput, OSError, KeyError):  # a shell of salloc is on no node
         told = slurm.run_command("scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]) if about["job"] else ""
         features = dict(item.split("=", 1) for item in told.split() if "=" in item).get("ActiveFeatures", "(null)")
@@ -232,8 +229,7 @@ def build_rows(results: dict, job: dict) -> list[dict]:
     """A row for each case, and for each stage of one that tells its stages apart."""
     rows = []
     for case, found in results.items():
-        parts = found[0].get("parts", {})
-        for part in [*parts, None]:
+        for part in [*found[0].get("parts", {}), None]:
             picked = [
                 each | {"samples": each["parts"][part], "overhead_s": 0.0} if part in each.get("parts", ()) else each
                 for each in found
@@ -263,12 +259,11 @@ def build_row(case: Case, name: str, found: list[dict], job: dict) -> dict:
     row |= {"flops_per_s" if case.kind == "matrix_product" else "images_per_s": statistics.median(rates)}
     if len(rates) > 1:
         row |= dict(zip(("low", "high"), median_interval(rates), strict=True))
-    for column in ("host_load", "others_share", "stolen_share", "throttled_share", "startup_s", "first_batch_s"):
-        row[column] = max(each[column] for each in found)
-    row |= {"num_batches": sum(len(each["samples"]) for each in found), "residence": found[0].get("residence")}
-    row |= {column: max(each[column] for each in found) for column in ("warmup_batches", "memory_bytes")}
+    largest = ("host_load", "others_share", "stolen_share", "throttled_share", "startup_s", "first_batch_s", "warmup_batches")
+    row |= {column: max(each[column] for each in found) for column in (*largest, "memory_bytes")}
+    row |= {column: found[0].get(column) for column in ("residence", "flops_per_image")}
+    row |= {"num_batches": sum(len(each["samples"]) for each in found)}
     row |= {"overhead_share": max(each["overhead_s"] for each in found) / row["p50_s"]}
-    row |= {"flops_per_image": found[0].get("flops_per_image")}
     return row | judge_quality(row, found)
 
 

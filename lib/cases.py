@@ -221,9 +221,7 @@ def open_batches(case: Case, device: torch.device, about: dict, keys: torch.Tens
     split = open_split(case.cfg.data_dir, "train")
     source = PatchSource(split.images, case.cfg.data_residence, device)
     about["residence"] = source.residence
-    if keys is None:
-        keys = order_of(case, len(split))
-    batches = cut_batches(case, keys)
+    batches = cut_batches(case, order_of(case, len(split)) if keys is None else keys)
 
     def stream():
         while True:
@@ -481,7 +479,5 @@ def torchvision_batches(case: Case):
                 return
 
 
-TIMED = {
-    timed.__name__: timed
-    for timed in (raw, ready, memory_copy, copy_to_device, matrix_product, read, infer, train, apart, plain, torchvision)
-}
+KINDS = (raw, ready, memory_copy, copy_to_device, matrix_product, read, infer, train, apart, plain, torchvision)
+TIMED = {kind.__name__: kind for kind in KINDS}

@@ -160,10 +160,9 @@ def config_from_dict(values: dict, source="config") -> Config:
 
 def refuse_unknown(keys, source) -> None:
     """Raise BadInput for the first key that no configuration has, with the nearest that it has."""
-    for key in keys:
-        if key not in HINTS:
-            hint = nearest(key, HINTS) or f" (allowed: {', '.join(HINTS)})"
-            raise BadInput(f"{source}: unknown key {key!r}{hint}")
+    if unknown := [key for key in keys if key not in HINTS]:
+        hint = nearest(unknown[0], HINTS) or f" (allowed: {', '.join(HINTS)})"
+        raise BadInput(f"{source}: unknown key {unknown[0]!r}{hint}")
 
 
 def _check_together(cfg: Config) -> None:

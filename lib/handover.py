@@ -210,8 +210,7 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         cells = (f"{value:.4f}", "{:.4f} to {:.4f}".format(*interval) if interval else "-", constant)
         return f"| {name} | {cells[0]} | {cells[1]} | {'-' if constant is None else f'{constant:.4f}'} |"
 
-    auc, majority = summary["val_auc"], summary["majority_accuracy"]
-    trained = meta.get("rows", {}).get("train")
+    auc, trained = summary["val_auc"], meta.get("rows", {}).get("train")
     torch_here = next(package["version"] for package in packages if package["package"] == "torch")
     lines = [
         f"# Model card: {run.resolve().name}",
@@ -241,7 +240,7 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         "| score | model | 95% interval | constant answer |\n|---|---|---|---|",
         row("ROC-AUC", auc, auc_interval(auc, num_positive, num_negative), summary["constant_auc"]),
         row("PR-AUC", summary["val_pr_auc"], None, summary["constant_pr_auc"]),
-        row("accuracy", summary["val_accuracy"], share_interval(tp + tn, num), majority),
+        row("accuracy", summary["val_accuracy"], share_interval(tp + tn, num), summary["majority_accuracy"]),
         row("sensitivity (recall)", tp / num_positive, share_interval(tp, num_positive), 1.0),
         row("specificity", tn / num_negative, share_interval(tn, num_negative), 0.0),
         row("F1", summary["val_f1"], None, summary["always_positive_f1"]),
