@@ -186,16 +186,14 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     return {"tolerance": round(tolerance, 6), "deviation_from_float32": round(deviation, 6), "num_patches": len(names)}
 
 
-def describe_decision(checkpoint: dict) -> list[str]:
+def describe_decision(checkpoint: dict) -> str:
     """What the stored threshold means, where a checkpoint says so."""
     if not checkpoint["calibration"]:
-        return ["Probabilities are not calibrated."]
+        return "Probabilities are not calibrated."
     decision, after = checkpoint["calibration"]["decision"], checkpoint["calibration"]["after"]
     rates = ", ".join(f"{name} {decision[name]:.4f}" for name in ("recall", "specificity", "precision", "f2"))
-    return [
-        f"Threshold {checkpoint['threshold']:.4f} and calibration were chosen on half of the validation patches. On the other "
-        f"half: {rates}; expected calibration error {after['ece']:.4f}."
-    ]
+    chosen = f"Threshold {checkpoint['threshold']:.4f} and calibration were chosen on half of the validation patches."
+    return f"{chosen} On the other half: {rates}; expected calibration error {after['ece']:.4f}."
 
 
 def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
@@ -247,7 +245,7 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
         row("F2", summary["val_f2"], None, summary["always_positive_f2"]),
         row("log loss (nats)", summary["val_loss"], None, summary["prior_loss"]),
         "The constant answers always positive; for accuracy it is the larger class, for the log loss the prevalence.",
-        *describe_decision(checkpoint),
+        describe_decision(checkpoint),
         "## Limits",
         "- The epoch was chosen on the patches that are scored here: the scores flatter. They are no scores on PatchCamelyon's "
         "official test split; patches that were recompressed as JPEG, or sampled, compare with no published score.",
