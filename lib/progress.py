@@ -46,9 +46,7 @@ class Progress:
         return text + (f", {self.note}" if self.note else "")
 
     def show(self, last: bool = False) -> None:
-        end = "\n" if last or not self.live else ""
-        start = "\r\033[K" if self.live else ""
-        self.stream.write(start + self.line() + end)
+        self.stream.write(("\r\033[K" if self.live else "") + self.line() + ("\n" if last or not self.live else ""))
         self.stream.flush()
 
     def __enter__(self):
