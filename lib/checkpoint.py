@@ -75,17 +75,9 @@ def evaluated(checkpoint: dict) -> dict:
 
 def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, **fields) -> dict:
     """A checkpoint as a dict; `fields` give what FIELDS names besides config and weights."""
-    return {
-        "config": cfg.as_dict(),
-        "model": dict(model.state_dict()),
-        "averaged": averaged and dict(averaged.state_dict()),
-        "optimizer": None,
-        "preprocessing": PREPROCESSING,
-        "threshold": 0.5,
-        "calibration": None,
-        "reference": None,
-        **fields,
-    }
+    weights = {"model": dict(model.state_dict()), "averaged": averaged and dict(averaged.state_dict())}
+    settings = {"preprocessing": PREPROCESSING, "threshold": 0.5, "calibration": None, "reference": None}
+    return {"config": cfg.as_dict(), **weights, "optimizer": None, **settings, **fields}
 
 
 def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None:
