@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import read_csv, read_json
+from lib.logger import read_cache, read_csv, read_json
 from lib.progress import format_duration
-from lib.rundir import REPOSITORY, git_state
+from lib.rundir import REPOSITORY, git_state, read_run_config
 
 LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
@@ -124,10 +124,7 @@ def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
 
 def job_of(meta: Path) -> dict:
     """The Slurm job that a run's meta.json names; empty for one that names none, or cannot be read."""
-    try:
-        return read_json(meta).get("job") or {}
-    except (OSError, BadInput):
-        return {}
+    return read_cache(meta).get("job") or {}
 
 
 def going_on(arguments: list[str], environment) -> list[str]:
@@ -325,8 +322,6 @@ def read_end(path: Path, num_bytes: int = 4096) -> str:
 
 def run_progress(run: Path) -> dict[str, str]:
     """How far a run has come, and how long it will take at the pace of its last steps."""
-    from lib.rundir import read_run_config
-
     found = {"run": str(run.relative_to(REPOSITORY))}
     try:
         meta, rows = read_json(run / "meta.json"), read_csv(run / "steps.csv")[-50:] if (run / "steps.csv").is_file() else []
