@@ -252,12 +252,10 @@ class RunLog:
         row = {"epoch": epoch, "step": self.progress["num_steps"], "train_loss": train_loss, "is_best": int(is_best)}
         row |= {f"val_{name}": scores[name] for name in SCORES} | {name: baselines[name] for name in BASELINES}
         self.epochs.add(**row, train_s=round(train_s, 3), eval_s=round(eval_s, 3), images_per_s=round(images_per_s, 1))
-        say(
-            f"epoch {epoch}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}, "
-            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
-            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f}), "
-            f"{images_per_s:,.0f} images/s{', best' if is_best else ''}"
-        )
+        auc, f2 = f"AUC {scores['auc']:.4f} (constant 0.5)", f"F2 {scores['f2']:.4f} (constant {row['always_positive_f2']:.4f})"
+        accuracy = f"accuracy {scores['accuracy']:.4f} (constant {row['majority_accuracy']:.4f})"
+        losses, speed = f"train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}", f"{images_per_s:,.0f} images/s"
+        say(f"epoch {epoch}: {losses}, {auc}, {f2}, {accuracy}, {speed}{', best' if is_best else ''}")
 
     def times(self) -> dict[str, float]:
         """Where this process's time went: shares are of the training time."""
