@@ -107,8 +107,7 @@ def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[W
     """
     stages = []
     for rung, num in enumerate(num_rows):
-        tasks = tuple(map(str, range(num)))
-        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tasks))
+        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tuple(map(str, range(num)))))
         ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung), "--finish"]
         stages.append(Work("sweep.py", [*ending, *arguments]))
     return stages
@@ -169,9 +168,8 @@ def minutes_of(text: str) -> float:
 def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True) -> list[str]:
     """What sbatch asks for: what work with `num_threads` a rank (0: all that it can get) can use and the partition has.
 
-    Work that `saves` is warned ahead of the time limit.
-
-    Raises BadInput where there is no such partition, it starts no jobs, or has less than the variables name.
+    Work that `saves` is warned ahead of the time limit. Raises BadInput where there is no such partition, it starts no jobs, or
+    has less than the variables name.
     """
     name, ranks, time = variables["PARTITION"], int(variables["NUM_RANKS"]), variables["TIME"]
     rows = [line.split("|") for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines()]
@@ -192,14 +190,11 @@ def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True)
         over = f"over the limit of partition {name}, {limit}" if minutes_of(time) else "no time at all"
         raise BadInput(f"TIME={time} is {over}")
     minutes = minutes_of(time) if time else min(LIMIT_MINUTES, minutes_of(limit))
-    return [
-        *(f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"),
-        f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}",
-        f"--time={time or int(minutes)}",
-        # so many seconds ahead of the limit, and up to 30 more
-        *([f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []),
-        *([f"--gpus={ranks}"] if has_gpu else []),
-    ]
+    request = [f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"]
+    request += [f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}", f"--time={time or int(minutes)}"]
+    # so many seconds ahead of the limit, and up to 30 more
+    request += [f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []
+    return request + ([f"--gpus={ranks}"] if has_gpu else [])
 
 
 def require_disk(folder: Path, least_bytes: int = LEAST_FREE_BYTES) -> None:
