@@ -188,11 +188,9 @@ def checkpoint_path(ckpt) -> Path:
     path = Path(ckpt)
     if not path.exists() and (Path("runs") / ckpt).is_dir():
         path = Path("runs") / ckpt
-    if path.is_dir():
-        if not (path / "best.pt").is_file():
-            raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
-        path = path / "best.pt"
-    return path
+    if path.is_dir() and not (path / "best.pt").is_file():
+        raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
+    return path / "best.pt" if path.is_dir() else path
 
 
 def warn_of_views(calibration: dict | None, views: int) -> None:

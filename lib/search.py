@@ -231,8 +231,7 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     needs_summary = row.epochs == sweep.plan["rungs"][-1]  # or its last checkpoint might not be written yet
     if summary.get("status") == "finished" or (len(epochs) == row.epochs and not needs_summary):
         scores = [summary.get("val_auc")] if row.is_final else [epoch.get("val_auc") for epoch in epochs]
-        scores = [score for score in map(_number, scores) if math.isfinite(score)]
-        if scores:
+        if scores := [score for score in map(_number, scores) if math.isfinite(score)]:
             return found | {"state": "done", "score": max(scores)}
         return found | {"state": "failed", "reason": "no AUC: validation lacks a class, or no logit was finite"}
     if summary:

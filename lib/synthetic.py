@@ -467,8 +467,7 @@ def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
         with tempfile.TemporaryDirectory(dir=directory, prefix=DRAWING) as drawing:
             for split in filter(plan.num, SPLITS):
                 packed = {"chunks": (min(32, plan.num(split)), PATCH_PX, PATCH_PX, 3), "compression": "gzip"}
-                storage = packed if plan.compression else {}
-                with SplitWriter(drawing, split, plan.num(split), plan.dtype, **storage) as writer:
+                with SplitWriter(drawing, split, plan.num(split), plan.dtype, **(packed if plan.compression else {})) as writer:
                     for images, labels, meta, planted in generate_split(plan, split):
                         writer.add(images, labels, meta)
                         truth += planted
