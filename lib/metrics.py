@@ -67,10 +67,9 @@ def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
 
     A logit that is not a number makes every score NaN.
     """
-    labels, probs = np.asarray(labels, bool), sigmoid(logits)
-    predictions = probs >= threshold
+    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
+    predictions = sigmoid(logits) >= threshold
     confusion = compute_confusion(labels, predictions)
-    logits = np.asarray(logits, np.float64)
     scores = {
         "loss": float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits)))),
         "accuracy": float(np.mean(labels == predictions)),

@@ -128,12 +128,10 @@ def process_start(pid: int) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
-    versions = {"python": platform.python_version()}
+    versions = {"python": platform.python_version(), **dict.fromkeys(PACKAGES, "not installed")}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     return versions
 
 

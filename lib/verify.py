@@ -28,9 +28,8 @@ def verify_folder(directory, splits=None, md5=False, read=True, official=OFFICIA
     """The facts of a PCam folder, a row a split, and findings as sentences; `read` goes through all patches, end to end."""
     rows, findings = [], []
     for name in splits or require_splits(directory):
-        split, progress = open_split(directory, name), Progress(0, f"read {name}")
-        with progress:
-            values = set()
+        split, values = open_split(directory, name), set()
+        with Progress(0, f"read {name}") as progress:
             for _, patches in replace(split.images, mapped=None).blocks() if read else ():  # by HDF5, which reports a bad disk
                 values |= {int(patches.min()), int(patches.max())}
                 progress.add(len(patches))
