@@ -69,9 +69,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is up on any rank: all of them have to leave at the same step."""
-        if self.num == 1:
-            return bool(flag)
-        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))))
+        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))) if self.num > 1 else flag)
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)), whoever holds what."""

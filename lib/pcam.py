@@ -45,8 +45,7 @@ def require_file(path: Path) -> Path:
         raise BadInput(f"no folder {path.parent} (prepare.py download, import or synthetic makes one; data_dir= names another)")
     if path.with_name(path.name + ".gz").is_file():
         raise BadInput(f"{path.name}.gz in {path.parent} is still packed: gunzip it, or use prepare.py download")
-    there = [entry.name for entry in path.parent.iterdir()]
-    raise BadInput(f"no file {path.name} in {path.parent}{nearest(path.name, there)}")
+    raise BadInput(f"no file {path.name} in {path.parent}{nearest(path.name, os.listdir(path.parent))}")
 
 
 def require_splits(directory) -> list[str]:

@@ -87,11 +87,10 @@ class Sweep:
         """The rows of a rung. Raises BadInput where it was not written yet."""
         if not 0 <= rung <= self.num_rungs:
             raise BadInput(f"{self.folder} has no rung {rung}: they are 0 to {self.num_rungs}")
-        is_final, trials, seeds = rung == self.num_rungs, list(self.plan["trials"]), self.plan["seeds"]
-        if rung:
-            if not self.rung_file(rung).is_file():
-                raise BadInput(f"{self.folder} has no rung {rung} yet: sweep.py promote {self.folder.name}")
-            trials = self.promoted(rung - 1)
+        if rung and not self.rung_file(rung).is_file():
+            raise BadInput(f"{self.folder} has no rung {rung} yet: sweep.py promote {self.folder.name}")
+        is_final, seeds = rung == self.num_rungs, self.plan["seeds"]
+        trials = self.promoted(rung - 1) if rung else self.plan["trials"]
         if is_final:
             seeds = range(max(seeds) + 1, max(seeds) + 1 + self.plan["champion_seeds"])
         epochs = self.plan["rungs"][min(rung, self.num_rungs - 1)]

@@ -62,12 +62,10 @@ def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
     """What in a split is not the published file, each as a sentence that says whose the file is if it is another split's."""
     findings = []
     for part in ("x", "y", "meta"):
-        path = split_path(directory, split, part)
-        if not path.exists():
+        if not (path := split_path(directory, split, part)).exists():
             continue
         published = {other: sums[part] if part == "meta" else sums[part][1] for other, sums in official.items()}
-        found = file_digest(path, "md5")
-        if found != published[split]:
+        if (found := file_digest(path, "md5")) != published[split]:
             owner = next((f", it is that of {other}" for other, md5 in published.items() if md5 == found), "")
             findings.append(f"{path.name}: MD5 {found} is not the published {published[split]}{owner}")
     return findings
