@@ -257,14 +257,10 @@ class RunLog:
 
     def times(self) -> dict[str, float]:
         """Where this process's time went: shares are of the training time."""
-        return {
-            "first_step_s": self.first_step_s and round(self.first_step_s, 3),
-            "train_s": round(self.train_s, 3),
-            "eval_s": round(self.eval_s, 3),
-            "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
-            "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
-            "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,
-        }
+        first_step_s, train_s = self.first_step_s and round(self.first_step_s, 3), self.train_s
+        rates = {"images_per_s": (self.num_images, 1), "wait_share": (self.wait_s, 5), "log_share": (self.log_s, 5)}
+        rates = {key: round(num / train_s, digits) if train_s else None for key, (num, digits) in rates.items()}
+        return {"first_step_s": first_step_s, "train_s": round(train_s, 3), "eval_s": round(self.eval_s, 3), **rates}
 
     def __enter__(self):
         return self
