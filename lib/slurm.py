@@ -300,9 +300,8 @@ def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
         name, shown, code = (read_end(log.with_suffix(suffix)) for suffix in (".name", ".shown", ".exit"))  # job.sh leaves them
         stopped = dict.fromkeys(("130", "138", "143"), "stopped")
         state = ({"0": "done", "": "killed"} | stopped).get(code, f"failed, exit {code}")
-        row = {"id": log.stem, "shown": shown or log.stem, "name": name, "state": state}
         quoted = {} if code == "0" else {"stderr": read_end(log).splitlines()[-NUM_QUOTED_LINES:]}
-        rows.append(row | quoted)
+        rows.append({"id": log.stem, "shown": shown or log.stem, "name": name, "state": state} | quoted)
     return [row | (run_progress(runs[row["id"]]) if row["id"] in runs else {}) for row in rows]
 
 
