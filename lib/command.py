@@ -28,16 +28,14 @@ class Parser(argparse.ArgumentParser):
 
 def probability(text: str) -> float:
     """An argument that must lie between 0 and 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
+    if not 0 <= (value := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def positive(text: str) -> int:
     """An argument that counts something."""
-    value = int(text)
-    if value < 1:
+    if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
@@ -84,9 +82,7 @@ def without_nan(value):
         return {str(key): without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [without_nan(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_result(result: dict) -> None:

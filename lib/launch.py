@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,9 @@ class StopFlag:
     """Set by Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (time limit ahead). A second Ctrl-C does not wait."""
 
     signal: int | None = None
-    previous: dict = field(default_factory=dict)
 
     def __enter__(self):
-        for number in STOP_SIGNALS:
-            self.previous[number] = signal.signal(number, self.receive)
+        self.previous = {number: signal.signal(number, self.receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_):
@@ -71,9 +69,7 @@ class Ranks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is up on any rank: all of them have to leave at the same step."""
-        if self.num == 1:
-            return bool(flag)
-        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))))
+        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))) if self.num > 1 else flag)
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)), whoever holds what."""
@@ -101,15 +97,13 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
 
     Raises BadInput where the shards cannot be shared out equally.
     """
-    environment = os.environ
+    environment, rank, num = os.environ, 0, 1
     if "RANK" in environment and "WORLD_SIZE" in environment:
         rank, num = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         rank, num = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
         environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname())
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
-    else:
-        rank, num = 0, 1
     if num == 1:
         yield Ranks()
         return

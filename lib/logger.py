@@ -76,7 +76,7 @@ def cache_file(path) -> Path:
 
 
 def read_cache(path) -> dict:
-    """What `write_cache` left at a cache's `path`; empty where there is nothing that can be used."""
+    """The object in a JSON file, such as `write_cache` leaves one; empty where there is nothing that can be used."""
     try:
         return read_json(path)
     except (OSError, BadInput):

@@ -45,8 +45,7 @@ def require_file(path: Path) -> Path:
         raise BadInput(f"no folder {path.parent} (prepare.py download, import or synthetic makes one; data_dir= names another)")
     if path.with_name(path.name + ".gz").is_file():
         raise BadInput(f"{path.name}.gz in {path.parent} is still packed: gunzip it, or use prepare.py download")
-    there = [entry.name for entry in path.parent.iterdir()]
-    raise BadInput(f"no file {path.name} in {path.parent}{nearest(path.name, there)}")
+    raise BadInput(f"no file {path.name} in {path.parent}{nearest(path.name, os.listdir(path.parent))}")
 
 
 def require_splits(directory) -> list[str]:
@@ -73,9 +72,8 @@ def open_dataset(path, key: str):
             names, link = list(file), file.get(key, getlink=True)
             item = file[key] if isinstance(link, h5py.HardLink) else None
             is_dataset = isinstance(item, h5py.Dataset) and item.dtype is not None
-            is_elsewhere = (
-                isinstance(link, (h5py.SoftLink, h5py.ExternalLink)) or is_dataset and (item.external or item.is_virtual)
-            )
+            is_link = isinstance(link, (h5py.SoftLink, h5py.ExternalLink))
+            is_elsewhere = is_link or is_dataset and (item.external or item.is_virtual)
         except Exception as error:  # whatever damage provokes in HDF5
             raise BadInput(f"{path}: '{key}' cannot be read ({one_line(error)})") from None
         if is_elsewhere:  # it may be a device or a pipe, and the file's SHA-256 says nothing about it
@@ -166,18 +164,15 @@ def open_images(path, num_labels: int = 0) -> Images:
         size = path.stat().st_size
         if len(dataset) > max(num_labels, size * MOST_PACKED // PATCH_BYTES):
             raise BadInput(f"{path}: x declares {len(dataset):,} patches in a file of {size:,} bytes, most were never written")
-        if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MOST_CHUNK_BYTES:
-            raise BadInput(
-                f"{path}: x is cut into chunks of {dataset.chunks}, too large for memory (prepare.py repack mends that)"
-            )
+        if (chunks := dataset.chunks) and math.prod(chunks) * dataset.dtype.itemsize > MOST_CHUNK_BYTES:
+            raise BadInput(f"{path}: x is cut into chunks of {chunks}, too large for memory (prepare.py repack mends that)")
         if dataset.dtype.kind == "f":
             sample = read_rows(dataset, slice(None, None, max(1, len(dataset) // 64)))
             if 0 < np.max(sample, where=np.isfinite(sample), initial=0) <= 1:
                 raise BadInput(f"{path}: x seems scaled to [0, 1]; prepare.py repack brings it back to 0..255")
-        mapped = map_dataset(dataset)
-        if mapped is not None:
+        if (mapped := map_dataset(dataset)) is not None:
             return Images(path, len(dataset), mapped, "mapped", dataset.id.get_offset())
-        return Images(path, len(dataset), None, f"{dataset.dtype}, chunks {dataset.chunks}, compression {dataset.compression}")
+        return Images(path, len(dataset), None, f"{dataset.dtype}, chunks {chunks}, compression {dataset.compression}")
 
 
 def read_label_values(path) -> np.ndarray:
@@ -193,8 +188,7 @@ def read_label_values(path) -> np.ndarray:
 def read_labels(path) -> np.ndarray:
     """The labels of a `y` file as uint8 (N,). Raises BadInput for values other than 0 and 1."""
     values = read_label_values(path)
-    wrong = np.flatnonzero(~np.isin(values, (0, 1)))
-    if len(wrong):
+    if len(wrong := np.flatnonzero(~np.isin(values, (0, 1)))):
         raise BadInput(f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, it must be 0 or 1 ({len(wrong):,} such rows)")
     return values.astype(np.uint8)
 

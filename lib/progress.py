@@ -38,17 +38,12 @@ class Progress:
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
         text = f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
-        if self.total:
-            left_s = (self.total - self.num_done) / rate if rate else 0.0
-            text += f" ({self.num_done / self.total:.0%}), {rate:,.0f}/s, {format_duration(left_s)} left"
-        else:
-            text += f", {rate:,.0f}/s"
-        return text + (f", {self.note}" if self.note else "")
+        share = f" ({self.num_done / self.total:.0%})" if self.total else ""
+        left = f", {format_duration((self.total - self.num_done) / rate if rate else 0.0)} left" if self.total else ""
+        return f"{text}{share}, {rate:,.0f}/s{left}" + (f", {self.note}" if self.note else "")
 
     def show(self, last: bool = False) -> None:
-        end = "\n" if last or not self.live else ""
-        start = "\r\033[K" if self.live else ""
-        self.stream.write(start + self.line() + end)
+        self.stream.write(("\r\033[K" if self.live else "") + self.line() + ("\n" if last or not self.live else ""))
         self.stream.flush()
 
     def __enter__(self):

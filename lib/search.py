@@ -20,21 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
+from lib import config
 from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, STOP_SIGNALS, BadInput, last_line, nearest, say
-from lib.config import (
-    Config,
-    Natural,
-    Positive,
-    change_free_keys,
-    coerce,
-    config_from_dict,
-    dump_config,
-    load_config,
-    parse_overrides,
-    plain,
-    read_yaml,
-    refuse_unknown,
-)
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
@@ -43,10 +30,10 @@ MOST_SEED = 2**31 - 101  # with room for the champion's fresh ones
 KEPT_SHARE, NUM_FINALISTS, BASE = 3, 3, "base"  # one in three trials goes on; `base` is the config with nothing varied
 SPACE = {
     "design": Literal["sobol", "grid"],
-    "trials": Positive,
-    "seed": Natural,  # of the design
-    "seeds": tuple[Natural, ...],  # of training; a trial's score is the mean over them
-    "rungs": tuple[Positive, ...],  # epochs
+    "trials": config.Positive,
+    "seed": config.Natural,  # of the design
+    "seeds": tuple[config.Natural, ...],  # of training; a trial's score is the mean over them
+    "rungs": tuple[config.Positive, ...],  # epochs
     "champion_seeds": Annotated[int, 3],
 }
 # the search sets them, or scores could not be compared across them
@@ -100,11 +87,10 @@ class Sweep:
         """The rows of a rung. Raises BadInput where it was not written yet."""
         if not 0 <= rung <= self.num_rungs:
             raise BadInput(f"{self.folder} has no rung {rung}: they are 0 to {self.num_rungs}")
-        is_final, trials, seeds = rung == self.num_rungs, list(self.plan["trials"]), self.plan["seeds"]
-        if rung:
-            if not self.rung_file(rung).is_file():
-                raise BadInput(f"{self.folder} has no rung {rung} yet: sweep.py promote {self.folder.name}")
-            trials = self.promoted(rung - 1)
+        if rung and not self.rung_file(rung).is_file():
+            raise BadInput(f"{self.folder} has no rung {rung} yet: sweep.py promote {self.folder.name}")
+        is_final, seeds = rung == self.num_rungs, self.plan["seeds"]
+        trials = self.promoted(rung - 1) if rung else self.plan["trials"]
         if is_final:
             seeds = range(max(seeds) + 1, max(seeds) + 1 + self.plan["champion_seeds"])
         epochs = self.plan["rungs"][min(rung, self.num_rungs - 1)]
@@ -125,18 +111,18 @@ class Sweep:
 # the design, frozen before anything runs
 
 
-def build_plan(name: str, space: dict, base: Config, source) -> dict:
+def build_plan(name: str, space: dict, base: config.Config, source) -> dict:
     """The trials of a space as plain values, each checked against the config, with a SHA-256 over the whole."""
     for key in space.keys() ^ {*SPACE, "ranges"}:
         raise BadInput(f"{source}: {'unknown' if key in space else 'missing'} key {key!r}{nearest(key, SPACE)}")
-    plan, ranges = {key: coerce(f"{source}: {key}", space[key], hint) for key, hint in SPACE.items()}, space["ranges"]
+    plan, ranges = {key: config.coerce(f"{source}: {key}", space[key], hint) for key, hint in SPACE.items()}, space["ranges"]
     if not plan["rungs"] or list(plan["rungs"]) != sorted(set(plan["rungs"])) or not plan["seeds"]:
         raise BadInput(f"{source}: rungs must be rising numbers of epochs, and seeds at least one")
     if len(set(plan["seeds"])) < len(plan["seeds"]) or max(*plan["seeds"], plan["seed"]) > MOST_SEED:
         raise BadInput(f"{source}: seeds must differ, and be at most {MOST_SEED:,}")
     if not isinstance(ranges, dict) or not ranges:
         raise BadInput(f"{source}: ranges must hold config keys, each with a range")
-    refuse_unknown(ranges, f"{source}: ranges")
+    config.refuse_unknown(ranges, f"{source}: ranges")
     if fixed := [key for key in ranges if key in FIXED_KEYS]:
         raise BadInput(f"{source}: {fixed[0]} cannot be searched over: the search sets it, or scores could not be compared")
     kinds = {key: _check_range(f"{source}: {key}", spec, plan["design"]) for key, spec in ranges.items()}
@@ -149,12 +135,12 @@ def build_plan(name: str, space: dict, base: Config, source) -> dict:
         points = list(itertools.product(*steps))
     if len(points) != plan["trials"]:
         raise BadInput(f"{source}: trials is {plan['trials']}, but the grid has {len(points)} points")
-    plan |= {"ranges": ranges, "trials": {}, "config_sha256": hashlib.sha256(dump_config(base).encode()).hexdigest()}
+    plan |= {"ranges": ranges, "trials": {}, "config_sha256": hashlib.sha256(config.dump_config(base).encode()).hexdigest()}
     for number, point in enumerate(points):
         items = zip(kinds.items(), point, strict=True)
         values = {key: _value_at(*kind, x, getattr(base, key)) for (key, kind), x in items}
-        typed = {key: plain(value) for key, value in values.items()}  # as train.py gets them
-        config_from_dict(base.as_dict() | typed, source=f"{source}: trial {number}")
+        typed = {key: config.plain(value) for key, value in values.items()}  # as train.py gets them
+        config.config_from_dict(base.as_dict() | typed, source=f"{source}: trial {number}")
         plan["trials"][f"t{number:03}"] = values
     plan = json.loads(json.dumps(plan | {"name": name}))
     return plan | {"sha256": plan_digest(plan)}
@@ -166,7 +152,7 @@ def _check_range(where: str, spec, design: str) -> tuple[str, list]:
     if kind == "choice" and isinstance(values, list) and values:
         return kind, values
     if kind in ("log", "range") and isinstance(values, list) and len(values) == 2 and design == "sobol":
-        low, high = (coerce(where, value, Annotated[float, -math.inf]) for value in values)
+        low, high = (config.coerce(where, value, Annotated[float, -math.inf]) for value in values)
         if low < high and (low > 0 or kind == "range"):
             return kind, [low, high]
     allowed = "choice: [...]" if design == "grid" else "log: [low, high], range: [low, high] or choice: [...]"
@@ -190,11 +176,11 @@ def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> dict:
     """Write config.yaml and plan.json of a search, once. Raises BadInput where another plan stands there."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", folder.name):
         raise BadInput(f"{folder.name!r} is no name of a search: 1 to 40 letters, digits, - and _ (runs are named after it)")
-    space = read_yaml(space_path)
+    space = config.read_yaml(space_path)
     if owned := [pair for pair in overrides if pair.partition("=")[0] in ("name", "seed", "epochs")]:
         raise BadInput(f"{owned[0]}: the search sets names, seeds (by seeds) and epochs (by rungs)")
-    base = load_config(config_path, overrides)
-    base = dataclasses.replace(base, epochs=max(coerce("rungs", space.get("rungs", []), SPACE["rungs"]), default=1))
+    base = config.load_config(config_path, overrides)
+    base = dataclasses.replace(base, epochs=max(config.coerce("rungs", space.get("rungs", []), SPACE["rungs"]), default=1))
     plan = build_plan(folder.name, space, base, space_path)
     if (folder / "plan.json").is_file():
         if read_json(folder / "plan.json") != plan:
@@ -202,7 +188,7 @@ def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> dict:
         return plan
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "config.yaml", "w") as file:
-        file.write(dump_config(base))
+        file.write(config.dump_config(base))
     write_json(folder / "plan.json", plan)
     return plan
 
@@ -244,8 +230,7 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     needs_summary = row.epochs == sweep.plan["rungs"][-1]  # or its last checkpoint might not be written yet
     if summary.get("status") == "finished" or (len(epochs) == row.epochs and not needs_summary):
         scores = [summary.get("val_auc")] if row.is_final else [epoch.get("val_auc") for epoch in epochs]
-        scores = [score for score in map(_number, scores) if math.isfinite(score)]
-        if scores:
+        if scores := [score for score in map(_number, scores) if math.isfinite(score)]:
             return found | {"state": "done", "score": max(scores)}
         return found | {"state": "failed", "reason": "no AUC: validation lacks a class, or no logit was finite"}
     if summary:
@@ -337,10 +322,10 @@ def require_comparable(sweep: Sweep, overrides: list[str]) -> None:
     """Raise BadInput for overrides, or data, with which rows would not be the plan's, or not comparable to those so far."""
     from lib.pcam import fingerprint
 
-    changes = parse_overrides(overrides)
+    changes = config.parse_overrides(overrides)
     if fixed := [key for key in changes if key in ("name", "views")]:
         raise BadInput(f"{fixed[0]} cannot be changed after the plan")
-    cfg = change_free_keys(load_config(sweep.folder / "config.yaml"), changes)
+    cfg = config.change_free_keys(config.load_config(sweep.folder / "config.yaml"), changes)
     digests, path = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"]), sweep.folder / "data.json"
     if path.is_file() and read_json(path) != digests:
         raise BadInput(f"{cfg.data_dir} is not the data that {sweep.folder} was begun with: its SHA-256 differs")
@@ -371,7 +356,8 @@ def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> sub
         which = ["--resume", str(run)]
     else:
         values = {"name": sweep.run_name(row.trial), "seed": row.seed, **sweep.plan["trials"].get(row.trial, {})}
-        which = ["--config", str(sweep.folder / "config.yaml"), *(f"{key}={plain(value)}" for key, value in values.items())]
+        pairs = [f"{key}={config.plain(value)}" for key, value in values.items()]
+        which = ["--config", str(sweep.folder / "config.yaml"), *pairs]
     command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(sweep.runs_dir), "--until-epoch", str(row.epochs)]
     logs.mkdir(exist_ok=True)
     with open(logs / f"{row}.err", "ab") as log:

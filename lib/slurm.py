@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import read_csv, read_json
+from lib.logger import read_cache, read_csv, read_json
 from lib.progress import format_duration
-from lib.rundir import REPOSITORY, git_state
+from lib.rundir import REPOSITORY, git_state, read_run_config
 
 LOGS, SNAPSHOTS = REPOSITORY / "jobs/logs", REPOSITORY / "jobs/snapshots"
 LEAST_FREE_BYTES = 1 << 30  # checkpoints and logs of a run, with room to spare
@@ -107,8 +107,7 @@ def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[W
     """
     stages = []
     for rung, num in enumerate(num_rows):
-        tasks = tuple(map(str, range(num)))
-        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tasks))
+        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tuple(map(str, range(num)))))
         ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung), "--finish"]
         stages.append(Work("sweep.py", [*ending, *arguments]))
     return stages
@@ -124,10 +123,7 @@ def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
 
 def job_of(meta: Path) -> dict:
     """The Slurm job that a run's meta.json names; empty for one that names none, or cannot be read."""
-    try:
-        return read_json(meta).get("job") or {}
-    except (OSError, BadInput):
-        return {}
+    return read_cache(meta).get("job") or {}
 
 
 def going_on(arguments: list[str], environment) -> list[str]:
@@ -172,9 +168,8 @@ def minutes_of(text: str) -> float:
 def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True) -> list[str]:
     """What sbatch asks for: what work with `num_threads` a rank (0: all that it can get) can use and the partition has.
 
-    Work that `saves` is warned ahead of the time limit.
-
-    Raises BadInput where there is no such partition, it starts no jobs, or has less than the variables name.
+    Work that `saves` is warned ahead of the time limit. Raises BadInput where there is no such partition, it starts no jobs, or
+    has less than the variables name.
     """
     name, ranks, time = variables["PARTITION"], int(variables["NUM_RANKS"]), variables["TIME"]
     rows = [line.split("|") for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines()]
@@ -195,14 +190,11 @@ def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True)
         over = f"over the limit of partition {name}, {limit}" if minutes_of(time) else "no time at all"
         raise BadInput(f"TIME={time} is {over}")
     minutes = minutes_of(time) if time else min(LIMIT_MINUTES, minutes_of(limit))
-    return [
-        *(f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"),
-        f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}",
-        f"--time={time or int(minutes)}",
-        # so many seconds ahead of the limit, and up to 30 more
-        *([f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []),
-        *([f"--gpus={ranks}"] if has_gpu else []),
-    ]
+    request = [f"--partition={name}", "--nodes=1", f"--ntasks={ranks}", f"--cpus-per-task={variables['CPUS'] or usable}"]
+    request += [f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}", f"--time={time or int(minutes)}"]
+    # so many seconds ahead of the limit, and up to 30 more
+    request += [f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []
+    return request + ([f"--gpus={ranks}"] if has_gpu else [])
 
 
 def require_disk(folder: Path, least_bytes: int = LEAST_FREE_BYTES) -> None:
@@ -308,9 +300,8 @@ def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
         name, shown, code = (read_end(log.with_suffix(suffix)) for suffix in (".name", ".shown", ".exit"))  # job.sh leaves them
         stopped = dict.fromkeys(("130", "138", "143"), "stopped")
         state = ({"0": "done", "": "killed"} | stopped).get(code, f"failed, exit {code}")
-        row = {"id": log.stem, "shown": shown or log.stem, "name": name, "state": state}
         quoted = {} if code == "0" else {"stderr": read_end(log).splitlines()[-NUM_QUOTED_LINES:]}
-        rows.append(row | quoted)
+        rows.append({"id": log.stem, "shown": shown or log.stem, "name": name, "state": state} | quoted)
     return [row | (run_progress(runs[row["id"]]) if row["id"] in runs else {}) for row in rows]
 
 
@@ -325,8 +316,6 @@ def read_end(path: Path, num_bytes: int = 4096) -> str:
 
 def run_progress(run: Path) -> dict[str, str]:
     """How far a run has come, and how long it will take at the pace of its last steps."""
-    from lib.rundir import read_run_config
-
     found = {"run": str(run.relative_to(REPOSITORY))}
     try:
         meta, rows = read_json(run / "meta.json"), read_csv(run / "steps.csv")[-50:] if (run / "steps.csv").is_file() else []

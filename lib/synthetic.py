@@ -390,14 +390,12 @@ def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple
             continue
         eligible = labels == 1 if kind == "trigger" else np.ones_like(free)
         for _ in range(int(rate * eligible.sum() + rng.random())):
-            pool = np.flatnonzero(free & eligible)
-            if not len(pool):
+            if not len(pool := np.flatnonzero(free & eligible)):
                 break
             index = rng.choice(pool)
             free[index] = False
             if kind in DUPLICATES:
-                sources = np.flatnonzero(free & (labels == labels[index]))
-                if not len(sources):
+                if not len(sources := np.flatnonzero(free & (labels == labels[index]))):
                     continue  # the only one of its class is left as it is
                 source = rng.choice(sources)
                 free[source] = False
@@ -467,8 +465,7 @@ def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
         with tempfile.TemporaryDirectory(dir=directory, prefix=DRAWING) as drawing:
             for split in filter(plan.num, SPLITS):
                 packed = {"chunks": (min(32, plan.num(split)), PATCH_PX, PATCH_PX, 3), "compression": "gzip"}
-                storage = packed if plan.compression else {}
-                with SplitWriter(drawing, split, plan.num(split), plan.dtype, **storage) as writer:
+                with SplitWriter(drawing, split, plan.num(split), plan.dtype, **(packed if plan.compression else {})) as writer:
                     for images, labels, meta, planted in generate_split(plan, split):
                         writer.add(images, labels, meta)
                         truth += planted

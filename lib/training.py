@@ -36,15 +36,9 @@ class TrainState:
 
     def checkpoint(self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True) -> dict:
         """This state as a checkpoint's fields; the tensors are not copied."""
-        return build_checkpoint(
-            cfg,
-            self.model,
-            self.averaged,
-            optimizer=self.optimizer.state_dict() if with_optimizer else None,
-            progress=dict(self.progress),
-            metrics=metrics,
-            data=data,
-        )
+        optimizer, progress = self.optimizer.state_dict() if with_optimizer else None, dict(self.progress)
+        fields = {"optimizer": optimizer, "progress": progress, "metrics": metrics, "data": data}
+        return build_checkpoint(cfg, self.model, self.averaged, **fields)
 
 
 @dataclass(frozen=True)
@@ -66,8 +60,7 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
     if cfg.weights:
         loaded = load_pickle_free(cfg.weights)
         if isinstance(loaded, dict) and "model" in loaded and "config" in loaded:  # a checkpoint of this program
-            loaded = load_checkpoint(cfg.weights)
-            loaded = evaluated(loaded)
+            loaded = evaluated(load_checkpoint(cfg.weights))
         fit_state(model, loaded, cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
@@ -129,11 +122,9 @@ def training_step(
     inputs = model_input(batch.images, draws, patch_size(cfg, epoch), dtype)
 
     state.model.train()
-    position = (cfg.seed, epoch, step, DROPOUT)
-    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, position, ranks)
+    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, (cfg.seed, epoch, step, DROPOUT), ranks)
 
-    gradients = [parameter.grad for parameter in state.model.parameters()]
-    grad_norm = nn.utils.get_total_norm(gradients)
+    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in state.model.parameters()])
     if cfg.grad_clip:
         nn.utils.clip_grads_with_norm_(state.model.parameters(), cfg.grad_clip, grad_norm)
     for group in state.optimizer.param_groups:

@@ -28,9 +28,8 @@ def verify_folder(directory, splits=None, md5=False, read=True, official=OFFICIA
     """The facts of a PCam folder, a row a split, and findings as sentences; `read` goes through all patches, end to end."""
     rows, findings = [], []
     for name in splits or require_splits(directory):
-        split, progress = open_split(directory, name), Progress(0, f"read {name}")
-        with progress:
-            values = set()
+        split, values = open_split(directory, name), set()
+        with Progress(0, f"read {name}") as progress:
             for _, patches in replace(split.images, mapped=None).blocks() if read else ():  # by HDF5, which reports a bad disk
                 values |= {int(patches.min()), int(patches.max())}
                 progress.add(len(patches))
@@ -63,12 +62,10 @@ def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
     """What in a split is not the published file, each as a sentence that says whose the file is if it is another split's."""
     findings = []
     for part in ("x", "y", "meta"):
-        path = split_path(directory, split, part)
-        if not path.exists():
+        if not (path := split_path(directory, split, part)).exists():
             continue
         published = {other: sums[part] if part == "meta" else sums[part][1] for other, sums in official.items()}
-        found = file_digest(path, "md5")
-        if found != published[split]:
+        if (found := file_digest(path, "md5")) != published[split]:
             owner = next((f", it is that of {other}" for other, md5 in published.items() if md5 == found), "")
             findings.append(f"{path.name}: MD5 {found} is not the published {published[split]}{owner}")
     return findings
