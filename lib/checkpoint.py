@@ -75,9 +75,17 @@ def evaluated(checkpoint: dict) -> dict:
 
 def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, **fields) -> dict:
     """A checkpoint as a dict; `fields` give what FIELDS names besides config and weights."""
-    weights = {"model": dict(model.state_dict()), "averaged": averaged and dict(averaged.state_dict())}
-    settings = {"preprocessing": PREPROCESSING, "threshold": 0.5, "calibration": None, "reference": None}
-    return {"config": cfg.as_dict(), **weights, "optimizer": None, **settings, **fields}
+    return {
+        "config": cfg.as_dict(),
+        "model": dict(model.state_dict()),
+        "averaged": averaged and dict(averaged.state_dict()),
+        "optimizer": None,
+        "preprocessing": PREPROCESSING,
+        "threshold": 0.5,
+        "calibration": None,
+        "reference": None,
+        **fields,
+    }
 
 
 def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None:
@@ -188,9 +196,11 @@ def checkpoint_path(ckpt) -> Path:
     path = Path(ckpt)
     if not path.exists() and (Path("runs") / ckpt).is_dir():
         path = Path("runs") / ckpt
-    if path.is_dir() and not (path / "best.pt").is_file():
-        raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
-    return path / "best.pt" if path.is_dir() else path
+    if path.is_dir():
+        if not (path / "best.pt").is_file():
+            raise BadInput(f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder")
+        path = path / "best.pt"
+    return path
 
 
 def warn_of_views(calibration: dict | None, views: int) -> None:

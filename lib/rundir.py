@@ -30,8 +30,12 @@ PATCH_BYTES_KEPT = 1 << 20
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
 BASELINES = ("always_positive_f2", "majority_accuracy", "constant_auc", "constant_pr_auc", "prior_loss")
-EPOCH_COLUMNS = ("epoch", "step", "train_loss", "is_best", *(f"val_{name}" for name in SCORES), *BASELINES)
-EPOCH_COLUMNS += ("train_s", "eval_s", "images_per_s")
+EPOCH_COLUMNS = (
+    *("epoch", "step", "train_loss", "is_best"),
+    *(f"val_{name}" for name in SCORES),
+    *BASELINES,
+    *("train_s", "eval_s", "images_per_s"),
+)
 
 
 def create_run(runs_dir, cfg: Config) -> Path:
@@ -39,7 +43,8 @@ def create_run(runs_dir, cfg: Config) -> Path:
     runs_dir = Path(runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     while True:
-        run = runs_dir / f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%SZ}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+        run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
         try:
             run.mkdir()
         except FileExistsError:
@@ -108,10 +113,13 @@ def git_state() -> dict:
         except (OSError, subprocess.SubprocessError):
             return ""
 
-    commit, patch = git("rev-parse", "HEAD").strip() or None, git("diff", "HEAD")
-    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()[:1000]
-    state = {"commit": commit, "uncommitted_patch": patch[:PATCH_BYTES_KEPT]}
-    return state | {"uncommitted_patch_cut": len(patch) > PATCH_BYTES_KEPT, "untracked_files": untracked}
+    patch = git("diff", "HEAD")
+    return {
+        "commit": git("rev-parse", "HEAD").strip() or None,
+        "uncommitted_patch": patch[:PATCH_BYTES_KEPT],
+        "uncommitted_patch_cut": len(patch) > PATCH_BYTES_KEPT,
+        "untracked_files": git("ls-files", "--others", "--exclude-standard").splitlines()[:1000],
+    }
 
 
 def process_start(pid: int) -> str:
@@ -128,20 +136,29 @@ def process_start(pid: int) -> str:
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
-    versions = {"python": platform.python_version(), **dict.fromkeys(PACKAGES, "not installed")}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        try:
             versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
     return versions
 
 
 def environment() -> dict:
     """Who ran what where: argv, commit and patch, versions, environment variables, Slurm job."""
-    process = {"argv": sys.argv, "cwd": os.getcwd(), "started_utc": utc_now(), "pid": os.getpid()}
-    code = {"process_start": process_start(os.getpid()), **git_state(), "versions": package_versions()}
-    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
-    job = {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ}
-    return process | code | {"variables": variables, "submitted": json.loads(os.environ.get(SUBMITTED, "null")), "job": job}
+    return {
+        "argv": sys.argv,
+        "cwd": os.getcwd(),
+        "started_utc": utc_now(),
+        "pid": os.getpid(),
+        "process_start": process_start(os.getpid()),
+        **git_state(),
+        "versions": package_versions(),
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "submitted": json.loads(os.environ.get(SUBMITTED, "null")),
+        "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
+    }
 
 
 def write_meta(run: Path, meta: dict) -> None:
@@ -220,9 +237,15 @@ class RunLog:
         self.note = f"loss {loss:.4f}"
         if not self.logs:
             return
-        row = {"step": step, "epoch": epoch + 1, "loss": loss, "lr": lr, "grad_norm": float(result.grad_norm)}
-        row["images_per_s"] = round(len(batch.keys) * self.num_ranks / step_s, 1)
-        self.steps.add(**row, wait_share=round(batch.wait_s / step_s, 5))
+        self.steps.add(
+            step=step,
+            epoch=epoch + 1,
+            loss=loss,
+            lr=lr,
+            grad_norm=float(result.grad_norm),
+            images_per_s=round(len(batch.keys) * self.num_ranks / step_s, 1),
+            wait_share=round(batch.wait_s / step_s, 5),
+        )
 
     def diverged(self, what: str):
         """Raise Diverged, with the last step that was written."""
@@ -246,35 +269,58 @@ class RunLog:
         train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
         if not self.logs:
             return
-        epoch, images_per_s = self.progress["epoch"] + 1, self.epoch_images / train_s
-        row = {"epoch": epoch, "step": self.progress["num_steps"], "train_loss": train_loss, "is_best": int(is_best)}
-        row |= {f"val_{name}": scores[name] for name in SCORES} | {name: baselines[name] for name in BASELINES}
-        self.epochs.add(**row, train_s=round(train_s, 3), eval_s=round(eval_s, 3), images_per_s=round(images_per_s, 1))
-        auc, f2 = f"AUC {scores['auc']:.4f} (constant 0.5)", f"F2 {scores['f2']:.4f} (constant {row['always_positive_f2']:.4f})"
-        accuracy = f"accuracy {scores['accuracy']:.4f} (constant {row['majority_accuracy']:.4f})"
-        losses, speed = f"train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}", f"{images_per_s:,.0f} images/s"
-        say(f"epoch {epoch}: {losses}, {auc}, {f2}, {accuracy}, {speed}{', best' if is_best else ''}")
+        self.epochs.add(
+            epoch=self.progress["epoch"] + 1,
+            step=self.progress["num_steps"],
+            train_loss=train_loss,
+            is_best=int(is_best),
+            **{f"val_{name}": scores[name] for name in SCORES},
+            **{name: baselines[name] for name in BASELINES},
+            train_s=round(train_s, 3),
+            eval_s=round(eval_s, 3),
+            images_per_s=round(self.epoch_images / train_s, 1),
+        )
+        say(
+            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}, "
+            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
+            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f}), "
+            f"{self.epoch_images / train_s:,.0f} images/s{', best' if is_best else ''}"
+        )
 
     def times(self) -> dict[str, float]:
         """Where this process's time went: shares are of the training time."""
-        first_step_s, train_s = self.first_step_s and round(self.first_step_s, 3), self.train_s
-        rates = {"images_per_s": (self.num_images, 1), "wait_share": (self.wait_s, 5), "log_share": (self.log_s, 5)}
-        rates = {key: round(num / train_s, digits) if train_s else None for key, (num, digits) in rates.items()}
-        return {"first_step_s": first_step_s, "train_s": round(train_s, 3), "eval_s": round(self.eval_s, 3), **rates}
+        return {
+            "first_step_s": self.first_step_s and round(self.first_step_s, 3),
+            "train_s": round(self.train_s, 3),
+            "eval_s": round(self.eval_s, 3),
+            "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
+            "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
+            "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,
+        }
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         for log in self.logs:
-            with contextlib.suppress(OSError) if kind else contextlib.nullcontext():  # report the first error
+            if kind is None:
                 log.close()
+            else:
+                with contextlib.suppress(OSError):  # the first error is the one to report
+                    log.close()
 
 
 def write_summary(run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details) -> dict:
     """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of best.pt over `views`."""
-    summary = {"status": status, "weights_sha256": weights_digest, "num_steps": progress["num_steps"]}
-    summary |= {"num_epochs": progress["epoch"], "best_epoch": progress["best_epoch"]}
-    summary |= {f"val_{name}": value for name, value in progress["best_scores"].items()} | baselines | details
+    summary = {
+        "status": status,
+        "weights_sha256": weights_digest,
+        "num_steps": progress["num_steps"],
+        "num_epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"],
+        **{f"val_{name}": value for name, value in progress["best_scores"].items()},
+        **baselines,
+        **details,
+    }
     write_json(run / "summary.json", summary)
     return summary

@@ -36,9 +36,15 @@ class TrainState:
 
     def checkpoint(self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True) -> dict:
         """This state as a checkpoint's fields; the tensors are not copied."""
-        optimizer, progress = self.optimizer.state_dict() if with_optimizer else None, dict(self.progress)
-        fields = {"optimizer": optimizer, "progress": progress, "metrics": metrics, "data": data}
-        return build_checkpoint(cfg, self.model, self.averaged, **fields)
+        return build_checkpoint(
+            cfg,
+            self.model,
+            self.averaged,
+            optimizer=self.optimizer.state_dict() if with_optimizer else None,
+            progress=dict(self.progress),
+            metrics=metrics,
+            data=data,
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
     if cfg.weights:
         loaded = load_pickle_free(cfg.weights)
         if isinstance(loaded, dict) and "model" in loaded and "config" in loaded:  # a checkpoint of this program
-            loaded = evaluated(load_checkpoint(cfg.weights))
+            loaded = load_checkpoint(cfg.weights)
+            loaded = evaluated(loaded)
         fit_state(model, loaded, cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
@@ -122,9 +129,11 @@ def training_step(
     inputs = model_input(batch.images, draws, patch_size(cfg, epoch), dtype)
 
     state.model.train()
-    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, (cfg.seed, epoch, step, DROPOUT), ranks)
+    position = (cfg.seed, epoch, step, DROPOUT)
+    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, position, ranks)
 
-    grad_norm = nn.utils.get_total_norm([parameter.grad for parameter in state.model.parameters()])
+    gradients = [parameter.grad for parameter in state.model.parameters()]
+    grad_norm = nn.utils.get_total_norm(gradients)
     if cfg.grad_clip:
         nn.utils.clip_grads_with_norm_(state.model.parameters(), cfg.grad_clip, grad_norm)
     for group in state.optimizer.param_groups:
