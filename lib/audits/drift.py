@@ -14,10 +14,8 @@ SLIDE_DEVIATIONS, LEAST_PATCHES = 4.0, 10  # robust deviations of a slide's mean
 
 def check_drift(surveys: list[Survey]) -> list[dict]:
     """A finding for each split against train, and one for slides that stand out."""
-    findings, by_name = [], {survey.name: survey for survey in surveys}
-    for survey in surveys:
-        if survey.name != "train" and "train" in by_name:
-            findings.append(compare_splits(by_name["train"], survey))
+    train = [survey for survey in surveys if survey.name == "train"]
+    findings = [compare_splits(train[0], survey) for survey in surveys if train and survey.name != "train"]
     slides = [row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)]
     if slides:
         measured = f"{len(slides):,} slides stand out, the most {slides[0]['slide']} in {slides[0]['feature']}"
@@ -43,8 +41,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
         measured = f"{len(ours):,} and {len(theirs):,} intact patches are too few to compare"
         return finding("drift", "warning", measured, f"{4 * len(NAMES)}", "not checked", split=other.name)
     rows = []
-    for place, name in enumerate(NAMES):
-        a, b = ours[:, place], theirs[:, place]
+    for name, a, b in zip(NAMES, ours.T, theirs.T, strict=True):
         spread = np.sqrt((a.var() + b.var()) / 2)
         both = np.sort(np.concatenate([a, b]))
         below = [np.searchsorted(np.sort(values), both, "right") / len(values) for values in (a, b)]

@@ -15,7 +15,7 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
     for b, later in enumerate(surveys):
         for a, earlier in enumerate(surveys[:b]):
             both = f"{earlier.name} and {later.name}"
-            findings += [*shared_tissue(a, b, earlier, later, copies, both)]
+            findings += shared_tissue(a, b, earlier, later, copies, both)
             if earlier.coords is None or later.coords is None:
                 continue
             shared = np.intersect1d(earlier.slides, later.slides)
@@ -29,8 +29,7 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
             findings.append(finding("shared slides", "error", measured, "none", advice, rows, both))
             ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
             if len(ours):
-                told = np.full(len(ours), "same place on the slide")
-                rows = leak_rows(earlier, later, ours, theirs, told, np.ones(len(ours)))
+                rows = leak_rows(earlier, later, ours, theirs, "same place on the slide", np.ones(len(ours)))
                 measured = f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel is {unit:g}: {how})"
                 findings.append(finding("overlapping coordinates", "error", measured, "none", advice, rows, both))
     return findings

@@ -74,8 +74,7 @@ def probe_regions(predict: Predict, patches: torch.Tensor, labels, threshold: fl
             if probe.endswith("another patch"):
                 given[DONORS] = np.asarray(labels)[donors.numpy()]
             for measure, truth in given.items():
-                auc = resampled_scores(truth, probs, threshold, weights)["auc"]
-                rows.append(measured(probe, measure, auc, 0.5))
+                rows.append(measured(probe, measure, resampled_scores(truth, probs, threshold, weights)["auc"], 0.5))
             if probs is not before:
                 rows.append(measured(probe, "mean move of the probability", mean_of(np.abs(probs - before), weights), 0.0))
                 changed = (probs >= threshold) != (before >= threshold)
@@ -148,8 +147,7 @@ def fit_logistic(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def probe_colours(colours: np.ndarray, answers: Answers, logits: np.ndarray) -> list[dict]:
     """What colours alone tell, fitted on one half of the rows and judged on the other: of the label, by a logistic regression
     on colour statistics (N, D) and their squares, and of the model's logits (N,), by a linear one."""
-    first, second = answers.rows
-    weights = answers.weights[1]
+    (first, second), (_, weights) = answers.rows, answers.weights
     values = np.clip((colours - colours[first].mean(0)) / np.maximum(colours[first].std(0), 1e-6), -5, 5)
     values = np.concatenate([np.ones((len(values), 1)), values, values**2], 1)
     scores = values[second] @ fit_logistic(values[first], answers.labels[first])

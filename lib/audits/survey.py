@@ -105,10 +105,7 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
         plain, offset, dtype = path, layout["offset"], dataset.dtype
         if offset is None:
             plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
-        with (
-            open(os.devnull if plain == path else plain, "wb") as unpacked,
-            Progress(len(dataset), f"survey {name}") as bar,
-        ):
+        with open(os.devnull if plain == path else plain, "wb") as unpacked, Progress(len(dataset), f"survey {name}") as bar:
             parts = []
             for patches, part in measure_blocks(dataset, lost):
                 parts.append(part)
@@ -258,8 +255,7 @@ def measure(raw: np.ndarray):
         values, grey = count_values(part), grey_planes(part)
         prints.append(find_prints(values, grey))
         is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
-        black_share = is_black.mean((1, 2), dtype=np.float32)
-        features.append(compute_features(part, values, grey) | {"black_share": black_share})
+        features.append(compute_features(part, values, grey) | {"black_share": is_black.mean((1, 2), dtype=np.float32)})
     prints = join(prints)
     columns = counts | {"low": low, "high": high}
     columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}
