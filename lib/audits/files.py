@@ -33,8 +33,7 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
         findings.append(finding("files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]))
         if (named := compare_slide_names(survey)) == "swapped" or "it is that of" in verdict:
             proof = "its slides are named as another split's" if named == "swapped" else verdict
-            limit = f"{SLIDE_PREFIX[survey.name]}*"
-            advice = "give the files their names back"
+            limit, advice = f"{SLIDE_PREFIX[survey.name]}*", "give the files their names back"
             findings.append(finding("exchanged splits", "error", proof, limit, advice, split=survey.name))
         findings.append(account_for_size(survey, work))
     return findings

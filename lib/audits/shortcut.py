@@ -112,11 +112,10 @@ def map_evidence(predict: Predict, patches: torch.Tensor, step: int) -> np.ndarr
     apart and of the patch's mean colour, that hide it (Zeiler and Fergus 2014). Above 0: evidence for tumour."""
     corners = [(y, x) for y in range(0, 96 - BLOCK_PX + 1, step) for x in range(0, 96 - BLOCK_PX + 1, step)]
     maps, hidden = np.zeros((len(patches), 96, 96)), np.zeros((96, 96))
-    everywhere = torch.ones(96, 96, 1, dtype=torch.bool)
     with Progress(len(patches), "mapping evidence") as bar:
         for number, patch in enumerate(patches):
             versions = patch.repeat(len(corners) + 1, 1, 1, 1)  # the last one as it is
-            grey = mean_colour(patch[None], everywhere)[0]
+            grey = mean_colour(patch[None], torch.ones(96, 96, 1, dtype=torch.bool))[0]
             for version, (y, x) in zip(versions, corners, strict=False):
                 version[y : y + BLOCK_PX, x : x + BLOCK_PX] = grey
             logits = predict(versions)

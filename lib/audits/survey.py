@@ -139,8 +139,7 @@ def measure_blocks(dataset, lost: list):
         step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
         for start in range(0, len(dataset), step):
             block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
-            parts = [block[place : place + READ_ROWS] for place in range(0, len(block), READ_ROWS)]
-            pending.extend(pool.submit(measure, raw) for raw in parts)
+            pending.extend(pool.submit(measure, block[at : at + READ_ROWS]) for at in range(0, len(block), READ_ROWS))
             while len(pending) > 3:
                 yield pending.popleft().result()
         for task in pending:
