@@ -112,7 +112,9 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
         return None
     pattern = centre[y, x]
     members = carriers(survey, survey.intact, y, x, pattern)  # copies as well
-    by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in elsewhere(y, x)]) * len(rows)
+    half, third = SIZE // 2, SIZE // 3  # the pattern moved to four other places: there it is by chance
+    places = [((y + dy) % SIZE, (x + dx) % SIZE) for dy, dx in ((half, 0), (0, half), (half, half), (third, third))]
+    by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in places]) * len(rows)
     by_chance /= min(len(others), 20_000) or 1
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return None
@@ -147,12 +149,6 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         if not (wider & ~part).any():
             return part & mask
         part |= wider
-
-
-def elsewhere(y: np.ndarray, x: np.ndarray):
-    """The pixels of a pattern moved to four other places."""
-    for dy, dx in ((SIZE // 2, 0), (0, SIZE // 2), (SIZE // 2, SIZE // 2), (SIZE // 3, SIZE // 3)):
-        yield (y + dy) % SIZE, (x + dx) % SIZE
 
 
 def unique_rows(survey: Survey, number: int, copies: Copies) -> np.ndarray:

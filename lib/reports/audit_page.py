@@ -19,8 +19,10 @@ def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict
     power_of = {row["reason"]: [other for other in power if other["reason"] == row["reason"]] for row in power}
     ranked = sorted(findings, key=lambda found: ("error", "warning", "note").index(found["severity"]))
     summary = [(f["severity"], f["check"], f["split"], f["count"], f["measured"], f["advice"]) for f in ranked]
+    pairs = [(survey, label) for survey in surveys for label in (0, 1, -1)]
+    counts = [{"split": survey.name, "label": label, "count": int((survey.labels == label).sum())} for survey, label in pairs]
     sections = [
-        section("What there is", picture(figure_png(plot_counts(class_counts(surveys))), "patches per split and class")),
+        section("What there is", picture(figure_png(plot_counts(counts)), "patches per split and class")),
         section("What was found", table(("severity", "check", "split", "rows", "measured", "advice"), summary)),
     ]
     if power:
@@ -80,12 +82,6 @@ def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     top, left = max(row["top"] - 2, 0), max(row["left"] - 2, 0)
     patch[[top, bottom], left : right + 1] = patch[top : bottom + 1, [left, right]] = 0, 158, 115
     return patch
-
-
-def class_counts(surveys: list[Survey]) -> list[dict]:
-    """Rows of split, label (-1: without one) and count."""
-    pairs = [(survey, label) for survey in surveys for label in (0, 1, -1)]
-    return [{"split": survey.name, "label": label, "count": int((survey.labels == label).sum())} for survey, label in pairs]
 
 
 def feature_histograms(surveys: list[Survey]) -> list[dict]:

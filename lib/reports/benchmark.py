@@ -112,8 +112,7 @@ def table(header, cells) -> str:
 
 def table_of_others(rows: list[dict], others: list[dict], what: str) -> str:
     """The loader's cases against torchvision's best, variants of a model against its default at the same batch size."""
-    names = ("case", "batch_size", "precision", "cache", "threads")
-    cells = []
+    names, cells = ("case", "batch_size", "precision", "cache", "threads"), []
     for row in others:
         alike = [other for other in rows if other["batch_size"] == row["batch_size"] and other["images_per_s"]]
         alike = [other for other in alike if other["what"] == what and other["model"] == row["model"]]
