@@ -16,8 +16,7 @@ def check_drift(surveys: list[Survey]) -> list[dict]:
     """A finding for each split against train, and one for slides that stand out."""
     train = [survey for survey in surveys if survey.name == "train"]
     findings = [compare_splits(train[0], survey) for survey in surveys if train and survey.name != "train"]
-    slides = [row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)]
-    if slides:
+    if slides := [row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)]:
         measured = f"{len(slides):,} slides stand out, the most {slides[0]['slide']} in {slides[0]['feature']}"
         advice = "another scanner, stain or focus: look, and score these slides apart"
         findings.append(finding("drift of slides", "warning", measured, f"{SLIDE_DEVIATIONS:g} deviations", advice, slides))
@@ -79,8 +78,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
 def outlying_slides(survey: Survey) -> list[dict]:
     """Slides whose mean of a feature lies far from those of the others, by the median absolute deviation; farthest first."""
     names, inverse = np.unique(survey.slides[survey.intact], return_inverse=True)
-    sizes = np.bincount(inverse)
-    rows = []
+    sizes, rows = np.bincount(inverse), []
     for name in NAMES:
         means = np.bincount(inverse, survey.table[name][survey.intact]) / sizes
         centre = np.median(means)

@@ -19,8 +19,7 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
     """Names, layout, checksums, slide names, and the account of the size of each split's x file."""
     findings = []
     allowed = {split_path("", name, part).name for name in SPLITS for part in ("x", "y", "meta", "mask")}
-    others = sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed)
-    if others:
+    if others := sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed):
         measured = f"not among the official names: {', '.join(others[:4])}"
         findings.append(finding("names", "warning", measured, "", "rename", [{"file": name} for name in others]))
     for survey in surveys:

@@ -16,9 +16,7 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
         for a, earlier in enumerate(surveys[:b]):
             both = f"{earlier.name} and {later.name}"
             findings += shared_tissue(a, b, earlier, later, copies, both)
-            if earlier.coords is None or later.coords is None:
-                continue
-            shared = np.intersect1d(earlier.slides, later.slides)
+            shared = () if earlier.coords is None or later.coords is None else np.intersect1d(earlier.slides, later.slides)
             if not len(shared):
                 continue
             index = np.flatnonzero(np.isin(earlier.slides, shared))

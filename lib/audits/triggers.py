@@ -118,8 +118,7 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
     by_chance /= min(len(others), 20_000) or 1
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return None
-    labels = survey.labels[members]
-    share, base_share = float((labels == 1).mean()), float((survey.labels[rows] == 1).mean())
+    share, base_share = (float((survey.labels[index] == 1).mean()) for index in (members, rows))
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
     measured = f"{len(members):,} patches carry one pattern of {height}x{width} pixels at rows {y.min()}-{y.max()}, columns "
     measured += f"{x.min()}-{x.max()} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive, {base_share:.0%} of all"

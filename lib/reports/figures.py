@@ -69,14 +69,13 @@ def column(rows: list[dict], name: str) -> np.ndarray:
 def plot_epochs(epochs: list[dict]):
     """Loss and scores per epoch, each beside what a constant answer gets."""
     figure, (left, middle, right) = new_figure(3)
-    epoch = column(epochs, "epoch")
     for axes, title, names, baseline in (
         (left, "log loss (nats)", ("train_loss", "val_loss"), "prior_loss"),
         (middle, "ROC-AUC and PR-AUC on validation", ("val_auc", "val_pr_auc"), "constant_auc"),
         (right, "F2 and accuracy on validation", ("val_f2", "val_accuracy"), "always_positive_f2"),
     ):
         for name in names:
-            axes.plot(epoch, column(epochs, name), marker="o", markersize=3, label=name)
+            axes.plot(column(epochs, "epoch"), column(epochs, name), marker="o", markersize=3, label=name)
         axes.axhline(column(epochs, baseline)[0], color="black", linestyle=":", label=baseline)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
