@@ -45,8 +45,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
         both = np.sort(np.concatenate([a, b]))
         below = [np.searchsorted(np.sort(values), both, "right") / len(values) for values in (a, b)]
         row = {"feature": name, "train": float(a.mean()), other.name: float(b.mean())}
-        row |= {"effect": float((b.mean() - a.mean()) / max(spread, 1e-9)), "ks": float(np.abs(below[0] - below[1]).max())}
-        rows.append(row)
+        rows.append(row | {"effect": float((b.mean() - a.mean()) / max(spread, 1e-9)), "ks": float(np.ptp(below, 0).max())})
 
     values = np.concatenate([ours, theirs])
     values = (values - values.mean(0)) / np.maximum(values.std(0), 1e-9)

@@ -31,8 +31,7 @@ CERTAIN = 10.8  # twice the gain in log likelihood from which an exchange of lab
 
 def check_labels(directory, survey: Survey, out: Path, overrides: list[str], device: str) -> list[dict]:
     """Train the folds in OUT/runs, predict each held-out patch, rank the disagreements. Raises BadInput as train.py does."""
-    cfg = load_config(overrides=overrides)
-    num_folds = cfg.num_folds or NUM_FOLDS
+    num_folds = load_config(overrides=overrides).num_folds or NUM_FOLDS
     num_train = len(survey) * (num_folds - 1) // num_folds
     epochs = int(np.clip(PATCHES_PER_FOLD // max(num_train, 1), 1, MOST_EPOCHS))
     settings = {"name": "fold", "epochs": epochs, "crop_epochs": epochs, "views": 1, "quarantine": out / "quarantine.csv"}

@@ -104,7 +104,6 @@ def overlapping_places(earlier: Survey, later: Survey, shared, size: float) -> t
     pairs = [np.empty((0, 2), np.int64)]
     for slide in shared:
         ours, theirs = np.flatnonzero(earlier.slides == slide), np.flatnonzero(later.slides == slide)
-        apart = np.abs(earlier.coords[ours][:, None] - later.coords[theirs][None]).max(2)
-        one, other = np.nonzero(apart < size)
+        one, other = np.nonzero(np.abs(earlier.coords[ours][:, None] - later.coords[theirs][None]).max(2) < size)
         pairs.append(np.stack([ours[one], theirs[other]], 1))
     return tuple(np.concatenate(pairs).T)

@@ -158,9 +158,7 @@ def probe_colours(colours: np.ndarray, answers: Answers, logits: np.ndarray) -> 
     return [measured("colours alone", "AUC", auc, 0.5), measured("colours alone", EXPLAINED, explained, 0.0)]
 
 
-def check_shortcuts(
-    predict: Predict, split: Split, answers: Answers, logits: np.ndarray, colours: np.ndarray, groups
-) -> tuple[list, list]:
+def check_shortcuts(predict: Predict, split: Split, answers: Answers, logits: np.ndarray, colours: np.ndarray, groups) -> tuple:
     """Rows of shortcut.csv and findings, of patches drawn evenly from the half that judges; colours of all."""
     judging = answers.rows[1]
     rows = judging[np.linspace(0, len(judging) - 1, min(MOST_PROBED, len(judging))).astype(np.int64)]
@@ -184,8 +182,7 @@ def judge_shortcuts(rows: list[dict]) -> list[dict]:
     undecided, findings = value["eight views, turned and shifted", UNDECIDED], []
 
     def judge(check: str, is_bad: bool, words: str, limit: str, advice: str) -> None:
-        severity = "warning" if is_bad else "note"
-        findings.append(finding(f"shortcut: {check}", severity, words, limit, advice if is_bad else ""))
+        findings.append(finding(f"shortcut: {check}", "warning" if is_bad else "note", words, limit, advice if is_bad else ""))
 
     words = f"with the centre of another patch AUC is {auc[centre]:.3f}: of what it has above chance with its own "
     words += f"({auc['as it is']:.3f}) {kept[centre]:.0%} stays"

@@ -153,6 +153,5 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 def unique_rows(survey: Survey, number: int, copies: Copies) -> np.ndarray:
     """The intact rows of a split, copies once."""
     mine = np.flatnonzero(copies.split == number)
-    groups = link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])
-    _, place = np.unique(groups[mine], return_index=True)
+    _, place = np.unique(link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])[mine], return_index=True)
     return np.intersect1d(copies.row[mine[place]], survey.intact)

@@ -104,8 +104,7 @@ def plot_suspects(surveys: list[Survey], findings: list[dict]):
         by_reason.setdefault(row["reason"], []).append(row)
     chosen = [row for rows in by_reason.values() for row in rows[:: -(-len(rows) // NUM_SUSPECTS)]]
     patches = [outline(by_name[row["split"]].read([row["index"]])[0], row) for row in chosen]
-    captions = [f"{row['reason']} {row['split']} {row['index']}" for row in chosen]
-    return plot_gallery(patches, captions) if patches else None
+    return plot_gallery(patches, [f"{row['reason']} {row['split']} {row['index']}" for row in chosen]) if patches else None
 
 
 def plot_heat(heat: np.ndarray, kind: str):

@@ -30,11 +30,10 @@ def export_runs(rows: list[dict], runs_dir: Path, out: Path, program: str) -> in
     with Progress(len(rows), program, "runs") as bar:
         for row in rows:
             run = runs_dir / row["run"]
-            tables = {prefix: read_csv(run / name) for name, prefix in TABLES if (run / name).is_file()}
+            steps = ((prefix, point) for name, prefix in TABLES if (run / name).is_file() for point in read_csv(run / name))
             points = [
                 (f"{prefix}/{name}", float(value), int(point["step"]))
-                for prefix, table in tables.items()
-                for point in table
+                for prefix, point in steps
                 for name, value in point.items()
                 if value and name not in ("step", "epoch")
             ]

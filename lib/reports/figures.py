@@ -98,14 +98,13 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     """ROC, precision-recall and the confusion matrix at a threshold; on the curves `others` too, as (name, threshold)."""
     figure, (roc, pr, matrix) = new_figure(3)
     points = curve_points(labels, probs)
-    thresholds = [(f"threshold {threshold:g}", threshold), *others]
     for axes, title, x, y, chance in (
         (roc, "ROC", "false_positive_rate", "recall", ([0, 1], [0, 1])),
         (pr, "precision and recall", "recall", "precision", ([0, 1], [labels.mean()] * 2)),
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        for number, (name, value) in enumerate(thresholds):
+        for number, (name, value) in enumerate([(f"threshold {threshold:g}", threshold), *others]):
             at = np.searchsorted(-points["threshold"], -value, side="right") - 1
             if at >= 0:
                 mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]

@@ -39,8 +39,7 @@ def write_model_page(path, scores: dict, findings: list[dict], tables: dict, sho
         section("What was audited", table(("what", "value"), list_facts(scores))),
     ]
     data = scores["data"]
-    title = f"Model audit: {scores['checkpoint']['path']} on {data['split']} of {data['directory']}"
-    return write_page(path, title, sections)
+    return write_page(path, f"Model audit: {scores['checkpoint']['path']} on {data['split']} of {data['directory']}", sections)
 
 
 def number(value, form: str = ".3f") -> str:
