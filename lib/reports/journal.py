@@ -78,8 +78,7 @@ def write_markdown(e: Evidence, sections) -> str:
     for title, questions in sections.items():
         blocks += [f"## {title}"] if title else []
         for _, question, parts in questions:
-            blocks += [f"### {question}"] if question else []
-            blocks += [to_markdown(part, e) for part in parts]
+            blocks += [f"### {question}"] * bool(question) + [to_markdown(part, e) for part in parts]
     return "\n\n".join(blocks) + "\n"
 
 
