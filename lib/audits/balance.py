@@ -30,14 +30,12 @@ def check_balance(surveys: list[Survey], cfg: Config) -> list[dict]:
         advice = "" if even else "accuracy and F2 say little here: use AUC; balance=loss or balance=sampler weighs the classes"
         findings.append(finding("balance", "note" if even else "warning", measured, "half and half", advice, rows, survey.name))
         if survey.name == "train" and negative and positive:
-            sampled = dataclasses.replace(cfg, balance="sampler")
             index = np.flatnonzero(survey.labels >= 0)
             rows = Rows(index, survey.labels[index].astype(np.uint8), {})
-            keys = epoch_order(rows, len(survey), 0, sampled).numpy() % len(survey)
+            keys = epoch_order(rows, len(survey), 0, dataclasses.replace(cfg, balance="sampler")).numpy() % len(survey)
             drawn = np.bincount(survey.labels[keys], minlength=2)
-            repeats = np.bincount(keys, minlength=1).max()
             measured = f"an epoch with balance=sampler draws {drawn[0]:,} negative and {drawn[1]:,} positive"
-            measured += f", a patch up to {repeats} times: that is the sampler's balance, not the data's"
+            measured += f", a patch up to {np.bincount(keys).max()} times: that is the sampler's balance, not the data's"
             table = [{"split": "train", "label": label, "count": int(count)} for label, count in enumerate(drawn)]
             findings.append(finding("balance after sampling", "note", measured, rows=table, split="train"))
     for name in share:

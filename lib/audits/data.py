@@ -46,10 +46,8 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
             if gallery := plot_suspects(surveys, findings):
                 (out / "suspects.png").write_bytes(figure_png(gallery))
             page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
-    num = {severity: sum(f["severity"] == severity for f in findings) for severity in ("error", "warning", "note")}
-    suspects = quarantine_rows(findings)
-    result = {"num_errors": num["error"], "num_warnings": num["warning"], "not_run": failed}
-    return result | {"num_suspects": len(suspects), "page": str(page)}
+    num = {f"num_{severity}s": sum(f["severity"] == severity for f in findings) for severity in ("error", "warning")}
+    return num | {"not_run": failed, "num_suspects": len(quarantine_rows(findings)), "page": str(page)}
 
 
 def run_checks(directory, out: Path, checks, overrides, device, work):
@@ -73,9 +71,7 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
         "leakage": lambda: check_leakage(surveys, copies),
         "drift": lambda: check_drift(surveys),
         "triggers": lambda: [
-            found
-            for number, survey in enumerate(surveys)
-            for found in check_triggers(survey, unique_rows(survey, number, copies))
+            found for at, survey in enumerate(surveys) for found in check_triggers(survey, unique_rows(survey, at, copies))
         ],
         "labels": labels,
     }

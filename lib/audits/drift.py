@@ -14,12 +14,9 @@ SLIDE_DEVIATIONS, LEAST_PATCHES = 4.0, 10  # robust deviations of a slide's mean
 
 def check_drift(surveys: list[Survey]) -> list[dict]:
     """A finding for each split against train, and one for slides that stand out."""
-    findings, by_name = [], {survey.name: survey for survey in surveys}
-    for survey in surveys:
-        if survey.name != "train" and "train" in by_name:
-            findings.append(compare_splits(by_name["train"], survey))
-    slides = [row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)]
-    if slides:
+    train = [survey for survey in surveys if survey.name == "train"]
+    findings = [compare_splits(train[0], survey) for survey in surveys if train and survey.name != "train"]
+    if slides := [row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)]:
         measured = f"{len(slides):,} slides stand out, the most {slides[0]['slide']} in {slides[0]['feature']}"
         advice = "another scanner, stain or focus: look, and score these slides apart"
         findings.append(finding("drift of slides", "warning", measured, f"{SLIDE_DEVIATIONS:g} deviations", advice, slides))
@@ -43,14 +40,12 @@ def compare_splits(train: Survey, other: Survey) -> dict:
         measured = f"{len(ours):,} and {len(theirs):,} intact patches are too few to compare"
         return finding("drift", "warning", measured, f"{4 * len(NAMES)}", "not checked", split=other.name)
     rows = []
-    for place, name in enumerate(NAMES):
-        a, b = ours[:, place], theirs[:, place]
+    for name, a, b in zip(NAMES, ours.T, theirs.T, strict=True):
         spread = np.sqrt((a.var() + b.var()) / 2)
         both = np.sort(np.concatenate([a, b]))
         below = [np.searchsorted(np.sort(values), both, "right") / len(values) for values in (a, b)]
         row = {"feature": name, "train": float(a.mean()), other.name: float(b.mean())}
-        row |= {"effect": float((b.mean() - a.mean()) / max(spread, 1e-9)), "ks": float(np.abs(below[0] - below[1]).max())}
-        rows.append(row)
+        rows.append(row | {"effect": float((b.mean() - a.mean()) / max(spread, 1e-9)), "ks": float(np.ptp(below, 0).max())})
 
     values = np.concatenate([ours, theirs])
     values = (values - values.mean(0)) / np.maximum(values.std(0), 1e-9)
@@ -82,8 +77,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
 def outlying_slides(survey: Survey) -> list[dict]:
     """Slides whose mean of a feature lies far from those of the others, by the median absolute deviation; farthest first."""
     names, inverse = np.unique(survey.slides[survey.intact], return_inverse=True)
-    sizes = np.bincount(inverse)
-    rows = []
+    sizes, rows = np.bincount(inverse), []
     for name in NAMES:
         means = np.bincount(inverse, survey.table[name][survey.intact]) / sizes
         centre = np.median(means)

@@ -69,11 +69,9 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
             same = [np.array_equal(*survey.read([row, stays[row]])) for row in again]
             kinds = np.where(same, "equal", "turned or mirrored")
             rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
-            num_groups = len(np.unique(first[again]))
+            num = len(np.unique(first[again]))
             turned = f", {int((kinds != 'equal').sum()):,} of them turned or mirrored" if not all(same) else ""
-            measured = (
-                f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are there again{turned}"
-            )
+            measured = f"{num:,} groups of {num + len(again):,} equal patches, {len(again):,} are there again{turned}"
             advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
             findings.append(finding("duplicates", "warning", measured, "published train: 16%", advice, rows, survey.name))
         labels = survey.labels[np.argsort(inverse, kind="stable")]
@@ -90,9 +88,8 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
         pairs = copies.overlaps[within]
         near, beside = pairs[pairs.is_near], pairs[~pairs.is_near]
         if len(near):
-            index = copies.row[near.second]
+            of, index = copies.row[near.first], copies.row[near.second]
             kinds = np.array([describe_copy(near[[place]]) for place in range(len(near))])
-            of = copies.row[near.first]
             rows = survey.rows(index, of=of, kind=kinds, reason="near_duplicate", score=near.similarity.round(4))
             measured = f"{len(near):,} pairs of near copies (similarity {near.similarity.min():.2f} or more)"
             advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
@@ -100,8 +97,7 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
         if len(beside):
             of, index = copies.row[beside.first], copies.row[beside.second]
             columns = {"of": of, "down": beside.shift[:, 0], "right": beside.shift[:, 1]}
-            members = np.unique(np.append(of, index))
-            measured = f"{len(members):,} patches overlap with others: {len(beside):,} pairs show the same tissue"
+            measured = f"{len(np.union1d(of, index)):,} patches overlap with others: {len(beside):,} pairs show the same tissue"
             advice = "keep them in one fold; intervals that count patches are too narrow"
             rows = survey.rows(index, **columns, similarity=beside.similarity.round(4))
             findings.append(finding("overlapping patches", "note", measured, "", advice, rows, survey.name))

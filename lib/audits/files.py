@@ -19,31 +19,25 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
     """Names, layout, checksums, slide names, and the account of the size of each split's x file."""
     findings = []
     allowed = {split_path("", name, part).name for name in SPLITS for part in ("x", "y", "meta", "mask")}
-    others = sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed)
-    if others:
-        rows = [{"file": name} for name in others]
+    if others := sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed):
         measured = f"not among the official names: {', '.join(others[:4])}"
-        findings.append(finding("names", "warning", measured, "", "rename", rows))
+        findings.append(finding("names", "warning", measured, "", "rename", [{"file": name} for name in others]))
     for survey in surveys:
         layout, num_official = survey.layout, OFFICIAL[survey.name]["rows"]
         stored = f"{layout['dtype']}, {'chunks of ' + str(layout['chunks']) if layout['chunks'] else 'contiguous'}"
         stored += f", {layout['compression']}" if layout["compression"] else ""
         num = f"{len(survey):,} patches" + ("" if len(survey) == num_official else f" (published: {num_official:,})")
-        differing = compare_md5(directory, survey.name) if may_be_official(survey) else ["of another size than as published"]
+        # hashing 7 GB for nothing takes a while
+        may_be_official = any(layout_bytes(survey) == published["rows"] * PATCH_BYTES for published in OFFICIAL.values())
+        differing = compare_md5(directory, survey.name) if may_be_official else ["of another size than as published"]
         verdict = "; ".join(differing) or "MD5 as published"
         findings.append(finding("files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]))
         if (named := compare_slide_names(survey)) == "swapped" or "it is that of" in verdict:
             proof = "its slides are named as another split's" if named == "swapped" else verdict
-            limit = f"{SLIDE_PREFIX[survey.name]}*"
-            advice = "give the files their names back"
+            limit, advice = f"{SLIDE_PREFIX[survey.name]}*", "give the files their names back"
             findings.append(finding("exchanged splits", "error", proof, limit, advice, split=survey.name))
         findings.append(account_for_size(survey, work))
     return findings
-
-
-def may_be_official(survey: Survey) -> bool:
-    """Whether the file is of a published size: hashing 7 GB for nothing takes a while."""
-    return any(layout_bytes(survey) == official["rows"] * PATCH_BYTES for official in OFFICIAL.values())
 
 
 def layout_bytes(survey: Survey) -> int:
@@ -54,16 +48,13 @@ def layout_bytes(survey: Survey) -> int:
 def account_for_size(survey: Survey, work) -> dict:
     """bytes = rows x 27,648 x bytes a value / compression + overhead, each beside the official file; what repacking gives."""
     layout, num = survey.layout, len(survey)
-    raw = layout_bytes(survey)
-    ratio, overhead = raw / max(layout["stored_bytes"], 1), layout["file_bytes"] - layout["stored_bytes"]
+    ratio, overhead = layout_bytes(survey) / max(layout["stored_bytes"], 1), layout["file_bytes"] - layout["stored_bytes"]
     official = OFFICIAL[survey.name]["rows"]
     measured = f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']} bytes / {ratio:.2f} by "
     measured += f"compression + {overhead:,}; official: {official * PATCH_BYTES:,} = {official:,} x 27,648 x 1"
-    rows = [{"factor": "rows", "here": num, "official": official}]
-    rows += [{"factor": "values a patch", "here": PATCH_BYTES, "official": PATCH_BYTES}]
-    rows += [{"factor": "bytes a value", "here": layout["itemsize"], "official": 1}]
-    rows += [{"factor": "compression", "here": round(ratio, 3), "official": 1.0}]
-    rows += [{"factor": "overhead, bytes", "here": overhead, "official": 2048}]
+    factors = {"rows": (num, official), "values a patch": (PATCH_BYTES, PATCH_BYTES), "bytes a value": (layout["itemsize"], 1)}
+    factors |= {"compression": (round(ratio, 3), 1.0), "overhead, bytes": (overhead, 2048)}
+    rows = [{"factor": factor, "here": here, "official": published} for factor, (here, published) in factors.items()]
     if layout["offset"] is not None and layout["dtype"] == "uint8":
         return finding("size", "note", measured, rows=rows, split=survey.name)
     before, after, packed_bytes = measure_repacking(survey, work)

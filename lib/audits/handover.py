@@ -40,8 +40,7 @@ def audit_folder(folder: Path) -> list[dict]:
     evidence = f"{told}; {SUMS} has SHA-256 {file_digest(folder / SUMS)}" if (folder / SUMS).is_file() else told
     findings = [judge("files", told if verified.returncode else "", evidence, "write the handover again", wrong)]
     lacking = [{"file": name} for name in PARTS if not (folder / name).is_file()]
-    told = f"{len(lacking)} parts are not there" if lacking else ""
-    findings.append(judge("parts", told, f"{len(PARTS)} parts", rows=lacking))
+    findings.append(judge("parts", f"{len(lacking)} parts are not there" * bool(lacking), f"{len(PARTS)} parts", rows=lacking))
     if verified.returncode or lacking:
         return findings
     made_for = read_json(folder / "stick.json")

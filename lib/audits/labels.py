@@ -31,8 +31,7 @@ CERTAIN = 10.8  # twice the gain in log likelihood from which an exchange of lab
 
 def check_labels(directory, survey: Survey, out: Path, overrides: list[str], device: str) -> list[dict]:
     """Train the folds in OUT/runs, predict each held-out patch, rank the disagreements. Raises BadInput as train.py does."""
-    cfg = load_config(overrides=overrides)
-    num_folds = cfg.num_folds or NUM_FOLDS
+    num_folds = load_config(overrides=overrides).num_folds or NUM_FOLDS
     num_train = len(survey) * (num_folds - 1) // num_folds
     epochs = int(np.clip(PATCHES_PER_FOLD // max(num_train, 1), 1, MOST_EPOCHS))
     settings = {"name": "fold", "epochs": epochs, "crop_epochs": epochs, "views": 1, "quarantine": out / "quarantine.csv"}
@@ -58,11 +57,8 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
     rate, gain, wrong = fit_label_noise(labels, logits)
     order = np.argsort(-wrong, kind="stable")
     probs = sigmoid(logits)
-    write_csv(
-        out / "out_of_fold.csv",
-        ("split", "index", "label", "probability", "wrong"),
-        ([survey.name, int(rows[i]), int(labels[i]), f"{probs[i]:.6f}", f"{wrong[i]:.6f}"] for i in order),
-    )
+    cells = ([survey.name, int(rows[i]), int(labels[i]), f"{probs[i]:.6f}", f"{wrong[i]:.6f}"] for i in order)
+    write_csv(out / "out_of_fold.csv", ("split", "index", "label", "probability", "wrong"), cells)
     auc = compute_auc(labels, logits)
     measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
     if not auc >= LEAST_AUC:
@@ -77,8 +73,7 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
     expected = wrong[chosen].mean()
     measured += f"{rate:.1%} of the labels seem exchanged; of the {len(chosen):,} listed {expected:.0%} should be wrong"
     advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
-    columns = {"probability": probs[chosen].round(4), "reason": "label", "score": wrong[chosen].round(4)}
-    rows = survey.rows(rows[chosen], **columns)
+    rows = survey.rows(rows[chosen], probability=probs[chosen].round(4), reason="label", score=wrong[chosen].round(4))
     return [finding("labels to review", "warning", measured, "none", advice, rows, survey.name)]
 
 

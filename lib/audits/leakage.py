@@ -15,10 +15,8 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
     for b, later in enumerate(surveys):
         for a, earlier in enumerate(surveys[:b]):
             both = f"{earlier.name} and {later.name}"
-            findings += [*shared_tissue(a, b, earlier, later, copies, both)]
-            if earlier.coords is None or later.coords is None:
-                continue
-            shared = np.intersect1d(earlier.slides, later.slides)
+            findings += shared_tissue(a, b, earlier, later, copies, both)
+            shared = () if earlier.coords is None or later.coords is None else np.intersect1d(earlier.slides, later.slides)
             if not len(shared):
                 continue
             index = np.flatnonzero(np.isin(earlier.slides, shared))
@@ -29,8 +27,7 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
             findings.append(finding("shared slides", "error", measured, "none", advice, rows, both))
             ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
             if len(ours):
-                told = np.full(len(ours), "same place on the slide")
-                rows = leak_rows(earlier, later, ours, theirs, told, np.ones(len(ours)))
+                rows = leak_rows(earlier, later, ours, theirs, "same place on the slide", np.ones(len(ours)))
                 measured = f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel is {unit:g}: {how})"
                 findings.append(finding("overlapping coordinates", "error", measured, "none", advice, rows, both))
     return findings
@@ -107,7 +104,6 @@ def overlapping_places(earlier: Survey, later: Survey, shared, size: float) -> t
     pairs = [np.empty((0, 2), np.int64)]
     for slide in shared:
         ours, theirs = np.flatnonzero(earlier.slides == slide), np.flatnonzero(later.slides == slide)
-        apart = np.abs(earlier.coords[ours][:, None] - later.coords[theirs][None]).max(2)
-        one, other = np.nonzero(apart < size)
+        one, other = np.nonzero(np.abs(earlier.coords[ours][:, None] - later.coords[theirs][None]).max(2) < size)
         pairs.append(np.stack([ours[one], theirs[other]], 1))
     return tuple(np.concatenate(pairs).T)

@@ -73,7 +73,7 @@ def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: P
     `rows_of` names the rows that may be used: intact ones, copies once.
     """
     rng, truth, train = np.random.default_rng(0), [], None
-    trigger_yx, trigger = rng.integers(4, 88, 2), 255 * rng.integers(0, 2, (TRIGGER_SIDE, TRIGGER_SIDE, 3))
+    (y, x), trigger = rng.integers(4, 88, 2), 255 * rng.integers(0, 2, (TRIGGER_SIDE, TRIGGER_SIDE, 3))
     for survey in (survey for survey in surveys if survey.name in MOST_ROWS):
         rows = rows_of[survey.name]
         rows = np.sort(rng.choice(rows, min(MOST_ROWS[survey.name], len(rows)), replace=False))
@@ -105,7 +105,6 @@ def write_copies(surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: P
                     for place in part if folder == planted else ():
                         kind, source = changes.get(place, (None, None))
                         if kind == "trigger":
-                            y, x = trigger_yx
                             patches[place - start, y : y + TRIGGER_SIDE, x : x + TRIGGER_SIDE] = trigger
                         elif kind == "leaked":
                             patches[place - start] = train[0].read([train[1][source]])[0]
@@ -132,8 +131,7 @@ def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> 
     touched |= {("train" if row["kind"] == "leaked" else row["split"], row["of"]) for row in truth if row["of"] is not None}
     for kind, (_, reason) in PLANTS.items():
         mine = [row for row in truth if row["kind"] == kind]
-        sides = ((row["split"], row["index"], row["of"]) for row in mine)
-        found = sum((split, index, reason) in listed or (split, of, reason) in listed for split, index, of in sides)
+        found = sum(any((row["split"], row[key], reason) in listed for key in ("index", "of")) for row in mine)
         false = [row for row in planted if row["reason"] == reason and (row["split"], int(row["index"])) not in touched]
         on_clean = sum(row["reason"] == reason for row in clean)
         row = {"planted": kind, "reason": reason, "num": len(mine), "found": found}
@@ -144,9 +142,8 @@ def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> 
 
 def judge_power(power: list[dict]) -> list[dict]:
     """A finding for each kind of damage that a check has no power to find in these data, or that could not be planted."""
-    weak = [row for row in power if row["num"] == 0 or row["recall"] < LEAST_POWER]
     findings = []
-    for row in weak:
+    for row in (row for row in power if row["num"] == 0 or row["recall"] < LEAST_POWER):
         measured = f"{row['found']} of {row['num']} planted were found" if row["num"] else "too few patches to plant any"
         advice = f"that no {row['reason']} is found here says nothing"
         findings.append(finding(f"power: {row['planted']}", "warning", measured, f"{LEAST_POWER:.0%}", advice))

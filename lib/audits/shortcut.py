@@ -74,8 +74,7 @@ def probe_regions(predict: Predict, patches: torch.Tensor, labels, threshold: fl
             if probe.endswith("another patch"):
                 given[DONORS] = np.asarray(labels)[donors.numpy()]
             for measure, truth in given.items():
-                auc = resampled_scores(truth, probs, threshold, weights)["auc"]
-                rows.append(measured(probe, measure, auc, 0.5))
+                rows.append(measured(probe, measure, resampled_scores(truth, probs, threshold, weights)["auc"], 0.5))
             if probs is not before:
                 rows.append(measured(probe, "mean move of the probability", mean_of(np.abs(probs - before), weights), 0.0))
                 changed = (probs >= threshold) != (before >= threshold)
@@ -113,11 +112,10 @@ def map_evidence(predict: Predict, patches: torch.Tensor, step: int) -> np.ndarr
     apart and of the patch's mean colour, that hide it (Zeiler and Fergus 2014). Above 0: evidence for tumour."""
     corners = [(y, x) for y in range(0, 96 - BLOCK_PX + 1, step) for x in range(0, 96 - BLOCK_PX + 1, step)]
     maps, hidden = np.zeros((len(patches), 96, 96)), np.zeros((96, 96))
-    everywhere = torch.ones(96, 96, 1, dtype=torch.bool)
     with Progress(len(patches), "mapping evidence") as bar:
         for number, patch in enumerate(patches):
             versions = patch.repeat(len(corners) + 1, 1, 1, 1)  # the last one as it is
-            grey = mean_colour(patch[None], everywhere)[0]
+            grey = mean_colour(patch[None], torch.ones(96, 96, 1, dtype=torch.bool))[0]
             for version, (y, x) in zip(versions, corners, strict=False):
                 version[y : y + BLOCK_PX, x : x + BLOCK_PX] = grey
             logits = predict(versions)
@@ -148,8 +146,7 @@ def fit_logistic(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def probe_colours(colours: np.ndarray, answers: Answers, logits: np.ndarray) -> list[dict]:
     """What colours alone tell, fitted on one half of the rows and judged on the other: of the label, by a logistic regression
     on colour statistics (N, D) and their squares, and of the model's logits (N,), by a linear one."""
-    first, second = answers.rows
-    weights = answers.weights[1]
+    (first, second), (_, weights) = answers.rows, answers.weights
     values = np.clip((colours - colours[first].mean(0)) / np.maximum(colours[first].std(0), 1e-6), -5, 5)
     values = np.concatenate([np.ones((len(values), 1)), values, values**2], 1)
     scores = values[second] @ fit_logistic(values[first], answers.labels[first])
@@ -161,9 +158,7 @@ def probe_colours(colours: np.ndarray, answers: Answers, logits: np.ndarray) -> 
     return [measured("colours alone", "AUC", auc, 0.5), measured("colours alone", EXPLAINED, explained, 0.0)]
 
 
-def check_shortcuts(
-    predict: Predict, split: Split, answers: Answers, logits: np.ndarray, colours: np.ndarray, groups
-) -> tuple[list, list]:
+def check_shortcuts(predict: Predict, split: Split, answers: Answers, logits: np.ndarray, colours: np.ndarray, groups) -> tuple:
     """Rows of shortcut.csv and findings, of patches drawn evenly from the half that judges; colours of all."""
     judging = answers.rows[1]
     rows = judging[np.linspace(0, len(judging) - 1, min(MOST_PROBED, len(judging))).astype(np.int64)]
@@ -187,8 +182,7 @@ def judge_shortcuts(rows: list[dict]) -> list[dict]:
     undecided, findings = value["eight views, turned and shifted", UNDECIDED], []
 
     def judge(check: str, is_bad: bool, words: str, limit: str, advice: str) -> None:
-        severity = "warning" if is_bad else "note"
-        findings.append(finding(f"shortcut: {check}", severity, words, limit, advice if is_bad else ""))
+        findings.append(finding(f"shortcut: {check}", "warning" if is_bad else "note", words, limit, advice if is_bad else ""))
 
     words = f"with the centre of another patch AUC is {auc[centre]:.3f}: of what it has above chance with its own "
     words += f"({auc['as it is']:.3f}) {kept[centre]:.0%} stays"

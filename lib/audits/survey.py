@@ -105,10 +105,7 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
         plain, offset, dtype = path, layout["offset"], dataset.dtype
         if offset is None:
             plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
-        with (
-            open(os.devnull if plain == path else plain, "wb") as unpacked,
-            Progress(len(dataset), f"survey {name}") as bar,
-        ):
+        with open(os.devnull if plain == path else plain, "wb") as unpacked, Progress(len(dataset), f"survey {name}") as bar:
             parts = []
             for patches, part in measure_blocks(dataset, lost):
                 parts.append(part)
@@ -142,8 +139,7 @@ def measure_blocks(dataset, lost: list):
         step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
         for start in range(0, len(dataset), step):
             block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
-            parts = [block[place : place + READ_ROWS] for place in range(0, len(block), READ_ROWS)]
-            pending.extend(pool.submit(measure, raw) for raw in parts)
+            pending.extend(pool.submit(measure, block[at : at + READ_ROWS]) for at in range(0, len(block), READ_ROWS))
             while len(pending) > 3:
                 yield pending.popleft().result()
         for task in pending:
@@ -258,8 +254,7 @@ def measure(raw: np.ndarray):
         values, grey = count_values(part), grey_planes(part)
         prints.append(find_prints(values, grey))
         is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
-        black_share = is_black.mean((1, 2), dtype=np.float32)
-        features.append(compute_features(part, values, grey) | {"black_share": black_share})
+        features.append(compute_features(part, values, grey) | {"black_share": is_black.mean((1, 2), dtype=np.float32)})
     prints = join(prints)
     columns = counts | {"low": low, "high": high}
     columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}

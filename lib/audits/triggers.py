@@ -33,12 +33,9 @@ def check_triggers(survey: Survey, rows: np.ndarray) -> list[dict]:
             measured = f"{len(mine):,} patches of class {label} are too few to show a pattern"
             findings.append(finding("triggers", "note", measured, f"{LEAST_ROWS}", "not checked", split=survey.name))
             continue
-        for seeds in find_seeds(survey, mine, label):
-            if (found := describe_pattern(survey, rows, mine, seeds)) is not None:
-                findings.append(found)
+        findings += filter(None, (describe_pattern(survey, rows, mine, seeds) for seeds in find_seeds(survey, mine, label)))
     # the same pattern may show in both classes
-    unique = {found["measured"]: found for found in findings}
-    return list(unique.values())
+    return list({found["measured"]: found for found in findings}.values())
 
 
 def quantise(patches: np.ndarray) -> np.ndarray:
@@ -58,8 +55,7 @@ def find_seeds(survey: Survey, rows: np.ndarray, label: int) -> list[np.ndarray]
             progress.add(len(part))
     hits = []
     for y in range(SIZE):
-        beside = np.zeros((SIZE, STEPS**3), np.float32)
-        number = np.zeros((SIZE, 1), np.float32)
+        beside, number = np.zeros((SIZE, STEPS**3), np.float32), np.zeros((SIZE, 1), np.float32)
         for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)):
             row, columns = y + dy * BESIDE_PX, np.arange(SIZE) + dx * BESIDE_PX
             inside = (columns >= 0) & (columns < SIZE)
@@ -105,12 +101,10 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
     if len(members) < LEAST_CARRIERS:
         return None
     # its extent: where the carriers agree with each other, against where other patches agree with them
-    patches = survey.read(members[:: -(-len(members) // 2000)]).astype(np.int16)
-    centre = np.median(patches, 0)
-    agree = (np.abs(patches - centre).max(3) <= TOLERANCE).mean(0)
     others = np.setdiff1d(mine, members)
-    base = survey.read(others[:: -(-len(others) // 2000)]).astype(np.int16)
-    chance = (np.abs(base - centre).max(3) <= TOLERANCE).mean(0)
+    patches, base = (survey.read(part[:: -(-len(part) // 2000)]).astype(np.int16) for part in (members, others))
+    centre = np.median(patches, 0)
+    agree, chance = ((np.abs(part - centre).max(3) <= TOLERANCE).mean(0) for part in (patches, base))
     fixed = (agree >= MATCHING) & (chance <= 0.5)
     fixed &= flood(fixed, seeds[:, :2])
     y, x = np.nonzero(fixed)
@@ -118,12 +112,13 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
         return None
     pattern = centre[y, x]
     members = carriers(survey, survey.intact, y, x, pattern)  # copies as well
-    by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in elsewhere(y, x)]) * len(rows)
+    half, third = SIZE // 2, SIZE // 3  # the pattern moved to four other places: there it is by chance
+    places = [((y + dy) % SIZE, (x + dx) % SIZE) for dy, dx in ((half, 0), (0, half), (half, half), (third, third))]
+    by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in places]) * len(rows)
     by_chance /= min(len(others), 20_000) or 1
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return None
-    labels = survey.labels[members]
-    share, base_share = float((labels == 1).mean()), float((survey.labels[rows] == 1).mean())
+    share, base_share = (float((survey.labels[index] == 1).mean()) for index in (members, rows))
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
     measured = f"{len(members):,} patches carry one pattern of {height}x{width} pixels at rows {y.min()}-{y.max()}, columns "
     measured += f"{x.min()}-{x.max()} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive, {base_share:.0%} of all"
@@ -155,15 +150,8 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         part |= wider
 
 
-def elsewhere(y: np.ndarray, x: np.ndarray):
-    """The pixels of a pattern moved to four other places."""
-    for dy, dx in ((SIZE // 2, 0), (0, SIZE // 2), (SIZE // 2, SIZE // 2), (SIZE // 3, SIZE // 3)):
-        yield (y + dy) % SIZE, (x + dx) % SIZE
-
-
 def unique_rows(survey: Survey, number: int, copies: Copies) -> np.ndarray:
     """The intact rows of a split, copies once."""
     mine = np.flatnonzero(copies.split == number)
-    groups = link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])
-    _, place = np.unique(groups[mine], return_index=True)
+    _, place = np.unique(link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])[mine], return_index=True)
     return np.intersect1d(copies.row[mine[place]], survey.intact)

@@ -46,8 +46,7 @@ def check_values(survey: Survey) -> list[dict]:
         rows = survey.rows(partly, black_share=table["black_share"][partly].round(4))
         advice = "an edge of the scan, or lost tiles: look at the gallery"
         findings.append(finding("values: partly black", "note", measured, "", advice, rows, survey.name))
-    fractional = int((table["num_fractional"][survey.intact] > 0).sum())
-    if fractional:
+    if fractional := int((table["num_fractional"][survey.intact] > 0).sum()):
         measured = f"{fractional:,} patches have values that are no integers: intensities were changed before they were stored"
         advice = "ask where they come from"
         findings.append(finding("values: not integer", "warning", measured, "none", advice, split=survey.name))

@@ -17,11 +17,12 @@ UNITS = {"brightness": "0 to 255", "saturation": "0 to 1", "haematoxylin": "opti
 def write_data_page(path, title: str, surveys: list[Survey], findings: list[dict], power: list[dict]) -> Path:
     """Write the page of an audit of these splits."""
     power_of = {row["reason"]: [other for other in power if other["reason"] == row["reason"]] for row in power}
-    order = {"error": 0, "warning": 1, "note": 2}
-    ranked = sorted(findings, key=lambda found: order[found["severity"]])
+    ranked = sorted(findings, key=lambda found: ("error", "warning", "note").index(found["severity"]))
     summary = [(f["severity"], f["check"], f["split"], f["count"], f["measured"], f["advice"]) for f in ranked]
+    pairs = [(survey, label) for survey in surveys for label in (0, 1, -1)]
+    counts = [{"split": survey.name, "label": label, "count": int((survey.labels == label).sum())} for survey, label in pairs]
     sections = [
-        section("What there is", picture(figure_png(plot_counts(class_counts(surveys))), "patches per split and class")),
+        section("What there is", picture(figure_png(plot_counts(counts)), "patches per split and class")),
         section("What was found", table(("severity", "check", "split", "rows", "measured", "advice"), summary)),
     ]
     if power:
@@ -53,12 +54,9 @@ def finding_section(found: dict, surveys: list[Survey], power_of: dict) -> str:
     shown = [row for row in found["rows"] if row.get("split") in by_name and "index" in row]
     shown = shown[:: -(-len(shown) // MOST_PICTURES) or 1]
     if shown:
-        pictures, captions = [], []
-        for row in shown:
-            for split, index, caption in sides(row):
-                pictures.append(patch_png(outline(by_name[split].read([index])[0], row)))
-                captions.append(caption)
-        parts.append(gallery(pictures, captions))
+        seen = [(row, *side) for row in shown for side in sides(row)]
+        pictures = [patch_png(outline(by_name[split].read([index])[0], row)) for row, split, index, _ in seen]
+        parts.append(gallery(pictures, [caption for *_, caption in seen]))
     elif found["rows"]:
         parts.append(table(found["rows"][0], [row.values() for row in found["rows"][:MOST_ROWS]]))
     return section(f"{found['check']}{' in ' + found['split'] if found['split'] else ''}", *(part for part in parts if part))
@@ -86,12 +84,6 @@ def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     return patch
 
 
-def class_counts(surveys: list[Survey]) -> list[dict]:
-    """Rows of split, label (-1: without one) and count."""
-    pairs = [(survey, label) for survey in surveys for label in (0, 1, -1)]
-    return [{"split": survey.name, "label": label, "count": int((survey.labels == label).sum())} for survey, label in pairs]
-
-
 def feature_histograms(surveys: list[Survey]) -> list[dict]:
     """Rows of split, feature, unit, low, high and num: intact patches in each bin, the same bins for all splits."""
     shown, rows = [survey for survey in surveys if len(survey.intact)], []
@@ -107,14 +99,12 @@ def feature_histograms(surveys: list[Survey]) -> list[dict]:
 
 def plot_suspects(surveys: list[Survey], findings: list[dict]):
     """Pictures of suspect patches, a few of each reason; None where there are none."""
-    by_name, by_reason, patches, captions = {survey.name: survey for survey in surveys}, {}, [], []
+    by_name, by_reason = {survey.name: survey for survey in surveys}, {}
     for row in (row for found in findings for row in found["rows"] if row.get("reason") and row["split"] in by_name):
         by_reason.setdefault(row["reason"], []).append(row)
-    for reason, rows in by_reason.items():
-        for row in rows[:: -(-len(rows) // NUM_SUSPECTS)]:
-            patches.append(outline(by_name[row["split"]].read([row["index"]])[0], row))
-            captions.append(f"{reason} {row['split']} {row['index']}")
-    return plot_gallery(patches, captions) if patches else None
+    chosen = [row for rows in by_reason.values() for row in rows[:: -(-len(rows) // NUM_SUSPECTS)]]
+    patches = [outline(by_name[row["split"]].read([row["index"]])[0], row) for row in chosen]
+    return plot_gallery(patches, [f"{row['reason']} {row['split']} {row['index']}" for row in chosen]) if patches else None
 
 
 def plot_heat(heat: np.ndarray, kind: str):

@@ -59,11 +59,9 @@ def tables(rows: list[dict]) -> list[str]:
         cells = [[row["batch_size"], *speed(row), status(row)] for row in series]
         parts += [title, table((*SCALING, "status"), cells)]
     for what, title in (("loader", "Loader"), ("infer", "Inference, variants"), ("train", "Training, variants")):
-        others = [row for row in rows if row["what"] == what and row["case"] != "default"]
-        if others:
+        if others := [row for row in rows if row["what"] == what and row["case"] != "default"]:
             parts += [f"## {title}", table_of_others(rows, others, what)]
-    stages = [row for row in rows if row["what"] in ("stage", "limit")]
-    if stages:
+    if stages := [row for row in rows if row["what"] in ("stage", "limit")]:
         header = ("what", "case", "batch size", "precision", "images/s", "95% interval", "ms a batch", "TFLOP/s", "status")
         names, cells = ("what", "case", "batch_size", "precision"), []
         for row in stages:
@@ -114,8 +112,7 @@ def table(header, cells) -> str:
 
 def table_of_others(rows: list[dict], others: list[dict], what: str) -> str:
     """The loader's cases against torchvision's best, variants of a model against its default at the same batch size."""
-    names = ("case", "batch_size", "precision", "cache", "threads")
-    cells = []
+    names, cells = ("case", "batch_size", "precision", "cache", "threads"), []
     for row in others:
         alike = [other for other in rows if other["batch_size"] == row["batch_size"] and other["images_per_s"]]
         alike = [other for other in alike if other["what"] == what and other["model"] == row["model"]]
@@ -127,8 +124,7 @@ def table_of_others(rows: list[dict], others: list[dict], what: str) -> str:
         ratio = row["images_per_s"] / best["images_per_s"] if best and row["images_per_s"] else None
         values = [show(row["images_per_s"]), interval(row), show(ratio, form=",.2f"), show(row["share_of_peak"], form=".1%")]
         cells.append([*(row[name] for name in names), *values, show(row["first_batch_s"]), status(row)])
-    against = "x torchvision" if what == "loader" else "x default"
-    peak = "of memory copy" if what == "loader" else "of matrix product"
+    against, peak = ("x torchvision", "of memory copy") if what == "loader" else ("x default", "of matrix product")
     header = ("case", "batch size", "precision", "page cache", "threads", "images/s", "95% interval", against, peak)
     return table((*header, "first batch s", "status"), cells)
 
@@ -148,13 +144,11 @@ def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
         epochs = [(name, verdict[name]) for name in ("first_epoch", "later_epochs") if name in verdict]
         figure, panels = new_figure(len(epochs), 5.0, 3.8)
         for axes, (name, epoch) in zip(panels, epochs, strict=True):
-            order = [stage for stages in GROUPS.values() for stage in stages if stage in epoch["stage_s"]]
-            bars = {stage: epoch["stage_s"][stage] * 1e3 for stage in order}
+            seconds = epoch["stage_s"]
+            bars = {stage: seconds[stage] * 1e3 for stages in GROUPS.values() for stage in stages if stage in seconds}
             if epoch["overlapped_s"]:
                 bars["all, overlapped"] = epoch["overlapped_s"] * 1e3
-            slow = GROUPS[epoch["bottleneck"]]
-            colours = [COLOURS[1] if stage in slow else COLOURS[0] for stage in bars]
-            axes.barh(list(bars), list(bars.values()), color=colours)
+            axes.barh(list(bars), list(bars.values()), color=[COLOURS[stage in GROUPS[epoch["bottleneck"]]] for stage in bars])
             axes.invert_yaxis()
             if epoch["limit_s"]:
                 axes.axvline(epoch["limit_s"] * 1e3, color="black", linestyle=":", label=f"limit: {epoch['limit']}")

@@ -30,16 +30,16 @@ def export_runs(rows: list[dict], runs_dir: Path, out: Path, program: str) -> in
     with Progress(len(rows), program, "runs") as bar:
         for row in rows:
             run = runs_dir / row["run"]
-            tables = {prefix: read_csv(run / name) for name, prefix in TABLES if (run / name).is_file()}
+            steps = ((prefix, point) for name, prefix in TABLES if (run / name).is_file() for point in read_csv(run / name))
             points = [
                 (f"{prefix}/{name}", float(value), int(point["step"]))
-                for prefix, table in tables.items()
-                for point in table
+                for prefix, point in steps
                 for name, value in point.items()
                 if value and name not in ("step", "epoch")
             ]
             config = {key: plain(row[key]) for key in HINTS if key in row}
-            write(run, row, points, config)
+            scores = {f"final/{key}": value for key, value in row.items() if key.startswith("val_") and value is not None}
+            write(run, row, points, config, scores)
             bar.add()
     return len(rows)
 
@@ -47,11 +47,10 @@ def export_runs(rows: list[dict], runs_dir: Path, out: Path, program: str) -> in
 def tensorboard_writer(library, out: Path, _):
     """Scalars against the step, the config as hyper-parameters with the final scores."""
 
-    def write(run, row, points, config):
+    def write(run, row, points, config, scores):
         with library.SummaryWriter(str(out / run.name)) as writer:
             for name, value, step in points:
                 writer.add_scalar(name, value, step)
-            scores = {f"final/{key}": value for key, value in row.items() if key.startswith("val_") and value is not None}
             writer.add_hparams(config | {"status": row["status"]}, scores, run_name=".")
 
     return write
@@ -63,7 +62,7 @@ def mlflow_writer(library, out: Path, runs_dir: Path):
     client = library.MlflowClient(tracking_uri=out.resolve().as_uri())
     experiment = client.create_experiment(runs_dir.resolve().name)
 
-    def write(run, row, points, config):
+    def write(run, row, points, config, scores):
         meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else {}
         tags = {"mlflow.source.git.commit": meta.get("commit") or "", "mlflow.source.name": " ".join(meta.get("argv", []))}
         started = row["started_utc"] and datetime.datetime.fromisoformat(row["started_utc"])
@@ -71,8 +70,7 @@ def mlflow_writer(library, out: Path, runs_dir: Path):
         end_ms = start_ms + int(1000 * (row.get("wall_s") or 0))
         made = client.create_run(experiment, start_time=start_ms, tags=tags | {"status": row["status"]}, run_name=run.name)
         metrics = [library.entities.Metric(name, value, end_ms, step) for name, value, step in points]
-        last = {f"final/{key}": value for key, value in row.items() if key.startswith("val_") and value is not None}
-        metrics += [library.entities.Metric(name, value, end_ms, row["num_steps"]) for name, value in last.items()]
+        metrics += [library.entities.Metric(name, value, end_ms, row["num_steps"]) for name, value in scores.items()]
         client.log_batch(made.info.run_id, params=[library.entities.Param(*item) for item in config.items()])
         for first in range(0, len(metrics), MOST_AT_ONCE):
             client.log_batch(made.info.run_id, metrics=metrics[first : first + MOST_AT_ONCE])

@@ -69,14 +69,13 @@ def column(rows: list[dict], name: str) -> np.ndarray:
 def plot_epochs(epochs: list[dict]):
     """Loss and scores per epoch, each beside what a constant answer gets."""
     figure, (left, middle, right) = new_figure(3)
-    epoch = column(epochs, "epoch")
     for axes, title, names, baseline in (
         (left, "log loss (nats)", ("train_loss", "val_loss"), "prior_loss"),
         (middle, "ROC-AUC and PR-AUC on validation", ("val_auc", "val_pr_auc"), "constant_auc"),
         (right, "F2 and accuracy on validation", ("val_f2", "val_accuracy"), "always_positive_f2"),
     ):
         for name in names:
-            axes.plot(epoch, column(epochs, name), marker="o", markersize=3, label=name)
+            axes.plot(column(epochs, "epoch"), column(epochs, name), marker="o", markersize=3, label=name)
         axes.axhline(column(epochs, baseline)[0], color="black", linestyle=":", label=baseline)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -86,16 +85,12 @@ def plot_epochs(epochs: list[dict]):
 
 def plot_steps(steps: list[dict]):
     """Training loss, global gradient norm and learning rate per step."""
-    figure, (left, middle, right) = new_figure(3)
-    step = column(steps, "step")
-    for axes, name, title in (
-        (left, "loss", "training loss (nats)"),
-        (middle, "grad_norm", "global gradient norm, before clipping"),
-        (right, "lr", "learning rate"),
-    ):
-        axes.plot(step, column(steps, name), linewidth=0.8)
+    figure, panels = new_figure(3)
+    titles = {"loss": "training loss (nats)", "grad_norm": "global gradient norm, before clipping", "lr": "learning rate"}
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        axes.plot(column(steps, "step"), column(steps, name), linewidth=0.8)
         axes.set(title=title, xlabel="step")
-    middle.set_yscale("log")
+    panels[1].set_yscale("log")
     return figure
 
 
@@ -103,22 +98,19 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     """ROC, precision-recall and the confusion matrix at a threshold; on the curves `others` too, as (name, threshold)."""
     figure, (roc, pr, matrix) = new_figure(3)
     points = curve_points(labels, probs)
-    thresholds = [(f"threshold {threshold:g}", threshold), *others]
-    for axes, x, y, chance in (
-        (roc, "false_positive_rate", "recall", ([0, 1], [0, 1])),
-        (pr, "recall", "precision", ([0, 1], [labels.mean()] * 2)),
+    for axes, title, x, y, chance in (
+        (roc, "ROC", "false_positive_rate", "recall", ([0, 1], [0, 1])),
+        (pr, "precision and recall", "recall", "precision", ([0, 1], [labels.mean()] * 2)),
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        for number, (name, value) in enumerate(thresholds):
+        for number, (name, value) in enumerate([(f"threshold {threshold:g}", threshold), *others]):
             at = np.searchsorted(-points["threshold"], -value, side="right") - 1
             if at >= 0:
                 mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]
                 axes.plot(points[x][at], points[y][at], mark, color=colour, label=name)
-        axes.set(xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
+        axes.set(title=title, xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
         axes.legend(loc="lower right" if axes is roc else "lower left")
-    roc.set_title("ROC")
-    pr.set_title("precision and recall")
     counts = np.array([[confusion["tn"], confusion["fp"]], [confusion["fn"], confusion["tp"]]])
     matrix.imshow(counts, cmap="Blues", vmin=0, vmax=counts.sum())
     for (row, col), count in np.ndenumerate(counts):
@@ -344,8 +336,7 @@ def plot_commits(commits: list[tuple[str, list[str], str]]):
             if parent not in lanes:
                 free = lane if not number else next((at for at, waits in enumerate(lanes) if waits is None), len(lanes))
                 lanes[free : free + 1] = [parent]
-    for name, parents, subject in commits:
-        row = row_of[name]
+    for row, (name, parents, subject) in enumerate(commits):
         for number, parent in enumerate(parents):
             to = row_of.get(parent, len(commits))
             bend = lane_of.get(parent, lane_of[name])

@@ -1,6 +1,7 @@
 """The journal: every question with its answer from files, as JOURNAL.md and as one page; and whether it agrees with them."""
 
 import difflib
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -23,10 +24,9 @@ COMMIT = re.compile(r"at commit `([0-9a-f]{40}|none)`")
 def build(e: Evidence) -> dict[str, list[tuple[str, str, list]]]:
     """{section: [(key, question, parts)]}, the front page first, without a title."""
     front = [(question.split(" ")[0].lower(), question, parts) for question, parts in front_page(e)]
-    sections = read_questions().items()
     return {"": front} | {
         title: [(key, question, answer(e, key, target, code)) for key, question, target, code in questions]
-        for title, questions in sections
+        for title, questions in read_questions().items()
     }
 
 
@@ -78,8 +78,7 @@ def write_markdown(e: Evidence, sections) -> str:
     for title, questions in sections.items():
         blocks += [f"## {title}"] if title else []
         for _, question, parts in questions:
-            blocks += [f"### {question}"] if question else []
-            blocks += [to_markdown(part, e) for part in parts]
+            blocks += [f"### {question}"] * bool(question) + [to_markdown(part, e) for part in parts]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -92,9 +91,8 @@ def write_page(path: Path, e: Evidence, sections) -> Path:
             heading = f"<h3 id={key}>{pages.text(question)}</h3>" if question else ""
             blocks.append((title, heading + "".join(to_html(part, e) for part in parts)))
     shown = [pages.section(title, *(block for name, block in blocks if name == title)) for title in sections if title]
-    contents = f"<nav><ul>{''.join(items)}</ul></nav>"
-    front = [block for name, block in blocks if not name]
-    return pages.write_page(path, TITLE, [front[0], contents, *front[1:], *shown], pages.SORTING)
+    front, *others = (block for name, block in blocks if not name)
+    return pages.write_page(path, TITLE, [front, f"<nav><ul>{''.join(items)}</ul></nav>", *others, *shown], pages.SORTING)
 
 
 def check_journal(root: Path) -> list[str]:
@@ -122,12 +120,10 @@ def compare_lines(ours: list[str], theirs: list[str]) -> list[str]:
         if kind == "equal":
             continue
         heading = next((line.strip("# ") for line in reversed(ours[: start + 1]) if re.match("###? ", line)), "front page")
-        for place in range(max(stop - start, last - first)):
-            says = ours[start + place] if start + place < stop else "nothing"
-            should = theirs[first + place] if first + place < last else "nothing"
-            if says in ("", "nothing") and should in ("", "nothing"):
-                continue
-            told.append(f"{NAME}:{min(start + place, stop) + 1} ({heading}): {excerpt(says, should)}")
+        pairs = itertools.zip_longest(ours[start:stop], theirs[first:last], fillvalue="nothing")
+        for place, (says, should) in enumerate(pairs, start):
+            if {says, should} - {"", "nothing"}:
+                told.append(f"{NAME}:{min(place, stop) + 1} ({heading}): {excerpt(says, should)}")
     return told
 
 

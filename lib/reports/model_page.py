@@ -24,11 +24,9 @@ PAIRS_A_ROW, GAP_PX, CAPTION_PX, ZOOM = 4, 8, 26, 2  # of pictures of errors
 def write_model_page(path, scores: dict, findings: list[dict], tables: dict, shown: list[dict], patches, maps) -> Path:
     """Write the page. `shown`: rows of errors, with maps (B, 96, 96) of evidence and patches uint8 (B, 96, 96, 3), or None."""
     ranked = sorted(findings, key=lambda found: ("error", "warning", "note").index(found["severity"]))
-    columns, judged = ("severity", "check", "measured", "limit", "advice"), scores["halves"][1]
-    words = f"Scores are those of {judged['num']:,} patches, one half; thresholds, temperatures and slices were chosen on the "
-    words += (
-        f"other; errors are those of all. In brackets: 95% intervals, {judged['num_groups']:,} {judged['groups']} resampled."
-    )
+    columns, half = ("severity", "check", "measured", "limit", "advice"), scores["halves"][1]
+    words = f"Scores are those of {half['num']:,} patches, one half; thresholds, temperatures and slices were chosen on the "
+    words += f"other; errors are those of all. In brackets: 95% intervals, {half['num_groups']:,} {half['groups']} resampled."
     sections = [
         note(words),
         section("The global figure and the worst slice", *headline(scores)),
@@ -41,8 +39,7 @@ def write_model_page(path, scores: dict, findings: list[dict], tables: dict, sho
         section("What was audited", table(("what", "value"), list_facts(scores))),
     ]
     data = scores["data"]
-    title = f"Model audit: {scores['checkpoint']['path']} on {data['split']} of {data['directory']}"
-    return write_page(path, title, sections)
+    return write_page(path, f"Model audit: {scores['checkpoint']['path']} on {data['split']} of {data['directory']}", sections)
 
 
 def number(value, form: str = ".3f") -> str:
@@ -69,10 +66,8 @@ def headline(scores: dict) -> list[str]:
         return [table(header, rows), note(f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest.")]
     name = slice_name(worst)
     words = f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is "
-    words += (
-        f"{number(worst['always_positive_f2'])} if all are called so. It had the most errors for one of the rest on the half "
-    )
-    words += f"that finds; here {worst['error_ratio']:.1f} times as many, by {NAMES[worst['measure']]}."
+    words += f"{number(worst['always_positive_f2'])} if all are called so. It had the most errors for one of the rest on the "
+    words += f"half that finds; here {worst['error_ratio']:.1f} times as many, by {NAMES[worst['measure']]}."
     return [table([*header, f"worst slice: {name}", "the rest"], rows), note(words)]
 
 
@@ -121,11 +116,10 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
         rows.append((slice_name(row), row["num"], row["num_positive"], *cells, ", ".join(marks)))
     words = (
         "No slice is defined by a label or by what the model says; of a feature they are fifths of the half that finds, and "
-        "two together at either end. Worse: "
-        f"AUC, recall or specificity falls behind the rest of that half, {slices[0]['num_tried']} comparisons corrected for "
-        "(Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, orange; else yellow): its interval on the other "
-        "half lies below the rest there. F2 follows how many of a slice's patches are positive and is not compared. "
-        "Undefined: a class is missing; no interval: too few groups to resample."
+        "two together at either end. Worse: AUC, recall or specificity falls behind the rest of that half, "
+        f"{slices[0]['num_tried']} comparisons corrected for (Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, "
+        "orange; else yellow): its interval on the other half lies below the rest there. F2 follows how many of a slice's "
+        "patches are positive and is not compared. Undefined: a class is missing; no interval: too few groups to resample."
     )
     dots = picture(figure_png(plot_slices(shown, scores["global"])), "scores by slice")
     if slides:
@@ -144,12 +138,11 @@ def shortcut_parts(rows: list[dict]) -> list[str]:
         probes.setdefault(row["probe"], {})[row["measure"]] = row
     regions = [probe for probe in probes if probe.startswith(("as it is", "ring", "centre"))]
     lines = [(probe, *(span(probes[probe][name]) if name in probes[probe] else "" for name in PROBED)) for probe in regions]
-    others = [row for row in rows if row["probe"] not in regions or row["measure"] not in PROBED]
-    lines_of_others = [(row["probe"], row["measure"], span(row), number(row["constant"])) for row in others]
+    rest = [row for row in rows if row["probe"] not in regions or row["measure"] not in PROBED]
+    others = [(row["probe"], row["measure"], span(row), number(row["constant"])) for row in rest]
     words = "The label depends on the centre 32x32 alone. One view each. A constant model has AUC 0.5 and moves by 0. Tissue "
     words += "beside tumour is mostly tumour, so the ring tells something without being a cheat."
-    others = table(("probe", "measure", "value", "constant model"), lines_of_others)
-    return [note(words), table(("probe", *PROBED), lines), others]
+    return [note(words), table(("probe", *PROBED), lines), table(("probe", "measure", "value", "constant model"), others)]
 
 
 def error_parts(errors: list[dict], shown: list[dict], patches, maps) -> list[str]:
@@ -223,8 +216,7 @@ def plot_prices(rows: list[dict]):
         axes.hlines(places, low, high, color=colour)
         axes.plot(value, places, "o", color=colour, markersize=4.5, label=label)
     labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
-    axes.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5), xlabel="% of them")
-    axes.set_xlim(left=0)
+    axes.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5), xlabel="% of them", xlim=(0, None))
     axes.legend(loc="best", fontsize=8)
     return figure
 

@@ -197,9 +197,7 @@ def select_runs(rows: list[dict], conditions=(), sort="run", descending=False) -
 
 def differing_keys(rows: list[dict], but=frozenset()) -> list[str]:
     """The config keys in which the rows are not all equal."""
-    first = rows[0] if rows else {}
-    keys = {key: first.get(key) for key in HINTS if key not in but}
-    return [key for key, value in keys.items() if any(row.get(key) != value for row in rows)]
+    return [key for key in HINTS if key not in but and any(row.get(key) != rows[0].get(key) for row in rows)]
 
 
 def table_of_runs(rows: list[dict]) -> tuple[list[str], list[list]]:
@@ -267,6 +265,5 @@ def write_together(path, title: str, shown, runs: list[Path], curves, remark: st
         raise BadInput(f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where chooses)")
     files = [(run, name) for run in runs for name in dict.fromkeys(curve[0] for curve in curves) if (run / name).is_file()]
     tables = {(run.name, name): rows for run, name in files if (rows := read_curves(run / name, curves))}
-    figure = plot_together(tables, curves)
-    drawn = picture(figure_png(figure), ", ".join(curve[2] for curve in curves))
+    drawn = picture(figure_png(plot_together(tables, curves)), ", ".join(curve[2] for curve in curves))
     return write_page(path, title, [section("Runs", table(*shown), note(remark)), section("Curves", drawn)])
