@@ -128,8 +128,8 @@ def test_the_worst_slice_is_ranked_on_the_half_that_finds():
     """On the half that judges luck would rank it; where the rest has no error, one in n counts."""
     common = {"p_auc": math.nan, "p_specificity": math.nan, "p_recall": 1e-6, "rest_recall": 1.0, "num": 20}
     rows = [
-        common | {"slice": name, "recall": recall, "recall_high": 0.95, "finding_ratio_recall": ratio}
-        for name, recall, ratio in (("lucky", 0.5, 3.0), ("worst", 0.8, 9.0))
+        common | {"slice": name, "recall": recall, "recall_high": 0.95, "finding_gap_recall": gap}
+        for name, recall, gap in (("lucky", 0.5, 0.1), ("worst", 0.8, 0.3))
     ]
     worst = conclude(rows)
     assert worst["slice"] == "worst" and worst["error_ratio"] == pytest.approx(0.2 / (1 / 20))

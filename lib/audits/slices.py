@@ -86,8 +86,7 @@ def slide_slices(slides: np.ndarray) -> list[dict]:
 
 def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
     """A row a slice: how many patches in each half, its scores with intervals on the second half, those of the rest there, and
-    for each score the chance `p` that it would fall behind the rest on the first half as it does, and there its errors for one
-    of the rest."""
+    for each score the `finding_gap` by which it falls behind the rest on the first half, and the chance `p` that it would."""
     rows = []
     with Progress(len(slices), "judging slices", "slices") as bar:
         for part in slices:
@@ -105,7 +104,7 @@ def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
             for name, classes in JUDGED.items():
                 enough = many and all((labels == label).sum() >= LEAST_ROWS for labels in kept for label in classes)
                 row[f"p_{name}"] = chance_of(rest[name] - inside[name]) if enough else math.nan
-                row[f"finding_ratio_{name}"] = error_ratio(inside[name][0], rest[name][0], len(picked[0]))
+                row[f"finding_gap_{name}"] = float(rest[name][0] - inside[name][0])
             rows.append(row)
             bar.add()
     return rows
@@ -121,11 +120,6 @@ def score_sides(answers: Answers, half: int, mask: np.ndarray) -> tuple[dict, di
     )
 
 
-def error_ratio(score: float, rest: float, num: int) -> float:
-    """Errors of `num` patches for one of the rest; where the rest has none, for one in as many."""
-    return float((1 - score) / max(1 - rest, 1 / max(num, 1)))
-
-
 def chance_of(gaps: np.ndarray) -> float:
     """How likely a gap as large as the first of (1 + R,) is where there is none, its spread being that of the others (normal,
     one-sided); NaN where it is not defined, or does not vary."""
@@ -138,8 +132,8 @@ def conclude(rows: list[dict]) -> dict | None:
     give the worst confirmed row, with the `measure` by which it is. None where nothing is confirmed.
 
     Found: the corrected p is below FALSE_DISCOVERIES (Benjamini and Hochberg 1995). Confirmed: found, and the interval of its
-    score on the other half lies below the score of the rest. Worst: the most errors for one of the rest, on the half that
-    finds; `error_ratio` is that of the other.
+    score on the other half lies below the score of the rest. Worst: the largest gap, on the half that finds. `error_ratio`:
+    its errors for one of the rest on the other, for one in as many where the rest has none.
     """
     tried = [(row, name) for row in rows for name in JUDGED if not math.isnan(row[f"p_{name}"])]
     tried.sort(key=lambda pair: pair[0][f"p_{pair[1]}"])
@@ -152,6 +146,7 @@ def conclude(rows: list[dict]) -> dict | None:
         confirmed = [name for name in found if row[f"{name}_high"] < row[f"rest_{name}"]]
         row |= {"found": " ".join(found), "confirmed": " ".join(confirmed), "num_tried": len(tried)}
         for name in confirmed:
-            if worst is None or row[f"finding_ratio_{name}"] > worst[f"finding_ratio_{worst['measure']}"]:
-                worst = row | {"measure": name, "error_ratio": error_ratio(row[name], row[f"rest_{name}"], row["num"])}
+            if worst is None or row[f"finding_gap_{name}"] > worst[f"finding_gap_{worst['measure']}"]:
+                ratio = (1 - row[name]) / max(1 - row[f"rest_{name}"], 1 / max(row["num"], 1))
+                worst = row | {"measure": name, "error_ratio": ratio}
     return worst

@@ -152,7 +152,7 @@ def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
             axes.invert_yaxis()
             if epoch["limit_s"]:
                 axes.axvline(epoch["limit_s"] * 1e3, color="black", linestyle=":", label=f"limit: {epoch['limit']}")
-                axes.legend(loc="lower right")
+                axes.legend(loc="upper right")
             axes.set(xlabel="ms a batch", title=f"{name.replace('_', ' ')}: {epoch['bottleneck']}")
         pictures["stages.png"] = figure_png(figure)
     return pictures

@@ -66,8 +66,8 @@ def headline(scores: dict) -> list[str]:
         return [table(header, rows), note(f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest.")]
     name = slice_name(worst)
     words = f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is "
-    words += f"{number(worst['always_positive_f2'])} if all are called so. It had the most errors for one of the rest on the "
-    words += f"half that finds; here {worst['error_ratio']:.1f} times as many, by {NAMES[worst['measure']]}."
+    words += f"{number(worst['always_positive_f2'])} if all are called so. It fell furthest behind the rest on the half that "
+    words += f"finds; here it has {worst['error_ratio']:.1f} times as many errors, by {NAMES[worst['measure']]}."
     return [table([*header, f"worst slice: {name}", "the rest"], rows), note(words)]
 
 
