@@ -78,8 +78,8 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
     write_csv(folder / "thresholds.csv", ("rule", "threshold", *confusion), [["recall", 0.3, *confusion.values()]])
     wrong = [["valid", row["index"], row["label"], row["probability"]] for row in rows if row["label"] != row["prediction"]]
     write_csv(folder / "errors.csv", ("split", "index", "label", "probability"), wrong)
-    slices = [["stain", "pale", 30, 0.8, 0.7, 0.9], ["stain", "dark", 34, 0.9, 0.85, 0.95]]
-    write_csv(folder / "slices.csv", ("slice", "value", "num", "auc", "auc_low", "auc_high"), slices)
+    slices = [["eosin", "below 0.1", 30, 0.8, 0.7, 0.9, "auc"], ["eosin", "0.1 or more", 34, 0.9, 0.85, 0.95, ""]]
+    write_csv(folder / "slices.csv", ("feature", "slice", "num", "auc", "auc_low", "auc_high", "confirmed"), slices)
     overall = {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}}
     write_json(folder / "scores.json", {"checkpoint": {"threshold": 0.3}, "global": overall})
     Image.new("RGB", (40, 40), "purple").save(folder / "errors.png")

@@ -96,7 +96,7 @@ def plot_steps(steps: list[dict]):
 
 def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, confusion: dict[str, int], others=()):
     """ROC, precision-recall and the confusion matrix at a threshold; on the curves `others` too, as (name, threshold)."""
-    figure, (roc, pr, matrix) = new_figure(3)
+    figure, (roc, pr, matrix) = new_figure(3, height=3.4 + 0.2 * (len(others) // 3))
     points = curve_points(labels, probs)
     for axes, title, x, y, chance in (
         (roc, "ROC", "false_positive_rate", "recall", ([0, 1], [0, 1])),
@@ -104,13 +104,14 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        for number, (name, value) in enumerate([(f"threshold {threshold:g}", threshold), *others]):
+        for number, (name, value) in enumerate([(f"threshold {threshold:.3g}", threshold), *others]):
             at = np.searchsorted(-points["threshold"], -value, side="right") - 1
             if at >= 0:
                 mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]
                 axes.plot(points[x][at], points[y][at], mark, color=colour, label=name)
         axes.set(title=title, xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
-        axes.legend(loc="lower right" if axes is roc else "lower left")
+    with plt.rc_context(STYLE):
+        figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     counts = np.array([[confusion["tn"], confusion["fp"]], [confusion["fn"], confusion["tp"]]])
     matrix.imshow(counts, cmap="Blues", vmin=0, vmax=counts.sum())
     for (row, col), count in np.ndenumerate(counts):

@@ -399,7 +399,8 @@ def champion(e: Evidence) -> list:
 def thresholds(e: Evidence) -> list[tuple[str, float]]:
     """Thresholds that the audit of the model chose, each by its rule."""
     rows = [(row.get("rule"), number(row.get("threshold"))) for row in e.csv(f"{MODEL}/thresholds.csv")]
-    found = {rule: value for rule, value in rows if rule and isinstance(value, float)}
+    constant = ("stored in the checkpoint", "always positive", "always negative")
+    found = {rule: value for rule, value in rows if rule and rule not in constant and isinstance(value, float)}
     return [(f"{rule}: {value:.3g}", value) for rule, value in found.items()]
 
 
@@ -436,10 +437,10 @@ def slices(e: Evidence) -> list:
     name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
     parts, rows = csv_table(e, name), [row for row in e.csv(name) if row.get("auc")]
     if rows:
-        names = [" ".join(cell for cell in row.values() if isinstance(number(cell), str) and cell) for row in rows]
-        ends = [next((key for key in (f"auc_{end}", end) if key in rows[0]), "auc") for end in ("low", "high")]
-        values = [figures.column(rows, key) for key in ("auc", *ends)]
-        title, overall = "ROC-AUC by slice, with 95% intervals", e.json(scores).get("global", {}).get("auc", {})
+        names = [f"{row['feature']} {row['slice']}".replace("_", " ") + " *" * bool(row["confirmed"]) for row in rows]
+        values = [figures.column(rows, key) for key in ("auc", "auc_low", "auc_high")]
+        overall = e.json(scores).get("global", {}).get("auc", {})
+        title = "ROC-AUC by slice, with 95% intervals; *: confirmed to be worse, by AUC, recall or specificity"
         drawn = (names, *values, overall.get("value", float("nan")), title)
         parts += picture("slices", title, [name, scores], figures.plot_intervals, *drawn)
     return parts
