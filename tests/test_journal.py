@@ -219,6 +219,17 @@ def test_code_is_found_by_name():
     assert find_code("a.yml", "a: 1\nb: 2\n", "") == (1, "a: 1\nb: 2")
 
 
+def test_every_quote_that_is_asked_for_is_there():
+    codes = [code for questions in read_questions().values() for *_, code in questions]
+    asked = [item.strip().partition(":")[::2] for code in codes for item in code.split(";") if item.strip()]
+    lines = {
+        (file, name.strip()): find_code(file, read_code("", file), name.strip())[0]
+        for file, names in asked
+        for name in names.split(",")
+    }
+    assert len(lines) > 20 and not [quoted for quoted, line in lines.items() if not line]
+
+
 def test_the_check_passes_without_the_runs_and_the_journal_is_made_again_from_evidence(copy, made):
     assert journal.check_journal(copy) == []
     before = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
