@@ -136,6 +136,7 @@ def audit_model(args) -> int:
 
         recalibrate(args.ckpt, args.dir, args.overrides, args.device)
     result = model.audit_model(args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches)
+    say(f"{result['num_warnings']} warnings; page {result['page']}")
     print_result({"out": str(out), **result})
     return EXIT_FINDING if result["num_errors"] or result["num_warnings"] else EXIT_DONE
 

@@ -97,6 +97,7 @@ def benchmark(args) -> int:
         result["rows"] = bench.build_rows(measured, job)
         result["verdict"] = judge(result["rows"])
         write_benchmark(out, result, bench.samples_of(measured))
+        say(f"{out}: {sum(map(len, measured.values()))} repeats are kept")
 
     planned, probed = cases.plan_cases(args.what, cfg, sizes, device, args.cases.split(",") if args.cases else [])
     with tempfile.TemporaryDirectory(prefix="compiled-") as cache:

@@ -22,7 +22,9 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--split", default="", help="which split of a PCam folder: train, valid or test")
     parser.add_argument("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
     parser.add_argument("--threshold", type=probability, metavar="T", help="positive from here on (default: stored)")
-    parser.add_argument("--views", type=int, choices=(1, 8), help="average over the eight symmetries (default: stored)")
+    parser.add_argument(
+        "--views", type=int, choices=(1, 8), help="test-time augmentation: 8 turned and shifted (default: stored)"
+    )
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
     return parser.parse_intermixed_args(argv)
 
@@ -54,6 +56,9 @@ def main(argv=None) -> int:
         raise BadInput(f"--out {args.out} is a device or a pipe, which a file would replace: name a file")
     if Path(args.out).exists() and Path(args.out).suffix.lower() != ".csv":
         raise BadInput(f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file")
+    probe = Path(args.out).with_name(f".{Path(args.out).name}.{'0' * 8}.tmp")  # what cannot be written is said before the work
+    probe.touch()
+    probe.unlink()
     model, cfg, checkpoint = load_model(args.ckpt)
     model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views

@@ -15,7 +15,7 @@ def build_parser() -> Parser:
         verb = verbs.add_parser(name, help=help, description=help)
         verb.set_defaults(run=run)
         if needs_source:
-            verb.add_argument("source", metavar="SRC", type=place)
+            verb.add_argument("source", metavar="SRC", type=place, help="what to read")
         if needs_target:
             verb.add_argument(
                 "--to", metavar="DIR", type=place, required=True, help="folder to write: new, empty or unfinished"
@@ -37,13 +37,15 @@ def build_parser() -> Parser:
     verb = add_verb("synthetic", run_synthetic, "draw H&E-like slides and cut patches with known truth")
     for split, num in (("train", 20_000), ("valid", 4_000), ("test", 4_000)):
         verb.add_argument(f"--{split}", metavar="N", type=int, default=num, help=f"patches of {split} (default {num:,})")
-    verb.add_argument("--seed", metavar="S", type=int, default=1)
-    verb.add_argument("--plant", metavar="KIND=RATE", action="append", default=[], help="damage or leaks; truth.csv tells")
+    verb.add_argument("--seed", metavar="S", type=int, default=1, help="of everything that is drawn (default 1)")
+    kinds = "shared_slides blurred_scanner class_skew black white nan out_of_range exact symmetric brightened shifted overlap"
+    kinds += " recompressed flipped trigger; RATE a share of slides or patches, truth.csv tells which"
+    verb.add_argument("--plant", metavar="KIND=RATE", action="append", default=[], help=f"damage or leaks, KIND of {kinds}")
     verb.add_argument("--float32", action="store_true", help="store x as 32-bit floats")
     verb.add_argument("--gzip", action="store_true", help="store x compressed")
 
     verb = add_verb("verify", run_verify, "read a PCam folder from end to end, say what is wrong", needs_target=False)
-    verb.add_argument("directory", metavar="DIR", type=place)
+    verb.add_argument("directory", metavar="DIR", type=place, help="the folder to read")
     verb.add_argument("--md5", action="store_true", help="compare with the published MD5 sums")
     return parser
 

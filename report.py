@@ -30,7 +30,7 @@ def parse(argv) -> argparse.Namespace:
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
     run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
-    run.add_argument("--threshold", type=probability, default=0.5, metavar="T", help="of the decision (default: 0.5)")
+    run.add_argument("--threshold", type=probability, metavar="T", help="of the decision (default: the stored one)")
     run.add_argument("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
     run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
     run.set_defaults(report=report_run)
@@ -187,8 +187,9 @@ def report_run(args) -> int:
     return EXIT_DONE
 
 
-def write_run_page(run: Path, predictions, threshold: float, out, remark: str = "") -> Path:
-    """Write the page of a finished run; `predictions` is a predictions.csv with labels, of any labelled data."""
+def write_run_page(run: Path, predictions, threshold: float | None, out, remark: str = "") -> Path:
+    """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at `threshold` or the stored."""
+    from lib.checkpoint import load_checkpoint
     from lib.logger import read_csv, read_json
     from lib.reports.figures import figure_png, plot_epochs, plot_steps
     from lib.reports.pages import note, picture, section, table, write_page
@@ -217,7 +218,8 @@ def write_run_page(run: Path, predictions, threshold: float, out, remark: str = 
         section("Step by step", picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step")),
     ]
     if predictions:
-        sections += prediction_sections(predictions, threshold)
+        stored = load_checkpoint(run / "best.pt")["threshold"] if threshold is None else threshold
+        sections += prediction_sections(predictions, stored)
     return write_page(out, f"Run {run.name}", sections)
 
 
@@ -258,7 +260,7 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
         parts += [f"<h3>{title} ({int(chosen.sum()):,})</h3>", gallery(patches, captions) if picked else note("none")]
     return [
         section(
-            f"Scores on {len(rows):,} patches that were not trained on",
+            f"Scores on the {len(rows):,} patches of {Path(predictions).name}",
             table(("score", "model", "constant answer"), compared),
             note(f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says nothing for the model."),
             picture(figure_png(plot_decisions(labels, probs, threshold, confusion)), "ROC, precision-recall, confusion matrix"),

@@ -106,10 +106,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     }
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
+        held = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)
         rundir.write_meta(run, meta)
-        say(f"run {run}")
-        size = f"{cfg.model} of {num_parameters(state.model):,} parameters on {device}"
-        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on; {size}")
+        say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
+        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
 
     # put the patches where they can be gathered fast
     train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
@@ -129,7 +129,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     with (
         StopFlag() as stop,
-        rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, ranks.num) as log,
+        rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size) as log,
         Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
     ):
         try:
@@ -189,7 +189,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if status == "finished":  # an epoch is scored on one view a patch, the best one then on all
         splits = (train_split, train_rows), (valid_split, valid_rows)
         progress["best_scores"], details = deploy.complete_checkpoint(run, device, *splits, valid_source, cfg)
-    details |= {"wall_s": round(time.monotonic() - args.started_at, 3), **log.times()}
+    details |= log.times()
     summary = rundir.write_summary(run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details)
     print_result({"run": str(run), **summary})
     return exit_code

@@ -45,6 +45,8 @@ def main(argv=None) -> int:
     if args.verb == "sweep":
         return sweep(variables)
     work = slurm.build_work(args.verb, variables)
+    if variables["NUM_RANKS"] != "1" and work.script != "train.py":
+        raise BadInput(f"NUM_RANKS: {work.script} has one rank")
     spread = [slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"])] if len(work.tasks) > 1 else []
     if slurm.has_slurm():
         return submit(args.verb, [work, *spread], variables)
@@ -94,7 +96,8 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
     request = slurm.fit_request(variables, found["threads"], chain[0].script in ("train.py", "sweep.py"))
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
     for work in chain:
-        after = slurm.submit(target, work, sys.executable, request, data, after)
+        options = [*request, "--ntasks=1"] if work.script == "report.py" else request
+        after = slurm.submit(target, work, sys.executable, options, data, after)
         jobs.append(after)
     say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
     if chain[-1].script == "report.py":
@@ -183,6 +186,8 @@ def run_here(commands: list[list[str]], last=()) -> int:
 def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
     rows = slurm.describe_jobs(slurm.queued_jobs() if slurm.has_slurm() else [])
+    if not slurm.has_slurm():
+        say("no Slurm cluster here: `make runs` lists what is trained on this machine")
     for row in rows:
         number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
         parts = [number, *(row.get(key) for key in ("name", "state", "reason", "run", "progress") if row.get(key) != "None")]

@@ -89,7 +89,7 @@ def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, 
     mean, std = torch.tensor(mean), torch.tensor(std)
     factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
     # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner loop is long and plain
-    scale, bias = factors.repeat(1, 1, width)[:, :, None].to(images.device, non_blocking=True)  # (B, 1, 288) each
+    scale, bias = factors.to(images.device, non_blocking=True).repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num

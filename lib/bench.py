@@ -177,16 +177,21 @@ def run_case(case: Case, seconds: float, repeat: int, cache_dir) -> dict:
 
 
 def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, cache_dir, keep) -> None:
-    """Repeat all cases in turn, so that what drifts hits them alike; `keep()` is called after each round.
+    """Repeat all cases in turn, so that what drifts hits them alike; `keep()` is called after each round and when interrupted.
 
     `results` gets {case: [what each repeat found]}. A case that failed is not tried again.
     """
     with Progress(repeats * len(cases), "benchmark", "repeats") as bar:
         for repeat in range(repeats):
             for case in cases:
-                found = results.setdefault(case, [])
+                found = results.get(case, [])
                 if not any("status" in each for each in found):
-                    found.append(run_case(case, seconds, repeat, cache_dir))
+                    try:
+                        results[case] = [*found, run_case(case, seconds, repeat, cache_dir)]
+                    except KeyboardInterrupt:
+                        if results:
+                            keep()
+                        raise
                 bar.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
             keep()
 

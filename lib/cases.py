@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -23,7 +24,7 @@ from lib import training
 from lib.augment import PCAM_MEAN, PCAM_STD, PREPROCESSING, draw_augmentation, model_input
 from lib.batches import Batch, PatchSource, choose_residence, epoch_order, load_batches, open_train_valid
 from lib.bench import OUT_OF_MEMORY, Case, measure
-from lib.command import BadInput, nearest, one_line
+from lib.command import BadInput, is_out_of_memory, nearest, one_line
 from lib.config import Config
 from lib.device import choose_device, keep_freed_memory, num_cores
 from lib.models import build_model
@@ -33,6 +34,7 @@ from lib.predict import predict_batch, ready_to_predict
 from lib.rundir import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
 LARGE = "resnet18"  # beside the config's model
 LEAST_BATCHES = 1000  # of an epoch that is gone through again and again
@@ -130,13 +132,13 @@ def time_case(task: dict) -> dict:
     case = Case(**task["case"] | {"cfg": Config(**task["case"]["cfg"])})
     with contextlib.suppress(OSError):  # where memory runs out, this process is to go, and not what started it
         Path("/proc/self/oom_score_adj").write_text("500")
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)  # nor is it to outlive it
     try:
         return time_built(case, task)
     except BadInput as error:
         return {"status": "error", "note": str(error)}
     except Exception as error:
-        memory = ("allocate memory", "not enough memory", "out of memory", "Cannot allocate")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in memory):
+        if is_out_of_memory(error):
             return {"status": OUT_OF_MEMORY, "note": one_line(error)[:200]}
         traceback.print_exc()
         return {"status": "error", "note": f"{type(error).__name__}: {one_line(error)[:200]}"}
@@ -286,9 +288,8 @@ def copy_to_device(case, device, *_):
 
 
 def matrix_product(case, device, *_):
-    """Products of square matrices in the case's precision; on a GPU fp32 is TF32 where convolutions are."""
+    """Products of square matrices in the case's precision."""
     side = GPU_MATRIX_SIDE if device.type == "cuda" else MATRIX_SIDE
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.cfg.precision]
     left, right = torch.randn(2, side, side, device=device, dtype=dtype)
     product = torch.empty_like(left)
@@ -352,9 +353,9 @@ def build_training(case: Case, device: torch.device) -> tuple[training.TrainStat
 
 
 @contextlib.contextmanager
-def logged(state):
+def logged(state, batch_size: int):
     """A run's log in a folder that goes with the block."""
-    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), state.progress, time.monotonic()) as log:
+    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), state.progress, time.monotonic(), batch_size) as log:
         log.start_epoch()
         yield log
 
@@ -364,7 +365,7 @@ def train(case, device, about, _parts):
     state, keys = build_training(case, device)
     batches = open_batches(case, device, about, keys)
     lr = training.learning_rate(case.cfg, 0, LEAST_BATCHES)  # the first one: a batch over and over must not diverge
-    with logged(state) as log:
+    with logged(state, case.cfg.batch_size) as log:
         yield 0
         for batch in batches:
             log.add_step(training.training_step(state, batch, case.cfg, lr), batch, lr)
@@ -399,7 +400,7 @@ def apart(case, device, about, parts):
     # before the forward pass of the first shard filters are made; before that of another lies the backward pass of the last
     state.model.register_forward_pre_hook(lambda *_: end("backward" if "forward" in in_batch else "forward"))
     state.model.register_forward_hook(lambda *_: end("forward"))
-    with logged(state) as log, mock.patch.object(training, "compute_gradients", compute_gradients):
+    with logged(state, case.cfg.batch_size) as log, mock.patch.object(training, "compute_gradients", compute_gradients):
         yield 0
         for batch_keys in itertools.cycle(cut_batches(case, keys)):
             in_batch.clear()

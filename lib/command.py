@@ -95,6 +95,12 @@ def print_result(result: dict) -> None:
             say(f"warning: the result could not be printed ({one_line(error)})")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, the machine's or a GPU's, has run out: torch tells it by a RuntimeError's words."""
+    words = ("allocate memory", "not enough memory", "out of memory", "Cannot allocate")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
 def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
 
@@ -119,6 +125,10 @@ def script(main):
             return main(argv)
         except BadInput as error:
             return fail(str(error), EXIT_USAGE)
+        except ModuleNotFoundError as error:
+            if error.name.startswith("lib"):
+                raise
+            return fail(f"{sys.executable} lacks the package {error.name}: make setup, then . .venv/bin/activate", EXIT_USAGE)
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
         except KeyboardInterrupt:
@@ -128,8 +138,11 @@ def script(main):
                 raise
             where = f": {error.filename}" if error.filename else ""
             return fail(f"{one_line(error.strerror or error).lower()}{where}", EXIT_USAGE)
-        except MemoryError as error:
-            return fail(f"not enough memory ({one_line(error)})", EXIT_USAGE)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            advice = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+            return fail(f"not enough memory ({one_line(error)[:200]}); {advice}", EXIT_USAGE)
         finally:
             for number in unheard:
                 signal.signal(number, signal.SIG_DFL)

@@ -89,9 +89,13 @@ def memory_limit_bytes() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
     for folder in control_groups():
-        with contextlib.suppress(OSError, ValueError):
-            used = int((folder / "memory.current").read_text())
-            free = min(free, int((folder / "memory.max").read_text()) - used)
+        for used, most, cached in (
+            ("memory.current", "memory.max", "inactive_file"),
+            ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
+        ):
+            with contextlib.suppress(OSError, ValueError):  # what files have left in memory goes when it is needed
+                cache = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines()).get(cached, 0)
+                free = min(free, int((folder / most).read_text()) - int((folder / used).read_text()) + int(cache))
     return max(free, 0)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from lib.command import BadInput, one_line, say
 from lib.ingest import require_space
 from lib.logger import atomic_write, file_digest
-from lib.pcam import PATCH_BYTES, split_path
+from lib.pcam import PATCH_BYTES, sole_writer, split_path
 from lib.progress import Progress
 from lib.verify import OFFICIAL
 
@@ -46,24 +46,24 @@ def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=OFFICI
                 wanted.append((path, packed_md5, md5, official[split]["rows"] * sizes))
             elif file_digest(path, "md5") != md5:
                 raise BadInput(f"{path} is there and is not the published file; move it away, or choose another folder")
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob(".camelyonpatch_*.tmp"):  # of a killed run; a begun .part goes on
-        stale.unlink()
-    begun = sum(part.stat().st_size for part in directory.glob("camelyonpatch_*.part"))
-    sizes = [size for *_, size in wanted]
-    require_space(directory, max(0, sum(sizes) + max(sizes, default=0) - begun))  # all unpacked, the largest packed beside
-    for path, packed_md5, md5, _ in wanted:
-        name = path.name + (".gz" if packed_md5 else "")
-        part = directory / f"{name}.part"
-        for attempt in (1, 2):
-            fetch(url.replace("NAME", name), part, timeout_s, backoff_s)
-            wrong = place(part, path, packed_md5, md5)
-            part.unlink(missing_ok=True)
-            if not wrong:
-                break
-            say(f"{name}: {wrong}" + (", fetching it once more" if attempt == 1 else ""))
-        else:
-            raise WrongContent(f"{name} from {url.replace('NAME', name)}, fetched twice: {wrong}")
+    with sole_writer(directory):
+        for stale in directory.glob(".camelyonpatch_*.tmp"):  # of a killed run; a begun .part goes on
+            stale.unlink()
+        begun = sum(part.stat().st_size for part in directory.glob("camelyonpatch_*.part"))
+        sizes = [size for *_, size in wanted]
+        require_space(directory, max(0, sum(sizes) + max(sizes, default=0) - begun))  # all unpacked, the largest packed beside
+        for path, packed_md5, md5, _ in wanted:
+            name = path.name + (".gz" if packed_md5 else "")
+            part = directory / f"{name}.part"
+            for attempt in (1, 2):
+                fetch(url.replace("NAME", name), part, timeout_s, backoff_s)
+                wrong = place(part, path, packed_md5, md5)
+                part.unlink(missing_ok=True)
+                if not wrong:
+                    break
+                say(f"{name}: {wrong}" + (", fetching it once more" if attempt == 1 else ""))
+            else:
+                raise WrongContent(f"{name} from {url.replace('NAME', name)}, fetched twice: {wrong}")
     return [path.name for path, *_ in wanted]
 
 

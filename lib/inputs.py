@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from lib.command import BadInput, one_line
-from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path
+from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path, to_uint8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -153,10 +153,16 @@ def _pcam_blocks(folder: Path, split: str) -> Iterator[Block]:
 
 
 def _array_blocks(images, labels=None) -> Iterator[Block]:
-    for start, block in images.blocks(BLOCK):
-        rows = range(start, start + len(block))
+    for start, stored in images.stored_blocks(BLOCK):
+        rows = range(start, start + len(stored))
         known = [labels[row] if labels else None for row in rows]
-        yield Block([str(images.path)] * len(rows), list(rows), block, known, [None] * len(rows))
+        sound = stored.dtype == np.uint8 or ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))  # NaN is neither
+        why = f"{images.path} holds NaN, or values below 0 or above 255, in row"
+        errors = [
+            None if is_sound else f"{why} {row:,}"
+            for row, is_sound in zip(rows, np.broadcast_to(sound, len(rows)), strict=True)
+        ]
+        yield Block([str(images.path)] * len(rows), list(rows), to_uint8(stored), known, errors)
 
 
 def _image_blocks(path: Path) -> Iterator[Block]:

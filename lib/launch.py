@@ -4,14 +4,14 @@ import contextlib
 import datetime
 import os
 import signal
-import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from lib.command import STOP_SIGNALS, BadInput
+from lib.command import STOP_SIGNALS, BadInput, one_line
 
 PATIENCE = datetime.timedelta(minutes=30)  # a rank may wait that long for another, which may be reading data
 
@@ -91,6 +91,14 @@ def require_equal_shares(num_shards: int, num_ranks: int) -> None:
         raise BadInput(f"{num_ranks} ranks cannot share out {num_shards} shards: both must be powers of two, shards not fewer")
 
 
+def _first_node() -> str:
+    """The machine of the first task of this job step; srun itself may have been typed on another."""
+    if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
+        return "127.0.0.1"
+    command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of several.
@@ -102,14 +110,18 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
         rank, num = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
         rank, num = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-        environment.setdefault("MASTER_ADDR", environment.get("SLURM_LAUNCH_NODE_IPADDR") or socket.gethostname())
+        environment.setdefault("MASTER_ADDR", _first_node())
         environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
     if num == 1:
         yield Ranks()
         return
     require_equal_shares(num_shards, num)
+    ranks = Ranks(rank, num)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num, timeout=PATIENCE)
     try:
-        yield Ranks(rank, num)
+        ranks.gather(torch.zeros(1, device=device))
+        yield ranks
+    except dist.DistBackendError as error:
+        raise BadInput(f"the ranks do not reach each other, or share a GPU, or have MIG slices: {one_line(error)}") from None
     finally:
         dist.destroy_process_group()

@@ -137,8 +137,10 @@ class CsvLog:
     def __init__(self, path, header, flush_s=2.0, keep=None):
         self.path, self.header, self.flush_s = Path(path), list(header), flush_s
         self.rows, self.flushed_at = [], time.monotonic()
-        rows = [row for row in read_csv(self.path) if list(row) == self.header] if self.path.exists() else []
-        write_csv(self.path, self.header, [row.values() for row in rows if keep is None or keep(row)])
+        # of rows under another header: a column that came later is empty in them
+        rows = [row for row in read_csv(self.path) if self.header[0] in row] if self.path.exists() else []
+        kept = [row for row in rows if keep is None or keep(row)]
+        write_csv(self.path, self.header, [[row.get(name, "") for name in self.header] for row in kept])
         self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the log is)
 
     def add(self, **row) -> None:

@@ -45,6 +45,8 @@ def require_file(path: Path) -> Path:
         raise BadInput(f"no folder {path.parent} (prepare.py download, import or synthetic makes one; data_dir= names another)")
     if path.with_name(path.name + ".gz").is_file():
         raise BadInput(f"{path.name}.gz in {path.parent} is still packed: gunzip it, or use prepare.py download")
+    if path.exists():
+        raise BadInput(f"{path} is no file")
     raise BadInput(f"no file {path.name} in {path.parent}{nearest(path.name, os.listdir(path.parent))}")
 
 
@@ -123,11 +125,15 @@ class Images:
             for row in rows.tolist():
                 os.posix_fadvise(file.fileno(), self.offset + row * PATCH_BYTES, PATCH_BYTES, os.POSIX_FADV_WILLNEED)
 
-    def blocks(self, num_rows: int = 1024):
-        """Yield (first row, uint8 (B, 96, 96, 3)) over the whole split in order."""
+    def stored_blocks(self, num_rows: int = 1024):
+        """Yield (first row, (B, 96, 96, 3) of the type that is stored) over the whole split in order."""
         with open_dataset(self.path, "x") if self.mapped is None else contextlib.nullcontext(self.mapped) as patches:
             for start in range(0, self.num, num_rows):
-                yield start, to_uint8(read_rows(patches, slice(start, start + num_rows)))
+                yield start, read_rows(patches, slice(start, start + num_rows))
+
+    def blocks(self, num_rows: int = 1024):
+        """Yield (first row, uint8 (B, 96, 96, 3)) over the whole split in order."""
+        return ((start, to_uint8(stored)) for start, stored in self.stored_blocks(num_rows))
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A model applied to patches: float32 logits in input order, over one view or averaged over the eight symmetries."""
+"""A model applied to patches: float32 logits in input order, over one view or averaged over eight (test-time augmentation)."""
 
 import numpy as np
 import torch
@@ -44,8 +44,8 @@ def predict_rows(model: nn.Module, source: PatchSource, index: np.ndarray, cfg, 
     model = ready_to_predict(model, cfg.precision)
     no_labels = np.zeros(len(source), np.uint8)  # prediction knows none
     batches = load_batches(source, no_labels, torch.from_numpy(index).split(cfg.eval_batch_size))
-    logits = (predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING) for batch in batches)
-    return np.concatenate([each.cpu().numpy() for each in logits])
+    logits = [predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING) for batch in batches]
+    return torch.cat(logits).cpu().numpy()  # once: a GPU waits for no batch
 
 
 def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg, ranks: Ranks = ALONE, views=1) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -13,10 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
-from lib.command import BadInput, nearest, print_result, say
+from lib.command import BadInput, nearest, one_line, print_result, say
 from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
-from lib.logger import CsvLog, atomic_write, read_json, utc_now, write_json
+from lib.logger import CsvLog, atomic_write, read_csv, read_json, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
@@ -25,6 +27,7 @@ SUBMITTED = "PCAM_SUBMITTED"  # what was submitted when, as JSON; the rest of me
 JOB_VARIABLES += ("SLURM_JOB_PARTITION", "SLURMD_NODENAME")
 # environment variables that change what is computed
 VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_")
+VARIABLES += ("NVIDIA_TF32_OVERRIDE",)
 PATCH_BYTES_KEPT = 1 << 20
 
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
@@ -50,12 +53,17 @@ def create_run(runs_dir, cfg: Config) -> Path:
         except FileExistsError:
             continue
         try:
-            with atomic_write(run / "config.yaml", "w") as file:
-                file.write(dump_config(cfg))
+            write_config(run, cfg)
         except BaseException:
             run.rmdir()  # a run folder without a config is none
             raise
         return run
+
+
+def write_config(run: Path, cfg: Config) -> None:
+    """Write every key that a run is trained with; a resumed run's keys that are free may be others than before."""
+    with atomic_write(run / "config.yaml", "w") as file:
+        file.write(dump_config(cfg))
 
 
 def find_run(name, runs_dir="runs") -> Path:
@@ -77,14 +85,18 @@ def read_run_config(run: Path) -> Config:
 def resume_config(run: Path, overrides) -> Config:
     """The configuration to go on with: the run's own, with changes of keys that leave the weights alone.
 
-    A relative data folder is looked for from here, then from where the run was started.
+    A relative path is looked for from here, then from where the run was started. A quarantine or weights file may be named
+    elsewhere: `require_same_run` sees whether its content is the same.
     """
     cfg = read_run_config(run)
-    if not Path(cfg.data_dir).is_dir() and (run / "meta.json").is_file():
-        elsewhere = Path(read_json(run / "meta.json").get("cwd", "")) / cfg.data_dir
-        if elsewhere.is_dir():
-            cfg = dataclasses.replace(cfg, data_dir=str(elsewhere))
-    return change_free_keys(cfg, parse_overrides(overrides))
+    started_in = Path(read_json(run / "meta.json").get("cwd", "") if (run / "meta.json").is_file() else "")
+    changes = parse_overrides(overrides)
+    moved = {key: changes.pop(key) for key in ("quarantine", "weights") if getattr(cfg, key) and changes.get(key)}
+    for key in ("data_dir", "quarantine", "weights"):
+        path = getattr(cfg, key)
+        if path and not Path(path).exists() and (started_in / path).exists():
+            moved = {key: str(started_in / path)} | moved
+    return change_free_keys(dataclasses.replace(cfg, **moved), changes)
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
@@ -96,6 +108,30 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
         raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
     if before.get("identity") != cfg.identity_digest(data):
         raise BadInput(f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there, was changed")
+
+
+def hold_run(run: Path, cfg: Config) -> BinaryIO:
+    """Hold a run for this process, until it ends or the file that this gives is closed, and note what it goes on with.
+
+    Raises BadInput where another process holds it; a file system without locks holds nothing.
+    """
+    held = _lock(run)
+    if read_run_config(run) != cfg:
+        write_config(run, cfg)  # another file, to be locked anew
+        held = _lock(run)
+    return held
+
+
+def _lock(run: Path) -> BinaryIO:
+    file = open(run / "config.yaml", "rb+")  # noqa: SIM115 (open as long as the run is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise BadInput(f"{run} is being trained by another process") from None
+    except OSError as error:
+        say(f"{run} cannot be locked ({one_line(error)}): see to it that no other process resumes it")
+    return file
 
 
 def is_finished(run: Path) -> bool:
@@ -196,15 +232,20 @@ class RunLog:
 
     A step's loss is read one step late, so that a GPU never waits for the logging. `progress` is the training state's: it
     says which rows a resumed run keeps, and carries the sum of the epoch's losses.
+    `batch_size` patches make a step, over all ranks.
     """
 
-    def __init__(self, run: Path | None, progress: dict, started_at: float, num_ranks: int = 1):
-        self.progress, self.num_ranks = progress, num_ranks
+    def __init__(self, run: Path | None, progress: dict, started_at: float, batch_size: int):
+        self.progress, self.batch_size = progress, batch_size
+        self.last_step, self.earlier_train_s, self.earlier_eval_s = (progress["num_steps"], []), 0.0, 0.0
         self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
         if run:  # ranks after the first note the same, and write nothing
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
             self.logs = (self.steps, self.epochs)
+            rates = (float(row["images_per_s"] or 0) for row in read_csv(self.steps.path))
+            self.earlier_train_s = sum(batch_size / (rate or math.inf) for rate in rates)
+            self.earlier_eval_s = sum(float(row["eval_s"] or 0) for row in read_csv(self.epochs.path))
         self.pending, self.note = None, ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
         self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
@@ -218,8 +259,7 @@ class RunLog:
         now = time.perf_counter()
         step_s, self.step_started_at = now - self.step_started_at, now
         self.train_s, self.wait_s = self.train_s + step_s, self.wait_s + batch.wait_s
-        num_images = len(batch.keys) * self.num_ranks
-        self.num_images, self.epoch_images = self.num_images + num_images, self.epoch_images + num_images
+        self.num_images, self.epoch_images = self.num_images + self.batch_size, self.epoch_images + self.batch_size
         if self.first_step_s is None:
             self.first_step_s = time.monotonic() - self.started_at
         before, self.pending = self.pending, (self.progress["num_steps"], self.progress["epoch"], result, batch, lr, step_s)
@@ -243,7 +283,7 @@ class RunLog:
             loss=loss,
             lr=lr,
             grad_norm=float(result.grad_norm),
-            images_per_s=round(len(batch.keys) * self.num_ranks / step_s, 1),
+            images_per_s=round(self.batch_size / step_s, 1),
             wait_share=round(batch.wait_s / step_s, 5),
         )
 
@@ -260,6 +300,7 @@ class RunLog:
             self._write(*before)
         for log in self.logs:
             log.flush()
+            os.fsync(log.file.fileno())  # a checkpoint is, and is not to be ahead of its rows
         self.log_s += time.perf_counter() - started_at
 
     def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:
@@ -288,11 +329,14 @@ class RunLog:
         )
 
     def times(self) -> dict[str, float]:
-        """Where this process's time went: shares are of the training time."""
+        """Where the time went: of a resumed run with that of earlier processes, for the steps that count. Rates and shares,
+        these of the training time, are the last process's."""
+        earlier_s = self.earlier_train_s + self.earlier_eval_s
         return {
+            "wall_s": round(earlier_s + time.monotonic() - self.started_at, 3),
             "first_step_s": self.first_step_s and round(self.first_step_s, 3),
-            "train_s": round(self.train_s, 3),
-            "eval_s": round(self.eval_s, 3),
+            "train_s": round(self.earlier_train_s + self.train_s, 3),
+            "eval_s": round(self.earlier_eval_s + self.eval_s, 3),
             "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
             "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
             "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
 from lib import config
-from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, STOP_SIGNALS, BadInput, last_line, nearest, say
+from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, STOP_SIGNALS, BadInput, last_line, nearest, one_line, say
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
@@ -346,6 +346,8 @@ def claim(sweep: Sweep, row: Row) -> TextIO | None:
     except BlockingIOError:
         file.close()
         return None
+    except OSError as error:
+        raise BadInput(f"{path}: this file system has no locks ({one_line(error)}); --sweeps takes another") from None
     return file
 
 

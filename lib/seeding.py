@@ -67,5 +67,6 @@ def set_determinism(deterministic: bool, threads: int) -> None:
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is float32
     # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of which there are none here
     torch.utils.deterministic.fill_uninitialized_memory = False

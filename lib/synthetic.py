@@ -75,8 +75,8 @@ class SyntheticPlan:
     def __post_init__(self):
         if self.dtype not in ("uint8", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; allowed: uint8, float32")
-        if min(self.num_train, self.num_valid, self.num_test, self.seed) < 0:
-            raise ValueError(f"a number of patches or the seed is negative in {self}; allowed: 0 or more")
+        if min(counts := (self.num_train, self.num_valid, self.num_test, self.seed)) < 0:
+            raise ValueError(f"a number of patches or the seed is {min(counts)}; allowed: 0 or more")
         for kind, rate in self.plant:
             low, high = (1, 100) if kind == "class_skew" else (0, 1)
             if kind not in PLANTS:

@@ -66,12 +66,12 @@ class Trace:
         if self.ranks.is_first:
             self.flush(to_disk=False)
             copied = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            self.job = self.hasher.submit(self._write, step, values, copied)
+            self.job = self.hasher.submit(self._write, step, values, copied, device)
 
-    def _write(self, step: int, values: dict[str, dict], copied) -> None:
+    def _write(self, step: int, values: dict[str, dict], copied, device) -> None:
         row = {"step": step}
         # a stream of its own: otherwise the copies to the host would queue behind the model's next steps
-        with torch.cuda.stream(torch.cuda.Stream() if copied else None):
+        with torch.cuda.stream(torch.cuda.Stream(device) if copied else None):
             if copied:
                 copied.synchronize()
             for quantity, part in values.items():  # a digest of the digests of its tensors (bytes, shape, dtype), then these

@@ -31,7 +31,9 @@ def judge(rows: list[dict]) -> dict:
     """
     stages = {row["case"]: row for row in rows if row["what"] == "stage"}
     if lacking := [name for name in NEEDED if not stages.get(name, {}).get("images_per_s")]:
-        return {"sentence": f"No verdict: the stage {lacking[0]} has no number (benchmark.py train or all measures it)."}
+        return {
+            "sentence": f"No verdict: the stage {lacking[0]} has no number (train and all measure it, --cases only if named)."
+        }
     limits = [row for row in rows if row["what"] == "limit" or row["case"] == "read"]
     verdict = {"later_epochs": judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)}
     told = f"From memory, {verdict['later_epochs']['sentence']}."
@@ -114,6 +116,11 @@ def read_rows(path) -> list[dict]:
     rows = read_json(path).get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= NEEDED_COLUMNS for row in rows):
         raise BadInput(f"{path} is no benchmark: it has no rows of one")
+    for row in rows:
+        numbers = [row.get(name) for name in ("images_per_s", "flops_per_s", "low", "high")]
+        keyed = isinstance(row["num_repeats"], int) and not any(isinstance(row[name], (list, dict)) for name in KEY)
+        if not keyed or not all(value is None or isinstance(value, (int, float)) for value in numbers):
+            raise BadInput(f"{path} is damaged: a row has a rate, or a name, of a wrong type")
     return rows
 
 

@@ -14,6 +14,7 @@ from lib.audits.drift import check_drift
 from lib.audits.leakage import measure_unit
 from lib.audits.survey import FLAT_STD, survey_folder
 from lib.audits.triggers import check_triggers
+from lib.audits.values import binomial_chance
 from lib.config import load_config
 from lib.logger import read_csv
 from lib.pcam import SplitWriter, split_path
@@ -350,6 +351,13 @@ def test_every_copy_across_splits_is_named_not_the_first_alone(tmp_path):
     _, _, quarantine = audit(tmp_path, tmp_path / "out", ("leakage",))
     leaked = {(row["split"], int(row["index"])) for row in quarantine}
     assert leaked == {("train", 2), ("train", 5), ("train", 9), ("valid", 7)}
+
+
+def test_the_chance_of_a_share_is_the_binomial_one():
+    assert binomial_chance(13, 13, 0.5) == binomial_chance(0, 13, 0.5) == pytest.approx(2 / 2**13)
+    assert binomial_chance(3, 4, 0.5) == pytest.approx(10 / 16) and binomial_chance(2, 4, 0.5) == pytest.approx(1)
+    assert binomial_chance(0, 3, 0.1) == pytest.approx(1.0) and binomial_chance(3, 3, 0.1) == pytest.approx(1e-3)
+    assert binomial_chance(0, 5, 0.0) == 1 and binomial_chance(1, 5, 0.0) == 0
 
 
 def test_an_earlier_audit_and_what_a_killed_one_left_are_cleared_away(pcam_dir, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ import torch
 from conftest import draw_patches, run_script
 
 import audit
-from lib.audits import model, shortcut, slices
+from lib.audits import model as model_audit
+from lib.audits import shortcut, slices
 from lib.audits.shortcut import judge_shortcuts, map_evidence, probe_colours, probe_regions, probe_views
 from lib.audits.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
@@ -325,7 +328,7 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
     quick_run, pcam_dir, tmp_path, monkeypatch, capsys
 ):
     drawn = []
-    monkeypatch.setattr(model, "NUM_PICTURES", 2)  # and few of all else, for speed
+    monkeypatch.setattr(model_audit, "NUM_PICTURES", 2)  # and few of all else, for speed
     monkeypatch.setattr(shortcut, "MOST_PROBED", 8)
     monkeypatch.setattr(model_page, "patch_png", lambda tile: drawn.append(tile.shape) or patch_png(tile))
     ckpt, calibration = tmp_path / "scaled.pt", {"temperature": 0.5, "offset": -0.4, "views": 1}
@@ -346,6 +349,23 @@ def test_a_page_without_patches_has_maps_and_captions_and_calibration_is_applied
     expected = calibration_scores(split.labels[judged], raw[judged])
     assert rows["as the model says"]["brier"] == pytest.approx(expected["brier"], abs=1e-5)
     assert rows["as the checkpoint scales them"]["brier"] == pytest.approx(scores["global"]["brier"]["value"], abs=1e-6)
+
+
+def test_an_audit_that_ends_early_leaves_the_last_one_and_never_touches_what_others_wrote(
+    audited, quick_run, pcam_dir, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    out = Path(shutil.copytree(audited[0], tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setattr(model_audit, "map_evidence", interrupt)
+    assert audit.main(["model", "--ckpt", str(quick_run), str(pcam_dir), "--out", str(out)]) == 130
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "predictions.csv").write_text("mine")
+    assert audit.main(["model", "--ckpt", str(quick_run), str(pcam_dir), "--out", str(tmp_path / "theirs")]) == 2
+    assert (tmp_path / "theirs" / "predictions.csv").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from conftest import REPOSITORY
 
 from lib.command import BadInput, Parser, print_result, script
 
+SMALLER = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+
 
 @pytest.mark.parametrize(
     "error, code, sentence",
@@ -19,6 +21,13 @@ from lib.command import BadInput, Parser, print_result, script
         (BadInput("x has 3 rows"), 2, "error: x has 3 rows"),
         (OSError(errno.ENOSPC, "No space left on device", "/full/x.h5"), 2, "error: no space left on device: /full/x.h5"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
+        (MemoryError("3 GB"), 2, f"error: not enough memory (3 GB); {SMALLER}"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, f"error: not enough memory (CUDA out of memory. Tried); {SMALLER}"),
+        (
+            ModuleNotFoundError(name="PIL"),
+            2,
+            f"error: {sys.executable} lacks the package PIL: make setup, then . .venv/bin/activate",
+        ),
     ],
 )
 def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(error, code, sentence, capsys):
@@ -32,7 +41,17 @@ def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(error, cod
     assert json.loads(printed.out) == {"error": sentence.removeprefix("error: "), "exit": code}
 
 
-@pytest.mark.parametrize("bug", [ValueError("x"), KeyError("x"), AssertionError("x"), OSError("without a number")])
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ValueError("x"),
+        KeyError("x"),
+        RuntimeError("x"),
+        ModuleNotFoundError(name="lib.x"),
+        AssertionError("x"),
+        OSError("without a number"),
+    ],
+)
 def test_a_bug_keeps_its_traceback(bug):
     @script
     def main(_argv=None):

@@ -5,6 +5,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -167,6 +168,20 @@ def test_an_unreadable_image_is_a_row_with_its_reason_and_a_finding(quick_run, s
     assert "bad.png" in rows[1]["error"] and "95x96" in rows[2]["error"] and rows[0]["error"] == ""
     assert result["num"] == 4 and result["num_failed"] == 2 and "bad.png" in err
     assert float(rows[3]["probability"]) == pytest.approx(expected[1], abs=1e-6)
+
+
+def test_a_patch_of_values_that_are_no_intensities_is_a_row_with_its_reason(quick_run, sources, expected, tmp_path):
+    patches = open_split(sources["pcam"], "test").images.read(range(NUM)).astype(np.float32)
+    patches[1, 5, 5, 0], patches[2, 0, 0, 1], patches[3] = np.nan, np.inf, 1e5
+    with h5py.File(tmp_path / "float.h5", "w") as file:
+        file["x"] = patches
+    rows, result, _ = infer(quick_run, tmp_path / "float.h5", out=tmp_path / "p.csv", expect=1)
+    assert result["num_failed"] == 3 and [bool(row["error"]) for row in rows] == [row in (1, 2, 3) for row in range(NUM)]
+    assert (
+        rows[1]["probability"] == ""
+        and "NaN" in rows[1]["error"]
+        and float(rows[0]["probability"]) == pytest.approx(expected[0], abs=1e-6)
+    )
 
 
 def damaged(sources, tmp_path, kind) -> Path:

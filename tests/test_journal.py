@@ -1,5 +1,6 @@
 """The journal says what the files say: every question has its place, every number its file, and what disagrees is named."""
 
+import itertools
 import json
 import re
 import shutil
@@ -67,12 +68,15 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
     rows = read_csv(predictions)
     labels, probs = np.array([int(row["label"]) for row in rows]), np.array([float(row["probability"]) for row in rows])
     bins = []
-    for low in np.linspace(0, 0.8, 5):
+    for name, low in itertools.product(("as the model says", "as the checkpoint scales them"), np.linspace(0, 0.8, 5)):
         inside = (probs >= low) & (probs < low + 0.2 + 1e-9)
         if inside.any():
-            bins.append([low, low + 0.2, int(inside.sum()), probs[inside].mean(), labels[inside].mean()])
+            share = labels[inside].mean()
+            bins.append([name, low, low + 0.2, int(inside.sum()), probs[inside].mean(), share, share - 0.1, share + 0.1])
+    bins.append(["always the prevalence", 0.4, 0.6, len(rows), 0.5, 0.5, 0.4, 0.6])
     folder.mkdir(parents=True)
-    write_csv(folder / "reliability.csv", ("low", "high", "num", "mean_probability", "positive_share"), bins)
+    header = ("probabilities", "low", "high", "num", "mean_probability")
+    write_csv(folder / "reliability.csv", (*header, "positive_share", "positive_share_low", "positive_share_high"), bins)
     shutil.copy(predictions, folder)
     confusion = compute_confusion(labels, probs >= 0.3)
     write_csv(folder / "thresholds.csv", ("rule", "threshold", *confusion), [["recall", 0.3, *confusion.values()]])
@@ -258,6 +262,15 @@ ALTERED = {
         ["steps.csv", "gradient-norm.png"],
     ),
     "a file that is gone": (lambda root: (root / "assets/model/slices.csv").unlink(), ["A slice, how it is isolated"]),
+    "a plan that is gone": (lambda root: (root / "assets/evidence/search/plan.json").unlink(), ["search"]),
+    "a damaged summary": (
+        lambda root: next(root.glob("assets/evidence/seeds/*/summary.json")).write_text('{"half'),
+        ["summary.json", "is not valid JSON"],
+    ),
+    "a damaged CSV": (
+        lambda root: substitute(root / "assets/evidence/twin/timeline.csv", "step", "stop"),
+        ["a file that it cites is damaged"],
+    ),
     "a picture": (lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/twin.png"), ["twin.png", "Twin runs"]),
     "an answer": (lambda root: substitute(root / "journal.yaml", "An?|One", "Another"), [": "]),
     "a line that is gone": (
@@ -275,6 +288,23 @@ def test_what_disagrees_is_named(copy, what, capsys):
     out, err = capsys.readouterr()
     assert all(word in err for word in words), err
     assert json.loads(out.splitlines()[-1])["num_differing"] > 0
+
+
+def test_damaged_sources_leave_the_evidence_as_it_was(made, tmp_path, capsys):
+    root = Path(shutil.copytree(made, tmp_path / "root", symlinks=True))
+    before = {path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()}
+    for name, text in (
+        ("audit-data/findings.json", '{"half'),
+        ("sweeps/tiny/rung-1.json", '{"half'),
+        ("audit-data/findings.json", "5"),
+    ):
+        whole = (root / name).read_bytes()
+        (root / name).write_text(text)
+        assert report.main(["journal", str(root)]) == 2 and Path(name).name in capsys.readouterr().err
+        (root / name).write_bytes(whole)
+    write_json(root / "journal.yaml", read_yaml(root / "journal.yaml") | {"search": str(tmp_path)})
+    assert report.main(["journal", str(root)]) == 2 and "plan.json" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()} == before
 
 
 def test_a_check_of_no_journal_is_refused(tmp_path, capsys):
@@ -332,6 +362,10 @@ def test_words_come_from_the_team_and_numbers_never_do(tmp_path):
         ("members: [Alice]", "a member is {name: ..., id: '...'}"),
         ("members: [{name: A, id: 0012345}]", "a member is {name: ..., id: '...'}"),
         ("answers: {metrics: [a, b]}", "the answer metrics must be text"),
+        ("runs: [1]", "runs names run folders, not 1"),
+        ("pictures: {damage: README.md}", "not damage: 'README.md'"),
+        ("pictures: {damage: 5}", "not damage: 5"),
+        ("pictures: {harm: a.png}", "not harm: 'a.png'"),
     ):
         path.write_text(text)
         with pytest.raises(BadInput, match=re.escape(wrong)):

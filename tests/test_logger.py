@@ -1,5 +1,6 @@
 """Files that survive: replaced whole or not at all, appended by whole rows, read back without a torn last line."""
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -56,6 +57,13 @@ def test_a_continued_log_has_one_header_and_whole_rows_alone(tmp_path, torn, kee
     log.add(loss=0.3, step=3)
     log.close()
     assert (tmp_path / "s.csv").read_bytes() == b"step,loss\n1,0.5\n2,0.4\n3,0.3\n"
+
+
+def test_a_log_goes_on_under_a_header_that_has_grown(tmp_path):
+    (tmp_path / "s.csv").write_bytes(b"step,loss,old\n1,0.5,x\n")
+    with contextlib.closing(CsvLog(tmp_path / "s.csv", ["step", "loss", "lr"])) as log:
+        log.add(step=2, loss=0.4, lr=0.1)
+    assert (tmp_path / "s.csv").read_bytes() == b"step,loss,lr\n1,0.5,\n2,0.4,0.1\n"
 
 
 def test_rows_wait_in_memory_until_their_time_and_a_missing_column_is_a_bug(tmp_path):

@@ -86,7 +86,7 @@ def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_noth
 
 def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
     progress, losses = new_progress(), [0.1, 1 / 3, 2e-9]
-    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, losses)
         log.flush()
     rows = read_csv(tmp_path / "steps.csv")
@@ -97,24 +97,27 @@ def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
 
 def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_path):
     progress = new_progress()
-    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, [1.0] * 6)
         log.flush()
     with open(tmp_path / "steps.csv", "a") as file:
         file.write("7,1,0.5")
     progress = new_progress(num_steps=4)
-    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, [2.0] * 2)
         log.flush()
     rows = [(row["step"], float(row["loss"])) for row in read_csv(tmp_path / "steps.csv")]
     assert rows == [("1", 1.0), ("2", 1.0), ("3", 1.0), ("4", 1.0), ("5", 2.0), ("6", 2.0)]
     assert (tmp_path / "steps.csv").read_text().count("step") == 1
+    took_s = [2 / float(row["images_per_s"]) for row in read_csv(tmp_path / "steps.csv")]
+    assert log.times()["train_s"] == pytest.approx(sum(took_s), abs=2e-3)
+    assert log.earlier_train_s == pytest.approx(sum(took_s[:4])) and log.times()["wall_s"] >= log.earlier_train_s
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
     progress = new_progress()
-    with rundir.RunLog(tmp_path, progress, time.monotonic()) as log:
+    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         with pytest.raises(rundir.Diverged) as caught:
             note_steps(log, progress, [1.0, bad, 1.0])
         assert caught.value.step == 2 and caught.value.rows == [2, 3] and "[2, 3]" in str(caught.value)
@@ -138,3 +141,31 @@ def test_a_relative_data_folder_is_found_from_where_the_run_was_started(tmp_path
     rundir.write_meta(run, rundir.environment())
     monkeypatch.chdir(tmp_path / "here")
     assert rundir.resume_config(run, []).data_dir == str(tmp_path / "there" / "data")
+
+
+def test_files_that_a_run_names_may_lie_elsewhere_now(tmp_path, monkeypatch):
+    (tmp_path / "there" / "q.csv").parent.mkdir()
+    for path in (tmp_path / "there" / "q.csv", tmp_path / "moved.csv"):
+        path.write_text("split,index,reason,score\n")
+    run = rundir.create_run(tmp_path / "runs", load_config(overrides=["quarantine=q.csv"]))
+    monkeypatch.chdir(tmp_path / "there")
+    rundir.write_meta(run, rundir.environment() | {"identity": rundir.read_run_config(run).identity_digest({}), "data": {}})
+    monkeypatch.chdir(tmp_path)
+    assert rundir.resume_config(run, []).quarantine == str(tmp_path / "there" / "q.csv")
+    cfg = rundir.resume_config(run, ["quarantine=moved.csv", "views=1"])
+    assert cfg.quarantine == "moved.csv" and cfg.views == 1
+    rundir.require_same_run(run, cfg, {})
+    (tmp_path / "moved.csv").write_text("split,index,reason,score\ntrain,1,black,1\n")
+    with pytest.raises(BadInput, match="quarantine or weights file named there, was changed"):
+        rundir.require_same_run(run, cfg, {})
+
+
+def test_a_run_is_held_by_one_process_and_says_what_it_goes_on_with(tmp_path):
+    run = rundir.create_run(tmp_path, load_config())
+    held = rundir.hold_run(run, load_config(overrides=["views=1"]))
+    assert rundir.read_run_config(run).views == 1
+    with pytest.raises(BadInput, match="being trained by another process"):
+        rundir.hold_run(run, load_config())
+    held.close()
+    rundir.hold_run(run, load_config()).close()
+    assert rundir.read_run_config(run) == load_config()

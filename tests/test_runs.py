@@ -60,7 +60,7 @@ def write_run(runs, *overrides, status="finished", num_steps=3, auc=0.9, data="a
     rundir.write_meta(run, about | {"data": {"x": data}, "rows": {"train": {"num": 100}}} | meta)
     progress = {"epoch": 0, "num_steps": 0, "loss_sum": 0.0, "best_epoch": 1}
     scores = dict.fromkeys(rundir.SCORES, 0.5) | {"auc": auc}
-    with rundir.RunLog(run, progress, time.monotonic()) as log:
+    with rundir.RunLog(run, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, num_steps)
         log.flush()
         log.add_epoch(scores, dict.fromkeys(rundir.BASELINES, 0.5), True, num_steps, 0.0)
@@ -316,7 +316,7 @@ def _write_for_ever(run, num_steps: int, pipe) -> None:
     about = {"pid": os.getpid(), "process_start": rundir.process_start(os.getpid()), "machine": {"host": platform.node()}}
     progress = {"epoch": 0, "num_steps": num_steps, "loss_sum": 0.0}
     rundir.write_meta(run, about)
-    with rundir.RunLog(run, progress, time.monotonic()) as log:
+    with rundir.RunLog(run, progress, time.monotonic(), 2) as log:
         for number in itertools.count():
             note_steps(log, progress, 1 + number % 7)
             log.flush()

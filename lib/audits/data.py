@@ -34,7 +34,7 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
     load_config(overrides=overrides)  # whatever is wrong with it is said before an hour's work
     with sole_writer(out):
         clear(out)
-        with tempfile.TemporaryDirectory(dir=out, prefix=WORK) as work:
+        with tempfile.TemporaryDirectory(dir=out, prefix=WORK, ignore_cleanup_errors=True) as work:
             surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
             power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
             if power:
@@ -90,7 +90,7 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
 def clear(out: Path) -> None:
     """Remove what an earlier audit has left in OUT, its temporary files if it was killed too; runs of folds stay."""
     for leftover in out.glob(f"{WORK}*"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps what was still open under another name
     if not (out / "findings.json").exists():
         return
     checks = {found["check"] for found in json.loads((out / "findings.json").read_text())}

@@ -74,9 +74,7 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
             measured = f"{num:,} groups of {num + len(again):,} equal patches, {len(again):,} are there again{turned}"
             advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
             findings.append(finding("duplicates", "warning", measured, "published train: 16%", advice, rows, survey.name))
-        labels = survey.labels[np.argsort(inverse, kind="stable")]
-        starts = np.cumsum(sizes) - sizes
-        both = (np.minimum.reduceat(labels, starts) == 0) & (np.maximum.reduceat(labels, starts) == 1)
+        both = np.all([np.bincount(inverse[survey.labels == label], minlength=len(sizes)) for label in (0, 1)], axis=0)
         conflict = np.flatnonzero(both[inverse] & (survey.labels >= 0))
         if len(conflict):
             rows = survey.rows(conflict, of=stays[conflict], kind="equal, labelled both ways", reason="label", score=1.0)

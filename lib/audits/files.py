@@ -69,7 +69,7 @@ def measure_repacking(survey: Survey, work) -> tuple[float, float, int]:
     """Patches a second read singly at random from the file as it is and from a repacked part, and bytes of all repacked."""
     rows = np.flatnonzero(survey.damage != DAMAGE.index("unreadable"))[:TRIED_ROWS]
     wanted = np.random.default_rng(0).choice(rows, min(READ_AT_RANDOM, len(rows)), replace=False)
-    with tempfile.TemporaryDirectory(dir=work) as folder:
+    with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
         with SplitWriter(folder, survey.name, len(rows)) as writer:
             for part in np.array_split(rows, -(-len(rows) // 256)):
                 writer.add(survey.read(part), np.maximum(survey.labels[part], 0).astype(np.uint8))

@@ -29,7 +29,10 @@ def judge(check: str, missing: str, evidence: str, advice: str = "", rows=()) ->
 def run_python(*arguments, folder=None) -> subprocess.CompletedProcess:
     """A Python program run to its end, nothing written beside it."""
     command = [sys.executable, "-B", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=SECONDS, check=False)
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(command, 1, "", f"error: it did not end within {SECONDS} s")
 
 
 def audit_folder(folder: Path) -> list[dict]:
@@ -77,7 +80,7 @@ def audit_checklist(folder: Path) -> list[dict]:
     """A finding for each item of the submission checklist, on a repository or on the copy of one."""
     is_own = folder.resolve() == REPOSITORY  # what is tracked; of a copy, all that it holds
     names = tracked_files() if is_own else [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    journal = (folder / "JOURNAL.md").read_text(encoding="utf-8") if "JOURNAL.md" in names else ""
+    journal = (folder / "JOURNAL.md").read_text(encoding="utf-8", errors="replace") if "JOURNAL.md" in names else ""
     front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
     no_journal = "" if journal else "there is no JOURNAL.md yet"
     advice = "make journal"
@@ -110,7 +113,11 @@ def audit_checklist(folder: Path) -> list[dict]:
     told = f"{len(left_out)} are not tracked" if left_out else "" if scripts else "no shell script that speaks to Slurm"
     findings.append(judge("every Slurm script", told, ", ".join(scripts), "git add jobs/", left_out))
 
-    texts = {name: (folder / name).read_text(encoding="utf-8") for name in names if name in ("README.md", "JOURNAL.md")}
+    texts = {
+        name: (folder / name).read_text(encoding="utf-8", errors="replace")
+        for name in names
+        if name in ("README.md", "JOURNAL.md")
+    }
     images = [{"text": name, "image": a or b} for name, text in texts.items() for a, b in IMAGE.findall(text)]
     wrong = [row for row in images if not row["image"].startswith("assets/") or row["image"] not in names]
     told = no_journal or (f"{len(wrong)} of {len(images)} are elsewhere, or not there" if wrong else "")
@@ -118,6 +125,8 @@ def audit_checklist(folder: Path) -> list[dict]:
 
     members = re.findall(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b(\d{4,})\b", front.partition("Members")[2])
     told = no_journal or ("" if members else "no member with a number after `Members`")
-    open_places = ", but some of the front page is to be filled in, in journal.yaml" * ("to be filled in" in front)
-    findings.append(judge("names and ids", told, f"{len(members)} members with an id{open_places}", advice))
+    findings.append(judge("names and ids", told, f"{len(members)} members with an id", advice))
+    if "to be filled in" in front or "to-be-filled-in" in front:
+        measured = "names, ids or the link of the front page are still to be filled in, in journal.yaml"
+        findings.append(finding("front page", "warning", measured, advice="fill them in, then make journal"))
     return findings

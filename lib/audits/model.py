@@ -84,9 +84,9 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
     def predict_calibrated(patches: torch.Tensor) -> np.ndarray:
         return calibrate(predict(patches), checkpoint["calibration"])
 
+    if not (out / "scores.json").exists() and (foreign := [name for name in FILES if (out / name).exists()]):
+        raise BadInput(f"{out} holds a {foreign[0]} that no audit of a model wrote: choose another OUT")
     with sole_writer(out):
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
         raw = predict_split(lambda patches: predict(patches, cfg.views), split)
         logits, threshold = calibrate(raw, checkpoint["calibration"]), checkpoint["threshold"]
         answers = split_answers(split.labels, sigmoid(logits), threshold, groups)
@@ -296,14 +296,16 @@ def list_predictions(split: Split, answers: Answers) -> list[dict]:
 
 
 def write_all(out: Path, scores: dict, findings: list[dict], tables: dict, shown, patches, maps) -> dict:
-    """Write every file of an audit, findings.json last, and give what the terminal is told."""
+    """Write every file of an audit, scores.json first and findings.json last, and give what the terminal is told."""
+    for name in ("findings.json", "errors.png"):  # of an audit before this one
+        (out / name).unlink(missing_ok=True)
+    write_json(out / "scores.json", scores)
     for name, rows in tables.items():
         header = list(rows[0]) if rows else ERROR_COLUMNS
         write_csv(out / f"{name}.csv", header, [without_nan(list(row.values())) for row in rows])
     if patches is not None and shown:
         (out / "errors.png").write_bytes(figure_png(plot_errors(shown, patches, maps)))
     page = write_model_page(out / "model.html", scores, findings, tables, shown, patches, maps)
-    write_json(out / "scores.json", scores)
     write_json(out / "findings.json", findings)
     told = {name: scores["global"][name]["value"] for name in ("auc", "f2", "recall", "specificity")}
     told |= {"ece": {row["probabilities"]: row["ece"] for row in scores["calibration"]}}

@@ -1,5 +1,7 @@
 """Values that cannot be pixels: not a number, out of range, scaled, or one colour all over; how many, in which class, where."""
 
+import math
+
 import numpy as np
 
 from lib.audits import finding
@@ -16,6 +18,7 @@ WORDS = {
     "flat": f"are nearly flat (no channel's deviation reaches {FLAT_STD:g})",
 }
 LEAST_BLACK = 0.1  # of a patch that is black in part
+LEAST_CHANCE = 1e-3  # below it the classes of damaged patches are not the split's by chance
 SIDES = ("top", "bottom", "left", "right")
 
 
@@ -59,10 +62,19 @@ def by_class(survey: Survey, index) -> str:
     mine = survey.labels[index][survey.labels[index] >= 0]
     if not len(known) or not len(mine):
         return "no labels"
-    share, base = mine.mean(), known.mean()
-    sigma = np.sqrt(max(base * (1 - base) / len(mine), 1e-12))
-    verdict = "as the split" if abs(share - base) <= 4 * sigma else f"not by chance: {abs(share - base) / sigma:.0f} sigma"
-    return f"{share:.0%} of them positive, {base:.0%} of the split, {verdict}"
+    base, chance = known.mean(), binomial_chance(int(mine.sum()), len(mine), known.mean())
+    verdict = "as the split" if chance >= LEAST_CHANCE else f"not by chance (p = {chance:.1g})"
+    return f"{mine.mean():.0%} of them positive, {base:.0%} of the split, {verdict}"
+
+
+def binomial_chance(num: int, num_total: int, share: float) -> float:
+    """Two-sided p of `num` positives or what is less likely among `num_total`, each positive with probability `share`."""
+    if not 0 < share < 1:
+        return float(num == share * num_total)
+    logs = np.array([math.lgamma(k + 1) for k in range(num_total + 1)])
+    counts = np.arange(num_total + 1)
+    logs = logs[-1] - logs - logs[::-1] + counts * math.log(share) + counts[::-1] * math.log1p(-share)
+    return float(np.exp(logs[logs <= logs[num] + 1e-7]).sum())
 
 
 def where(boxes: np.ndarray, count: np.ndarray, low: np.ndarray, high: np.ndarray, kind: str) -> str:

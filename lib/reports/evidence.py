@@ -1,6 +1,7 @@
 """What a journal cites: files of runs, searches and audits, copied beside it; their digests; and code as it was at a commit."""
 
 import ast
+import contextlib
 import functools
 import json
 import re
@@ -9,7 +10,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.command import BadInput, nearest, say
+from lib.command import BadInput, nearest, one_line, say
 from lib.config import HINTS, plain, read_yaml
 from lib.logger import file_digest, read_csv, read_json, write_csv, write_json
 from lib.reports.runs import FREE_KEYS, list_runs, table_of_runs
@@ -23,6 +24,7 @@ NUM_SEEDS, MOST_SEEDS = 3, 5
 MOST_ROWS, MOST_LINES = 12, 45  # of a finding; of a quoted difference
 SAID = dict.fromkeys(("group", "repository", "remark", "search", "audit", "twin"), str)
 SAID |= {"members": list, "runs": list, "pictures": dict, "answers": dict}
+PICTURES = ("damage", "errors", "remark")
 SAID_AS = {str: "text", list: "a list", dict: "names with values"}
 NUMBER = re.compile(r"(?<![\w.-])-?\.?\d[\d.,]*\w*%?")  # F2, s1 and SHA-256 are names
 
@@ -71,6 +73,11 @@ def read_said(path) -> dict:
     for member in said.get("members") or []:
         if not isinstance(member, dict) or not all(isinstance(member.get(part), str) for part in ("name", "id")):
             raise BadInput(f"{path}: a member is {{name: ..., id: '...'}}, the number in quotes, not {member!r}")
+    if wrong := [name for name in said.get("runs") or [] if not isinstance(name, str)]:
+        raise BadInput(f"{path}: runs names run folders, not {wrong[0]!r}")
+    for key, name in (said.get("pictures") or {}).items():
+        if key not in PICTURES or not isinstance(name, str | None) or (name and key != "remark" and not name.endswith(".png")):
+            raise BadInput(f"{path}: pictures are {{damage: FILE.png, errors: FILE.png, remark: text}}, not {key}: {name!r}")
     for key, text in {**(said.get("answers") or {}), "remark": said.get("remark")}.items():
         if text and not isinstance(text, str):
             raise BadInput(f"{path}: the answer {key} must be text, not {text!r}")
@@ -167,6 +174,8 @@ def choose_seeds(rows: list[dict], wanted: list[str]) -> list[dict]:
 def newest(root: Path, said: str | None, pattern: str) -> Path | None:
     """The folder that journal.yaml names, or of those with such a file the one in which it is newest."""
     if said:
+        if not (root / said).is_dir():
+            say(f"note: journal.yaml names {said}, which is not here: what was gathered of it before stays")
         return root / said if (root / said).is_dir() else None
     found = sorted(root.glob(pattern), key=lambda path: (path.stat().st_mtime, path))
     return found[-1].parent if found else None
@@ -179,7 +188,8 @@ def gather(root: Path, said: dict, commit: str) -> None:
     """
     kept = root / KEPT
     rows = list_runs(root / "runs") if (root / "runs").is_dir() else []
-    if rows:
+    seeds = choose_seeds(rows, said.get("runs") or [])
+    if seeds or (rows and not (kept / "runs.csv").exists()):  # the table of a clone's first tries replaces none of evidence
         paths = ("data_dir", "quarantine", "weights")  # of which a name is published, not where it lies
         shown = [row | {key: Path(row[key]).name for key in paths if row.get(key)} for row in rows]
         header, cells = table_of_runs(shown)
@@ -188,36 +198,49 @@ def gather(root: Path, said: dict, commit: str) -> None:
         cells = [[*map(plain, row), digest] for row, digest in zip(cells, digests, strict=True)]
         kept.mkdir(parents=True, exist_ok=True)
         write_csv(kept / "runs.csv", [*header, "summary_sha256"], cells)
-    if seeds := choose_seeds(rows, said.get("runs") or []):
-        fresh(kept / "seeds")
-        for row in seeds:
-            gather_run(root / "runs" / row["run"], kept / "seeds" / row["run"], root)
+    if seeds:
+        with replaced(kept / "seeds") as target:
+            for row in seeds:
+                gather_run(root / "runs" / row["run"], target / row["run"], root)
     elif missing := [name for name in said.get("runs") or [] if not (kept / "seeds" / name).is_dir()]:
         raise BadInput(f"journal.yaml: runs names {missing[0]}, which is neither in {root / 'runs'} nor in {kept / 'seeds'}")
 
     if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
-        copy_files(search, fresh(kept / "search"), "plan.json", "champion.json", "rung-*.json")
+        with replaced(kept / "search") as target:
+            copy_files(search, target, "plan.json", "champion.json", "rung-*.json")
+            for name in ("plan.json", *(path.name for path in target.glob("*.json"))):
+                read_json(target / name)
     if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
-        gather_findings(audit, fresh(kept / "audit"), root)
-        copy_files(audit, kept / "audit", "histograms.csv", "power.csv")
+        with replaced(kept / "audit") as target:
+            gather_findings(audit, target, root)
+            copy_files(audit, target, "histograms.csv", "power.csv")
     if twin := newest(root, said.get("twin"), "audit-*/twin.html"):
-        findings = gather_findings(twin, fresh(kept / "twin"), root)
-        folders = [row["folder"] for found in findings if found["check"] == "runs" for row in found["rows"]]
-        gather_timeline(*(REPOSITORY / folder / "trace.csv" for folder in folders), kept / "twin" / "timeline.csv")
-    for kind in ("damage", "errors"):
+        with replaced(kept / "twin") as target:
+            findings = gather_findings(twin, target, root)
+            folders = [row["folder"] for found in findings if found["check"] == "runs" for row in found["rows"]]
+            gather_timeline(*(REPOSITORY / folder / "trace.csv" for folder in folders), target / "timeline.csv")
+    for kind in PICTURES[:2]:
         name = (said.get("pictures") or {}).get(kind)
         if name and (root / name).is_file():
             (kept / "pictures").mkdir(parents=True, exist_ok=True)
             shutil.copy(root / name, kept / "pictures" / f"{kind}.png")
     if conflict := find_conflict(commit):
-        (fresh(kept / "git") / "conflict.diff").write_text(conflict, encoding="utf-8")
+        with replaced(kept / "git") as target:
+            (target / "conflict.diff").write_text(conflict, encoding="utf-8")
 
 
-def fresh(folder: Path) -> Path:
-    """An empty folder in place of what was there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+@contextlib.contextmanager
+def replaced(folder: Path):
+    """An empty folder to fill, which takes the place of `folder` once it is filled; after an error that stays as it was."""
+    filled = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(filled, ignore_errors=True)
+    filled.mkdir(parents=True)
+    try:
+        yield filled
+        shutil.rmtree(folder, ignore_errors=True)
+        filled.rename(folder)
+    finally:
+        shutil.rmtree(filled, ignore_errors=True)
 
 
 def copy_files(source: Path, target: Path, *patterns: str) -> None:
@@ -241,7 +264,12 @@ def gather_run(run: Path, target: Path, root: Path) -> None:
 
 def gather_findings(audit: Path, target: Path, root: Path) -> list[dict]:
     """Findings with the first of their rows; gives them whole."""
-    findings = json.loads((audit / "findings.json").read_text(encoding="utf-8"))
+    try:
+        findings = json.loads((audit / "findings.json").read_text(encoding="utf-8"))
+        if not all(found["check"] and found["severity"] and isinstance(found["rows"], list) for found in findings):
+            raise ValueError("no findings")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{audit} holds no whole findings.json ({one_line(error)}): run that audit again") from None
     cut = [found | {"rows": [public(row) for row in found["rows"][:MOST_ROWS]]} for found in findings]
     write_json(target / "findings.json", {"of": source_of(audit / "findings.json", root), "findings": cut})
     return findings
@@ -264,4 +292,5 @@ def public(row: dict) -> dict:
 
 def source_of(path: Path, root: Path) -> dict:
     """Which file an extract was made from."""
-    return {"file": path.relative_to(root).as_posix(), "sha256": file_digest(path)}
+    shown = path.relative_to(root) if path.is_relative_to(root) else Path(path.parent.name, path.name)
+    return {"file": shown.as_posix(), "sha256": file_digest(path)}

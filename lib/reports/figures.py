@@ -62,21 +62,22 @@ def data_uri(png: bytes) -> str:
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
-    """A column of CSV rows as float64, empty cells as NaN."""
-    return np.array([float(row[name] or "nan") for row in rows])
+    """A column of rows, of a CSV or not, as float64, empty cells as NaN."""
+    return np.array([float("nan" if row[name] in ("", None) else row[name]) for row in rows])
 
 
 def plot_epochs(epochs: list[dict]):
     """Loss and scores per epoch, each beside what a constant answer gets."""
     figure, (left, middle, right) = new_figure(3)
-    for axes, title, names, baseline in (
-        (left, "log loss (nats)", ("train_loss", "val_loss"), "prior_loss"),
-        (middle, "ROC-AUC and PR-AUC on validation", ("val_auc", "val_pr_auc"), "constant_auc"),
-        (right, "F2 and accuracy on validation", ("val_f2", "val_accuracy"), "always_positive_f2"),
+    for axes, title, names, baselines in (
+        (left, "log loss (nats)", ("train_loss", "val_loss"), ("prior_loss",)),
+        (middle, "ROC-AUC and PR-AUC on validation", ("val_auc", "val_pr_auc"), ("constant_auc", "constant_pr_auc")),
+        (right, "F2 and accuracy on validation", ("val_f2", "val_accuracy"), ("always_positive_f2", "majority_accuracy")),
     ):
         for name in names:
             axes.plot(column(epochs, "epoch"), column(epochs, name), marker="o", markersize=3, label=name)
-        axes.axhline(column(epochs, baseline)[0], color="black", linestyle=":", label=baseline)
+        for name, colour in zip(baselines, COLOURS if len(baselines) > 1 else ["black"], strict=False):
+            axes.axhline(column(epochs, name)[0], color=colour, linestyle=":", label=name)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
         axes.legend()
@@ -104,11 +105,12 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        for number, (name, value) in enumerate([(f"threshold {threshold:.3g}", threshold), *others]):
+        for number, (name, value) in enumerate([*others, (f"threshold {threshold:.3g}", threshold)]):
             at = np.searchsorted(-points["threshold"], -value, side="right") - 1
             if at >= 0:
                 mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]
-                axes.plot(points[x][at], points[y][at], mark, color=colour, label=name)
+                ring = {"markersize": 12, "fillstyle": "none", "color": "black"} if number == len(others) else {"color": colour}
+                axes.plot(points[x][at], points[y][at], "o" if number == len(others) else mark, label=name, **ring)
         axes.set(title=title, xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
     with plt.rc_context(STYLE):
         figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
@@ -225,15 +227,21 @@ def plot_seeds(tables: dict[str, list[dict]], curves):
 
 
 def plot_reliability(bins: list[dict]):
-    """Share of positives against mean probability, and patches, of bins {low, high, num, mean_probability, positive_share}."""
-    figure, (left, right) = new_figure(2)
-    left.plot([0, 1], [0, 1], ":", color="black", label="calibrated")
-    left.plot(column(bins, "mean_probability"), column(bins, "positive_share"), "o-", label="model")
-    left.set(xlabel="mean probability in a bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1.02), title="reliability")
-    left.legend()
-    low, high = column(bins, "low"), column(bins, "high")
-    right.bar(low, column(bins, "num"), high - low, align="edge", edgecolor="white")
-    right.set(xlabel="probability", ylabel="patches", xlim=(0, 1), title="patches in each bin")
+    """Share of positives against the mean probability of each bin, and how many patches it holds, for each of the series that
+    `probabilities` names; the constant one is left out."""
+    figure, (axes, counts) = new_figure(2, 5.2, 4.0)
+    axes.plot([0, 1], [0, 1], color="black", linestyle=":")
+    names = [name for name in dict.fromkeys(row["probabilities"] for row in bins) if not name.startswith("always")]
+    for place, name in enumerate(names):
+        keys = ("mean_probability", "positive_share", "positive_share_low", "positive_share_high", "num", "low", "high")
+        rows = [row for row in bins if row["probabilities"] == name]
+        x, y, low, high, num, start, end = (column(rows, key) for key in keys)
+        style = {"color": COLOURS[place], "label": name}
+        axes.errorbar(x, y, np.maximum([y - low, high - y], 0), fmt=f"{MARKS[place]}-", markersize=4, capsize=2, **style)
+        counts.hlines(num, start, end, linewidth=2, **style)
+    axes.set(xlabel="mean probability of a bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1), title="reliability")
+    counts.set(xlabel="probability", ylabel="patches", yscale="log", xlim=(0, 1), title="patches in a bin")
+    axes.legend(loc="upper left", fontsize=8)
     return figure
 
 

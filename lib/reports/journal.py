@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.command import BadInput, say
+from lib.command import BadInput, one_line, say
 from lib.logger import atomic_write
 from lib.reports import pages
 from lib.reports.evidence import Evidence, gather, git, read_said
 from lib.reports.figures import figure_png
 from lib.reports.parts import Figure, cite, to_html, to_markdown
-from lib.reports.sections import DRAWN, answer, front_page, read_questions
+from lib.reports.sections import CANNOT, DRAWN, OF_DAMAGE, answer, front_page, read_questions
 from lib.rundir import REPOSITORY
 
 NAME, PAGE, SAID = "JOURNAL.md", "journal.html", "journal.yaml"
@@ -43,6 +43,8 @@ def write_journal(root: Path) -> dict:
     e = open_evidence(root, git("rev-parse", "HEAD").strip())
     gather(root, e.said, e.commit)
     sections = build(e)
+    if wrong := [line for line in write_markdown(e, sections).splitlines() if CANNOT in line]:
+        raise BadInput(wrong[0])
     for figure in figures_of(sections):
         if figure.draw:
             draw(figure, e)
@@ -66,10 +68,15 @@ def figures_of(sections) -> Iterator[Figure]:
 
 def draw(figure: Figure, e: Evidence) -> None:
     """Draw a figure, with what it is drawn from in it; the same bytes are not written again."""
-    path, png = e.root / figure.name, figure_png(figure.draw(), source=cite(e, figure.sources))
+    path = e.root / figure.name
+    try:
+        png = figure_png(figure.draw(), source=cite(e, figure.sources))
+    except OF_DAMAGE as error:
+        raise BadInput(f"{path} cannot be drawn, a file is damaged: {', '.join(figure.sources)} ({one_line(error)})") from None
     if not path.is_file() or path.read_bytes() != png:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png)
+        with atomic_write(path) as file:
+            file.write(png)
 
 
 def write_markdown(e: Evidence, sections) -> str:
@@ -99,7 +106,7 @@ def check_journal(root: Path) -> list[str]:
     """A sentence for each place where JOURNAL.md does not say what the files and the code of its commit say."""
     if not (root / NAME).is_file():
         raise BadInput(f"{root} has no {NAME} yet: report.py journal writes it")
-    text = (root / NAME).read_text(encoding="utf-8")
+    text = (root / NAME).read_text(encoding="utf-8", errors="replace")
     if not (found := COMMIT.search(text)):
         raise BadInput(f"{root / NAME} does not name the commit that it was made at: report.py journal writes it anew")
     if found[1] != "none" and not git("cat-file", "-t", found[1]):

@@ -8,13 +8,12 @@ import matplotlib
 import numpy as np
 
 from lib.reports.audit_page import outline
-from lib.reports.figures import COLOURS, figure_png, new_figure, patch_png
+from lib.reports.figures import COLOURS, MARKS, figure_png, new_figure, patch_png, plot_reliability
 from lib.reports.pages import gallery, note, picture, section, table, write_page
 
 NAMES = {"auc": "AUC", "f2": "F2", "recall": "recall", "specificity": "specificity", "precision": "precision"}
 JUDGED = ("auc", "recall", "specificity")  # as lib/audits/slices.py
 MARKED = ("F2-optimal", "recall at least 0.95", "a miss costs 10 false alarms", "stored in the checkpoint", "one half")
-MARKERS = "osD^v"
 PROBED = ("AUC", "mean move of the probability", "share of decisions changed")
 MOST_SLIDES = 20  # slides that are shown, those with the lowest scores
 CENTRE = {"top": 32, "left": 32, "height": 32, "width": 32}
@@ -107,13 +106,13 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
     slides = [row for row in slices if row["feature"] == "slide"]
     slides.sort(key=lambda row: min((row[name] for name in JUDGED if not math.isnan(row[name])), default=1.0))
     shown = [row for row in slices if row["feature"] != "slide"] + slides[:MOST_SLIDES]
-    header = ("slice", "patches", "positive", "F2", "always positive", "recall", "AUC", "specificity", "worse by")
+    header = ("slice", "worse by", "patches", "positive", "F2", "always positive", "recall", "AUC", "specificity")
     rows = []
     for row in shown:
         spans = {name: span(row, name, ".2f") for name in ("f2", *JUDGED)}
         marks = [NAMES[name] + "*" * (name in row["confirmed"].split()) for name in row["found"].split()]
         cells = spans["f2"], number(row["always_positive_f2"], ".2f"), spans["recall"], spans["auc"], spans["specificity"]
-        rows.append((slice_name(row), row["num"], row["num_positive"], *cells, ", ".join(marks)))
+        rows.append((slice_name(row), ", ".join(marks), row["num"], row["num_positive"], *cells))
     words = (
         "No slice is defined by a label or by what the model says; of a feature they are fifths of the half that finds, and "
         "two together at either end. Worse: AUC, recall or specificity falls behind the rest of that half, "
@@ -195,7 +194,7 @@ def plot_curves(points: list[dict], thresholds: list[dict], prevalence: float):
         axes.plot([0, 1], chance, color="black", linestyle=":", label="constant answer")
         for place, row in enumerate(row for row in thresholds if row["rule"] in MARKED):
             at = (1 - row["specificity"], row["recall"]) if curve == "roc" else (row["recall"], row["precision"])
-            axes.plot(*at, MARKERS[place], color=COLOURS[place + 1], label=f"{row['rule']} ({row['threshold']:.3g})")
+            axes.plot(*at, MARKS[place], color=COLOURS[place + 1], label=f"{row['rule']} ({row['threshold']:.3g})")
         axes.set(xlim=(0, 1), ylim=(0, 1.02))
     panels[0].set(title="ROC", xlabel="false positive rate", ylabel="recall")
     panels[1].set(title="precision and recall", xlabel="recall", ylabel="precision")
@@ -218,24 +217,6 @@ def plot_prices(rows: list[dict]):
     labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
     axes.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5), xlabel="% of them", xlim=(0, None))
     axes.legend(loc="best", fontsize=8)
-    return figure
-
-
-def plot_reliability(bins: list[dict]):
-    """Share of positives against the mean probability of each bin, and how many patches it holds."""
-    figure, (axes, counts) = new_figure(2, 5.2, 4.0)
-    axes.plot([0, 1], [0, 1], color="black", linestyle=":")
-    names = [name for name in dict.fromkeys(row["probabilities"] for row in bins) if not name.startswith("always")]
-    for place, name in enumerate(names):
-        keys = ("mean_probability", "positive_share", "positive_share_low", "positive_share_high", "num", "low", "high")
-        rows = [row for row in bins if row["probabilities"] == name]
-        x, y, low, high, num, start, end = (np.array([row[key] for row in rows], np.float64) for key in keys)
-        style = {"color": COLOURS[place], "label": name}
-        axes.errorbar(x, y, np.maximum([y - low, high - y], 0), fmt=f"{MARKERS[place]}-", markersize=4, capsize=2, **style)
-        counts.hlines(num, start, end, linewidth=2, **style)
-    axes.set(xlabel="mean probability of a bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1), title="reliability")
-    counts.set(xlabel="probability", ylabel="patches", yscale="log", xlim=(0, 1), title="patches in a bin")
-    axes.legend(loc="upper left", fontsize=8)
     return figure
 
 

@@ -92,7 +92,7 @@ def read_run(run: Path) -> dict:
         scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
         job, data = meta.get("job", {}), meta.get("data")
         row |= {
-            "started_utc": meta.get("started_utc"),
+            "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
             "commit": (meta.get("commit") or "")[:10],
             "patched": bool(meta.get("uncommitted_patch")),
             "host": meta.get("machine", {}).get("host"),

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.audits.sources import locate_sources
+from lib.command import BadInput, one_line
 from lib.config import plain
 from lib.metrics import compute_confusion
 from lib.reports import figures
@@ -12,6 +13,8 @@ from lib.reports.evidence import CHAMPION, KEPT, Evidence, commits, find_code, g
 from lib.reports.parts import Code, Figure, Grid, Words
 from lib.reports.runs import GRADIENTS, SHOWN_SCORES, average_scores, read_run
 
+CANNOT = "**Cannot be answered**, a file that it cites is damaged"
+OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)  # what damage in evidence provokes
 DRAWN, MODEL, SEARCH = "assets/journal", "assets/model", f"{KEPT}/search"
 PLAN, AUDIT, TWIN = f"{SEARCH}/plan.json", f"{KEPT}/audit/findings.json", f"{KEPT}/twin/findings.json"
 BENCHMARKS, SWEEP = "assets/benchmark*/benchmark.json", "sweep SPACE=assets/space.yaml"
@@ -103,7 +106,10 @@ def read_questions() -> dict[str, list[tuple[str, ...]]]:
 def answer(e: Evidence, key: str, target: str, code: str) -> list:
     """All that is known to a question: the team's words, what the files say, and the code."""
     words = (e.said.get("answers") or {}).get(key)
-    found = ANSWERS[key](e) if key in ANSWERS else []
+    try:
+        found = ANSWERS[key](e) if key in ANSWERS else []
+    except (BadInput, *OF_DAMAGE) as error:
+        found = [Words(f"{CANNOT}: {target or key} ({type(error).__name__}: {one_line(error)})")]
     if target and not found:
         found = [missing(target)]
     return [*([Words(words.strip())] if words else []), *found, *quote(e, code)]
@@ -407,7 +413,7 @@ def thresholds(e: Evidence) -> list[tuple[str, float]]:
 def threshold(e: Evidence) -> list:
     bins, scores = f"{MODEL}/reliability.csv", [*flat(e.json(f"{MODEL}/scores.json"))]
     parts = csv_table(e, f"{MODEL}/thresholds.csv") + table(("score", "value"), scores, f"{MODEL}/scores.json")
-    rows = [row for row in e.csv(bins) if {"mean_probability", "positive_share", "num", "low", "high"} <= set(row)]
+    rows = [row for row in e.csv(bins) if {"probabilities", "positive_share_low"} <= set(row)]
     return parts + picture("reliability", "Reliability", [bins], figures.plot_reliability, rows)
 
 
@@ -441,7 +447,7 @@ def slices(e: Evidence) -> list:
         values = [figures.column(rows, key) for key in ("auc", "auc_low", "auc_high")]
         overall = e.json(scores).get("global", {}).get("auc", {})
         title = "ROC-AUC by slice, with 95% intervals; *: confirmed to be worse, by AUC, recall or specificity"
-        drawn = (names, *values, overall.get("value", float("nan")), title)
+        drawn = (names, *values, overall.get("value", float("nan")), "ROC-AUC")
         parts += picture("slices", title, [name, scores], figures.plot_intervals, *drawn)
     return parts
 
