@@ -241,7 +241,8 @@ def plot_reliability(bins: list[dict]):
         counts.hlines(num, start, end, linewidth=2, **style)
     axes.set(xlabel="mean probability of a bin", ylabel="share of positives", xlim=(0, 1), ylim=(0, 1), title="reliability")
     counts.set(xlabel="probability", ylabel="patches", yscale="log", xlim=(0, 1), title="patches in a bin")
-    axes.legend(loc="upper left", fontsize=8)
+    with plt.rc_context(STYLE):
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 
