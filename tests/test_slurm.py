@@ -292,7 +292,7 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
         finally:
             settings.write_text(text)
     refused("DATA=DIR", target="audit", DATA="")
-    refused("NUM_RANKS: audit.py has one rank", target="audit", NUM_RANKS=2)
+    refused("NUM_RANKS: audit.py has one rank", target="audit", DATA="jobs", NUM_RANKS=2)
     assert set(run(["squeue", "-h", "-o", "%A"], cluster).split()) <= set(queued)
 
 
