@@ -97,7 +97,12 @@ def test_a_fault_is_found_by_the_command(twins, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "quantity", "phase"),
-    [("gradient:features.3.0@2", "gradients", "backward"), ("sample@7", "rows", None), (f"draw:{LAYER}@6", "rng", "forward")],
+    [
+        ("gradient:features.3.0@2", "gradients", "backward"),
+        ("sample@7", "rows", None),
+        (f"draw:{LAYER}@6", "rng", "forward"),
+        ("draw:features.2.norm@1", "rng", "forward"),
+    ],
 )
 def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
     layer, step = fault.partition(":")[2].partition("@")[0], int(fault.partition("@")[2])

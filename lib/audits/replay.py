@@ -86,6 +86,8 @@ def watch(name: str, module: torch.nn.Module, note) -> list:
     def after(_module, _inputs, output):
         for what, tensor in {"output": output, **dict(module.named_buffers(recurse=False))}.items():
             note("forward", name, what, tensor)
+        state = torch.cuda.get_rng_state(output.device) if output.is_cuda else torch.get_rng_state()
+        note("forward", name, "state of the generator", state)  # a draw over zeros leaves no other trace
 
     # what enters a container enters its first module too
     hooks = [] if any(module.children()) else [module.register_forward_pre_hook(before)]
