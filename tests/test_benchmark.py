@@ -382,7 +382,8 @@ def test_the_verdict_names_what_was_slowed(slowed, pcam_dir, tmp_path, monkeypat
         judged = read_json(tmp_path / "benchmark.json")["verdict"]
         assert [judged[epoch]["bottleneck"] for epoch in ("first_epoch", "later_epochs")] == [slowed] * 2
         later = judged["later_epochs"]
-        assert later["stage_s"][{"loader": "gather", "model": "forward"}[slowed]] == pytest.approx(0.2, rel=0.3)
+        slept_s = later["stage_s"][{"loader": "gather", "model": "forward"}[slowed]]
+        assert 0.19 < slept_s < 0.4, "a sleep is at least as long as was asked for; the rest is the machine's"
         assert later["overlapped_s"] > 0.19 and verdict.NAMES[slowed] in judged["sentence"]
         assert "times that" in judged["sentence"] and later["limit_s"] < later["overlapped_s"]
         if residence == "host":
