@@ -40,7 +40,7 @@ def main(argv=None) -> int:
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
     from lib.inputs import read_inputs
-    from lib.logger import write_csv
+    from lib.logger import require_writable, write_csv
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
     from lib.predict import predict_batch, ready_to_predict
     from lib.progress import Progress
@@ -56,9 +56,7 @@ def main(argv=None) -> int:
         raise BadInput(f"--out {args.out} is a device or a pipe, which a file would replace: name a file")
     if Path(args.out).exists() and Path(args.out).suffix.lower() != ".csv":
         raise BadInput(f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file")
-    probe = Path(args.out).with_name(f".{Path(args.out).name}.{'0' * 8}.tmp")  # what cannot be written is said before the work
-    probe.touch()
-    probe.unlink()
+    require_writable(args.out)  # before the work
     model, cfg, checkpoint = load_model(args.ckpt)
     model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views

@@ -189,7 +189,6 @@ def report_run(args) -> int:
 
 def write_run_page(run: Path, predictions, threshold: float | None, out, remark: str = "") -> Path:
     """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at `threshold` or the stored."""
-    from lib.checkpoint import load_checkpoint
     from lib.logger import read_csv, read_json
     from lib.reports.figures import figure_png, plot_epochs, plot_steps
     from lib.reports.pages import note, picture, section, table, write_page
@@ -218,8 +217,11 @@ def write_run_page(run: Path, predictions, threshold: float | None, out, remark:
         section("Step by step", picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step")),
     ]
     if predictions:
-        stored = load_checkpoint(run / "best.pt")["threshold"] if threshold is None else threshold
-        sections += prediction_sections(predictions, stored)
+        if threshold is None:
+            from lib.checkpoint import load_checkpoint
+
+            threshold = load_checkpoint(run / "best.pt")["threshold"]
+        sections += prediction_sections(predictions, threshold)
     return write_page(out, f"Run {run.name}", sections)
 
 

@@ -185,8 +185,9 @@ def run_here(commands: list[list[str]], last=()) -> int:
 
 def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
-    rows = slurm.describe_jobs(slurm.queued_jobs() if slurm.has_slurm() else [])
-    if not slurm.has_slurm():
+    has_slurm = slurm.has_slurm()
+    rows = slurm.describe_jobs(slurm.queued_jobs() if has_slurm else [])
+    if not has_slurm:
         say("no Slurm cluster here: `make runs` lists what is trained on this machine")
     for row in rows:
         number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"

@@ -181,19 +181,19 @@ def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, ca
 
     `results` gets {case: [what each repeat found]}. A case that failed is not tried again.
     """
-    with Progress(repeats * len(cases), "benchmark", "repeats") as bar:
-        for repeat in range(repeats):
-            for case in cases:
-                found = results.get(case, [])
-                if not any("status" in each for each in found):
-                    try:
+    try:
+        with Progress(repeats * len(cases), "benchmark", "repeats") as bar:
+            for repeat in range(repeats):
+                for case in cases:
+                    found = results.get(case, [])
+                    if not any("status" in each for each in found):
                         results[case] = [*found, run_case(case, seconds, repeat, cache_dir)]
-                    except KeyboardInterrupt:
-                        if results:
-                            keep()
-                        raise
-                bar.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
+                    bar.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
+                keep()
+    except KeyboardInterrupt:
+        if results:
             keep()
+        raise
 
 
 def rate_of(found: list[dict]) -> float:

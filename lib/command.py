@@ -126,7 +126,7 @@ def script(main):
         except BadInput as error:
             return fail(str(error), EXIT_USAGE)
         except ModuleNotFoundError as error:
-            if error.name.startswith("lib"):
+            if (error.name or "lib").partition(".")[0] == "lib":  # our own is a bug
                 raise
             return fail(f"{sys.executable} lacks the package {error.name}: make setup, then . .venv/bin/activate", EXIT_USAGE)
         except SystemExit as stop:  # argparse leaves this way after --help

@@ -99,6 +99,14 @@ def _first_node() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
+def _meet(ranks: Ranks, device: torch.device) -> None:
+    """A first exchange, which finds what the backend says of no rank by itself. Raises BadInput."""
+    try:
+        ranks.gather(torch.zeros(1, device=device))
+    except dist.DistBackendError as error:
+        raise BadInput(f"the ranks do not reach each other, or share a GPU, or have MIG slices: {one_line(error)}") from None
+
+
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of several.
@@ -119,9 +127,7 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     ranks = Ranks(rank, num)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num, timeout=PATIENCE)
     try:
-        ranks.gather(torch.zeros(1, device=device))
+        _meet(ranks, device)
         yield ranks
-    except dist.DistBackendError as error:
-        raise BadInput(f"the ranks do not reach each other, or share a GPU, or have MIG slices: {one_line(error)}") from None
     finally:
         dist.destroy_process_group()

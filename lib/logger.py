@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import datetime
+import fcntl
 import hashlib
 import io
 import json
@@ -24,8 +25,7 @@ def utc_now() -> str:
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Yield a file beside `path` that is synced and takes its name when the block ends well (Pillai et al., OSDI 2014)."""
-    path = Path(path)
-    temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
+    path, temporary = Path(path), _beside(path)
     try:
         with open(temporary, mode.replace("w", "x"), **({} if "b" in mode else TEXT)) as file:
             yield file
@@ -39,6 +39,34 @@ def atomic_write(path, mode="wb"):
             error.filename = str(path)  # a full disk is reported on a file descriptor: name the file
         raise
     sync_folder(path.parent)
+
+
+def require_writable(path) -> None:
+    """Raise the OSError that `atomic_write` would end with where a file cannot be made beside `path`; nothing stays there."""
+    try:
+        open(temporary := _beside(path), "x").close()
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    os.unlink(temporary)
+
+
+def _beside(path) -> str:
+    path = Path(path)
+    return f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
+
+
+def try_lock(file) -> bool:
+    """Lock an open file, or its descriptor, for this process: False where another one has it.
+
+    The kernel lets go of it when every process that has it open is gone, however they ended. Raises OSError where the file
+    system has no locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sync_folder(path) -> None:
@@ -149,12 +177,15 @@ class CsvLog:
         if time.monotonic() - self.flushed_at >= self.flush_s:
             self.flush()
 
-    def flush(self) -> None:
+    def flush(self, sync: bool = False) -> None:
+        """Hand all rows to the system and, with `sync`, to the disk."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(self.rows)
         try:
             self.file.write(text.getvalue().encode())  # in one piece, so that readers see whole lines
             self.file.flush()
+            if sync:
+                os.fsync(self.file.fileno())
         except OSError as error:
             error.filename = str(self.path)
             raise

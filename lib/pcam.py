@@ -4,7 +4,6 @@ Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -238,10 +237,9 @@ def sole_writer(directory):
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends, however it ends
+        if not try_lock(lock):
+            raise BadInput(f"{directory}: another process is writing there")
         yield
-    except BlockingIOError:
-        raise BadInput(f"{directory}: another process is writing there") from None
     finally:
         os.close(lock)
         if created:

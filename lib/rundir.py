@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import math
@@ -18,7 +17,7 @@ from typing import BinaryIO
 
 from lib.command import BadInput, nearest, one_line, print_result, say
 from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
-from lib.logger import CsvLog, atomic_write, read_csv, read_json, utc_now, write_json
+from lib.logger import CsvLog, atomic_write, read_csv, read_json, try_lock, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
@@ -125,10 +124,9 @@ def hold_run(run: Path, cfg: Config) -> BinaryIO:
 def _lock(run: Path) -> BinaryIO:
     file = open(run / "config.yaml", "rb+")  # noqa: SIM115 (open as long as the run is held)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise BadInput(f"{run} is being trained by another process") from None
+        if not try_lock(file):
+            file.close()
+            raise BadInput(f"{run} is being trained by another process")
     except OSError as error:
         say(f"{run} cannot be locked ({one_line(error)}): see to it that no other process resumes it")
     return file
@@ -299,8 +297,7 @@ class RunLog:
         if before:
             self._write(*before)
         for log in self.logs:
-            log.flush()
-            os.fsync(log.file.fileno())  # a checkpoint is, and is not to be ahead of its rows
+            log.flush(sync=True)  # as a checkpoint is, which is not to be ahead of its rows
         self.log_s += time.perf_counter() - started_at
 
     def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:

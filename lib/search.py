@@ -6,7 +6,6 @@ promoted ends with the weights, to the bit, of a run that never paused.
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -22,7 +21,7 @@ from typing import Annotated, Literal, TextIO
 
 from lib import config
 from lib.command import EXIT_INTERRUPTED, EXIT_USAGE, STOP_SIGNALS, BadInput, last_line, nearest, one_line, say
-from lib.logger import atomic_write, file_digest, read_csv, read_json, write_json
+from lib.logger import atomic_write, file_digest, read_csv, read_json, try_lock, write_json
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, is_finished
 
@@ -342,13 +341,12 @@ def claim(sweep: Sweep, row: Row) -> TextIO | None:
     path.parent.mkdir(exist_ok=True)
     file = open(path, "a")  # noqa: SIM115 (open as long as the claim is)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
+        if try_lock(file):
+            return file
     except OSError as error:
         raise BadInput(f"{path}: this file system has no locks ({one_line(error)}); --sweeps takes another") from None
-    return file
+    file.close()
+    return None
 
 
 def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> subprocess.Popen:

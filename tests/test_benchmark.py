@@ -362,6 +362,22 @@ def run_benchmark(out, data, what, *arguments, repeats=1):
     return benchmark.main([what, "--data", str(data), "--out", str(out), *quick, *arguments])
 
 
+def test_what_was_measured_is_kept_when_interrupted_in_the_first_round(pcam_dir, tmp_path, monkeypatch):
+    measured = {"amount": 8.0, "samples": [0.1] * 20, "first_batch_s": 1.0, "warmup_batches": 2, "steady": True}
+    measured |= {"overhead_s": 0.0, "startup_s": 1.0, "memory_bytes": 1, "partition": "none", "host_load": 0.0} | QUIET
+    answers = iter([measured])
+
+    def run_case(*_):
+        if (answer := next(answers, None)) is None:
+            raise KeyboardInterrupt
+        return answer
+
+    monkeypatch.setattr(bench, "run_case", run_case)
+    assert run_benchmark(tmp_path / "out", pcam_dir, "loader", "--cases", "raw,ready", repeats=3) == 130
+    (row,) = read_json(tmp_path / "out" / "benchmark.json")["rows"]
+    assert row["num_repeats"] == 1 and row["images_per_s"] == pytest.approx(4.0)
+
+
 STAGES = "apart,overlapped,read,memory_copy,sequential_read,matrix_product"
 
 

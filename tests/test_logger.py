@@ -4,11 +4,23 @@ import contextlib
 import hashlib
 import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lib.command import BadInput
-from lib.logger import CsvLog, atomic_write, file_digest, read_csv, read_edited_csv, read_json, write_csv, write_json
+from lib.logger import (
+    CsvLog,
+    atomic_write,
+    file_digest,
+    read_csv,
+    read_edited_csv,
+    read_json,
+    require_writable,
+    try_lock,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
@@ -88,3 +100,20 @@ def test_an_edited_csv_that_is_malformed_is_refused_by_name(text, tmp_path):
     (tmp_path / "e.csv").write_text(text)
     with pytest.raises(BadInput, match=r"e\.csv"):
         read_edited_csv(tmp_path / "e.csv", ("a", "b"))
+
+
+def test_a_place_is_tried_without_a_trace_by_many_at_once(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: require_writable(tmp_path / "p.csv"), range(400)))
+    assert not list(tmp_path.iterdir())
+    for path in (tmp_path / "no folder" / "p.csv", tmp_path / ("x" * 250)):
+        with pytest.raises(OSError) as refusal:
+            require_writable(path)
+        assert refusal.value.filename == str(path)
+
+
+def test_a_lock_is_held_by_one_open_file(tmp_path):
+    with open(tmp_path / "lock", "w") as mine, open(tmp_path / "lock", "w") as theirs:
+        assert try_lock(mine) and not try_lock(theirs)
+        mine.close()
+        assert try_lock(theirs)

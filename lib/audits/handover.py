@@ -80,7 +80,9 @@ def audit_checklist(folder: Path) -> list[dict]:
     """A finding for each item of the submission checklist, on a repository or on the copy of one."""
     is_own = folder.resolve() == REPOSITORY  # what is tracked; of a copy, all that it holds
     names = tracked_files() if is_own else [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    journal = (folder / "JOURNAL.md").read_text(encoding="utf-8", errors="replace") if "JOURNAL.md" in names else ""
+    shown = [name for name in names if name in ("README.md", "JOURNAL.md")]
+    texts = {name: (folder / name).read_text(encoding="utf-8", errors="replace") for name in shown}
+    journal = texts.get("JOURNAL.md", "")
     front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
     no_journal = "" if journal else "there is no JOURNAL.md yet"
     advice = "make journal"
@@ -113,11 +115,6 @@ def audit_checklist(folder: Path) -> list[dict]:
     told = f"{len(left_out)} are not tracked" if left_out else "" if scripts else "no shell script that speaks to Slurm"
     findings.append(judge("every Slurm script", told, ", ".join(scripts), "git add jobs/", left_out))
 
-    texts = {
-        name: (folder / name).read_text(encoding="utf-8", errors="replace")
-        for name in names
-        if name in ("README.md", "JOURNAL.md")
-    }
     images = [{"text": name, "image": a or b} for name, text in texts.items() for a, b in IMAGE.findall(text)]
     wrong = [row for row in images if not row["image"].startswith("assets/") or row["image"] not in names]
     told = no_journal or (f"{len(wrong)} of {len(images)} are elsewhere, or not there" if wrong else "")

@@ -62,7 +62,8 @@ def by_class(survey: Survey, index) -> str:
     mine = survey.labels[index][survey.labels[index] >= 0]
     if not len(known) or not len(mine):
         return "no labels"
-    base, chance = known.mean(), binomial_chance(int(mine.sum()), len(mine), known.mean())
+    base = known.mean()
+    chance = binomial_chance(int(mine.sum()), len(mine), base)
     verdict = "as the split" if chance >= LEAST_CHANCE else f"not by chance (p = {chance:.1g})"
     return f"{mine.mean():.0%} of them positive, {base:.0%} of the split, {verdict}"
 

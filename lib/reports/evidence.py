@@ -174,9 +174,10 @@ def choose_seeds(rows: list[dict], wanted: list[str]) -> list[dict]:
 def newest(root: Path, said: str | None, pattern: str) -> Path | None:
     """The folder that journal.yaml names, or of those with such a file the one in which it is newest."""
     if said:
-        if not (root / said).is_dir():
-            say(f"note: journal.yaml names {said}, which is not here: what was gathered of it before stays")
-        return root / said if (root / said).is_dir() else None
+        if (root / said).is_dir():
+            return root / said
+        say(f"note: journal.yaml names {said}, which is not here: what was gathered of it before stays")
+        return None
     found = sorted(root.glob(pattern), key=lambda path: (path.stat().st_mtime, path))
     return found[-1].parent if found else None
 
@@ -208,8 +209,8 @@ def gather(root: Path, said: dict, commit: str) -> None:
     if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
         with replaced(kept / "search") as target:
             copy_files(search, target, "plan.json", "champion.json", "rung-*.json")
-            for name in ("plan.json", *(path.name for path in target.glob("*.json"))):
-                read_json(target / name)
+            for path in {target / "plan.json", *target.glob("*.json")}:
+                read_json(path)
     if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
         with replaced(kept / "audit") as target:
             gather_findings(audit, target, root)

@@ -99,18 +99,18 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float, conf
     """ROC, precision-recall and the confusion matrix at a threshold; on the curves `others` too, as (name, threshold)."""
     figure, (roc, pr, matrix) = new_figure(3, height=3.4 + 0.2 * (len(others) // 3))
     points = curve_points(labels, probs)
+    styles = [{"marker": MARKS[n % len(MARKS)], "color": COLOURS[1 + n % 5]} for n in range(len(others))]
+    styles.append({"marker": "o", "markersize": 12, "fillstyle": "none", "color": "black"})  # around what lies there
     for axes, title, x, y, chance in (
         (roc, "ROC", "false_positive_rate", "recall", ([0, 1], [0, 1])),
         (pr, "precision and recall", "recall", "precision", ([0, 1], [labels.mean()] * 2)),
     ):
         axes.plot(points[x], points[y])
         axes.plot(*chance, color="black", linestyle=":", label="constant answer")
-        for number, (name, value) in enumerate([*others, (f"threshold {threshold:.3g}", threshold)]):
+        for (name, value), style in zip([*others, (f"threshold {threshold:.3g}", threshold)], styles, strict=True):
             at = np.searchsorted(-points["threshold"], -value, side="right") - 1
             if at >= 0:
-                mark, colour = MARKS[number % len(MARKS)], COLOURS[1 + number % 5]
-                ring = {"markersize": 12, "fillstyle": "none", "color": "black"} if number == len(others) else {"color": colour}
-                axes.plot(points[x][at], points[y][at], "o" if number == len(others) else mark, label=name, **ring)
+                axes.plot(points[x][at], points[y][at], linestyle="", label=name, **style)
         axes.set(title=title, xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
     with plt.rc_context(STYLE):
         figure.legend(*roc.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

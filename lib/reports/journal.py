@@ -4,7 +4,6 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from lib.command import BadInput, one_line, say
@@ -12,7 +11,7 @@ from lib.logger import atomic_write
 from lib.reports import pages
 from lib.reports.evidence import Evidence, gather, git, read_said
 from lib.reports.figures import figure_png
-from lib.reports.parts import Figure, cite, to_html, to_markdown
+from lib.reports.parts import Figure, Words, cite, to_html, to_markdown
 from lib.reports.sections import CANNOT, DRAWN, OF_DAMAGE, answer, front_page, read_questions
 from lib.rundir import REPOSITORY
 
@@ -43,12 +42,13 @@ def write_journal(root: Path) -> dict:
     e = open_evidence(root, git("rev-parse", "HEAD").strip())
     gather(root, e.said, e.commit)
     sections = build(e)
-    if wrong := [line for line in write_markdown(e, sections).splitlines() if CANNOT in line]:
+    if wrong := [part.text for part in parts_of(sections, Words) if CANNOT in part.text]:
         raise BadInput(wrong[0])
-    for figure in figures_of(sections):
+    figures = parts_of(sections, Figure)
+    for figure in figures:
         if figure.draw:
             draw(figure, e)
-    stale = {path.name for path in (root / DRAWN).glob("*.png")} - {Path(figure.name).name for figure in figures_of(sections)}
+    stale = {path.name for path in (root / DRAWN).glob("*.png")} - {Path(figure.name).name for figure in figures}
     for name in stale:
         (root / DRAWN / name).unlink()
     text = write_markdown(e, sections)
@@ -56,14 +56,13 @@ def write_journal(root: Path) -> dict:
         file.write(text)
     write_page(root / PAGE, e, sections)
     open_questions = text.count("**Not measured yet**")
-    say(f"{root / NAME} and {root / PAGE}: {len([*figures_of(sections)])} figures, {open_questions} answers not measured yet")
+    say(f"{root / NAME} and {root / PAGE}: {len(figures)} figures, {open_questions} answers not measured yet")
     return {"journal": str(root / NAME), "page": str(root / PAGE), "not_measured": open_questions, "commit": e.commit}
 
 
-def figures_of(sections) -> Iterator[Figure]:
-    for questions in sections.values():
-        for _, _, parts in questions:
-            yield from (part for part in parts if isinstance(part, Figure))
+def parts_of(sections, kind: type) -> list:
+    """The parts of one kind in all answers, in order."""
+    return [part for questions in sections.values() for _, _, parts in questions for part in parts if isinstance(part, kind)]
 
 
 def draw(figure: Figure, e: Evidence) -> None:
@@ -114,7 +113,7 @@ def check_journal(root: Path) -> list[str]:
     e = open_evidence(root, found[1])
     sections = build(e)
     told = []
-    for figure in figures_of(sections):
+    for figure in parts_of(sections, Figure):
         if figure.draw and (said := source_of_picture(root / figure.name)) != cite(e, figure.sources):
             told.append(f"{figure.name} was drawn from other files than there are now: {said or 'nothing that it names'}")
     return told + compare_lines(text.splitlines(), write_markdown(e, sections).splitlines())
