@@ -16,7 +16,16 @@ import h5py
 import numpy as np
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import cache_file, file_digest, read_cache, read_edited_csv, sync_folder, write_cache, write_csv
+from lib.logger import (
+    cache_file,
+    file_digest,
+    read_cache,
+    read_edited_csv,
+    sync_folder,
+    try_lock,
+    write_cache,
+    write_csv,
+)
 
 SPLITS = ("train", "valid", "test")
 PATCH_SHAPE = (96, 96, 3)
