@@ -45,6 +45,7 @@ def main(argv=None) -> int:
     from lib.predict import predict_batch, ready_to_predict
     from lib.progress import Progress
     from lib.reference import farthest_features, judge_batch, measure_features, patch_scores
+    from lib.seeding import set_determinism
 
     device = choose_device(args.device)
     keep_freed_memory()
@@ -58,6 +59,7 @@ def main(argv=None) -> int:
         raise BadInput(f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file")
     require_writable(args.out)  # before the work
     model, cfg, checkpoint = load_model(args.ckpt)
+    set_determinism(cfg.deterministic)
     model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views
     threshold = checkpoint["threshold"] if args.threshold is None else args.threshold

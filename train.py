@@ -60,7 +60,7 @@ def start(cfg, args, run: Path | None = None) -> int:
 
 def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
-    from lib import batches, deploy, rundir, training
+    from lib import batches, deploy, rundir, runlog, training
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
     from lib.launch import StopFlag
@@ -107,6 +107,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
         held = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)
+        rundir.say_what_changed(run, meta)
         rundir.write_meta(run, meta)
         say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
         say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
@@ -129,14 +130,14 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     with (
         StopFlag() as stop,
-        rundir.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size) as log,
+        runlog.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size) as log,
         Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
     ):
         try:
             while progress["epoch"] < min(cfg.epochs, args.until_epoch or cfg.epochs) and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
                 epoch = progress["epoch"]
-                keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg)
+                keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
                 todo = keys[: steps_per_epoch * batch_size].split(batch_size)[progress["step"] :]
                 mine = [ranks.part(keys) for keys in todo]
                 log.start_epoch()
@@ -147,7 +148,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                         log.add_step(result, batch, lr)
                         trace.add(batch, result)
                         bar.add(batch_size, log.note)
-                        if ranks.any(stop, device):
+                        if ranks.any(stop, progress["num_steps"]):
                             save("last.pt")
                             if ranks.is_first:
                                 rundir.write_stop(run, "interrupted", progress["num_steps"])
@@ -173,7 +174,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                     save("best.pt")
                 save("last.pt")
             status = "finished" if progress["epoch"] == cfg.epochs or training.is_stale(progress, cfg) else "paused"
-        except rundir.Diverged as error:
+        except runlog.Diverged as error:
             if ranks.is_first:
                 good = "last.pt" if (run / "last.pt").is_file() else "none yet"
                 say(f"error: {error}; the last good checkpoint of {run} is {good}")

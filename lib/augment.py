@@ -1,6 +1,7 @@
 """From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised, channels last."""
 
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass
 
 import torch
 
@@ -31,11 +32,13 @@ class Draws:
 
 
 def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
-    """The draws for samples `keys` int64 (B,) on the CPU: a function of (seed, epoch, sample) alone."""
+    """The draws for samples `keys` int64 (B,), made where the keys are: a function of (seed, epoch, sample) alone."""
     num = len(keys)
-    bits = position_bits(keys[:, None] * NUM_DRAWS + torch.arange(NUM_DRAWS), cfg.seed, epoch, AUGMENTATION)  # (B, 15)
+    number = torch.arange(NUM_DRAWS, device=keys.device)
+    bits = position_bits(keys[:, None] * NUM_DRAWS + number, cfg.seed, epoch, AUGMENTATION)  # (B, 15)
     # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
-    spread = (bits_to_uniform(bits[:, 3:]).view(num, 4, 3).sum(2) - 1.5) * 2.0
+    first, second, third = bits_to_uniform(bits[:, 3:]).view(num, 4, 3).unbind(2)
+    spread = (first + second + third - 1.5) * 2.0  # (B, 4), added in this order on every device
     gain = 1 + cfg.stain_jitter * spread[:, 1:]
     return Draws(
         bits[:, 0] & (7 if cfg.symmetries else 0),
@@ -46,29 +49,40 @@ def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
     )
 
 
-def no_augmentation(num: int) -> Draws:
+def no_augmentation(num: int, device="cpu") -> Draws:
     """Draws that leave patches as they are."""
-    zeros = torch.zeros(num, 2, dtype=torch.int64)
-    return Draws(zeros[:, 0], zeros, torch.ones(num, 3), torch.zeros(num, 3))
+    zeros = torch.zeros(num, 2, dtype=torch.int64, device=device)
+    return Draws(zeros[:, 0], zeros, torch.ones(num, 3, device=device), torch.zeros(num, 3, device=device))
 
 
-def view_draws(num: int, symmetry: int, shift=(0, 0)) -> Draws:
-    """Draws that apply one of the eight symmetries to every patch and shift what comes out by `shift` pixels (y, x)."""
-    y, x = shift[::-1] if symmetry & 4 else shift  # as it is before the symmetry, which is when pixels are shifted
-    shift = torch.tensor([[-y if symmetry & 2 else y, -x if symmetry & 1 else x]])
-    return replace(no_augmentation(num), symmetry=torch.full((num,), symmetry), shift=shift.repeat(num, 1))
+def eight_views(images: torch.Tensor, shift=VIEW_SHIFT):
+    """Yield patches (B, S, S, C) of any type in each of the eight symmetries, then moved by `shift` pixels (y, x).
+
+    The edge is repeated where a shift leaves the patch. Each view is one copy, the same for all patches.
+    """
+    size, margin = images.shape[1], max(shift)
+    reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
+    wide = images.index_select(1, reads).index_select(2, reads)
+    for symmetry in range(8):
+        y, x = shift[::-1] if symmetry & 4 else shift  # as it is before the symmetry
+        top = margin + (y if symmetry & 2 else -y)
+        left = margin + (x if symmetry & 1 else -x)
+        view = wide[:, top : top + size, left : left + size]
+        view = view.flip([axis for axis, bit in ((2, 1), (1, 2)) if symmetry & bit])
+        yield (view.transpose(1, 2) if symmetry & 4 else view).contiguous()
 
 
 def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:
-    """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop, 3).
+    """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop, 3); draws lie where they do.
 
     The edge is repeated where a shift leaves the patch. One gather of whole pixels serves all: output pixel (i, j) reads
     row[i] + column[j] of its patch, which with x and y exchanged is a transposition.
     """
-    num, size = len(images), images.shape[1]
-    if crop == size and not draws.symmetry.any() and not draws.shift.any():
+    num, size, device = len(images), images.shape[1], images.device
+    # a GPU is not asked: the answer would wait for all steps before
+    if crop == size and device.type == "cpu" and not draws.symmetry.any() and not draws.shift.any():
         return images
-    ramp = torch.arange(crop) + (size - crop) // 2
+    ramp = torch.arange(crop, device=device) + (size - crop) // 2
 
     def source(axis, flip_bit):  # (B, crop): where each output position reads along an axis
         flipped = torch.where((draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp)
@@ -76,20 +90,26 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
 
     y, x = source(0, 1) * size, source(1, 0)
     transposed = (draws.symmetry >> 2).bool()[:, None]
-    first = torch.arange(num)[:, None] * size * size
-    along_rows = (torch.where(transposed, x, y) + first).to(images.device, torch.int32, non_blocking=True)
-    along_columns = torch.where(transposed, y, x).to(images.device, torch.int32, non_blocking=True)
+    first = torch.arange(num, device=device)[:, None] * size * size
+    along_rows = (torch.where(transposed, x, y) + first).int()
+    along_columns = torch.where(transposed, y, x).int()
     index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * crop * crop,)
     return torch.index_select(images.reshape(-1, 3), 0, index).view(num, crop, crop, 3)
+
+
+@functools.cache
+def on_device(values: tuple, device: torch.device) -> torch.Tensor:
+    """Constants as a tensor on a device, copied there once: each copy to a GPU waits for its steps."""
+    return torch.tensor(values, device=device)
 
 
 def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
     """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96) `dtype`, channels last."""
     num, height, width, num_channels = images.shape
-    mean, std = torch.tensor(mean), torch.tensor(std)
+    mean, std = on_device((tuple(mean), tuple(std)), images.device)
     factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
     # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner loop is long and plain
-    scale, bias = factors.to(images.device, non_blocking=True).repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
+    scale, bias = factors.repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num

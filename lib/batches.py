@@ -1,6 +1,6 @@
 """Which patches make up a batch, and how they get from the file to the device while the model is busy with the last one."""
 
-import dataclasses
+import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches uint8 (B, 96, 96, 3) and labels float32 (B,) on the device; `keys` int64 (B,) on the CPU say what to draw."""
+    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,), which say what to draw, on one device."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -71,10 +71,10 @@ class PatchSource:
     def __len__(self) -> int:
         return self.images.num
 
-    def gather(self, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Copy the patches at `rows` int64 (B,) into `out` uint8 (B, 96, 96, 3), or, on the device, into a fresh tensor."""
         if self.residence == "device":
-            return torch.index_select(self.rows, 0, rows.to(self.device)).view(-1, *PATCH_SHAPE)
+            return torch.index_select(self.rows, 0, rows).view(-1, *PATCH_SHAPE)
         if self.rows is None:
             out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
         elif self.residence == "disk":  # may stall on a page: in the background, and there one thread that keeps out of the way
@@ -195,58 +195,77 @@ def fit_batch_size(cfg: Config, num_rows: int) -> int:
     return size
 
 
-def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config) -> torch.Tensor:
-    """Sample keys of an epoch, int64 (N,), a function of (seed, epoch).
+def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu") -> torch.Tensor:
+    """Sample keys of an epoch, int64 (N,) on `device`, a function of (seed, epoch).
 
     A key is row + repeat * num_total: with `balance: sampler` the smaller class comes up several times an epoch, and each
     time something else is drawn for it.
     """
-    index, labels = torch.from_numpy(rows.index), rows.labels
+    index = torch.from_numpy(rows.index).to(device)
     if cfg.balance != "sampler":
-        return index[position_permutation(len(index), cfg.seed, epoch, ORDER)]
+        return index[position_permutation(len(index), cfg.seed, epoch, ORDER, device=device)]
     share, parts = len(index) // 2, []
     for label in (0, 1):
-        members = index[torch.from_numpy(np.flatnonzero(labels == label))]
+        members = index[torch.from_numpy(np.flatnonzero(rows.labels == label)).to(device)]
         for repeat in range(-(-share // len(members))):
-            order = position_permutation(len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat)
+            order = position_permutation(len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat, device=device)
             parts.append(members[order][: share - repeat * len(members)] + repeat * num_total)
     keys = torch.cat(parts)
-    return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER)]
+    return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
 
 def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=None) -> Iterator[Batch]:
-    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,), gathered by a background thread if that can pay.
+    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,) on any device.
 
-    A batch lives in one of a few reused buffers: it is valid until the next one is asked for. `wait_s` is the time that the
-    caller spent waiting for it. An error in the thread is raised here.
+    What does not lie on the device is gathered by a background thread, if that can pay, into one of a few reused buffers: a
+    batch is valid until the next one is asked for. `wait_s` is the time that the caller spent waiting for it. An error in the
+    thread is raised here. Nothing waits for a GPU.
     """
     if not batches:
         return
-    device, pin = source.device, source.device.type == "cuda"
-    targets = torch.from_numpy(np.ascontiguousarray(labels)).float()
-    size = max(len(keys) for keys in batches)
-    buffers = [torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=pin) for _ in range(NUM_BUFFERS)]
+    num, device = len(source), source.device
+    sizes = [len(keys) for keys in batches]
+    keys = torch.cat(batches)  # of all batches, which cross to the device together
+    targets = torch.from_numpy(np.ascontiguousarray(labels)).float().to(device)
+    device_keys = keys.to(device).split(sizes)
+    if source.residence == "device":
+        gathered = ((source.gather(part % num), 0.0) for part in device_keys)
+    else:
+        gathered = gather_ahead(source, (keys % num).cpu().split(sizes), source.can_stall if prefetch is None else prefetch)
+    with contextlib.closing(gathered):
+        for part, (images, wait_s) in zip(device_keys, gathered, strict=True):
+            yield Batch(images, targets[part % num], part, num, wait_s)
 
-    def fill(keys, buffer) -> Batch:
-        with torch.cuda.stream(stream):  # of its own, so that copies overlap with the model instead of queueing behind it
-            rows = keys % len(source)
-            images, batch_targets = source.gather(rows, buffer[: len(keys)]), targets[rows]
-            if pin:
-                images = images.to(device, non_blocking=True)
-                batch_targets = batch_targets.pin_memory().to(device, non_blocking=True)
-                stream.synchronize()
-        return Batch(images, batch_targets, keys, len(source))
 
-    stream = torch.cuda.Stream(device) if pin else None
-    ahead = NUM_BUFFERS - 1 if (source.can_stall if prefetch is None else prefetch) else 0  # the last one is with the model
+def gather_ahead(source: PatchSource, batches, prefetch: bool) -> Iterator[tuple[torch.Tensor, float]]:
+    """Yield the patches of each of `batches`, row numbers int64 (B,), on the device, and the seconds waited for them."""
+    on_gpu = source.device.type == "cuda"
+    size = max(len(rows) for rows in batches)
+    buffers = [torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=on_gpu) for _ in range(NUM_BUFFERS)]
+    copies = [None] * NUM_BUFFERS  # of each buffer to the GPU, as events
+    stream = torch.cuda.Stream(source.device) if on_gpu else None  # or copies would queue behind the model's steps
+
+    def fill(number: int) -> torch.Tensor:
+        rows, place = batches[number], number % NUM_BUFFERS
+        if copies[place]:
+            copies[place].synchronize()  # what the buffer held has to have left it
+        images = source.gather(rows, buffers[place][: len(rows)])
+        if on_gpu:
+            with torch.cuda.stream(stream):
+                images = images.to(source.device, non_blocking=True)
+                copies[place] = stream.record_event()
+        return images
+
+    ahead = NUM_BUFFERS - 1 if prefetch else 0  # the last one is with the model
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        pending = deque(pool.submit(fill, keys, buffer) for keys, buffer in zip(batches[:ahead], buffers, strict=False))
-        for number, keys in enumerate(batches):
-            started = time.perf_counter()
-            batch = pending.popleft().result() if ahead else fill(keys, buffers[0])
-            if pin:  # the copy's memory must not be handed out again before the model's stream is done with it
-                for tensor in (batch.images, batch.labels):
-                    tensor.record_stream(torch.cuda.current_stream(device))
-            if ahead and number + ahead < len(batches):
-                pending.append(pool.submit(fill, batches[number + ahead], buffers[(number + ahead) % NUM_BUFFERS]))
-            yield dataclasses.replace(batch, wait_s=time.perf_counter() - started)
+        pending = deque(pool.submit(fill, number) for number in range(min(ahead, len(batches))))
+        for number in range(len(batches)):
+            started_at = time.perf_counter()
+            images = pending.popleft().result() if prefetch else fill(number)
+            if on_gpu:
+                current = torch.cuda.current_stream(source.device)
+                current.wait_event(copies[number % NUM_BUFFERS])
+                images.record_stream(current)  # its memory is not handed out again before the model is done with it
+            if prefetch and number + ahead < len(batches):
+                pending.append(pool.submit(fill, number + ahead))
+            yield images, time.perf_counter() - started_at

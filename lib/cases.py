@@ -31,7 +31,7 @@ from lib.models import build_model
 from lib.optimizers import build_optimizer
 from lib.pcam import PATCH_BYTES, PATCH_SHAPE, open_split, split_path
 from lib.predict import predict_batch, ready_to_predict
-from lib.rundir import RunLog
+from lib.runlog import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -349,7 +349,7 @@ def build_training(case: Case, device: torch.device) -> tuple[training.TrainStat
     alter(state.model, case)
     if not case.channels_last:
         state.optimizer = build_optimizer(state.model, case.cfg)  # which looks at the filters as they lie in memory
-    return state, epoch_order(rows, len(split), 0, case.cfg)
+    return state, epoch_order(rows, len(split), 0, case.cfg, device)
 
 
 @contextlib.contextmanager
@@ -378,7 +378,7 @@ def apart(case, device, about, parts):
     split, on_gpu = open_split(case.cfg.data_dir, "train"), device.type == "cuda"
     source = PatchSource(split.images, case.cfg.data_residence, device)
     about["residence"] = source.residence
-    targets = torch.from_numpy(split.labels).float()
+    targets = torch.from_numpy(split.labels).float().to(device)
     buffer = torch.empty(case.cfg.batch_size, *PATCH_SHAPE, dtype=torch.uint8, pin_memory=on_gpu)
     lr, ended_at, in_batch = training.learning_rate(case.cfg, 0, LEAST_BATCHES), 0.0, {}
 
@@ -405,12 +405,12 @@ def apart(case, device, about, parts):
         for batch_keys in itertools.cycle(cut_batches(case, keys)):
             in_batch.clear()
             ended_at, rows = time.perf_counter(), batch_keys % len(split)
-            images = source.gather(rows, buffer)
+            images = source.gather(rows if source.residence == "device" else rows.cpu(), buffer)
             end("gather")
             if on_gpu:
                 images = images.to(device, non_blocking=True)
                 end("transfer")
-            batch = Batch(images, targets[rows].to(device), batch_keys, len(split))
+            batch = Batch(images, targets[rows], batch_keys, len(split))
             result = training.training_step(state, batch, case.cfg, lr)
             end("optimiser")  # and the averaged weights
             log.add_step(result, batch, lr)

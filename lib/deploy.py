@@ -13,6 +13,7 @@ from lib.metrics import compute_metrics, sigmoid
 from lib.pcam import Split
 from lib.predict import predict_rows
 from lib.reference import MOST_ROWS, build_reference, measure_features
+from lib.seeding import set_determinism
 
 
 def sample_features(split: Split, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +65,7 @@ def complete_checkpoint(
 def recalibrate(ckpt, directory, overrides, device: str) -> None:
     """Calibrate a checkpoint anew, in place, on a folder's train and valid splits; `overrides` may change free keys."""
     cfg = change_free_keys(load_model(ckpt)[1], {"data_dir": str(directory)} | parse_overrides(overrides))
+    set_determinism(cfg.deterministic)
     train, valid = open_train_valid(cfg)
     device = choose_device(device)
     complete_checkpoint(ckpt, device, train, valid, PatchSource(valid[0].images, cfg.data_residence, device), cfg)

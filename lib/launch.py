@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import hashlib
 import os
+import platform
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ import torch.distributed as dist
 
 from lib.command import STOP_SIGNALS, BadInput, one_line
 
+ASK_EVERY = 8  # steps between two exchanges of whether a rank was told to stop: each makes all wait for the slowest
 PATIENCE = datetime.timedelta(minutes=30)  # a rank may wait that long for another, which may be reading data
 
 
@@ -41,10 +44,14 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank 0 writes the files."""
+    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank 0 writes the files.
+
+    `via_host`: what is on a GPU is exchanged through host memory, because ranks share one, which NCCL refuses.
+    """
 
     rank: int = 0
     num: int = 1
+    via_host: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -63,13 +70,18 @@ class Ranks:
         """`values` of every rank, of equal shape, in rank order."""
         if self.num == 1:
             return [values]
-        gathered = [torch.empty_like(values) for _ in range(self.num)]
-        dist.all_gather(gathered, values.contiguous())
-        return gathered
+        sent = values.cpu() if self.via_host else values.contiguous()
+        gathered = [torch.empty_like(sent) for _ in range(self.num)]
+        dist.all_gather(gathered, sent)
+        return [part.to(values.device) for part in gathered]
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up on any rank: all of them have to leave at the same step."""
-        return bool(sum(self.gather(torch.tensor(float(bool(flag)), device=device))) if self.num > 1 else flag)
+    def any(self, flag: bool, step: int) -> bool:
+        """Whether the flag is up on any rank, asked every ASK_EVERY steps: all ranks have to leave at the same one."""
+        if self.num == 1:
+            return bool(flag)
+        if step % ASK_EVERY:
+            return False
+        return bool(sum(self.gather(torch.tensor(float(bool(flag))))))  # on the CPU: no GPU is waited for
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)), whoever holds what."""
@@ -99,12 +111,18 @@ def _first_node() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def _meet(ranks: Ranks, device: torch.device) -> None:
-    """A first exchange, which finds what the backend says of no rank by itself. Raises BadInput."""
+def meet(rank: int, num: int, device: torch.device) -> Ranks:
+    """The ranks after a first exchange, which tells whether they share a GPU. Raises BadInput where there is none."""
+    ranks = Ranks(rank, num)
     try:
+        if device.type == "cuda":
+            own = hashlib.sha256(f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}".encode())
+            gpus = ranks.gather(torch.frombuffer(bytearray(own.digest()), dtype=torch.uint8))
+            ranks = Ranks(rank, num, via_host=len({tuple(gpu.tolist()) for gpu in gpus}) < num)
         ranks.gather(torch.zeros(1, device=device))
     except dist.DistBackendError as error:
-        raise BadInput(f"the ranks do not reach each other, or share a GPU, or have MIG slices: {one_line(error)}") from None
+        raise BadInput(f"the ranks do not reach each other, or have slices of one GPU: {one_line(error)}") from None
+    return ranks
 
 
 @contextlib.contextmanager
@@ -124,10 +142,9 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
         yield Ranks()
         return
     require_equal_shares(num_shards, num)
-    ranks = Ranks(rank, num)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=num, timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=num, timeout=PATIENCE)
     try:
-        _meet(ranks, device)
-        yield ranks
+        yield meet(rank, num, device)
     finally:
         dist.destroy_process_group()

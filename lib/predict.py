@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING, VIEW_SHIFT, move_pixels, no_augmentation, normalise, view_draws
+from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
 from lib.batches import PatchSource, Rows, load_batches
 from lib.centrenet import fold_norms
 from lib.device import layer_precision
@@ -26,13 +26,15 @@ def predict_batch(model: nn.Module, images: torch.Tensor, precision: str, views:
     if images.device.type == "cpu" and len(images) > CPU_BATCH:
         return torch.cat([predict_batch(model, part, precision, views, preprocessing) for part in images.split(CPU_BATCH)])
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    plain = no_augmentation(len(images))
+    plain = no_augmentation(len(images), images.device)
+    inputs = normalise(images, plain, preprocessing["mean"], preprocessing["std"], dtype)
+    seen = [inputs]
+    if views > 1:
+        seen = (view.permute(0, 3, 1, 2) for view in eight_views(inputs.permute(0, 2, 3, 1)))
     logits = torch.zeros(len(images), device=images.device)
-    for view in range(views):
-        seen = move_pixels(images, view_draws(len(images), view, VIEW_SHIFT)) if views > 1 else images
-        inputs = normalise(seen, plain, preprocessing["mean"], preprocessing["std"], dtype)
+    for view in seen:
         with layer_precision(images.device, precision):
-            logits += model(inputs).float().flatten()
+            logits += model(view).float().flatten()
     return logits / views
 
 
@@ -43,7 +45,7 @@ def predict_rows(model: nn.Module, source: PatchSource, index: np.ndarray, cfg, 
     """
     model = ready_to_predict(model, cfg.precision)
     no_labels = np.zeros(len(source), np.uint8)  # prediction knows none
-    batches = load_batches(source, no_labels, torch.from_numpy(index).split(cfg.eval_batch_size))
+    batches = load_batches(source, no_labels, torch.from_numpy(index).to(source.device).split(cfg.eval_batch_size))
     logits = [predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING) for batch in batches]
     return torch.cat(logits).cpu().numpy()  # once: a GPU waits for no batch
 

@@ -1,23 +1,20 @@
 """The tracker: a run is a folder, made once, written by one process, read by anybody at any time."""
 
-import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import secrets
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import BinaryIO
 
 from lib.command import BadInput, nearest, one_line, print_result, say
 from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
-from lib.logger import CsvLog, atomic_write, read_csv, read_json, try_lock, utc_now, write_json
+from lib.logger import atomic_write, read_json, try_lock, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
@@ -29,15 +26,7 @@ VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "
 VARIABLES += ("NVIDIA_TF32_OVERRIDE",)
 PATCH_BYTES_KEPT = 1 << 20
 
-STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
-BASELINES = ("always_positive_f2", "majority_accuracy", "constant_auc", "constant_pr_auc", "prior_loss")
-EPOCH_COLUMNS = (
-    *("epoch", "step", "train_loss", "is_best"),
-    *(f"val_{name}" for name in SCORES),
-    *BASELINES,
-    *("train_s", "eval_s", "images_per_s"),
-)
 
 
 def create_run(runs_dir, cfg: Config) -> Path:
@@ -107,6 +96,24 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
         raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
     if before.get("identity") != cfg.identity_digest(data):
         raise BadInput(f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there, was changed")
+
+
+def say_what_changed(run: Path, meta: dict) -> None:
+    """Say where a run goes on with other hardware, or another torch, than at its last start: the bits may then be others."""
+    if not (run / "meta.json").is_file():
+        return
+    before = read_json(run / "meta.json")
+    for name, place, key in (
+        ("device", "machine", "device"),
+        ("GPU", "machine", "gpu"),
+        ("processor's instruction set", "machine", "cpu_capability"),
+        ("torch", "versions", "torch"),
+    ):
+        old, new = (facts.get(place, {}).get(key) for facts in (before, meta))
+        if old != new:
+            say(
+                f"warning: {run} goes on with another {name}, {new or 'none'} instead of {old or 'none'}: other bits may follow"
+            )
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -215,140 +222,6 @@ def write_stop(run: Path, status: str, step: int) -> None:
     write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {run}")
     print_result({"run": str(run), "status": status, "step": step})
-
-
-class Diverged(Exception):
-    """A loss, score or weight that is not a finite number: after which step, over which rows of the training split."""
-
-    def __init__(self, step: int, what: str, rows: list[int]):
-        super().__init__(f"{what}; the batch of step {step} holds the training rows {rows}")
-        self.step, self.rows = step, rows
-
-
-class RunLog:
-    """steps.csv and epochs.csv of a run, and where its time went.
-
-    A step's loss is read one step late, so that a GPU never waits for the logging. `progress` is the training state's: it
-    says which rows a resumed run keeps, and carries the sum of the epoch's losses.
-    `batch_size` patches make a step, over all ranks.
-    """
-
-    def __init__(self, run: Path | None, progress: dict, started_at: float, batch_size: int):
-        self.progress, self.batch_size = progress, batch_size
-        self.last_step, self.earlier_train_s, self.earlier_eval_s = (progress["num_steps"], []), 0.0, 0.0
-        self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
-        if run:  # ranks after the first note the same, and write nothing
-            self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
-            self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
-            self.logs = (self.steps, self.epochs)
-            rates = (float(row["images_per_s"] or 0) for row in read_csv(self.steps.path))
-            self.earlier_train_s = sum(batch_size / (rate or math.inf) for rate in rates)
-            self.earlier_eval_s = sum(float(row["eval_s"] or 0) for row in read_csv(self.epochs.path))
-        self.pending, self.note = None, ""
-        self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
-        self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
-
-    def start_epoch(self) -> None:
-        self.epoch_images, self.epoch_started_at = 0, time.perf_counter()
-        self.step_started_at = self.epoch_started_at
-
-    def add_step(self, result, batch, lr: float) -> None:
-        """Note a step that was just made. Raises Diverged if the loss of the one before was not finite."""
-        now = time.perf_counter()
-        step_s, self.step_started_at = now - self.step_started_at, now
-        self.train_s, self.wait_s = self.train_s + step_s, self.wait_s + batch.wait_s
-        self.num_images, self.epoch_images = self.num_images + self.batch_size, self.epoch_images + self.batch_size
-        if self.first_step_s is None:
-            self.first_step_s = time.monotonic() - self.started_at
-        before, self.pending = self.pending, (self.progress["num_steps"], self.progress["epoch"], result, batch, lr, step_s)
-        if before:
-            self._write(*before)
-        self.log_s += time.perf_counter() - now
-
-    def _write(self, step, epoch, result, batch, lr, step_s) -> None:
-        loss = float(result.loss)
-        self.last_step = step, sorted((batch.keys % batch.num_rows).tolist())
-        if not math.isfinite(loss):
-            self.pending = None
-            self.diverged(f"the loss of step {step} is {loss}")
-        self.progress["loss_sum"] += loss
-        self.note = f"loss {loss:.4f}"
-        if not self.logs:
-            return
-        self.steps.add(
-            step=step,
-            epoch=epoch + 1,
-            loss=loss,
-            lr=lr,
-            grad_norm=float(result.grad_norm),
-            images_per_s=round(self.batch_size / step_s, 1),
-            wait_share=round(batch.wait_s / step_s, 5),
-        )
-
-    def diverged(self, what: str):
-        """Raise Diverged, with the last step that was written."""
-        step, rows = self.last_step
-        raise Diverged(step, what, rows)
-
-    def flush(self) -> None:
-        """Put every row on disk. Raises Diverged as add_step does."""
-        started_at = time.perf_counter()
-        before, self.pending = self.pending, None
-        if before:
-            self._write(*before)
-        for log in self.logs:
-            log.flush(sync=True)  # as a checkpoint is, which is not to be ahead of its rows
-        self.log_s += time.perf_counter() - started_at
-
-    def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:
-        """Note an epoch's evaluation, beside what constants score, and tell the person who waits."""
-        train_s = time.perf_counter() - self.epoch_started_at - eval_s
-        self.eval_s += eval_s
-        train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
-        if not self.logs:
-            return
-        self.epochs.add(
-            epoch=self.progress["epoch"] + 1,
-            step=self.progress["num_steps"],
-            train_loss=train_loss,
-            is_best=int(is_best),
-            **{f"val_{name}": scores[name] for name in SCORES},
-            **{name: baselines[name] for name in BASELINES},
-            train_s=round(train_s, 3),
-            eval_s=round(eval_s, 3),
-            images_per_s=round(self.epoch_images / train_s, 1),
-        )
-        say(
-            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}, "
-            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
-            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f}), "
-            f"{self.epoch_images / train_s:,.0f} images/s{', best' if is_best else ''}"
-        )
-
-    def times(self) -> dict[str, float]:
-        """Where the time went: of a resumed run with that of earlier processes, for the steps that count. Rates and shares,
-        these of the training time, are the last process's."""
-        earlier_s = self.earlier_train_s + self.earlier_eval_s
-        return {
-            "wall_s": round(earlier_s + time.monotonic() - self.started_at, 3),
-            "first_step_s": self.first_step_s and round(self.first_step_s, 3),
-            "train_s": round(self.earlier_train_s + self.train_s, 3),
-            "eval_s": round(self.earlier_eval_s + self.eval_s, 3),
-            "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
-            "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
-            "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,
-        }
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        for log in self.logs:
-            if kind is None:
-                log.close()
-            else:
-                with contextlib.suppress(OSError):  # the first error is the one to report
-                    log.close()
 
 
 def write_summary(run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details) -> dict:

@@ -9,6 +9,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 
+_ADD, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _SIGNED = 1 << 63
 
 
@@ -17,25 +18,33 @@ def _signed(value: int) -> int:
     return (value + _SIGNED) % (1 << 64) - _SIGNED
 
 
-def _shift_right(values: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """Logical shift; torch's own keeps the sign."""
+def _shift_right(values, num_bits: int):
+    """Logical shift; a signed integer's own keeps the sign."""
     return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
     """splitmix64's finaliser (Steele et al., OOPSLA 2014) over int64; integer, so equal on every device."""
-    values = values + _signed(0x9E3779B97F4A7C15)
-    values = (values ^ _shift_right(values, 30)) * _signed(0xBF58476D1CE4E5B9)
-    values = (values ^ _shift_right(values, 27)) * _signed(0x94D049BB133111EB)
+    values = values + _signed(_ADD)
+    values = (values ^ _shift_right(values, 30)) * _signed(_MULTIPLY_1)
+    values = (values ^ _shift_right(values, 27)) * _signed(_MULTIPLY_2)
     return values ^ _shift_right(values, 31)
 
 
+def _mix_int(value: int) -> int:
+    """The same of one number, which then reaches a GPU as an argument: copying a tensor there would wait for its steps."""
+    value = _signed(value + _ADD)
+    value = _signed((value ^ _shift_right(value, 30)) * _MULTIPLY_1)
+    value = _signed((value ^ _shift_right(value, 27)) * _MULTIPLY_2)
+    return value ^ _shift_right(value, 31)
+
+
 def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """64 random bits for each of `keys` int64, of any shape, at a position such as (seed, epoch, purpose): int64."""
-    state = torch.zeros((), dtype=torch.int64)
+    """64 random bits for each of `keys` int64, of any shape and device, at a position such as (seed, epoch, purpose): int64."""
+    state = 0
     for part in position:
-        state = _mix(state ^ part)
-    return _mix(_mix(keys ^ state.to(keys.device)) ^ _signed(0xD1B54A32D192ED03))
+        state = _mix_int(state ^ part)
+    return _mix(_mix(keys ^ state) ^ _signed(0xD1B54A32D192ED03))
 
 
 def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:
@@ -43,9 +52,9 @@ def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
-def position_permutation(num: int, *position: int) -> torch.Tensor:
-    """A permutation of range(num) that is a function of the position alone: int64 (num,)."""
-    return torch.argsort(position_bits(torch.arange(num), *position), stable=True)
+def position_permutation(num: int, *position: int, device="cpu") -> torch.Tensor:
+    """A permutation of range(num) that is a function of the position alone: int64 (num,) on `device`."""
+    return torch.argsort(position_bits(torch.arange(num, device=device), *position), stable=True)
 
 
 def position_seed(*position: int) -> int:
@@ -60,9 +69,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def set_determinism(deterministic: bool, threads: int) -> None:
-    """Fix the thread count and choose, or not, only algorithms that repeat to the bit on the same machine."""
-    torch.set_num_threads(threads)
+def set_determinism(deterministic: bool, threads: int | None = None) -> None:
+    """Choose, or not, only algorithms that repeat to the bit on the same machine, with `threads` threads if they are given."""
+    if threads is not None:
+        torch.set_num_threads(threads)
     # what use_deterministic_algorithms does, but for loading torch's compiler, which takes seconds
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.deterministic = deterministic

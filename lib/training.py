@@ -208,7 +208,8 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
 
 def is_finite(state: TrainState) -> bool:
     """Whether every weight and statistic is a finite number."""
-    return all(bool(tensor.isfinite().all()) for tensor in state.model.state_dict().values())
+    are_finite = [tensor.isfinite().all() for tensor in state.model.state_dict().values()]
+    return bool(torch.stack(are_finite).all())
 
 
 def is_stale(progress: dict, cfg: Config) -> bool:

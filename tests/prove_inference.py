@@ -15,7 +15,7 @@ import numpy as np
 from conftest import REPOSITORY
 from proofs import made_now, write_markdown
 
-from lib.augment import PCAM_MEAN, PCAM_STD, VIEW_SHIFT, move_pixels, view_draws
+from lib.augment import PCAM_MEAN, PCAM_STD, eight_views
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, positive, print_result, say, script
@@ -49,8 +49,7 @@ def obvious_loop(ckpt, data, views: int, num_workers: int) -> tuple[float, np.nd
                 ((images * torch.tensor(PCAM_STD).view(3, 1, 1) + torch.tensor(PCAM_MEAN).view(3, 1, 1)) * 255).round().byte()
             )
             whole = whole.permute(0, 2, 3, 1).contiguous()
-            seen = (move_pixels(whole, view_draws(len(whole), view, VIEW_SHIFT)) for view in range(8))
-            seen = (normalise(patches.permute(0, 3, 1, 2).contiguous().float() / 255) for patches in seen)
+            seen = (normalise(patches.permute(0, 3, 1, 2).contiguous().float() / 255) for patches in eight_views(whole))
             logits.append(sum(model(patches).flatten() for patches in seen) / 8)
         seconds = time.perf_counter() - started_at
     return seconds, sigmoid(calibrate(torch.cat(logits).numpy(), checkpoint["calibration"]))

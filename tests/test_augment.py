@@ -11,12 +11,12 @@ from lib.augment import (
     PREPROCESSING,
     Draws,
     draw_augmentation,
+    eight_views,
     model_input,
     move_pixels,
     no_augmentation,
     normalise,
     patch_size,
-    view_draws,
 )
 from lib.config import load_config
 from lib.predict import predict_batch
@@ -46,12 +46,23 @@ def take(draws: Draws, rows) -> Draws:
 
 def test_the_eight_views_are_the_dihedral_group():
     patch = IMAGES[0].numpy()
-    views = [move_pixels(IMAGES[:1], view_draws(1, symmetry))[0] for symmetry in range(8)]
+    views = [view[0] for view in eight_views(IMAGES[:1], (0, 0))]
     assert all(np.array_equal(view, apply_reference(patch, symmetry)) for symmetry, view in enumerate(views))
     group = {np.rot90(side, turns).tobytes() for side in (patch, patch[:, ::-1]) for turns in range(4)}
     assert {view.numpy().tobytes() for view in views} == group and len(group) == 8
-    twice = {move_pixels(view[None], view_draws(1, s)).numpy().tobytes() for view in views for s in range(8)}
+    twice = {again.numpy().tobytes() for view in views for again in eight_views(view[None], (0, 0))}
     assert twice == group, "closed under composition"
+
+
+@pytest.mark.parametrize("shift", [(1, 3), (5, 0), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16])
+def test_a_view_is_turned_and_then_moved_with_the_edge_repeated(shift, dtype):
+    images = IMAGES[:3].to(dtype)
+    for symmetry, view in enumerate(eight_views(images, shift)):
+        assert view.dtype == dtype and view.is_contiguous()
+        for patch, seen in zip(IMAGES[:3].numpy(), view.float().numpy(), strict=True):
+            turned = apply_reference(patch, symmetry)
+            assert np.array_equal(seen, torch.from_numpy(apply_reference(turned, 0, *shift).copy()).to(dtype).float().numpy())
 
 
 def test_a_shift_repeats_the_edge_and_goes_before_the_symmetry_each_patch_by_its_own_draw():

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, REPOSITORY, run_script
 
+from lib.checkpoint import load_checkpoint
+from lib.launch import ASK_EVERY
 from lib.logger import read_csv, read_json
 
 SHARDED = ["--trace", *QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
@@ -78,6 +80,22 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_with_the_same
     result = run_script("train.py", "--resume", run, "--trace", check=0).json
     assert result["weights_sha256"] == alone["weights_sha256"]
     assert (run / "trace.csv").read_text() == alone["trace"] and not list(run.glob(".*.tmp"))
+
+
+def test_ranks_leave_at_the_same_step_when_one_of_them_is_told_to_stop(pcam_dir, tmp_path):
+    many = [option for option in SHARDED if option != "epochs=2"]
+    process = under_torchrun(2, "--runs", tmp_path, f"data_dir={pcam_dir}", *many, "epochs=200", "checkpoint_every_steps=1")
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*/last.pt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    second = [pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+    os.kill(int(second[0]), signal.SIGUSR1)
+    process.wait(timeout=200)
+    (run,) = tmp_path.iterdir()
+    stopped = read_json(run / "meta.json")["stopped"]
+    assert stopped["status"] == "interrupted" and stopped["step"] % ASK_EVERY == 0
+    assert load_checkpoint(run / "last.pt")["progress"]["num_steps"] == stopped["step"]
 
 
 def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):

@@ -15,7 +15,9 @@ from test_predict import DIHEDRAL, by_hand, shift
 from test_train import call_script
 
 import inference
+from lib.audits.model import audit_model
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
+from lib.deploy import recalibrate
 from lib.logger import read_csv, read_json
 from lib.metrics import sigmoid
 from lib.pcam import SplitWriter, open_split, split_path
@@ -274,3 +276,18 @@ def test_a_real_process_writes_to_the_working_folder_by_default(quick_run, tmp_p
     result = run_script("inference.py", "--ckpt", quick_run, "d", "--split", "train", cwd=tmp_path, check=0)
     rows = read_csv(tmp_path / "predictions.csv")
     assert len(rows) == result.json["num"] == 16 and rows[0]["source"].startswith("d/") and "label" in rows[0]
+
+
+def test_what_predicts_computes_as_training_does(quick_run, sources, pcam_dir, tmp_path):
+    ckpt = shutil.copytree(quick_run, tmp_path / "run")
+    predicting = {
+        "inference": lambda: infer(ckpt, sources["h5"], out=tmp_path / "p.csv"),
+        "audit": lambda: audit_model(ckpt, pcam_dir, "valid", tmp_path / "audit", [], "cpu", with_patches=False),
+        "calibration": lambda: recalibrate(ckpt, pcam_dir, [], "cpu"),
+    }
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    for name, predict in predicting.items():
+        cudnn.allow_tf32 = products.allow_tf32 = True  # which, on a GPU, would round what float32 layers read
+        cudnn.deterministic = False
+        predict()
+        assert not cudnn.allow_tf32 and not products.allow_tf32 and cudnn.deterministic, name

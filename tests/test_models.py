@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from lib.augment import model_input, move_pixels, no_augmentation, view_draws
+from lib.augment import eight_views, model_input, no_augmentation
 from lib.centrenet import filter_copies
 from lib.command import BadInput
 from lib.config import load_config
@@ -151,7 +151,7 @@ def test_p4m_gives_the_eight_symmetries_of_a_patch_one_logit_and_a_plain_network
             for tensor in model.state_dict().values():
                 if tensor.is_floating_point() and tensor.ndim == 1:
                     tensor.add_(torch.rand_like(tensor))
-            views = [model(model_input(images, view_draws(3, symmetry))) for symmetry in range(8)]
+            views = [model(model_input(view, no_augmentation(3))) for view in eight_views(images, (0, 0))]
             logits = torch.cat(views, 1)
         spread[name] = float((logits - logits[:, :1]).abs().max() / logits.std(0).mean())
     assert spread["p4m"] < 1e-4 < 1e-2 < spread["cnn"]
@@ -162,8 +162,8 @@ def test_the_eight_copies_of_a_filter_are_its_symmetries_in_orientations_that_tu
         weight = torch.arange(8.0 * size * size)
         copies = (weight @ filter_copies(size, False, torch.device("cpu"))).view(8, 8, size, size)
         patches = weight.view(8, size, size, 1).byte().expand(-1, -1, -1, 3)
-        for g in range(8):
-            turned = move_pixels(patches, view_draws(8, g), size)[..., 0].float()
+        for g, turned in enumerate(eight_views(patches[..., 0].float()[..., None], (0, 0))):
+            turned = turned[..., 0]
             assert sorted(map(tuple, copies[g].flatten(1).tolist())) == sorted(map(tuple, turned.flatten(1).tolist()))
         assert torch.equal(copies[0].flatten(), weight) and len({tuple(c.flatten().tolist()) for c in copies}) == 8
 

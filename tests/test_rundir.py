@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lib import rundir
+from lib import rundir, runlog
 from lib.batches import Batch
 from lib.command import BadInput
 from lib.config import load_config
@@ -86,24 +86,24 @@ def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_noth
 
 def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
     progress, losses = new_progress(), [0.1, 1 / 3, 2e-9]
-    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
+    with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, losses)
         log.flush()
     rows = read_csv(tmp_path / "steps.csv")
-    assert list(rows[0]) == list(rundir.STEP_COLUMNS) and [row["step"] for row in rows] == ["1", "2", "3"]
+    assert list(rows[0]) == list(runlog.STEP_COLUMNS) and [row["step"] for row in rows] == ["1", "2", "3"]
     assert [float(row["loss"]) for row in rows] == [float(torch.tensor(loss)) for loss in losses]
     assert progress["loss_sum"] == sum(float(torch.tensor(loss)) for loss in losses)
 
 
 def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_path):
     progress = new_progress()
-    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
+    with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, [1.0] * 6)
         log.flush()
     with open(tmp_path / "steps.csv", "a") as file:
         file.write("7,1,0.5")
     progress = new_progress(num_steps=4)
-    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
+    with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, [2.0] * 2)
         log.flush()
     rows = [(row["step"], float(row["loss"])) for row in read_csv(tmp_path / "steps.csv")]
@@ -114,11 +114,52 @@ def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_p
     assert log.earlier_train_s == pytest.approx(sum(took_s[:4])) and log.times()["wall_s"] >= log.earlier_train_s
 
 
+class Event:
+    """A GPU's event, as the log of steps knows it: of step `number`, passed once the GPU has come so far."""
+
+    done = 0
+
+    def __init__(self, number):
+        self.number = number
+
+    def query(self):
+        return Event.done >= self.number
+
+    def synchronize(self):
+        Event.done = max(Event.done, self.number)
+
+    def elapsed_time(self, later):
+        return 500.0 * (later.number - self.number)  # ms
+
+
+def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(Event, "done", 0)
+    monkeypatch.setattr(runlog.RunLog, "_to_host", lambda _, values, number: (values, Event(number)))
+    progress = new_progress()
+
+    def num_read() -> int:
+        return log.num_images // 2
+
+    with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
+        note_steps(log, progress, [1.0] * 5)
+        assert num_read() == 0 and Event.done == 0
+        Event.done = 3
+        progress["num_steps"] += 1
+        log.add_step(StepResult(torch.tensor(1.0), torch.tensor(2.0)), Batch(None, None, torch.arange(2), 100, 0.0), 0.1)
+        assert num_read() == 3 and Event.done == 3
+        note_steps(log, progress, [1.0] * runlog.MAX_PENDING)
+        assert len(log.pending) == runlog.MAX_PENDING, "so far and no further may a GPU be behind"
+        log.flush()
+    rows = read_csv(tmp_path / "steps.csv")
+    assert len(rows) == num_read() == 5 + 1 + runlog.MAX_PENDING
+    assert {float(row["images_per_s"]) for row in rows[1:4]} == {4.0}, "by the GPU's clock"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
     progress = new_progress()
-    with rundir.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
-        with pytest.raises(rundir.Diverged) as caught:
+    with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
+        with pytest.raises(runlog.Diverged) as caught:
             note_steps(log, progress, [1.0, bad, 1.0])
         assert caught.value.step == 2 and caught.value.rows == [2, 3] and "[2, 3]" in str(caught.value)
     assert len(read_csv(tmp_path / "steps.csv")) == 1

@@ -15,10 +15,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import lib.reports.figures  # noqa: F401 (before the cache is another one: its fonts are looked up there)
 import report
-from lib import rundir
+from lib import rundir, runlog
 from lib.command import BadInput
 from lib.config import dump_config, load_config, read_yaml
 from lib.logger import cache_file, read_csv, read_json, write_csv, write_json
@@ -50,7 +51,8 @@ def note_steps(log, progress, num: int) -> None:
     for _ in range(num):
         progress["num_steps"] += 1
         batch = SimpleNamespace(keys=np.arange(2), num_rows=2, wait_s=0.0)
-        log.add_step(SimpleNamespace(loss=0.5, grad_norm=1.0 / progress["num_steps"]), batch, 0.1)
+        loss, grad_norm = torch.tensor([0.5, 1.0 / progress["num_steps"]], dtype=torch.float64)
+        log.add_step(SimpleNamespace(loss=loss, grad_norm=grad_norm), batch, 0.1)
 
 
 def write_run(runs, *overrides, status="finished", num_steps=3, auc=0.9, data="ab", **meta) -> Path:
@@ -60,10 +62,10 @@ def write_run(runs, *overrides, status="finished", num_steps=3, auc=0.9, data="a
     rundir.write_meta(run, about | {"data": {"x": data}, "rows": {"train": {"num": 100}}} | meta)
     progress = {"epoch": 0, "num_steps": 0, "loss_sum": 0.0, "best_epoch": 1}
     scores = dict.fromkeys(rundir.SCORES, 0.5) | {"auc": auc}
-    with rundir.RunLog(run, progress, time.monotonic(), 2) as log:
+    with runlog.RunLog(run, progress, time.monotonic(), 2) as log:
         note_steps(log, progress, num_steps)
         log.flush()
-        log.add_epoch(scores, dict.fromkeys(rundir.BASELINES, 0.5), True, num_steps, 0.0)
+        log.add_epoch(scores, dict.fromkeys(runlog.BASELINES, 0.5), True, num_steps, 0.0)
     progress |= {"epoch": 1, "best_scores": scores}
     if status:
         rundir.write_summary(run, status, "00", progress, BASELINES, wall_s=1.5)
@@ -316,7 +318,7 @@ def _write_for_ever(run, num_steps: int, pipe) -> None:
     about = {"pid": os.getpid(), "process_start": rundir.process_start(os.getpid()), "machine": {"host": platform.node()}}
     progress = {"epoch": 0, "num_steps": num_steps, "loss_sum": 0.0}
     rundir.write_meta(run, about)
-    with rundir.RunLog(run, progress, time.monotonic(), 2) as log:
+    with runlog.RunLog(run, progress, time.monotonic(), 2) as log:
         for number in itertools.count():
             note_steps(log, progress, 1 + number % 7)
             log.flush()

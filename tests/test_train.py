@@ -22,7 +22,7 @@ import train
 from lib import predict, training
 from lib.checkpoint import load_checkpoint, weights_sha256
 from lib.config import dump_config, load_config
-from lib.logger import read_csv, read_json
+from lib.logger import read_csv, read_json, write_json
 from lib.pcam import SplitWriter, split_path, write_labels
 
 STEP_SAME, EPOCH_OTHER = ("step", "epoch", "loss", "lr", "grad_norm"), ("train_s", "eval_s", "images_per_s")
@@ -265,6 +265,20 @@ def test_a_free_key_can_be_changed_on_resume(unfinished, whole, pcam_dir, tmp_pa
 def test_resume_on_other_data_is_refused(unfinished, tmp_path):
     result, err = resume(unfinished, f"data_dir={write_pcam(tmp_path / 'other', seed=9)}", expect=2)
     assert "not the data" in err and not (unfinished / "summary.json").exists()
+
+
+ELSEWHERE = [("machine", "device", "cuda:0"), ("versions", "torch", "2.0.1"), ("machine", "cpu_capability", "NEON")]
+
+
+@pytest.mark.parametrize("place, key, value", [*ELSEWHERE, ("machine", "host", "another")])
+def test_a_run_that_goes_on_with_other_hardware_or_torch_says_so_and_goes_on(place, key, value, unfinished, whole):
+    meta = read_json(unfinished / "meta.json")
+    meta[place][key] = value
+    write_json(unfinished / "meta.json", meta)
+    _, err = resume(unfinished)
+    warnings = [line for line in err.splitlines() if "warning" in line]
+    assert len(warnings) == (key != "host") and all(value in warning and str(unfinished) in warning for warning in warnings)
+    assert repeatable(unfinished) == repeatable(whole)
 
 
 def test_a_config_that_was_edited_is_not_resumed_as_if_it_were_the_same_run(unfinished):

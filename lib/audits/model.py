@@ -45,6 +45,7 @@ from lib.progress import Progress
 from lib.reports.figures import figure_png
 from lib.reports.model_page import plot_errors, write_model_page
 from lib.rundir import git_state
+from lib.seeding import set_determinism
 
 TABLES = ("thresholds", "curves", "reliability", "slices", "shortcut", "errors", "predictions")
 FILES = ("findings.json", "scores.json", "model.html", "errors.png", *(f"{name}.csv" for name in TABLES))
@@ -63,6 +64,7 @@ def audit_model(ckpt, directory, split_name: str, out: Path, overrides, device="
     device = choose_device(device)
     model, cfg, checkpoint = load_model(ckpt)
     cfg = change_free_keys(cfg, parse_overrides(overrides))
+    set_determinism(cfg.deterministic)
     warn_of_views(checkpoint["calibration"], cfg.views)
     split = open_split(directory, split_name)
     if Path(directory).resolve() == out.resolve():

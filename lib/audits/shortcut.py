@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lib.audits import finding
 from lib.audits.slices import Answers
-from lib.augment import VIEW_SHIFT, move_pixels, view_draws
+from lib.augment import VIEW_SHIFT, eight_views
 from lib.calibration import draw_weights, estimate, resampled_scores, with_itself
 from lib.metrics import sigmoid
 from lib.pcam import Split
@@ -99,8 +99,7 @@ def probe_views(predict: Predict, patches: torch.Tensor, threshold: float, weigh
     prediction. A network that turns with its input (p4m) disagrees over shifts alone."""
     rows = []
     for probe, shift in (("eight views, turned", (0, 0)), ("eight views, turned and shifted", VIEW_SHIFT)):
-        turned = (move_pixels(patches, view_draws(len(patches), view, shift)) for view in range(8))
-        views = np.stack([sigmoid(predict(seen)) for seen in turned])  # (8, B)
+        views = np.stack([sigmoid(predict(seen)) for seen in eight_views(patches, shift)])  # (8, B)
         called = (views >= threshold).mean(0)
         rows.append(measured(probe, "mean range of the probability", mean_of(np.ptp(views, axis=0), weights), 0.0))
         rows.append(measured(probe, UNDECIDED, mean_of((called > 0) & (called < 1), weights), 0.0))

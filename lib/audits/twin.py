@@ -21,6 +21,7 @@ from lib.device import choose_device
 from lib.logger import read_csv, read_json
 from lib.predict import predict_rows
 from lib.rundir import find_run, is_finished, resume_config
+from lib.seeding import set_determinism
 from lib.trace import KEPT, QUANTITIES
 
 SHORT = {"epochs": "2", "limit_train": "2048", "limit_valid": "512", "checkpoint_every_steps": "4", "name": "twin"}
@@ -149,6 +150,7 @@ def replay_parting(a: Side, b: Side, parting: dict, fault: Fault | None, device:
 
 def flipped_predictions(a: Side, b: Side, device: str | None) -> dict:
     """Decisions at 0.5 of both best.pt on the validation rows."""
+    set_determinism(a.cfg.deterministic)
     where, (_, (split, rows)) = choose_device(device or "auto"), open_train_valid(a.cfg)
     source = PatchSource(split.images, a.cfg.data_residence, where)
     left, right = (predict_rows(load_model(side.run)[0].to(where), source, rows.index, a.cfg, 1) for side in (a, b))

@@ -77,7 +77,7 @@ cpu_build | Why CI installs the CPU build | | .github/workflows/ci.yml: torch-ba
 conflict | A merge conflict | |
 graph | The graph of the last fifteen commits | |
 8 Benchmark
-throughput | How throughput is measured | | lib/rundir.py: add_step; lib/bench.py: measure, rate_of_repeat
+throughput | How throughput is measured | | lib/runlog.py: add_step; lib/bench.py: measure, rate_of_repeat
 precision | What precision changes | bench PARTITION=thin_course OUT=assets/benchmark |
 another_day | Why another day can be slower | |
 batch_one | Throughput at batch 1 | bench PARTITION=thin_course OUT=assets/benchmark |
