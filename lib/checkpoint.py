@@ -15,9 +15,9 @@ from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
 from lib.logger import atomic_write
-from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free
+from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free, logit_layer
 
-SCHEMA = 2
+SCHEMA = 3
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
 ITEM_BYTES, SPARE_BYTES, DEEPEST = 100, 1 << 20, 20  # of plain values: a stranger's checkpoint must be gone through in time
@@ -28,6 +28,7 @@ FIELDS = {
     "model": dict,  # raw weights after the last step
     "averaged": (dict, type(None)),  # their moving average: what is evaluated, where there is one
     "optimizer": (dict, type(None)),  # absent in best.pt
+    "float32_logits": (bool, type(None)),  # whether the last layer computes in float32; None, before schema 3: it does not
     "progress": dict,  # epoch, step, and what the schedule and the choice of the best have to remember
     "metrics": dict,  # on validation, of the evaluated weights
     "data": dict,  # SHA-256 of the data files
@@ -79,6 +80,7 @@ def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, 
         "config": cfg.as_dict(),
         "model": dict(model.state_dict()),
         "averaged": averaged and dict(averaged.state_dict()),
+        "float32_logits": logit_layer(model).is_float32,
         "optimizer": None,
         "preprocessing": PREPROCESSING,
         "threshold": 0.5,
@@ -137,6 +139,7 @@ def load_checkpoint(path) -> dict:
         raise BadInput(f"{path} is damaged: its weights are not all tensors")
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
+    checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
     checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
     if schema > 1 and digest != checkpoint["weights_sha256"]:
@@ -221,4 +224,5 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     fit_state(model, evaluated(checkpoint), path)
+    logit_layer(model).is_float32 = checkpoint["float32_logits"]
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lib.centrenet import CentreNet
+from lib.centrenet import CentreNet, LogitLayer
 from lib.command import BadInput, one_line
 from lib.config import Config
 
@@ -20,7 +20,7 @@ def build_mlp(cfg: Config) -> nn.Module:
     layers = [nn.Flatten()]
     for num_in, num_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(num_in, num_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), nn.Linear(sizes[-1], 1))
+    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), LogitLayer(sizes[-1], 1))
 
 
 def build_resnet18(cfg: Config) -> nn.Module:
@@ -28,7 +28,7 @@ def build_resnet18(cfg: Config) -> nn.Module:
     from torchvision.models import resnet18
 
     model = resnet18(weights=None)
-    model.fc = nn.Sequential(nn.Dropout(cfg.dropout), nn.Linear(model.fc.in_features, 1))
+    model.fc = nn.Sequential(nn.Dropout(cfg.dropout), LogitLayer(model.fc.in_features, 1))
     return model
 
 
@@ -50,6 +50,11 @@ def build_model(cfg: Config) -> nn.Module:
 
 def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def logit_layer(model: nn.Module) -> LogitLayer:
+    """The last layer of a model."""
+    return next(layer for layer in model.modules() if isinstance(layer, LogitLayer))
 
 
 def fit_state(model: nn.Module, state: dict, source) -> nn.Module:

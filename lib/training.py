@@ -17,7 +17,7 @@ from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
 from lib.launch import ALONE, Ranks
-from lib.models import build_model, fit_state, load_pickle_free
+from lib.models import build_model, fit_state, load_pickle_free, logit_layer
 from lib.optimizers import build_optimizer
 from lib.seeding import position_seed, seed_everything
 
@@ -81,6 +81,8 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
     fit_state(state.model, checkpoint["model"], source)
     if state.averaged is not None:
         fit_state(state.averaged, checkpoint["averaged"], source)
+        logit_layer(state.averaged).is_float32 = checkpoint["float32_logits"]
+    logit_layer(state.model).is_float32 = checkpoint["float32_logits"]
     try:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from lib.augment import model_input, move_pixels, no_augmentation, view_draws
-from lib.centrenet import filter_copies
+from lib.centrenet import filter_copies, fold_norms
 from lib.command import BadInput
 from lib.config import load_config
-from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, num_parameters
+from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, logit_layer, num_parameters
 
 torch.set_num_threads(1)
 
@@ -40,6 +40,22 @@ def test_every_model_gives_one_finite_logit_a_patch_and_learns_in_both_precision
         grads = [parameter.grad for parameter in model.parameters()]
         assert all(grad is not None and grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
         assert sum(bool(grad.any()) for grad in grads) > len(grads) / 2
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_last_layer_computes_in_float32_unless_its_checkpoint_is_older_than_that(name):
+    model, inputs = build(name), []
+    last = logit_layer(model)
+    last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    x = torch.rand(16, 3, 96, 96).to(memory_format=torch.channels_last)
+    for ready in (model, fold_norms(model, torch.bfloat16)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = ready(x.bfloat16())
+            logit_layer(ready).is_float32 = False
+            old = ready(x.bfloat16())
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float()), "no grid of bfloat16"
+        assert torch.equal(logits, torch.nn.functional.linear(inputs[-2].float(), last.weight, last.bias))
+        assert old.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", BUILDERS)
