@@ -128,7 +128,7 @@ def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 weight, bias = fuse_conv_bn_weights(filters, None, *factors[:2], EPSILON, *factors[2:])
                 plain = nn.Conv2d(weight.shape[1], len(weight), conv.size, conv.stride, conv.padding, device=weight.device)
                 plain.weight, plain.bias = weight, bias
-            elif isinstance(norm, nn.BatchNorm2d):
+            elif isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):  # DenseNet has norms after a pool or a block
                 plain = fuse_conv_bn_eval(conv, norm)
             else:
                 continue

@@ -15,7 +15,7 @@ from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
 from lib.logger import atomic_write
-from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free, logit_layer
+from lib.models import Undrawn, build_model, find_state, fit_state, is_plain_tensor, is_state, load_pickle_free, logit_layer
 
 SCHEMA = 3
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
@@ -125,8 +125,12 @@ def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
 def load_checkpoint(path) -> dict:
     """Read a checkpoint. Raises BadInput for a file that is empty, cut, altered, foreign, newer, or that holds code."""
     checkpoint = load_pickle_free(path)
-    if not isinstance(checkpoint, dict) or checkpoint.pop("kind", None) != KIND:
-        raise BadInput(f"{path} is not a checkpoint of this program (train.py writes best.pt and last.pt)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
+        what = "train.py writes best.pt and last.pt"
+        if is_state(find_state(checkpoint)):
+            what = f"it holds weights without the config of their model; train.py weights={path} starts from them"
+        raise BadInput(f"{path} is not a checkpoint of this program ({what})")
+    del checkpoint["kind"]
     if _num_bytes(checkpoint, most := Path(path).stat().st_size + SPARE_BYTES) > most:
         raise BadInput(f"{path} is damaged: it holds what no checkpoint does, or more than fits into its file")
     schema, checksum, digest = (checkpoint.pop(name, None) for name in ("schema", "sha256", "weights_sha256"))

@@ -501,7 +501,7 @@ BAD_ARGUMENTS = [
     (["batchsize=3"], "did you mean 'batch_size'"),
     (["lr=fast"], "lr: 'fast' is not allowed, it must be a number above 0"),
     (["epochs=0"], "epochs: '0' is not allowed, it must be an integer at least 1"),
-    (["model=vit"], "one of cnn, p4m, mlp, resnet18"),
+    (["model=vit"], "one of cnn, p4m, mlp, resnet18, densenet121"),
     (["batch_size=10", "shards=4"], "must be a multiple of shards"),
     (["seed"], "not of the form key=value"),
     (["lr=1", "lr=2"], "lr is given twice"),
