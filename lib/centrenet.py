@@ -128,7 +128,7 @@ def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 weight, bias = fuse_conv_bn_weights(filters, None, *factors[:2], EPSILON, *factors[2:])
                 plain = nn.Conv2d(weight.shape[1], len(weight), conv.size, conv.stride, conv.padding, device=weight.device)
                 plain.weight, plain.bias = weight, bias
-            elif isinstance(norm, nn.BatchNorm2d):
+            elif isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):  # DenseNet has norms after a pool or a block
                 plain = fuse_conv_bn_eval(conv, norm)
             else:
                 continue
@@ -156,6 +156,19 @@ class Residual(nn.Module):
         return torch.relu(x + self.norm(self.second(self.first(x))))
 
 
+class LogitLayer(nn.Linear):
+    """The last layer of every model. It computes in float32 whatever the precision of the others: bfloat16 has steps of 0.03
+    at a logit of 4, which makes ties."""
+
+    is_float32 = True  # False for a model of a checkpoint before schema 3, which was trained without
+
+    def forward(self, x):
+        if not self.is_float32:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class CentreNet(nn.Module):
     """A small residual network that looks at the whole patch and, apart from it, at the centre that decides the label.
 
@@ -174,7 +187,7 @@ class CentreNet(nn.Module):
         for num in (width, 2 * width):
             layers += [conv_norm(num, 2 * num, 2, orientations, stride=2), Residual(2 * num, orientations)]
         self.features = nn.Sequential(*layers)
-        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(8 * width, 1))
+        self.head = nn.Sequential(nn.Dropout(dropout), LogitLayer(8 * width, 1))
 
     def forward(self, x):
         x = self.features(x)  # (B, R * 4 * width, 6, 6), less of a smaller crop

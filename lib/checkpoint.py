@@ -15,9 +15,9 @@ from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
 from lib.logger import atomic_write
-from lib.models import Undrawn, build_model, fit_state, is_plain_tensor, load_pickle_free
+from lib.models import Undrawn, build_model, find_state, fit_state, is_plain_tensor, is_state, load_pickle_free, logit_layer
 
-SCHEMA = 2
+SCHEMA = 3
 PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
 ITEM_BYTES, SPARE_BYTES, DEEPEST = 100, 1 << 20, 20  # of plain values: a stranger's checkpoint must be gone through in time
@@ -28,6 +28,7 @@ FIELDS = {
     "model": dict,  # raw weights after the last step
     "averaged": (dict, type(None)),  # their moving average: what is evaluated, where there is one
     "optimizer": (dict, type(None)),  # absent in best.pt
+    "float32_logits": (bool, type(None)),  # whether the last layer computes in float32; None, before schema 3: it does not
     "progress": dict,  # epoch, step, and what the schedule and the choice of the best have to remember
     "metrics": dict,  # on validation, of the evaluated weights
     "data": dict,  # SHA-256 of the data files
@@ -79,6 +80,7 @@ def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, 
         "config": cfg.as_dict(),
         "model": dict(model.state_dict()),
         "averaged": averaged and dict(averaged.state_dict()),
+        "float32_logits": logit_layer(model).is_float32,
         "optimizer": None,
         "preprocessing": PREPROCESSING,
         "threshold": 0.5,
@@ -123,8 +125,12 @@ def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
 def load_checkpoint(path) -> dict:
     """Read a checkpoint. Raises BadInput for a file that is empty, cut, altered, foreign, newer, or that holds code."""
     checkpoint = load_pickle_free(path)
-    if not isinstance(checkpoint, dict) or checkpoint.pop("kind", None) != KIND:
-        raise BadInput(f"{path} is not a checkpoint of this program (train.py writes best.pt and last.pt)")
+    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
+        what = "train.py writes best.pt and last.pt"
+        if is_state(find_state(checkpoint)):
+            what = f"it holds weights without the config of their model; train.py weights={path} starts from them"
+        raise BadInput(f"{path} is not a checkpoint of this program ({what})")
+    del checkpoint["kind"]
     if _num_bytes(checkpoint, most := Path(path).stat().st_size + SPARE_BYTES) > most:
         raise BadInput(f"{path} is damaged: it holds what no checkpoint does, or more than fits into its file")
     schema, checksum, digest = (checkpoint.pop(name, None) for name in ("schema", "sha256", "weights_sha256"))
@@ -137,6 +143,7 @@ def load_checkpoint(path) -> dict:
         raise BadInput(f"{path} is damaged: its weights are not all tensors")
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
+    checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
     checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
     if schema > 1 and digest != checkpoint["weights_sha256"]:
@@ -221,4 +228,5 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     fit_state(model, evaluated(checkpoint), path)
+    logit_layer(model).is_float32 = checkpoint["float32_logits"]
     return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint

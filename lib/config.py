@@ -49,7 +49,7 @@ class Config:
     quarantine_reasons: tuple[Reason, ...]
     balance: Literal["none", "loss", "sampler"]
 
-    model: Literal["cnn", "p4m", "mlp", "resnet18"]
+    model: Literal["cnn", "p4m", "mlp", "resnet18", "densenet121"]
     cnn_width: Positive
     p4m_width: Positive
     mlp_hidden: tuple[Positive, ...]

@@ -21,7 +21,7 @@ from lib.command import BadInput, one_line, say
 from lib.ingest import require_space
 from lib.logger import atomic_write, file_digest, read_csv, read_json, write_csv, write_json
 from lib.metrics import auc_interval, share_interval, sigmoid
-from lib.models import num_parameters
+from lib.models import HEADS, num_parameters
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, git_state
@@ -53,7 +53,7 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
     model, cfg, checkpoint = load_model(run)
     with tempfile.TemporaryDirectory(prefix="wheels-") as fetched:
         if not wheels:
-            fetch_wheels(fetched, [*NEEDED, *(["torchvision"] if cfg.model == "resnet18" else [])], machine[1], python)
+            fetch_wheels(fetched, [*NEEDED, *(["torchvision"] if cfg.model in HEADS else [])], machine[1], python)
         packages = read_wheels(Path(wheels or fetched), machine[1], python)
         copies = {path.name: path for path in STICK.iterdir() if path.is_file()}  # first: they say of half a folder that it is
         copies |= {f"code/{name}": REPOSITORY / name for name in tracked_files()}

@@ -1,6 +1,7 @@
 """The classifiers: each takes normalised patches (B, 3, 96, 96) and gives one logit a patch, (B, 1)."""
 
 import pickle
+import re
 import warnings
 import zipfile
 from pathlib import Path
@@ -9,9 +10,13 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from lib.centrenet import CentreNet
-from lib.command import BadInput, one_line
+from lib.centrenet import CentreNet, LogitLayer
+from lib.command import BadInput, one_line, say
 from lib.config import Config
+
+HEADS = {"resnet18": "fc", "densenet121": "classifier"}  # torchvision's models and their last layers, here behind a dropout
+WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others keep a state dict beside other things
+PREFIXES = r"^((module|_orig_mod)\.)+"  # of DistributedDataParallel and of torch.compile
 
 
 def build_mlp(cfg: Config) -> nn.Module:
@@ -20,15 +25,16 @@ def build_mlp(cfg: Config) -> nn.Module:
     layers = [nn.Flatten()]
     for num_in, num_out in zip(sizes, sizes[1:], strict=False):
         layers += [nn.Linear(num_in, num_out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), nn.Linear(sizes[-1], 1))
+    return nn.Sequential(*layers, nn.Dropout(cfg.dropout), LogitLayer(sizes[-1], 1))
 
 
-def build_resnet18(cfg: Config) -> nn.Module:
-    """torchvision's ResNet-18 with one output, from random weights."""
-    from torchvision.models import resnet18
+def build_torchvision(cfg: Config) -> nn.Module:
+    """torchvision's model of that name with one output, from random weights."""
+    from torchvision import models
 
-    model = resnet18(weights=None)
-    model.fc = nn.Sequential(nn.Dropout(cfg.dropout), nn.Linear(model.fc.in_features, 1))
+    model, head = getattr(models, cfg.model)(weights=None), HEADS[cfg.model]
+    num_in = getattr(model, head).in_features
+    setattr(model, head, nn.Sequential(nn.Dropout(cfg.dropout), LogitLayer(num_in, 1)))
     return model
 
 
@@ -36,7 +42,7 @@ BUILDERS = {
     "cnn": lambda cfg: CentreNet(cfg.cnn_width, 1, cfg.dropout),
     "p4m": lambda cfg: CentreNet(cfg.p4m_width, 8, cfg.dropout),  # the default: it gives at once what eight views give cnn
     "mlp": build_mlp,
-    "resnet18": build_resnet18,
+    **dict.fromkeys(HEADS, build_torchvision),
 }
 
 
@@ -52,10 +58,56 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def logit_layer(model: nn.Module) -> LogitLayer:
+    """The last layer of a model."""
+    return next(layer for layer in model.modules() if isinstance(layer, LogitLayer))
+
+
+def is_state(value) -> bool:
+    """Whether a value is a state dict: tensors by name."""
+    return isinstance(value, dict) and bool(value) and all(map(is_plain_tensor, value.values()))
+
+
+def find_state(loaded) -> object:
+    """The state dict in what others have saved: taken out of a dict of other things, without prefixes of wrappers."""
+    if not isinstance(loaded, dict):
+        return loaded
+    state = next((loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), dict)), loaded)
+    return {re.sub(PREFIXES, "", str(name)): tensor for name, tensor in state.items()}
+
+
+def fit_weights(model: nn.Module, name: str, loaded, source) -> None:
+    """Let the model `name`, its weights drawn, start from what others have saved. Raises BadInput as `fit_state` does.
+
+    Of one of torchvision's models the trunk is enough: a last layer that is missing or of other classes stays as drawn.
+    """
+    state = find_state(loaded)
+    if name not in HEADS or not is_state(state):
+        fit_state(model, state, source)
+        return
+    head, own = HEADS[name], model.state_dict()
+    state = {our_name(key, head): tensor for key, tensor in state.items()}
+    counters = {key: tensor for key, tensor in own.items() if key.endswith("num_batches_tracked")}  # files of 2017 have none
+    drawn = {key: tensor for key, tensor in own.items() if key.startswith(head)}
+    shapes = {key: tensor.shape for key, tensor in state.items() if key.startswith(head)}
+    if shapes == {key: tensor.shape for key, tensor in drawn.items()}:
+        fit_state(model, counters | state, source)
+        return
+    trunk = {key: tensor for key, tensor in state.items() if key not in shapes}
+    fit_state(model, counters | trunk | drawn, source)
+    say(f"the run starts from {len(trunk)} tensors of {source}; its last layer, {head}, is drawn from the seed")
+
+
+def our_name(name: str, head: str) -> str:
+    """The name here of a tensor of torchvision's model, whose own file of densenet121 has names of an older release."""
+    name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
+    return re.sub(rf"^{head}\.(weight|bias)$", rf"{head}.1.\1", name)
+
+
 def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
     """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit."""
     own = model.state_dict()
-    if not isinstance(state, dict) or not all(map(is_plain_tensor, state.values())):
+    if not is_state(state):
         raise BadInput(f"{source} does not hold the weights of a model")
     for name in sorted(own.keys() | state.keys(), key=str):
         if name not in state or name not in own:
@@ -94,13 +146,17 @@ def load_pickle_free(path) -> object:
         raise BadInput(f"{path} is an empty file, not a checkpoint")
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
-        if start != b"PK\3\4" and start[:1] != b"\x80":  # torch would go on with a tar
+            start = file.read(9)
+        if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+            raise BadInput(f"{path} is a safetensors file, which is not read: save its tensors with torch.save as a state dict")
+        if not start.startswith((b"PK\3\4", b"\x80")):  # torch would go on with a tar
             raise pickle.UnpicklingError
-        if start == b"PK\3\4" and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
+        if start.startswith(b"PK") and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
             raise ValueError("its parts are packed, torch.save leaves them as they are")  # up to a thousandfold
         with warnings.catch_warnings(action="ignore"):  # what torch has to remark about foreign files
             return torch.load(path, map_location="cpu", weights_only=True)
+    except BadInput:
+        raise
     except pickle.UnpicklingError:
         raise BadInput(f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers") from None
     except Exception as error:  # whatever a damaged archive provokes in torch's reader

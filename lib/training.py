@@ -12,12 +12,12 @@ from torch.nn import functional
 from lib.augment import Draws, draw_augmentation, model_input, patch_size
 from lib.batches import Batch
 from lib.centrenet import filters_made_once
-from lib.checkpoint import build_checkpoint, evaluated, load_checkpoint
+from lib.checkpoint import KIND, build_checkpoint, evaluated, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
 from lib.launch import ALONE, Ranks
-from lib.models import build_model, fit_state, load_pickle_free
+from lib.models import build_model, fit_state, fit_weights, load_pickle_free, logit_layer
 from lib.optimizers import build_optimizer
 from lib.seeding import position_seed, seed_everything
 
@@ -65,10 +65,9 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
     model = build_model(cfg)
     if cfg.weights:
         loaded = load_pickle_free(cfg.weights)
-        if isinstance(loaded, dict) and "model" in loaded and "config" in loaded:  # a checkpoint of this program
-            loaded = load_checkpoint(cfg.weights)
-            loaded = evaluated(loaded)
-        fit_state(model, loaded, cfg.weights)
+        if isinstance(loaded, dict) and loaded.get("kind") == KIND:
+            loaded = evaluated(load_checkpoint(cfg.weights))
+        fit_weights(model, cfg.model, loaded, cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
     progress = {"epoch": 0, "step": 0, "num_steps": 0, "loss_sum": 0.0, "lr_scale": 1.0}
@@ -81,6 +80,8 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
     fit_state(state.model, checkpoint["model"], source)
     if state.averaged is not None:
         fit_state(state.averaged, checkpoint["averaged"], source)
+        logit_layer(state.averaged).is_float32 = checkpoint["float32_logits"]
+    logit_layer(state.model).is_float32 = checkpoint["float32_logits"]
     try:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "pcam-sample"
@@ -51,6 +52,16 @@ def run_script(script: str, *arguments, check=None, cwd=REPOSITORY, **options):
     lines = result.stdout.strip().splitlines()
     result.json = json.loads(lines[-1]) if lines else None
     return result
+
+
+def make_old(path) -> None:
+    """Rewrite a checkpoint as it was before schema 3, when no field said how the last layer computes."""
+    from lib.checkpoint import FIELDS, KIND, load_checkpoint, state_sha256
+
+    checkpoint = load_checkpoint(path)
+    fields = {name: checkpoint[name] for name in FIELDS if name != "float32_logits"}
+    header = {"kind": KIND, "schema": 2, "sha256": state_sha256(fields), "weights_sha256": checkpoint["weights_sha256"]}
+    torch.save(header | fields, path)
 
 
 @pytest.fixture(scope="session")

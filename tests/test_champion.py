@@ -4,11 +4,13 @@ import itertools
 import tarfile
 
 import pytest
-from conftest import REAL_SAMPLE, REPOSITORY, real_sample, run_script
+import torch
+from conftest import REAL_SAMPLE, REPOSITORY, draw_patches, real_sample, run_script
 
 from lib.checkpoint import load_model
 from lib.logger import read_csv, read_json
 from lib.metrics import compute_auc
+from lib.predict import predict_batch, ready_to_predict
 from lib.rundir import read_run_config
 
 CHAMPION = REPOSITORY / "assets" / "champion"
@@ -21,6 +23,19 @@ def test_the_champion_is_small_and_its_files_belong_together():
     assert cfg == read_run_config(CHAMPION) and cfg.views == 8
     best = read_csv(CHAMPION / "epochs.csv")[summary["best_epoch"] - 1]
     assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], "of one view, and of eight"
+
+
+def test_a_checkpoint_before_schema_3_predicts_to_the_bit_as_the_plain_last_layer_did():
+    model, cfg, checkpoint = load_model(CHAMPION)
+    assert torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2 and cfg.precision == "bf16"
+    images = torch.from_numpy(draw_patches(16, 5)[0])
+    ready = ready_to_predict(model, cfg.precision)
+    found = [predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"]) for views in (1, 8)]
+    plain = torch.nn.Linear(model.head[1].in_features, 1).requires_grad_(False)
+    plain.load_state_dict(model.head[1].state_dict())
+    ready.head[1] = plain
+    expected = [predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"]) for views in (1, 8)]
+    assert all(map(torch.equal, found, expected)) and torch.equal(found[0], found[0].bfloat16().float())
 
 
 @real_sample

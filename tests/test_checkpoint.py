@@ -121,6 +121,8 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, refused, fields):
 def test_a_foreign_file_is_refused(value, tmp_path, refused):
     torch.save(value, tmp_path / "foreign.pt")
     assert "not a checkpoint of this program" in refused(tmp_path / "foreign.pt")
+    says_what = "weights without the config of their model" in refused(tmp_path / "foreign.pt")
+    assert says_what == isinstance(value, dict)
     refused(b"\x89PNG\r\n\x1a\n" + bytes(200))
     refused(tmp_path)
 

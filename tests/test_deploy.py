@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import draw_patches
+from conftest import draw_patches, make_old
 
 from lib import deploy
 from lib.batches import PatchSource, fold_of_rows, group_of_rows, open_train_valid
@@ -60,6 +60,15 @@ def test_every_fold_is_calibrated(quick_run, tmp_path, fold):
     source = PatchSource(valid[0].images, "disk", torch.device("cpu"))
     _, told = deploy.complete_checkpoint(tmp_path / "best.pt", torch.device("cpu"), train, valid, source, cfg)
     assert 0 <= told["half_ece"] <= 1 and load_checkpoint(tmp_path / "best.pt")["calibration"]
+
+
+def test_what_is_calibrated_anew_keeps_its_last_layer(quick_run, pcam_dir, tmp_path):
+    for name in ("old.pt", "new.pt"):
+        shutil.copy(quick_run / "best.pt", tmp_path / name)
+    make_old(tmp_path / "old.pt")
+    for name in ("old.pt", "new.pt"):
+        deploy.recalibrate(tmp_path / name, pcam_dir, [], "cpu")
+        assert load_checkpoint(tmp_path / name)["float32_logits"] == (name == "new.pt")
 
 
 FEATURES = measure_features(draw_patches(600, 1)[0])

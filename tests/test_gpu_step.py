@@ -67,7 +67,7 @@ def fake_gpu():
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("model", ["p4m", "cnn", "resnet18", "mlp"])
+@pytest.mark.parametrize("model", ["p4m", "cnn", "resnet18", "densenet121", "mlp"])
 def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(model, monkeypatch, request):
     cfg = load_config(overrides=[f"model={model}", "batch_size=8", "dropout=0.1", "grad_clip=1", "precision=fp32"])
     networks = [build_model(cfg) for _ in range(2)]

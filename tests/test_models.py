@@ -1,16 +1,20 @@
 """The models: one logit a patch, equal for equal seeds, loaded from tensors alone."""
 
+import json
 import os
 import pickle
+import re
+import struct
 
 import pytest
 import torch
+import torchvision
 
 from lib.augment import eight_views, model_input, no_augmentation
-from lib.centrenet import filter_copies
+from lib.centrenet import filter_copies, fold_norms
 from lib.command import BadInput
 from lib.config import load_config
-from lib.models import BUILDERS, build_model, fit_state, load_pickle_free, num_parameters
+from lib.models import BUILDERS, HEADS, build_model, fit_state, fit_weights, load_pickle_free, logit_layer, num_parameters
 
 torch.set_num_threads(1)
 
@@ -40,6 +44,48 @@ def test_every_model_gives_one_finite_logit_a_patch_and_learns_in_both_precision
         grads = [parameter.grad for parameter in model.parameters()]
         assert all(grad is not None and grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
         assert sum(bool(grad.any()) for grad in grads) > len(grads) / 2
+
+
+def with_statistics(model):
+    """The model in evaluation, its batch norms with factors and statistics unlike those of the start."""
+    x = torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(x + torch.randn_like(x))
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.add_(0.2 * torch.rand_like(tensor))
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_folded_norms_say_the_same(name):
+    model, x = with_statistics(build(name)), torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last)
+    folded = fold_norms(model, torch.float32)
+    with torch.no_grad():
+        plain, found = model(x), folded(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = fold_norms(model, torch.bfloat16)(x.bfloat16())
+    num_norms = [sum("BatchNorm" in type(layer).__name__ for layer in each.modules()) for each in (model, folded)]
+    assert num_norms[1] < num_norms[0] or name == "mlp"
+    assert torch.allclose(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    assert low.dtype == torch.float32 and torch.allclose(low, plain, rtol=0.05, atol=0.05 * float(plain.abs().max()))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_last_layer_computes_in_float32_unless_its_checkpoint_is_older_than_that(name):
+    model, inputs = build(name), []
+    last = logit_layer(model)
+    last.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    x = torch.rand(16, 3, 96, 96).to(memory_format=torch.channels_last)
+    for ready in (model, fold_norms(model, torch.bfloat16)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            logits = ready(x.bfloat16())
+            logit_layer(ready).is_float32 = False
+            old = ready(x.bfloat16())
+        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float()), "no grid of bfloat16"
+        assert torch.equal(logits, torch.nn.functional.linear(inputs[-2].float(), last.weight, last.bias))
+        assert old.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -84,6 +130,80 @@ def test_a_state_of_another_model_is_refused_with_its_first_tensor_that_differs(
         with pytest.raises(BadInput, match=f"^a.pt .*{words}"):
             fit_state(model, values, "a.pt")
     assert equal(model, build("cnn")), "a refusal changes nothing"
+
+
+def official(name):
+    """A state dict as torchvision's file of the model's ImageNet weights has it: 1,000 classes and names of its time."""
+    torch.manual_seed(5)
+    state = getattr(torchvision.models, name)(weights=None).state_dict()
+    state = {key: torch.rand_like(tensor) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+    return {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_trunk_of_torchvisions_file_is_taken_and_the_last_layer_stays_as_drawn(name, capsys):
+    theirs = getattr(torchvision.models, name)(weights=None)
+    state, model = official(name), build(name)
+    fit_weights(model, name, state, "imagenet.pth")
+    assert f"{len(state) - 2} tensors of imagenet.pth; its last layer" in capsys.readouterr().err
+    ours, drawn = model.state_dict(), build(name).state_dict()
+    for key in theirs.state_dict():
+        old = re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key)
+        if old in state and not key.startswith(HEADS[name]):
+            assert torch.equal(ours[key], state[old]), key
+    assert all(torch.equal(ours[key], drawn[key]) for key in drawn if key.startswith(HEADS[name]))
+
+    # a last layer of one output is taken too, be it torchvision's own or this program's
+    whole = dict(build(name, seed=7).state_dict())
+    for key in list(whole):
+        if key.startswith(HEADS[name]):
+            whole[key.replace(".1.", ".")] = whole.pop(key)
+    fit_weights(model, name, whole, "one.pth")
+    assert equal(model, build(name, seed=7)) and not capsys.readouterr().err
+
+
+def test_a_trunk_that_lacks_more_than_the_last_layer_is_refused(capsys):
+    for name in HEADS:
+        model, state = build(name), official(name)
+        lacking = next(key for key in state if key.endswith("running_var"))
+        for wrong in ({key: state[key] for key in state if key != lacking}, state | {"layer9.weight": torch.zeros(1)}):
+            with pytest.raises(BadInput, match=f"^a.pth .*tensor ({re.escape(lacking)} is missing|layer9.weight is unknown)"):
+                fit_weights(model, name, wrong, "a.pth")
+        with pytest.raises(BadInput, match="is missing"):
+            fit_weights(model, name, {f"{HEADS[name]}.weight": torch.zeros(1000, 8)}, "a.pth")
+        assert equal(model, build(name)) and not capsys.readouterr().err
+    model, state = build("cnn"), dict(build("cnn", seed=2).state_dict())
+    last = next(key for key in state if key.startswith("head") and key.endswith("weight"))
+    with pytest.raises(BadInput, match=f"tensor {last} has shape"):
+        fit_weights(model, "cnn", state | {last: torch.zeros(1000, state[last].shape[1])}, "a.pt")
+
+
+FORMS = {
+    "plain": lambda state: state,
+    "half": lambda state: {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()},
+    "ddp": lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+    "compiled": lambda state: {f"_orig_mod.{key}": tensor for key, tensor in state.items()},
+    "both": lambda state: {"state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()}, "epoch": 3},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}}, "config": {"width": 3}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_found_as_others_save_them(form):
+    model, saved = build("cnn"), build("cnn", seed=2)
+    fit_weights(model, "cnn", FORMS[form](dict(saved.state_dict())), "a.pt")
+    state, expected = model.state_dict(), saved.state_dict()
+    assert all(torch.allclose(state[key], expected[key], atol=1e-3 * (form == "half")) for key in expected)
+
+
+@pytest.mark.parametrize("num_padding", [0, 64])
+def test_a_safetensors_file_is_called_that(num_padding, tmp_path):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}).encode() + b" " * num_padding
+    header = header.ljust(128 if num_padding else len(header))  # whose length begins as a pickle does
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(256))
+    with pytest.raises(BadInput, match=r"w.safetensors is a safetensors file[^\n]*torch.save[^\n]*$"):
+        load_pickle_free(tmp_path / "w.safetensors")
 
 
 class Trap:

@@ -16,13 +16,16 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, REPOSITORY, draw_patches, run_script, write_pcam
+from conftest import QUICK, REPOSITORY, draw_patches, make_old, run_script, write_pcam
 
 import train
 from lib import predict, training
-from lib.checkpoint import load_checkpoint, weights_sha256
+from lib.batches import PatchSource, open_train_valid
+from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
 from lib.logger import read_csv, read_json, write_json
+from lib.metrics import compute_metrics
+from lib.models import logit_layer
 from lib.pcam import SplitWriter, split_path, write_labels
 
 STEP_SAME, EPOCH_OTHER = ("step", "epoch", "loss", "lr", "grad_norm"), ("train_s", "eval_s", "images_per_s")
@@ -233,6 +236,25 @@ def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_
         assert len(read_csv(run / "epochs.csv")) == 2
     resume(run, "--until-epoch=99")
     assert repeatable(run) == repeatable(whole)
+
+
+def test_a_run_begun_before_schema_3_goes_on_with_its_last_layer(pcam_dir, tmp_path):
+    run, _, _ = start(tmp_path, pcam_dir, "precision=bf16", "--until-epoch=1")
+    old = shutil.copytree(run, tmp_path / "old")
+    for name in ("best.pt", "last.pt"):
+        make_old(old / name)
+    for each in (run, old):
+        resume(each)
+        is_new = each == run
+        assert all(load_checkpoint(each / name)["float32_logits"] == is_new for name in ("best.pt", "last.pt"))
+        model, cfg, checkpoint = load_model(each / "last.pt")
+        _, (split, rows) = open_train_valid(cfg)
+        logits = predict.predict_rows(model, PatchSource(split.images, "disk", torch.device("cpu")), rows.index, cfg, 1)
+        assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float()) != is_new
+        assert compute_metrics(rows.labels, logits) == checkpoint["metrics"], "as the run itself has evaluated"
+    assert repeatable(run)[0] != repeatable(old)[0], "the last layer rounds in training too"
+    started = training.build_state(load_config(old / "config.yaml", [f"weights={old / 'best.pt'}"]), torch.device("cpu"))
+    assert logit_layer(started.model).is_float32, "another run that starts from its weights is a new one"
 
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(quick_run):
@@ -493,7 +515,7 @@ BAD_ARGUMENTS = [
     (["batchsize=3"], "did you mean 'batch_size'"),
     (["lr=fast"], "lr: 'fast' is not allowed, it must be a number above 0"),
     (["epochs=0"], "epochs: '0' is not allowed, it must be an integer at least 1"),
-    (["model=vit"], "one of cnn, p4m, mlp, resnet18"),
+    (["model=vit"], "one of cnn, p4m, mlp, resnet18, densenet121"),
     (["batch_size=10", "shards=4"], "must be a multiple of shards"),
     (["seed"], "not of the form key=value"),
     (["lr=1", "lr=2"], "lr is given twice"),

@@ -118,10 +118,13 @@ def test_balanced_loss_is_a_weighted_cross_entropy_with_mean_weight_one():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_and_weights_are_float32(precision):
-    cfg = make_cfg(precision=precision)
+    cfg, batch, logits = make_cfg(precision=precision), make_batches(1)[0], []
     state = training.build_state(cfg, CPU)
+    state.model.register_forward_hook(lambda _, __, output: logits.append(output.detach().flatten()))
     before = weights_sha256(state.model.state_dict())
-    result = training.training_step(state, make_batches(1)[0], cfg, cfg.lr)
+    result = training.training_step(state, batch, cfg, cfg.lr)
+    assert torch.equal(result.loss, functional.binary_cross_entropy_with_logits(logits[0], batch.labels))
+    assert logits[0].dtype == torch.float32 and not torch.equal(logits[0], logits[0].bfloat16().float())
     assert result.loss.dtype == torch.float32 and 0.2 < float(result.loss) < 2
     assert {p.dtype for p in state.model.parameters()} == {torch.float32} and weights_sha256(state.model.state_dict()) != before
 
