@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 from conftest import REPOSITORY
-from proofs import gpu
+from proofs import gpu, run
 
+from lib.command import BadInput
 from lib.rundir import process_start
 
 CPU_ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -89,6 +90,11 @@ def test_a_section_can_start_cuda_since_the_process_it_comes_from_has_not_asked_
         child.join()
         exit(child.exitcode)"""
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "tests").returncode == 0
+
+
+def test_what_a_rank_refused_is_said_although_torchrun_ends_with_the_code_of_a_finding():
+    with pytest.raises(BadInput, match="no folder there"):
+        run("-c", 'import sys; print(\'{"error": "no folder there", "exit": 2}\'); sys.exit(1)')
 
 
 def test_time_in_which_kernels_overlap_counts_once():

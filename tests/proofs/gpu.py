@@ -53,9 +53,6 @@ COLUMNS = ("asked", "measured", "limit", "held", "card", "torch", "seconds")
 SECTIONS = {}
 
 
-# Measuring
-
-
 @dataclasses.dataclass
 class Context:
     """What a section is given; `ends_at`, on the monotonic clock, is when it is stopped."""
@@ -216,7 +213,7 @@ def determinism_price(ctx):
         changes = {"model": model, "batch_size": ctx.size(256, 4), **WHOLE_PATCHES}
         trainers = {flag: Trainer(ctx.device, ctx.patches(), deterministic=flag, **changes) for flag in (True, False)}
         rates = {True: [], False: []}
-        for flag in (True, False) * 4:  # in turn, so that what drifts hits both
+        for flag in (True, False) * ctx.size(4, 1):  # in turn, so that what drifts hits both
             rates[flag].append(trainers[flag].images_per_s(ctx.size(0.8, 0.1)))
         strict, free = statistics.median(rates[True]), statistics.median(rates[False])
         asked = f"{model}, batch {changes['batch_size']}: share of the steps a second that deterministic=true costs"
@@ -499,9 +496,10 @@ def main(argv=None) -> int:
     todo = sorted(named or [name for name in SECTIONS if not is_done[name]], key=is_done.get)
 
     with tempfile.TemporaryDirectory(prefix="proof-gpu-", ignore_cleanup_errors=True) as scratch:
-        ctx = Context(torch.device("cpu"), True, args.data, Path(scratch))
+        ctx = Context(torch.device("cpu"), True, args.data.absolute(), Path(scratch))
         found = []
-        carry_out(describe_device, ctx, 60, found.append)
+        if carry_out(describe_device, ctx, 60, found.append) != "done":
+            raise BadInput(f"the device cannot be used: {found[-1]['measured']}")
         ctx.device, card = found[0]["device"], found[0]["card"]
         ctx.small = args.small or ctx.device.type == "cpu"
         say(f"{ctx.device} ({card}), {', '.join(todo) or 'nothing is to do'}")

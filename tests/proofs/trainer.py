@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import inspect
 import itertools
 import time
 import traceback
@@ -13,13 +12,13 @@ from pathlib import Path
 import torch
 from conftest import REPOSITORY
 
-from lib import batches, pcam, predict, rundir, seeding, training
+from lib import batches, pcam, predict, runlog, seeding, training
 from lib.augment import PREPROCESSING, draw_augmentation
 from lib.command import one_line
 from lib.config import DEFAULT_PATH, load_config
 
 WARM_STEPS, AHEAD = 3, 8  # steps before a measurement; steps that the host may be ahead of the device in one
-SMALL = {"threads": 1, "p4m_width": 2}  # without a GPU the proof shows that it runs, and how fast is no question
+ON_CPU, ON_GPU = {"threads": 1, "p4m_width": 2}, {"threads": 8}  # without a GPU the proof shows that it runs, in small
 
 
 def wait_for(device: torch.device) -> None:
@@ -49,8 +48,8 @@ class Trainer:
     """The program's training a step at a time, over the patches of a PCam folder, from where `residence` says."""
 
     def __init__(self, device: torch.device, data, residence="device", **changes):
-        on_cpu = SMALL if device.type == "cpu" else {}
-        overrides = [f"{key}={value}" for key, value in {"data_dir": data, **on_cpu, **changes}.items()]
+        values = {"data_dir": data, **(ON_GPU if device.type == "cuda" else ON_CPU), **changes}
+        overrides = [f"{key}={value}" for key, value in values.items()]
         self.cfg, self.device = load_config(DEFAULT_PATH, overrides), device
         self.split = pcam.open_split(data, "train")
         self.rows = batches.select_rows(self.split, self.cfg)
@@ -63,10 +62,7 @@ class Trainer:
 
     def order(self, epoch: int, device=None) -> torch.Tensor:
         """The sample keys of an epoch, int64 (N,)."""
-        where = {"device": device or self.device}
-        if "device" not in inspect.signature(batches.epoch_order).parameters:  # it was on the CPU alone before
-            where = {}
-        return batches.epoch_order(self.rows, len(self.split), epoch, self.cfg, **where)
+        return batches.epoch_order(self.rows, len(self.split), epoch, self.cfg, device or self.device)
 
     def batches(self, size: int):
         """Batches of `size` patches without end, many epochs' at once: where loading starts anew, a GPU waits."""
@@ -97,7 +93,7 @@ class Trainer:
 
     def logged_steps(self, run_folder, num: int, size: int):
         """Train as train.py does, with a row of steps.csv for each step; yields the number of steps done."""
-        log = rundir.RunLog(run_folder, self.state.progress, time.monotonic(), size)
+        log = runlog.RunLog(run_folder, self.state.progress, time.monotonic(), size)
         with log, contextlib.closing(self.batches(size)) as loader:
             log.start_epoch()
             for done, batch in enumerate(itertools.islice(loader, num), 1):
