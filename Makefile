@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: checklist journal demo-journal clean audit-model prove-model
+.PHONY: checklist journal demo-journal clean audit-model prove-model prove-gpu
 
 SEED ?= 1
 ARGS ?=
@@ -106,6 +106,9 @@ prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: ma
 
 prove-model: $(test_setup_done)  ## the figures of the model audit, at length: make prove-model ARGS="sample --data data/sample"
 	$(run) here tests/prove_model.py
+
+prove-gpu: $(test_setup_done)  ## the figures of one GPU, in minutes; without one in small: make prove-gpu ARGS="--out assets/gpu"
+	$(run) here tests/proofs/gpu.py
 
 runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
 	$(run) here report.py runs

@@ -37,10 +37,11 @@ def run(*command) -> dict:
     say("$ python " + " ".join(map(str, command)))
     started = time.monotonic()
     result = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    if result.returncode not in (0, 1):
-        raise BadInput(f"{command[0]} failed with exit code {result.returncode}")
+    told = json.loads(result.stdout.splitlines()[-1]) if result.stdout else {"error": "it says nothing"}
+    if result.returncode not in (0, 1) or "error" in told:  # torchrun's code is 1 whatever a rank ends with
+        raise BadInput(f"{' '.join(map(str, command[:2]))} failed with exit code {result.returncode}: {told.get('error')}")
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    return json.loads(result.stdout.splitlines()[-1]) | {"wall_s": time.monotonic() - started, "peak_gb": peak}
+    return told | {"wall_s": time.monotonic() - started, "peak_gb": peak}
 
 
 def row(asked: str, measured: str, held: bool) -> dict:
