@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,20 @@ def test_a_run_that_is_killed_while_it_writes_a_checkpoint_goes_on_with_the_same
     result = run_script("train.py", "--resume", run, "--trace", check=0).json
     assert result["weights_sha256"] == alone["weights_sha256"]
     assert (run / "trace.csv").read_text() == alone["trace"] and not list(run.glob(".*.tmp"))
+
+
+def test_ranks_that_were_given_unlike_numbers_of_cores_compute_with_the_least(pcam_dir, tmp_path):
+    overrides = [f"data_dir={pcam_dir}", *(pair for pair in SHARDED if not pair.startswith("threads="))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank, cores in enumerate("21"):
+        environment = os.environ | common | {"RANK": str(rank), "SLURM_CPUS_PER_TASK": cores}
+        command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(tmp_path), *overrides]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(240) for process in processes] == [0, 0]
+    assert "\nthreads: 1\n" in next(tmp_path.glob("*/config.yaml")).read_text()
 
 
 def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):
