@@ -310,6 +310,17 @@ def test_a_finalist_that_failed_is_named_and_one_alone_is_not_apart_from_others(
     assert search.choose_champion(sweep)["note"] == "base is the only finalist with a score; t001, t002, t000 failed"
 
 
+def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Arguments and environment of the processes that a search has started, by process number."""
+    trainers = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            arguments, variables = (Path(f"/proc/{pid}/{name}").read_text().split("\0") for name in ("cmdline", "environ"))
+            if any(word.endswith("train.py") for word in arguments):
+                trainers[pid] = arguments, dict(pair.split("=", 1) for pair in variables if "=" in pair)
+    return trainers
+
+
 def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is_not(tmp_path, pcam_dir):
     sweep = plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *TINY])
     row = sweep.rows(0)[0]
@@ -327,8 +338,7 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     ]
 
     def trainer(process):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        return wait_for(lambda: next(iter(map(int, children.read_text().split())), None), "the trainer")
+        return wait_for(lambda: next(map(int, running_trainers(process.pid)), None), "the trainer")
 
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     trainer(process)
@@ -343,22 +353,11 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     assert search.outcome(sweep, row)["reason"].startswith("killed by SIGKILL")
 
 
-def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Arguments and environment of the processes that a search has started, by process number."""
-    trainers = {}
-    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            arguments, variables = (Path(f"/proc/{pid}/{name}").read_text().split("\0") for name in ("cmdline", "environ"))
-            if any(word.endswith("train.py") for word in arguments):
-                trainers[pid] = arguments, dict(pair.split("=", 1) for pair in variables if "=" in pair)
-    return trainers
-
-
 def test_trials_beside_each_other_share_the_cores_and_take_the_gpus_in_turn(tmp_path, pcam_dir):
     cheap = [pair for pair in TINY if not pair.startswith("threads=")]
     plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *cheap], trials=4)
     command = ["run", "s", "--all", "--processes", "2", "--sweeps", tmp_path, "--runs", tmp_path / "runs"]
-    cores = os.environ | {"SLURM_CPUS_PER_TASK": "1"}
+    cores = os.environ | {"SLURM_CPUS_PER_TASK": "2"}
     process = subprocess.Popen([sys.executable, REPOSITORY / "sweep.py", *command], stdout=subprocess.PIPE, env=cores)
     slots, beside = {}, 0
     while process.poll() is None:
