@@ -499,6 +499,14 @@ def test_a_benchmark_through_real_processes(pcam_dir, tmp_path):
     assert read_json(out / "benchmark.json")["machine"]["num_cores"]
 
 
+def test_a_benchmark_computes_with_the_cores_that_it_was_given(pcam_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    arguments = ["infer", "--data", pcam_dir, "--out", tmp_path / "out", "--cases", "default", "--batch-sizes", "4"]
+    arguments += ["--seconds", "0.01", "--repeats", "1", "--allow-noise", "model=resnet18"]
+    (row,) = run_script("benchmark.py", *arguments, check=0).json["rows"]
+    assert row["threads"] == 1 and row["images_per_s"]
+
+
 def address_space_needed() -> int:
     """What the program takes of address space before it measures anything."""
     code = "import lib.cases, lib.reports.benchmark; print(open('/proc/self/status').read().split('VmPeak:')[1].split()[0])"
