@@ -72,12 +72,12 @@ def benchmark(args) -> int:
     from lib import bench, cases
     from lib.batches import open_train_valid
     from lib.config import load_config
-    from lib.device import choose_device, control_group_limits, describe_machine
+    from lib.device import choose_device, control_group_limits, describe_machine, resolve_threads
     from lib.reports.benchmark import write_benchmark
     from lib.rundir import environment
     from lib.verdict import headline, judge
 
-    cfg = load_config(overrides=args.rest + ([f"data_dir={args.data}"] if args.data else []))
+    cfg = resolve_threads(load_config(overrides=args.rest + ([f"data_dir={args.data}"] if args.data else [])))
     device = choose_device(args.device)
     sizes = args.batch_sizes or ([cfg.batch_size] if args.what == "loader" else list(cases.SIZES))
     if wrong := [size for size in sizes if size % cfg.shards]:

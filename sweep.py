@@ -92,6 +92,10 @@ def run_rung(sweep, rung: int, args) -> dict:
         rows = rows[row : row + 1]  # empty where trials failed and so fewer were promoted than planned
     if any(search.outcome(sweep, each)["state"] == "todo" for each in rows):
         search.require_comparable(sweep, args.overrides)
+        if args.device == "auto":
+            from lib.device import warn_of_unusable_gpu
+
+            warn_of_unusable_gpu()  # here, since what a trainer says goes to its log
     result = search.run_rows(sweep, rows, args.processes, ["--device", args.device, *args.overrides])
     for each in rows:
         if (found := search.outcome(sweep, each))["state"] == "failed":

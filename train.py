@@ -5,6 +5,7 @@ python train.py --resume RUN [--until-epoch N]
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 import time
@@ -50,12 +51,17 @@ def main(argv=None) -> int:
 
 def start(cfg, args, run: Path | None = None) -> int:
     """Train on the chosen device; under torchrun, or srun with several tasks, as one of several ranks."""
-    from lib.device import choose_device
+    import torch
+
+    from lib.device import choose_device, resolve_threads
     from lib.launch import join_ranks
 
     device = choose_device(args.device)
+    threads = resolve_threads(cfg).threads
     with join_ranks(device, cfg.shards) as ranks:
-        return train(cfg, args, run, device, ranks)
+        # the least, where nodes give their ranks unlike numbers: at another one a rank would compute other bits
+        threads = int(min(ranks.gather(torch.tensor(threads, device=device))))
+        return train(dataclasses.replace(cfg, threads=threads), args, run, device, ranks)
 
 
 def train(cfg, args, run: Path | None, device, ranks) -> int:

@@ -28,7 +28,7 @@ TIMED = "default,fp32,apart,overlapped,read,sequential_read,memory_copy,matrix_p
 # how much is drawn and learnt: a test asks for less
 SIZES = {"train": 2000, "valid": 800, "damaged": 1200}
 TRAINING = ["epochs=3", "crop_epochs=2", "warmup_epochs=1"]
-SEARCHED = ["limit_train=800", "limit_valid=400", "crop_epochs=1", "warmup_epochs=0.5", "threads=1"]
+SEARCHED = ["limit_train=800", "limit_valid=400", "crop_epochs=1", "warmup_epochs=0.5"]
 TWIN = ["epochs=2", "limit_train=512", "limit_valid=128", "crop_epochs=1", "warmup_epochs=0.5"]
 
 
@@ -100,7 +100,7 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
     options = ("model", "--ckpt", champion, data, "--out", model)
     make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
     quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise", "--cases", TIMED)
-    options = ("train", "--data", data, "--out", bench, *quick, "threads=1")
+    options = ("train", "--data", data, "--out", bench, *quick)
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 
     said = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))

@@ -47,7 +47,9 @@ def main(argv=None) -> int:
     work = slurm.build_work(args.verb, variables)
     if variables["NUM_RANKS"] != "1" and work.script != "train.py":
         raise BadInput(f"NUM_RANKS: {work.script} has one rank")
-    spread = [slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"])] if len(work.tasks) > 1 else []
+    spread = []
+    if len(work.tasks) > 1:
+        spread.append(slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"], only_reads=True))
     if slurm.has_slurm():
         return submit(args.verb, [work, *spread], variables)
     say_no_slurm(variables)
@@ -94,14 +96,15 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
     say("checking environment, config and data")
     found, jobs, after = examine(chain[0], variables), [], variables["AFTER"]
     request = slurm.fit_request(variables, found["threads"], chain[0].script in ("train.py", "sweep.py"))
+    light = slurm.fit_request(variables | {"NUM_RANKS": "1", "CPUS": "1"}, 1, saves=False, needs_gpu=False)
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
     for work in chain:
-        options = [*request, "--ntasks=1"] if work.script == "report.py" else request
-        after = slurm.submit(target, work, sys.executable, options, data, after)
-        jobs.append(after)
+        options, staged = (light, "") if work.only_reads else (request, data)
+        jobs.append(slurm.submit(target, work, sys.executable, options, staged, after))
+        after = f"{after},{jobs[-1]}" if work.mends else jobs[-1]  # the next job waits for what may not be needed, too
     say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
     if chain[-1].script == "report.py":
-        say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{after}.err")
+        say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{jobs[-1]}.err")
     print_result({"job": jobs[0], "jobs": jobs, "tasks": chain[0].tasks, "request": request})
     return EXIT_DONE
 

@@ -78,7 +78,7 @@ class Config:
     label_smoothing: Annotated[float, 0, 0.5]
     ema_decay: Annotated[float, 0, 0.99999]
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, 1, 1024]
+    threads: Annotated[int, 0, 1024]
     deterministic: bool
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]

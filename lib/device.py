@@ -2,34 +2,90 @@
 
 import contextlib
 import ctypes
+import dataclasses
+import functools
 import os
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
 
-from lib.command import BadInput, one_line
+from lib.command import BadInput, one_line, say
+from lib.config import Config
+
+NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the last one
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """`auto` takes a GPU if there is one, each rank of a machine its own. Raises BadInput for a device that is not there."""
     if name == "auto":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        name = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+        name = device_of_rank(local_rank, num_gpus())
+        if local_rank == 0:
+            warn_of_unusable_gpu()
     try:
         device = torch.device(name)
     except RuntimeError:
         raise BadInput(f"--device {name}: unknown, allowed are auto, cpu, cuda and cuda:N") from None
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise BadInput(f"--device {name}: this machine offers no CUDA device (use --device cpu)")
+        if not num_gpus():
+            raise BadInput(f"--device {name}: this machine offers no CUDA device to {why_no_gpu()} (use --device cpu)")
         device = torch.device("cuda", device.index or 0)
-        if device.index >= torch.cuda.device_count():
-            raise BadInput(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices")
+        if device.index >= num_gpus():
+            raise BadInput(f"--device {name}: there are only {num_gpus()} CUDA devices")
+        torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     return device
+
+
+def device_of_rank(local_rank: int, num_gpus: int) -> str:
+    """The name of the device of a process that is number 0, 1, ... on its machine: GPUs in turn, shared if they are fewer."""
+    return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
+
+
+def num_gpus() -> int:
+    """The GPUs that torch can use."""
+    with warnings.catch_warnings(action="ignore"):  # of an old driver, which why_no_gpu tells in one line
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def why_no_gpu() -> str:
+    """torch's version and build, and the reason why it can use no GPU."""
+    build = f"torch {torch.__version__}"
+    if torch.version.cuda is None:
+        return f"{build}: it is built without CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in NO_GPU:
+        return f"{build}: CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    reason = "it finds none"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error).partition(". ")[0]
+    return f"{build}, built for CUDA {torch.version.cuda}: {reason}"
+
+
+def given_gpu() -> str:
+    """What says that this process has a GPU: a variable of its job, or nvidia-smi; empty if nothing does."""
+    for name in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
+        value = os.environ.get(name, "")
+        if value not in NO_GPU:
+            return f"{name}={value}"
+    gpu = _nvidia_smi("name")
+    return "" if not gpu or gpu.startswith(("unknown", "No devices")) else f"nvidia-smi lists {gpu}"
+
+
+@functools.cache
+def warn_of_unusable_gpu() -> None:
+    """Say, once, that torch cannot use the GPU that this process has, and why: the CPU takes hours for what a GPU does."""
+    if num_gpus():
+        return
+    evidence = given_gpu()
+    if evidence:
+        say(f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this computes on the CPU")
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -105,8 +161,25 @@ def free_device_bytes(device: torch.device) -> int:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """The processor cores that this process was given: by its affinity mask, its control groups and its Slurm task."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
+    quota = control_group_limits()["cgroup_cpus"]
+    if quota is not None:
+        limits.append(int(quota))
+    if "SLURM_CPUS_PER_TASK" in os.environ:
+        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
+    return max(min(limits), 1)
+
+
+def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
+    """`cfg` with `threads: 0` replaced by the cores for each of so many processes, and of torchrun's ranks on this machine.
+
+    A rank that srun starts has cores of its own.
+    """
+    if cfg.threads:
+        return cfg
+    num_processes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return dataclasses.replace(cfg, threads=max(num_cores() // num_processes, 1))
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -349,20 +350,23 @@ def claim(sweep: Sweep, row: Row) -> TextIO | None:
     return None
 
 
-def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str]) -> subprocess.Popen:
-    """train.py for a row, resumed if it has a run; what it says goes to logs/."""
+def start_row(sweep: Sweep, row: Row, held: TextIO, arguments: list[str], threads: int, slot: int) -> subprocess.Popen:
+    """train.py for a row, resumed if it has a run; what it says goes to logs/. `slot` is its number among those beside it."""
     run, logs = sweep.run_of(row), sweep.folder / "logs"
     if run:
         which = ["--resume", str(run)]
     else:
-        values = {"name": sweep.run_name(row.trial), "seed": row.seed, **sweep.plan["trials"].get(row.trial, {})}
+        values = {"name": sweep.run_name(row.trial), "seed": row.seed, "threads": threads}
+        values.update(sweep.plan["trials"].get(row.trial, {}))
         pairs = [f"{key}={config.plain(value)}" for key, value in values.items()]
         which = ["--config", str(sweep.folder / "config.yaml"), *pairs]
     command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(sweep.runs_dir), "--until-epoch", str(row.epochs)]
     logs.mkdir(exist_ok=True)
     with open(logs / f"{row}.err", "ab") as log:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": log}
-        return subprocess.Popen([*command, *which, *arguments], **quiet, pass_fds=[held.fileno()])
+        # a process's number on its machine is what `--device auto` takes a GPU by
+        environment = os.environ | {"LOCAL_RANK": str(slot)}
+        return subprocess.Popen([*command, *which, *arguments], **quiet, env=environment, pass_fds=[held.fileno()])
 
 
 def last_words(sweep: Sweep, row: Row) -> str:
@@ -380,9 +384,14 @@ def record_death(sweep: Sweep, row: Row, code: int) -> None:
 def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[str]) -> dict:
     """Carry out rows, so many at a time; what has a result or is under way elsewhere is left alone. Returns counts of states.
 
+    Each trainer has an equal share of the cores and, with `--device auto`, the next GPU in turn.
     Told to stop, the trainers save and leave, and nothing more is started: `interrupted` is then true.
     """
+    from lib.device import resolve_threads
+
+    threads = resolve_threads(config.load_config(sweep.folder / "config.yaml"), num_processes).threads
     running, told, waiting, num_elsewhere = {}, [], rows[::-1], 0
+    free_slots = list(range(num_processes))
 
     def stop(number, _frame):
         told.append(number)
@@ -393,7 +402,8 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
     with Progress(len(rows), sweep.folder.name, "rows") as bar:
         while running or (waiting and not told):
             for process in [process for process in running if process.poll() is not None]:
-                row, held = running.pop(process)
+                row, held, slot = running.pop(process)
+                free_slots.append(slot)
                 stopped = told or process.returncode in (EXIT_INTERRUPTED, *(-number for number in STOP_SIGNALS))
                 if process.returncode == EXIT_USAGE and not sweep.run_of(row):  # its surroundings, not the trial: to be mended
                     say(f"{row} could not start: {last_words(sweep, row)}")
@@ -408,8 +418,10 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
                 elif outcome(sweep, row)["state"] != "todo":
                     held.close()
                 else:
-                    process = start_row(sweep, row, held, arguments)
-                    running[process] = row, held
+                    slot = min(free_slots)
+                    free_slots.remove(slot)
+                    process = start_row(sweep, row, held, arguments, threads, slot)
+                    running[process] = row, held, slot
                     if told:  # while it was started
                         process.send_signal(signal.SIGTERM)
             time.sleep(0.05)

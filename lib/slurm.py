@@ -75,6 +75,8 @@ class Work:
     arguments: list[str]
     varied: str = ""  # the key that differs between tasks
     tasks: tuple[str, ...] = ()
+    only_reads: bool = False  # what other jobs have computed: it needs one core and no GPU
+    mends: bool = False  # what tasks of the job before left undone: it starts only if one failed
 
     def of_task(self, task: str) -> list[str]:
         return [*self.arguments, *([f"{self.varied}={task}"] if task else [])]
@@ -101,15 +103,17 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
 
 
 def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[Work]:
-    """A planned search as jobs, one after the other: an array for each rung, and a job that ends the rung and promotes.
+    """A planned search as jobs, one after the other: three for each rung.
 
-    That job carries out first what a killed task left; after the last rung, the champion's, it names the champion.
+    An array carries out the rows, a job those that a killed task left, and a job promotes or, at last, names the champion.
     """
     stages = []
     for rung, num in enumerate(num_rows):
-        stages.append(Work("sweep.py", ["run", name, "--rung", str(rung), *arguments], "--row", tuple(map(str, range(num)))))
-        ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung), "--finish"]
-        stages.append(Work("sweep.py", [*ending, *arguments]))
+        run = ["run", name, "--rung", str(rung)]
+        ending = ["champion", name] if rung == len(num_rows) - 1 else ["promote", name, "--rung", str(rung)]
+        stages.append(Work("sweep.py", [*run, *arguments], "--row", tuple(map(str, range(num)))))
+        stages.append(Work("sweep.py", [*run, "--all", *arguments], mends=True))
+        stages.append(Work("sweep.py", [*ending, *arguments], only_reads=True))
     return stages
 
 
@@ -165,11 +169,11 @@ def minutes_of(text: str) -> float:
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
 
 
-def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True) -> list[str]:
+def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True, needs_gpu: bool = True) -> list[str]:
     """What sbatch asks for: what work with `num_threads` a rank (0: all that it can get) can use and the partition has.
 
-    Work that `saves` is warned ahead of the time limit. Raises BadInput where there is no such partition, it starts no jobs, or
-    has less than the variables name.
+    Work that `saves` is warned ahead of the time limit. Each rank of work that `needs_gpu` gets one where there are any.
+    Raises BadInput where there is no such partition, it starts no jobs, or has less than the variables name.
     """
     name, ranks, time = variables["PARTITION"], int(variables["NUM_RANKS"]), variables["TIME"]
     rows = [line.split("|") for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines()]
@@ -194,7 +198,7 @@ def fit_request(variables: dict[str, str], num_threads: int, saves: bool = True)
     request += [f"--mem={variables['MEM'] or f'{min(MEMORY_MB, int(memory_mb))}M'}", f"--time={time or int(minutes)}"]
     # so many seconds ahead of the limit, and up to 30 more
     request += [f"--signal=B:USR1@{int(min(120, minutes * 10))}"] if saves else []
-    return request + ([f"--gpus={ranks}"] if has_gpu else [])
+    return request + ([f"--gpus={ranks}"] if has_gpu and needs_gpu else [])
 
 
 def require_disk(folder: Path, least_bytes: int = LEAST_FREE_BYTES) -> None:
@@ -266,7 +270,10 @@ def submit(name: str, work: Work, python: str, request: list[str], data: str, af
     logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern
     options += [f"--output={logs}/%j.out", f"--error={logs}/%j.err"]
     options += [f"--array=0-{len(work.tasks) - 1}"] if work.tasks else []
-    options += [f"--dependency=afterany:{after.replace(',', ':')}"] if after else []
+    if after:
+        options.append(f"--dependency={'afternotok' if work.mends else 'afterany'}:{after.replace(',', ':')}")
+    if work.mends:
+        options.append("--kill-on-invalid-dep=yes")  # it goes from the queue when no task failed
     arguments, wanted = work.arguments, training_options(work.arguments)
     if work.script == "train.py" and wanted[0].config:  # a copy, for it may be edited before the job starts
         frozen = shutil.copy(wanted[0].config, code.with_suffix(".yaml"))

@@ -25,7 +25,7 @@ import benchmark
 from lib import bench, cases
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, positive, print_result, say, script
 from lib.config import load_config
-from lib.device import num_cores
+from lib.device import num_cores, resolve_threads
 from lib.logger import read_json, write_json
 from lib.pcam import SplitWriter, open_split
 from lib.seeding import set_determinism
@@ -143,7 +143,7 @@ def prove_nothing(data: str, scratch: Path, count: int):
 def prove_overhead(data: str, _scratch: Path, count: int) -> tuple[int, int, str]:
     """The loop with the harness's clock against the bare one, in turn, over the fastest case (uint8 batches of 64, some 0.1 ms)
     and the step of training: under 2% of a batch."""
-    cfg, told, held = load_config(overrides=[f"data_dir={data}"]), [], 0
+    cfg, told, held = resolve_threads(load_config(overrides=[f"data_dir={data}"])), [], 0
     set_determinism(cfg.deterministic, cfg.threads)
     for kind, num in (("raw", NUM_BATCHES), ("train", 4)):
         stream = cases.TIMED[kind](bench.Case("train", kind, kind, cfg, device="cpu"), torch.device("cpu"), {}, {})

@@ -29,7 +29,7 @@ from lib import batches, predict, trace, training  # noqa: F401
 from lib.audits import replay, twin
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
 from lib.config import load_config
-from lib.device import choose_device, describe_machine
+from lib.device import choose_device, describe_machine, resolve_threads
 from lib.launch import ALONE
 from lib.logger import read_json, write_json
 from lib.models import build_model
@@ -257,7 +257,7 @@ def time_steps(case: str, count: int, argv) -> int:
     }[case]
     sides, rates = [], []
     for changes in (without, with_case):
-        cfg = load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes])
+        cfg = resolve_threads(load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes]))
         (split, rows), _ = batches.open_train_valid(cfg)
         keys = batches.epoch_order(rows, len(split), 0, cfg).split(cfg.batch_size)
         state, source = training.build_state(cfg, device), batches.PatchSource(split.images, cfg.data_residence, device)

@@ -23,7 +23,7 @@ from lib import batches, bench, cases, training, verdict
 from lib.augment import PREPROCESSING
 from lib.command import BadInput
 from lib.config import load_config
-from lib.device import control_group_limits, layer_precision
+from lib.device import control_group_limits, layer_precision, num_cores
 from lib.logger import read_csv, read_json, write_json
 from lib.models import build_model
 from lib.pcam import open_split, split_path
@@ -310,7 +310,7 @@ def test_bytes_read_from_the_file_are_those_of_the_patches(pcam_dir, monkeypatch
 def test_variants_differ_in_what_they_are_named_after(pcam_dir):
     planned, probed = cases.plan_cases("all", config(pcam_dir, batch_size=8), [1, 8], CPU, [])
     assert len(planned) == len(set(planned)) and len({tuple(vars(each).values()) for each in planned}) == len(planned)
-    assert [len(each) for each in probed] == [len(os.sched_getaffinity(0)) + 1]
+    assert [len(each) for each in probed] == [num_cores() + 1]
     for verb in ("infer", "train"):
         of_verb = [each for each in planned if each.what == verb]
         scaled = [(each.cfg.model, each.cfg.batch_size) for each in of_verb if each.name == "default"]
@@ -497,6 +497,14 @@ def test_a_benchmark_through_real_processes(pcam_dir, tmp_path):
     assert "## Scaling: infer, resnet18" in page and "out of memory" in page and "not measured: there is no GPU" in page
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert read_json(out / "benchmark.json")["machine"]["num_cores"]
+
+
+def test_a_benchmark_computes_with_the_cores_that_it_was_given(pcam_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    arguments = ["infer", "--data", pcam_dir, "--out", tmp_path / "out", "--cases", "default", "--batch-sizes", "4"]
+    arguments += ["--seconds", "0.01", "--repeats", "1", "--allow-noise", "model=resnet18"]
+    (row,) = run_script("benchmark.py", *arguments, check=0).json["rows"]
+    assert row["threads"] == 1 and row["images_per_s"]
 
 
 def address_space_needed() -> int:

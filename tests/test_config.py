@@ -29,7 +29,7 @@ REFUSED = {
     "views": ["2", "true"],
     "mlp_hidden": ["0", "1,x"],
     "quarantine_reasons": ["nan,dark"],
-    "threads": ["auto"],
+    "threads": ["auto", "-1", "1025"],
     "shards": ["3"],
     "num_folds": ["1"],
     "name": ["", "a/b"],

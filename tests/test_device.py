@@ -6,10 +6,22 @@ import os
 import pytest
 import torch
 
+from lib import device
 from lib.command import BadInput
+from lib.config import load_config
 from lib.device import choose_device, describe_machine, free_device_bytes, layer_precision, memory_limit_bytes
 
 HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def no_job(monkeypatch):
+    """No variable of a job or of ranks, and all cores of this machine, counted without limits."""
+    for name in [*os.environ]:
+        if name.startswith(("SLURM_", "CUDA_VISIBLE", "LOCAL_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(device, "control_groups", list)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(12)))
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
@@ -35,3 +47,72 @@ def test_the_machine_is_described_in_plain_json_and_has_memory():
     assert all(machine[key] for key in ("host", "system", "cpu", "num_cores", "memory_bytes", "device", "cpu_capability"))
     assert 0 < memory_limit_bytes() <= machine["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert free_device_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize(
+    "quota, variables, num_processes, threads",
+    [
+        (None, {}, 1, 12),
+        ("750000 100000", {}, 1, 7),
+        ("50000 100000", {}, 1, 1),
+        ("max 100000", {"SLURM_CPUS_PER_TASK": "4"}, 1, 4),
+        (None, {"SLURM_CPUS_PER_TASK": "16"}, 1, 12),
+        (None, {"LOCAL_WORLD_SIZE": "2"}, 1, 6),
+        (None, {"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "2"}, 1, 4),  # srun counts for each task
+        (None, {}, 5, 2),
+        (None, {}, 13, 1),
+    ],
+)
+def test_threads_0_are_the_cores_that_the_job_was_given(quota, variables, num_processes, threads, monkeypatch, tmp_path):
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota)
+        monkeypatch.setattr(device, "control_groups", lambda: [tmp_path])
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert device.resolve_threads(load_config(overrides=["threads=0"]), num_processes).threads == threads
+    assert device.resolve_threads(load_config(overrides=["threads=3"]), num_processes).threads == 3
+
+
+def test_processes_of_a_machine_take_its_gpus_in_turn():
+    assert [device.device_of_rank(rank, 2) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert device.device_of_rank(1, 0) == "cpu"
+
+
+@pytest.mark.skipif(HAS_GPU, reason="torch can use the GPU of this machine")
+@pytest.mark.parametrize(
+    "variables, evidence, reason",
+    [
+        ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0", ""),
+        ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2", ""),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0", ""),
+        ({"SLURM_JOB_GPUS": "3", "CUDA_VISIBLE_DEVICES": ""}, "SLURM_JOB_GPUS=3", "CUDA_VISIBLE_DEVICES= hides"),
+        ({}, "NVIDIA A100", ""),
+        (None, "", ""),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
+    variables, evidence, reason, monkeypatch, tmp_path, capsys
+):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho {'No devices were found' if variables is None else 'NVIDIA A100'}\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in (variables or {}).items():
+        monkeypatch.setenv(name, value)
+    device.warn_of_unusable_gpu.cache_clear()
+    assert [choose_device("auto").type for _ in range(2)] == ["cpu", "cpu"]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(evidence)
+    for line in lines:
+        assert evidence in line and torch.__version__ in line and (reason or device.why_no_gpu()) in line
+    with pytest.raises(BadInput) as refused:
+        choose_device("cuda")
+    assert device.why_no_gpu() in str(refused.value)
+    assert choose_device("cpu").type == "cpu" and not capsys.readouterr().err
+
+
+@pytest.mark.skipif(HAS_GPU, reason="torch can use the GPU of this machine")
+def test_a_build_without_cuda_is_the_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(BadInput, match="without CUDA"):
+        choose_device("cuda")

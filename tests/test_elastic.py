@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,20 @@ def test_ranks_leave_at_the_same_step_when_one_of_them_is_told_to_stop(pcam_dir,
     stopped = read_json(run / "meta.json")["stopped"]
     assert stopped["status"] == "interrupted" and stopped["step"] % ASK_EVERY == 0
     assert load_checkpoint(run / "last.pt")["progress"]["num_steps"] == stopped["step"]
+
+
+def test_ranks_that_were_given_unlike_numbers_of_cores_compute_with_the_least(pcam_dir, tmp_path):
+    overrides = [f"data_dir={pcam_dir}", *(pair for pair in SHARDED if not pair.startswith("threads="))]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank, cores in enumerate("21"):
+        environment = os.environ | common | {"RANK": str(rank), "SLURM_CPUS_PER_TASK": cores}
+        command = [sys.executable, str(REPOSITORY / "train.py"), "--runs", str(tmp_path), *overrides]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(240) for process in processes] == [0, 0]
+    assert "\nthreads: 1\n" in next(tmp_path.glob("*/config.yaml")).read_text()
 
 
 def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):

@@ -1,5 +1,6 @@
 """The search: a plan is frozen, a row is carried out once whatever is killed, and what run folders say decides."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -309,6 +310,17 @@ def test_a_finalist_that_failed_is_named_and_one_alone_is_not_apart_from_others(
     assert search.choose_champion(sweep)["note"] == "base is the only finalist with a score; t001, t002, t000 failed"
 
 
+def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Arguments and environment of the processes that a search has started, by process number."""
+    trainers = {}
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            arguments, variables = (Path(f"/proc/{pid}/{name}").read_text().split("\0") for name in ("cmdline", "environ"))
+            if any(word.endswith("train.py") for word in arguments):
+                trainers[pid] = arguments, dict(pair.split("=", 1) for pair in variables if "=" in pair)
+    return trainers
+
+
 def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is_not(tmp_path, pcam_dir):
     sweep = plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *TINY])
     row = sweep.rows(0)[0]
@@ -326,8 +338,7 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     ]
 
     def trainer(process):
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        return wait_for(lambda: next(iter(map(int, children.read_text().split())), None), "the trainer")
+        return wait_for(lambda: next(map(int, running_trainers(process.pid)), None), "the trainer")
 
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     trainer(process)
@@ -340,6 +351,27 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     os.kill(pid, signal.SIGKILL)
     assert json.loads(process.communicate(timeout=300)[0])["num_failed"] == 1 and process.returncode == 1
     assert search.outcome(sweep, row)["reason"].startswith("killed by SIGKILL")
+
+
+def test_trials_beside_each_other_share_the_cores_and_take_the_gpus_in_turn(tmp_path, pcam_dir):
+    cheap = [pair for pair in TINY if not pair.startswith("threads=")]
+    plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *cheap], trials=4)
+    command = ["run", "s", "--all", "--processes", "2", "--sweeps", tmp_path, "--runs", tmp_path / "runs"]
+    cores = os.environ | {"SLURM_CPUS_PER_TASK": "2"}
+    process = subprocess.Popen([sys.executable, REPOSITORY / "sweep.py", *command], stdout=subprocess.PIPE, env=cores)
+    slots, beside = {}, 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            trainers = running_trainers(process.pid)
+            ranks = {pid: variables["LOCAL_RANK"] for pid, (_, variables) in trainers.items()}
+            assert len(set(ranks.values())) == len(ranks), "no two beside each other have one number"
+            slots.update(ranks)
+            beside = max(beside, len(ranks))
+            assert all("threads=1" in arguments for arguments, _ in trainers.values())
+        time.sleep(0.02)
+    assert process.returncode == 0 and beside == 2 and len(slots) == 4 and set(slots.values()) == {"0", "1"}
+    configs = [path.read_text() for path in (tmp_path / "runs").glob("*/config.yaml")]
+    assert len(configs) == 4 and all("\nthreads: 1\n" in text for text in configs)
 
 
 def test_rows_cannot_be_had_before_their_rung_or_without_a_plan(tmp_path):

@@ -89,10 +89,10 @@ def paused(project, job):
         os.kill(pid, signal.SIGCONT)
 
 
-def ended(project, job) -> str:
+def ended(project, job, seconds=120) -> str:
     """The exit code of a job that is over, and of no other start of it."""
     path = project / f"jobs/logs/{job}.exit"
-    return wait_for(lambda: path.is_file() and path.read_text().strip(), f"the end of job {job}")
+    return wait_for(lambda: path.is_file() and path.read_text().strip(), f"the end of job {job}", seconds)
 
 
 def logged(project, job, kind="err") -> str:
@@ -254,15 +254,16 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
     held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
     named = {"SPACE": "my space.yaml", "SEARCH": "two", "DATA": 'my "data"', "AFTER": held}
-    first, *others, last = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
-    assert len(others) == 4
+    jobs = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
+    first, last, mending = jobs[0], jobs[-1], jobs[1::3]
+    assert len(jobs) == 9
     run(["scontrol", "release", held], cluster)
     # the first task dies with all its processes before it has a result; what it left goes on in the next job
     killed = wait_for(lambda: run_of(project, f"{first}_0"), "the first trial to begin")
     os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
     job = job_of(killed)
     assert kill_job(job) >= 4, "its script, srun, sweep.py and train.py"
-    assert ended(project, last) == "0", logged(project, last)
+    assert ended(project, last, 300) == "0", logged(project, last)
     champion = read_json(project / "sweeps/two/champion.json")
     assert champion["champion"] and len(champion["finalists"]) == 3
     assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
@@ -270,6 +271,24 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     )
     assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
     assert not (project / f"jobs/logs/{job}.exit").exists() and read_json(killed / "meta.json")["earlier_starts"]
+    started = [job for job in mending if (project / f"jobs/logs/{job}.err").exists()]
+    assert started == mending[:1], "only of the rung in which a task failed"
+
+
+@needs_slurm
+def test_jobs_that_only_report_or_promote_ask_for_one_core_and_no_gpu(project, cluster):
+    space = "design: grid\ntrials: 1\nseed: 1\nseeds: [1]\nrungs: [1]\nchampion_seeds: 3\nranges: {lr: {choice: [0.01]}}\n"
+    (project / "my small space.yaml").write_text(space)
+    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    common = {"PARTITION": "gpu_course", "CPUS": "2", "AFTER": held, "DATA": 'my "data"'}
+    named = {"SPACE": "my small space.yaml", "SEARCH": "one"}
+    jobs = make(project, cluster, "sweep", arguments=QUICK[1:4], **named, **common).json["jobs"]
+    jobs += make(project, cluster, "seeds", arguments=SHORT[:-1], **common).json["jobs"]
+    shown = [run(["scontrol", "show", "job", job], cluster) for job in jobs]
+    run(["scancel", held, *jobs], cluster)
+    computes = [True, True, False] * 2 + [True, False]
+    assert ["gpu" in text.partition("TresPerJob=")[2].partition("\n")[0] for text in shown] == computes
+    assert [int(re.search(r"NumCPUs=(\d+)", text)[1]) for text in shown] == [2 if each else 1 for each in computes]
 
 
 @needs_slurm

@@ -264,6 +264,21 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(quick_run):
     assert before == {entry.name: entry.read_bytes() for entry in quick_run.iterdir()}
 
 
+def test_a_run_holds_the_number_of_its_threads_and_keeps_it_where_there_are_other_cores(pcam_dir, tmp_path, monkeypatch):
+    options = ["--runs", tmp_path, f"data_dir={pcam_dir}", *(pair for pair in QUICK if pair != "threads=1")]
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
+    code, result, err = call_script(train.main, *options, "--until-epoch", 1)
+    run = Path(result["run"])
+    assert code == 0 and load_checkpoint(run / "last.pt")["config"]["threads"] == 1, err
+    before = (run / "config.yaml").read_text()
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK")
+    result, _ = resume(run)
+    assert "\nthreads: 1\n" in before == (run / "config.yaml").read_text()
+    named, one, _ = start(tmp_path, pcam_dir)
+    assert result["weights_sha256"] == one["weights_sha256"]
+    assert read_json(run / "meta.json")["identity"] == read_json(named / "meta.json")["identity"]
+
+
 @pytest.fixture
 def unfinished(whole, tmp_path):
     """A copy of the rich run as it is just before summary.json is written."""
