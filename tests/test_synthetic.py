@@ -222,7 +222,8 @@ def test_impossible_plans_are_refused(arguments, said):
 def test_every_plant_has_help_and_is_tested():
     assert set(PLANTS) == set(RATES) | {"class_skew", "shared_slides", "blurred_scanner"}
     assert all(PLANTS.values())
-    shown = run_script("prepare.py", "synthetic", "--help").stdout
+    command = [sys.executable, str(REPOSITORY / "prepare.py"), "synthetic", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
     assert all(kind in shown.split() or f"{kind};" in shown.split() for kind in PLANTS), "the help names each"
 
 
