@@ -1,56 +1,159 @@
 """Audits: findings with evidence.
 
-python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
-python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
-python audit.py twin --sources
-python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--store] [--without-patches]
-python audit.py handover DIR [--out OUT]
+python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...] python
+audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
+python audit.py twin --sources python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT
+[--store] [--without-patches] python audit.py handover DIR [--out OUT]
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, nearest, place, print_result, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    BadInput,
+    Parser,
+    nearest,
+    place,
+    print_result,
+    say,
+    script,
+)
 
 CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift", "triggers", "labels")
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="audit.py", description="Findings with evidence: findings.json, a table and a page.")
+    parser = Parser(
+        prog="audit.py", description="Findings with evidence: findings.json, a table and a page."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="data|twin|model|handover")
-    data = verbs.add_parser("data", help="what is in these files, and can they be trusted: findings, quarantine.csv and a page")
+    data = verbs.add_parser(
+        "data",
+        help="what is in these files, and can they be trusted: findings, quarantine.csv and a page",
+    )
     data.add_argument("dir", type=place, metavar="DIR", help="a PCam folder")
-    data.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-NAME of DIR)")
-    data.add_argument("--checks", default="", metavar="LIST", help=f"some of {','.join(CHECKS)} (default: all)")
-    data.add_argument("--plant", action="store_true", help="measure the power of the checks on a copy with planted damage")
-    data.add_argument("--device", default="auto", metavar="D", help="for the folds of the check of labels (default: auto)")
-    data.add_argument("overrides", nargs="*", metavar="key=value", help="for the folds, e.g. num_folds=5 epochs=10")
+    data.add_argument(
+        "--out",
+        type=place,
+        metavar="OUT",
+        help="for all that is written (default: audit-NAME of DIR)",
+    )
+    data.add_argument(
+        "--checks", default="", metavar="LIST", help=f"some of {','.join(CHECKS)} (default: all)"
+    )
+    data.add_argument(
+        "--plant",
+        action="store_true",
+        help="measure the power of the checks on a copy with planted damage",
+    )
+    data.add_argument(
+        "--device",
+        default="auto",
+        metavar="D",
+        help="for the folds of the check of labels (default: auto)",
+    )
+    data.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for the folds, e.g. num_folds=5 epochs=10",
+    )
     data.set_defaults(audit=audit_data, sources=False)
-    twin = verbs.add_parser("twin", help="are two runs of one configuration identical to the bit, and if not, where they part")
-    twin.add_argument("runs", nargs="*", metavar="A B | key=value", help="two run folders; one, to be repeated here; or none")
-    twin.add_argument("--out", default="audit-twin", metavar="OUT", help="for runs, findings, page (default: audit-twin)")
-    twin.add_argument("--inject", metavar="F", help="self-test: plant output:LAYER@STEP, gradient:, draw: or sample@STEP in B")
-    twin.add_argument("--seeds", nargs="+", default=[], metavar="RUN", help="runs of other seeds, for their deviation")
-    twin.add_argument("--sources", action="store_true", help="list the sources of non-determinism and what controls them")
-    twin.add_argument("--device", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)")
+    twin = verbs.add_parser(
+        "twin",
+        help="are two runs of one configuration identical to the bit, and if not, where they part",
+    )
+    twin.add_argument(
+        "runs",
+        nargs="*",
+        metavar="A B | key=value",
+        help="two run folders; one, to be repeated here; or none",
+    )
+    twin.add_argument(
+        "--out",
+        default="audit-twin",
+        metavar="OUT",
+        help="for runs, findings, page (default: audit-twin)",
+    )
+    twin.add_argument(
+        "--inject",
+        metavar="F",
+        help="self-test: plant output:LAYER@STEP, gradient:, draw: or sample@STEP in B",
+    )
+    twin.add_argument(
+        "--seeds",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs of other seeds, for their deviation",
+    )
+    twin.add_argument(
+        "--sources",
+        action="store_true",
+        help="list the sources of non-determinism and what controls them",
+    )
+    twin.add_argument(
+        "--device",
+        metavar="D",
+        help="auto, cpu, cuda or cuda:N (default: auto, and a run's own in its replay)",
+    )
     twin.set_defaults(audit=audit_twin)
-    model = verbs.add_parser("model", help="where a model fails: slices, the price of thresholds, shortcuts, its worst errors")
+    model = verbs.add_parser(
+        "model",
+        help="where a model fails: slices, the price of thresholds, shortcuts, its worst errors",
+    )
     model.add_argument("dir", type=place, metavar="DIR", help="a PCam folder with labels")
-    model.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
+    model.add_argument(
+        "--ckpt",
+        required=True,
+        metavar="RUN|FILE",
+        help="a run folder (its best.pt is taken) or a checkpoint",
+    )
     model.add_argument("--split", default="valid", help="train, valid or test (default: valid)")
-    model.add_argument("--out", type=place, metavar="OUT", help="for all that is written (default: audit-model-NAME of DIR)")
-    model.add_argument("--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR")
-    model.add_argument("--without-patches", action="store_true", help="no picture of a patch on the page: maps and captions")
-    model.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
-    model.add_argument("overrides", nargs="*", metavar="key=value", help="that do not change the weights, such as views=1")
+    model.add_argument(
+        "--out",
+        type=place,
+        metavar="OUT",
+        help="for all that is written (default: audit-model-NAME of DIR)",
+    )
+    model.add_argument(
+        "--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR"
+    )
+    model.add_argument(
+        "--without-patches",
+        action="store_true",
+        help="no picture of a patch on the page: maps and captions",
+    )
+    model.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
+    model.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="that do not change the weights, such as views=1",
+    )
     model.set_defaults(audit=audit_model, sources=False)
-    handover = verbs.add_parser("handover", help="a handover folder, or a repository's submission checklist, item by item")
-    handover.add_argument("folder", metavar="DIR", help="what report.py handover wrote, or a repository such as .")
-    handover.add_argument("--out", default="audit-handover", metavar="OUT", help="for findings.json (default: audit-handover)")
+    handover = verbs.add_parser(
+        "handover", help="a handover folder, or a repository's submission checklist, item by item"
+    )
+    handover.add_argument(
+        "folder", metavar="DIR", help="what report.py handover wrote, or a repository such as ."
+    )
+    handover.add_argument(
+        "--out",
+        default="audit-handover",
+        metavar="OUT",
+        help="for findings.json (default: audit-handover)",
+    )
     handover.set_defaults(audit=audit_handover, sources=False)
     args, rest = parser.parse_known_args(argv)  # which leaves key=value behind options to us
-    if unknown := [item for item in rest if item.startswith("-") or "=" not in item or args.verb == "handover"]:
+    if unknown := [
+        item for item in rest if item.startswith("-") or "=" not in item or args.verb == "handover"
+    ]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if args.verb != "handover":
         (args.runs if args.verb == "twin" else args.overrides).extend(rest)
@@ -69,12 +172,19 @@ def audit_data(args) -> int:
 
     wanted = [name.strip() for name in args.checks.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in CHECKS]:
-        raise BadInput(f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed: {', '.join(CHECKS)}")
+        raise BadInput(
+            f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed:"
+            f" {', '.join(CHECKS)}"
+        )
     checks = [name for name in CHECKS if name in (wanted or CHECKS)]
     out = Path(args.out or f"audit-{Path(args.dir).resolve().name}")
     result = data.audit_data(args.dir, out, checks, args.overrides, args.device, args.plant)
     print_result({"out": str(out), **result})
-    return EXIT_FINDING if result["num_errors"] or result["num_warnings"] or result["not_run"] else EXIT_DONE
+    return (
+        EXIT_FINDING
+        if result["num_errors"] or result["num_warnings"] or result["not_run"]
+        else EXIT_DONE
+    )
 
 
 def list_sources() -> int:
@@ -98,15 +208,24 @@ def audit_twin(args) -> int:
     runs = [item for item in args.runs if "=" not in item or Path(item).is_dir()]
     overrides = parse_overrides(item for item in args.runs if item not in runs)
     if len(runs) > 2 or (runs and overrides) or (args.inject and len(runs) == 2):
-        raise BadInput("twin takes two run folders, or one to repeat, or key=value; --inject needs a run that is made here")
+        raise BadInput(
+            "twin takes two run folders, or one to repeat, or key=value; --inject needs a run that"
+            " is made here"
+        )
 
     # read the runs that are given, make those that are not
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     sides, fault = [twin.read_side(run) for run in runs], None
     argv = ["--runs", str(out / "runs"), "--trace", "--device", args.device or "auto"]
-    argv += ["--config", str(sides[0].run / "config.yaml"), f"data_dir={sides[0].cfg.data_dir}"] if runs else []
-    argv += [f"{key}={value}" for key, value in (twin.SHORT | overrides).items()] if not runs else []
+    argv += (
+        ["--config", str(sides[0].run / "config.yaml"), f"data_dir={sides[0].cfg.data_dir}"]
+        if runs
+        else []
+    )
+    argv += (
+        [f"{key}={value}" for key, value in (twin.SHORT | overrides).items()] if not runs else []
+    )
     while len(sides) < 2:
         if sides and args.inject:
             fault = replay.parse_fault(args.inject, sides[0].cfg, sides[0].summary["num_steps"])
@@ -116,11 +235,18 @@ def audit_twin(args) -> int:
     # compare them
     a, b = sides
     result, findings = twin.compare(a, b, fault, args.device, args.seeds)
-    equal = {name: [a.trace[step][name] == b.trace[step][name] for step in a.trace] for name in QUANTITIES}
+    equal = {
+        name: [a.trace[step][name] == b.trace[step][name] for step in a.trace]
+        for name in QUANTITIES
+    }
     page = write_twin_page(out / "twin.html", findings, equal, [*a.trace], a.run, b.run)
     write_json(out / "findings.json", findings)
     print_result(result | {"a": str(a.run), "b": str(b.run), "page": str(page)})
-    return EXIT_FINDING if (not result["named"] if fault else result["verdict"] == "parted") else EXIT_DONE
+    return (
+        EXIT_FINDING
+        if (not result["named"] if fault else result["verdict"] == "parted")
+        else EXIT_DONE
+    )
 
 
 def audit_model(args) -> int:
@@ -129,20 +255,27 @@ def audit_model(args) -> int:
     from lib.pcam import SPLITS
 
     if args.split not in SPLITS:
-        raise BadInput(f"--split {args.split!r} is unknown{nearest(args.split, SPLITS)}; allowed: {', '.join(SPLITS)}")
+        raise BadInput(
+            f"--split {args.split!r} is unknown{nearest(args.split, SPLITS)}; allowed:"
+            f" {', '.join(SPLITS)}"
+        )
     out = Path(args.out or f"audit-model-{Path(args.dir).resolve().name}")
     if args.store:
         from lib.deploy import recalibrate
 
         recalibrate(args.ckpt, args.dir, args.overrides, args.device)
-    result = model.audit_model(args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches)
+    result = model.audit_model(
+        args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches
+    )
     say(f"{result['num_warnings']} warnings; page {result['page']}")
     print_result({"out": str(out), **result})
     return EXIT_FINDING if result["num_errors"] or result["num_warnings"] else EXIT_DONE
 
 
 def audit_handover(args) -> int:
-    """Everything there: 0; an item is missing: 1. A handover folder is checked with the copy of the repository in it."""
+    """Everything there: 0; an item is missing: 1. A handover folder is checked with the copy of the
+    repository in it.
+    """
     from lib.audits.handover import audit_checklist, audit_folder
     from lib.logger import write_json
 
@@ -151,17 +284,22 @@ def audit_handover(args) -> int:
     if not folder.is_dir() or (code == folder / "code" and not (folder / "verify.py").is_file()):
         raise BadInput(f"{folder} is neither a handover folder nor a repository of this program")
     findings = [] if code == folder else audit_folder(folder)
-    is_whole = all(found["severity"] != "error" for found in findings)  # no code of a damaged folder is run
+    # no code of a damaged folder is run
+    is_whole = all(found["severity"] != "error" for found in findings)
     findings += audit_checklist(code) if is_whole else []
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "findings.json", findings)
     missing = [found["check"] for found in findings if found["severity"] == "error"]
-    print_result({"num_items": len(findings), "missing": missing, "findings": str(out / "findings.json")})
+    print_result(
+        {"num_items": len(findings), "missing": missing, "findings": str(out / "findings.json")}
+    )
     return EXIT_FINDING if missing else EXIT_DONE
 
 
 def plot_growth(ours: list[dict], theirs: list[dict]):
-    """Relative difference of losses and gradient norms per step; zeros have no place on the logarithmic axis."""
+    """Relative difference of losses and gradient norms per step; zeros have no place on the
+    logarithmic axis.
+    """
     import numpy as np
 
     from lib.reports.figures import column, new_figure
@@ -178,16 +316,29 @@ def plot_growth(ours: list[dict], theirs: list[dict]):
     return figure
 
 
-def write_twin_page(path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path) -> Path:
-    """Write the page of a comparison of the run folders A and B; `equal` says which quantity was equal at which step."""
+def write_twin_page(
+    path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path
+) -> Path:
+    """Write the page of a comparison of the run folders A and B; `equal` says which quantity was
+    equal at which step.
+    """
     from lib.logger import read_csv
     from lib.reports.figures import figure_png, plot_time_line
     from lib.reports.pages import note, picture, section, table, write_page
 
     sections = [table(("run", "folder"), [("A", a), ("B", b)])]
     for found in findings:
-        parts = [note(" ".join((found["measured"], found["advice"])), "alarm" if found["severity"] == "error" else "note")]
-        parts += [table(found["rows"][0], [row.values() for row in found["rows"]])] if found["rows"] else []
+        parts = [
+            note(
+                " ".join((found["measured"], found["advice"])),
+                "alarm" if found["severity"] == "error" else "note",
+            )
+        ]
+        parts += (
+            [table(found["rows"][0], [row.values() for row in found["rows"]])]
+            if found["rows"]
+            else []
+        )
         if found["check"] == "time line" and steps:
             parts.append(picture(figure_png(plot_time_line(equal, steps)), "equal or not, by step"))
         if found["check"] == "time line" and found["severity"] == "error":

@@ -8,24 +8,58 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, printable, probability, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    BadInput,
+    Parser,
+    place,
+    print_result,
+    printable,
+    probability,
+    say,
+    script,
+)
 
 MOST_LOGIT = 1e30  # which float32 can still be scaled
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="inference.py", description="Apply a checkpoint to patches: one row of probability and decision each.")
-    parser.add_argument("--ckpt", required=True, metavar="RUN|FILE", help="a run folder (its best.pt is taken) or a checkpoint")
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", type=place, help="PCam folder, .h5, image, folder or tar of images"
+    parser = Parser(
+        prog="inference.py",
+        description="Apply a checkpoint to patches: one row of probability and decision each.",
     )
-    parser.add_argument("--split", default="", help="which split of a PCam folder: train, valid or test")
-    parser.add_argument("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
-    parser.add_argument("--threshold", type=probability, metavar="T", help="positive from here on (default: stored)")
     parser.add_argument(
-        "--views", type=int, choices=(1, 8), help="test-time augmentation: 8 turned and shifted (default: stored)"
+        "--ckpt",
+        required=True,
+        metavar="RUN|FILE",
+        help="a run folder (its best.pt is taken) or a checkpoint",
     )
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        type=place,
+        help="PCam folder, .h5, image, folder or tar of images",
+    )
+    parser.add_argument(
+        "--split", default="", help="which split of a PCam folder: train, valid or test"
+    )
+    parser.add_argument(
+        "--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv"
+    )
+    parser.add_argument(
+        "--threshold", type=probability, metavar="T", help="positive from here on (default: stored)"
+    )
+    parser.add_argument(
+        "--views",
+        type=int,
+        choices=(1, 8),
+        help="test-time augmentation: 8 turned and shifted (default: stored)",
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     return parser.parse_intermixed_args(argv)
 
 
@@ -54,9 +88,13 @@ def main(argv=None) -> int:
     if Path(args.out).is_dir():
         raise BadInput(f"--out {args.out} is a folder: name a file in it")
     if Path(args.out).exists() and not Path(args.out).is_file():
-        raise BadInput(f"--out {args.out} is a device or a pipe, which a file would replace: name a file")
+        raise BadInput(
+            f"--out {args.out} is a device or a pipe, which a file would replace: name a file"
+        )
     if Path(args.out).exists() and Path(args.out).suffix.lower() != ".csv":
-        raise BadInput(f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file")
+        raise BadInput(
+            f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file"
+        )
     require_writable(args.out)  # before the work
     model, cfg, checkpoint = load_model(args.ckpt)
     set_determinism(cfg.deterministic)
@@ -71,10 +109,17 @@ def main(argv=None) -> int:
     with Progress(0, "predicting") as bar:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
-            found = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"]).cpu().numpy()
+            found = (
+                predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"])
+                .cpu()
+                .numpy()
+            )
             if not (sound := np.abs(found) < MOST_LOGIT).all():
                 source = block.sources[sound.argmin()]
-                raise BadInput(f"{args.ckpt} answers {source} with no number: its weights are damaged or diverged")
+                raise BadInput(
+                    f"{args.ckpt} answers {source} with no number: its weights are damaged or"
+                    " diverged"
+                )
             logits.append(calibrate(found, calibration))
             if reference:
                 features.append(measure_features(block.images))
@@ -91,43 +136,79 @@ def main(argv=None) -> int:
     known = good & np.array([label is not None for label in labels])
 
     # a column for each thing that is known; cells of what could not be read stay empty
-    columns = {"probability": [f"{prob:.9g}" for prob in probs], "prediction": (probs >= threshold).astype(int).tolist()}
+    columns = {
+        "probability": [f"{prob:.9g}" for prob in probs],
+        "prediction": (probs >= threshold).astype(int).tolist(),
+    }
     if reference:
         features = np.concatenate(features)
         drift = patch_scores(features, reference)
         columns["drift"] = [f"{score:.4g}" for score in drift]
-        columns["unlike"] = np.where(drift > reference["limit"], farthest_features(features, reference), "").tolist()
-    columns = {name: [cell if is_good else "" for cell, is_good in zip(c, good, strict=True)] for name, c in columns.items()}
+        columns["unlike"] = np.where(
+            drift > reference["limit"], farthest_features(features, reference), ""
+        ).tolist()
+    columns = {
+        name: [cell if is_good else "" for cell, is_good in zip(c, good, strict=True)]
+        for name, c in columns.items()
+    }
     if known.any():
         columns["label"] = ["" if label is None else label for label in labels]
     if failed:
         columns["error"] = [error or "" for _, _, error in rows]
-    names = [name for name in ("probability", "prediction", "label", "drift", "unlike", "error") if name in columns]
+    names = [
+        name
+        for name in ("probability", "prediction", "label", "drift", "unlike", "error")
+        if name in columns
+    ]
     places = [(source, index) for source, index, _ in rows]
     cells = zip(*(columns[name] for name in names), strict=True)
-    write_csv(args.out, ["source", "index", *names], [(*p, *c) for p, c in zip(places, cells, strict=True)])
+    write_csv(
+        args.out,
+        ["source", "index", *names],
+        [(*p, *c) for p, c in zip(places, cells, strict=True)],
+    )
 
-    result = {"predictions": args.out, "num": len(rows), "num_failed": len(failed), "threshold": threshold, "views": views}
-    result |= {"num_positive": int((probs[good] >= threshold).sum()), "wall_s": round(time.monotonic() - started_at, 3)}
-    result |= {"calibrated": calibration is not None, "weights_sha256": checkpoint["weights_sha256"]}
-    say(f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at {threshold:g}, {views} view(s)")
+    result = {
+        "predictions": args.out,
+        "num": len(rows),
+        "num_failed": len(failed),
+        "threshold": threshold,
+        "views": views,
+    }
+    result |= {
+        "num_positive": int((probs[good] >= threshold).sum()),
+        "wall_s": round(time.monotonic() - started_at, 3),
+    }
+    result |= {
+        "calibrated": calibration is not None,
+        "weights_sha256": checkpoint["weights_sha256"],
+    }
+    say(
+        f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at"
+        f" {threshold:g}, {views} view(s)"
+    )
     for error in failed[:5]:
         say(f"not read: {printable(error)}")
     if reference:
         result["drift"] = batch = judge_batch(features[good], reference)
         if batch["drifted"]:
             say(
-                f"WARNING: these patches do not look like those the model was trained on: mean {batch['feature']} is "
-                f"{batch['shift']:+.2f} deviations away (limit {batch['shift_limit']:.2f}), {batch['share_beyond']:.1%} are "
-                "beyond the limit of a single patch; probabilities and threshold may not hold"
+                "WARNING: these patches do not look like those the model was trained on: mean"
+                f" {batch['feature']} is {batch['shift']:+.2f} deviations away (limit"
+                f" {batch['shift_limit']:.2f}), {batch['share_beyond']:.1%} are beyond the limit of"
+                " a single patch; probabilities and threshold may not hold"
             )
     if known.any():
         truth = np.array([label for label, is_known in zip(labels, known, strict=True) if is_known])
-        scores, baselines = compute_metrics(truth, logits[known], threshold), constant_baselines(truth)
+        scores, baselines = (
+            compute_metrics(truth, logits[known], threshold),
+            constant_baselines(truth),
+        )
         result |= {"scores": scores, "constant_baselines": baselines}
         say(
-            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
-            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f})"
+            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+            f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+            f" {baselines['majority_accuracy']:.4f})"
         )
     print_result(result)
     return EXIT_FINDING if failed else EXIT_DONE

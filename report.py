@@ -14,63 +14,156 @@ import platform
 import sys
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, probability, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    BadInput,
+    Parser,
+    place,
+    print_result,
+    probability,
+    say,
+    script,
+)
 
 NUM_EXAMPLES = 12
 CHAMPION = Path(__file__).parent / "assets" / "champion"
 SPREAD_NOTE = (
-    "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their training patches, so that theirs "
-    "is narrower than it should be (Bengio and Grandvalet 2004)."
+    "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
+    " training patches, so that theirs is narrower than it should be (Bengio and Grandvalet 2004)."
 )
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="report.py", description="Pages and tables from what runs have left on disk.")
-    commands = parser.add_subparsers(dest="what", required=True, metavar="run|runs|seeds|folds|export|handover|journal")
+    parser = Parser(
+        prog="report.py", description="Pages and tables from what runs have left on disk."
+    )
+    commands = parser.add_subparsers(
+        dest="what", required=True, metavar="run|runs|seeds|folds|export|handover|journal"
+    )
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")
-    run.add_argument("--predictions", default="", metavar="FILE", help="a predictions.csv with labels, for scores and examples")
-    run.add_argument("--threshold", type=probability, metavar="T", help="of the decision (default: the stored one)")
-    run.add_argument("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
+    run.add_argument(
+        "--predictions",
+        default="",
+        metavar="FILE",
+        help="a predictions.csv with labels, for scores and examples",
+    )
+    run.add_argument(
+        "--threshold",
+        type=probability,
+        metavar="T",
+        help="of the decision (default: the stored one)",
+    )
+    run.add_argument(
+        "--remark", default="", metavar="TEXT", help="a sentence for the top of the page"
+    )
     run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
     run.set_defaults(report=report_run)
-    runs = commands.add_parser("runs", help="all runs: status, the keys in which they differ, scores")
-    runs.add_argument("--sort", default="run", metavar="NAME", help="a column to order by (default: run, which is by start)")
+    runs = commands.add_parser(
+        "runs", help="all runs: status, the keys in which they differ, scores"
+    )
+    runs.add_argument(
+        "--sort",
+        default="run",
+        metavar="NAME",
+        help="a column to order by (default: run, which is by start)",
+    )
     runs.add_argument("--descending", action="store_true", help="the largest first")
-    runs.add_argument("--html", default="", metavar="FILE", help="a page with their curves drawn together")
+    runs.add_argument(
+        "--html", default="", metavar="FILE", help="a page with their curves drawn together"
+    )
     runs.set_defaults(report=report_runs)
     spreads = []
     for verb, other in (("seeds", "folds"), ("folds", "seeds")):
-        spread = commands.add_parser(verb, help=f"the mean over {verb}, its interval and the spread")
-        spread.add_argument(verb, nargs="*", metavar="RUN", help=f"finished runs that differ in the {verb[:-1]} alone")
-        spread.add_argument(f"--{other}", nargs="+", default=[], metavar="RUN", help=f"the spread over {other}, set beside it")
-        spread.add_argument("--html", default="", metavar="FILE", help="a page with gradient norms and learning rates together")
+        spread = commands.add_parser(
+            verb, help=f"the mean over {verb}, its interval and the spread"
+        )
+        spread.add_argument(
+            verb,
+            nargs="*",
+            metavar="RUN",
+            help=f"finished runs that differ in the {verb[:-1]} alone",
+        )
+        spread.add_argument(
+            f"--{other}",
+            nargs="+",
+            default=[],
+            metavar="RUN",
+            help=f"the spread over {other}, set beside it",
+        )
+        spread.add_argument(
+            "--html",
+            default="",
+            metavar="FILE",
+            help="a page with gradient norms and learning rates together",
+        )
         spread.set_defaults(report=report_spread)
         spreads.append(spread)
     export = commands.add_parser("export", help="runs as TensorBoard or MLflow read them")
     export.add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
-    export.add_argument("--out", required=True, type=place, metavar="DIR", help="a new or an empty folder")
+    export.add_argument(
+        "--out", required=True, type=place, metavar="DIR", help="a new or an empty folder"
+    )
     export.set_defaults(report=report_export)
     for chosen in (runs, export, *spreads):
         chosen.add_argument(
-            "--runs", default="runs", type=place, metavar="DIR", help="the folder that holds them (default: runs)"
+            "--runs",
+            default="runs",
+            type=place,
+            metavar="DIR",
+            help="the folder that holds them (default: runs)",
         )
-        condition = "only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead; all of several"
-        chosen.add_argument("--where", action="append", default=[], metavar="CONDITION", help=condition)
-    stick = commands.add_parser("handover", help="a folder that predicts on a machine without a network, for a USB stick")
-    stick.add_argument("run", nargs="?", default=CHAMPION, metavar="RUN", help="a finished run (default: assets/champion)")
-    stick.add_argument("--to", required=True, type=place, metavar="DIR", help="a new or an empty folder")
-    stick.add_argument("--platform", default=f"manylinux_2_28_{platform.machine()}", metavar="P", help="default: %(default)s")
+        condition = (
+            "only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead; all of"
+            " several"
+        )
+        chosen.add_argument(
+            "--where", action="append", default=[], metavar="CONDITION", help=condition
+        )
+    stick = commands.add_parser(
+        "handover", help="a folder that predicts on a machine without a network, for a USB stick"
+    )
+    stick.add_argument(
+        "run",
+        nargs="?",
+        default=CHAMPION,
+        metavar="RUN",
+        help="a finished run (default: assets/champion)",
+    )
+    stick.add_argument(
+        "--to", required=True, type=place, metavar="DIR", help="a new or an empty folder"
+    )
+    stick.add_argument(
+        "--platform",
+        default=f"manylinux_2_28_{platform.machine()}",
+        metavar="P",
+        help="default: %(default)s",
+    )
     here = "{}.{}".format(*sys.version_info)
-    stick.add_argument("--python", default=here, type=python_version, metavar="3.X", help="default: %(default)s")
-    stick.add_argument("--wheels", type=place, metavar="DIR", help="a folder of wheels to take instead of fetching them")
+    stick.add_argument(
+        "--python", default=here, type=python_version, metavar="3.X", help="default: %(default)s"
+    )
+    stick.add_argument(
+        "--wheels",
+        type=place,
+        metavar="DIR",
+        help="a folder of wheels to take instead of fetching them",
+    )
     stick.set_defaults(report=report_handover)
     journal = commands.add_parser(
-        "journal", help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it"
+        "journal",
+        help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it",
     )
-    about = "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
-    journal.add_argument("folder", nargs="?", default=Path(__file__).parent, type=place, metavar="DIR", help=about)
-    journal.add_argument("--check", action="store_true", help="name what in JOURNAL.md does not agree with the files")
+    about = (
+        "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
+    )
+    journal.add_argument(
+        "folder", nargs="?", default=Path(__file__).parent, type=place, metavar="DIR", help=about
+    )
+    journal.add_argument(
+        "--check", action="store_true", help="name what in JOURNAL.md does not agree with the files"
+    )
     journal.set_defaults(report=report_journal)
     return parser.parse_args(argv)
 
@@ -93,8 +186,13 @@ def report_handover(args) -> int:
     from lib.handover import write_handover
     from lib.rundir import find_run
 
-    result = write_handover(find_run(args.run), Path(args.to), args.platform, args.python, args.wheels)
-    say(f"{args.to}: {result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB, torch {result['torch']}")
+    result = write_handover(
+        find_run(args.run), Path(args.to), args.platform, args.python, args.wheels
+    )
+    say(
+        f"{args.to}: {result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB, torch"
+        f" {result['torch']}"
+    )
     print_result(result)
     return EXIT_DONE
 
@@ -114,15 +212,26 @@ def report_journal(args) -> int:
 
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
-    from lib.reports.runs import CURVES, list_runs, select_runs, table_of_runs, text_table, write_together
+    from lib.reports.runs import (
+        CURVES,
+        list_runs,
+        select_runs,
+        table_of_runs,
+        text_table,
+        write_together,
+    )
 
     rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
     shown, statuses = table_of_runs(rows), [row["status"] for row in rows]
     say(text_table(*shown))
-    result = {"num_runs": len(rows)} | {status: statuses.count(status) for status in sorted(set(statuses))}
+    result = {"num_runs": len(rows)} | {
+        status: statuses.count(status) for status in sorted(set(statuses))
+    }
     if args.html:
         folders = [Path(args.runs, row["run"]) for row in rows]
-        result["page"] = str(write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES))
+        result["page"] = str(
+            write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
+        )
     print_result(result)
     return EXIT_DONE
 
@@ -145,23 +254,45 @@ def report_spread(args) -> int:
         chosen = select_runs(list_runs(args.runs), args.where)
         setattr(args, args.what, [str(Path(args.runs, row["run"])) for row in chosen])
     if not getattr(args, args.what):
-        raise BadInput(f"{args.what}: no run is named" + f", and none in {args.runs} meets the conditions" * bool(args.where))
+        raise BadInput(
+            f"{args.what}: no run is named"
+            + f", and none in {args.runs} meets the conditions" * bool(args.where)
+        )
     order = ("seeds", "folds") if args.what == "seeds" else ("folds", "seeds")
-    runs = {varied: [find_run(name) for name in getattr(args, varied)] for varied in order if getattr(args, varied)}
+    runs = {
+        varied: [find_run(name) for name in getattr(args, varied)]
+        for varied in order
+        if getattr(args, varied)
+    }
     rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}
     spreads = {varied: average_scores(rows[varied], varied[:-1]) for varied in runs}
-    constants = {f"val_{score}": rows[args.what][0].get(constant) for score, constant in SHOWN_SCORES.values()}
+    constants = {
+        f"val_{score}": rows[args.what][0].get(constant)
+        for score, constant in SHOWN_SCORES.values()
+    }
     columns = ("mean", "deviation", "low", "high", "num")
-    header = ["score", "constant answer", *(f"{column} over {varied}" for varied in runs for column in columns)]
+    header = [
+        "score",
+        "constant answer",
+        *(f"{column} over {varied}" for varied in runs for column in columns),
+    ]
     cells = [
-        [name, constants.get(name), *(scores[name][column] for scores in spreads.values() for column in columns)]
+        [
+            name,
+            constants.get(name),
+            *(scores[name][column] for scores in spreads.values() for column in columns),
+        ]
         for name in spreads[args.what]
     ]
     say(text_table(header, cells))
     result = spreads | {"num_runs": sum(map(len, runs.values()))}
     if args.html:
         title = f"Scores over {' and '.join(runs)}"
-        result["page"] = str(write_together(args.html, title, (header, cells), sum(runs.values(), []), GRADIENTS, SPREAD_NOTE))
+        result["page"] = str(
+            write_together(
+                args.html, title, (header, cells), sum(runs.values(), []), GRADIENTS, SPREAD_NOTE
+            )
+        )
     print_result(result)
     return EXIT_DONE
 
@@ -172,7 +303,9 @@ def report_export(args) -> int:
     from lib.reports.runs import list_runs, select_runs
 
     rows = select_runs(list_runs(args.runs), args.where)
-    print_result({"num_runs": export_runs(rows, Path(args.runs), Path(args.out), args.to), "out": args.out})
+    print_result(
+        {"num_runs": export_runs(rows, Path(args.runs), Path(args.out), args.to), "out": args.out}
+    )
     return EXIT_DONE
 
 
@@ -181,14 +314,18 @@ def report_run(args) -> int:
     from lib.rundir import find_run
 
     run = find_run(args.run)
-    page = write_run_page(run, args.predictions, args.threshold, args.out or run / "report.html", args.remark)
+    page = write_run_page(
+        run, args.predictions, args.threshold, args.out or run / "report.html", args.remark
+    )
     say(f"page {page}")
     print_result({"page": str(page), "run": str(run)})
     return EXIT_DONE
 
 
 def write_run_page(run: Path, predictions, threshold: float | None, out, remark: str = "") -> Path:
-    """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at `threshold` or the stored."""
+    """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at
+    `threshold` or the stored.
+    """
     from lib.logger import read_csv, read_json
     from lib.reports.figures import figure_png, plot_epochs, plot_steps
     from lib.reports.pages import note, picture, section, table, write_page
@@ -196,16 +333,35 @@ def write_run_page(run: Path, predictions, threshold: float | None, out, remark:
 
     if not (run / "summary.json").is_file():
         raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
-    cfg, meta, summary = read_run_config(run), read_json(run / "meta.json"), read_json(run / "summary.json")
+    cfg, meta, summary = (
+        read_run_config(run),
+        read_json(run / "meta.json"),
+        read_json(run / "summary.json"),
+    )
     epochs, steps = read_csv(run / "epochs.csv"), read_csv(run / "steps.csv")
     if not epochs or not steps or "status" not in summary or "model" not in meta:
-        raise BadInput(f"{run} is {summary.get('status', 'no finished run')}: it holds no finished epoch to show")
+        raise BadInput(
+            f"{run} is {summary.get('status', 'no finished run')}: it holds no finished epoch to"
+            " show"
+        )
     facts = [
         ("run", run.name),
         ("status", summary["status"]),
         ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
-        ("trained on", f"{meta['rows']['train']['num']:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
-        ("speed", f"{summary['images_per_s']:,.0f} images/s on {meta['machine']['cpu']}, {meta['machine']['device']}"),
+        (
+            "trained on",
+            (
+                f"{meta['rows']['train']['num']:,} patches, {summary['num_epochs']} epochs, seed"
+                f" {cfg.seed}"
+            ),
+        ),
+        (
+            "speed",
+            (
+                f"{summary['images_per_s']:,.0f} images/s on {meta['machine']['cpu']},"
+                f" {meta['machine']['device']}"
+            ),
+        ),
         ("wall time", f"{summary['wall_s']:.0f} s"),
         ("commit", meta["commit"] or "not in a git repository"),
         ("weights SHA-256", summary["weights_sha256"]),
@@ -213,8 +369,13 @@ def write_run_page(run: Path, predictions, threshold: float | None, out, remark:
     sections = [
         *([note(remark)] if remark else []),
         section("The run", table(("what", "value"), facts)),
-        section("Epoch by epoch", picture(figure_png(plot_epochs(epochs)), "loss and scores per epoch")),
-        section("Step by step", picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step")),
+        section(
+            "Epoch by epoch", picture(figure_png(plot_epochs(epochs)), "loss and scores per epoch")
+        ),
+        section(
+            "Step by step",
+            picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step"),
+        ),
     ]
     if predictions:
         if threshold is None:
@@ -235,37 +396,70 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
     from lib.reports.pages import gallery, note, picture, section, table
     from lib.reports.runs import SHOWN_SCORES
 
-    rows = [row for row in read_edited_csv(predictions, ("source", "index", "probability", "label")) if row["probability"]]
+    rows = [
+        row
+        for row in read_edited_csv(predictions, ("source", "index", "probability", "label"))
+        if row["probability"]
+    ]
     try:
         labels = np.array([("0", "1").index(row["label"]) for row in rows])
         probs = np.array([float(row["probability"]) for row in rows])
     except ValueError as error:
-        raise BadInput(f"{predictions} needs a label of 0 or 1 and a probability in each row ({error})") from None
+        raise BadInput(
+            f"{predictions} needs a label of 0 or 1 and a probability in each row ({error})"
+        ) from None
     if not rows or not ((probs >= 0) & (probs <= 1)).all():
         raise BadInput(f"{predictions} has no row, or a probability outside 0 to 1")
     logits = np.log(np.clip(probs, 1e-12, 1)) - np.log(np.clip(1 - probs, 1e-12, 1))
     scores, baselines = compute_metrics(labels, logits, threshold), constant_baselines(labels)
     confusion = compute_confusion(labels, probs >= threshold)
-    compared = [(name, scores[key], baselines[constant]) for name, (key, constant) in SHOWN_SCORES.items()]
+    compared = [
+        (name, scores[key], baselines[constant]) for name, (key, constant) in SHOWN_SCORES.items()
+    ]
     certainty = np.where(labels == 1, probs, 1 - probs)  # given to the true class
     kinds = (
-        ("Found: tumour called tumour, the most certain first", (labels == 1) & (probs >= threshold), -certainty),
-        ("Cleared: normal called normal, the most certain first", (labels == 0) & (probs < threshold), -certainty),
-        ("Missed: tumour called normal, the most certain errors first", (labels == 1) & (probs < threshold), certainty),
-        ("False alarms: normal called tumour, the most certain errors first", (labels == 0) & (probs >= threshold), certainty),
+        (
+            "Found: tumour called tumour, the most certain first",
+            (labels == 1) & (probs >= threshold),
+            -certainty,
+        ),
+        (
+            "Cleared: normal called normal, the most certain first",
+            (labels == 0) & (probs < threshold),
+            -certainty,
+        ),
+        (
+            "Missed: tumour called normal, the most certain errors first",
+            (labels == 1) & (probs < threshold),
+            certainty,
+        ),
+        (
+            "False alarms: normal called tumour, the most certain errors first",
+            (labels == 0) & (probs >= threshold),
+            certainty,
+        ),
     )
     parts = []
     for title, chosen, order in kinds:
         picked = sorted(np.flatnonzero(chosen), key=order.__getitem__)[:NUM_EXAMPLES]
         patches = [patch_png(read_patch(rows[row])) for row in picked]
         captions = [f"row {rows[row]['index']}, p = {probs[row]:.3f}" for row in picked]
-        parts += [f"<h3>{title} ({int(chosen.sum()):,})</h3>", gallery(patches, captions) if picked else note("none")]
+        parts += [
+            f"<h3>{title} ({int(chosen.sum()):,})</h3>",
+            gallery(patches, captions) if picked else note("none"),
+        ]
     return [
         section(
             f"Scores on the {len(rows):,} patches of {Path(predictions).name}",
             table(("score", "model", "constant answer"), compared),
-            note(f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says nothing for the model."),
-            picture(figure_png(plot_decisions(labels, probs, threshold, confusion)), "ROC, precision-recall, confusion matrix"),
+            note(
+                f"Decisions at probability {threshold:g}. An F2 near that of the constant answer"
+                " says nothing for the model."
+            ),
+            picture(
+                figure_png(plot_decisions(labels, probs, threshold, confusion)),
+                "ROC, precision-recall, confusion matrix",
+            ),
         ),
         section("Example predictions", *parts),
     ]

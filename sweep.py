@@ -14,38 +14,89 @@ import sys
 from pathlib import Path
 
 from lib import search
-from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, place, positive, print_result, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    EXIT_INTERRUPTED,
+    BadInput,
+    Parser,
+    place,
+    positive,
+    print_result,
+    say,
+    script,
+)
 from lib.config import DEFAULT_PATH, load_config
 from lib.logger import read_json, utc_now, write_json
 from lib.rundir import REPOSITORY, git_state
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="sweep.py", description="Search for hyper-parameters: plan, run, promote, and crown a champion.")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="plan|run|promote|champion")
-    plan = commands.add_parser("plan", help="freeze the trials of a search into sweeps/NAME/plan.json")
+    parser = Parser(
+        prog="sweep.py",
+        description="Search for hyper-parameters: plan, run, promote, and crown a champion.",
+    )
+    commands = parser.add_subparsers(
+        dest="verb", required=True, metavar="plan|run|promote|champion"
+    )
+    plan = commands.add_parser(
+        "plan", help="freeze the trials of a search into sweeps/NAME/plan.json"
+    )
     plan.add_argument("space", metavar="SPACE", help="YAML of ranges, like assets/space.yaml")
     plan.add_argument("--name", default="", help="of the search (default: that of the file)")
-    plan.add_argument("--config", default="", metavar="F", help="what the trials vary (default: config.yaml)")
-    run = commands.add_parser("run", help="carry out rows of a rung; what is done is not done again")
+    plan.add_argument(
+        "--config", default="", metavar="F", help="what the trials vary (default: config.yaml)"
+    )
+    run = commands.add_parser(
+        "run", help="carry out rows of a rung; what is done is not done again"
+    )
     which = run.add_mutually_exclusive_group(required=True)
     which.add_argument("--row", type=int, metavar="N", help="one row, such as an array's index")
     which.add_argument("--all", action="store_true", help="every row that has no result")
-    promote = commands.add_parser("promote", help="write the next rung: the best third of one that is over")
-    champion = commands.add_parser("champion", help="the best three and the plain config on fresh seeds; the page")
-    champion.add_argument("--open-test", action="store_true", help="score it on the test split: once, and on record")
+    promote = commands.add_parser(
+        "promote", help="write the next rung: the best third of one that is over"
+    )
+    champion = commands.add_parser(
+        "champion", help="the best three and the plain config on fresh seeds; the page"
+    )
+    champion.add_argument(
+        "--open-test", action="store_true", help="score it on the test split: once, and on record"
+    )
     for verb in (run, promote, champion):
         verb.add_argument("name", metavar="NAME", type=place, help="of a planned search")
-        verb.add_argument("--processes", type=positive, default=1, metavar="K", help="trials at a time (default: 1)")
-        verb.add_argument("--device", default="auto", metavar="D", help="for train.py (default: auto)")
-        verb.add_argument("--runs", default="runs", metavar="DIR", help="where the run folders are (default: runs)")
+        verb.add_argument(
+            "--processes",
+            type=positive,
+            default=1,
+            metavar="K",
+            help="trials at a time (default: 1)",
+        )
+        verb.add_argument(
+            "--device", default="auto", metavar="D", help="for train.py (default: auto)"
+        )
+        verb.add_argument(
+            "--runs",
+            default="runs",
+            metavar="DIR",
+            help="where the run folders are (default: runs)",
+        )
     for verb in (run, promote):
         verb.add_argument("--rung", type=int, metavar="R", help="default: the newest one")
     for verb in (promote, champion):
-        verb.add_argument("--finish", action="store_true", help="first carry out here the rows without a result")
+        verb.add_argument(
+            "--finish", action="store_true", help="first carry out here the rows without a result"
+        )
     for verb in (plan, run, promote, champion):
-        verb.add_argument("--sweeps", default="sweeps", metavar="DIR", help="where the searches are (default: sweeps)")
-        verb.epilog = "key=value ...: put over the config; after plan only keys that do not change the weights"
+        verb.add_argument(
+            "--sweeps",
+            default="sweeps",
+            metavar="DIR",
+            help="where the searches are (default: sweeps)",
+        )
+        verb.epilog = (
+            "key=value ...: put over the config; after plan only keys that do not change the"
+            " weights"
+        )
     args, args.overrides = parser.parse_known_args(argv)
     if wrong := [word for word in args.overrides if word.startswith("-") or "=" not in word]:
         parser.error(f"unrecognized argument {wrong[0]}")
@@ -58,13 +109,26 @@ def main(argv=None) -> int:
     folder = Path(args.sweeps) / (args.name or Path(args.space).stem)
     if args.verb == "plan":
         plan = search.freeze(folder, args.space, args.config or DEFAULT_PATH, args.overrides)
-        say(f"{folder}/plan.json: {len(plan['trials'])} trials, rungs of {plan['rungs']} epochs, SHA-256 {plan['sha256']}")
-        print_result({"plan": str(folder / "plan.json"), "sha256": plan["sha256"], "num_trials": len(plan["trials"])})
+        say(
+            f"{folder}/plan.json: {len(plan['trials'])} trials, rungs of {plan['rungs']} epochs,"
+            f" SHA-256 {plan['sha256']}"
+        )
+        print_result(
+            {
+                "plan": str(folder / "plan.json"),
+                "sha256": plan["sha256"],
+                "num_trials": len(plan["trials"]),
+            }
+        )
         return EXIT_DONE
     sweep = search.load_sweep(folder, args.runs)
     if args.verb == "champion":
         return crown(sweep, args)
-    newest = search.started_rung(sweep) if args.verb == "promote" and not args.finish else sweep.newest_rung()
+    newest = (
+        search.started_rung(sweep)
+        if args.verb == "promote" and not args.finish
+        else sweep.newest_rung()
+    )
     rung = newest if args.rung is None else args.rung
     result = {"rung": rung}
     if args.verb == "run" or args.finish:
@@ -75,12 +139,20 @@ def main(argv=None) -> int:
         result |= {"next": str(path), "trials": read_json(path)["trials"], "page": str(page)}
         say(f"{path}: {', '.join(result['trials'])}; page {page}")
     print_result(result)
-    return EXIT_INTERRUPTED if result.get("interrupted") else EXIT_FINDING if is_open(result) else EXIT_DONE
+    return (
+        EXIT_INTERRUPTED
+        if result.get("interrupted")
+        else EXIT_FINDING
+        if is_open(result)
+        else EXIT_DONE
+    )
 
 
 def is_open(result: dict) -> bool:
     """Whether a row failed, or has no result and nobody is at it."""
-    return bool(result.get("num_failed") or result.get("num_todo", 0) > result.get("num_elsewhere", 0))
+    return bool(
+        result.get("num_failed") or result.get("num_todo", 0) > result.get("num_elsewhere", 0)
+    )
 
 
 def run_rung(sweep, rung: int, args) -> dict:
@@ -88,25 +160,37 @@ def run_rung(sweep, rung: int, args) -> dict:
     rows, row = sweep.rows(rung), getattr(args, "row", None)
     if row is not None:
         if not 0 <= row < sweep.num_rows(rung):
-            raise BadInput(f"--row {row}: rung {rung} of {sweep.folder} has the rows 0 to {sweep.num_rows(rung) - 1}")
-        rows = rows[row : row + 1]  # empty where trials failed and so fewer were promoted than planned
+            raise BadInput(
+                f"--row {row}: rung {rung} of {sweep.folder} has the rows 0 to"
+                f" {sweep.num_rows(rung) - 1}"
+            )
+        # empty where trials failed and so fewer were promoted than planned
+        rows = rows[row : row + 1]
     if any(search.outcome(sweep, each)["state"] == "todo" for each in rows):
         search.require_comparable(sweep, args.overrides)
         if args.device == "auto":
             from lib.device import warn_of_unusable_gpu
 
             warn_of_unusable_gpu()  # here, since what a trainer says goes to its log
-    result = search.run_rows(sweep, rows, args.processes, ["--device", args.device, *args.overrides])
+    result = search.run_rows(
+        sweep, rows, args.processes, ["--device", args.device, *args.overrides]
+    )
     for each in rows:
         if (found := search.outcome(sweep, each))["state"] == "failed":
             say(f"{each} failed: {found['reason']}")
-    counts = ", ".join(f"{value} {key.removeprefix('num_')}" for key, value in result.items() if key.startswith("num_"))
+    counts = ", ".join(
+        f"{value} {key.removeprefix('num_')}"
+        for key, value in result.items()
+        if key.startswith("num_")
+    )
     say(f"rung {rung} of {sweep.folder}: {counts}")
     return result
 
 
 def crown(sweep, args) -> int:
-    """Train the finalists on fresh seeds, where that is not done yet, and say which is the champion."""
+    """Train the finalists on fresh seeds, where that is not done yet, and say which is the
+    champion.
+    """
     if not sweep.rung_file(sweep.num_rungs).is_file():
         search.promote(sweep, sweep.num_rungs - 1)
     result = run_rung(sweep, sweep.num_rungs, args)
@@ -118,13 +202,21 @@ def crown(sweep, args) -> int:
         if args.open_test:
             result["test"] = open_test(sweep, champion, args)
     print_result(result)
-    return EXIT_INTERRUPTED if result["interrupted"] else EXIT_FINDING if is_open(result) else EXIT_DONE
+    return (
+        EXIT_INTERRUPTED
+        if result["interrupted"]
+        else EXIT_FINDING
+        if is_open(result)
+        else EXIT_DONE
+    )
 
 
 def open_test(sweep, champion: dict, args) -> dict:
-    """Score the champion's run on the test split, once for these data and folder of searches, and write down who did.
+    """Score the champion's run on the test split, once for these data and folder of searches, and
+    write down who did.
 
-    The record comes before the score, so that no crash can hide an opening; without a score the same run may be scored again.
+    The record comes before the score, so that no crash can hide an opening; without a score the
+    same run may be scored again.
     """
     from lib.pcam import fingerprint
 
@@ -132,29 +224,54 @@ def open_test(sweep, champion: dict, args) -> dict:
     digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())
     record = Path(args.sweeps) / f"test-opened-{digest}.json"
     opening = {"when_utc": utc_now(), "who": getpass.getuser()}
-    opening |= {"commit": git_state()["commit"], "search": str(sweep.folder), "run": champion["run"], "auc": None}
+    opening |= {
+        "commit": git_state()["commit"],
+        "search": str(sweep.folder),
+        "run": champion["run"],
+        "auc": None,
+    }
     try:
         with open(record, "x") as file:
             file.write(json.dumps(opening))
     except FileExistsError:
         first = read_json(record)
         if first["auc"] is not None or first["run"] != champion["run"]:
-            what = f"by {first['who']} at {first['when_utc']} for {first['run']} (commit {first['commit']}): AUC {first['auc']}"
-            raise BadInput(f"the test split is opened once, and was, {what}; see {record}") from None
+            what = (
+                f"by {first['who']} at {first['when_utc']} for {first['run']} (commit"
+                f" {first['commit']}): AUC {first['auc']}"
+            )
+            raise BadInput(
+                f"the test split is opened once, and was, {what}; see {record}"
+            ) from None
         opening = first
     out = sweep.folder / "test_predictions.csv"
-    command = [sys.executable, str(REPOSITORY / "inference.py"), "--ckpt", champion["run"], data, "--split", "test"]
-    found = subprocess.run([*command, "--out", str(out), "--device", args.device], stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(REPOSITORY / "inference.py"),
+        "--ckpt",
+        champion["run"],
+        data,
+        "--split",
+        "test",
+    ]
+    found = subprocess.run(
+        [*command, "--out", str(out), "--device", args.device], stdout=subprocess.PIPE, text=True
+    )
     scores = json.loads(found.stdout.splitlines()[-1]).get("scores") if found.stdout else None
     if not scores:
-        raise BadInput(f"{champion['run']} could not be scored on the test split of {data}; the opening stands in {record}")
+        raise BadInput(
+            f"{champion['run']} could not be scored on the test split of {data}; the opening stands"
+            f" in {record}"
+        )
     opening |= {"auc": scores["auc"], "scores": scores, "predictions": str(out)}
     write_json(record, opening)
     return opening
 
 
 def write_sweep_page(sweep, champion: dict | None = None) -> Path:
-    """The search as one self-contained page: the champion, plots, every trial with its scores or the reason it failed."""
+    """The search as one self-contained page: the champion, plots, every trial with its scores or
+    the reason it failed.
+    """
     import numpy as np
 
     from lib.reports import figures
@@ -174,9 +291,15 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
                 if not rung:
                     scores.setdefault(row.trial, []).append(found["score"])
         rung_ends.append(spent)
-    axes = [figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]) for key in keys]
+    axes = [
+        figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores])
+        for key in keys
+    ]
     points, groups = (np.array([each[part] for each in axes]).T for part in (0, 1))
-    labels, means = [each[2] for each in axes], np.array([np.mean(values) for values in scores.values()])
+    labels, means = (
+        [each[2] for each in axes],
+        np.array([np.mean(values) for values in scores.values()]),
+    )
     kept = np.array([trial in sweep.promoted(0) for trial in scores])
     full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
     pictures = {
@@ -184,20 +307,49 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
         "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups),
         "Best against budget": figures.plot_budget(*np.array(done).T, rung_ends, full),
     }
-    sections = [section(title, picture(figures.figure_png(figure), title)) for title, figure in pictures.items()]
+    sections = [
+        section(title, picture(figures.figure_png(figure), title))
+        for title, figure in pictures.items()
+    ]
     if champion:
         rows = [
-            [f["trial"], *(show(f[k]) for k in ("mean", "low", "high")), Path(f["run"]).name] for f in champion["finalists"]
+            [f["trial"], *(show(f[k]) for k in ("mean", "low", "high")), Path(f["run"]).name]
+            for f in champion["finalists"]
         ]
         header = ("trial", "mean AUC on validation", "95% from", "to", "its best run")
-        words = f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were chosen on the same patches."
-        sections.insert(0, section("Champion", note(champion["note"], "alarm"), table(header, rows), note(words)))
-    rows = [[trial, *plan["trials"][trial].values(), *("; ".join(texts) or "-" for texts in told[trial])] for trial in told]
-    header = ("trial", *keys, *(f"AUC after {epochs} epoch{'s' * (epochs > 1)}" for epochs in plan["rungs"]))
+        words = (
+            f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were"
+            " chosen on the same patches."
+        )
+        sections.insert(
+            0,
+            section("Champion", note(champion["note"], "alarm"), table(header, rows), note(words)),
+        )
+    rows = [
+        [
+            trial,
+            *plan["trials"][trial].values(),
+            *("; ".join(texts) or "-" for texts in told[trial]),
+        ]
+        for trial in told
+    ]
+    header = (
+        "trial",
+        *keys,
+        *(f"AUC after {epochs} epoch{'s' * (epochs > 1)}" for epochs in plan["rungs"]),
+    )
     sections.append(section("Trials", table(header, rows)))
-    facts = f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs; plan SHA-256 {plan['sha256']}. "
-    facts += f"{spent} epochs were trained, {spent / full:.0%} of what every trial to its end would take ({full})."
-    return write_page(sweep.folder / "sweep.html", f"Search {sweep.folder.name}", [note(facts), *sections])
+    facts = (
+        f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs; plan"
+        f" SHA-256 {plan['sha256']}. "
+    )
+    facts += (
+        f"{spent} epochs were trained, {spent / full:.0%} of what every trial to its end would take"
+        f" ({full})."
+    )
+    return write_page(
+        sweep.folder / "sweep.html", f"Search {sweep.folder.name}", [note(facts), *sections]
+    )
 
 
 def show(score) -> str:

@@ -11,26 +11,64 @@ import sys
 import time
 from pathlib import Path
 
-from lib.command import EXIT_DONE, EXIT_FINDING, EXIT_INTERRUPTED, BadInput, Parser, positive, print_result, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    EXIT_INTERRUPTED,
+    BadInput,
+    Parser,
+    positive,
+    print_result,
+    say,
+    script,
+)
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(prog="train.py", description="Train one run, from config to run folder, or go on with one.")
-    parser.add_argument("--config", default="", metavar="F", help="YAML file that holds every key (default: config.yaml)")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)")
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser = Parser(
+        prog="train.py", description="Train one run, from config to run folder, or go on with one."
+    )
+    parser.add_argument(
+        "--config",
+        default="",
+        metavar="F",
+        help="YAML file that holds every key (default: config.yaml)",
+    )
+    parser.add_argument(
+        "--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)"
+    )
+    parser.add_argument(
+        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
-    parser.add_argument("--until-epoch", type=positive, default=0, metavar="N", help="pause after N epochs, for --resume")
-    parser.add_argument("--trace", action="store_true", help="write SHA-256 digests of each step to RUN/trace.csv")
-    parser.add_argument("--trace-every", type=positive, default=0, metavar="N", help="the same for every Nth step only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3")
+    parser.add_argument(
+        "--until-epoch",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="pause after N epochs, for --resume",
+    )
+    parser.add_argument(
+        "--trace", action="store_true", help="write SHA-256 digests of each step to RUN/trace.csv"
+    )
+    parser.add_argument(
+        "--trace-every",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="the same for every Nth step only",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3"
+    )
     return parser.parse_intermixed_args(argv)
 
 
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    args.started_at = time.monotonic()  # torch is imported after this, which is most of the time to the first step
+    # torch is imported after this, which is most of the time to the first step
+    args.started_at = time.monotonic()
 
     from lib.config import DEFAULT_PATH, load_config
     from lib.logger import read_json
@@ -50,7 +88,9 @@ def main(argv=None) -> int:
 
 
 def start(cfg, args, run: Path | None = None) -> int:
-    """Train on the chosen device; under torchrun, or srun with several tasks, as one of several ranks."""
+    """Train on the chosen device; under torchrun, or srun with several tasks, as one of several
+    ranks.
+    """
     import torch
 
     from lib.device import choose_device, resolve_threads
@@ -59,13 +99,16 @@ def start(cfg, args, run: Path | None = None) -> int:
     device = choose_device(args.device)
     threads = resolve_threads(cfg).threads
     with join_ranks(device, cfg.shards) as ranks:
-        # the least, where nodes give their ranks unlike numbers: at another one a rank would compute other bits
+        # the least, where nodes give their ranks unlike numbers: at another one a rank would
+        # compute other bits
         threads = int(min(ranks.gather(torch.tensor(threads, device=device))))
         return train(dataclasses.replace(cfg, threads=threads), args, run, device, ranks)
 
 
 def train(cfg, args, run: Path | None, device, ranks) -> int:
-    """Train to the end of the config's epochs, in a new run folder or, given one, from its newest checkpoint."""
+    """Train to the end of the config's epochs, in a new run folder or, given one, from its newest
+    checkpoint.
+    """
     from lib import batches, deploy, rundir, runlog, training
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
@@ -120,7 +163,11 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     # put the patches where they can be gathered fast
     train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
-    valid_source = train_source if cfg.num_folds else batches.PatchSource(valid_split.images, cfg.data_residence, device)
+    valid_source = (
+        train_source
+        if cfg.num_folds
+        else batches.PatchSource(valid_split.images, cfg.data_residence, device)
+    )
     weights = training.class_weights(train_rows.labels, cfg, device)
 
     def save(name: str) -> None:
@@ -130,17 +177,25 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             log.diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other, best.pt, is for prediction
-            save_checkpoint(run / name, state.checkpoint(cfg, scores, data, with_optimizer=is_last), keep_previous=is_last)
+            save_checkpoint(
+                run / name,
+                state.checkpoint(cfg, scores, data, with_optimizer=is_last),
+                keep_previous=is_last,
+            )
             if is_last:
                 trace.keep(run / name)
 
     with (
         StopFlag() as stop,
-        runlog.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size) as log,
+        runlog.RunLog(
+            run if ranks.is_first else None, progress, args.started_at, batch_size
+        ) as log,
         Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
     ):
         try:
-            while progress["epoch"] < min(cfg.epochs, args.until_epoch or cfg.epochs) and not training.is_stale(progress, cfg):
+            while progress["epoch"] < min(
+                cfg.epochs, args.until_epoch or cfg.epochs
+            ) and not training.is_stale(progress, cfg):
                 # train an epoch, or what is left of it
                 epoch = progress["epoch"]
                 keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
@@ -149,7 +204,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 log.start_epoch()
                 with Progress(len(todo) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
                     for batch in batches.load_batches(train_source, train_split.labels, mine):
-                        lr = training.learning_rate(cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"])
+                        lr = training.learning_rate(
+                            cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"]
+                        )
                         result = training.training_step(state, batch, cfg, lr, weights, ranks)
                         log.add_step(result, batch, lr)
                         trace.add(batch, result)
@@ -159,7 +216,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                             if ranks.is_first:
                                 rundir.write_stop(run, "interrupted", progress["num_steps"])
                             return EXIT_INTERRUPTED
-                        if cfg.checkpoint_every_steps and progress["num_steps"] % cfg.checkpoint_every_steps == 0:
+                        if (
+                            cfg.checkpoint_every_steps
+                            and progress["num_steps"] % cfg.checkpoint_every_steps == 0
+                        ):
                             save("last.pt")
 
                 # evaluate
@@ -168,9 +228,18 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 model = state.averaged or state.model
                 scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 if not math.isfinite(scores["loss"]):
-                    log.diverged(f"the validation loss after step {progress['num_steps']} is {scores['loss']}")
+                    log.diverged(
+                        f"the validation loss after step {progress['num_steps']} is"
+                        f" {scores['loss']}"
+                    )
                 is_best = training.note_epoch(progress, scores, cfg)
-                log.add_epoch(scores, baselines, is_best, steps_per_epoch, time.perf_counter() - eval_started_at)
+                log.add_epoch(
+                    scores,
+                    baselines,
+                    is_best,
+                    steps_per_epoch,
+                    time.perf_counter() - eval_started_at,
+                )
                 if ranks.is_first and (alarm := constant_alarm(scores, valid_rows.labels)):
                     say(alarm)
 
@@ -179,7 +248,11 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 if is_best:
                     save("best.pt")
                 save("last.pt")
-            status = "finished" if progress["epoch"] == cfg.epochs or training.is_stale(progress, cfg) else "paused"
+            status = (
+                "finished"
+                if progress["epoch"] == cfg.epochs or training.is_stale(progress, cfg)
+                else "paused"
+            )
         except runlog.Diverged as error:
             if ranks.is_first:
                 good = "last.pt" if (run / "last.pt").is_file() else "none yet"
@@ -195,9 +268,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     (run / PREVIOUS).unlink(missing_ok=True)
     if status == "finished":  # an epoch is scored on one view a patch, the best one then on all
         splits = (train_split, train_rows), (valid_split, valid_rows)
-        progress["best_scores"], details = deploy.complete_checkpoint(run, device, *splits, valid_source, cfg)
+        progress["best_scores"], details = deploy.complete_checkpoint(
+            run, device, *splits, valid_source, cfg
+        )
     details |= log.times()
-    summary = rundir.write_summary(run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details)
+    summary = rundir.write_summary(
+        run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details
+    )
     print_result({"run": str(run), **summary})
     return exit_code
 

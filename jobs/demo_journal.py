@@ -1,5 +1,5 @@
-"""What `make demo-journal` does: every step that the journal asks for, on synthetic slides and in small, each skipped once its
-result is there. Nothing of it says anything about real tissue."""
+"""What `make demo-journal` does: every step that the journal asks for, on synthetic slides and in
+small, each skipped once its result is there. Nothing of it says anything about real tissue."""
 
 import shutil
 import subprocess
@@ -14,7 +14,15 @@ from lib.logger import read_json
 from lib.rundir import REPOSITORY
 
 REMARK = "Synthetic patches, drawn by prepare.py."
-PLANTED = {"nan": 0.03, "out_of_range": 0.03, "black": 0.08, "white": 0.06, "exact": 0.04, "shifted": 0.02, "trigger": 0.05}
+PLANTED = {
+    "nan": 0.03,
+    "out_of_range": 0.03,
+    "black": 0.08,
+    "white": 0.06,
+    "exact": 0.04,
+    "shifted": 0.02,
+    "trigger": 0.05,
+}
 SPACE = {
     "design": "sobol",
     "trials": 6,
@@ -22,7 +30,11 @@ SPACE = {
     "seeds": [1],
     "rungs": [1, 2],
     "champion_seeds": 3,
-    "ranges": {"lr": {"log": [0.002, 0.05]}, "batch_size": {"choice": [32, 64]}, "weight_decay": {"range": [0.0, 0.1]}},
+    "ranges": {
+        "lr": {"log": [0.002, 0.05]},
+        "batch_size": {"choice": [32, 64]},
+        "weight_decay": {"range": [0.0, 0.1]},
+    },
 }
 TIMED = "default,fp32,apart,overlapped,read,sequential_read,memory_copy,matrix_product"
 # how much is drawn and learnt: a test asks for less
@@ -34,9 +46,14 @@ TWIN = ["epochs=2", "limit_train=512", "limit_valid=128", "crop_epochs=1", "warm
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="demo_journal.py", description="A journal from synthetic slides, from nothing.")
+    parser = Parser(
+        prog="demo_journal.py", description="A journal from synthetic slides, from nothing."
+    )
     parser.add_argument(
-        "folder", type=place, metavar="DIR", help="for data, runs, audits and the journal; what is there is kept"
+        "folder",
+        type=place,
+        metavar="DIR",
+        help="for data, runs, audits and the journal; what is there is kept",
     )
     return make_demo(Path(parser.parse_args(argv).folder), SIZES, TRAINING, SEARCHED, TWIN)
 
@@ -45,26 +62,42 @@ def call(name: str, *arguments, codes=(EXIT_DONE,)) -> bool:
     """Run a script of the repository; whether it ended with one of these codes."""
     say(f"demo: {name} {' '.join(map(str, arguments))}")
     command = [sys.executable, str(REPOSITORY / name), *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode in codes
+    return (
+        subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode
+        in codes
+    )
 
 
 def make(product, name: str, *arguments, codes=(EXIT_DONE,), needed=True) -> None:
-    """Run a script unless its product is there. Raises BadInput where it fails, unless the journal can do without."""
+    """Run a script unless its product is there. Raises BadInput where it fails, unless the journal
+    can do without.
+    """
     if product and not product.exists() and not call(name, *arguments, codes=codes):
         if needed:
-            raise BadInput(f"{name} {' '.join(map(str, arguments))} failed: mend that, and call this again to go on from there")
+            raise BadInput(
+                f"{name} {' '.join(map(str, arguments))} failed: mend that, and call this again to"
+                " go on from there"
+            )
         say(f"note: {product} could not be made; the journal says so")
 
 
-def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str], twin: list[str]) -> int:
-    """Draw, audit, train, compare, search, audit the model, benchmark, and write the journal of it all."""
+def make_demo(
+    folder: Path, sizes: dict, training: list[str], searched: list[str], twin: list[str]
+) -> int:
+    """Draw, audit, train, compare, search, audit the model, benchmark, and write the journal of it
+    all.
+    """
     folder = folder.resolve() if not folder.resolve().is_relative_to(REPOSITORY) else folder
     data, damaged, runs = folder / "pcam", folder / "damaged", folder / "runs"
     found = EXIT_DONE, EXIT_FINDING
     (folder / "assets").mkdir(parents=True, exist_ok=True)
     for target, num, extra in (
         (data, sizes["train"], ()),
-        (damaged, sizes["damaged"], ["--float32", *(f"--plant={kind}={rate}" for kind, rate in PLANTED.items())]),
+        (
+            damaged,
+            sizes["damaged"],
+            ["--float32", *(f"--plant={kind}={rate}" for kind, rate in PLANTED.items())],
+        ),
     ):
         counts = ("--train", num, "--valid", sizes["valid"], "--test", 0)
         make(target / "truth.csv", "prepare.py", "synthetic", "--to", target, *counts, *extra)
@@ -72,7 +105,17 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
     audit = folder / "audit-damaged"
     make(audit / "audit.html", "audit.py", "data", damaged, "--out", audit, *checks, codes=found)
     pair = folder / "audit-twin"
-    make(pair / "twin.html", "audit.py", "twin", "--out", pair, f"data_dir={data}", "name=twin", *twin, codes=found)
+    make(
+        pair / "twin.html",
+        "audit.py",
+        "twin",
+        "--out",
+        pair,
+        f"data_dir={data}",
+        "name=twin",
+        *twin,
+        codes=found,
+    )
 
     for seed in (1, 2, 3):
         begun = sorted(runs.glob(f"*-plain-s{seed}-*/config.yaml"))
@@ -84,14 +127,37 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
 
     sweeps, search = folder / "sweeps", folder / "sweeps" / "demo"
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    plan = (folder / "space.yaml", "--name", "demo", "--sweeps", sweeps, f"data_dir={data}", *searched)
+    plan = (
+        folder / "space.yaml",
+        "--name",
+        "demo",
+        "--sweeps",
+        sweeps,
+        f"data_dir={data}",
+        *searched,
+    )
     make(search / "plan.json", "sweep.py", "plan", *plan)
     where = ("--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
     for rung in range(len(SPACE["rungs"])):
-        make(search / f"rung-{rung + 1}.json", "sweep.py", "promote", "demo", *where, "--rung", rung)
+        make(
+            search / f"rung-{rung + 1}.json", "sweep.py", "promote", "demo", *where, "--rung", rung
+        )
     make(search / "champion.json", "sweep.py", "champion", "demo", *where)
-    best, champion = Path(read_json(search / "champion.json")["run"]), folder / "assets" / "champion"
-    make(best / "predictions.csv", "inference.py", "--ckpt", best, data, "--split", "valid", "--out", best / "predictions.csv")
+    best, champion = (
+        Path(read_json(search / "champion.json")["run"]),
+        folder / "assets" / "champion",
+    )
+    make(
+        best / "predictions.csv",
+        "inference.py",
+        "--ckpt",
+        best,
+        data,
+        "--split",
+        "valid",
+        "--out",
+        best / "predictions.csv",
+    )
     champion.mkdir(exist_ok=True)
     for name in (*RUN_FILES, "meta.json"):
         shutil.copy(best / name, champion)
@@ -99,19 +165,48 @@ def make_demo(folder: Path, sizes: dict, training: list[str], searched: list[str
     model, bench = folder / "assets" / "model", folder / "assets" / "benchmark"
     options = ("model", "--ckpt", champion, data, "--out", model)
     make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
-    quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise", "--cases", TIMED)
+    quick = (
+        "--seconds",
+        0.1,
+        "--repeats",
+        1,
+        "--batch-sizes",
+        "1,64",
+        "--allow-noise",
+        "--cases",
+        TIMED,
+    )
     options = ("train", "--data", data, "--out", bench, *quick)
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 
     said = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))
-    pictures = {"damage": "audit-damaged/suspects.png", "errors": "assets/model/errors.png", "remark": REMARK}
+    pictures = {
+        "damage": "audit-damaged/suspects.png",
+        "errors": "assets/model/errors.png",
+        "remark": REMARK,
+    }
     plain = [path.parent.name for path in sorted(runs.glob("*-plain-s*/summary.json"))]
-    said |= {"group": "none: this is the demonstration", "members": [], "runs": plain, "search": "", "audit": "", "twin": ""}
+    said |= {
+        "group": "none: this is the demonstration",
+        "members": [],
+        "runs": plain,
+        "search": "",
+        "audit": "",
+        "twin": "",
+    }
     said |= {"pictures": pictures, "remark": f"{REMARK} The scores say nothing about real tissue."}
-    (folder / "journal.yaml").write_text(yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / "journal.yaml").write_text(
+        yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
     if not call("report.py", "journal", folder):
         raise BadInput(f"report.py journal {folder} failed")
-    print_result({"journal": str(folder / "JOURNAL.md"), "page": str(folder / "journal.html"), "remark": REMARK})
+    print_result(
+        {
+            "journal": str(folder / "JOURNAL.md"),
+            "page": str(folder / "journal.html"),
+            "remark": REMARK,
+        }
+    )
     return EXIT_DONE
 
 

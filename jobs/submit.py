@@ -1,6 +1,8 @@
-"""What the Make targets call: their work as Slurm jobs, or on this machine where there is no cluster.
+"""What the Make targets call: their work as Slurm jobs, or on this machine where there is no
+cluster.
 
-Make variables come in by the environment, so that no shell ever reads them. Jobs themselves call `check` and `go`.
+Make variables come in by the environment, so that no shell ever reads them. Jobs themselves call
+`check` and `go`.
 """
 
 import argparse
@@ -17,10 +19,23 @@ sys.path.insert(0, str(REPOSITORY))
 
 try:
     from lib import slurm
-    from lib.command import EXIT_DONE, EXIT_INTERRUPTED, BadInput, Parser, last_line, print_result, say, script
+    from lib.command import (
+        EXIT_DONE,
+        EXIT_INTERRUPTED,
+        BadInput,
+        Parser,
+        last_line,
+        print_result,
+        say,
+        script,
+    )
     from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
-    print(f"error: {sys.executable} lacks the package {error.name}: make setup, or name another PYTHON", file=sys.stderr)
+    print(
+        f"error: {sys.executable} lacks the package {error.name}: make setup, or name another"
+        " PYTHON",
+        file=sys.stderr,
+    )
     sys.exit(2)
 
 NUM_AUDIT_THREADS = 4
@@ -29,9 +44,16 @@ TARGETS = ("train", "seeds", "folds", "bench", "audit")
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="submit.py", description="Submit the work of a Make target, or run it here where there is no Slurm.")
-    parser.add_argument("verb", choices=(*TARGETS, "sweep", "status", "cancel", "here", "check", "go"))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS")
+    parser = Parser(
+        prog="submit.py",
+        description="Submit the work of a Make target, or run it here where there is no Slurm.",
+    )
+    parser.add_argument(
+        "verb", choices=(*TARGETS, "sweep", "status", "cancel", "here", "check", "go")
+    )
+    parser.add_argument(
+        "rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS"
+    )
     args = parser.parse_args(argv)
     if args.verb in ("check", "go"):
         return {"check": check, "go": go}[args.verb](*args.rest)
@@ -49,16 +71,25 @@ def main(argv=None) -> int:
         raise BadInput(f"NUM_RANKS: {work.script} has one rank")
     spread = []
     if len(work.tasks) > 1:
-        spread.append(slurm.Work("report.py", [args.verb, "--where", f"submission={submission['id']}"], only_reads=True))
+        spread.append(
+            slurm.Work(
+                "report.py",
+                [args.verb, "--where", f"submission={submission['id']}"],
+                only_reads=True,
+            )
+        )
     if slurm.has_slurm():
         return submit(args.verb, [work, *spread], variables)
     say_no_slurm(variables)
     ranks = []
     if variables["NUM_RANKS"] != "1":
         examine(work, variables)  # or each rank would say what is wrong, and torchrun much more
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun would, with a warning; `threads` counts
+        # torchrun would, with a warning; `threads` counts
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]]
-    commands = [[*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]]
+    commands = [
+        [*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]
+    ]
     return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
 
 
@@ -66,7 +97,10 @@ def say_no_slurm(variables: dict[str, str]) -> None:
     """Say that there is no cluster, and which variables say nothing without one."""
     idle = [name for name in ("PARTITION", "TIME", "CPUS", "MEM", "AFTER") if variables[name]]
     idle += ["STAGE_DATA"] if variables["STAGE_DATA"] == "1" else []
-    say("no Slurm cluster here: this runs on this machine" + f", and {', '.join(idle)} say nothing" * bool(idle))
+    say(
+        "no Slurm cluster here: this runs on this machine"
+        + f", and {', '.join(idle)} say nothing" * bool(idle)
+    )
 
 
 def sweep(variables: dict[str, str]) -> int:
@@ -75,9 +109,20 @@ def sweep(variables: dict[str, str]) -> int:
 
     if variables["NUM_RANKS"] != "1":
         raise BadInput("NUM_RANKS: the trials of a search have one rank each")
-    overrides = [*slurm.split_arguments(variables["ARGS"]), *([f"data_dir={variables['DATA']}"] if variables["DATA"] else [])]
+    overrides = [
+        *slurm.split_arguments(variables["ARGS"]),
+        *([f"data_dir={variables['DATA']}"] if variables["DATA"] else []),
+    ]
     name = variables["SEARCH"] or Path(variables["SPACE"]).stem
-    planning = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"], "--name", name, *overrides]
+    planning = [
+        sys.executable,
+        str(REPOSITORY / "sweep.py"),
+        "plan",
+        variables["SPACE"],
+        "--name",
+        name,
+        *overrides,
+    ]
     if code := subprocess.run(planning, stdout=subprocess.DEVNULL).returncode:
         return code
     planned = load_sweep(Path("sweeps") / name, "runs")
@@ -85,23 +130,32 @@ def sweep(variables: dict[str, str]) -> int:
     if not slurm.has_slurm():
         say_no_slurm(variables)
         stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
-        return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks])
+        return run_here(
+            [[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks]
+        )
     return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
 
 
 def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
-    """Check all that can be checked now, in the environment that jobs will have, and submit; each waits for the one before."""
+    """Check all that can be checked now, in the environment that jobs will have, and submit; each
+    waits for the one before.
+    """
     slurm.require_disk(REPOSITORY)
     slurm.require_jobs(variables["AFTER"])
     say("checking environment, config and data")
     found, jobs, after = examine(chain[0], variables), [], variables["AFTER"]
-    request = slurm.fit_request(variables, found["threads"], chain[0].script in ("train.py", "sweep.py"))
-    light = slurm.fit_request(variables | {"NUM_RANKS": "1", "CPUS": "1"}, 1, saves=False, needs_gpu=False)
+    request = slurm.fit_request(
+        variables, found["threads"], chain[0].script in ("train.py", "sweep.py")
+    )
+    light = slurm.fit_request(
+        variables | {"NUM_RANKS": "1", "CPUS": "1"}, 1, saves=False, needs_gpu=False
+    )
     data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
     for work in chain:
         options, staged = (light, "") if work.only_reads else (request, data)
         jobs.append(slurm.submit(target, work, sys.executable, options, staged, after))
-        after = f"{after},{jobs[-1]}" if work.mends else jobs[-1]  # the next job waits for what may not be needed, too
+        # the next job waits for what may not be needed, too
+        after = f"{after},{jobs[-1]}" if work.mends else jobs[-1]
     say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
     if chain[-1].script == "report.py":
         say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{jobs[-1]}.err")
@@ -110,11 +164,23 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
 
 
 def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
-    """What `check` finds of the first task, in the environment that jobs will have. Raises BadInput for what cannot work."""
+    """What `check` finds of the first task, in the environment that jobs will have. Raises BadInput
+    for what cannot work.
+    """
     arguments = work.of_task(next(iter(work.tasks), ""))
-    checking = [sys.executable, __file__, "check", variables["NUM_RANKS"], variables["DATA"], work.script, *arguments]
+    checking = [
+        sys.executable,
+        __file__,
+        "check",
+        variables["NUM_RANKS"],
+        variables["DATA"],
+        work.script,
+        *arguments,
+    ]
     shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *checking]
-    result = subprocess.run(shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL)
+    result = subprocess.run(
+        shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL
+    )
     last = (result.stdout.splitlines() or [""])[-1]
     found = json.loads(last) if last.startswith("{") else {}
     if result.returncode or not found:
@@ -124,7 +190,9 @@ def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
 
 
 def check(num_ranks: str, data: str, name: str, *arguments) -> int:
-    """Refuse what the script would refuse at its start; print how many threads it computes with and where its data are."""
+    """Refuse what the script would refuse at its start; print how many threads it computes with and
+    where its data are.
+    """
     from lib.batches import fit_batch_size, open_train_valid
     from lib.config import DEFAULT_PATH, load_config
     from lib.launch import require_equal_shares
@@ -135,12 +203,19 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     if name != "audit.py":  # what is wrong with the data is for the audit to find out
         options, rest = slurm.training_options(arguments)
         # a word after an option may be its value
-        words = [item for before, item in zip(["", *rest], rest, strict=False) if "=" in item or not before.startswith("--")]
+        words = [
+            item
+            for before, item in zip(["", *rest], rest, strict=False)
+            if "=" in item or not before.startswith("--")
+        ]
         overrides = [item for item in words if not item.startswith("-")]
         if name == "benchmark.py":  # its first word is what to measure, and its data are --data
             overrides = [*overrides[1:], *([f"data_dir={data}"] if data else [])]
         if name == "sweep.py":
-            cfg = load_config(Path("sweeps") / arguments[1] / "config.yaml", [word for word in overrides if "=" in word])
+            cfg = load_config(
+                Path("sweeps") / arguments[1] / "config.yaml",
+                [word for word in overrides if "=" in word],
+            )
         elif options.resume:
             cfg = resume_config(find_run(options.resume, options.runs), overrides)
         else:
@@ -154,10 +229,15 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
 
 
 def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
-    """In a job: become the script, for its value of what varies. A training that starts again goes on with its run."""
+    """In a job: become the script, for its value of what varies. A training that starts again goes
+    on with its run.
+    """
     if varied:
         key, _, values = varied.partition("=")
-        arguments = [*arguments, f"{key}={values.split(',')[int(os.environ['SLURM_ARRAY_TASK_ID'])]}"]
+        arguments = [
+            *arguments,
+            f"{key}={values.split(',')[int(os.environ['SLURM_ARRAY_TASK_ID'])]}",
+        ]
     if name == "train.py" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         arguments = slurm.going_on(arguments, os.environ)
     if copy:
@@ -168,7 +248,8 @@ def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
 
 
 def run_here(commands: list[list[str]], last=()) -> int:
-    """Run Python with each of these arguments in turn, until one is interrupted, and with those of `last` if all succeed.
+    """Run Python with each of these arguments in turn, until one is interrupted, and with those of
+    `last` if all succeed.
 
     The very last one takes this process's place.
     """
@@ -182,7 +263,9 @@ def run_here(commands: list[list[str]], last=()) -> int:
         codes.append(child.wait())
     if last and not any(codes):
         return run_here(last)
-    print_result({"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes})
+    print_result(
+        {"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes}
+    )
     return max(map(abs, codes))
 
 
@@ -194,7 +277,14 @@ def show_status(_variables) -> int:
         say("no Slurm cluster here: `make runs` lists what is trained on this machine")
     for row in rows:
         number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
-        parts = [number, *(row.get(key) for key in ("name", "state", "reason", "run", "progress") if row.get(key) != "None")]
+        parts = [
+            number,
+            *(
+                row.get(key)
+                for key in ("name", "state", "reason", "run", "progress")
+                if row.get(key) != "None"
+            ),
+        ]
         if "limit_left" in row:
             parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
         say("  ".join(filter(None, parts)))
@@ -208,7 +298,11 @@ def cancel(variables) -> int:
     """End this project's jobs, or JOB alone."""
     if not slurm.has_slurm():
         raise BadInput("no Slurm cluster here: there are no jobs to cancel")
-    jobs = [job for job in slurm.queued_jobs() if variables["JOB"] in ("", job["id"], job["shown"], job["shown"].split("_")[0])]
+    jobs = [
+        job
+        for job in slurm.queued_jobs()
+        if variables["JOB"] in ("", job["id"], job["shown"], job["shown"].split("_")[0])
+    ]
     if jobs:
         slurm.run_command("scancel", *(job["shown"] for job in jobs))
     elif variables["JOB"]:

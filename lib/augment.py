@@ -1,4 +1,6 @@
-"""From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised, channels last."""
+"""From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised,
+channels last.
+"""
 
 import functools
 from dataclasses import dataclass
@@ -14,28 +16,36 @@ PCAM_STD = (0.2350, 0.2774, 0.2129)
 PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
 
 CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
-# pixels in y and x by which each of eight views is shifted once it is turned: what a strided network says depends on where its
-# grid lies, and most of all on patches that were JPEG before
+# pixels in y and x by which each of eight views is shifted once it is turned: what a strided
+# network says depends on where its grid lies, and most of all on patches that were JPEG before
 VIEW_SHIFT = (1, 3)
 AUGMENTATION = 1  # purpose of a draw
-NUM_DRAWS = 15  # numbers drawn for a sample: symmetry, shift in y and x, and three for brightness and for each channel's gain
+# numbers drawn for a sample: symmetry, shift in y and x, and three for brightness and for each
+# channel's gain
+NUM_DRAWS = 15
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for a batch: geometry as integers, colour as a gain and an offset per sample and channel."""
+    """What was drawn for a batch: geometry as integers, colour as a gain and an offset per sample
+    and channel.
+    """
 
-    symmetry: torch.Tensor  # (B,) int64 in 0..7: bit 0 flips x, bit 1 flips y, bit 2 transposes afterwards
+    # (B,) int64 in 0..7: bit 0 flips x, bit 1 flips y, bit 2 transposes afterwards
+    symmetry: torch.Tensor
     shift: torch.Tensor  # (B, 2) int64, pixels in y and x
     gain: torch.Tensor  # (B, 3) float32, of intensities in [0, 1]
     offset: torch.Tensor  # (B, 3) float32
 
 
 def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
-    """The draws for samples `keys` int64 (B,), made where the keys are: a function of (seed, epoch, sample) alone."""
+    """The draws for samples `keys` int64 (B,), made where the keys are: a function of (seed, epoch,
+    sample) alone.
+    """
     num = len(keys)
     number = torch.arange(NUM_DRAWS, device=keys.device)
-    bits = position_bits(keys[:, None] * NUM_DRAWS + number, cfg.seed, epoch, AUGMENTATION)  # (B, 15)
+    places = keys[:, None] * NUM_DRAWS + number
+    bits = position_bits(places, cfg.seed, epoch, AUGMENTATION)  # (B, 15)
     # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
     first, second, third = bits_to_uniform(bits[:, 3:]).view(num, 4, 3).unbind(2)
     spread = (first + second + third - 1.5) * 2.0  # (B, 4), added in this order on every device
@@ -44,7 +54,8 @@ def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
         bits[:, 0] & (7 if cfg.symmetries else 0),
         (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
         gain,
-        # light passes through: white (1.0) stays white under a gain, so stains grow or fade while the background holds
+        # light passes through: white (1.0) stays white under a gain, so stains grow or fade while
+        # the background holds
         (1 - gain) + cfg.brightness_jitter * spread[:, :1],
     )
 
@@ -52,13 +63,17 @@ def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
 def no_augmentation(num: int, device="cpu") -> Draws:
     """Draws that leave patches as they are."""
     zeros = torch.zeros(num, 2, dtype=torch.int64, device=device)
-    return Draws(zeros[:, 0], zeros, torch.ones(num, 3, device=device), torch.zeros(num, 3, device=device))
+    return Draws(
+        zeros[:, 0], zeros, torch.ones(num, 3, device=device), torch.zeros(num, 3, device=device)
+    )
 
 
 def eight_views(images: torch.Tensor, shift=VIEW_SHIFT):
-    """Yield patches (B, S, S, C) of any type in each of the eight symmetries, then moved by `shift` pixels (y, x).
+    """Yield patches (B, S, S, C) of any type in each of the eight symmetries, then moved by `shift`
+    pixels (y, x).
 
-    The edge is repeated where a shift leaves the patch. Each view is one copy, the same for all patches.
+    The edge is repeated where a shift leaves the patch. Each view is one copy, the same for all
+    patches.
     """
     size, margin = images.shape[1], max(shift)
     reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
@@ -73,10 +88,12 @@ def eight_views(images: torch.Tensor, shift=VIEW_SHIFT):
 
 
 def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:
-    """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop, 3); draws lie where they do.
+    """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop,
+    3); draws lie where they do.
 
-    The edge is repeated where a shift leaves the patch. One gather of whole pixels serves all: output pixel (i, j) reads
-    row[i] + column[j] of its patch, which with x and y exchanged is a transposition.
+    The edge is repeated where a shift leaves the patch. One gather of whole pixels serves all:
+    output pixel (i, j) reads row[i] + column[j] of its patch, which with x and y exchanged is a
+    transposition.
     """
     num, size, device = len(images), images.shape[1], images.device
     # a GPU is not asked: the answer would wait for all steps before
@@ -85,7 +102,9 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
     ramp = torch.arange(crop, device=device) + (size - crop) // 2
 
     def source(axis, flip_bit):  # (B, crop): where each output position reads along an axis
-        flipped = torch.where((draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp)
+        flipped = torch.where(
+            (draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp
+        )
         return (flipped - draws.shift[:, axis, None]).clamp(0, size - 1)
 
     y, x = source(0, 1) * size, source(1, 0)
@@ -99,16 +118,23 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
 
 @functools.cache
 def on_device(values: tuple, device: torch.device) -> torch.Tensor:
-    """Constants as a tensor on a device, copied there once: each copy to a GPU waits for its steps."""
+    """Constants as a tensor on a device, copied there once: each copy to a GPU waits for its
+    steps.
+    """
     return torch.tensor(values, device=device)
 
 
-def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32) -> torch.Tensor:
-    """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96) `dtype`, channels last."""
+def normalise(
+    images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32
+) -> torch.Tensor:
+    """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96)
+    `dtype`, channels last.
+    """
     num, height, width, num_channels = images.shape
     mean, std = on_device((tuple(mean), tuple(std)), images.device)
     factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
-    # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner loop is long and plain
+    # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner
+    # loop is long and plain
     scale, bias = factors.repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
@@ -119,11 +145,17 @@ def normalise(images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, 
     return out.view(images.shape).permute(0, 3, 1, 2)
 
 
-def model_input(images: torch.Tensor, draws: Draws, crop: int = 96, dtype=torch.float32) -> torch.Tensor:
-    """Patches uint8 (B, 96, 96, 3) as the model learns from them: (B, 3, crop, crop) `dtype`, channels last."""
+def model_input(
+    images: torch.Tensor, draws: Draws, crop: int = 96, dtype=torch.float32
+) -> torch.Tensor:
+    """Patches uint8 (B, 96, 96, 3) as the model learns from them: (B, 3, crop, crop) `dtype`,
+    channels last.
+    """
     return normalise(move_pixels(images, draws, crop), draws, dtype=dtype)
 
 
 def patch_size(cfg: Config, epoch: int) -> int:
-    """How many pixels of the centre an epoch (from 0) learns from: little context first, which is fast, then all of it."""
+    """How many pixels of the centre an epoch (from 0) learns from: little context first, which is
+    fast, then all of it.
+    """
     return cfg.crop if epoch < cfg.crop_epochs and cfg.model != "mlp" else 96

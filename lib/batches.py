@@ -1,4 +1,6 @@
-"""Which patches make up a batch, and how they get from the file to the device while the model is busy with the last one."""
+"""Which patches make up a batch, and how they get from the file to the device while the model is
+busy with the last one.
+"""
 
 import contextlib
 import time
@@ -20,7 +22,9 @@ from lib.pcam import PATCH_SHAPE, Images, Split, fingerprint, open_split, split_
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
-HOST_BYTES = 1 << 30  # `auto` never takes more memory than this for a split: the rest of the machine may be somebody else's
+# `auto` never takes more memory than this for a split: the rest of the machine may be somebody
+# else's
+HOST_BYTES = 1 << 30
 NUM_BUFFERS = 3  # one with the model, one ready, one being filled
 LINKS = 1  # version of what link_copies finds: raise it when that changes
 ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
@@ -28,7 +32,9 @@ ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
 
 @dataclass(frozen=True)
 class Rows:
-    """Part of a split: row numbers int64 (N,) in file order, their labels uint8 (N,), and what was left out {reason: count}."""
+    """Part of a split: row numbers int64 (N,) in file order, their labels uint8 (N,), and what was
+    left out {reason: count}.
+    """
 
     index: np.ndarray
     labels: np.ndarray
@@ -40,12 +46,19 @@ class Rows:
     def describe(self) -> dict:
         """For meta.json: counts as they are in the data, whatever a sampler makes of them."""
         counts = np.bincount(self.labels, minlength=2).tolist()
-        return {"num": len(self), "num_negative": counts[0], "num_positive": counts[1], "left_out": self.left_out}
+        return {
+            "num": len(self),
+            "num_negative": counts[0],
+            "num_positive": counts[1],
+            "left_out": self.left_out,
+        }
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,), which say what to draw, on one device."""
+    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,), which say what to
+    draw, on one device.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -55,7 +68,9 @@ class Batch:
 
 
 class PatchSource:
-    """The patches of a split, gathered by row number from where they reside: the mapped file, host memory or the device."""
+    """The patches of a split, gathered by row number from where they reside: the mapped file, host
+    memory or the device.
+    """
 
     def __init__(self, images: Images, residence: str, device: torch.device):
         self.images, self.device = images, device
@@ -63,39 +78,56 @@ class PatchSource:
         if self.residence == "disk":
             self.patches = None if images.mapped is None else torch.from_numpy(images.mapped)
             if images.mapped is None:
-                say(f"note: {images.path.name} is {images.layout}: read slowly, patch by patch; prepare.py repack mends that")
+                say(
+                    f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
+                    " prepare.py repack mends that"
+                )
         else:
-            self.patches = read_whole(images, device if self.residence == "device" else torch.device("cpu"))
+            self.patches = read_whole(
+                images, device if self.residence == "device" else torch.device("cpu")
+            )
         self.rows = None if self.patches is None else self.patches.view(images.num, -1)
 
     def __len__(self) -> int:
         return self.images.num
 
     def gather(self, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Copy the patches at `rows` int64 (B,) into `out` uint8 (B, 96, 96, 3), or, on the device, into a fresh tensor."""
+        """Copy the patches at `rows` int64 (B,) into `out` uint8 (B, 96, 96, 3), or, on the device,
+        into a fresh tensor.
+        """
         if self.residence == "device":
             return torch.index_select(self.rows, 0, rows).view(-1, *PATCH_SHAPE)
         if self.rows is None:
             out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
-        elif self.residence == "disk":  # may stall on a page: in the background, and there one thread that keeps out of the way
+        elif self.residence == "disk":
+            # may stall on a page: in the background, and there one thread that keeps out of the way
             self.images.will_need(rows.numpy())
-            np.take(self.rows.numpy(), rows.numpy(), axis=0, out=out.view(len(rows), -1).numpy(), mode="clip")
+            np.take(
+                self.rows.numpy(),
+                rows.numpy(),
+                axis=0,
+                out=out.view(len(rows), -1).numpy(),
+                mode="clip",
+            )
         else:
             torch.index_select(self.rows, 0, rows, out=out.view(len(rows), -1))
         return out
 
     @property
     def can_stall(self) -> bool:
-        """Whether a gather may wait for a disk or a transfer. From host memory to a CPU it is a short copy, with all threads.
+        """Whether a gather may wait for a disk or a transfer. From host memory to a CPU it is a
+        short copy, with all threads.
 
-        That copy made by a background thread, whose OpenMP threads compete with the model's, cost a third of the
-        throughput on two cores.
+        That copy made by a background thread, whose OpenMP threads compete with the model's, cost a
+        third of the throughput on two cores.
         """
         return self.residence == "disk" or (self.residence == "host" and self.device.type == "cuda")
 
 
 def choose_residence(images: Images, residence: str, device: torch.device) -> str:
-    """`disk`, `host` or `device`; `auto` takes the fastest that leaves at least half of the free memory."""
+    """`disk`, `host` or `device`; `auto` takes the fastest that leaves at least half of the free
+    memory.
+    """
     if residence == "device" and device.type == "cpu":
         return "host"
     if residence != "auto":
@@ -106,7 +138,9 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
 
 
 def read_whole(images: Images, device: torch.device) -> torch.Tensor:
-    """All patches uint8 (N, 96, 96, 3) on the device, read once in file order: what a networked disk is fast at."""
+    """All patches uint8 (N, 96, 96, 3) on the device, read once in file order: what a networked
+    disk is fast at.
+    """
     patches = torch.empty((images.num, *PATCH_SHAPE), dtype=torch.uint8, device=device)
     with Progress(images.num, f"reading {images.path.name}") as progress:
         for start, block in images.blocks():
@@ -118,16 +152,21 @@ def read_whole(images: Images, device: torch.device) -> torch.Tensor:
 def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     """The rows of a split that a run uses: its folds, without quarantined samples, up to the limit.
 
-    With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing, or one class, is left.
+    With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing,
+    or one class, is left.
     """
     index, left_out = np.arange(len(split)), {}
     if cfg.num_folds:
         in_fold = fold_of_rows(group_of_rows(split, cfg.data_dir), cfg.num_folds) == cfg.fold
         index = index[in_fold if held_out else ~in_fold]
-    if cfg.quarantine and not held_out:  # validation keeps all, so that scores with and without stay comparable
+    # validation keeps all, so that scores with and without stay comparable
+    if cfg.quarantine and not held_out:
         suspects = read_quarantine(cfg.quarantine, split.name, cfg.quarantine_reasons)
         if beyond := [row for row in suspects if row >= len(split)]:
-            raise BadInput(f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has {len(split):,} patches")
+            raise BadInput(
+                f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has"
+                f" {len(split):,} patches"
+            )
         is_suspect = np.isin(index, list(suspects))
         left_out = dict(Counter(suspects[row] for row in index[is_suspect].tolist()))
         index = index[~is_suspect]
@@ -137,12 +176,17 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
         index = np.sort(index[position_permutation(len(index), LIMIT).numpy()[:limit]])
     labels = split.labels[index]
     if len(np.unique(labels)) < 2:
-        raise BadInput(f"split {split.name} leaves {len(index):,} patches of {len(np.unique(labels))} class: both are needed")
+        raise BadInput(
+            f"split {split.name} leaves {len(index):,} patches of {len(np.unique(labels))} class:"
+            " both are needed"
+        )
     return Rows(index, labels, left_out)
 
 
 def read_quarantine(path, split: str, reasons) -> dict[int, str]:
-    """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such reason."""
+    """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such
+    reason.
+    """
     try:
         rows = read_edited_csv(path, ("split", "index", "reason"))
     except OSError as error:
@@ -152,13 +196,18 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
         if row["split"] != split or row["reason"] not in reasons:
             continue
         if (index := row_number(row["index"])) is None:
-            raise BadInput(f"quarantine {path}, line {number}: the index {row['index'][:40]!r} is not a row number")
+            raise BadInput(
+                f"quarantine {path}, line {number}: the index {row['index'][:40]!r} is not a row"
+                " number"
+            )
         suspects.setdefault(index, row["reason"])
     return suspects
 
 
 def group_of_rows(split: Split, directory) -> np.ndarray:
-    """What belongs together, (N,): slides, else rows linked as copies or by overlapping, which are found once and kept."""
+    """What belongs together, (N,): slides, else rows linked as copies or by overlapping, which are
+    found once and kept.
+    """
     if split.slides is not None:
         return split.slides
     digest = fingerprint(directory, [split.name])[split_path(directory, split.name, "x").name]
@@ -172,8 +221,11 @@ def group_of_rows(split: Split, directory) -> np.ndarray:
 
 def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
     """The fold of each row, (N,), from the name of its group (N,): groups stay whole."""
-    _, first_row, group, sizes = np.unique(names, return_index=True, return_inverse=True, return_counts=True)
-    # groups in an order drawn by their first rows, dealt out by the number of rows before them: folds of near-equal size
+    _, first_row, group, sizes = np.unique(
+        names, return_index=True, return_inverse=True, return_counts=True
+    )
+    # groups in an order drawn by their first rows, dealt out by the number of rows before them:
+    # folds of near-equal size
     order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()
     rows_before = np.empty_like(sizes)
     rows_before[order] = np.cumsum(sizes[order]) - sizes[order]
@@ -181,14 +233,18 @@ def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
 
 
 def open_train_valid(cfg: Config) -> tuple[tuple[Split, Rows], tuple[Split, Rows]]:
-    """The split and rows to train on, and those to validate on. Raises BadInput for data that cannot be used."""
+    """The split and rows to train on, and those to validate on. Raises BadInput for data that
+    cannot be used.
+    """
     train = open_split(cfg.data_dir, "train")
     valid = train if cfg.num_folds else open_split(cfg.data_dir, "valid")
     return (train, select_rows(train, cfg)), (valid, select_rows(valid, cfg, held_out=True))
 
 
 def fit_batch_size(cfg: Config, num_rows: int) -> int:
-    """Patches per step: batch_size, or all there are when they are fewer, as a multiple of shards."""
+    """Patches per step: batch_size, or all there are when they are fewer, as a multiple of
+    shards.
+    """
     size = min(cfg.batch_size, num_rows // cfg.shards * cfg.shards)
     if not size:
         raise BadInput(f"{num_rows} training patches are too few for {cfg.shards} shards")
@@ -198,8 +254,8 @@ def fit_batch_size(cfg: Config, num_rows: int) -> int:
 def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu") -> torch.Tensor:
     """Sample keys of an epoch, int64 (N,) on `device`, a function of (seed, epoch).
 
-    A key is row + repeat * num_total: with `balance: sampler` the smaller class comes up several times an epoch, and each
-    time something else is drawn for it.
+    A key is row + repeat * num_total: with `balance: sampler` the smaller class comes up several
+    times an epoch, and each time something else is drawn for it.
     """
     index = torch.from_numpy(rows.index).to(device)
     if cfg.balance != "sampler":
@@ -208,18 +264,23 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
     for label in (0, 1):
         members = index[torch.from_numpy(np.flatnonzero(rows.labels == label)).to(device)]
         for repeat in range(-(-share // len(members))):
-            order = position_permutation(len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat, device=device)
+            order = position_permutation(
+                len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat, device=device
+            )
             parts.append(members[order][: share - repeat * len(members)] + repeat * num_total)
     keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
 
-def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=None) -> Iterator[Batch]:
+def load_batches(
+    source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=None
+) -> Iterator[Batch]:
     """Yield a Batch for each of `batches`, lists of sample keys int64 (B,) on any device.
 
-    What does not lie on the device is gathered by a background thread, if that can pay, into one of a few reused buffers: a
-    batch is valid until the next one is asked for. `wait_s` is the time that the caller spent waiting for it. An error in the
-    thread is raised here. Nothing waits for a GPU.
+    What does not lie on the device is gathered by a background thread, if that can pay, into one of
+    a few reused buffers: a batch is valid until the next one is asked for. `wait_s` is the time
+    that the caller spent waiting for it. An error in the thread is raised here. Nothing waits for a
+    GPU.
     """
     if not batches:
         return
@@ -231,19 +292,31 @@ def load_batches(source: PatchSource, labels: np.ndarray, batches: list[torch.Te
     if source.residence == "device":
         gathered = ((source.gather(part % num), 0.0) for part in device_keys)
     else:
-        gathered = gather_ahead(source, (keys % num).cpu().split(sizes), source.can_stall if prefetch is None else prefetch)
+        gathered = gather_ahead(
+            source,
+            (keys % num).cpu().split(sizes),
+            source.can_stall if prefetch is None else prefetch,
+        )
     with contextlib.closing(gathered):
         for part, (images, wait_s) in zip(device_keys, gathered, strict=True):
             yield Batch(images, targets[part % num], part, num, wait_s)
 
 
-def gather_ahead(source: PatchSource, batches, prefetch: bool) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield the patches of each of `batches`, row numbers int64 (B,), on the device, and the seconds waited for them."""
+def gather_ahead(
+    source: PatchSource, batches, prefetch: bool
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Yield the patches of each of `batches`, row numbers int64 (B,), on the device, and the
+    seconds waited for them.
+    """
     on_gpu = source.device.type == "cuda"
     size = max(len(rows) for rows in batches)
-    buffers = [torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=on_gpu) for _ in range(NUM_BUFFERS)]
+    buffers = [
+        torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=on_gpu)
+        for _ in range(NUM_BUFFERS)
+    ]
     copies = [None] * NUM_BUFFERS  # of each buffer to the GPU, as events
-    stream = torch.cuda.Stream(source.device) if on_gpu else None  # or copies would queue behind the model's steps
+    # or copies would queue behind the model's steps
+    stream = torch.cuda.Stream(source.device) if on_gpu else None
 
     def fill(number: int) -> torch.Tensor:
         rows, place = batches[number], number % NUM_BUFFERS
@@ -265,7 +338,8 @@ def gather_ahead(source: PatchSource, batches, prefetch: bool) -> Iterator[tuple
             if on_gpu:
                 current = torch.cuda.current_stream(source.device)
                 current.wait_event(copies[number % NUM_BUFFERS])
-                images.record_stream(current)  # its memory is not handed out again before the model is done with it
+                # its memory is not handed out again before the model is done with it
+                images.record_stream(current)
             if prefetch and number + ahead < len(batches):
                 pending.append(pool.submit(fill, number + ahead))
             yield images, time.perf_counter() - started_at

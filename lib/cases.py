@@ -1,6 +1,8 @@
-"""What a benchmark times: ways to a batch, inference, the step of training and its stages, and what the machine can do at most.
+"""What a benchmark times: ways to a batch, inference, the step of training and its stages, and what
+the machine can do at most.
 
-Each is a generator. It yields 0 when all is built, then after each batch how many images that held, or FLOPs of a product.
+Each is a generator. It yields 0 when all is built, then after each batch how many images that held,
+or FLOPs of a product.
 """
 
 import contextlib
@@ -22,7 +24,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 
 from lib import training
 from lib.augment import PCAM_MEAN, PCAM_STD, PREPROCESSING, draw_augmentation, model_input
-from lib.batches import Batch, PatchSource, choose_residence, epoch_order, load_batches, open_train_valid
+from lib.batches import (
+    Batch,
+    PatchSource,
+    choose_residence,
+    epoch_order,
+    load_batches,
+    open_train_valid,
+)
 from lib.bench import OUT_OF_MEMORY, Case, measure
 from lib.command import BadInput, is_out_of_memory, nearest, one_line
 from lib.config import Config
@@ -45,10 +54,11 @@ MOST_WORKERS = 16  # each number up to here is tried
 
 
 def plan_cases(what: str, cfg: Config, sizes: list[int], device: torch.device, wanted: list[str]):
-    """The cases of `loader`, `infer`, `train` or `all`, or those `wanted` by name: scaling over `sizes`, variants at one.
+    """The cases of `loader`, `infer`, `train` or `all`, or those `wanted` by name: scaling over
+    `sizes`, variants at one.
 
-    And, for each batch size of the loader, torchvision's with each number of workers, of which the best is to be measured.
-    Raises BadInput for a name that no case has.
+    And, for each batch size of the loader, torchvision's with each number of workers, of which the
+    best is to be measured. Raises BadInput for a name that no case has.
     """
     whole = dataclasses.replace(cfg, crop_epochs=0)  # whole patches, unless a case says otherwise
     at = dataclasses.replace(whole, batch_size=size_of_variants(cfg, sizes))
@@ -61,76 +71,150 @@ def plan_cases(what: str, cfg: Config, sizes: list[int], device: torch.device, w
             # every number of workers that may be the best
             numbers = sorted({*range(min(num_cores(), MOST_WORKERS) + 1), num_cores()})
             plain = Case("loader", "", "torchvision", each, channels_last=False, device="cpu")
-            probed.append([dataclasses.replace(plain, name=f"torchvision_{n}_workers", num_workers=n) for n in numbers])
+            probed.append(
+                [
+                    dataclasses.replace(plain, name=f"torchvision_{n}_workers", num_workers=n)
+                    for n in numbers
+                ]
+            )
     for verb in ("infer", "train"):
         cases += plan_model(verb, whole, at, sizes, device) if verb in verbs else []
     if "train" in verbs:
         cases += plan_training(cfg, at, device)
-    kinds = dict.fromkeys((case.cfg.precision, case.cfg.threads) for case in cases if case.kind in ("infer", "train"))
-    alike = [dataclasses.replace(at, precision=precision, threads=threads) for precision, threads in kinds]
+    kinds = dict.fromkeys(
+        (case.cfg.precision, case.cfg.threads) for case in cases if case.kind in ("infer", "train")
+    )
+    alike = [
+        dataclasses.replace(at, precision=precision, threads=threads)
+        for precision, threads in kinds
+    ]
     cases += [Case("limit", "matrix_product", "matrix_product", each) for each in alike]
-    cases = [dataclasses.replace(case, device=str(device)) if case.device == "auto" else case for case in dict.fromkeys(cases)]
+    cases = [
+        dataclasses.replace(case, device=str(device)) if case.device == "auto" else case
+        for case in dict.fromkeys(cases)
+    ]
     known = {case.name for case in cases} | ({"torchvision"} if probed else set())
     if unknown := [name for name in wanted if name not in known]:
         hint = f"{nearest(unknown[0], known)} ({', '.join(sorted(known))})"
         raise BadInput(f"--cases {unknown[0]}: {what} has no such case{hint}")
     if wanted:
-        cases, probed = [case for case in cases if case.name in wanted], probed if "torchvision" in wanted else []
+        cases, probed = (
+            [case for case in cases if case.name in wanted],
+            probed if "torchvision" in wanted else [],
+        )
     return cases, probed
 
 
 def size_of_variants(cfg: Config, sizes: list[int]) -> int:
-    """The batch size at which variants and stages are measured: the config's, or the largest where that is not asked for."""
+    """The batch size at which variants and stages are measured: the config's, or the largest where
+    that is not asked for.
+    """
     return cfg.batch_size if cfg.batch_size in sizes else sizes[-1]
 
 
 def plan_loader(cfg: Config, device: torch.device) -> list[Case]:
-    """Ways to a batch: from where the patches reside by default; from the file, cold and warm, random and in order."""
+    """Ways to a batch: from where the patches reside by default; from the file, cold and warm,
+    random and in order.
+    """
     in_bf16 = dataclasses.replace(cfg, precision="bf16")
     on_disk = dataclasses.replace(cfg, data_residence="disk")
     cases = [Case("loader", "ready", "ready", each, device="cpu") for each in (cfg, in_bf16)]
-    cases += [Case("loader", "raw", "raw", cfg, device="cpu"), Case("limit", "memory_copy", "memory_copy", cfg, device="cpu")]
-    for kind, cache, order in itertools.product(("raw", "ready"), ("warm", "cold"), ("random", "sequential")):
-        cases.append(Case("loader", f"{kind}_file_{order}", kind, on_disk, cache=cache, order=order, device="cpu"))
-    return cases + ([Case("loader", "ready_on_gpu", "ready", in_bf16)] if device.type == "cuda" else [])
+    cases += [
+        Case("loader", "raw", "raw", cfg, device="cpu"),
+        Case("limit", "memory_copy", "memory_copy", cfg, device="cpu"),
+    ]
+    for kind, cache, order in itertools.product(
+        ("raw", "ready"), ("warm", "cold"), ("random", "sequential")
+    ):
+        cases.append(
+            Case(
+                "loader",
+                f"{kind}_file_{order}",
+                kind,
+                on_disk,
+                cache=cache,
+                order=order,
+                device="cpu",
+            )
+        )
+    return cases + (
+        [Case("loader", "ready_on_gpu", "ready", in_bf16)] if device.type == "cuda" else []
+    )
 
 
-def plan_model(verb: str, whole: Config, at: Config, sizes: list[int], device: torch.device) -> list[Case]:
+def plan_model(
+    verb: str, whole: Config, at: Config, sizes: list[int], device: torch.device
+) -> list[Case]:
     """A small and a large model over batch sizes, and the small one with one thing changed."""
     models, precisions = dict.fromkeys((at.model, LARGE)), ["fp32", "bf16"]
-    if device.type == "cuda" and verb == "infer":  # training has no scaled loss, without which fp16 does not learn
+    # training has no scaled loss, without which fp16 does not learn
+    if device.type == "cuda" and verb == "infer":
         precisions.append("fp16")
-    changed = {precision: {"precision": precision} for precision in precisions if precision != at.precision}
-    changed["not_deterministic" if at.deterministic else "deterministic"] = {"deterministic": not at.deterministic}
+    changed = {
+        precision: {"precision": precision} for precision in precisions if precision != at.precision
+    }
+    changed["not_deterministic" if at.deterministic else "deterministic"] = {
+        "deterministic": not at.deterministic
+    }
     changed |= {"all_cores": {"threads": num_cores()}} if num_cores() != at.threads else {}
-    scaled = [dataclasses.replace(whole, model=model, batch_size=size) for model in models for size in sizes]
+    scaled = [
+        dataclasses.replace(whole, model=model, batch_size=size)
+        for model in models
+        for size in sizes
+    ]
     cases = [Case(verb, "default", verb, cfg) for cfg in scaled]
-    cases += [Case(verb, name, verb, dataclasses.replace(at, **keys)) for name, keys in changed.items()]
-    return [*cases, Case(verb, "nchw", verb, at, channels_last=False), Case(verb, "compile", verb, at, compile=True)]
+    cases += [
+        Case(verb, name, verb, dataclasses.replace(at, **keys)) for name, keys in changed.items()
+    ]
+    return [
+        *cases,
+        Case(verb, "nchw", verb, at, channels_last=False),
+        Case(verb, "compile", verb, at, compile=True),
+    ]
 
 
 def plan_training(cfg: Config, at: Config, device: torch.device) -> list[Case]:
-    """What `train` has besides: techniques, the plain way, stages apart and overlapped, and the limits of the machine."""
+    """What `train` has besides: techniques, the plain way, stages apart and overlapped, and the
+    limits of the machine.
+    """
     plain = dataclasses.replace(at, precision="fp32")
-    cases = [Case("train", f"plain_{n}_workers", "plain", plain, channels_last=False, num_workers=n) for n in (0, 2)]
+    cases = [
+        Case("train", f"plain_{n}_workers", "plain", plain, channels_last=False, num_workers=n)
+        for n in (0, 2)
+    ]
     if cfg.crop < 96 and cfg.crop_epochs:
-        cases.append(Case("train", f"centre_{cfg.crop}", "train", dataclasses.replace(at, crop_epochs=cfg.epochs)))
+        cases.append(
+            Case(
+                "train",
+                f"centre_{cfg.crop}",
+                "train",
+                dataclasses.replace(at, crop_epochs=cfg.epochs),
+            )
+        )
     cases.append(Case("train", "resident_batch", "train", at, resident=True))
     cases.append(Case("train", "memory_returned", "train", at, keep_memory=False))
     cases += [Case("stage", "apart", "apart", at), Case("stage", "overlapped", "train", at)]
     residence = choose_residence(open_split(at.data_dir, "train").images, at.data_residence, device)
-    order = "random" if residence == "disk" else "sequential"  # as training reads it: else once, before its first step
+    # as training reads it: else once, before its first step
+    order = "random" if residence == "disk" else "sequential"
     cases.append(Case("stage", "read", "read", at, cache="cold", order=order))
-    cases += [Case("stage", "overlapped_cold", "train", at, cache="cold")] if residence == "disk" else []
+    cases += (
+        [Case("stage", "overlapped_cold", "train", at, cache="cold")] if residence == "disk" else []
+    )
     cases.append(Case("limit", "sequential_read", "read", at, cache="cold", order="sequential"))
     cases.append(Case("limit", "memory_copy", "memory_copy", plain, device="cpu"))
-    return cases + ([Case("limit", "copy_to_device", "copy_to_device", at)] if device.type == "cuda" else [])
+    return cases + (
+        [Case("limit", "copy_to_device", "copy_to_device", at)] if device.type == "cuda" else []
+    )
 
 
 def time_case(task: dict) -> dict:
-    """Carry out a task of `lib/bench.py` in this process: what it measured, or a status that says why there is no number."""
+    """Carry out a task of `lib/bench.py` in this process: what it measured, or a status that says
+    why there is no number.
+    """
     case = Case(**task["case"] | {"cfg": Config(**task["case"]["cfg"])})
-    with contextlib.suppress(OSError):  # where memory runs out, this process is to go, and not what started it
+    # where memory runs out, this process is to go, and not what started it
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("500")
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)  # nor is it to outlive it
     try:
@@ -145,7 +229,9 @@ def time_case(task: dict) -> dict:
 
 
 def time_built(case: Case, task: dict) -> dict:
-    """Build a case, bring the file's pages into the state that it asks for, measure, and count what a batch computes."""
+    """Build a case, bring the file's pages into the state that it asks for, measure, and count what
+    a batch computes.
+    """
     device = choose_device(case.device)
     set_determinism(case.cfg.deterministic, case.cfg.threads)
     keep_freed_memory(case.keep_memory)
@@ -155,11 +241,21 @@ def time_built(case: Case, task: dict) -> dict:
     about["startup_s"] = time.time() - task["started_at"]
     if about.get("residence") == "disk" or case.cache == "cold":
         about |= prepare_pages(split_path(case.cfg.data_dir, "train", "x"), case.cache)
-    found = about | measure(batches, task["seconds"], functools.partial(finish, device), case.cache == "warm")
+    found = about | measure(
+        batches, task["seconds"], functools.partial(finish, device), case.cache == "warm"
+    )
     num = len(found["samples"])
-    found["parts"] = {name: [round(second, 9) for second in seconds[-num:]] for name, seconds in parts.items()}
-    found["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_memory_bytes()
-    if case.what in ("infer", "train", "stage") and case.kind in ("infer", "train") and task["repeat"] == 0:
+    found["parts"] = {
+        name: [round(second, 9) for second in seconds[-num:]] for name, seconds in parts.items()
+    }
+    found["memory_bytes"] = (
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_memory_bytes()
+    )
+    if (
+        case.what in ("infer", "train", "stage")
+        and case.kind in ("infer", "train")
+        and task["repeat"] == 0
+    ):
         found["flops_per_image"] = count_flops(batches, case.compile)
     batches.close()
     return found
@@ -172,7 +268,9 @@ def finish(device: torch.device) -> None:
 
 
 def count_flops(batches, is_compiled: bool) -> float | None:
-    """FLOPs an image of the next batch, a product and a sum being two; of a compiled model those that it has uncompiled."""
+    """FLOPs an image of the next batch, a product and a sum being two; of a compiled model those
+    that it has uncompiled.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     stance = torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext()
@@ -182,7 +280,9 @@ def count_flops(batches, is_compiled: bool) -> float | None:
 
 
 def most_memory_bytes() -> int:
-    """The most memory that this process has held; what getrusage tells would be its parent's, if that was larger."""
+    """The most memory that this process has held; what getrusage tells would be its parent's, if
+    that was larger.
+    """
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
 
@@ -192,13 +292,16 @@ def resident_share(path) -> float:
     mapped = np.memmap(path, np.uint8, "r")
     pages = np.zeros(-(-len(mapped) // os.sysconf("SC_PAGE_SIZE")), np.uint8)
     place, size = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped))
-    if ctypes.CDLL(None, use_errno=True).mincore(place, size, pages.ctypes.data_as(ctypes.c_void_p)):
+    if ctypes.CDLL(None, use_errno=True).mincore(
+        place, size, pages.ctypes.data_as(ctypes.c_void_p)
+    ):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
     return float((pages & 1).mean())
 
 
 def prepare_pages(path, cache: str) -> dict:
-    """Drop a file from the page cache, or read it in, and see whether that had an effect: {note} where not quite.
+    """Drop a file from the page cache, or read it in, and see whether that had an effect: {note}
+    where not quite.
 
     Raises BadInput for a file that is to be cold and is not: what would be measured is memory.
     """
@@ -212,14 +315,18 @@ def prepare_pages(path, cache: str) -> dict:
                 pass
     share = resident_share(path)
     if cache == "cold" and share > COLD_SHARE:
-        raise BadInput(f"{Path(path).name} cannot be made cold: {share:.0%} of it stays in the page cache")
+        raise BadInput(
+            f"{Path(path).name} cannot be made cold: {share:.0%} of it stays in the page cache"
+        )
     if cache == "warm" and share < WARM_SHARE:
         return {"note": f"the page cache holds {share:.0%} of the file"}
     return {}
 
 
 def open_batches(case: Case, device: torch.device, about: dict, keys: torch.Tensor | None = None):
-    """The train split as `load_batches` gives it, in the case's order or that of `keys`: once of a cold file, else for ever."""
+    """The train split as `load_batches` gives it, in the case's order or that of `keys`: once of a
+    cold file, else for ever.
+    """
     split = open_split(case.cfg.data_dir, "train")
     source = PatchSource(split.images, case.cfg.data_residence, device)
     about["residence"] = source.residence
@@ -238,7 +345,11 @@ def open_batches(case: Case, device: torch.device, about: dict, keys: torch.Tens
 
 
 def order_of(case: Case, num: int) -> torch.Tensor:
-    return torch.arange(num) if case.order == "sequential" else position_permutation(num, case.cfg.seed)
+    return (
+        torch.arange(num)
+        if case.order == "sequential"
+        else position_permutation(num, case.cfg.seed)
+    )
 
 
 def cut_batches(case: Case, keys: torch.Tensor) -> list[torch.Tensor]:
@@ -259,7 +370,10 @@ def raw(case, device, about, _parts):
 
 def ready(case, device, about, _parts):
     """Batches as the model takes them: augmented, normalised, of the case's precision."""
-    batches, dtype = open_batches(case, device, about), torch.bfloat16 if case.cfg.precision == "bf16" else torch.float32
+    batches, dtype = (
+        open_batches(case, device, about),
+        torch.bfloat16 if case.cfg.precision == "bf16" else torch.float32,
+    )
     yield 0
     for batch in batches:
         made = model_input(batch.images, draw_augmentation(batch.keys, 0, case.cfg), dtype=dtype)
@@ -290,7 +404,9 @@ def copy_to_device(case, device, *_):
 def matrix_product(case, device, *_):
     """Products of square matrices in the case's precision."""
     side = GPU_MATRIX_SIDE if device.type == "cuda" else MATRIX_SIDE
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.cfg.precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
+        case.cfg.precision
+    ]
     left, right = torch.randn(2, side, side, device=device, dtype=dtype)
     product = torch.empty_like(left)
     yield 0
@@ -301,9 +417,14 @@ def matrix_product(case, device, *_):
 
 
 def read(case, _device, about, _parts):
-    """The bytes of patches from the file into memory, without the map: at random as training asks for them, or in order."""
+    """The bytes of patches from the file into memory, without the map: at random as training asks
+    for them, or in order.
+    """
     images = open_split(case.cfg.data_dir, "train").images
-    batches, buffer = cut_batches(case, order_of(case, images.num)), np.empty((case.cfg.batch_size, PATCH_BYTES), np.uint8)
+    batches, buffer = (
+        cut_batches(case, order_of(case, images.num)),
+        np.empty((case.cfg.batch_size, PATCH_BYTES), np.uint8),
+    )
     about["residence"] = "disk"
     if images.mapped is None:
         about["note"] = f"decoding included: the file is {images.layout}"
@@ -348,14 +469,18 @@ def build_training(case: Case, device: torch.device) -> tuple[training.TrainStat
     state = training.build_state(case.cfg, device)
     alter(state.model, case)
     if not case.channels_last:
-        state.optimizer = build_optimizer(state.model, case.cfg)  # which looks at the filters as they lie in memory
+        # which looks at the filters as they lie in memory
+        state.optimizer = build_optimizer(state.model, case.cfg)
     return state, epoch_order(rows, len(split), 0, case.cfg, device)
 
 
 @contextlib.contextmanager
 def logged(state, batch_size: int):
     """A run's log in a folder that goes with the block."""
-    with tempfile.TemporaryDirectory() as folder, RunLog(Path(folder), state.progress, time.monotonic(), batch_size) as log:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        RunLog(Path(folder), state.progress, time.monotonic(), batch_size) as log,
+    ):
         log.start_epoch()
         yield log
 
@@ -364,7 +489,8 @@ def train(case, device, about, _parts):
     """The loop of train.py: batches, the very step, its row of the log."""
     state, keys = build_training(case, device)
     batches = open_batches(case, device, about, keys)
-    lr = training.learning_rate(case.cfg, 0, LEAST_BATCHES)  # the first one: a batch over and over must not diverge
+    # the first one: a batch over and over must not diverge
+    lr = training.learning_rate(case.cfg, 0, LEAST_BATCHES)
     with logged(state, case.cfg.batch_size) as log:
         yield 0
         for batch in batches:
@@ -373,7 +499,9 @@ def train(case, device, about, _parts):
 
 
 def apart(case, device, about, parts):
-    """The same loop with nothing overlapped, and in `parts` the seconds of each stage, which ends where the next begins."""
+    """The same loop with nothing overlapped, and in `parts` the seconds of each stage, which ends
+    where the next begins.
+    """
     state, keys = build_training(case, device)
     split, on_gpu = open_split(case.cfg.data_dir, "train"), device.type == "cuda"
     source = PatchSource(split.images, case.cfg.data_residence, device)
@@ -397,10 +525,16 @@ def apart(case, device, about, parts):
         return inner(*given)
 
     state.optimizer.step = optimise
-    # before the forward pass of the first shard filters are made; before that of another lies the backward pass of the last
-    state.model.register_forward_pre_hook(lambda *_: end("backward" if "forward" in in_batch else "forward"))
+    # before the forward pass of the first shard filters are made; before that of another lies the
+    # backward pass of the last
+    state.model.register_forward_pre_hook(
+        lambda *_: end("backward" if "forward" in in_batch else "forward")
+    )
     state.model.register_forward_hook(lambda *_: end("forward"))
-    with logged(state, case.cfg.batch_size) as log, mock.patch.object(training, "compute_gradients", compute_gradients):
+    with (
+        logged(state, case.cfg.batch_size) as log,
+        mock.patch.object(training, "compute_gradients", compute_gradients),
+    ):
         yield 0
         for batch_keys in itertools.cycle(cut_batches(case, keys)):
             in_batch.clear()
@@ -446,7 +580,9 @@ def torchvision(case, *_):
 
 
 def torchvision_batches(case: Case):
-    """The same product, the plain way: torchvision's PCAM, a transform per patch, a DataLoader; for ever, unless cold."""
+    """The same product, the plain way: torchvision's PCAM, a transform per patch, a DataLoader; for
+    ever, unless cold.
+    """
     from torchvision.datasets import PCAM
     from torchvision.transforms.functional import to_tensor
 
@@ -462,7 +598,9 @@ def torchvision_batches(case: Case):
             patch = patch.transpose(1, 2) if transpose else patch
         if cfg.shift:
             y, x = torch.randint(2 * cfg.shift + 1, (2,)).tolist()
-            patch = pad(patch[None], [cfg.shift] * 4, mode="replicate")[0, :, y : y + 96, x : x + 96]
+            patch = pad(patch[None], [cfg.shift] * 4, mode="replicate")[
+                0, :, y : y + 96, x : x + 96
+            ]
         gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
         offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
         return (patch * gain + offset - mean) / std
@@ -471,8 +609,14 @@ def torchvision_batches(case: Case):
         (Path(root) / "pcam").symlink_to(split_path(cfg.data_dir, "train", "x").parent.resolve())
         dataset = PCAM(root, split="train", transform=transform)
         if len(dataset) < cfg.batch_size:
-            raise BadInput(f"a split of {len(dataset):,} patches is less than a batch of {cfg.batch_size}")
-        options = {"shuffle": case.order == "random", "drop_last": True, "num_workers": case.num_workers}
+            raise BadInput(
+                f"a split of {len(dataset):,} patches is less than a batch of {cfg.batch_size}"
+            )
+        options = {
+            "shuffle": case.order == "random",
+            "drop_last": True,
+            "num_workers": case.num_workers,
+        }
         loader = torch.utils.data.DataLoader(dataset, cfg.batch_size, **options)
         while True:
             yield from loader
@@ -480,5 +624,17 @@ def torchvision_batches(case: Case):
                 return
 
 
-KINDS = (raw, ready, memory_copy, copy_to_device, matrix_product, read, infer, train, apart, plain, torchvision)
+KINDS = (
+    raw,
+    ready,
+    memory_copy,
+    copy_to_device,
+    matrix_product,
+    read,
+    infer,
+    train,
+    apart,
+    plain,
+    torchvision,
+)
 TIMED = {kind.__name__: kind for kind in KINDS}

@@ -1,4 +1,6 @@
-"""What every script promises to the shell: exit codes, one sentence for bad input, one JSON object at the end."""
+"""What every script promises to the shell: exit codes, one sentence for bad input, one JSON object
+at the end.
+"""
 
 import argparse
 import contextlib
@@ -58,7 +60,9 @@ def last_line(text: str) -> str:
 
 
 def printable(text) -> str:
-    """A text as one line for a terminal: a file's name may hold line ends, and characters that steer it."""
+    """A text as one line for a terminal: a file's name may hold line ends, and characters that
+    steer it.
+    """
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(text))
 
 
@@ -86,27 +90,33 @@ def without_nan(value):
 
 
 def print_result(result: dict) -> None:
-    """Print `result` as the last line of stdout. A reader that has gone away does not change what happened."""
+    """Print `result` as the last line of stdout. A reader that has gone away does not change what
+    happened.
+    """
     try:
         print(json.dumps(without_nan(result)), flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would fail once more at its end
+        # or the interpreter would fail once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             say(f"warning: the result could not be printed ({one_line(error)})")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory, the machine's or a GPU's, has run out: torch tells it by a RuntimeError's words."""
+    """Whether memory, the machine's or a GPU's, has run out: torch tells it by a RuntimeError's
+    words.
+    """
     words = ("allocate memory", "not enough memory", "out of memory", "Cannot allocate")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
 
 def script(main):
-    """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever happens.
+    """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever
+    happens.
 
-    BadInput and the operating system's refusals (a full disk, a missing permission) become one sentence on stderr and 2.
-    Ctrl-C, and what Slurm says before it kills, become 130, after what is open was tidied up. Anything else is a bug and
-    keeps its traceback.
+    BadInput and the operating system's refusals (a full disk, a missing permission) become one
+    sentence on stderr and 2. Ctrl-C, and what Slurm says before it kills, become 130, after what is
+    open was tidied up. Anything else is a bug and keeps its traceback.
     """
 
     def fail(sentence, code):
@@ -128,7 +138,11 @@ def script(main):
         except ModuleNotFoundError as error:
             if (error.name or "lib").partition(".")[0] == "lib":  # our own is a bug
                 raise
-            return fail(f"{sys.executable} lacks the package {error.name}: make setup, then . .venv/bin/activate", EXIT_USAGE)
+            return fail(
+                f"{sys.executable} lacks the package {error.name}: make setup, then ."
+                " .venv/bin/activate",
+                EXIT_USAGE,
+            )
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
         except KeyboardInterrupt:
@@ -141,7 +155,9 @@ def script(main):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            advice = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+            advice = (
+                "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+            )
             return fail(f"not enough memory ({one_line(error)[:200]}); {advice}", EXIT_USAGE)
         finally:
             for number in unheard:

@@ -1,4 +1,6 @@
-"""The configuration: a flat YAML file read into a typed, frozen dataclass. Values stand in config.yaml, types stand here."""
+"""The configuration: a flat YAML file read into a typed, frozen dataclass. Values stand in
+config.yaml, types stand here.
+"""
 
 import contextlib
 import dataclasses
@@ -28,7 +30,18 @@ Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
 AboveZero = Annotated[float, TINY]
 Reason = Literal[
-    "nan", "range", "black", "white", "constant", "flat", "scaled", "duplicate", "near_duplicate", "leak", "trigger", "label"
+    "nan",
+    "range",
+    "black",
+    "white",
+    "constant",
+    "flat",
+    "scaled",
+    "duplicate",
+    "near_duplicate",
+    "leak",
+    "trigger",
+    "label",
 ]
 
 
@@ -92,13 +105,20 @@ class Config:
 
     def identity(self) -> dict:
         """The keys that change the weights."""
-        listens = self.schedule == "plateau" or self.early_stop_epochs  # then the score, and what moves it, reaches the weights
+        # then the score, and what moves it, reaches the weights
+        listens = self.schedule == "plateau" or self.early_stop_epochs
         counted = ("eval_batch_size",) if listens else ()
-        free = {key for key, hint in HINTS.items() if NOT_IDENTITY in typing.get_args(hint) and key not in counted}
+        free = {
+            key
+            for key, hint in HINTS.items()
+            if NOT_IDENTITY in typing.get_args(hint) and key not in counted
+        }
         return {key: value for key, value in self.as_dict().items() if key not in free}
 
     def identity_digest(self, data: dict[str, str]) -> str:
-        """Hex digest of the identity keys and the data's fingerprint: equal digests promise equal weights."""
+        """Hex digest of the identity keys and the data's fingerprint: equal digests promise equal
+        weights.
+        """
         values = self.identity()
         for key in ("quarantine", "weights"):  # what is in the file counts, not where it lies
             if values[key]:
@@ -107,7 +127,9 @@ class Config:
 
     def as_dict(self) -> dict:
         """Plain values (tuples as lists), in the order of the declaration."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
+        }
 
 
 # keys that came later, each with the value that stands for it in runs and checkpoints made before
@@ -116,13 +138,18 @@ HINTS = typing.get_type_hints(Config, include_extras=True)
 
 
 def coerce(key, value, hint):
-    """`value` as the declared type. YAML reads `1e-3` as text, and the shell hands over nothing but text: both are parsed."""
+    """`value` as the declared type. YAML reads `1e-3` as text, and the shell hands over nothing but
+    text: both are parsed.
+    """
     kind, *extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     if typing.get_origin(kind) is tuple:
         items = value.strip(" []").replace(",", " ").split() if isinstance(value, str) else value
         items = items if isinstance(items, (list, tuple)) else [items]
         if len(items) > MOST_ITEMS:
-            raise BadInput(f"config key {key}: {len(items):,} values are too many, at most {MOST_ITEMS} are allowed")
+            raise BadInput(
+                f"config key {key}: {len(items):,} values are too many, at most {MOST_ITEMS} are"
+                " allowed"
+            )
         return tuple(coerce(key, item, typing.get_args(kind)[0]) for item in items)
     if typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
@@ -140,19 +167,30 @@ def coerce(key, value, hint):
     else:
         least, most = ([extra for extra in extras if extra != NOT_IDENTITY] + [math.inf])[:2]
         low = "above 0" if least == TINY else f"at least {least}"
-        allowed = f"{'an integer' if kind is int else 'a number'} {low}{f' and at most {most}' if most < math.inf else ''}"
+        allowed = (
+            f"{'an integer' if kind is int else 'a number'}"
+            f" {low}{f' and at most {most}' if most < math.inf else ''}"
+        )
         with contextlib.suppress(ArithmeticError, ValueError):  # of what is no number
             number = Decimal(str(value))  # which keeps the last digits of a large integer
-            if math.isfinite(number) and not (kind is int and number % 1) and least <= kind(number) <= most:
+            if (
+                math.isfinite(number)
+                and not (kind is int and number % 1)
+                and least <= kind(number) <= most
+            ):
                 return kind(number)
     raise BadInput(f"config key {key}: {value!r} is not allowed, it must be {allowed}")
 
 
 def config_from_dict(values: dict, source="config") -> Config:
-    """Build a Config from plain values. Raises BadInput for a key that is unknown, missing, or of the wrong type or value."""
+    """Build a Config from plain values. Raises BadInput for a key that is unknown, missing, or of
+    the wrong type or value.
+    """
     refuse_unknown(values, source)
     if missing := [key for key in HINTS if key not in values]:
-        raise BadInput(f"{source}: missing {', '.join(missing)} (config.yaml has every key with its meaning)")
+        raise BadInput(
+            f"{source}: missing {', '.join(missing)} (config.yaml has every key with its meaning)"
+        )
     cfg = Config(**{key: coerce(key, values[key], hint) for key, hint in HINTS.items()})
     _check_together(cfg)
     return cfg
@@ -170,17 +208,36 @@ def _check_together(cfg: Config) -> None:
     if cfg.batch_size % cfg.shards:
         raise BadInput(f"batch_size {cfg.batch_size} must be a multiple of shards ({cfg.shards})")
     if cfg.shards & (cfg.shards - 1):
-        raise BadInput(f"shards is {cfg.shards}, it must be a power of two, so that the sum is a full binary tree")
+        raise BadInput(
+            f"shards is {cfg.shards}, it must be a power of two, so that the sum is a full binary"
+            " tree"
+        )
     if cfg.num_folds == 1 or (cfg.fold and cfg.fold >= cfg.num_folds):
-        raise BadInput(f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is below it")
+        raise BadInput(
+            f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is"
+            " below it"
+        )
     if cfg.crop % 32:
-        raise BadInput(f"crop {cfg.crop} must be 32, 64 or 96, so that the centre 32 pixels are whole cells of the model")
-    if cfg.name != cfg.name.strip() or not cfg.name or any(c in cfg.name for c in "/\\\0\n") or len(cfg.name) > 60:
-        raise BadInput(f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a folder's name")
+        raise BadInput(
+            f"crop {cfg.crop} must be 32, 64 or 96, so that the centre 32 pixels are whole cells of"
+            " the model"
+        )
+    if (
+        cfg.name != cfg.name.strip()
+        or not cfg.name
+        or any(c in cfg.name for c in "/\\\0\n")
+        or len(cfg.name) > 60
+    ):
+        raise BadInput(
+            f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a"
+            " folder's name"
+        )
 
 
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file. Raises BadInput where there is none, or a key stands there twice."""
+    """The mapping in a YAML file. Raises BadInput where there is none, or a key stands there
+    twice.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         values, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
@@ -189,12 +246,15 @@ def read_yaml(path) -> dict:
     except (yaml.YAMLError, ValueError) as error:
         where = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or one_line(error)
-        raise BadInput(f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}") from None
+        raise BadInput(
+            f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}"
+        ) from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
     nodes = [root]
     for node in nodes:
-        if isinstance(node, yaml.MappingNode):  # of keys that stand twice safe_load keeps the last in silence
+        # of keys that stand twice safe_load keeps the last in silence
+        if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value]
             if twice := [key for key in keys if keys.count(key) > 1]:
                 raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
@@ -231,15 +291,22 @@ def load_config(path=DEFAULT_PATH, overrides=()) -> Config:
 
 def dump_config(cfg: Config) -> str:
     """The configuration as YAML that `load_config` reads back to an equal one."""
-    return yaml.safe_dump(cfg.as_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True)
+    return yaml.safe_dump(
+        cfg.as_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True
+    )
 
 
 def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
-    """`cfg` with keys changed that do not change the weights. Raises BadInput for any other: that would be another run."""
+    """`cfg` with keys changed that do not change the weights. Raises BadInput for any other: that
+    would be another run.
+    """
     changed = config_from_dict(cfg.as_dict() | changes, source="command line")
     before, after = cfg.identity(), changed.identity()
     for key in before:
         if before[key] != after[key]:
             free = ", ".join(key for key in cfg.as_dict() if key not in before)
-            raise BadInput(f"{key} changes the weights and cannot be changed in a resumed run; these can: {free}")
+            raise BadInput(
+                f"{key} changes the weights and cannot be changed in a resumed run; these can:"
+                f" {free}"
+            )
     return changed

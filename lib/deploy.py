@@ -1,10 +1,18 @@
-"""What makes a checkpoint fit for use elsewhere: calibration, a threshold, and statistics of the data it was trained on."""
+"""What makes a checkpoint fit for use elsewhere: calibration, a threshold, and statistics of the
+data it was trained on.
+"""
 
 import numpy as np
 import torch
 
 from lib.batches import PatchSource, Rows, fold_of_rows, group_of_rows, open_train_valid
-from lib.calibration import calibrate, calibration_scores, choose_threshold, decision_scores, fit_scaling
+from lib.calibration import (
+    calibrate,
+    calibration_scores,
+    choose_threshold,
+    decision_scores,
+    fit_scaling,
+)
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config, change_free_keys, parse_overrides
@@ -17,25 +25,40 @@ from lib.seeding import set_determinism
 
 
 def sample_features(split: Split, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (B, 6) of some of the rows `index` int64 (N,), drawn evenly, and their places in it."""
+    """Features (B, 6) of some of the rows `index` int64 (N,), drawn evenly, and their places in
+    it.
+    """
     places = np.linspace(0, len(index) - 1, min(MOST_ROWS, len(index))).astype(np.int64)
     return measure_features(split.images.read(index[places])), places
 
 
 def complete_checkpoint(
-    ckpt, device: torch.device, train: tuple[Split, Rows], valid: tuple[Split, Rows], source: PatchSource, cfg: Config
+    ckpt,
+    device: torch.device,
+    train: tuple[Split, Rows],
+    valid: tuple[Split, Rows],
+    source: PatchSource,
+    cfg: Config,
 ) -> tuple[dict, dict]:
-    """Write calibration, threshold and reference statistics into a checkpoint, in place; `source` has the patches of `valid`.
+    """Write calibration, threshold and reference statistics into a checkpoint, in place; `source`
+    has the patches of `valid`.
 
-    Both are chosen on one half of the validation rows, slides or groups of copies kept whole, and judged on the other.
-    Returns the scores of all rows at 0.5, over the views of the config, and what the choice is worth on the other half.
+    Both are chosen on one half of the validation rows, slides or groups of copies kept whole, and
+    judged on the other. Returns the scores of all rows at 0.5, over the views of the config, and
+    what the choice is worth on the other half.
     """
     model, _, checkpoint = load_model(ckpt)
     (train_split, train_rows), (valid_split, valid_rows) = train, valid
     logits = predict_rows(model.to(device), source, valid_rows.index, cfg, cfg.views)
-    groups, index, labels = group_of_rows(valid_split, cfg.data_dir), valid_rows.index, valid_rows.labels
+    groups, index, labels = (
+        group_of_rows(valid_split, cfg.data_dir),
+        valid_rows.index,
+        valid_rows.labels,
+    )
     # a fold is a stretch of the order that halves are cut from: it is halved by itself
-    chosen_on = (fold_of_rows(groups[index], 2) if cfg.num_folds else fold_of_rows(groups, 2)[index]) == 0
+    chosen_on = (
+        fold_of_rows(groups[index], 2) if cfg.num_folds else fold_of_rows(groups, 2)[index]
+    ) == 0
     groups = groups[index]
 
     calibration, threshold, told = None, 0.5, {}
@@ -46,26 +69,45 @@ def complete_checkpoint(
         probs = sigmoid(calibrated)
         rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
         threshold = choose_threshold(labels[chosen_on], probs[chosen_on], *rule)
-        before, after = (calibration_scores(labels[~chosen_on], scaled[~chosen_on]) for scaled in (logits, calibrated))
+        before, after = (
+            calibration_scores(labels[~chosen_on], scaled[~chosen_on])
+            for scaled in (logits, calibrated)
+        )
         decision = decision_scores(labels[~chosen_on], probs[~chosen_on], threshold)
-        told = {"threshold": threshold} | calibration | {"half_ece": after["ece"], "half_ece_raw": before["ece"]}
+        told = (
+            {"threshold": threshold}
+            | calibration
+            | {"half_ece": after["ece"], "half_ece_raw": before["ece"]}
+        )
         calibration |= {"before": before, "after": after, "decision": decision}
-        told |= {f"half_{name}": decision[name] for name in ("recall", "specificity", "precision", "f2")}
+        told |= {
+            f"half_{name}": decision[name] for name in ("recall", "specificity", "precision", "f2")
+        }
     else:
-        say("validation cannot be cut into halves with both classes: the threshold stays 0.5, probabilities are not calibrated")
+        say(
+            "validation cannot be cut into halves with both classes: the threshold stays 0.5,"
+            " probabilities are not calibrated"
+        )
     train_features, _ = sample_features(train_split, train_rows.index)
     valid_features, places = sample_features(valid_split, valid_rows.index)
     reference = build_reference(train_features, valid_features, groups[places])
     checkpoint |= {"threshold": threshold, "calibration": calibration, "reference": reference}
-    checkpoint["config"] = checkpoint["config"] | {"views": cfg.views}  # of which the calibration is
+    # of which the calibration is
+    checkpoint["config"] = checkpoint["config"] | {"views": cfg.views}
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(labels, logits), told
 
 
 def recalibrate(ckpt, directory, overrides, device: str) -> None:
-    """Calibrate a checkpoint anew, in place, on a folder's train and valid splits; `overrides` may change free keys."""
-    cfg = change_free_keys(load_model(ckpt)[1], {"data_dir": str(directory)} | parse_overrides(overrides))
+    """Calibrate a checkpoint anew, in place, on a folder's train and valid splits; `overrides` may
+    change free keys.
+    """
+    cfg = change_free_keys(
+        load_model(ckpt)[1], {"data_dir": str(directory)} | parse_overrides(overrides)
+    )
     set_determinism(cfg.deterministic)
     train, valid = open_train_valid(cfg)
     device = choose_device(device)
-    complete_checkpoint(ckpt, device, train, valid, PatchSource(valid[0].images, cfg.data_residence, device), cfg)
+    complete_checkpoint(
+        ckpt, device, train, valid, PatchSource(valid[0].images, cfg.data_residence, device), cfg
+    )

@@ -1,4 +1,6 @@
-"""Labelled images as PCam HDF5: folders, tars, the Kaggle edition. A killed run goes on at the split where it was."""
+"""Labelled images as PCam HDF5: folders, tars, the Kaggle edition. A killed run goes on at the
+split where it was.
+"""
 
 import contextlib
 import hashlib
@@ -31,7 +33,9 @@ NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 def read_journal(directory) -> dict:
-    """What an unfinished run noted in a folder, {} for none. Raises BadInput for a folder that holds anything else."""
+    """What an unfinished run noted in a folder, {} for none. Raises BadInput for a folder that
+    holds anything else.
+    """
     path = Path(directory, JOURNAL_FILE)
     journal = read_json(path) if path.exists() else {}
     if journal.get("finished", not journal and path.parent.is_dir() and any(path.parent.iterdir())):
@@ -41,24 +45,35 @@ def read_journal(directory) -> dict:
 
 def nearest_folder(path) -> Path:
     """`path` or the closest folder above it that is there already."""
-    return next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.is_dir())
+    return next(
+        folder for folder in (Path(path), *Path(path).absolute().parents) if folder.is_dir()
+    )
 
 
 def require_space(directory, num_bytes: int) -> None:
     """Raises BadInput where fewer than `num_bytes` are free."""
     free = shutil.disk_usage(nearest_folder(directory)).free
     if num_bytes > free:
-        raise BadInput(f"{directory}: {num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free there")
+        raise BadInput(
+            f"{directory}: {num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
+            " there"
+        )
 
 
-def fill_folder(directory: Path, source: str, sizes: dict[str, int], write_split) -> dict[str, dict]:
-    """Have `write_split` write each split of `sizes` (patches) that a killed run left undone; gives {split: {patches, ...}}."""
+def fill_folder(
+    directory: Path, source: str, sizes: dict[str, int], write_split
+) -> dict[str, dict]:
+    """Have `write_split` write each split of `sizes` (patches) that a killed run left undone; gives
+    {split: {patches, ...}}.
+    """
     with sole_writer(directory):
         begun_from = read_journal(directory).get("source")
         splits = {split: {"patches": sizes[split]} for split in SPLITS if split in sizes}
         done = [split for split in SPLITS if split_path(directory, split, "x").exists()]
         if done and begun_from != source:
-            raise BadInput(f"{directory} was begun from {begun_from} as it was then: delete the folder first")
+            raise BadInput(
+                f"{directory} was begun from {begun_from} as it was then: delete the folder first"
+            )
         for stale in directory.glob(".*.tmp"):  # of a killed run
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         todo = [split for split in WRITE_ORDER if split in sizes and split not in done]
@@ -67,20 +82,28 @@ def fill_folder(directory: Path, source: str, sizes: dict[str, int], write_split
             write_json(directory / JOURNAL_FILE, {"source": source, "finished": False})
             for split in todo:
                 began = time.monotonic()
-                splits[split] |= write_split(split) | {"seconds": round(time.monotonic() - began, 2)}
+                splits[split] |= write_split(split) | {
+                    "seconds": round(time.monotonic() - began, 2)
+                }
             write_json(directory / JOURNAL_FILE, {"source": source, "finished": True})
         except BadInput:  # the source has to change, and is another one then
-            for path in (*directory.glob("camelyonpatch_*"), directory / JOURNAL_FILE, directory / LOSSES_FILE):
+            for path in (
+                *directory.glob("camelyonpatch_*"),
+                directory / JOURNAL_FILE,
+                directory / LOSSES_FILE,
+            ):
                 path.unlink(missing_ok=True)
             raise
     return splits
 
 
 def index_source(path: Path, scratch: Path, stack: contextlib.ExitStack, valid_share: float):
-    """Look through a tar, a folder of images and tars at SPLIT/LABEL/NAME, or the Kaggle edition, which has no valid split.
+    """Look through a tar, a folder of images and tars at SPLIT/LABEL/NAME, or the Kaggle edition,
+    which has no valid split.
 
-    Gives {split: [(number in the name or row of the CSV, label, name, file, archive, offset, bytes)]} sorted, {reason: files
-    left out} and a digest of it all; `stack` closes the archives. Raises BadInput for what cannot be read or has no labels.
+    Gives {split: [(number in the name or row of the CSV, label, name, file, archive, offset,
+    bytes)]} sorted, {reason: files left out} and a digest of it all; `stack` closes the archives.
+    Raises BadInput for what cannot be read or has no labels.
     """
     if not path.is_dir() and not path.is_file():
         raise BadInput(f"no file or folder {path}")
@@ -105,15 +128,28 @@ def index_source(path: Path, scratch: Path, stack: contextlib.ExitStack, valid_s
             splits.setdefault(split, []).append((number, label, name, file, archive, offset, size))
             digest.update(repr((place, name, offset, size, changed_ns)).encode())
     if not splits:
-        reasons = ", ".join(f"{count:,} files skipped ({reason})" for reason, count in skipped.items()) or "it is empty"
-        raise BadInput(f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1): {reasons}")
+        reasons = (
+            ", ".join(f"{count:,} files skipped ({reason})" for reason, count in skipped.items())
+            or "it is empty"
+        )
+        raise BadInput(
+            f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1): {reasons}"
+        )
     if absent := [key for key in kaggle if key not in seen]:
-        raise BadInput(f"{labels_path} lists {absent[0]}, which is not there ({len(absent):,} such)")
-    return {split: sorted(images, key=lambda image: image[:3]) for split, images in splits.items()}, skipped, digest.hexdigest()
+        raise BadInput(
+            f"{labels_path} lists {absent[0]}, which is not there ({len(absent):,} such)"
+        )
+    return (
+        {split: sorted(images, key=lambda image: image[:3]) for split, images in splits.items()},
+        skipped,
+        digest.hexdigest(),
+    )
 
 
 def place_by_folder(name: str, file) -> tuple[str, int, float] | None:
-    """(split, label, number) of an image by its path, None without a label. Raises BadInput for misnamed folders."""
+    """(split, label, number) of an image by its path, None without a label. Raises BadInput for
+    misnamed folders.
+    """
     *folders, base = PurePosixPath(name).parts
     misnamed = []
     for split, label in itertools.pairwise(folders):
@@ -123,28 +159,41 @@ def place_by_folder(name: str, file) -> tuple[str, int, float] | None:
         if split in SPLITS:
             misnamed.append(f"below {split}, the folder '{label}' must be a label, 0 or 1")
         elif label in ("0", "1"):
-            misnamed.append(f"the folder '{split}' must be train, valid or test{nearest(split, SPLITS)}")
+            misnamed.append(
+                f"the folder '{split}' must be train, valid or test{nearest(split, SPLITS)}"
+            )
     if misnamed:
         raise BadInput(f"{file}: {name}: {misnamed[0]}")
     return None
 
 
 def read_kaggle_labels(path: Path, valid_share: float) -> dict[str, tuple[str, int, int]]:
-    """{train/id: (split, label, row)} of a train_labels.csv; which are held out is a function of the id alone."""
+    """{train/id: (split, label, row)} of a train_labels.csv; which are held out is a function of
+    the id alone.
+    """
     places = {}
     for row, entry in enumerate(read_edited_csv(path, ("id", "label"))):
         name, label = f"train/{entry['id']}", entry["label"]
         if label not in ("0", "1") or name in places:
-            raise BadInput(f"{path}: row {row + 1} ({name}) has the label {label!r}; a row an id, with 0 or 1, is allowed")
+            raise BadInput(
+                f"{path}: row {row + 1} ({name}) has the label {label!r}; a row an id, with 0 or 1,"
+                " is allowed"
+            )
         held_out = int(hashlib.sha256(entry["id"].encode()).hexdigest(), 16) < valid_share * 2**256
         places[name] = ("valid" if held_out else "train", int(label), row)
     return places
 
 
 def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
-    """Yield (name below the source, file, its open archive or None, offset, bytes or None for no plain file, time changed)."""
+    """Yield (name below the source, file, its open archive or None, offset, bytes or None for no
+    plain file, time changed).
+    """
     entered = set()
-    walk = os.walk(path, followlinks=True, onerror=refuse) if path.is_dir() else [(path.parent, [], [path.name])]
+    walk = (
+        os.walk(path, followlinks=True, onerror=refuse)
+        if path.is_dir()
+        else [(path.parent, [], [path.name])]
+    )
     for folder, folders, files in walk:
         if os.path.realpath(folder) in entered:  # by a link to a folder above
             folders.clear()
@@ -157,16 +206,35 @@ def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
                 archive = stack.enter_context(open_archive(full, scratch))
                 for name, member, _ in walk_tar(full, archive):
                     if member.isreg() and not member.issparse():
-                        yield name, str(full), archive, member.offset_data, member.size, status.st_mtime_ns
+                        yield (
+                            name,
+                            str(full),
+                            archive,
+                            member.offset_data,
+                            member.size,
+                            status.st_mtime_ns,
+                        )
                     elif not member.isdir():
-                        raise BadInput(f"{full}: the member '{name}' is a link or a device, only plain files are taken")
+                        raise BadInput(
+                            f"{full}: the member '{name}' is a link or a device, only plain files"
+                            " are taken"
+                        )
             else:
                 size = status.st_size if stat.S_ISREG(status.st_mode) else None
-                yield full.relative_to(path).as_posix(), str(full), None, 0, size, status.st_mtime_ns
+                yield (
+                    full.relative_to(path).as_posix(),
+                    str(full),
+                    None,
+                    0,
+                    size,
+                    status.st_mtime_ns,
+                )
 
 
 def open_archive(path: Path, scratch: Path):
-    """A tar as a seekable file; a packed one is unpacked into a file without a name, which is gone with the process."""
+    """A tar as a seekable file; a packed one is unpacked into a file without a name, which is gone
+    with the process.
+    """
     try:
         with tarfile.open(path) as tar:
             if isinstance(tar.fileobj, io.BufferedReader):
@@ -177,7 +245,8 @@ def open_archive(path: Path, scratch: Path):
             unpacked.seek(0)
             return unpacked
     except Exception as error:  # whatever damage provokes in tarfile
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk, not a damaged archive
+        # a full disk, not a damaged archive
+        if isinstance(error, OSError) and error.errno is not None:
             raise
         raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
 
@@ -186,17 +255,25 @@ def decode_image(image: tuple) -> tuple[np.ndarray, str]:
     """The patch uint8 (96, 96, 3) of an image of `index_source`, and the mode that it was in."""
     _, _, name, file, archive, offset, size = image
     data = os.pread(archive.fileno(), size, offset) if archive else Path(file).read_bytes()
-    return decode_patch(data, f"{file}: {name}" if archive else file), Image.open(io.BytesIO(data)).mode
+    return (
+        decode_patch(data, f"{file}: {name}" if archive else file),
+        Image.open(io.BytesIO(data)).mode,
+    )
 
 
 def import_images(path, directory, valid_share: float = 0.1) -> dict:
-    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped: {reason: files}}."""
+    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped:
+    {reason: files}}.
+    """
     path, directory = Path(path), Path(directory)
     read_journal(directory)
 
     def write_split(split):
         images, modes = source[split], Counter()
-        with SplitWriter(directory, split, len(images)) as writer, Progress(len(images), f"import {split}") as progress:
+        with (
+            SplitWriter(directory, split, len(images)) as writer,
+            Progress(len(images), f"import {split}") as progress,
+        ):
             for start in range(0, len(images), BLOCK_ROWS):
                 block = images[start : start + BLOCK_ROWS]
                 patches, found = zip(*pool.map(decode_image, block), strict=True)

@@ -1,4 +1,6 @@
-"""Whatever a person points at, as patches in order: HDF5, images, folders and tars of images. Nothing is unpacked to disk."""
+"""Whatever a person points at, as patches in order: HDF5, images, folders and tars of images.
+Nothing is unpacked to disk.
+"""
 
 import contextlib
 import ctypes
@@ -21,15 +23,18 @@ from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path, t
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-FORMATS = ("PNG", "JPEG", "TIFF")  # of the many that Pillow knows; for some of those it starts another program
-EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")  # what Pillow turns into 8-bit RGB without a choice to make
+# of the many that Pillow knows; for some of those it starts another program
+FORMATS = ("PNG", "JPEG", "TIFF")
+# what Pillow turns into 8-bit RGB without a choice to make
+EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 LONG_NAMES = b"LKxgX"  # types of members that describe the next one
 MOST_BYTES = 1 << 20  # of an encoded patch, or of a name in a tar
 MOST_TILE = 1 << 22  # pixels of a TIFF's tile, all of which are decoded, whatever the image's size
 NUM_DECODERS = 2
 BLOCK = 256
 
-# what Pillow and libtiff find wrong with a file is told as the reason of its row, not on stderr beside
+# what Pillow and libtiff find wrong with a file is told as the reason of its row, not on stderr
+# beside
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 with contextlib.suppress(AttributeError, OSError):  # of a Pillow whose libtiff cannot be reached
     ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
@@ -37,7 +42,9 @@ with contextlib.suppress(AttributeError, OSError):  # of a Pillow whose libtiff 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive inputs: where each comes from, its patch uint8 (B, 96, 96, 3), label if known, reason if unreadable."""
+    """Consecutive inputs: where each comes from, its patch uint8 (B, 96, 96, 3), label if known,
+    reason if unreadable.
+    """
 
     sources: list[str]
     indices: list[int]
@@ -47,24 +54,33 @@ class Block:
 
 
 def decode_patch(data: bytes, name) -> np.ndarray:
-    """An encoded image as uint8 (96, 96, 3). Raises BadInput if it is unreadable, no PNG, JPEG or TIFF, of another size, one of
-    several pages, or not 8 bits a channel."""
+    """An encoded image as uint8 (96, 96, 3). Raises BadInput if it is unreadable, no PNG, JPEG or
+    TIFF, of another size, one of several pages, or not 8 bits a channel."""
     advice = "it must be 96x96 (cut patches at 0.97 um a pixel, do not scale)"
     try:
         if len(data) > MOST_BYTES:
-            raise BadInput(f"{name} has more than {MOST_BYTES:,} bytes, too many for a patch: {advice}")
+            raise BadInput(
+                f"{name} has more than {MOST_BYTES:,} bytes, too many for a patch: {advice}"
+            )
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if (image.height, image.width) != PATCH_SHAPE[:2]:
                 raise BadInput(f"{name} is {image.width}x{image.height} pixels, {advice}")
-            if any(";16" in str(tile[3]) for tile in image.tile):  # Pillow drops the lower bits of such RGB in silence
+            # Pillow drops the lower bits of such RGB in silence
+            if any(";16" in str(tile[3]) for tile in image.tile):
                 raise BadInput(f"{name} has 16 bits a channel, it must be 8")
             if image.mode not in EXACT_MODES:
-                raise BadInput(f"{name} has the pixel type {image.mode}, allowed are {', '.join(EXACT_MODES)}")
+                raise BadInput(
+                    f"{name} has the pixel type {image.mode}, allowed are {', '.join(EXACT_MODES)}"
+                )
             tags = getattr(image, "tag_v2", {})
-            if tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1) > MOST_TILE:
+            if (
+                tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1)
+                > MOST_TILE
+            ):
                 raise BadInput(f"{name} has tiles far larger than its 96x96 pixels")
             if image.format == "PNG":
-                Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # its checksums, at which decoding does not look
+                # its checksums, at which decoding does not look
+                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
             patch = np.asarray(image.convert("RGB"))
             with contextlib.suppress(EOFError):
                 image.seek(1)
@@ -92,7 +108,9 @@ def refuse(error: OSError):
 
 
 class CheckedMember(tarfile.TarInfo):
-    """A member of a tar whose header is not taken on trust: tarfile reads any size, and goes back where it is negative."""
+    """A member of a tar whose header is not taken on trust: tarfile reads any size, and goes back
+    where it is negative.
+    """
 
     def _proc_member(self, tar):  # which tarfile calls for every header, and leaves to subclasses
         if self.size < 0 or (self.type in LONG_NAMES and self.size > MOST_BYTES):
@@ -101,9 +119,11 @@ class CheckedMember(tarfile.TarInfo):
 
 
 def walk_tar(path: Path, archive=None, load=False):
-    """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images among it.
+    """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images
+    among it.
 
-    Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of the folder.
+    Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of
+    the folder.
     """
     try:
         with tarfile.open(path, fileobj=archive, tarinfo=CheckedMember) as tar:
@@ -111,17 +131,33 @@ def walk_tar(path: Path, archive=None, load=False):
                 tar.members.clear()  # tarfile would keep 1.5 KB of every member
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    raise BadInput(f"{path} holds the path '{name}', which climbs out of its folder: the whole tar is refused")
+                    raise BadInput(
+                        f"{path} holds the path '{name}', which climbs out of its folder: the whole"
+                        " tar is refused"
+                    )
                 if member.size < 0:  # by an extended header
-                    raise BadInput(f"{path} is damaged: the member '{name}' has {member.size:,} bytes")
+                    raise BadInput(
+                        f"{path} is damaged: the member '{name}' has {member.size:,} bytes"
+                    )
                 wanted = load and member.isfile() and is_image(name.name)
-                yield str(name), member, tar.extractfile(member).read(MOST_BYTES + 1) if wanted else None
+                yield (
+                    str(name),
+                    member,
+                    tar.extractfile(member).read(MOST_BYTES + 1) if wanted else None,
+                )
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # tarfile takes a cut or damage between members for the end
-                raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of zeros")
+            # tarfile takes a cut or damage between members for the end
+            if tar.fileobj.read(512) != bytes(512):
+                raise BadInput(
+                    f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of"
+                    " zeros"
+                )
             while rest := tar.fileobj.read(1 << 20):  # behind which a packed one has its checksum
-                if rest.strip(b"\0"):  # zeros in place of a header would end the tar before its time
-                    raise BadInput(f"{path} is damaged: something stands behind its end at byte {tar.offset:,}")
+                # zeros in place of a header would end the tar before its time
+                if rest.strip(b"\0"):
+                    raise BadInput(
+                        f"{path} is damaged: something stands behind its end at byte {tar.offset:,}"
+                    )
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in tarfile
@@ -129,7 +165,9 @@ def walk_tar(path: Path, archive=None, load=False):
 
 
 def read_inputs(paths, split: str = "") -> Iterator[Block]:
-    """Yield blocks over the inputs in the order given, folders in sorted order. Raises BadInput for what is not there."""
+    """Yield blocks over the inputs in the order given, folders in sorted order. Raises BadInput for
+    what is not there.
+    """
     for path in map(Path, paths):
         if not path.exists():
             raise BadInput(f"no such input: {path}")
@@ -145,7 +183,10 @@ def read_inputs(paths, split: str = "") -> Iterator[Block]:
 def _pcam_blocks(folder: Path, split: str) -> Iterator[Block]:
     there = [name for name in SPLITS if split_path(folder, name, "x").exists()]
     if split not in there:
-        raise BadInput(f"{folder} is a PCam folder: choose --split from {', '.join(there) or 'none, it has no x file'}")
+        raise BadInput(
+            f"{folder} is a PCam folder: choose --split from"
+            f" {', '.join(there) or 'none, it has no x file'}"
+        )
     if split_path(folder, split, "y").exists():
         opened = open_split(folder, split)
         return _array_blocks(opened.images, opened.labels.tolist())
@@ -156,7 +197,8 @@ def _array_blocks(images, labels=None) -> Iterator[Block]:
     for start, stored in images.stored_blocks(BLOCK):
         rows = range(start, start + len(stored))
         known = [labels[row] if labels else None for row in rows]
-        sound = stored.dtype == np.uint8 or ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))  # NaN is neither
+        # NaN is neither
+        sound = stored.dtype == np.uint8 or ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))
         why = f"{images.path} holds NaN, or values below 0 or above 255, in row"
         errors = [
             None if is_sound else f"{why} {row:,}"
@@ -166,18 +208,32 @@ def _array_blocks(images, labels=None) -> Iterator[Block]:
 
 
 def _image_blocks(path: Path) -> Iterator[Block]:
-    """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
+    """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while
+    it decodes.
+    """
     if path.is_dir():
         walk = os.walk(path, onerror=refuse)
-        files = sorted(Path(parent, name) for parent, _, names in walk for name in names if is_image(name))  # no folders
+        # no folders
+        files = sorted(
+            Path(parent, name) for parent, _, names in walk for name in names if is_image(name)
+        )
         found = ((str(file), file) for file in files)
     elif is_tar(path):
-        members = ((PurePosixPath(name), member, data) for name, member, data in walk_tar(path, load=True))
-        found = ((f"{path}/{name}", data) for name, member, data in members if is_image(name.name) and not member.isdir())
+        members = (
+            (PurePosixPath(name), member, data) for name, member, data in walk_tar(path, load=True)
+        )
+        found = (
+            (f"{path}/{name}", data)
+            for name, member, data in members
+            if is_image(name.name) and not member.isdir()
+        )
     elif is_image(path.name) and path.is_file():
         found = iter([(str(path), path)])
     else:
-        raise BadInput(f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and tars of images")
+        raise BadInput(
+            f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and"
+            " tars of images"
+        )
 
     num = 0
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
@@ -185,7 +241,13 @@ def _image_blocks(path: Path) -> Iterator[Block]:
             with warnings.catch_warnings(action="ignore"):  # of Pillow, in the threads too
                 patches, errors = zip(*pool.map(_decode, chunk), strict=True)
             num += len(chunk)
-            yield Block([name for name, _ in chunk], [0] * len(chunk), np.stack(patches), [None] * len(chunk), list(errors))
+            yield Block(
+                [name for name, _ in chunk],
+                [0] * len(chunk),
+                np.stack(patches),
+                [None] * len(chunk),
+                list(errors),
+            )
     if not num:
         raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
@@ -201,4 +263,6 @@ def _decode(item: tuple[str, Path | bytes | None]) -> tuple[np.ndarray, str | No
                 data = file.read(MOST_BYTES + 1)
         return decode_patch(data, name), None
     except (BadInput, OSError) as error:
-        return np.zeros(PATCH_SHAPE, np.uint8), str(error) if isinstance(error, BadInput) else f"{name}: {one_line(error)}"
+        return np.zeros(PATCH_SHAPE, np.uint8), (
+            str(error) if isinstance(error, BadInput) else f"{name}: {one_line(error)}"
+        )

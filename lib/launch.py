@@ -15,13 +15,18 @@ import torch.distributed as dist
 
 from lib.command import STOP_SIGNALS, BadInput, one_line
 
-ASK_EVERY = 8  # steps between two exchanges of whether a rank was told to stop: each makes all wait for the slowest
-PATIENCE = datetime.timedelta(minutes=30)  # a rank may wait that long for another, which may be reading data
+# steps between two exchanges of whether a rank was told to stop: each makes all wait for the
+# slowest
+ASK_EVERY = 8
+# a rank may wait that long for another, which may be reading data
+PATIENCE = datetime.timedelta(minutes=30)
 
 
 @dataclass
 class StopFlag:
-    """Set by Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (time limit ahead). A second Ctrl-C does not wait."""
+    """Set by Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (time limit ahead). A second Ctrl-C
+    does not wait.
+    """
 
     signal: int | None = None
 
@@ -44,9 +49,11 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank 0 writes the files.
+    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank
+    0 writes the files.
 
-    `via_host`: what is on a GPU is exchanged through host memory, because ranks share one, which NCCL refuses.
+    `via_host`: what is on a GPU is exchanged through host memory, because ranks share one, which
+    NCCL refuses.
     """
 
     rank: int = 0
@@ -76,15 +83,20 @@ class Ranks:
         return [part.to(values.device) for part in gathered]
 
     def any(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up on any rank, asked every ASK_EVERY steps: all ranks have to leave at the same one."""
+        """Whether the flag is up on any rank, asked every ASK_EVERY steps: all ranks have to leave
+        at the same one.
+        """
         if self.num == 1:
             return bool(flag)
         if step % ASK_EVERY:
             return False
-        return bool(sum(self.gather(torch.tensor(float(bool(flag))))))  # on the CPU: no GPU is waited for
+        # on the CPU: no GPU is waited for
+        return bool(sum(self.gather(torch.tensor(float(bool(flag))))))
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)), whoever holds what."""
+        """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)),
+        whoever holds what.
+        """
         return _tree(self.gather(_tree(parts)))
 
 
@@ -100,11 +112,16 @@ def _tree(parts: list[torch.Tensor]) -> torch.Tensor:
 def require_equal_shares(num_shards: int, num_ranks: int) -> None:
     """Raise BadInput where the ranks cannot share out the shards equally."""
     if num_shards % num_ranks or num_ranks & (num_ranks - 1):
-        raise BadInput(f"{num_ranks} ranks cannot share out {num_shards} shards: both must be powers of two, shards not fewer")
+        raise BadInput(
+            f"{num_ranks} ranks cannot share out {num_shards} shards: both must be powers of two,"
+            " shards not fewer"
+        )
 
 
 def _first_node() -> str:
-    """The machine of the first task of this job step; srun itself may have been typed on another."""
+    """The machine of the first task of this job step; srun itself may have been typed on
+    another.
+    """
     if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
@@ -112,22 +129,29 @@ def _first_node() -> str:
 
 
 def meet(rank: int, num: int, device: torch.device) -> Ranks:
-    """The ranks after a first exchange, which tells whether they share a GPU. Raises BadInput where there is none."""
+    """The ranks after a first exchange, which tells whether they share a GPU. Raises BadInput where
+    there is none.
+    """
     ranks = Ranks(rank, num)
     try:
         if device.type == "cuda":
-            own = hashlib.sha256(f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}".encode())
+            own = hashlib.sha256(
+                f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}".encode()
+            )
             gpus = ranks.gather(torch.frombuffer(bytearray(own.digest()), dtype=torch.uint8))
             ranks = Ranks(rank, num, via_host=len({tuple(gpu.tolist()) for gpu in gpus}) < num)
         ranks.gather(torch.zeros(1, device=device))
     except dist.DistBackendError as error:
-        raise BadInput(f"the ranks do not reach each other, or have slices of one GPU: {one_line(error)}") from None
+        raise BadInput(
+            f"the ranks do not reach each other, or have slices of one GPU: {one_line(error)}"
+        ) from None
     return ranks
 
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
-    """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of several.
+    """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of
+    several.
 
     Raises BadInput where the shards cannot be shared out equally.
     """

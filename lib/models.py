@@ -1,4 +1,6 @@
-"""The classifiers: each takes normalised patches (B, 3, 96, 96) and gives one logit a patch, (B, 1)."""
+"""The classifiers: each takes normalised patches (B, 3, 96, 96) and gives one logit a patch, (B,
+1).
+"""
 
 import pickle
 import re
@@ -14,8 +16,10 @@ from lib.centrenet import CentreNet, LogitLayer
 from lib.command import BadInput, one_line, say
 from lib.config import Config
 
-HEADS = {"resnet18": "fc", "densenet121": "classifier"}  # torchvision's models and their last layers, here behind a dropout
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # where others keep a state dict beside other things
+# torchvision's models and their last layers, here behind a dropout
+HEADS = {"resnet18": "fc", "densenet121": "classifier"}
+# where others keep a state dict beside other things
+WRAPPERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = r"^((module|_orig_mod)\.)+"  # of DistributedDataParallel and of torch.compile
 
 
@@ -40,18 +44,23 @@ def build_torchvision(cfg: Config) -> nn.Module:
 
 BUILDERS = {
     "cnn": lambda cfg: CentreNet(cfg.cnn_width, 1, cfg.dropout),
-    "p4m": lambda cfg: CentreNet(cfg.p4m_width, 8, cfg.dropout),  # the default: it gives at once what eight views give cnn
+    # the default: it gives at once what eight views give cnn
+    "p4m": lambda cfg: CentreNet(cfg.p4m_width, 8, cfg.dropout),
     "mlp": build_mlp,
     **dict.fromkeys(HEADS, build_torchvision),
 }
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """The model that the config names, in float32 and channels last, its weights drawn from torch's generator."""
+    """The model that the config names, in float32 and channels last, its weights drawn from torch's
+    generator.
+    """
     try:
         return BUILDERS[cfg.model](cfg).to(memory_format=torch.channels_last)
     except RuntimeError as error:  # sizes beyond what memory, or a 64-bit count, can hold
-        raise BadInput(f"model {cfg.model} cannot be built at this size ({one_line(error)})") from None
+        raise BadInput(
+            f"model {cfg.model} cannot be built at this size ({one_line(error)})"
+        ) from None
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -69,7 +78,9 @@ def is_state(value) -> bool:
 
 
 def find_state(loaded) -> object:
-    """The state dict in what others have saved: taken out of a dict of other things, without prefixes of wrappers."""
+    """The state dict in what others have saved: taken out of a dict of other things, without
+    prefixes of wrappers.
+    """
     if not isinstance(loaded, dict):
         return loaded
     state = next((loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), dict)), loaded)
@@ -77,9 +88,11 @@ def find_state(loaded) -> object:
 
 
 def fit_weights(model: nn.Module, name: str, loaded, source) -> None:
-    """Let the model `name`, its weights drawn, start from what others have saved. Raises BadInput as `fit_state` does.
+    """Let the model `name`, its weights drawn, start from what others have saved. Raises BadInput
+    as `fit_state` does.
 
-    Of one of torchvision's models the trunk is enough: a last layer that is missing or of other classes stays as drawn.
+    Of one of torchvision's models the trunk is enough: a last layer that is missing or of other
+    classes stays as drawn.
     """
     state = find_state(loaded)
     if name not in HEADS or not is_state(state):
@@ -87,7 +100,8 @@ def fit_weights(model: nn.Module, name: str, loaded, source) -> None:
         return
     head, own = HEADS[name], model.state_dict()
     state = {our_name(key, head): tensor for key, tensor in state.items()}
-    counters = {key: tensor for key, tensor in own.items() if key.endswith("num_batches_tracked")}  # files of 2017 have none
+    # files of 2017 have none
+    counters = {key: tensor for key, tensor in own.items() if key.endswith("num_batches_tracked")}
     drawn = {key: tensor for key, tensor in own.items() if key.startswith(head)}
     shapes = {key: tensor.shape for key, tensor in state.items() if key.startswith(head)}
     if shapes == {key: tensor.shape for key, tensor in drawn.items()}:
@@ -95,23 +109,33 @@ def fit_weights(model: nn.Module, name: str, loaded, source) -> None:
         return
     trunk = {key: tensor for key, tensor in state.items() if key not in shapes}
     fit_state(model, counters | trunk | drawn, source)
-    say(f"the run starts from {len(trunk)} tensors of {source}; its last layer, {head}, is drawn from the seed")
+    say(
+        f"the run starts from {len(trunk)} tensors of {source}; its last layer, {head}, is drawn"
+        " from the seed"
+    )
 
 
 def our_name(name: str, head: str) -> str:
-    """The name here of a tensor of torchvision's model, whose own file of densenet121 has names of an older release."""
+    """The name here of a tensor of torchvision's model, whose own file of densenet121 has names of
+    an older release.
+    """
     name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
     return re.sub(rf"^{head}\.(weight|bias)$", rf"{head}.1.\1", name)
 
 
 def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
-    """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit."""
+    """Put a state dict into a model. Raises BadInput that names the first tensor that does not
+    fit.
+    """
     own = model.state_dict()
     if not is_state(state):
         raise BadInput(f"{source} does not hold the weights of a model")
     for name in sorted(own.keys() | state.keys(), key=str):
         if name not in state or name not in own:
-            raise BadInput(f"{source} is of another model: the tensor {name} is {'missing' if name in own else 'unknown'}")
+            raise BadInput(
+                f"{source} is of another model: the tensor {name} is"
+                f" {'missing' if name in own else 'unknown'}"
+            )
         if own[name].shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
             raise BadInput(f"{source} is of another model: the tensor {name} has shape {shapes}")
@@ -121,7 +145,9 @@ def fit_state(model: nn.Module, state: dict, source) -> nn.Module:
 
 
 class Undrawn(TorchFunctionMode):
-    """While a model is built to be filled: no weights are drawn. Without a place for them, that would load torch's compiler."""
+    """While a model is built to be filled: no weights are drawn. Without a place for them, that
+    would load torch's compiler.
+    """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -131,14 +157,22 @@ class Undrawn(TorchFunctionMode):
 
 
 def is_plain_tensor(value) -> bool:
-    """Whether a value is a tensor whose real numbers all lie in memory: not sparse, quantized, complex or without content."""
-    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+    """Whether a value is a tensor whose real numbers all lie in memory: not sparse, quantized,
+    complex or without content.
+    """
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.layout != torch.strided
+        or value.device.type != "cpu"
+    ):
         return False
     return not (value.is_quantized or value.is_complex() or value.is_nested)
 
 
 def load_pickle_free(path) -> object:
-    """What torch.save wrote to `path`, as tensors and plain values on the CPU; code in it is refused, never run."""
+    """What torch.save wrote to `path`, as tensors and plain values on the CPU; code in it is
+    refused, never run.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no file {path}")
@@ -148,16 +182,29 @@ def load_pickle_free(path) -> object:
         with open(path, "rb") as file:
             start = file.read(9)
         if start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
-            raise BadInput(f"{path} is a safetensors file, which is not read: save its tensors with torch.save as a state dict")
+            raise BadInput(
+                f"{path} is a safetensors file, which is not read: save its tensors with torch.save"
+                " as a state dict"
+            )
         if not start.startswith((b"PK\3\4", b"\x80")):  # torch would go on with a tar
             raise pickle.UnpicklingError
-        if start.startswith(b"PK") and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > path.stat().st_size:
-            raise ValueError("its parts are packed, torch.save leaves them as they are")  # up to a thousandfold
-        with warnings.catch_warnings(action="ignore"):  # what torch has to remark about foreign files
+        if (
+            start.startswith(b"PK")
+            and sum(part.file_size for part in zipfile.ZipFile(path).infolist())
+            > path.stat().st_size
+        ):
+            # up to a thousandfold
+            raise ValueError("its parts are packed, torch.save leaves them as they are")
+        # what torch has to remark about foreign files
+        with warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except BadInput:
         raise
     except pickle.UnpicklingError:
-        raise BadInput(f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers") from None
+        raise BadInput(
+            f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers"
+        ) from None
     except Exception as error:  # whatever a damaged archive provokes in torch's reader
-        raise BadInput(f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)})") from None
+        raise BadInput(
+            f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)})"
+        ) from None

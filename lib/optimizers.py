@@ -11,26 +11,43 @@ def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     if cfg.optimizer == "muon":
-        output = [parameter for parameter in decayed if len(parameter) == 1]  # one logit: a vector, nothing to make orthogonal
-        return MuonAdamW([parameter for parameter in decayed if len(parameter) > 1], output, others, cfg)
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        # one logit: a vector, nothing to make orthogonal
+        output = [parameter for parameter in decayed if len(parameter) == 1]
+        return MuonAdamW(
+            [parameter for parameter in decayed if len(parameter) > 1], output, others, cfg
+        )
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True)
+        return torch.optim.SGD(
+            groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True
+        )
     return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
 
 class MuonAdamW:
-    """Muon (Jordan et al. 2024) for matrices and filters, AdamW for the rest, behind the interface of one optimiser.
+    """Muon (Jordan et al. 2024) for matrices and filters, AdamW for the rest, behind the interface
+    of one optimiser.
 
-    torch's Muon takes matrices alone, so it is given each filter bank (out, in, k, k) as a view (out, in * k * k) on the
-    same memory: a model must be where it is to be trained, in its memory format, before this is built.
+    torch's Muon takes matrices alone, so it is given each filter bank (out, in, k, k) as a view
+    (out, in * k * k) on the same memory: a model must be where it is to be trained, in its memory
+    format, before this is built.
     """
 
     def __init__(self, filters: list, output: list, others: list, cfg: Config):
         self.filters = filters
-        self.matrices = [nn.Parameter(as_matrix(parameter.detach(), parameter)) for parameter in filters]
-        self.muon = torch.optim.Muon(self.matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum)
-        groups = [{"params": output, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.matrices = [
+            nn.Parameter(as_matrix(parameter.detach(), parameter)) for parameter in filters
+        ]
+        self.muon = torch.optim.Muon(
+            self.matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum
+        )
+        groups = [
+            {"params": output, "weight_decay": cfg.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
     @property
@@ -52,7 +69,9 @@ class MuonAdamW:
 
 
 def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """Values of filters (out, in, k, k), or gradients, as (out, in * k * k), columns in the order of `filters` in memory."""
+    """Values of filters (out, in, k, k), or gradients, as (out, in * k * k), columns in the order
+    of `filters` in memory.
+    """
     if filters.ndim == 4 and not filters.is_contiguous():
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)

@@ -1,4 +1,6 @@
-"""How far long work has come: a live bar on a terminal, a plain line every so often in a job log."""
+"""How far long work has come: a live bar on a terminal, a plain line every so often in a job
+log.
+"""
 
 import sys
 import time
@@ -15,7 +17,8 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts `unit`s of work towards `total` and shows rate and time left; use as a context manager.
+    """Counts `unit`s of work towards `total` and shows rate and time left; use as a context
+    manager.
 
     A total of 0 means unknown. `note` is a short text shown at the end of the line.
     """
@@ -37,13 +40,23 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        text = f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
+        text = (
+            f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
+        )
         share = f" ({self.num_done / self.total:.0%})" if self.total else ""
-        left = f", {format_duration((self.total - self.num_done) / rate if rate else 0.0)} left" if self.total else ""
+        left = (
+            f", {format_duration((self.total - self.num_done) / rate if rate else 0.0)} left"
+            if self.total
+            else ""
+        )
         return f"{text}{share}, {rate:,.0f}/s{left}" + (f", {self.note}" if self.note else "")
 
     def show(self, last: bool = False) -> None:
-        self.stream.write(("\r\033[K" if self.live else "") + self.line() + ("\n" if last or not self.live else ""))
+        self.stream.write(
+            ("\r\033[K" if self.live else "")
+            + self.line()
+            + ("\n" if last or not self.live else "")
+        )
         self.stream.flush()
 
     def __enter__(self):

@@ -1,4 +1,6 @@
-"""The tracker: a run is a folder, made once, written by one process, read by anybody at any time."""
+"""The tracker: a run is a folder, made once, written by one process, read by anybody at any
+time.
+"""
 
 import dataclasses
 import datetime
@@ -13,16 +15,44 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lib.command import BadInput, nearest, one_line, print_result, say
-from lib.config import ADDED_KEYS, Config, change_free_keys, config_from_dict, dump_config, parse_overrides, read_yaml
+from lib.config import (
+    ADDED_KEYS,
+    Config,
+    change_free_keys,
+    config_from_dict,
+    dump_config,
+    parse_overrides,
+    read_yaml,
+)
 from lib.logger import atomic_write, read_json, try_lock, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
-JOB_VARIABLES = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-SUBMITTED = "PCAM_SUBMITTED"  # what was submitted when, as JSON; the rest of meta.json says what ran
+JOB_VARIABLES = (
+    "SLURM_CLUSTER_NAME",
+    "SLURM_JOB_ID",
+    "SLURM_ARRAY_JOB_ID",
+    "SLURM_ARRAY_TASK_ID",
+    "SLURM_RESTART_COUNT",
+)
+# what was submitted when, as JSON; the rest of meta.json says what ran
+SUBMITTED = "PCAM_SUBMITTED"
 JOB_VARIABLES += ("SLURM_JOB_PARTITION", "SLURMD_NODENAME")
 # environment variables that change what is computed
-VARIABLES = ("OMP_", "KMP_", "MKL_", "OPENBLAS_", "DNNL_", "ONEDNN_", "ATEN_", "TORCH_", "CUDA_", "CUBLAS_", "CUDNN_", "NCCL_")
+VARIABLES = (
+    "OMP_",
+    "KMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "DNNL_",
+    "ONEDNN_",
+    "ATEN_",
+    "TORCH_",
+    "CUDA_",
+    "CUBLAS_",
+    "CUDNN_",
+    "NCCL_",
+)
 VARIABLES += ("NVIDIA_TF32_OVERRIDE",)
 PATCH_BYTES_KEPT = 1 << 20
 
@@ -30,7 +60,9 @@ SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp
 
 
 def create_run(runs_dir, cfg: Config) -> Path:
-    """Make a new run folder `<utc>-<name>-s<seed>-<4 hex>` with config.yaml in it. mkdir decides who owns a name."""
+    """Make a new run folder `<utc>-<name>-s<seed>-<4 hex>` with config.yaml in it. mkdir decides
+    who owns a name.
+    """
     runs_dir = Path(runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
     while True:
@@ -49,13 +81,17 @@ def create_run(runs_dir, cfg: Config) -> Path:
 
 
 def write_config(run: Path, cfg: Config) -> None:
-    """Write every key that a run is trained with; a resumed run's keys that are free may be others than before."""
+    """Write every key that a run is trained with; a resumed run's keys that are free may be others
+    than before.
+    """
     with atomic_write(run / "config.yaml", "w") as file:
         file.write(dump_config(cfg))
 
 
 def find_run(name, runs_dir="runs") -> Path:
-    """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest name."""
+    """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest
+    name.
+    """
     for run in (Path(name), Path(runs_dir) / name):
         if run.is_dir():
             if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
@@ -67,19 +103,28 @@ def find_run(name, runs_dir="runs") -> Path:
 
 def read_run_config(run: Path) -> Config:
     """The configuration that a run was started with."""
-    return config_from_dict(ADDED_KEYS | read_yaml(run / "config.yaml"), source=str(run / "config.yaml"))
+    return config_from_dict(
+        ADDED_KEYS | read_yaml(run / "config.yaml"), source=str(run / "config.yaml")
+    )
 
 
 def resume_config(run: Path, overrides) -> Config:
-    """The configuration to go on with: the run's own, with changes of keys that leave the weights alone.
+    """The configuration to go on with: the run's own, with changes of keys that leave the weights
+    alone.
 
-    A relative path is looked for from here, then from where the run was started. A quarantine or weights file may be named
-    elsewhere: `require_same_run` sees whether its content is the same.
+    A relative path is looked for from here, then from where the run was started. A quarantine or
+    weights file may be named elsewhere: `require_same_run` sees whether its content is the same.
     """
     cfg = read_run_config(run)
-    started_in = Path(read_json(run / "meta.json").get("cwd", "") if (run / "meta.json").is_file() else "")
+    started_in = Path(
+        read_json(run / "meta.json").get("cwd", "") if (run / "meta.json").is_file() else ""
+    )
     changes = parse_overrides(overrides)
-    moved = {key: changes.pop(key) for key in ("quarantine", "weights") if getattr(cfg, key) and changes.get(key)}
+    moved = {
+        key: changes.pop(key)
+        for key in ("quarantine", "weights")
+        if getattr(cfg, key) and changes.get(key)
+    }
     for key in ("data_dir", "quarantine", "weights"):
         path = getattr(cfg, key)
         if path and not Path(path).exists() and (started_in / path).exists():
@@ -88,18 +133,27 @@ def resume_config(run: Path, overrides) -> Config:
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
-    """Raise BadInput if what a run is to go on with is not what it was begun with: its data, its config, a file named there."""
+    """Raise BadInput if what a run is to go on with is not what it was begun with: its data, its
+    config, a file named there.
+    """
     if not (run / "meta.json").is_file():
         return
     before = read_json(run / "meta.json")
     if before.get("data") != data:
-        raise BadInput(f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs")
+        raise BadInput(
+            f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
+        )
     if before.get("identity") != cfg.identity_digest(data):
-        raise BadInput(f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there, was changed")
+        raise BadInput(
+            f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there,"
+            " was changed"
+        )
 
 
 def say_what_changed(run: Path, meta: dict) -> None:
-    """Say where a run goes on with other hardware, or another torch, than at its last start: the bits may then be others."""
+    """Say where a run goes on with other hardware, or another torch, than at its last start: the
+    bits may then be others.
+    """
     if not (run / "meta.json").is_file():
         return
     before = read_json(run / "meta.json")
@@ -112,12 +166,14 @@ def say_what_changed(run: Path, meta: dict) -> None:
         old, new = (facts.get(place, {}).get(key) for facts in (before, meta))
         if old != new:
             say(
-                f"warning: {run} goes on with another {name}, {new or 'none'} instead of {old or 'none'}: other bits may follow"
+                f"warning: {run} goes on with another {name}, {new or 'none'} instead of"
+                f" {old or 'none'}: other bits may follow"
             )
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
-    """Hold a run for this process, until it ends or the file that this gives is closed, and note what it goes on with.
+    """Hold a run for this process, until it ends or the file that this gives is closed, and note
+    what it goes on with.
 
     Raises BadInput where another process holds it; a file system without locks holds nothing.
     """
@@ -135,7 +191,10 @@ def _lock(run: Path) -> BinaryIO:
             file.close()
             raise BadInput(f"{run} is being trained by another process")
     except OSError as error:
-        say(f"{run} cannot be locked ({one_line(error)}): see to it that no other process resumes it")
+        say(
+            f"{run} cannot be locked ({one_line(error)}): see to it that no other process"
+            " resumes it"
+        )
     return file
 
 
@@ -145,12 +204,16 @@ def is_finished(run: Path) -> bool:
 
 
 def git_state() -> dict:
-    """Commit, uncommitted changes as a patch, and untracked files of this repository; None and empty outside of one."""
+    """Commit, uncommitted changes as a patch, and untracked files of this repository; None and
+    empty outside of one.
+    """
 
     def git(*arguments):
         command = ["git", "-C", str(REPOSITORY), *arguments]
         try:
-            return subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=True).stdout
+            return subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=30, check=True
+            ).stdout
         except (OSError, subprocess.SubprocessError):
             return ""
 
@@ -164,7 +227,8 @@ def git_state() -> dict:
 
 
 def process_start(pid: int) -> str:
-    """When a live process of this machine began, in ticks since the boot, which tells it from a later one of its number.
+    """When a live process of this machine began, in ticks since the boot, which tells it from a
+    later one of its number.
 
     Empty where there is none, or no /proc to ask.
     """
@@ -196,7 +260,9 @@ def environment() -> dict:
         "process_start": process_start(os.getpid()),
         **git_state(),
         "versions": package_versions(),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "variables": {
+            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+        },
         "submitted": json.loads(os.environ.get(SUBMITTED, "null")),
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
     }
@@ -217,15 +283,21 @@ def write_meta(run: Path, meta: dict) -> None:
 
 
 def write_stop(run: Path, status: str, step: int) -> None:
-    """Note in meta.json that the run was interrupted, or paused as it was asked to, and say so: one that was killed cannot."""
+    """Note in meta.json that the run was interrupted, or paused as it was asked to, and say so: one
+    that was killed cannot.
+    """
     stopped = {"status": status, "step": step, "utc": utc_now()}
     write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {run}")
     print_result({"run": str(run), "status": status, "step": step})
 
 
-def write_summary(run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details) -> dict:
-    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of best.pt over `views`."""
+def write_summary(
+    run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details
+) -> dict:
+    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of
+    best.pt over `views`.
+    """
     summary = {
         "status": status,
         "weights_sha256": weights_digest,

@@ -15,7 +15,13 @@ from lib.rundir import SCORES
 
 MAX_PENDING = 64  # steps that a GPU may be behind the log of them
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
-BASELINES = ("always_positive_f2", "majority_accuracy", "constant_auc", "constant_pr_auc", "prior_loss")
+BASELINES = (
+    "always_positive_f2",
+    "majority_accuracy",
+    "constant_auc",
+    "constant_pr_auc",
+    "prior_loss",
+)
 EPOCH_COLUMNS = (
     *("epoch", "step", "train_loss", "is_best"),
     *(f"val_{name}" for name in SCORES),
@@ -25,7 +31,9 @@ EPOCH_COLUMNS = (
 
 
 class Diverged(Exception):
-    """A loss, score or weight that is not a finite number: after which step, over which rows of the training split."""
+    """A loss, score or weight that is not a finite number: after which step, over which rows of the
+    training split.
+    """
 
     def __init__(self, step: int, what: str, rows: list[int]):
         super().__init__(f"{what}; the batch of step {step} holds the training rows {rows}")
@@ -36,7 +44,8 @@ class Diverged(Exception):
 class LoggedStep:
     """A step that was made, and what will be known of it when the device has come that far.
 
-    `values` (2,) on the host become its loss and gradient norm when `done`, an event of a GPU, has passed.
+    `values` (2,) on the host become its loss and gradient norm when `done`, an event of a GPU, has
+    passed.
     """
 
     step: int
@@ -63,9 +72,10 @@ class LoggedStep:
 class RunLog:
     """steps.csv and epochs.csv of a run, and where its time went.
 
-    A step's loss is read after the next step was begun: from a GPU when an event says that it is there, so that the GPU never
-    waits for the logging. `progress` is the training state's: it says which rows a resumed run keeps, and carries the sum of
-    the epoch's losses. `batch_size` patches make a step, over all ranks.
+    A step's loss is read after the next step was begun: from a GPU when an event says that it is
+    there, so that the GPU never waits for the logging. `progress` is the training state's: it says
+    which rows a resumed run keeps, and carries the sum of the epoch's losses. `batch_size` patches
+    make a step, over all ranks.
     """
 
     def __init__(self, run: Path | None, progress: dict, started_at: float, batch_size: int):
@@ -73,12 +83,18 @@ class RunLog:
         self.earlier_train_s, self.earlier_eval_s = 0.0, 0.0
         self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
         if run:  # ranks after the first note the same, and write nothing
-            self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step)
-            self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch)
+            self.steps = CsvLog(
+                run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step
+            )
+            self.epochs = CsvLog(
+                run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch
+            )
             self.logs = (self.steps, self.epochs)
             rates = (float(row["images_per_s"] or 0) for row in read_csv(self.steps.path))
             self.earlier_train_s = sum(batch_size / (rate or math.inf) for rate in rates)
-            self.earlier_eval_s = sum(float(row["eval_s"] or 0) for row in read_csv(self.epochs.path))
+            self.earlier_eval_s = sum(
+                float(row["eval_s"] or 0) for row in read_csv(self.epochs.path)
+            )
         self.pending = collections.deque()  # LoggedSteps that are not read yet
         self.last_step, self.host_values, self.last_done, self.note = None, None, None, ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
@@ -89,7 +105,9 @@ class RunLog:
         self.step_started_at = self.epoch_started_at
 
     def add_step(self, result, batch, lr: float) -> None:
-        """Note a step that was just made. Raises Diverged if the loss of an earlier one was not finite."""
+        """Note a step that was just made. Raises Diverged if the loss of an earlier one was not
+        finite.
+        """
         now = time.perf_counter()
         host_s, self.step_started_at = now - self.step_started_at, now
         self.epoch_images += self.batch_size
@@ -98,12 +116,16 @@ class RunLog:
         while self.pending and (self.pending[0].is_done or len(self.pending) == MAX_PENDING):
             self._write(self.pending.popleft())
         number, before = self.progress["num_steps"], self.last_done
-        values, self.last_done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach(), number)
+        values, self.last_done = self._to_host(
+            torch.stack([result.loss, result.grad_norm]).detach(), number
+        )
         position = (number, self.progress["epoch"], lr, batch.keys, batch.num_rows, batch.wait_s)
         self.pending.append(LoggedStep(*position, host_s, values, self.last_done, before))
         self.log_s += time.perf_counter() - now
 
-    def _to_host(self, values: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def _to_host(
+        self, values: torch.Tensor, number: int
+    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Values (2,) as they will be on the host, and the event after which they are."""
         if values.device.type != "cuda":
             return values, None
@@ -157,8 +179,12 @@ class RunLog:
             log.flush(sync=True)  # as a checkpoint is, which is not to be ahead of its rows
         self.log_s += time.perf_counter() - started_at
 
-    def add_epoch(self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float) -> None:
-        """Note an epoch's evaluation, beside what constants score, and tell the person who waits."""
+    def add_epoch(
+        self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float
+    ) -> None:
+        """Note an epoch's evaluation, beside what constants score, and tell the person who
+        waits.
+        """
         train_s = time.perf_counter() - self.epoch_started_at - eval_s
         self.eval_s += eval_s
         train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
@@ -176,15 +202,16 @@ class RunLog:
             images_per_s=round(self.epoch_images / train_s, 1),
         )
         say(
-            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f}, "
-            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant {baselines['always_positive_f2']:.4f}), "
-            f"accuracy {scores['accuracy']:.4f} (constant {baselines['majority_accuracy']:.4f}), "
-            f"{self.epoch_images / train_s:,.0f} images/s{', best' if is_best else ''}"
+            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss"
+            f" {scores['loss']:.4f}, AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f}"
+            f" (constant {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f}"
+            f" (constant {baselines['majority_accuracy']:.4f}), {self.epoch_images / train_s:,.0f}"
+            f" images/s{', best' if is_best else ''}"
         )
 
     def times(self) -> dict[str, float]:
-        """Where the time went: of a resumed run with that of earlier processes, for the steps that count. Rates and shares,
-        these of the training time, are the last process's."""
+        """Where the time went: of a resumed run with that of earlier processes, for the steps that
+        count. Rates and shares, these of the training time, are the last process's."""
         earlier_s = self.earlier_train_s + self.earlier_eval_s
         return {
             "wall_s": round(earlier_s + time.monotonic() - self.started_at, 3),

@@ -1,4 +1,6 @@
-"""Randomness as a function of position: a draw depends on the seed and on where it is used, never on what came before."""
+"""Randomness as a function of position: a draw depends on the seed and on where it is used, never
+on what came before.
+"""
 
 import os
 import random
@@ -24,7 +26,9 @@ def _shift_right(values, num_bits: int):
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser (Steele et al., OOPSLA 2014) over int64; integer, so equal on every device."""
+    """splitmix64's finaliser (Steele et al., OOPSLA 2014) over int64; integer, so equal on every
+    device.
+    """
     values = values + _signed(_ADD)
     values = (values ^ _shift_right(values, 30)) * _signed(_MULTIPLY_1)
     values = (values ^ _shift_right(values, 27)) * _signed(_MULTIPLY_2)
@@ -32,7 +36,9 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_int(value: int) -> int:
-    """The same of one number, which then reaches a GPU as an argument: copying a tensor there would wait for its steps."""
+    """The same of one number, which then reaches a GPU as an argument: copying a tensor there would
+    wait for its steps.
+    """
     value = _signed(value + _ADD)
     value = _signed((value ^ _shift_right(value, 30)) * _MULTIPLY_1)
     value = _signed((value ^ _shift_right(value, 27)) * _MULTIPLY_2)
@@ -40,7 +46,9 @@ def _mix_int(value: int) -> int:
 
 
 def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """64 random bits for each of `keys` int64, of any shape and device, at a position such as (seed, epoch, purpose): int64."""
+    """64 random bits for each of `keys` int64, of any shape and device, at a position such as
+    (seed, epoch, purpose): int64.
+    """
     state = 0
     for part in position:
         state = _mix_int(state ^ part)
@@ -48,12 +56,16 @@ def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
 
 
 def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:
-    """64 random bits, as int64, as numbers in [0, 1): float32 of the same shape, multiples of 2^-24."""
+    """64 random bits, as int64, as numbers in [0, 1): float32 of the same shape, multiples of
+    2^-24.
+    """
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
 
 def position_permutation(num: int, *position: int, device="cpu") -> torch.Tensor:
-    """A permutation of range(num) that is a function of the position alone: int64 (num,) on `device`."""
+    """A permutation of range(num) that is a function of the position alone: int64 (num,) on
+    `device`.
+    """
     return torch.argsort(position_bits(torch.arange(num, device=device), *position), stable=True)
 
 
@@ -70,13 +82,17 @@ def seed_everything(seed: int) -> None:
 
 
 def set_determinism(deterministic: bool, threads: int | None = None) -> None:
-    """Choose, or not, only algorithms that repeat to the bit on the same machine, with `threads` threads if they are given."""
+    """Choose, or not, only algorithms that repeat to the bit on the same machine, with `threads`
+    threads if they are given.
+    """
     if threads is not None:
         torch.set_num_threads(threads)
     # what use_deterministic_algorithms does, but for loading torch's compiler, which takes seconds
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is float32
-    # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of which there are none here
+    # fp32 is float32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of
+    # which there are none here
     torch.utils.deterministic.fill_uninitialized_memory = False

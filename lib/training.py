@@ -27,14 +27,18 @@ LOWER_IS_BETTER = ("loss",)
 
 @dataclass
 class TrainState:
-    """All that a step changes. `progress` holds the position and what the schedule and the choice of the best remember."""
+    """All that a step changes. `progress` holds the position and what the schedule and the choice
+    of the best remember.
+    """
 
     model: nn.Module
     averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     progress: dict
 
-    def checkpoint(self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True) -> dict:
+    def checkpoint(
+        self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True
+    ) -> dict:
         """This state as a checkpoint's fields; the tensors are not copied."""
         return build_checkpoint(
             cfg,
@@ -49,7 +53,8 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading them waits for the step.
+    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading
+    them waits for the step.
 
     `draws` is what was drawn for this rank's part of the batch.
     """
@@ -60,7 +65,9 @@ class StepResult:
 
 
 def build_state(cfg: Config, device: torch.device) -> TrainState:
-    """A state before the first step, the initial weights drawn from the seed on the CPU, so that they are the same anywhere."""
+    """A state before the first step, the initial weights drawn from the seed on the CPU, so that
+    they are the same anywhere.
+    """
     seed_everything(cfg.seed)
     model = build_model(cfg)
     if cfg.weights:
@@ -76,7 +83,9 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
 
 
 def restore_state(state: TrainState, checkpoint: dict, source) -> None:
-    """Put a checkpoint into a state, in place. Raises BadInput if it is of another model or optimiser."""
+    """Put a checkpoint into a state, in place. Raises BadInput if it is of another model or
+    optimiser.
+    """
     fit_state(state.model, checkpoint["model"], source)
     if state.averaged is not None:
         fit_state(state.averaged, checkpoint["averaged"], source)
@@ -90,7 +99,9 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
 
 
 def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float = 1.0) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then the schedule. `lr_scale` is what plateaus have made of it so far."""
+    """The rate of step 0, 1, ...: a linear warm-up, then the schedule. `lr_scale` is what plateaus
+    have made of it so far.
+    """
     warmup_steps = cfg.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return cfg.lr * (step + 1) / math.ceil(warmup_steps)
@@ -103,14 +114,18 @@ def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float 
 
 
 def class_weights(labels: np.ndarray, cfg: Config, device: torch.device) -> torch.Tensor | None:
-    """Loss weights (2,) that give both classes the same say, mean 1 over the samples; None unless `balance: loss`."""
+    """Loss weights (2,) that give both classes the same say, mean 1 over the samples; None unless
+    `balance: loss`.
+    """
     if cfg.balance != "loss":
         return None
     counts = np.bincount(labels, minlength=2)
     return torch.tensor(len(labels) / (2 * counts), dtype=torch.float32, device=device)
 
 
-def compute_loss(logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weights: torch.Tensor | None) -> torch.Tensor:
+def compute_loss(
+    logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weights: torch.Tensor | None
+) -> torch.Tensor:
     """Mean log loss of float32 logits (B,) against labels (B,) in {0, 1}."""
     smoothed = labels * (1 - cfg.label_smoothing) + 0.5 * cfg.label_smoothing
     losses = functional.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
@@ -118,11 +133,18 @@ def compute_loss(logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weight
 
 
 def training_step(
-    state: TrainState, batch: Batch, cfg: Config, lr: float, weights: torch.Tensor | None = None, ranks: Ranks = ALONE
+    state: TrainState,
+    batch: Batch,
+    cfg: Config,
+    lr: float,
+    weights: torch.Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
-    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it waits for the device.
+    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it
+    waits for the device.
 
-    `batch` is this rank's part; loss, norm and the new weights are those of the whole batch, equal on every rank.
+    `batch` is this rank's part; loss, norm and the new weights are those of the whole batch, equal
+    on every rank.
     """
     epoch, step = state.progress["epoch"], state.progress["step"]
     draws = draw_augmentation(batch.keys, epoch, cfg)
@@ -147,19 +169,26 @@ def training_step(
     return StepResult(loss, grad_norm, draws)
 
 
-def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE) -> torch.Tensor:
-    """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and return its loss.
+def compute_gradients(
+    model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE
+) -> torch.Tensor:
+    """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and
+    return its loss.
 
-    Each part has its own batch-norm statistics and starts from the same running ones. What the parts give is added in one
-    binary tree, so that whoever computes a part, the sum has the same bits.
+    Each part has its own batch-norm statistics and starts from the same running ones. What the
+    parts give is added in one binary tree, so that whoever computes a part, the sum has the same
+    bits.
     """
     parameters = list(model.parameters())
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []  # counters of batches too
+    # counters of batches too
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []
     shards = ranks.shard_range(cfg.shards)
     parts = []
     with filters_made_once(model, inputs.dtype):
-        for shard, x, y in zip(shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True):
+        for shard, x, y in zip(
+            shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True
+        ):
             for buffer, value in before:
                 buffer.copy_(value)
             if cfg.dropout:
@@ -169,10 +198,18 @@ def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ran
             loss = compute_loss(logits.float().flatten(), y, cfg, weights)
             model.zero_grad(set_to_none=True)
             loss.backward(retain_graph=shard != shards[-1])  # the filters are the next shard's, too
-            loss, logits = loss.detach(), None  # or all that this shard kept would lie beside what the next one keeps
+            # or all that this shard kept would lie beside what the next one keeps
+            loss, logits = loss.detach(), None
             if cfg.shards == 1:
                 return loss
-            parts.append(torch.cat([t.detach().reshape(-1) for t in (loss, *(p.grad for p in parameters), *statistics)]))
+            parts.append(
+                torch.cat(
+                    [
+                        t.detach().reshape(-1)
+                        for t in (loss, *(p.grad for p in parameters), *statistics)
+                    ]
+                )
+            )
     mean = ranks.tree_sum(parts) / cfg.shards
     loss, *means = mean.split([1, *(t.numel() for t in (*parameters, *statistics))])
     for target, value in zip([*(p.grad for p in parameters), *statistics], means, strict=True):
@@ -181,11 +218,15 @@ def compute_gradients(model, inputs, labels, cfg: Config, weights, position, ran
 
 
 def average_weights(state: TrainState, cfg: Config) -> None:
-    """Move the averaged weights towards the current ones; early on faster, so that the start is forgotten soon."""
+    """Move the averaged weights towards the current ones; early on faster, so that the start is
+    forgotten soon.
+    """
     num_steps = state.progress["num_steps"]
     decay = min(cfg.ema_decay, (1 + num_steps) / (10 + num_steps))
     with torch.no_grad():
-        torch._foreach_lerp_(list(state.averaged.parameters()), list(state.model.parameters()), 1 - decay)
+        torch._foreach_lerp_(
+            list(state.averaged.parameters()), list(state.model.parameters()), 1 - decay
+        )
         for mean, current in zip(state.averaged.buffers(), state.model.buffers(), strict=True):
             if mean.is_floating_point():
                 mean.lerp_(current, 1 - decay)
@@ -194,12 +235,23 @@ def average_weights(state: TrainState, cfg: Config) -> None:
 
 
 def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
-    """Update best metric and plateau after an epoch's evaluation; True if this epoch is the best so far."""
+    """Update best metric and plateau after an epoch's evaluation; True if this epoch is the best so
+    far.
+    """
     sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
     value = scores[cfg.select_metric]
-    is_best = progress["best"] is None or not math.isfinite(progress["best"]) or sign * value > sign * progress["best"]
+    is_best = (
+        progress["best"] is None
+        or not math.isfinite(progress["best"])
+        or sign * value > sign * progress["best"]
+    )
     if is_best:
-        progress |= {"best": value, "best_epoch": progress["epoch"] + 1, "best_scores": scores, "stale_epochs": 0}
+        progress |= {
+            "best": value,
+            "best_epoch": progress["epoch"] + 1,
+            "best_scores": scores,
+            "stale_epochs": 0,
+        }
     else:
         progress["stale_epochs"] += 1
         if cfg.schedule == "plateau" and progress["stale_epochs"] % cfg.decay_epochs == 0:

@@ -1,4 +1,6 @@
-"""What tests share: a small synthetic PCam made once per test run, a small trained run, and scripts as real processes."""
+"""What tests share: a small synthetic PCam made once per test run, a small trained run, and scripts
+as real processes.
+"""
 
 import json
 import os
@@ -15,13 +17,25 @@ REAL_SAMPLE = REPOSITORY.parent / "shared" / "pcam-sample"
 sys.path.insert(0, str(REPOSITORY))
 
 # a configuration that trains in a second or two on one thread
-QUICK = ["epochs=2", "batch_size=32", "threads=1", "precision=fp32", "p4m_width=2", "views=1", "name=quick"]
+QUICK = [
+    "epochs=2",
+    "batch_size=32",
+    "threads=1",
+    "precision=fp32",
+    "p4m_width=2",
+    "views=1",
+    "name=quick",
+]
 
-real_sample = pytest.mark.skipif(not REAL_SAMPLE.is_dir(), reason="needs the real patches in ../shared/pcam-sample")
+real_sample = pytest.mark.skipif(
+    not REAL_SAMPLE.is_dir(), reason="needs the real patches in ../shared/pcam-sample"
+)
 
 
 def draw_patches(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patches uint8 (num, 96, 96, 3) in random order of class, positive ones with a dark, bluish centre: easy, not trivial."""
+    """Patches uint8 (num, 96, 96, 3) in random order of class, positive ones with a dark, bluish
+    centre: easy, not trivial.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(num) % 2).astype(np.uint8)
     images = rng.normal([180, 140, 176], 30, (num, 96, 96, 3)) + rng.normal(0, 15, (num, 1, 1, 3))
@@ -45,7 +59,9 @@ def run_script(script: str, *arguments, check=None, cwd=REPOSITORY, **options):
     """Run a script as a user would; the result gets `.json`, the last line of its stdout parsed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, **options)
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, **options
+    )
     if check is not None:
         assert result.returncode == check, f"exit {result.returncode}: {result.stderr[-2000:]}"
     assert "Traceback" not in result.stderr, result.stderr
@@ -55,12 +71,19 @@ def run_script(script: str, *arguments, check=None, cwd=REPOSITORY, **options):
 
 
 def make_old(path) -> None:
-    """Rewrite a checkpoint as it was before schema 3, when no field said how the last layer computes."""
+    """Rewrite a checkpoint as it was before schema 3, when no field said how the last layer
+    computes.
+    """
     from lib.checkpoint import FIELDS, KIND, load_checkpoint, state_sha256
 
     checkpoint = load_checkpoint(path)
     fields = {name: checkpoint[name] for name in FIELDS if name != "float32_logits"}
-    header = {"kind": KIND, "schema": 2, "sha256": state_sha256(fields), "weights_sha256": checkpoint["weights_sha256"]}
+    header = {
+        "kind": KIND,
+        "schema": 2,
+        "sha256": state_sha256(fields),
+        "weights_sha256": checkpoint["weights_sha256"],
+    }
     torch.save(header | fields, path)
 
 

@@ -1,4 +1,5 @@
-"""Files that are damaged at random, and files made to harm: images, tars, HDF5, CSV and checkpoints, for test_fuzz.py.
+"""Files that are damaged at random, and files made to harm: images, tars, HDF5, CSV and
+checkpoints, for test_fuzz.py.
 
 Of a file made to harm, the exit code stands beside it that inference.py owes it.
 """
@@ -33,13 +34,17 @@ NAN, HUGE = float("nan"), 1e308
 
 
 def damage(data: bytes, rng: random.Random, other: bytes, head: int = 0) -> bytes:
-    """Bytes as they come from a bad disk, a cut transfer or a confused tool, hit within the first `head` bytes if given."""
+    """Bytes as they come from a bad disk, a cut transfer or a confused tool, hit within the first
+    `head` bytes if given.
+    """
     at = rng.randrange(min(len(data), head or len(data)))
     end = min(len(data), at + rng.randrange(1, 2 + len(data) // 4))
     flipped = bytearray(data)
     for place in rng.choices(range(min(len(data), head or len(data))), k=rng.choice((1, 3, 20))):
         flipped[place] ^= 1 << rng.randrange(8)
-    number = struct.pack(rng.choice("<>") + rng.choice("IQ"), rng.choice((0, 1, 2**16, 2**31, 2**32 - 1)))
+    number = struct.pack(
+        rng.choice("<>") + rng.choice("IQ"), rng.choice((0, 1, 2**16, 2**31, 2**32 - 1))
+    )
     ways = {
         "cut": data[:at],
         "bits": bytes(flipped),
@@ -70,15 +75,35 @@ def png_chunk(name: bytes, data: bytes) -> bytes:
 
 def png_of_size(width: int, height: int) -> bytes:
     data = encode(PATCHES[0])
-    return data[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + data[33:]
+    return (
+        data[:8]
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + data[33:]
+    )
 
 
 def tiff(changes: dict) -> bytes:
-    """A grey TIFF of 96x96 pixels in one strip; tags, by number, are changed to (type, count, value), or left out for None."""
-    tags = {256: (4, 1, 96), 257: (4, 1, 96), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1), 273: (4, 1, 200), 277: (3, 1, 1)}
-    tags = {number: value for number, value in (tags | {278: (4, 1, 96), 279: (4, 1, 9216)} | changes).items() if value}
+    """A grey TIFF of 96x96 pixels in one strip; tags, by number, are changed to (type, count,
+    value), or left out for None.
+    """
+    tags = {
+        256: (4, 1, 96),
+        257: (4, 1, 96),
+        258: (3, 1, 8),
+        259: (3, 1, 1),
+        262: (3, 1, 1),
+        273: (4, 1, 200),
+        277: (3, 1, 1),
+    }
+    tags = {
+        number: value
+        for number, value in (tags | {278: (4, 1, 96), 279: (4, 1, 9216)} | changes).items()
+        if value
+    }
     entries = b"".join(struct.pack("<HHII", number, *tags[number]) for number in sorted(tags))
-    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0") + PATCHES[0, ..., 0].tobytes() * 2
+    return (b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries).ljust(200, b"\0") + PATCHES[
+        0, ..., 0
+    ].tobytes() * 2
 
 
 def save_image(kind: str, **options) -> bytes:
@@ -88,13 +113,20 @@ def save_image(kind: str, **options) -> bytes:
 
 
 def hostile_images() -> dict[str, bytes]:
-    """Files named as images that ask for much, or are something else: none of them is to be read."""
+    """Files named as images that ask for much, or are something else: none of them is to be
+    read.
+    """
     data, jpeg = encode(PATCHES[0]), encode(PATCHES[0], "JPEG")
     frame = jpeg.index(b"\xff\xc0") + 5
     tiles = {273: None, 279: None, 259: (3, 1, 5), 324: (4, 1, 200), 325: (4, 1, 9000)}
     pages = {"save_all": True, "append_images": [Image.fromarray(PATCHES[1])]}
-    cases = {f"{kind}.png": save_image(kind) for kind in ("BMP", "GIF", "PPM", "TGA", "PCX", "ICO", "SGI", "EPS", "WEBP")}
-    cases |= {f"pages of a {kind}.tif": save_image(kind, **pages) for kind in ("TIFF", "PNG", "MPO")}
+    cases = {
+        f"{kind}.png": save_image(kind)
+        for kind in ("BMP", "GIF", "PPM", "TGA", "PCX", "ICO", "SGI", "EPS", "WEBP")
+    }
+    cases |= {
+        f"pages of a {kind}.tif": save_image(kind, **pages) for kind in ("TIFF", "PNG", "MPO")
+    }
     cases |= {
         "postscript.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 96 96\n%%EndComments\n(canary) (w) file closefile\n",
         "giga.png": png_of_size(2**31 - 1, 2**31 - 1), "large.png": png_of_size(10_000, 10_000), "none.png": png_of_size(0, 0),
@@ -122,7 +154,9 @@ def tar_header(name: str, size: int, kind: bytes = b"0") -> bytes:
     """A header that may declare any size, with the right checksum."""
     head = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
     head[124:136] = (
-        b"%011o\0" % size if 0 <= size < 8**11 else (size % 2**95 | (size < 0) * 255 << 88 | 1 << 95).to_bytes(12, "big")
+        b"%011o\0" % size
+        if 0 <= size < 8**11
+        else (size % 2**95 | (size < 0) * 255 << 88 | 1 << 95).to_bytes(12, "big")
     )
     head[156:157], head[148:156] = kind, b" " * 8
     head[148:156] = b"%06o\0 " % sum(head)
@@ -136,7 +170,9 @@ def tar_member(name: str, data: bytes, kind: bytes = b"0") -> bytes:
 def tar_record(name: str, value: bytes) -> bytes:
     """An extended header, which describes the next member."""
     body = b" %b=%b\n" % (name.encode(), value)
-    length = next(length for length in itertools.count(len(body)) if len(str(length)) + len(body) == length)
+    length = next(
+        length for length in itertools.count(len(body)) if len(str(length)) + len(body) == length
+    )
     return tar_member("record", str(length).encode() + body, b"x")
 
 
@@ -147,7 +183,10 @@ def hostile_tars(png: bytes) -> dict[str, tuple[bytes, int]]:
     for size in (-1, -512, -(2**70), 8**11 - 1, 2**62, 10**20, 2**87):
         cases[f"size {size}"] = first + tar_header("b.png", size) + data + last + end, 2
         for kind in b"LKxgX":
-            cases[f"{chr(kind)} {size}"] = first + tar_header("b", size, bytes([kind])) + data + last + end, 2
+            cases[f"{chr(kind)} {size}"] = (
+                first + tar_header("b", size, bytes([kind])) + data + last + end,
+                2,
+            )
     records = [
         ("size", b"-512", 2), ("size", b"-99999999999", 2), ("size", b"99999999999999", 2), ("size", b"none", 2),
         ("path", b"../up.png", 2), ("path", b"/etc/root.png", 2), ("path", b"a/../../b.png", 2),
@@ -158,7 +197,10 @@ def hostile_tars(png: bytes) -> dict[str, tuple[bytes, int]]:
     for name, value, code in records:
         cases[f"{name}={value[:20]}"] = tar_record(name, value) + first + last + end, code
     cases["sparse"] = (
-        tar_member("r", b"31 GNU.sparse.size=88888888888\n24 GNU.sparse.map=0,512\n", b"x") + first + last + end,
+        tar_member("r", b"31 GNU.sparse.size=88888888888\n24 GNU.sparse.map=0,512\n", b"x")
+        + first
+        + last
+        + end,
         1,
     )
     packed = gzip.compress(first + last + end, mtime=0)
@@ -173,7 +215,13 @@ def hostile_tars(png: bytes) -> dict[str, tuple[bytes, int]]:
         "packed.gz": (packed, 0), "packed and cut.gz": (packed[:-9], 2), "wrong sum.gz": (packed[:-8] + bytes(8), 2),
         "packed twice.gz": (gzip.compress(packed, mtime=0), 2), "an image": (png, 2), "empty": (b"", 2), "zeros": (end * 9, 2),
     }  # fmt: skip
-    for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+    for kind in (
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+    ):
         cases[f"type {kind}"] = first + tar_header("b.png", 0, kind) + last + end, 1
     return cases
 
@@ -188,7 +236,9 @@ def write_h5(path: Path, name="x", data=PATCHES, libver=None, **storage) -> byte
 
 
 def hostile_h5(folder: Path) -> dict:
-    """{name: (what makes it in an open file, exit code)}; `folder` gets what some of them refer to."""
+    """{name: (what makes it in an open file, exit code)}; `folder` gets what some of them refer
+    to.
+    """
     pipe, other, patches = str(folder / "pipe"), str(folder / "other.h5"), (3, 96, 96, 3)
     os.mkfifo(pipe)
     write_h5(Path(other))
@@ -277,7 +327,11 @@ def mangle_csv(text: str, rng: random.Random) -> bytes:
         text.encode("utf-16"),
         text.encode("utf-8-sig"),
     ]
-    ways += [text.encode() + b"x" * 200_000 + b"\n", damage(text.encode(), rng, b"\x89PNG\r\n\x1a\n" * 99), b""]
+    ways += [
+        text.encode() + b"x" * 200_000 + b"\n",
+        damage(text.encode(), rng, b"\x89PNG\r\n\x1a\n" * 99),
+        b"",
+    ]
     return rng.choice(ways)
 
 
@@ -301,16 +355,23 @@ def archived(value, **options) -> bytes:
 
 
 def forged(fields: dict, has_sums: bool = True, **changes) -> bytes:
-    """A checkpoint with other fields and the checksums that belong to them, so far as there can be any."""
+    """A checkpoint with other fields and the checksums that belong to them, so far as there can be
+    any.
+    """
     fields = {name: value for name, value in (fields | changes).items() if name != "weights_sha256"}
     header = {"kind": KIND, "schema": SCHEMA, "sha256": "0", "weights_sha256": "0"}
     with contextlib.suppress(Exception):
         if has_sums:
-            header |= {"sha256": state_sha256(fields), "weights_sha256": weights_sha256(evaluated(fields))}
+            header |= {
+                "sha256": state_sha256(fields),
+                "weights_sha256": weights_sha256(evaluated(fields)),
+            }
     return archived(header | fields)
 
 
-def rezipped(data: bytes, part: str = "", content: bytes = b"", packing=zipfile.ZIP_STORED) -> bytes:
+def rezipped(
+    data: bytes, part: str = "", content: bytes = b"", packing=zipfile.ZIP_STORED
+) -> bytes:
     """An archive of torch written anew, one of its parts exchanged."""
     buffer, archive = io.BytesIO(), zipfile.ZipFile(io.BytesIO(data))
     with zipfile.ZipFile(buffer, "w", packing, compresslevel=1) as copy:
@@ -333,8 +394,12 @@ def doubled(times: int) -> list:
 
 
 def hostile_fields(fields: dict):
-    """Yield (field, value), each of which makes a checkpoint useless although its checksums hold."""
-    config, weights, calibration, reference = (fields[name] for name in ("config", "averaged", "calibration", "reference"))
+    """Yield (field, value), each of which makes a checkpoint useless although its checksums
+    hold.
+    """
+    config, weights, calibration, reference = (
+        fields[name] for name in ("config", "averaged", "calibration", "reference")
+    )
     largest = max(weights, key=lambda name: weights[name].numel())
     plain, square, itself = weights[largest], [[NAN] * 6] * 6, in_itself()
 
@@ -342,28 +407,62 @@ def hostile_fields(fields: dict):
         yield from ((field, (fields[field] if of is None else of) | change) for change in changes)
 
     yield from itertools.product(["threshold"], [NAN, HUGE, -0.1, 1.5, 1, True, "0.5", None, [0.5]])
-    yield from itertools.product(fields.keys() - {"threshold", "weights_sha256"}, ["x", itself, plain])
-    yield from itertools.product(["calibration", "reference", "preprocessing", "config", "metrics"], [{"a": itself}])
+    yield from itertools.product(
+        fields.keys() - {"threshold", "weights_sha256"}, ["x", itself, plain]
+    )
+    yield from itertools.product(
+        ["calibration", "reference", "preprocessing", "config", "metrics"], [{"a": itself}]
+    )
     yield from itertools.product(["calibration", "reference", "preprocessing", "config"], [{}])
     for value in (NAN, HUGE, -HUGE, "1", plain):
         yield from each("calibration", [{"temperature": value}, {"offset": value}])
-        yield from each("preprocessing", [{"mean": [0.5, 0.5, value]}, {"std": [0.5, 0.5, value]}, {"std": value}])
-        yield from each("reference", [{name: value} for name in ("mean", "deviation", "inverse_correlation", "limit")])
         yield from each(
-            "reference", [{"mean": [value] * 6}, {"deviation": [value] * 6}, {"inverse_correlation": [[value] * 6] * 6}]
+            "preprocessing",
+            [{"mean": [0.5, 0.5, value]}, {"std": [0.5, 0.5, value]}, {"std": value}],
+        )
+        yield from each(
+            "reference",
+            [{name: value} for name in ("mean", "deviation", "inverse_correlation", "limit")],
+        )
+        yield from each(
+            "reference",
+            [
+                {"mean": [value] * 6},
+                {"deviation": [value] * 6},
+                {"inverse_correlation": [[value] * 6] * 6},
+            ],
         )
     for value in (NAN, None, [1.0], plain):
-        yield from each("config", [{name: value} for name in ("p4m_width", "model", "views", "precision", "threads", "lr")])
+        yield from each(
+            "config",
+            [
+                {name: value}
+                for name in ("p4m_width", "model", "views", "precision", "threads", "lr")
+            ],
+        )
     for value in (0.0, -1.0, 1e-300, 1e-40):
         yield from each("calibration", [{"temperature": value}])
         yield from each("preprocessing", [{"std": [0.5, 0.5, value]}, {"mean": [0.5] * 4}])
-        yield from each("reference", [{"deviation": [value] * 6}, {"inverse_correlation": [[value] * 6] * 6}])
+        yield from each(
+            "reference", [{"deviation": [value] * 6}, {"inverse_correlation": [[value] * 6] * 6}]
+        )
         yield from each("reference", [{"limit": value}, {"shift_limit": value}, {"mean": square}])
-    yield from each("calibration", [{"views": value} for value in (3, 8.0, "1\n\x1b[2J", [1] * 500, "temperature", plain)])
+    yield from each(
+        "calibration",
+        [{"views": value} for value in (3, 8.0, "1\n\x1b[2J", [1] * 500, "temperature", plain)],
+    )
     yield "averaged", {1: plain, "a": plain}
     yield from each("config", [{"p4m_width": value} for value in (10**12, 10**7, 16, -1, 2.5)])
     yield from each("config", [{name: 1} for name in ("colour", 5, ("a",), None)])
-    yield from each("config", [{"model": "mlp"}, {"model": "cnn"}, {"name": "a/b\n"}, {"quarantine_reasons": ["nan"] * 5000}])
+    yield from each(
+        "config",
+        [
+            {"model": "mlp"},
+            {"model": "cnn"},
+            {"name": "a/b\n"},
+            {"quarantine_reasons": ["nan"] * 5000},
+        ],
+    )
     for sizes in ([10**6] * 3, [10**9] * 3, [1] * 5000, [10**30]):
         yield from each("config", [{"model": "mlp", "mlp_hidden": sizes}])
     for value in (NAN, float("inf"), 3e38):
@@ -376,18 +475,27 @@ def hostile_fields(fields: dict):
         plain.T,
     ):
         yield from each("averaged", [{largest: tensor}])
-    yield from each("averaged", [{"more": plain}, {5: plain}, {largest: None}, {largest: "x"}, {largest: 1.0}])
+    yield from each(
+        "averaged", [{"more": plain}, {5: plain}, {largest: None}, {largest: "x"}, {largest: 1.0}]
+    )
     yield "averaged", {largest: plain}
 
 
 def hostile_checkpoints(fields: dict, canary: Path):
-    """Yield (name, file, exit code): wrong numbers under right checksums, code that makes `canary`, what is no checkpoint."""
+    """Yield (name, file, exit code): wrong numbers under right checksums, code that makes `canary`,
+    what is no checkpoint.
+    """
     whole, weights, shared = forged(fields), fields["averaged"], torch.zeros(100_000)
     for name, value in hostile_fields(fields):
         yield f"{name} {str(value)[:60]}", forged(fields, **{name: value}), 2
-    for value in (doubled(60), ["x" * 10**6] * 10**5, [shared] * 10**5, {1, 2}, b"bytes"):  # gone through in ages
+    # gone through in ages
+    for value in (doubled(60), ["x" * 10**6] * 10**5, [shared] * 10**5, {1, 2}, b"bytes"):
         yield f"metrics of {type(value)}", forged(fields, has_sums=False, metrics={"a": value}), 2
-    codes = [Code(os.system, f"touch {canary}"), Code(os.mkdir, str(canary)), Code(open, str(canary), "w")]
+    codes = [
+        Code(os.system, f"touch {canary}"),
+        Code(os.mkdir, str(canary)),
+        Code(open, str(canary), "w"),
+    ]
     codes += [
         Code(eval, f"open({str(canary)!r}, 'w')"),
         Code(subprocess.run, ["touch", str(canary)]),
@@ -402,15 +510,37 @@ def hostile_checkpoints(fields: dict, canary: Path):
         yield "code in place of the pickle", rezipped(whole, "data.pkl", pickle.dumps(code)), 2
     storage = b"X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpu\x8a\x08\0\0\0\0\0\0\0\x10tQ."
     deep = b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
-    for code in (b"(" * 5, b"(" + storage, deep, b"X\xff\xff\xff\x7fabc.", b"\x8a\xffx.", b"N.", b"]q\0h\0a.", b""):
+    for code in (
+        b"(" * 5,
+        b"(" + storage,
+        deep,
+        b"X\xff\xff\xff\x7fabc.",
+        b"\x8a\xffx.",
+        b"N.",
+        b"]q\0h\0a.",
+        b"",
+    ):
         yield f"opcodes {code[:9]}", b"\x80\x02" + code, 2
-        yield f"opcodes in an archive {code[:9]}", rezipped(whole, "data.pkl", b"\x80\x02" + code), 2
-    for part, content in (("version", b"999999"), ("version", b"x"), ("byteorder", b"middle"), ("byteorder", b"big")):
+        yield (
+            f"opcodes in an archive {code[:9]}",
+            rezipped(whole, "data.pkl", b"\x80\x02" + code),
+            2,
+        )
+    for part, content in (
+        ("version", b"999999"),
+        ("version", b"x"),
+        ("byteorder", b"middle"),
+        ("byteorder", b"big"),
+    ):
         yield f"{part} {content}", rezipped(whole, part, content), 2
     yield "packed", rezipped(whole, packing=zipfile.ZIP_DEFLATED), 2
     yield "a module", archived(torch.nn.Linear(3, 3)), 2
     yield "foreign", archived({"state_dict": weights}), 2
-    yield "foreign, before 1.6", archived({"state_dict": weights}, _use_new_zipfile_serialization=False), 2
+    yield (
+        "foreign, before 1.6",
+        archived({"state_dict": weights}, _use_new_zipfile_serialization=False),
+        2,
+    )
     for header in (
         {"schema": 99},
         {"schema": [[]] * 5000},
@@ -428,5 +558,9 @@ def hostile_checkpoints(fields: dict, canary: Path):
     ):
         yield f"{data[:9]}", data, 2
     yield "written anew", rezipped(whole), 0
-    yield "doubles", forged(fields, averaged={name: tensor.double() for name, tensor in weights.items()}), 0
+    yield (
+        "doubles",
+        forged(fields, averaged={name: tensor.double() for name, tensor in weights.items()}),
+        0,
+    )
     yield "no average", forged(fields, averaged=None, model=weights), 0

@@ -1,6 +1,8 @@
-"""The benchmark's own figures, at length: its verdict on what was slowed, what it costs itself, whether it agrees with itself.
+"""The benchmark's own figures, at length: its verdict on what was slowed, what it costs itself,
+whether it agrees with itself.
 
-python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     needs a quiet machine; `disk` root, cgroups
+python tests/prove_benchmark.py [PART] --data DIR [--count N] [--out OUT]     needs a quiet machine;
+`disk` root, cgroups
 """
 
 import contextlib
@@ -23,7 +25,16 @@ from proofs import made_now, write_markdown
 
 import benchmark
 from lib import bench, cases
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, positive, print_result, say, script
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    BadInput,
+    Parser,
+    positive,
+    print_result,
+    say,
+    script,
+)
 from lib.config import load_config
 from lib.device import num_cores, resolve_threads
 from lib.logger import read_json, write_json
@@ -37,10 +48,14 @@ SLOW_S, SLOW_BYTES_PER_S = 1.0, 250_000  # a batch more; a second at most: 1.8 s
 OVERHEAD, NUM_BATCHES = 0.02, 200  # asked for: at most; batches in a run of the loop
 AGREE = 0.9  # asked for: of the intervals
 MOST_S = 3600.0  # of a job
-# folder below assets/, options: the node of the second has no GPU here, so that its tables are short
+# folder below assets/, options: the node of the second has no GPU here, so that its tables are
+# short
 PARTITIONS = {
     "thin_course": ("benchmark", ""),
-    "gpu_course": ("benchmark-gpu_course", f"--device cpu --batch-sizes 1,64 --cases default,{OF_MEMORY}"),
+    "gpu_course": (
+        "benchmark-gpu_course",
+        f"--device cpu --batch-sizes 1,64 --cases default,{OF_MEMORY}",
+    ),
 }
 QUICK = ["--seconds", "1", "--repeats"]
 
@@ -73,7 +88,9 @@ def own_disk(folder: Path):
 
 @contextlib.contextmanager
 def slow_reader(folder: Path):
-    """A control group (version 1 or 2) whose processes read so much a second from the disk that holds `folder`."""
+    """A control group (version 1 or 2) whose processes read so much a second from the disk that
+    holds `folder`.
+    """
     device = os.stat(folder).st_dev
     number = f"{os.major(device)}:{os.minor(device)}"
     one, two = Path("/sys/fs/cgroup/blkio"), Path("/sys/fs/cgroup")
@@ -94,9 +111,21 @@ def slow_reader(folder: Path):
 def judge_slowed(what: str, value, data: Path, scratch: Path, repeats: int) -> dict:
     """The verdict of `benchmark.py train` whose repeats are slowed."""
     before = bench.CHILD
-    bench.CHILD = [sys.executable, str(REPOSITORY / "tests/slowed_case.py"), what, str(value)] if what else before
+    bench.CHILD = (
+        [sys.executable, str(REPOSITORY / "tests/slowed_case.py"), what, str(value)]
+        if what
+        else before
+    )
     try:
-        arguments = ["--out", str(scratch), "--batch-sizes", str(BATCH_SIZE), "--cases", STAGES, "--allow-noise"]
+        arguments = [
+            "--out",
+            str(scratch),
+            "--batch-sizes",
+            str(BATCH_SIZE),
+            "--cases",
+            STAGES,
+            "--allow-noise",
+        ]
         told = [*QUICK, str(repeats), "data_residence=disk", "threads=1"]
         if benchmark.main(["train", "--data", str(data), *arguments, *told]):
             raise BadInput(f"the benchmark with a slowed {what} failed")
@@ -106,8 +135,15 @@ def judge_slowed(what: str, value, data: Path, scratch: Path, repeats: int) -> d
 
 
 def prove_slowed(what: str, data: str, scratch: Path, count: int) -> tuple[int, int, str]:
-    """The verdict of one run with a slowed part, once for each count: in the first epoch, and for what is in memory later."""
-    expected = {"loader": ("loader", "loader"), "model": ("model", "model"), "disk": ("disk", "model"), "": ("model", "model")}
+    """The verdict of one run with a slowed part, once for each count: in the first epoch, and for
+    what is in memory later.
+    """
+    expected = {
+        "loader": ("loader", "loader"),
+        "model": ("model", "model"),
+        "disk": ("disk", "model"),
+        "": ("model", "model"),
+    }
     held, verdict, is_disk = 0, {}, what == "disk"
     with own_disk(scratch / "disk") if is_disk else contextlib.nullcontext(scratch) as place:
         part = write_part(data, place / "part")
@@ -131,7 +167,9 @@ def prove_model(data: str, scratch: Path, count: int):
 
 
 def prove_disk(data: str, scratch: Path, count: int):
-    """Slowed disk: the kernel lets the repeats read 0.25 MB/s (cgroup). Cold, the disk is named, warm, the model."""
+    """Slowed disk: the kernel lets the repeats read 0.25 MB/s (cgroup). Cold, the disk is named,
+    warm, the model.
+    """
     return prove_slowed("disk", data, scratch, count)
 
 
@@ -141,12 +179,14 @@ def prove_nothing(data: str, scratch: Path, count: int):
 
 
 def prove_overhead(data: str, _scratch: Path, count: int) -> tuple[int, int, str]:
-    """The loop with the harness's clock against the bare one, in turn, over the fastest case (uint8 batches of 64, some 0.1 ms)
-    and the step of training: under 2% of a batch."""
+    """The loop with the harness's clock against the bare one, in turn, over the fastest case (uint8
+    batches of 64, some 0.1 ms) and the step of training: under 2% of a batch."""
     cfg, told, held = resolve_threads(load_config(overrides=[f"data_dir={data}"])), [], 0
     set_determinism(cfg.deterministic, cfg.threads)
     for kind, num in (("raw", NUM_BATCHES), ("train", 4)):
-        stream = cases.TIMED[kind](bench.Case("train", kind, kind, cfg, device="cpu"), torch.device("cpu"), {}, {})
+        stream = cases.TIMED[kind](
+            bench.Case("train", kind, kind, cfg, device="cpu"), torch.device("cpu"), {}, {}
+        )
         list(itertools.islice(stream, 10))
         shares = []
 
@@ -157,7 +197,8 @@ def prove_overhead(data: str, _scratch: Path, count: int) -> tuple[int, int, str
         def run_clocked(stream=stream, num=num):
             bench.take(stream, 0, num, lambda: None)
 
-        for turn in range(count):  # who goes first changes, or drift of the machine would count for one of them
+        # who goes first changes, or drift of the machine would count for one of them
+        for turn in range(count):
             seconds = {}
             for run in (run_bare, run_clocked)[:: 1 if turn % 2 else -1]:
                 started_at = time.perf_counter()
@@ -167,17 +208,39 @@ def prove_overhead(data: str, _scratch: Path, count: int) -> tuple[int, int, str
             shares.append(seconds[run_clocked] / bare_s - 1)
         low, high = bench.median_interval(shares)
         median = statistics.median(shares)
-        told.append(f"{kind}: {median:+.2%} of {bare_s / num * 1e3:.3g} ms a batch (95% {low:+.2%} to {high:+.2%})")
+        told.append(
+            f"{kind}: {median:+.2%} of {bare_s / num * 1e3:.3g} ms a batch (95% {low:+.2%} to"
+            f" {high:+.2%})"
+        )
         held += median < OVERHEAD
     return held, 2, "; ".join(told)
 
 
 def prove_agreement(data: str, scratch: Path, count: int) -> tuple[int, int, str]:
-    """Whole runs repeated: the interval of a row holds the median over all runs nine times of ten."""
+    """Whole runs repeated: the interval of a row holds the median over all runs nine times of
+    ten.
+    """
     runs = []
     for number in range(count):
-        arguments = ["--cases", "raw,ready,default,matrix_product", "--batch-sizes", "64", *QUICK, str(bench.REPEATS)]
-        code = benchmark.main(["all", "--data", data, "--out", str(scratch / str(number)), "--allow-noise", *arguments])
+        arguments = [
+            "--cases",
+            "raw,ready,default,matrix_product",
+            "--batch-sizes",
+            "64",
+            *QUICK,
+            str(bench.REPEATS),
+        ]
+        code = benchmark.main(
+            [
+                "all",
+                "--data",
+                data,
+                "--out",
+                str(scratch / str(number)),
+                "--allow-noise",
+                *arguments,
+            ]
+        )
         if code:
             raise BadInput(f"run {number} failed")
         runs.append(read_json(scratch / str(number) / "benchmark.json")["rows"])
@@ -187,38 +250,71 @@ def prove_agreement(data: str, scratch: Path, count: int) -> tuple[int, int, str
         median = statistics.median(rates)
         inside = [row["low"] <= median <= row["high"] for row in rows]
         widths += [row["high"] / row["low"] - 1 for row in rows]
-        held, total, noisy = held + sum(inside), total + len(inside), noisy + sum(row["status"] != "ok" for row in rows)
-        say(f"{rows[0]['what']} {rows[0]['case']} {rows[0]['model']}: {sum(inside)} of {len(inside)}")
-    remark = f"{total} intervals of {len(runs[0])} rows, half of them narrower than {statistics.median(widths):.1%}"
+        held, total, noisy = (
+            held + sum(inside),
+            total + len(inside),
+            noisy + sum(row["status"] != "ok" for row in rows),
+        )
+        say(
+            f"{rows[0]['what']} {rows[0]['case']} {rows[0]['model']}: {sum(inside)} of"
+            f" {len(inside)}"
+        )
+    remark = (
+        f"{total} intervals of {len(runs[0])} rows, half of them narrower than"
+        f" {statistics.median(widths):.1%}"
+    )
     return held, total, f"{remark}; {noisy} rows were marked noisy or unsteady"
 
 
 def prove_partitions(data: str, scratch: Path, count: int) -> tuple[int, int, str]:
-    """`make bench` as a job of a real Slurm whose nodes are all this machine, in both partitions: into assets/."""
-    slurm_cluster.CONFIG = slurm_cluster.CONFIG.replace(" Feature=rome,256g", "")  # what this machine is not
+    """`make bench` as a job of a real Slurm whose nodes are all this machine, in both partitions:
+    into assets/.
+    """
+    # what this machine is not
+    slurm_cluster.CONFIG = slurm_cluster.CONFIG.replace(" Feature=rome,256g", "")
     held, told, kept = 0, [], REPOSITORY / "data"
     with slurm_cluster.running_cluster(scratch) as environment:
         for partition, (folder, options) in PARTITIONS.items():
-            began, told_to = time.time(), {"PARTITION": partition, "DATA": data, "OUT": str(kept / folder)}
+            began, told_to = (
+                time.time(),
+                {"PARTITION": partition, "DATA": data, "OUT": str(kept / folder)},
+            )
             told_to |= {
                 "PYTHON": sys.executable,
                 "ARGS": f"{options} --seconds 0.3 --repeats {count}",
                 "CPUS": str(num_cores()),
             }
-            command = ["make", "-s", "bench", *(f"{name}={value}" for name, value in told_to.items())]
+            command = [
+                "make",
+                "-s",
+                "bench",
+                *(f"{name}={value}" for name, value in told_to.items()),
+            ]
             said = subprocess.run(
-                command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=True
+                command,
+                env=environment,
+                cwd=REPOSITORY,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             ).stdout
             job = json.loads(said.splitlines()[-1])["jobs"][-1]
-            ended = REPOSITORY / "jobs" / "logs" / f"{job}.exit"  # that of an older cluster's job of this number may lie there
-            slurm_cluster.wait_for(lambda: ended.is_file() and ended.stat().st_mtime > began, f"job {job}", MOST_S)  # noqa: B023
+            # that of an older cluster's job of this number may lie there
+            ended = REPOSITORY / "jobs" / "logs" / f"{job}.exit"
+
+            def is_over(ended=ended, began=began):
+                return ended.is_file() and ended.stat().st_mtime > began
+
+            slurm_cluster.wait_for(is_over, f"job {job}", MOST_S)
             if ended.read_text().strip() != "0":
                 told.append(f"{partition}: job {job} failed, {ended.with_suffix('.err')} says why")
                 continue
             rows = read_json(kept / folder / "benchmark.json")["rows"]
             held += all(row["partition"] == partition and row["job_id"] == job for row in rows)
             status = Counter(row["status"] for row in rows)
-            told.append(f"{partition}: {', '.join(f'{num} rows {name}' for name, num in status.items())}")
+            told.append(
+                f"{partition}: {', '.join(f'{num} rows {name}' for name, num in status.items())}"
+            )
     for folder, _ in PARTITIONS.values():  # now, so that all of it was measured at a clean commit
         if (kept / folder).is_dir():
             shutil.copytree(kept / folder, REPOSITORY / "assets" / folder, dirs_exist_ok=True)
@@ -238,11 +334,18 @@ PARTS = {  # what, how often, and the share that has to hold
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="prove_benchmark.py", description="Prove, at length, that the benchmark can be believed.")
-    parser.add_argument("part", nargs="?", default="all", help=f"{', '.join(PARTS)}, or all (default)")
+    parser = Parser(
+        prog="prove_benchmark.py",
+        description="Prove, at length, that the benchmark can be believed.",
+    )
+    parser.add_argument(
+        "part", nargs="?", default="all", help=f"{', '.join(PARTS)}, or all (default)"
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="the real patches, on a disk")
     parser.add_argument("--count", type=positive, help="how often (default: as the issue asks)")
-    parser.add_argument("--out", default=REPOSITORY / "assets" / "benchmark_proof", type=Path, metavar="OUT")
+    parser.add_argument(
+        "--out", default=REPOSITORY / "assets" / "benchmark_proof", type=Path, metavar="OUT"
+    )
     args = parser.parse_args(argv)
     if args.part not in (*PARTS, "all"):
         raise BadInput(f"{args.part} is no part: {', '.join(PARTS)}, all")
@@ -254,16 +357,27 @@ def main(argv=None) -> int:
         (REPOSITORY / "data").mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="proof-", dir=REPOSITORY / "data") as scratch:
             held, total, remark = prove(args.data, Path(scratch), count)
-        command = f"python tests/prove_benchmark.py {name} --data {args.data}" + (f" --count {count}" if args.count else "")
+        command = f"python tests/prove_benchmark.py {name} --data {args.data}" + (
+            f" --count {count}" if args.count else ""
+        )
         what = " ".join(prove.__doc__.split())
-        table[name] = {"what": what, "held": held, "total": total, "asked": asked, "remark": remark, "command": command} | made
+        table[name] = {
+            "what": what,
+            "held": held,
+            "total": total,
+            "asked": asked,
+            "remark": remark,
+            "command": command,
+        } | made
         write_json(path, table)
         say(f"{name}: {held} of {total} held; {remark}")
     rows = []
     for row in table.values():
         held, made = f"{row['held']} of {row['total']}", f"{row['date']}, {row['commit']}"
         rows.append((row["what"], held, row["remark"], f"`{row['command']}`", made))
-    write_markdown(args.out.with_suffix(".md"), ("what", "held", "remark", "command", "date, commit"), rows)
+    write_markdown(
+        args.out.with_suffix(".md"), ("what", "held", "remark", "command", "date, commit"), rows
+    )
     failed = [name for name, row in table.items() if row["held"] < row["asked"] * row["total"]]
     print_result({"failed": failed, "table": str(args.out.with_suffix(".md"))})
     return EXIT_FINDING if failed else EXIT_DONE

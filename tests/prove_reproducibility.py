@@ -1,6 +1,7 @@
 """The figures of reproducibility, at length: a table of what held how often, as JSON and Markdown.
 
-python tests/prove_reproducibility.py [PART] [--count N] [--data DIR] [--device D] [--out assets/reproducibility]
+python tests/prove_reproducibility.py [PART] [--count N] [--data DIR] [--device D] [--out
+assets/reproducibility]
 """
 
 import contextlib
@@ -22,7 +23,8 @@ from pathlib import Path
 from conftest import QUICK, REPOSITORY, write_pcam
 from proofs import made_now, write_markdown
 
-# imported before the forks, so that a training starts at once; nothing here computes: a fork may not inherit threads
+# imported before the forks, so that a training starts at once; nothing here computes: a fork may
+# not inherit threads
 import audit
 import train
 from lib import batches, predict, trace, training  # noqa: F401
@@ -78,14 +80,20 @@ class Process:
         self.process.join()
         text = self.log.read_text()
         assert self.process.exitcode in allowed, f"exit {self.process.exitcode}: {text[-2000:]}"
-        return json.loads(next(line for line in reversed(text.splitlines()) if line.startswith("{")))
+        return json.loads(
+            next(line for line in reversed(text.splitlines()) if line.startswith("{"))
+        )
 
 
 def start_ranks(num: int, argv) -> list[Process]:
     """Training as `num` ranks, with the variables that torchrun sets; the first is rank 0."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": str(num), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        common = {
+            "WORLD_SIZE": str(num),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     return [Process(argv, RANK=str(rank), LOCAL_RANK=str(rank), **common) for rank in range(num)]
 
 
@@ -114,18 +122,23 @@ def train_whole(common: tuple) -> tuple[dict, str, float]:
 
 
 def is_equal(run: Path, common: tuple) -> int:
-    """Whether the run's weights, scores, and every digest of every step are those of the undisturbed one."""
+    """Whether the run's weights, scores, and every digest of every step are those of the
+    undisturbed one.
+    """
     whole, whole_trace, _ = train_whole(common)
     summary = read_json(run / "summary.json")
     same = all(summary[key] == whole[key] for key in ("weights_sha256", "val_auc", "val_loss"))
     return int(same and (run / "trace.csv").read_text() == whole_trace)
 
 
-def kill_one(folder: Path, common: tuple, in_training: bool, in_checkpoint: bool) -> tuple[Path, bool]:
-    """Kill a training at a random instant of the process or, `in_training`, of its steps; `in_checkpoint` while it writes the
-    next checkpoint after that.
+def kill_one(
+    folder: Path, common: tuple, in_training: bool, in_checkpoint: bool
+) -> tuple[Path, bool]:
+    """Kill a training at a random instant of the process or, `in_training`, of its steps;
+    `in_checkpoint` while it writes the next checkpoint after that.
 
-    Returns the folder of its runs and whether a half-written checkpoint was left. A kill that missed is tried again.
+    Returns the folder of its runs and whether a half-written checkpoint was left. A kill that
+    missed is tried again.
     """
     whole, _, wall_s = train_whole(common)
     while True:
@@ -135,28 +148,49 @@ def kill_one(folder: Path, common: tuple, in_training: bool, in_checkpoint: bool
             wait_for(lambda runs=runs: any(runs.glob("*/last.pt")))
         time.sleep(random.uniform(0, whole["train_s"] + whole["eval_s"] if in_training else wall_s))
         if in_checkpoint:
-            wait_for(lambda runs=runs, process=process: any(runs.glob("*/.*.pt.*.tmp")) or not process.is_alive())
+            wait_for(
+                lambda runs=runs, process=process: (
+                    any(runs.glob("*/.*.pt.*.tmp")) or not process.is_alive()
+                )
+            )
         killed, torn = process.kill(), any(runs.glob("*/.*.pt.*.tmp"))
         if killed and (torn or not in_checkpoint):
             return runs, torn
 
 
 def prove_kills(common, count: int) -> tuple[list[dict], str]:
-    """SIGKILL at random instants, of four kills one anywhere in the process, two of three others in a checkpoint; resumed."""
+    """SIGKILL at random instants, of four kills one anywhere in the process, two of three others in
+    a checkpoint; resumed.
+    """
     rows = []
     for number in range(1, count + 1):
         runs, torn = kill_one(SCRATCH, common, number % 4 != 0, number % 4 in (1, 2))
         run = only_run(runs)
-        had_checkpoint = bool(run and ((run / "last.pt").exists() or (run / "previous.pt").exists()))
-        argv = ["--resume", run, *common] if run else ["--runs", runs, *common, *TINY]  # killed before there was a run
+        had_checkpoint = bool(
+            run and ((run / "last.pt").exists() or (run / "previous.pt").exists())
+        )
+        # killed before there was a run
+        argv = ["--resume", run, *common] if run else ["--runs", runs, *common, *TINY]
         Process([*argv, "--trace"]).result()
         run = run or only_run(runs)
         start_step = read_json(run / "meta.json")["start_step"]
-        row = {"kill": number, "half_written_checkpoint": int(torn), "had_checkpoint": int(had_checkpoint)}
+        row = {
+            "kill": number,
+            "half_written_checkpoint": int(torn),
+            "had_checkpoint": int(had_checkpoint),
+        }
         rows.append(row | {"resumed_from_step": start_step, "held": is_equal(run, common)})
         say(f"kill {number}/{count}: {rows[-1]}")
-    torn, resumed = (sum(row[key] for row in rows) for key in ("half_written_checkpoint", "had_checkpoint"))
-    return rows, f"{torn} left a half-written checkpoint, {resumed} went on from a checkpoint, the others from the start"
+    torn, resumed = (
+        sum(row[key] for row in rows) for key in ("half_written_checkpoint", "had_checkpoint")
+    )
+    return (
+        rows,
+        (
+            f"{torn} left a half-written checkpoint, {resumed} went on from a checkpoint, the"
+            " others from the start"
+        ),
+    )
 
 
 def prove_ranks(common, _count: int) -> tuple[list[dict], str]:
@@ -182,7 +216,9 @@ def prove_ranks(common, _count: int) -> tuple[list[dict], str]:
 
 
 def train_with_prefetch(prefetch: bool, argv) -> int:
-    batches.load_batches = predict.load_batches = functools.partial(batches.load_batches, prefetch=prefetch)
+    batches.load_batches = predict.load_batches = functools.partial(
+        batches.load_batches, prefetch=prefetch
+    )
     return train.main(argv)
 
 
@@ -191,7 +227,10 @@ def prove_prefetch(common, _count: int) -> tuple[list[dict], str]:
     rows = []
     for prefetch in (True, False):
         runs = SCRATCH / f"prefetch-{prefetch}"
-        Process(["--runs", runs, "--trace", *common, *TINY], functools.partial(train_with_prefetch, prefetch)).result()
+        Process(
+            ["--runs", runs, "--trace", *common, *TINY],
+            functools.partial(train_with_prefetch, prefetch),
+        ).result()
         rows.append({"prefetch": int(prefetch), "held": is_equal(only_run(runs), common)})
     return rows, "forced on and off"
 
@@ -200,12 +239,26 @@ def prove_twins(common, count: int) -> tuple[list[dict], str]:
     """Untouched twins, each a train.py of its own, compared with the first by audit.py."""
     runs, rows = [], []
     for number in range(count + 1):
-        command = [sys.executable, REPOSITORY / "train.py", "--runs", SCRATCH / "twins", "--trace", *common, *TINY]
+        command = [
+            sys.executable,
+            REPOSITORY / "train.py",
+            "--runs",
+            SCRATCH / "twins",
+            "--trace",
+            *common,
+            *TINY,
+        ]
         runs.append(train_script(command)["run"])
         if number:
             argv = ["twin", runs[0], runs[-1], "--out", SCRATCH / "twin"]
             found = Process(argv, audit.main).result((EXIT_DONE, EXIT_FINDING))
-            rows.append({"twin": number, "num_steps": found["num_steps"], "held": int(found["verdict"] == "identical")})
+            rows.append(
+                {
+                    "twin": number,
+                    "num_steps": found["num_steps"],
+                    "held": int(found["verdict"] == "identical"),
+                }
+            )
             say(f"twin {number}/{count}: {found['verdict']}")
     return rows, f"{rows[0]['num_steps']} steps of {len(trace.QUANTITIES)} quantities each"
 
@@ -218,9 +271,15 @@ def audit_here(argv) -> int:
 
 def prove_faults(common, count: int) -> tuple[list[dict], str]:
     """Faults at random steps in every layer in turn: step, quantity and module have to be named."""
-    overrides = [item for item in TINY if not item.startswith("checkpoint")] + ["checkpoint_every_steps=3"]
+    overrides = [item for item in TINY if not item.startswith("checkpoint")] + [
+        "checkpoint_every_steps=3"
+    ]
     whole = Process(["--runs", SCRATCH / "faults", "--trace", *common, *overrides]).result()
-    layers = [name for name, module in build_model(load_config(overrides=overrides)).named_modules() if module._parameters]
+    layers = [
+        name
+        for name, module in build_model(load_config(overrides=overrides)).named_modules()
+        if module._parameters
+    ]
     rows, next_layer = [], itertools.cycle(layers)
     kinds = itertools.cycle(("output", "gradient", "output", "sample", "gradient", "draw"))
     for number, kind in zip(range(1, count + 1), kinds, strict=False):
@@ -229,9 +288,15 @@ def prove_faults(common, count: int) -> tuple[list[dict], str]:
         argv = ["twin", whole["run"], "--inject", planted, "--out", SCRATCH / "fault"]
         found = Process(argv, audit_here).result((EXIT_DONE, EXIT_FINDING))
         row = {"planted": planted, **{key: found.get(key) for key in ("step", "quantity")}}
-        row |= {key: found.get("replay", {}).get(key, "") for key in ("phase", "module", "what", "max_ulp", "num_unequal")}
-        # one ULP of a logit may change neither loss nor gradient: then the twins are identical, and have to be called so
-        row["rounded_away"] = int(kind == "output" and found["verdict"] == "identical" and found["weights"] == "equal")
+        row |= {
+            key: found.get("replay", {}).get(key, "")
+            for key in ("phase", "module", "what", "max_ulp", "num_unequal")
+        }
+        # one ULP of a logit may change neither loss nor gradient: then the twins are identical, and
+        # have to be called so
+        row["rounded_away"] = int(
+            kind == "output" and found["verdict"] == "identical" and found["weights"] == "equal"
+        )
         rows.append(row | {"held": int(found["named"] or row["rounded_away"])})
         say(f"fault {number}/{count}: {planted}: {'named' if found['named'] else found}")
     away = sum(row["rounded_away"] for row in rows)
@@ -240,14 +305,19 @@ def prove_faults(common, count: int) -> tuple[list[dict], str]:
 
 def train_script(command) -> dict:
     """The result of a train.py started as a user would."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     assert done.returncode == EXIT_DONE, f"exit {done.returncode}: {done.stdout}"
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def time_steps(case: str, count: int, argv) -> int:
-    """Print images/s of the default recipe's steps without and with something, in turn and in one process, so that a noisy
-    machine hits both alike: [[without, with], ...]."""
+    """Print images/s of the default recipe's steps without and with something, in turn and in one
+    process, so that a noisy machine hits both alike: [[without, with], ...]."""
     device, data_dir = choose_device(argv[1]), argv[2]
     without, with_case = {
         "trace": ((), ()),
@@ -257,11 +327,18 @@ def time_steps(case: str, count: int, argv) -> int:
     }[case]
     sides, rates = [], []
     for changes in (without, with_case):
-        cfg = resolve_threads(load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes]))
+        cfg = resolve_threads(
+            load_config(overrides=[data_dir, f"limit_train={64 * STEPS_TIMED}", *changes])
+        )
         (split, rows), _ = batches.open_train_valid(cfg)
         keys = batches.epoch_order(rows, len(split), 0, cfg).split(cfg.batch_size)
-        state, source = training.build_state(cfg, device), batches.PatchSource(split.images, cfg.data_residence, device)
-        traced = trace.Trace(Path(tempfile.mkdtemp(dir=SCRATCH)), state, int(case == "trace" and len(sides)), ALONE)
+        state, source = (
+            training.build_state(cfg, device),
+            batches.PatchSource(split.images, cfg.data_residence, device),
+        )
+        traced = trace.Trace(
+            Path(tempfile.mkdtemp(dir=SCRATCH)), state, int(case == "trace" and len(sides)), ALONE
+        )
         sides.append((cfg, state, source, split.labels, keys, traced))
     for _ in range(count + 1):
         pair = []
@@ -284,12 +361,19 @@ def compare_speed(case: str, common, count: int) -> tuple[list[dict], str]:
     """What a thing costs the default recipe's step."""
     rates = Process(common, functools.partial(time_steps, case, count)).result()["rates"]
     rows = [
-        {"images_per_s_without": off, "images_per_s_with": on, "percent": round(100 * (1 - on / off), 2)} for off, on in rates
+        {
+            "images_per_s_without": off,
+            "images_per_s_with": on,
+            "percent": round(100 * (1 - on / off), 2),
+        }
+        for off, on in rates
     ]
     percent = statistics.median(row["percent"] for row in rows)
     off, on = (statistics.median(pair[side] for pair in rates) for side in (0, 1))
     held = int(percent < LIMIT_PERCENT)
-    return [row | {"held": held} for row in rows], f"{percent:.1f}% of throughput ({off:,.0f} to {on:,.0f} images/s, medians)"
+    return [
+        row | {"held": held} for row in rows
+    ], f"{percent:.1f}% of throughput ({off:,.0f} to {on:,.0f} images/s, medians)"
 
 
 PARTS = {  # name: (proof, default count)
@@ -306,7 +390,9 @@ PARTS = {  # name: (proof, default count)
 
 
 def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) -> dict:
-    """Put a part's result into OUT.json, where those of earlier parts stay, and all of them into OUT.md."""
+    """Put a part's result into OUT.json, where those of earlier parts stay, and all of them into
+    OUT.md.
+    """
     path = args.out.with_suffix(".json")
     results = read_json(path) if path.exists() else {}
     machine = describe_machine(choose_device(args.device))
@@ -315,8 +401,10 @@ def write_table(args, name: str, rows: list[dict], remark: str, seconds: float) 
         "held": held,
         "count": len(rows),
         "remark": remark,
-        "command": f"python tests/prove_reproducibility.py {name} --count {len(rows)}"
-        + (f" --data {args.data}" * bool(args.data)),
+        "command": (
+            f"python tests/prove_reproducibility.py {name} --count {len(rows)}"
+            + (f" --data {args.data}" * bool(args.data))
+        ),
         "data": args.data or "synthetic",
         **made_now(),
         "machine": machine,
@@ -336,8 +424,12 @@ def write_results(path: Path, results: dict) -> None:
     for key, found in results.items():
         text = f"{found['held']} of {found['count']}"
         if key.endswith("_price"):
-            text = ("under" if found["held"] == found["count"] else "NOT under") + f" {LIMIT_PERCENT}%, {found['count']} pairs"
-        device = found["machine"].get("gpu", f"{found['machine']['num_cores']} cores of {found['machine']['cpu']}")
+            text = (
+                "under" if found["held"] == found["count"] else "NOT under"
+            ) + f" {LIMIT_PERCENT}%, {found['count']} pairs"
+        device = found["machine"].get(
+            "gpu", f"{found['machine']['num_cores']} cores of {found['machine']['cpu']}"
+        )
         made = f"{found['data']}, {device}, {found['date']}, {found['commit']}"
         rows.append((key.replace("_", " "), text, found["remark"], f"`{found['command']}`", made))
     write_markdown(path, ("proof", "held", "remark", "command", "data, device, date, commit"), rows)
@@ -345,15 +437,35 @@ def write_results(path: Path, results: dict) -> None:
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="prove_reproducibility.py", description="Prove, at length, that a run is reproducible to the bit.")
-    parser.add_argument("part", nargs="?", default="all", help=f"{', '.join(PARTS)}, or all (default)")
-    parser.add_argument("--count", type=int, help="kills, faults, twins, or pairs of timings (default: as the issue asks)")
-    parser.add_argument("--data", default="", metavar="DIR", help="PCam folder (default: a small synthetic one)")
+    parser = Parser(
+        prog="prove_reproducibility.py",
+        description="Prove, at length, that a run is reproducible to the bit.",
+    )
+    parser.add_argument(
+        "part", nargs="?", default="all", help=f"{', '.join(PARTS)}, or all (default)"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        help="kills, faults, twins, or pairs of timings (default: as the issue asks)",
+    )
+    parser.add_argument(
+        "--data", default="", metavar="DIR", help="PCam folder (default: a small synthetic one)"
+    )
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--out", default="assets/reproducibility", type=Path, metavar="OUT", help="OUT.json and OUT.md")
+    parser.add_argument(
+        "--out",
+        default="assets/reproducibility",
+        type=Path,
+        metavar="OUT",
+        help="OUT.json and OUT.md",
+    )
     args = parser.parse_args(argv)
     if args.part not in (*PARTS, "all") or (args.count is not None and args.count < 1):
-        raise BadInput(f"{args.part} --count {args.count}: the part is one of {', '.join(PARTS)}, all; the count 1 or more")
+        raise BadInput(
+            f"{args.part} --count {args.count}: the part is one of {', '.join(PARTS)}, all; the"
+            " count 1 or more"
+        )
 
     set_determinism(True, 1)  # imports half of torch: once, before the forks
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,8 @@
-"""A search on real patches through a real Slurm, its tasks killed once on the way, against the full grid of its trials.
+"""A search on real patches through a real Slurm, its tasks killed once on the way, against the full
+grid of its trials.
 
-python tests/prove_search.py --data data/sample [--out assets/search] [key=value ...]     needs slurm-wlm and munge
+python tests/prove_search.py --data data/sample [--out assets/search] [key=value ...]     needs
+slurm-wlm and munge
 """
 
 import json
@@ -22,16 +24,27 @@ from lib.command import EXIT_DONE, EXIT_FINDING, Parser, print_result, say, scri
 from lib.logger import read_json, write_json
 
 NAME, SPACE = "proof", "assets/space.yaml"
-# put over config.yaml: a network and patches small enough for the whole grid to be trained beside the search
-SMALL = ["model=cnn", "limit_train=4000", "limit_valid=2000", "crop_epochs=18", "warmup_epochs=1", "threads=1"]
+# put over config.yaml: a network and patches small enough for the whole grid to be trained beside
+# the search
+SMALL = [
+    "model=cnn",
+    "limit_train=4000",
+    "limit_valid=2000",
+    "crop_epochs=18",
+    "warmup_epochs=1",
+    "threads=1",
+]
 CPUS = 8  # of the 16 that the cluster claims to have: two tasks at a time
-LOSS, COST = 0.005, 0.30  # asked for: at most so much AUC below the grid's best, at most this share of its epochs
+# asked for: at most so much AUC below the grid's best, at most this share of its epochs
+LOSS, COST = 0.005, 0.30
 HOURS = 4 * 3600
 
 
 def make(environment, *words) -> dict:
     """`make TARGET NAME=value ...` on the cluster, to its result."""
-    result = subprocess.run(["make", "-s", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        ["make", "-s", *words], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     if result.returncode:
         raise SystemExit(result.stderr)
     return json.loads(result.stdout.splitlines()[-1])
@@ -40,18 +53,34 @@ def make(environment, *words) -> dict:
 def search_through_slurm(environment, overrides) -> None:
     """Carry the search out, and leave beside its files how that went."""
     started_at = time.monotonic()
-    words = [f"PYTHON={sys.executable}", f"SPACE={SPACE}", f"SEARCH={NAME}", f"CPUS={CPUS}", f"ARGS={' '.join(overrides)}"]
+    words = [
+        f"PYTHON={sys.executable}",
+        f"SPACE={SPACE}",
+        f"SEARCH={NAME}",
+        f"CPUS={CPUS}",
+        f"ARGS={' '.join(overrides)}",
+    ]
     jobs = make(environment, "sweep", *words)["jobs"]
     sweep = open_sweep()
     rows = sweep.rows(0)
-    wait_for(lambda: sum(search.outcome(sweep, row)["state"] != "todo" for row in rows) >= len(rows) // 2, "half a rung", HOURS)
+    wait_for(
+        lambda: (
+            sum(search.outcome(sweep, row)["state"] != "todo" for row in rows) >= len(rows) // 2
+        ),
+        "half a rung",
+        HOURS,
+    )
     victim = run(["squeue", "-h", "-r", "-t", "RUNNING", "-o", "%A"], environment).split()[0]
     killed = {"job": victim, "utc": made_now()["date"], "num_processes": kill_job(victim)}
     write_json(sweep.folder / "killed.json", killed)
     say(f"job {victim} killed, all of its {killed['num_processes']} processes")
     ending = REPOSITORY / f"jobs/logs/{jobs[-1]}.exit"
     wait_for(ending.is_file, "the champion", HOURS)
-    told = {"jobs": len(jobs), "exit": ending.read_text().strip(), "wall_s": round(time.monotonic() - started_at)}
+    told = {
+        "jobs": len(jobs),
+        "exit": ending.read_text().strip(),
+        "wall_s": round(time.monotonic() - started_at),
+    }
     write_json(sweep.folder / "slurm.json", told)
 
 
@@ -62,7 +91,11 @@ def open_sweep() -> search.Sweep:
 def finish_grid(sweep: search.Sweep, arguments) -> None:
     """Every trial to its last epoch: a run that halving left goes on as if it had never paused."""
     last = sweep.plan["rungs"][-1]
-    rows = [search.Row(trial, seed, last, False) for trial in sweep.plan["trials"] for seed in sweep.plan["seeds"]]
+    rows = [
+        search.Row(trial, seed, last, False)
+        for trial in sweep.plan["trials"]
+        for seed in sweep.plan["seeds"]
+    ]
     search.run_rows(sweep, rows, 2, arguments)
 
 
@@ -76,7 +109,9 @@ def compare(sweep: search.Sweep) -> dict:
             of_grid[trial] = sum(each["score"] for each in found) / len(found)
     halving = search.mean_scores(sweep, sweep.num_rungs - 1)
     epochs = [0, *sweep.plan["rungs"]]
-    cost = sum(len(sweep.rows(rung)) * (epochs[rung + 1] - epochs[rung]) for rung in range(sweep.num_rungs))
+    cost = sum(
+        len(sweep.rows(rung)) * (epochs[rung + 1] - epochs[rung]) for rung in range(sweep.num_rungs)
+    )
     full = last * len(sweep.plan["trials"]) * len(seeds)
     best, chosen = max(of_grid, key=of_grid.get), next(iter(halving))
     return {
@@ -94,18 +129,36 @@ def compare(sweep: search.Sweep) -> dict:
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="prove_search.py", description="A search through Slurm, killed once, against the full grid.")
+    parser = Parser(
+        prog="prove_search.py",
+        description="A search through Slurm, killed once, against the full grid.",
+    )
     parser.add_argument("--data", required=True, metavar="DIR", help="the real patches")
     parser.add_argument(
-        "--out", default=REPOSITORY / "assets" / "search", type=Path, metavar="OUT", help="OUT.json, .md, .html"
+        "--out",
+        default=REPOSITORY / "assets" / "search",
+        type=Path,
+        metavar="OUT",
+        help="OUT.json, .md, .html",
     )
-    parser.add_argument("overrides", nargs="*", default=SMALL, metavar="key=value", help=f"default: {' '.join(SMALL)}")
-    parser.add_argument("--again", action="store_true", help="the search is over: compare what it left")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=SMALL,
+        metavar="key=value",
+        help=f"default: {' '.join(SMALL)}",
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="the search is over: compare what it left"
+    )
     args = parser.parse_args(argv)
     overrides, made = [f"data_dir={args.data}", *args.overrides], made_now()
     if not args.again:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the cluster is ended then, too
-        with tempfile.TemporaryDirectory(prefix="slurm-") as folder, running_cluster(Path(folder)) as environment:
+        with (
+            tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+            running_cluster(Path(folder)) as environment,
+        ):
             search_through_slurm(environment | {"OMP_NUM_THREADS": "1"}, overrides)
     sweep = open_sweep()
     told, killed = (read_json(sweep.folder / name) for name in ("slurm.json", "killed.json"))
@@ -115,7 +168,14 @@ def main(argv=None) -> int:
     finish_grid(sweep, [])
     found, champion = compare(sweep), read_json(sweep.folder / "champion.json")
     base = next(each for each in champion["finalists"] if each["trial"] == search.BASE)
-    result = made | {"overrides": overrides, "space": SPACE, "slurm": told, "killed": killed, **found, "champion": champion}
+    result = made | {
+        "overrides": overrides,
+        "space": SPACE,
+        "slurm": told,
+        "killed": killed,
+        **found,
+        "champion": champion,
+    }
     write_json(args.out.with_suffix(".json"), result)
 
     def spread(each):
@@ -125,11 +185,22 @@ def main(argv=None) -> int:
         ("trials, rungs", f"{len(sweep.plan['trials'])}, {sweep.plan['rungs']} epochs", "-"),
         (
             "through Slurm, to a champion",
-            f"{told['jobs']} jobs, {told['wall_s']} s; of one task all {killed['num_processes']} processes killed on the way",
+            (
+                f"{told['jobs']} jobs, {told['wall_s']} s; of one task all"
+                f" {killed['num_processes']} processes killed on the way"
+            ),
             "yes" if told["exit"] == "0" else "NO",
         ),
-        ("halving's best, AUC below the grid's best", f"{found['loss']:.4f}", "yes" if found["loss"] <= LOSS else "NO"),
-        ("epochs, as a share of the grid's", f"{found['epochs']} of {found['grid_epochs']}, {found['cost']:.0%}", "yes"),
+        (
+            "halving's best, AUC below the grid's best",
+            f"{found['loss']:.4f}",
+            "yes" if found["loss"] <= LOSS else "NO",
+        ),
+        (
+            "epochs, as a share of the grid's",
+            f"{found['epochs']} of {found['grid_epochs']}, {found['cost']:.0%}",
+            "yes",
+        ),
         (
             "champion, mean AUC over fresh seeds (95%), against the config as it is",
             f"{champion['champion']} {spread(champion)}, {spread(base)}; {champion['note']}",
@@ -139,7 +210,9 @@ def main(argv=None) -> int:
     table = [(*row, f"{made['date']}, {made['commit']}") for row in rows]
     write_markdown(args.out.with_suffix(".md"), ("what", "measured", "held", "date, commit"), table)
     held = found["loss"] <= LOSS and found["cost"] <= COST and told["exit"] == "0"
-    print_result({"held": held, "loss": found["loss"], "cost": found["cost"], "champion": champion["note"]})
+    print_result(
+        {"held": held, "loss": found["loss"], "cost": found["cost"], "champion": champion["note"]}
+    )
     return EXIT_DONE if held else EXIT_FINDING
 
 

@@ -1,6 +1,8 @@
-"""A repeat of a benchmark in which something is slow, in place of `benchmark.py case`: loader, model, or the disk for real.
+"""A repeat of a benchmark in which something is slow, in place of `benchmark.py case`: loader,
+model, or the disk for real.
 
-python tests/slowed_case.py loader|model SECONDS | disk GROUP < task     GROUP: a control group with a limit on reading
+python tests/slowed_case.py loader|model SECONDS | disk GROUP < task     GROUP: a control group with
+a limit on reading
 """
 
 import json
@@ -33,5 +35,8 @@ if __name__ == "__main__":
     if what == "disk":
         (Path(value) / "cgroup.procs").write_text(str(os.getpid()))
     else:
-        slow_down(*{"loader": (PatchSource, "gather"), "model": (CentreNet, "forward")}[what], float(value))
+        slow_down(
+            *{"loader": (PatchSource, "gather"), "model": (CentreNet, "forward")}[what],
+            float(value),
+        )
     print_result(cases.time_case(json.load(sys.stdin)))

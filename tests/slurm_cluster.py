@@ -1,4 +1,6 @@
-"""A real Slurm on this machine: munged, slurmctld and two slurmd in a folder of their own, as long as a block lasts."""
+"""A real Slurm on this machine: munged, slurmctld and two slurmd in a folder of their own, as long
+as a block lasts.
+"""
 
 import contextlib
 import getpass
@@ -14,14 +16,18 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-missing = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
+missing = [
+    name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+]
 # REQUIRE_SLURM is what CI sets: there a missing program is a failure
 needs_slurm = pytest.mark.skipif(
-    bool(missing) and not os.environ.get("REQUIRE_SLURM"), reason=f"needs slurm-wlm and munge ({', '.join(missing)} not found)"
+    bool(missing) and not os.environ.get("REQUIRE_SLURM"),
+    reason=f"needs slurm-wlm and munge ({', '.join(missing)} not found)",
 )
 
-# cred_expire is how long a requeued job waits before it starts again; config_overrides lets the nodes have more cores than
-# the machine; `urgent` preempts what runs on the GPU node, whose GPU is the null device
+# cred_expire is how long a requeued job waits before it starts again; config_overrides lets the
+# nodes have more cores than the machine; `urgent` preempts what runs on the GPU node, whose GPU is
+# the null device
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -72,7 +78,9 @@ def free_ports(num: int) -> list[int]:
 
 @contextlib.contextmanager
 def running_cluster(folder: Path):
-    """Yield the environment in which Slurm's commands talk to a cluster in `folder`; whatever happens, all of it is ended."""
+    """Yield the environment in which Slurm's commands talk to a cluster in `folder`; whatever
+    happens, all of it is ended.
+    """
     folder.chmod(0o755)  # munged trusts no socket that others could replace
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
@@ -83,9 +91,13 @@ def running_cluster(folder: Path):
     (folder / "gres.conf").write_text("NodeName=gpu Name=gpu Count=1 File=/dev/null\n")
     outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")  # a job or `make test` around the tests
     environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
-    environment |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    environment |= {
+        "SLURM_CONF": str(folder / "slurm.conf"),
+        "PATH": f"{os.environ['PATH']}:/usr/sbin",
+    }
     munge = [
-        f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
+        f"--{name}={folder}/munge.{name.split('-')[0]}"
+        for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
     ]
     commands = [
         ["munged", "--foreground", "--force", *munge],
@@ -100,7 +112,11 @@ def running_cluster(folder: Path):
                 daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
                 if command[0] == "munged":
                     wait_for(lambda: (folder / "munge.socket").exists(), "munged to answer")
-            wait_for(lambda: run(["sinfo", "-h", "-o", "%T"], environment).split() == ["idle"], "all nodes to be idle", 60)
+            wait_for(
+                lambda: run(["sinfo", "-h", "-o", "%T"], environment).split() == ["idle"],
+                "all nodes to be idle",
+                60,
+            )
             yield environment
         finally:
             for command in (["scancel", "--user", getpass.getuser()], ["scontrol", "shutdown"]):
@@ -114,7 +130,9 @@ def running_cluster(folder: Path):
 
 
 def kill_job(number: str) -> int:
-    """SIGKILL to every process of a running job, its script first, as if the node had died; how many there were."""
+    """SIGKILL to every process of a running job, its script first, as if the node had died; how
+    many there were.
+    """
     killed = 0
     for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda path: int(path.name)):
         with contextlib.suppress(OSError):
@@ -125,7 +143,9 @@ def kill_job(number: str) -> int:
 
 
 def run(command, environment) -> str:
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60
+    ).stdout
 
 
 def wait_for(condition, what: str, seconds: float = 120):

@@ -1,4 +1,6 @@
-"""The audit of data: each kind of damage is found, nothing else is, and damaged files become findings, not crashes."""
+"""The audit of data: each kind of damage is found, nothing else is, and damaged files become
+findings, not crashes.
+"""
 
 import json
 
@@ -82,7 +84,9 @@ def test_each_kind_of_damage_has_its_reason_and_leaves_the_others_alone(tmp_path
     write_float(tmp_path / "data", patches, known)
     write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
     _, _, quarantine = audit(tmp_path / "data", tmp_path / "out", ("values",))
-    assert [(row["split"], row["index"], row["reason"]) for row in quarantine] == [("train", "7", reason)]
+    assert [(row["split"], row["index"], row["reason"]) for row in quarantine] == [
+        ("train", "7", reason)
+    ]
 
 
 def test_the_account_of_the_size_adds_up(tmp_path):
@@ -94,7 +98,9 @@ def test_the_account_of_the_size_adds_up(tmp_path):
         factors = {row["factor"]: row["here"] for row in found["rows"]}
         raw = factors["rows"] * factors["values a patch"] * factors["bytes a value"]
         size = split_path(tmp_path / "data", found["split"], "x").stat().st_size
-        assert size == pytest.approx(raw / factors["compression"] + factors["overhead, bytes"], rel=1e-3)
+        assert size == pytest.approx(
+            raw / factors["compression"] + factors["overhead, bytes"], rel=1e-3
+        )
         assert "repacked" in found["measured"] and factors["bytes a value"] == 4
     assert len(of_check(findings, "size")) == 2
 
@@ -105,7 +111,11 @@ def test_copies_in_a_packed_file_are_found_as_in_a_plain_one(tmp_path):
     write_float(tmp_path / "data", patches, known, chunks=(16, 96, 96, 3), compression="gzip")
     write_float(tmp_path / "data", *draw_patches(32, 9), split="valid")
     _, findings, quarantine = audit(tmp_path / "data", tmp_path / "out", ("duplicates", "leakage"))
-    assert {(row["index"], row["reason"]) for row in quarantine} == {("40", "duplicate"), ("40", "label"), ("3", "label")}
+    assert {(row["index"], row["reason"]) for row in quarantine} == {
+        ("40", "duplicate"),
+        ("40", "label"),
+        ("3", "label"),
+    }
     assert of_check(findings, "label conflicts")
 
 
@@ -126,7 +136,9 @@ def test_a_leak_is_named_on_both_sides(tmp_path):
         ("valid", "1"),
         ("valid", "2"),
     }
-    assert {row["reason"] for row in quarantine} == {"leak"} and of_check(findings, "leak: equal patches")
+    assert {row["reason"] for row in quarantine} == {"leak"} and of_check(
+        findings, "leak: equal patches"
+    )
 
 
 def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
@@ -134,26 +146,47 @@ def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
     places = [(y, x) for y in range(0, 1000, 110) for x in range(0, 1000, 110)]
     cut = {
         "train": places[:50],
-        "valid": [(y + 20, x + 8) for y, x in places[:10]] + [(y, x + 2) for y, x in places[10:20]] + places[60:80],
+        "valid": [(y + 20, x + 8) for y, x in places[:10]]
+        + [(y, x + 2) for y, x in places[10:20]]
+        + places[60:80],
     }
     for name, wanted in cut.items():
         with SplitWriter(tmp_path, name, len(wanted)) as writer:
-            writer.add(np.stack([image[y : y + 96, x : x + 96] for y, x in wanted]), np.arange(len(wanted)) % 2)
+            writer.add(
+                np.stack([image[y : y + 96, x : x + 96] for y, x in wanted]),
+                np.arange(len(wanted)) % 2,
+            )
     _, findings, _ = audit(tmp_path, tmp_path / "out", ("leakage",))
     for check, first in (("leak: overlapping crops", 0), ("leak: near copies", 10)):
         (found,) = of_check(findings, check)
         sides = {(row["index"], row["of"]) for row in found["rows"] if row["split"] == "train"}
-        assert len(sides) >= 8 and sides <= {(row, f"valid {row}") for row in range(first, first + 10)}
+        assert len(sides) >= 8 and sides <= {
+            (row, f"valid {row}") for row in range(first, first + 10)
+        }
 
 
 def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
     _, findings, quarantine = audit(slides_dir, tmp_path / "out", ("duplicates", "leakage"))
-    shared = {int(row["index"]) for row in read_csv(slides_dir / "truth.csv") if row["kind"] == "shared_slides"}
-    listed = {int(row["index"]) for row in quarantine if (row["split"], row["reason"]) == ("valid", "leak")}
+    shared = {
+        int(row["index"])
+        for row in read_csv(slides_dir / "truth.csv")
+        if row["kind"] == "shared_slides"
+    }
+    listed = {
+        int(row["index"])
+        for row in quarantine
+        if (row["split"], row["reason"]) == ("valid", "leak")
+    }
     assert of_check(findings, "shared slides") and of_check(findings, "overlapping coordinates")
     assert listed and listed <= shared and len(listed) > 0.9 * len(shared)
-    duplicates = {row["index"] for row in quarantine if (row["split"], row["reason"]) == ("train", "duplicate")}
-    kinds = {row["index"]: row for row in read_csv(slides_dir / "truth.csv") if row["split"] == "train"}
+    duplicates = {
+        row["index"]
+        for row in quarantine
+        if (row["split"], row["reason"]) == ("train", "duplicate")
+    }
+    kinds = {
+        row["index"]: row for row in read_csv(slides_dir / "truth.csv") if row["split"] == "train"
+    }
     planted = [row for row in kinds.values() if row["kind"] in ("exact", "symmetric")]
     assert all({row["index"], row["detail"].split()[1]} & duplicates for row in planted)
 
@@ -175,7 +208,9 @@ def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(tmp_
         with SplitWriter(tmp_path, "train", len(images)) as writer:
             writer.add(images, known)
         surveys, _ = survey_folder(tmp_path, tmp_path)
-        found = [row for row in check_triggers(surveys[0], np.arange(1400)) if row["severity"] == "error"]
+        found = [
+            row for row in check_triggers(surveys[0], np.arange(1400)) if row["severity"] == "error"
+        ]
         if not stamped:
             assert not found, folder
             continue
@@ -210,7 +245,11 @@ def test_labels_are_reviewed_out_of_fold(pcam_dir, tmp_path):
 
 def audit_labels(folder, out) -> dict:
     data.audit_data(folder, out, ("labels",), [*QUICK, "num_folds=2", "crop_epochs=1"], "cpu")
-    return next(found for found in json.loads((out / "findings.json").read_text()) if found["check"] == "labels to review")
+    return next(
+        found
+        for found in json.loads((out / "findings.json").read_text())
+        if found["check"] == "labels to review"
+    )
 
 
 def test_drift_is_found_where_it_is_and_only_there(tmp_path):
@@ -230,7 +269,10 @@ def test_the_balance_after_sampling_is_not_the_balance_of_the_data(tmp_path):
     with SplitWriter(tmp_path, "train", len(keep)) as writer:
         writer.add(patches[keep], known[keep])
     surveys, _ = survey_folder(tmp_path, tmp_path)
-    counts = {found["check"]: [row["count"] for row in found["rows"]] for found in check_balance(surveys, load_config())}
+    counts = {
+        found["check"]: [row["count"] for row in found["rows"]]
+        for found in check_balance(surveys, load_config())
+    }
     assert counts["balance"] == [60, 12] and counts["balance after sampling"] == [36, 36]
 
 
@@ -241,8 +283,20 @@ def test_damaged_files_are_findings(tmp_path):
     cut = split_path(folder, "valid", "x")
     cut.write_bytes(cut.read_bytes()[:-1000])
     split_path(folder, "train", "meta").write_text("coord_y,coord_x,wsi\n1,2,a\n")
-    result = run_script("audit.py", "data", folder, "--out", tmp_path / "out", "--checks", ",".join(QUICK_CHECKS), check=1)
-    findings = {found["check"]: found["measured"] for found in json.loads((tmp_path / "out/findings.json").read_text())}
+    result = run_script(
+        "audit.py",
+        "data",
+        folder,
+        "--out",
+        tmp_path / "out",
+        "--checks",
+        ",".join(QUICK_CHECKS),
+        check=1,
+    )
+    findings = {
+        found["check"]: found["measured"]
+        for found in json.loads((tmp_path / "out/findings.json").read_text())
+    }
     assert "cut off" in findings["unreadable split"]
     assert "neither 0 nor 1, the first 7 at row 3" in findings["labels"]
     assert "1 rows for 160 patches" in findings["meta"]
@@ -260,7 +314,9 @@ def test_a_row_that_cannot_be_decoded_is_named_with_its_byte(tmp_path):
         file.write(b"\xff" * 400)
     surveys, findings = survey_folder(tmp_path / "data", tmp_path)
     lost = next(found for found in findings if found["check"] == "unreadable rows")
-    assert [row["index"] for row in lost["rows"]] == list(range(16, 24)) and f"at byte {offset:,}" in lost["measured"]
+    assert [row["index"] for row in lost["rows"]] == list(
+        range(16, 24)
+    ) and f"at byte {offset:,}" in lost["measured"]
     assert len(surveys[0]) == 64 and len(surveys[0].intact) == 56
 
 
@@ -281,9 +337,15 @@ def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
     audit(tmp_path, tmp_path / "out", ("values", "duplicates", "leakage"), plant=True)
     power = {row["planted"]: row for row in read_csv(tmp_path / "out/power.csv")}
     for kind in set(plant.PLANTS) - {"trigger", "exchanged label", "recompressed"}:
-        assert float(power[kind]["recall"]) == 1 and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0", power[kind]
+        assert (
+            float(power[kind]["recall"]) == 1
+            and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0"
+        ), power[kind]
     assert "exchanged label" not in power, "which was not asked for"
-    assert "Planted on a copy of these data (leaked): 6 of 6 found" in (tmp_path / "out/audit.html").read_text()
+    assert (
+        "Planted on a copy of these data (leaked): 6 of 6 found"
+        in (tmp_path / "out/audit.html").read_text()
+    )
 
 
 def test_a_check_without_power_on_these_data_says_so(tmp_path):
@@ -291,13 +353,28 @@ def test_a_check_without_power_on_these_data_says_so(tmp_path):
         with SplitWriter(tmp_path, split, num) as writer:
             writer.add(*draw_patches(num, num))
     _, findings, _ = audit(tmp_path, tmp_path / "out", ("triggers",), plant=True)
-    assert [found["check"] for found in findings if found["check"].startswith("power")] == ["power: trigger"]
+    assert [found["check"] for found in findings if found["check"].startswith("power")] == [
+        "power: trigger"
+    ]
 
 
 def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
     truth = write_damaged_edition(pcam_dir, tmp_path / "data", 96)
-    run_script("audit.py", "data", tmp_path / "data", "--out", tmp_path / "out", "--checks", "values", check=1)
-    settings = (f"data_dir={tmp_path / 'data'}", f"quarantine={tmp_path / 'out/quarantine.csv'}", *QUICK)
+    run_script(
+        "audit.py",
+        "data",
+        tmp_path / "data",
+        "--out",
+        tmp_path / "out",
+        "--checks",
+        "values",
+        check=1,
+    )
+    settings = (
+        f"data_dir={tmp_path / 'data'}",
+        f"quarantine={tmp_path / 'out/quarantine.csv'}",
+        *QUICK,
+    )
     result = run_script("train.py", "--runs", tmp_path / "runs", *settings, check=0)
     with open(f"{result.json['run']}/meta.json") as file:
         rows = json.load(file)["rows"]["train"]
@@ -308,10 +385,29 @@ def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
 def test_the_command_line_names_what_is_wrong(pcam_dir, tmp_path):
     result = run_script("audit.py", "data", pcam_dir, "--checks", "valuse", check=2)
     assert "did you mean 'values'" in result.stderr
-    assert "is no PCam folder" in run_script("audit.py", "data", tmp_path, "--out", tmp_path / "out", check=2).stderr
-    clean = run_script("audit.py", "data", pcam_dir, "--out", tmp_path / "my out", "--checks", "files, values,balance", check=0)
+    assert (
+        "is no PCam folder"
+        in run_script("audit.py", "data", tmp_path, "--out", tmp_path / "out", check=2).stderr
+    )
+    clean = run_script(
+        "audit.py",
+        "data",
+        pcam_dir,
+        "--out",
+        tmp_path / "my out",
+        "--checks",
+        "files, values,balance",
+        check=0,
+    )
     assert clean.json["num_suspects"] == 0 and FLAT_STD
-    for name in ("findings.json", "quarantine.csv", "audit.html", "balance.csv", "files.csv", "size.csv"):
+    for name in (
+        "findings.json",
+        "quarantine.csv",
+        "audit.html",
+        "balance.csv",
+        "files.csv",
+        "size.csv",
+    ):
         assert (tmp_path / "my out" / name).is_file()
     assert not list((tmp_path / "my out").glob(".work*"))
 
@@ -355,8 +451,12 @@ def test_every_copy_across_splits_is_named_not_the_first_alone(tmp_path):
 
 def test_the_chance_of_a_share_is_the_binomial_one():
     assert binomial_chance(13, 13, 0.5) == binomial_chance(0, 13, 0.5) == pytest.approx(2 / 2**13)
-    assert binomial_chance(3, 4, 0.5) == pytest.approx(10 / 16) and binomial_chance(2, 4, 0.5) == pytest.approx(1)
-    assert binomial_chance(0, 3, 0.1) == pytest.approx(1.0) and binomial_chance(3, 3, 0.1) == pytest.approx(1e-3)
+    assert binomial_chance(3, 4, 0.5) == pytest.approx(10 / 16) and binomial_chance(
+        2, 4, 0.5
+    ) == pytest.approx(1)
+    assert binomial_chance(0, 3, 0.1) == pytest.approx(1.0) and binomial_chance(
+        3, 3, 0.1
+    ) == pytest.approx(1e-3)
     assert binomial_chance(0, 5, 0.0) == 1 and binomial_chance(1, 5, 0.0) == 0
 
 
@@ -372,16 +472,30 @@ def test_an_earlier_audit_and_what_a_killed_one_left_are_cleared_away(pcam_dir, 
 
 
 def test_wrong_use_is_refused_before_the_work_begins(pcam_dir, tmp_path):
-    assert "epochs" in run_script("audit.py", "data", pcam_dir, "--out", tmp_path / "a", "epochs=x", check=2).stderr
-    assert "no such folder" in run_script("audit.py", "data", tmp_path / "none", "--out", tmp_path / "a", check=2).stderr
+    assert (
+        "epochs"
+        in run_script(
+            "audit.py", "data", pcam_dir, "--out", tmp_path / "a", "epochs=x", check=2
+        ).stderr
+    )
+    assert (
+        "no such folder"
+        in run_script(
+            "audit.py", "data", tmp_path / "none", "--out", tmp_path / "a", check=2
+        ).stderr
+    )
     own = write_pcam(tmp_path / "own")
-    assert "may not be the data" in run_script("audit.py", "data", own, "--out", own, check=2).stderr
+    assert (
+        "may not be the data" in run_script("audit.py", "data", own, "--out", own, check=2).stderr
+    )
 
 
 def test_coordinates_that_are_none_cost_the_checks_by_slide_and_no_more(tmp_path):
     folder = write_pcam(tmp_path / "data")
     for split, num in (("train", 160), ("valid", 64)):
         rows = "".join(f"{row},nan,5,0,0,slide\n" for row in range(num))
-        split_path(folder, split, "meta").write_text(",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi\n" + rows)
+        split_path(folder, split, "meta").write_text(
+            ",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi\n" + rows
+        )
     result, findings, _ = audit(folder, tmp_path / "out", ("leakage", "drift", "files"))
     assert len(of_check(findings, "meta")) == 2 and not result["not_run"]

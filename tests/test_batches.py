@@ -1,4 +1,6 @@
-"""Batches: the same whoever loads them and from wherever, in an order that is a function of (seed, epoch)."""
+"""Batches: the same whoever loads them and from wherever, in an order that is a function of (seed,
+epoch).
+"""
 
 import dataclasses
 import threading
@@ -33,7 +35,12 @@ TEN = np.arange(10) % 2
 
 def split_of(labels, slides=None, patches=None, name="train") -> Split:
     labels = np.asarray(labels, np.uint8)
-    return Split(name, Images("x.h5", len(labels), patches, ""), labels, None if slides is None else np.array(slides))
+    return Split(
+        name,
+        Images("x.h5", len(labels), patches, ""),
+        labels,
+        None if slides is None else np.array(slides),
+    )
 
 
 def rows_of(labels) -> Rows:
@@ -57,8 +64,12 @@ def quarantine(tmp_path):
 
 @pytest.mark.parametrize("residence", ["disk", "host", "device", "auto"])
 @pytest.mark.parametrize("prefetch", [True, False])
-@pytest.mark.parametrize("options", [{}, {"chunks": (8, 96, 96, 3), "compression": "gzip"}, {"dtype": np.float32}])
-def test_every_residence_and_layout_with_or_without_prefetch_gives_what_was_asked_for(tmp_path, residence, prefetch, options):
+@pytest.mark.parametrize(
+    "options", [{}, {"chunks": (8, 96, 96, 3), "compression": "gzip"}, {"dtype": np.float32}]
+)
+def test_every_residence_and_layout_with_or_without_prefetch_gives_what_was_asked_for(
+    tmp_path, residence, prefetch, options
+):
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file.create_dataset("x", data=PATCHES, **options)
     source = PatchSource(open_images(tmp_path / "x.h5"), residence, CPU)
@@ -68,14 +79,18 @@ def test_every_residence_and_layout_with_or_without_prefetch_gives_what_was_aske
     for batch, keys in zip(load_batches(source, LABELS, todo, prefetch), todo, strict=True):
         rows = (keys % 60).numpy()
         assert torch.equal(batch.keys, keys) and np.array_equal(batch.images.numpy(), PATCHES[rows])
-        assert batch.labels.dtype == torch.float32 and np.array_equal(batch.labels.numpy(), LABELS[rows])
+        assert batch.labels.dtype == torch.float32 and np.array_equal(
+            batch.labels.numpy(), LABELS[rows]
+        )
         assert batch.num_rows == 60 and batch.wait_s >= 0
     assert list(load_batches(source, LABELS, [], prefetch)) == []
 
 
 def test_a_slow_reader_s_batch_is_never_overwritten(pcam_dir):
     split = open_split(pcam_dir, "train")
-    for batch in load_batches(PatchSource(split.images, "disk", CPU), split.labels, torch.arange(160).split(8)):
+    for batch in load_batches(
+        PatchSource(split.images, "disk", CPU), split.labels, torch.arange(160).split(8)
+    ):
         before = batch.images.clone()
         time.sleep(0.005)  # by now the thread has filled every buffer that it may
         assert torch.equal(batch.images, before)
@@ -127,34 +142,68 @@ def test_leaving_early_leaves_no_thread_and_reads_no_further_than_the_buffers(nu
 def test_an_epoch_is_a_permutation_that_differs_between_epochs_and_seeds(balance):
     labels = np.arange(1000) >= 500
     positions = [("seed=1", 0), ("seed=1", 1), ("seed=2", 0)]
-    orders = [epoch_order(rows_of(labels), 1000, epoch, configure(seed, f"balance={balance}")) for seed, epoch in positions]
+    orders = [
+        epoch_order(rows_of(labels), 1000, epoch, configure(seed, f"balance={balance}"))
+        for seed, epoch in positions
+    ]
     assert all(torch.equal(order.sort().values, torch.arange(1000)) for order in orders)
     assert all((orders[i] == orders[i - 1]).sum() < 10 for i in range(3))
-    assert torch.equal(orders[1], epoch_order(rows_of(labels), 1000, 1, configure(f"balance={balance}", "batch_size=8")))
-    assert np.abs(labels[orders[0]].reshape(10, 100).sum(1) - 50).max() < 25, "a file sorted by class comes up mixed"
+    assert torch.equal(
+        orders[1],
+        epoch_order(rows_of(labels), 1000, 1, configure(f"balance={balance}", "batch_size=8")),
+    )
+    assert np.abs(labels[orders[0]].reshape(10, 100).sum(1) - 50).max() < 25, (
+        "a file sorted by class comes up mixed"
+    )
     some = Rows(np.array([3, 50, 7, 900]), np.array([0, 1, 0, 1], np.uint8), {})
-    assert sorted(epoch_order(some, 1000, 0, configure(f"balance={balance}")).tolist()) == [3, 7, 50, 900]
+    assert sorted(epoch_order(some, 1000, 0, configure(f"balance={balance}")).tolist()) == [
+        3,
+        7,
+        50,
+        900,
+    ]
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["few positive", "few negative"])
 def test_the_sampler_balances_5_to_1_and_gives_every_repeat_a_key_of_its_own(flip):
     labels = (np.arange(1201) % 6 == 0) ^ flip
-    order, other = (epoch_order(rows_of(labels), 1201, epoch, configure("balance=sampler")).numpy() for epoch in (0, 1))
-    assert np.bincount(labels[order % 1201]).tolist() == [600, 600] and len(np.unique(order)) == 1200
+    order, other = (
+        epoch_order(rows_of(labels), 1201, epoch, configure("balance=sampler")).numpy()
+        for epoch in (0, 1)
+    )
+    assert (
+        np.bincount(labels[order % 1201]).tolist() == [600, 600] and len(np.unique(order)) == 1200
+    )
     times = np.bincount(order % 1201, minlength=1201)
-    assert set(times[labels != flip]) <= {2, 3} and set(times[labels == flip]) <= {0, 1}, "copies differ by one at most"
+    assert set(times[labels != flip]) <= {2, 3} and set(times[labels == flip]) <= {0, 1}, (
+        "copies differ by one at most"
+    )
     assert set(order % 1201) != set(other % 1201), "the larger class takes turns"
-    assert rows_of(labels).describe()["num_positive"] == labels.sum(), "the balance reported is that of the data"
+    assert rows_of(labels).describe()["num_positive"] == labels.sum(), (
+        "the balance reported is that of the data"
+    )
 
 
 def test_quarantined_rows_are_left_out_of_training_and_counted_by_reason(quarantine):
     listed = quarantine(
-        "train,3,nan,1", "train,3,black,1", "train,5,black,1", "valid,6,nan,1", "train,7,label,0.9", "train,0,nan,2"
+        "train,3,nan,1",
+        "train,3,black,1",
+        "train,5,black,1",
+        "valid,6,nan,1",
+        "train,7,label,0.9",
+        "train,0,nan,2",
     )
     rows = select_rows(split_of(TEN), configure(listed))
     assert rows.index.tolist() == [1, 2, 4, 6, 7, 8, 9]
-    assert rows.describe() == {"num": 7, "num_negative": 4, "num_positive": 3, "left_out": {"nan": 2, "black": 1}}
-    assert select_rows(split_of(TEN), configure(listed, "quarantine_reasons=label")).left_out == {"label": 1}
+    assert rows.describe() == {
+        "num": 7,
+        "num_negative": 4,
+        "num_positive": 3,
+        "left_out": {"nan": 2, "black": 1},
+    }
+    assert select_rows(split_of(TEN), configure(listed, "quarantine_reasons=label")).left_out == {
+        "label": 1
+    }
     held_out = select_rows(split_of(TEN, name="valid"), configure(listed), held_out=True)
     assert len(held_out) == 10 and held_out.left_out == {}, "validation stays comparable"
 
@@ -162,7 +211,9 @@ def test_quarantined_rows_are_left_out_of_training_and_counted_by_reason(quarant
 def test_what_is_counted_as_left_out_is_what_was_left_out_with_folds_too(quarantine):
     split = split_of(np.arange(40) % 2, [f"slide {row // 4}" for row in range(40)])
     plain = select_rows(split, configure("num_folds=4"))
-    rows = select_rows(split, configure("num_folds=4", quarantine(*(f"train,{row},nan,1" for row in range(20)))))
+    rows = select_rows(
+        split, configure("num_folds=4", quarantine(*(f"train,{row},nan,1" for row in range(20))))
+    )
     assert len(plain) - len(rows) == sum(rows.left_out.values())
 
 
@@ -172,7 +223,8 @@ def test_what_is_counted_as_left_out_is_what_was_left_out_with_folds_too(quarant
         (["train,10,nan,1"], "split,index,reason,score", "row 10 of split train, which has 10"),
         (["valid,1,nan,1", "train,-1,nan,1"], "split,index,reason,score", "line 3"),
         (["train,1,nan"], "split,row,reason", "lacks the column index"),
-        (["train,1,nan", "train,2,nan,1"], "split,index,reason,score", "row 2"),  # a row without its score is not passed over
+        # a row without its score is not passed over
+        (["train,1,nan", "train,2,nan,1"], "split,index,reason,score", "row 2"),
     ],
 )
 def test_a_quarantine_that_does_not_fit_is_refused(quarantine, lines, header, words):
@@ -181,7 +233,8 @@ def test_a_quarantine_that_does_not_fit_is_refused(quarantine, lines, header, wo
 
 
 def test_a_quarantine_edited_by_hand_loses_no_row(quarantine, tmp_path):
-    listed = quarantine("train,3,nan,1", "train,4,nan,1", end="")  # editors leave the last newline out
+    # editors leave the last newline out
+    listed = quarantine("train,3,nan,1", "train,4,nan,1", end="")
     with pytest.raises(BadInput, match="no such file"):
         select_rows(split_of(TEN), configure(f"quarantine={tmp_path / 'none.csv'}"))
     assert select_rows(split_of(TEN), configure(listed)).left_out == {"nan": 2}
@@ -195,10 +248,14 @@ def test_folds_are_disjoint_exhaustive_of_near_equal_size_and_keep_slides_togeth
     for fold in range(num_folds):
         cfg = configure(f"num_folds={num_folds}", f"fold={fold}")
         train, valid = select_rows(split, cfg).index, select_rows(split, cfg, held_out=True).index
-        assert sorted([*train, *valid]) == list(range(len(split))) and not set(slides[train]) & set(slides[valid])
+        assert sorted([*train, *valid]) == list(range(len(split))) and not set(slides[train]) & set(
+            slides[valid]
+        )
         held.append(valid)
     assert sorted(np.concatenate(held)) == list(range(len(split)))
-    assert max(abs(len(fold) - len(split) / num_folds) for fold in held) <= 60, "by one slide at most"
+    assert max(abs(len(fold) - len(split) / num_folds) for fold in held) <= 60, (
+        "by one slide at most"
+    )
 
 
 def test_without_slides_copies_of_a_patch_stay_in_one_fold():
@@ -222,10 +279,19 @@ def test_groups_are_looked_for_once_for_the_same_patches(tmp_path, monkeypatch):
 
 def test_a_limit_is_nested_independent_of_the_seed_and_fair_to_a_sorted_file():
     train = split_of(np.arange(2000) >= 1000)
-    rows = {limit: select_rows(train, configure(f"limit_train={limit}")).index for limit in (100, 400, 2000, 5000)}
+    rows = {
+        limit: select_rows(train, configure(f"limit_train={limit}")).index
+        for limit in (100, 400, 2000, 5000)
+    }
     assert [len(index) for index in rows.values()] == [100, 400, 2000, 2000]
-    assert set(rows[100]) < set(rows[400]) and np.all(np.diff(rows[400]) > 0) and 150 < (rows[400] >= 1000).sum() < 250
-    assert np.array_equal(rows[400], select_rows(train, configure("limit_train=400", "seed=9")).index)
+    assert (
+        set(rows[100]) < set(rows[400])
+        and np.all(np.diff(rows[400]) > 0)
+        and 150 < (rows[400] >= 1000).sum() < 250
+    )
+    assert np.array_equal(
+        rows[400], select_rows(train, configure("limit_train=400", "seed=9")).index
+    )
     valid = dataclasses.replace(train, name="valid")
     for limit, expected in (("limit_train=100", 2000), ("limit_valid=70", 70)):
         assert len(select_rows(valid, configure(limit), held_out=True)) == expected
@@ -245,16 +311,27 @@ def test_validation_is_the_valid_split_or_a_fold_of_train_and_never_what_was_tra
     folder = write_pcam(tmp_path, 24, 10)
     (train, train_rows), (valid, valid_rows) = open_train_valid(configure(f"data_dir={folder}"))
     assert (train.name, len(train_rows), valid.name, len(valid_rows)) == ("train", 24, "valid", 10)
-    write_meta(split_path(folder, "train", "meta"), [(0, 0, 1, 1, f"slide {row // 4}") for row in range(24)])
-    (train, train_rows), (valid, valid_rows) = open_train_valid(configure(f"data_dir={folder}", "num_folds=3", "fold=1"))
+    write_meta(
+        split_path(folder, "train", "meta"),
+        [(0, 0, 1, 1, f"slide {row // 4}") for row in range(24)],
+    )
+    (train, train_rows), (valid, valid_rows) = open_train_valid(
+        configure(f"data_dir={folder}", "num_folds=3", "fold=1")
+    )
     assert train is valid and sorted([*train_rows.index, *valid_rows.index]) == list(range(24))
 
 
 def test_auto_reads_from_the_disk_what_is_more_than_half_of_the_free_memory(monkeypatch):
     huge, small = (Images("x.h5", num, None, "") for num in (100_000, 100))  # 2.8 GB and 2.8 MB
-    assert [batches.choose_residence(images, "auto", CPU) for images in (huge, small)] == ["disk", "host"]
+    assert [batches.choose_residence(images, "auto", CPU) for images in (huge, small)] == [
+        "disk",
+        "host",
+    ]
     monkeypatch.setattr(batches, "memory_limit_bytes", lambda: 2 * small.num_bytes)
-    assert batches.choose_residence(small, "auto", CPU) == "disk" and batches.choose_residence(huge, "host", CPU) == "host"
+    assert (
+        batches.choose_residence(small, "auto", CPU) == "disk"
+        and batches.choose_residence(huge, "host", CPU) == "host"
+    )
 
 
 def test_loading_a_mapped_split_takes_no_memory_of_the_split_s_size(tmp_path):
@@ -264,11 +341,15 @@ def test_loading_a_mapped_split_takes_no_memory_of_the_split_s_size(tmp_path):
 
     def anonymous_bytes():
         with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+            return next(
+                int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")
+            )
 
     before = peak = anonymous_bytes()
     source, total = PatchSource(open_images(tmp_path / "x.h5"), "disk", CPU), 0
-    for number, batch in enumerate(load_batches(source, np.zeros(num), torch.randperm(num).split(256))):
+    for number, batch in enumerate(
+        load_batches(source, np.zeros(num), torch.randperm(num).split(256))
+    ):
         total += int(batch.images[:, 0, 0, 0].sum())
         peak = max(peak, anonymous_bytes()) if number % 20 == 0 else peak
     assert total == 1 and peak - before < 100e6

@@ -22,31 +22,48 @@ def test_the_champion_is_small_and_its_files_belong_together():
     assert (CHAMPION / "best.pt").stat().st_size < 5_000_000 and summary["status"] == "finished"
     assert cfg == read_run_config(CHAMPION) and cfg.views == 8
     best = read_csv(CHAMPION / "epochs.csv")[summary["best_epoch"] - 1]
-    assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], "of one view, and of eight"
+    assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], (
+        "of one view, and of eight"
+    )
 
 
 def test_a_checkpoint_before_schema_3_predicts_to_the_bit_as_the_plain_last_layer_did():
     model, cfg, checkpoint = load_model(CHAMPION)
-    assert torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2 and cfg.precision == "bf16"
+    assert (
+        torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2
+        and cfg.precision == "bf16"
+    )
     images = torch.from_numpy(draw_patches(16, 5)[0])
     ready = ready_to_predict(model, cfg.precision)
-    found = [predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"]) for views in (1, 8)]
+    found = [
+        predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"])
+        for views in (1, 8)
+    ]
     plain = torch.nn.Linear(model.head[1].in_features, 1).requires_grad_(False)
     plain.load_state_dict(model.head[1].state_dict())
     ready.head[1] = plain
-    expected = [predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"]) for views in (1, 8)]
-    assert all(map(torch.equal, found, expected)) and torch.equal(found[0], found[0].bfloat16().float())
+    expected = [
+        predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"])
+        for views in (1, 8)
+    ]
+    assert all(map(torch.equal, found, expected)) and torch.equal(
+        found[0], found[0].bfloat16().float()
+    )
 
 
 @real_sample
 def test_the_champion_ranks_real_patches(tmp_path):
     with tarfile.open(REAL_SAMPLE / "valid.tar") as tar:
-        members = sorted((member for member in tar if member.isfile()), key=lambda member: member.name)
+        members = sorted(
+            (member for member in tar if member.isfile()), key=lambda member: member.name
+        )
         for _, group in itertools.groupby(members, key=lambda member: member.name.split("/")[1]):
             for member in list(group)[::10]:
                 (tmp_path / member.name).parent.mkdir(parents=True, exist_ok=True)
                 (tmp_path / member.name).write_bytes(tar.extractfile(member).read())
-    run_script("inference.py", "--ckpt", CHAMPION, tmp_path / "valid", "--out", tmp_path / "p.csv", check=0)
+    run_script(
+        "inference.py", "--ckpt", CHAMPION, tmp_path / "valid", "--out", tmp_path / "p.csv", check=0
+    )
     rows = read_csv(tmp_path / "p.csv")
     labels = [int(row["source"].split("/")[-2]) for row in rows]
     assert len(rows) == 300 and sum(labels) == 150

@@ -1,4 +1,6 @@
-"""A checkpoint comes back as it was saved or is refused in one sentence: cut, altered, foreign, newer or with code in it."""
+"""A checkpoint comes back as it was saved or is refused in one sentence: cut, altered, foreign,
+newer or with code in it.
+"""
 
 import hashlib
 import os
@@ -10,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib.checkpoint import FIELDS, KIND, SCHEMA, load_checkpoint, load_model, save_checkpoint, state_sha256, weights_sha256
+from lib.checkpoint import (
+    FIELDS,
+    KIND,
+    SCHEMA,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    state_sha256,
+    weights_sha256,
+)
 from lib.command import BadInput
 
 
@@ -27,7 +38,9 @@ def fields(best):
 
 @pytest.fixture
 def refused(tmp_path):
-    """A function that asserts that bytes, or a path, are refused in one short sentence, and gives it."""
+    """A function that asserts that bytes, or a path, are refused in one short sentence, and gives
+    it.
+    """
 
     def check(data, load=load_checkpoint) -> str:
         path = data
@@ -37,7 +50,9 @@ def refused(tmp_path):
         with pytest.raises(BadInput) as caught:
             load(path)
         sentence = str(caught.value)
-        assert str(path) in sentence and "\n" not in sentence and len(sentence) < 400 + len(str(path))
+        assert (
+            str(path) in sentence and "\n" not in sentence and len(sentence) < 400 + len(str(path))
+        )
         return sentence
 
     return check
@@ -47,20 +62,29 @@ def test_everything_comes_back_as_it_was_saved(fields, tmp_path):
     save_checkpoint(tmp_path / "again.pt", fields)
     again = load_checkpoint(tmp_path / "again.pt")
     assert again.pop("weights_sha256") == weights_sha256(fields["averaged"])
-    assert again.keys() == FIELDS.keys() and state_sha256(again) == state_sha256({name: fields[name] for name in FIELDS})
+    assert again.keys() == FIELDS.keys() and state_sha256(again) == state_sha256(
+        {name: fields[name] for name in FIELDS}
+    )
 
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt"])
 def test_torch_opens_it_with_weights_only(quick_run, name):
     checkpoint = torch.load(quick_run / name, weights_only=True)
-    assert checkpoint["kind"] == KIND and checkpoint["schema"] == SCHEMA and FIELDS.keys() <= checkpoint.keys()
+    assert (
+        checkpoint["kind"] == KIND
+        and checkpoint["schema"] == SCHEMA
+        and FIELDS.keys() <= checkpoint.keys()
+    )
 
 
 def test_weights_sha256_is_the_documented_digest_of_the_raw_weights(quick_run):
     state = torch.load(quick_run / "last.pt", weights_only=True)["model"]
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+            + tensor.contiguous().numpy().tobytes()
+        )
     assert weights_sha256(state) == digest.hexdigest()
 
 
@@ -81,13 +105,24 @@ def test_weights_sha256_sees_name_dtype_shape_and_bytes_but_not_order_or_memory_
 def test_a_cut_file_is_refused_wherever_it_was_cut(best, refused):
     data = best.read_bytes()
     assert "empty" in refused(b"")
-    for length in (1, 2, 100, 4096, len(data) // 2, len(data) - 1000, len(data) - 22, len(data) - 1):
+    for length in (
+        1,
+        2,
+        100,
+        4096,
+        len(data) // 2,
+        len(data) - 1000,
+        len(data) - 22,
+        len(data) - 1,
+    ):
         refused(data[:length])
 
 
 def test_a_flipped_bit_is_refused_or_changes_nothing(best, fields, tmp_path):
     data, good = best.read_bytes(), state_sha256(fields)
-    statistics = next(tensor for name, tensor in fields["model"].items() if name.endswith("running_mean"))
+    statistics = next(
+        tensor for name, tensor in fields["model"].items() if name.endswith("running_mean")
+    )
     inside = data.index(statistics.numpy().tobytes())  # certainly in a tensor
     random.seed(0)
     places = [inside, *random.sample(range(len(data)), 29)]
@@ -111,7 +146,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, refused, fields):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "code-was-run"),)
 
-    for number, value in enumerate((Code(), {**fields, "kind": KIND, "schema": SCHEMA, "metrics": {"a": Code()}})):
+    for number, value in enumerate(
+        (Code(), {**fields, "kind": KIND, "schema": SCHEMA, "metrics": {"a": Code()}})
+    ):
         torch.save(value, tmp_path / f"{number}.pt")
         assert "code" in refused(tmp_path / f"{number}.pt")
     assert not (tmp_path / "code-was-run").exists()
@@ -129,26 +166,42 @@ def test_a_foreign_file_is_refused(value, tmp_path, refused):
 
 @pytest.mark.parametrize("schema", [SCHEMA + 1, 0, "1", None])
 def test_another_schema_is_refused_with_the_ones_that_are_read(schema, fields, tmp_path, refused):
-    torch.save({"kind": KIND, "schema": schema, "sha256": state_sha256(fields), **fields}, tmp_path / "newer.pt")
+    torch.save(
+        {"kind": KIND, "schema": schema, "sha256": state_sha256(fields), **fields},
+        tmp_path / "newer.pt",
+    )
     assert f"schema {schema}, this program reads 1 to {SCHEMA}" in refused(tmp_path / "newer.pt")
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_a_missing_or_wrong_field_is_named(name, fields, tmp_path, refused):
     wrong = {**fields, name: "text"}
-    torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(wrong), **wrong}, tmp_path / "wrong.pt")
+    torch.save(
+        {"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(wrong), **wrong},
+        tmp_path / "wrong.pt",
+    )
     assert f"its {name} is of a wrong type" in refused(tmp_path / "wrong.pt")
     if type(None) not in (FIELDS[name] if isinstance(FIELDS[name], tuple) else ()):
         del fields[name]
-        torch.save({"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(fields), **fields}, tmp_path / "lacking.pt")
+        torch.save(
+            {"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(fields), **fields},
+            tmp_path / "lacking.pt",
+        )
         assert f"its {name} is missing" in refused(tmp_path / "lacking.pt")
 
 
-def test_weights_of_another_model_are_refused_with_the_first_tensor_that_differs(fields, tmp_path, refused):
+def test_weights_of_another_model_are_refused_with_the_first_tensor_that_differs(
+    fields, tmp_path, refused
+):
     shape = r"\S+ has shape \([\d, ]+\) instead of \("
-    for changes, what in (({"p4m_width": 4}, shape), ({"model": "mlp"}, r"\S+ is (missing|unknown)")):
+    for changes, what in (
+        ({"p4m_width": 4}, shape),
+        ({"model": "mlp"}, r"\S+ is (missing|unknown)"),
+    ):
         save_checkpoint(tmp_path / "other.pt", {**fields, "config": fields["config"] | changes})
-        assert re.search(f"another model: the tensor {what}", refused(tmp_path / "other.pt", load_model))
+        assert re.search(
+            f"another model: the tensor {what}", refused(tmp_path / "other.pt", load_model)
+        )
 
 
 def test_an_unknown_or_lacking_key_of_its_config_is_refused(fields, tmp_path, refused):
@@ -160,7 +213,9 @@ def test_an_unknown_or_lacking_key_of_its_config_is_refused(fields, tmp_path, re
     assert "missing lr" in refused(tmp_path / "less.pt", load_model)
 
 
-@pytest.mark.parametrize("changes", [{"p4m_width": 100_000}, {"model": "mlp", "mlp_hidden": [10**6, 10**6]}])
+@pytest.mark.parametrize(
+    "changes", [{"p4m_width": 100_000}, {"model": "mlp", "mlp_hidden": [10**6, 10**6]}]
+)
 def test_a_strangers_huge_model_takes_no_memory(changes, fields, tmp_path, refused):
     save_checkpoint(tmp_path / "huge.pt", {**fields, "config": fields["config"] | changes})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -175,13 +230,16 @@ def test_a_model_beyond_all_bounds_is_refused(fields, tmp_path, refused):
 
 
 def test_a_strangers_tensor_that_is_larger_than_its_file_is_refused(fields, tmp_path, refused):
-    fields["model"] = {"0.weight": torch.zeros(1).expand(10**7, 10**7)}  # four bytes in the file, 400 TB when copied
+    # four bytes in the file, 400 TB when copied
+    fields["model"] = {"0.weight": torch.zeros(1).expand(10**7, 10**7)}
     torch.save({"kind": KIND, "schema": SCHEMA, "sha256": "0", **fields}, tmp_path / "bomb.pt")
     refused(tmp_path / "bomb.pt")
 
 
 @pytest.mark.parametrize("preprocessing", [{}, {"mean": [0.5], "std": "x"}])
-def test_a_preprocessing_that_cannot_be_applied_is_refused(preprocessing, fields, tmp_path, refused):
+def test_a_preprocessing_that_cannot_be_applied_is_refused(
+    preprocessing, fields, tmp_path, refused
+):
     save_checkpoint(tmp_path / "odd.pt", {**fields, "preprocessing": preprocessing})
     refused(tmp_path / "odd.pt", load_model)
 
@@ -189,8 +247,14 @@ def test_a_preprocessing_that_cannot_be_applied_is_refused(preprocessing, fields
 def test_the_model_comes_back_with_the_averaged_weights_ready_to_predict(quick_run, fields):
     model, cfg, checkpoint = load_model(quick_run)
     assert cfg.as_dict() == fields["config"] and not model.training
-    assert weights_sha256(model.state_dict()) == weights_sha256(fields["averaged"]) != weights_sha256(fields["model"])
-    assert checkpoint["optimizer"] is None and not any(parameter.requires_grad for parameter in model.parameters())
+    assert (
+        weights_sha256(model.state_dict())
+        == weights_sha256(fields["averaged"])
+        != weights_sha256(fields["model"])
+    )
+    assert checkpoint["optimizer"] is None and not any(
+        parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_an_existing_checkpoint_survives_a_save_that_fails(fields, tmp_path):

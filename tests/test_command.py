@@ -1,4 +1,6 @@
-"""The promises to the shell: exit codes, one sentence, one JSON object, and bugs that are not dressed up as bad input."""
+"""The promises to the shell: exit codes, one sentence, one JSON object, and bugs that are not
+dressed up as bad input.
+"""
 
 import errno
 import json
@@ -19,10 +21,18 @@ SMALLER = "smaller batches (batch_size, eval_batch_size) or data_residence=disk 
     "error, code, sentence",
     [
         (BadInput("x has 3 rows"), 2, "error: x has 3 rows"),
-        (OSError(errno.ENOSPC, "No space left on device", "/full/x.h5"), 2, "error: no space left on device: /full/x.h5"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/full/x.h5"),
+            2,
+            "error: no space left on device: /full/x.h5",
+        ),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (MemoryError("3 GB"), 2, f"error: not enough memory (3 GB); {SMALLER}"),
-        (RuntimeError("CUDA out of memory. Tried"), 2, f"error: not enough memory (CUDA out of memory. Tried); {SMALLER}"),
+        (
+            RuntimeError("CUDA out of memory. Tried"),
+            2,
+            f"error: not enough memory (CUDA out of memory. Tried); {SMALLER}",
+        ),
         (
             ModuleNotFoundError(name="PIL"),
             2,
@@ -30,7 +40,9 @@ SMALLER = "smaller batches (batch_size, eval_batch_size) or data_residence=disk 
         ),
     ],
 )
-def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(error, code, sentence, capsys):
+def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(
+    error, code, sentence, capsys
+):
     @script
     def main(_argv=None):
         raise error
@@ -66,20 +78,47 @@ def test_help_is_0_wrong_use_is_2_and_other_codes_pass_through(capsys):
     assert (main([]), main(["--help"])) == (1, 0)
     capsys.readouterr()
     assert main(["--nonsense"]) == 2
-    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense (see x.py --help)\n"
+    assert (
+        capsys.readouterr().err == "error: unrecognized arguments: --nonsense (see x.py --help)\n"
+    )
 
 
 def test_the_result_is_strict_json_whatever_is_not_finite(capsys):
-    print_result({"auc": math.nan, "rows": [math.inf, 1.5, (2, -math.inf)], 3: {"deep": math.nan}, "name": "nan"})
-    parsed = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert parsed == {"auc": None, "rows": [None, 1.5, [2, None]], "3": {"deep": None}, "name": "nan"}
+    print_result(
+        {
+            "auc": math.nan,
+            "rows": [math.inf, 1.5, (2, -math.inf)],
+            3: {"deep": math.nan},
+            "name": "nan",
+        }
+    )
+    parsed = json.loads(
+        capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+    )
+    assert parsed == {
+        "auc": None,
+        "rows": [None, 1.5, [2, None]],
+        "3": {"deep": None},
+        "name": "nan",
+    }
 
 
 def test_a_reader_that_has_gone_away_leaves_a_refusal_clear_and_no_library_was_needed_for_it():
     reader, writer = os.pipe()
     os.close(reader)
-    code = "import sys\nfrom lib.command import BadInput, script\n@script\ndef main(_=None): raise BadInput('no such thing')\n"
-    code += "code = main([])\nassert not {'torch', 'numpy', 'yaml'} & set(sys.modules)\nsys.exit(code)"
-    result = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    code = (
+        "import sys\nfrom lib.command import BadInput, script\n@script\ndef main(_=None): raise"
+        " BadInput('no such thing')\n"
+    )
+    code += (
+        "code = main([])\nassert not {'torch', 'numpy', 'yaml'} & set(sys.modules)\nsys.exit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
     os.close(writer)
     assert (result.returncode, result.stderr) == (2, "error: no such thing\n")

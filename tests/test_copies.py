@@ -18,7 +18,9 @@ NUM = 60
 
 def recompress(patch, rng):
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(patch)).save(buffer, "JPEG", quality=int(rng.integers(70, 96)))
+    Image.fromarray(np.ascontiguousarray(patch)).save(
+        buffer, "JPEG", quality=int(rng.integers(70, 96))
+    )
     return np.asarray(Image.open(buffer))
 
 
@@ -35,7 +37,12 @@ def turn_and_recompress(patch, rng):
     return recompress(copies.turn(patch[None], int(rng.integers(1, 8)))[0], rng)
 
 
-CHANGES = {"recompressed": recompress, "brightened": brighten, "shifted": shift, "turned and recompressed": turn_and_recompress}
+CHANGES = {
+    "recompressed": recompress,
+    "brightened": brighten,
+    "shifted": shift,
+    "turned and recompressed": turn_and_recompress,
+}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +98,15 @@ def test_near_copies_are_found_with_how_they_lie(patches, kind):
 @pytest.mark.parametrize("step", [(0, 16), (16, 32), (-24, 20)])
 def test_overlapping_crops_are_found_by_their_pixels(slide, step):
     places = [(y, x) for y in range(40, 1000, 150) for x in range(40, 1000, 150)]
-    cut = [slide.image[y + dy : y + dy + 96, x + dx : x + dx + 96] for dy, dx in ((0, 0), step) for y, x in places]
+    cut = [
+        slide.image[y + dy : y + dy + 96, x + dx : x + dx + 96]
+        for dy, dx in ((0, 0), step)
+        for y, x in places
+    ]
     _, found = compare(np.stack(cut))
     pairs = {
-        (int(a), int(b)): tuple(shift) for a, b, shift in zip(found.first, found.second, found.shift.tolist(), strict=True)
+        (int(a), int(b)): tuple(shift)
+        for a, b, shift in zip(found.first, found.second, found.shift.tolist(), strict=True)
     }
     wanted = {(number, number + len(places)) for number in range(len(places))}
     assert len(wanted & set(pairs)) >= 0.85 * len(wanted)
@@ -103,7 +115,9 @@ def test_overlapping_crops_are_found_by_their_pixels(slide, step):
 
 def test_unrelated_patches_are_not_taken_for_copies(patches):
     other = draw_slide(4, "train", 3, 0.0).image
-    unrelated = np.stack([other[y : y + 96, x : x + 96] for y in range(0, 1056, 104) for x in range(0, 1056, 104)])
+    unrelated = np.stack(
+        [other[y : y + 96, x : x + 96] for y in range(0, 1056, 104) for x in range(0, 1056, 104)]
+    )
     first, found = compare(np.concatenate([patches, unrelated]))
     assert np.array_equal(first, np.arange(len(first))) and not len(found)
 
@@ -132,9 +146,15 @@ def test_real_patches_have_no_near_copies_but_those_that_are_planted():
     planted = np.stack([kinds[number % 4](patches[row], rng) for number, row in enumerate(sources)])
     first, found = compare(np.concatenate([patches, planted]))
     beside = found[~found.is_near & (found.second < len(patches))]
-    assert len(beside) > 1000 and beside.similarity.min() > 0.95, "the same tissue, a multiple of 16 pixels off"
+    assert len(beside) > 1000 and beside.similarity.min() > 0.95, (
+        "the same tissue, a multiple of 16 pixels off"
+    )
     near = found[found.is_near]
-    pairs = {(int(first[a]), int(b)) for a, b in zip(near.first, near.second, strict=True) if b >= len(patches)}
+    pairs = {
+        (int(first[a]), int(b))
+        for a, b in zip(near.first, near.second, strict=True)
+        if b >= len(patches)
+    }
     wanted = {(int(first[row]), len(patches) + place) for place, row in enumerate(sources)}
     assert len(pairs & wanted) >= 0.95 * len(wanted)
     assert sum(int(b) < len(patches) for b in near.second) == 0, "real patches that are no copies"

@@ -1,4 +1,6 @@
-"""What only a GPU can show: it computes what the CPU does, draws the same bits, and never waits for the host."""
+"""What only a GPU can show: it computes what the CPU does, draws the same bits, and never waits for
+the host.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,10 @@ from proofs.trainer import Trainer, different_draws, first_wait, logit_differenc
 from lib.device import choose_device
 from lib.logger import read_csv
 
-pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 @pytest.fixture(params=["p4m", "resnet18"])
@@ -36,7 +41,9 @@ def test_training_never_waits_for_the_gpu_and_logs_every_step(trainer, tmp_path)
 
 def test_a_wait_is_found(trainer, tmp_path, monkeypatch):
     step = trainer.step
-    monkeypatch.setattr(trainer, "step", lambda batch: (step(batch), torch.ones(1, device="cuda").item())[0])
+    monkeypatch.setattr(
+        trainer, "step", lambda batch: (step(batch), torch.ones(1, device="cuda").item())[0]
+    )
     assert "synchroniz" in first_wait(trainer, tmp_path)
 
 
@@ -45,5 +52,9 @@ def test_patches_streamed_from_host_memory_train_as_resident_ones_do(pcam_dir):
     for residence in ("device", "host"):
         trainer = Trainer(choose_device("cuda"), pcam_dir, residence, batch_size=16)
         list(trainer.logged_steps(None, 5, 16))
-        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.state.model.parameters()]))
+        weights.append(
+            torch.cat(
+                [parameter.detach().flatten() for parameter in trainer.state.model.parameters()]
+            )
+        )
     assert torch.equal(*weights)

@@ -9,7 +9,13 @@ import torch
 from lib import device
 from lib.command import BadInput
 from lib.config import load_config
-from lib.device import choose_device, describe_machine, free_device_bytes, layer_precision, memory_limit_bytes
+from lib.device import (
+    choose_device,
+    describe_machine,
+    free_device_bytes,
+    layer_precision,
+    memory_limit_bytes,
+)
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -25,10 +31,15 @@ def no_job(monkeypatch):
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
-    assert choose_device("auto") == torch.device("cuda:0" if HAS_GPU else "cpu") and choose_device("cpu").type == "cpu"
+    assert (
+        choose_device("auto") == torch.device("cuda:0" if HAS_GPU else "cpu")
+        and choose_device("cpu").type == "cpu"
+    )
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "meta", "mps", "cuda:-1", "cuda:99", "CPU", *([] if HAS_GPU else ["cuda"])])
+@pytest.mark.parametrize(
+    "name", ["", "gpu", "meta", "mps", "cuda:-1", "cuda:99", "CPU", *([] if HAS_GPU else ["cuda"])]
+)
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
     with pytest.raises(BadInput, match=f"^--device {name}: [^\n]*$"):
         choose_device(name)
@@ -44,8 +55,24 @@ def test_bf16_computes_layers_in_bf16_and_fp32_leaves_them():
 def test_the_machine_is_described_in_plain_json_and_has_memory():
     machine = describe_machine(choose_device("auto"))
     assert json.loads(json.dumps(machine)) == machine and ("gpu" in machine) == HAS_GPU
-    assert all(machine[key] for key in ("host", "system", "cpu", "num_cores", "memory_bytes", "device", "cpu_capability"))
-    assert 0 < memory_limit_bytes() <= machine["memory_bytes"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert all(
+        machine[key]
+        for key in (
+            "host",
+            "system",
+            "cpu",
+            "num_cores",
+            "memory_bytes",
+            "device",
+            "cpu_capability",
+        )
+    )
+    assert (
+        0
+        < memory_limit_bytes()
+        <= machine["memory_bytes"]
+        == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
     assert free_device_bytes(torch.device("cpu")) == 0
 
 
@@ -58,23 +85,34 @@ def test_the_machine_is_described_in_plain_json_and_has_memory():
         ("max 100000", {"SLURM_CPUS_PER_TASK": "4"}, 1, 4),
         (None, {"SLURM_CPUS_PER_TASK": "16"}, 1, 12),
         (None, {"LOCAL_WORLD_SIZE": "2"}, 1, 6),
-        (None, {"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "2"}, 1, 4),  # srun counts for each task
+        # srun counts for each task
+        (None, {"SLURM_CPUS_PER_TASK": "4", "SLURM_STEP_NUM_TASKS": "2"}, 1, 4),
         (None, {}, 5, 2),
         (None, {}, 13, 1),
     ],
 )
-def test_threads_0_are_the_cores_that_the_job_was_given(quota, variables, num_processes, threads, monkeypatch, tmp_path):
+def test_threads_0_are_the_cores_that_the_job_was_given(
+    quota, variables, num_processes, threads, monkeypatch, tmp_path
+):
     if quota:
         (tmp_path / "cpu.max").write_text(quota)
         monkeypatch.setattr(device, "control_groups", lambda: [tmp_path])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert device.resolve_threads(load_config(overrides=["threads=0"]), num_processes).threads == threads
+    assert (
+        device.resolve_threads(load_config(overrides=["threads=0"]), num_processes).threads
+        == threads
+    )
     assert device.resolve_threads(load_config(overrides=["threads=3"]), num_processes).threads == 3
 
 
 def test_processes_of_a_machine_take_its_gpus_in_turn():
-    assert [device.device_of_rank(rank, 2) for rank in range(4)] == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
+    assert [device.device_of_rank(rank, 2) for rank in range(4)] == [
+        "cuda:0",
+        "cuda:1",
+        "cuda:0",
+        "cuda:1",
+    ]
     assert device.device_of_rank(1, 0) == "cpu"
 
 
@@ -85,7 +123,11 @@ def test_processes_of_a_machine_take_its_gpus_in_turn():
         ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0", ""),
         ({"SLURM_GPUS_ON_NODE": "2"}, "SLURM_GPUS_ON_NODE=2", ""),
         ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0", ""),
-        ({"SLURM_JOB_GPUS": "3", "CUDA_VISIBLE_DEVICES": ""}, "SLURM_JOB_GPUS=3", "CUDA_VISIBLE_DEVICES= hides"),
+        (
+            {"SLURM_JOB_GPUS": "3", "CUDA_VISIBLE_DEVICES": ""},
+            "SLURM_JOB_GPUS=3",
+            "CUDA_VISIBLE_DEVICES= hides",
+        ),
         ({}, "NVIDIA A100", ""),
         (None, "", ""),
     ],
@@ -94,7 +136,9 @@ def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
     variables, evidence, reason, monkeypatch, tmp_path, capsys
 ):
     smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho {'No devices were found' if variables is None else 'NVIDIA A100'}\n")
+    smi.write_text(
+        f"#!/bin/sh\necho {'No devices were found' if variables is None else 'NVIDIA A100'}\n"
+    )
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     for name, value in (variables or {}).items():
@@ -104,7 +148,11 @@ def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(evidence)
     for line in lines:
-        assert evidence in line and torch.__version__ in line and (reason or device.why_no_gpu()) in line
+        assert (
+            evidence in line
+            and torch.__version__ in line
+            and (reason or device.why_no_gpu()) in line
+        )
     with pytest.raises(BadInput) as refused:
         choose_device("cuda")
     assert device.why_no_gpu() in str(refused.value)

@@ -1,4 +1,6 @@
-"""Download, against a server that cuts, stalls, truncates, corrupts or ignores ranges: files come right or fail by name."""
+"""Download, against a server that cuts, stalls, truncates, corrupts or ignores ranges: files come
+right or fail by name.
+"""
 
 import gzip
 import json
@@ -32,7 +34,10 @@ def published(tmp_path_factory):
         slide = f"camelyon16_{'test' if split == 'test' else 'train'}_{seed:03}"
         with SplitWriter(folder, split, num) as writer:
             writer.add(*draw_patches(num, seed), [(0, 0, "True", "True", slide)] * num)
-        official[split] = {"rows": num, "meta": file_digest(split_path(folder, split, "meta"), "md5")}
+        official[split] = {
+            "rows": num,
+            "meta": file_digest(split_path(folder, split, "meta"), "md5"),
+        }
         files[split_path("", split, "meta").name] = split_path(folder, split, "meta").read_bytes()
         for part in ("x", "y"):
             path = split_path(folder, split, part)
@@ -44,7 +49,9 @@ def published(tmp_path_factory):
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `faults[name]` are taken one a request, `asked` keeps (name, first byte) of each."""
+    """Serves `files`; `faults[name]` are taken one a request, `asked` keeps (name, first byte) of
+    each.
+    """
 
     daemon_threads = True
 
@@ -100,14 +107,20 @@ def server(published):
 
 
 def fetch(server, published, target, **options):
-    return download(target, server.url, **({"official": published[1], "timeout_s": 0.3, "backoff_s": 0.01} | options))
+    return download(
+        target,
+        server.url,
+        **({"official": published[1], "timeout_s": 0.3, "backoff_s": 0.01} | options),
+    )
 
 
 def assert_complete(target, official, splits=SPLITS):
     for split in splits:
         for part in ("x", "y", "meta"):
             sums = official[split][part]
-            assert file_digest(split_path(target, split, part), "md5") == (sums if part == "meta" else sums[1])
+            assert file_digest(split_path(target, split, part), "md5") == (
+                sums if part == "meta" else sums[1]
+            )
     assert not [path.name for path in target.iterdir() if path.suffix in (".part", ".gz", ".tmp")]
 
 
@@ -115,7 +128,10 @@ def test_the_files_come_unpacked_and_are_fetched_once(tmp_path, server, publishe
     assert len(fetch(server, published, tmp_path)) == 9 and len(server.asked) == 9
     assert_complete(tmp_path, published[1])
     split_path(tmp_path, "valid", "y").unlink()
-    assert fetch(server, published, tmp_path) == [split_path("", "valid", "y").name] and len(server.asked) == 10
+    assert (
+        fetch(server, published, tmp_path) == [split_path("", "valid", "y").name]
+        and len(server.asked) == 10
+    )
 
 
 FAULTS = {
@@ -124,13 +140,18 @@ FAULTS = {
     "truncate": (["truncate", ""], lambda _: [0, 0]),
     "corrupt": (["corrupt", ""], lambda _: [0, 0]),
     "no ranges": (["cut", "no ranges"], lambda size: [0, size // 2]),
-    "server errors": (["503", "429", "cut", "500", ""], lambda size: [0, 0, 0, size // 2, size // 2]),
+    "server errors": (
+        ["503", "429", "cut", "500", ""],
+        lambda size: [0, 0, 0, size // 2, size // 2],
+    ),
     "a corrupt rest": (["cut", "corrupt", ""], lambda size: [0, size // 2, 0]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_transfer_outlives_the_fault_and_asks_only_for_what_is_missing(tmp_path, server, published, fault):
+def test_a_transfer_outlives_the_fault_and_asks_only_for_what_is_missing(
+    tmp_path, server, published, fault
+):
     server.faults[X], starts = list(FAULTS[fault][0]), FAULTS[fault][1]
     fetch(server, published, tmp_path)
     assert_complete(tmp_path, published[1])
@@ -140,18 +161,26 @@ def test_a_transfer_outlives_the_fault_and_asks_only_for_what_is_missing(tmp_pat
 @pytest.mark.parametrize("begun", ["whole", "too long", "of another file"])
 def test_a_part_that_is_already_there_is_used_or_thrown_away(tmp_path, server, published, begun):
     data = server.files[X]
-    (tmp_path / f"{X}.part").write_bytes({"whole": data, "too long": data + b"x", "of another file": b"\0" * 5000}[begun])
+    (tmp_path / f"{X}.part").write_bytes(
+        {"whole": data, "too long": data + b"x", "of another file": b"\0" * 5000}[begun]
+    )
     fetch(server, published, tmp_path)
     assert_complete(tmp_path, published[1])
-    starts = {"whole": [len(data)], "too long": [len(data) + 1, 0], "of another file": [5000, 0]}[begun]
+    starts = {"whole": [len(data)], "too long": [len(data) + 1, 0], "of another file": [5000, 0]}[
+        begun
+    ]
     assert [start for name, start in server.asked if name == X] == starts
 
 
-def test_a_file_that_is_wrong_twice_fails_by_name_and_leaves_nothing_of_it(tmp_path, server, published):
+def test_a_file_that_is_wrong_twice_fails_by_name_and_leaves_nothing_of_it(
+    tmp_path, server, published
+):
     server.faults[X] = ["corrupt", "corrupt"]
     with pytest.raises(WrongContent, match=f"{X}.*fetched twice.*{published[1]['train']['x'][0]}"):
         fetch(server, published, tmp_path, splits=("train",))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [split_path("", "train", part).name for part in ("meta", "y")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        split_path("", "train", part).name for part in ("meta", "y")
+    ]
 
 
 def test_the_unpacked_sum_is_checked_too(tmp_path, server, published):
@@ -161,7 +190,9 @@ def test_the_unpacked_sum_is_checked_too(tmp_path, server, published):
     assert not split_path(tmp_path, "train", "x").exists() and not any(tmp_path.glob(".*"))
 
 
-def test_what_cannot_work_is_refused_at_once_and_what_may_pass_after_some_tries(tmp_path, server, published):
+def test_what_cannot_work_is_refused_at_once_and_what_may_pass_after_some_tries(
+    tmp_path, server, published
+):
     del server.files[Y]
     with pytest.raises(BadInput, match="404"):
         fetch(server, published, tmp_path)
@@ -177,9 +208,13 @@ def test_what_cannot_work_is_refused_at_once_and_what_may_pass_after_some_tries(
         download(tmp_path / "b", "file:///etc/NAME")
 
 
-def test_the_disk_is_asked_first_and_a_file_of_someone_else_is_not_touched(tmp_path, server, published, monkeypatch):
+def test_the_disk_is_asked_first_and_a_file_of_someone_else_is_not_touched(
+    tmp_path, server, published, monkeypatch
+):
     with monkeypatch.context() as patch:
-        patch.setattr(lib.ingest.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e6, 8e6, 1e6))
+        patch.setattr(
+            lib.ingest.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e6, 8e6, 1e6)
+        )
         with pytest.raises(BadInput, match=r"1\.1 MB are needed and 1\.0 MB are free"):
             fetch(server, published, tmp_path)
     (mine := split_path(tmp_path, "valid", "x")).write_bytes(b"mine")
@@ -190,10 +225,19 @@ def test_the_disk_is_asked_first_and_a_file_of_someone_else_is_not_touched(tmp_p
 
 def test_a_killed_download_goes_on_and_the_script_proves_the_splits(tmp_path, server, published):
     (table := tmp_path / "sums.json").write_text(json.dumps(published[1]))
-    arguments = ["download", "--to", tmp_path / "out", "--base-url", server.url, "--checksums", table]
+    arguments = [
+        "download",
+        "--to",
+        tmp_path / "out",
+        "--base-url",
+        server.url,
+        "--checksums",
+        table,
+    ]
     server.faults[X], half = ["slow"], len(server.files[X]) // 2
     process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "prepare.py"), *map(str, arguments)], stderr=subprocess.DEVNULL
+        [sys.executable, str(REPOSITORY / "prepare.py"), *map(str, arguments)],
+        stderr=subprocess.DEVNULL,
     )
     part = tmp_path / "out" / f"{X}.part"
     while not (part.exists() and part.stat().st_size) and process.poll() is None:
@@ -204,11 +248,17 @@ def test_a_killed_download_goes_on_and_the_script_proves_the_splits(tmp_path, se
     result = run_script("prepare.py", *arguments, check=0)
     assert_complete(tmp_path / "out", published[1])
     assert 0 < [start for name, start in server.asked if name == X][-1] <= half
-    assert [row["slide_names"] for row in result.json["splits"].values()] == ["match"] * 3 and len(result.json["fetched"]) == 7
+    assert [row["slide_names"] for row in result.json["splits"].values()] == ["match"] * 3 and len(
+        result.json["fetched"]
+    ) == 7
     exchanged = published[1] | {"valid": published[1]["test"], "test": published[1]["valid"]}
-    for name in [name for name in published[0] if "valid" in name]:  # a server that "mends" the table by renaming the files
+    # a server that "mends" the table by renaming the files
+    for name in [name for name in published[0] if "valid" in name]:
         other = name.replace("valid", "test")
         server.files[name], server.files[other] = published[0][other], published[0][name]
     table.write_text(json.dumps(exchanged))
     result = run_script("prepare.py", *arguments[:2], tmp_path / "swapped", *arguments[3:], check=1)
-    assert len(result.json["findings"]) == 2 and "finding: valid: its slides are not camelyon16_train_" in result.stderr
+    assert (
+        len(result.json["findings"]) == 2
+        and "finding: valid: its slides are not camelyon16_train_" in result.stderr
+    )

@@ -1,7 +1,9 @@
-"""Hundreds of damaged and hostile files, under one seed, and what inference.py promises for every one of them.
+"""Hundreds of damaged and hostile files, under one seed, and what inference.py promises for every
+one of them.
 
-An exit code of the contract, one sentence and no traceback, a row an input in input order, good patches judged as if they were
-alone, nothing carried out, and nothing written but the file that was asked for.
+An exit code of the contract, one sentence and no traceback, a row an input in input order, good
+patches judged as if they were alone, nothing carried out, and nothing written but the file that was
+asked for.
 """
 
 import contextlib
@@ -44,9 +46,31 @@ from lib.pcam import SplitWriter, open_split, split_path
 
 SEED = 9
 MOST_S, HANG_S = 5, 120  # processor time of a call; when all is given up
-TOLD = re.compile(r"error: |not read: |warning: probabilities|WARNING: these patches|AUC |page |\S.*: [\d,]+ patches, ")
-STARTS = {"os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect"}
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"}
+TOLD = re.compile(
+    r"error: |not read: |warning: probabilities|WARNING: these patches|AUC |page |\S.*: [\d,]+"
+    r" patches, "
+)
+STARTS = {
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "subprocess.Popen",
+    "socket.connect",
+}
+CHANGES = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+}
 ODD_NAMES = (
     "new\nline",
     "re\rturn",
@@ -63,7 +87,9 @@ ODD_NAMES = (
 
 
 class Watch:
-    """What Python does in a call, in any thread: programs that it starts, and changes outside of a folder."""
+    """What Python does in a call, in any thread: programs that it starts, and changes outside of a
+    folder.
+    """
 
     def __init__(self):
         self.folder, self.seen = None, []
@@ -72,8 +98,14 @@ class Watch:
     def hear(self, event, arguments):
         if self.folder is None:
             return
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if event in STARTS or ((writes or event in CHANGES) and Path(os.fsdecode(arguments[0])).parent != self.folder):
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        )
+        if event in STARTS or (
+            (writes or event in CHANGES) and Path(os.fsdecode(arguments[0])).parent != self.folder
+        ):
             self.seen.append((event, arguments[0]))
 
 
@@ -81,7 +113,9 @@ watch = Watch()
 
 
 class Out:
-    """A folder for predictions.csv, and calls of a script's main that are held to what all of them promise."""
+    """A folder for predictions.csv, and calls of a script's main that are held to what all of them
+    promise.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "predictions.csv"
@@ -113,11 +147,16 @@ class Out:
         result, err = json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
         assert code in (0, 1, 2) and all(map(TOLD.match, err.splitlines())), err
         if code == 2:
-            assert result == {"error": err[len("error: ") : -1], "exit": 2} and err.count("\n") == 1 < len(err) < 5000, err
+            assert (
+                result == {"error": err[len("error: ") : -1], "exit": 2}
+                and err.count("\n") == 1 < len(err) < 5000
+            ), err
         return code, result, err
 
     def infer(self, ckpt, *inputs, expect=None) -> tuple[int, list[dict], str]:
-        """(exit code, rows, stderr) of inference.py; what was there before stays when it ends with 2."""
+        """(exit code, rows, stderr) of inference.py; what was there before stays when it ends with
+        2.
+        """
         self.path.write_text("from before")
         code, result, err = self.call(inference.main, "--ckpt", ckpt, *inputs, "--out", self.path)
         assert expect in (None, code), err
@@ -128,15 +167,24 @@ class Out:
         with open(self.path, newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file, strict=True))
         failed = [row for row in rows if row.get("error")]
-        assert result["num"] == len(rows) > len(failed) == result["num_failed"] and code == bool(failed)
+        assert result["num"] == len(rows) > len(failed) == result["num_failed"] and code == bool(
+            failed
+        )
         for row in rows:
             told = {name for name, cell in row.items() if cell} - {"label", "unlike"}
             if row.get("error"):
-                assert told == {"source", "index", "error"} and not row["unlike"], "nothing is said of what was not read"
+                assert told == {"source", "index", "error"} and not row["unlike"], (
+                    "nothing is said of what was not read"
+                )
             else:
-                assert told == {"source", "index", "probability", "prediction", "drift"} and float(row["drift"]) >= 0
+                assert (
+                    told == {"source", "index", "probability", "prediction", "drift"}
+                    and float(row["drift"]) >= 0
+                )
                 assert 0 <= float(row["probability"]) <= 1
-                assert row["prediction"] == str(int(float(row["probability"]) >= result["threshold"]))
+                assert row["prediction"] == str(
+                    int(float(row["probability"]) >= result["threshold"])
+                )
         return code, rows, err
 
 
@@ -158,10 +206,19 @@ def draws(kind: str, num: int):
 
 @pytest.fixture(scope="module")
 def good(quick_run, tmp_path_factory) -> dict[str, tuple[bytes, float]]:
-    """{name: (encoded patch, the probability that it has alone)} of every kind of image that is read."""
-    kinds = {"rgb.png": ("PNG", "RGB"), "grey.png": ("PNG", "L"), "alpha.png": ("PNG", "RGBA"), "palette.png": ("PNG", "P")}
+    """{name: (encoded patch, the probability that it has alone)} of every kind of image that is
+    read.
+    """
+    kinds = {
+        "rgb.png": ("PNG", "RGB"),
+        "grey.png": ("PNG", "L"),
+        "alpha.png": ("PNG", "RGBA"),
+        "palette.png": ("PNG", "P"),
+    }
     kinds |= {"a.jpg": ("JPEG", "RGB"), "grey.jpeg": ("JPEG", "L"), "raw.tif": ("TIFF", "RGB")}
-    made = {name: encode(PATCHES[number], *kind) for number, (name, kind) in enumerate(kinds.items())}
+    made = {
+        name: encode(PATCHES[number], *kind) for number, (name, kind) in enumerate(kinds.items())
+    }
     made["packed.tiff"] = hostile.save_image("TIFF", compression="tiff_lzw")
     folder = tmp_path_factory.mktemp("good")
     out, probs = Out(folder / "out"), []
@@ -175,12 +232,25 @@ def good(quick_run, tmp_path_factory) -> dict[str, tuple[bytes, float]]:
 
 @pytest.fixture(scope="module")
 def pictures(good, counted) -> dict[str, bytes]:
-    """{name: bytes} of good, damaged and hostile images in a random order, which is that of their names."""
+    """{name: bytes} of good, damaged and hostile images in a random order, which is that of their
+    names.
+    """
     made = [(Path(name).suffix, data) for name, (data, _) in good.items() for _ in range(6)]
     whole = [data for data, _ in good.values()]
     for number, rng in draws("image", 200):
-        suffix = Path(list(good)[number % len(good)]).suffix if rng.random() < 0.9 else rng.choice((".PNG", ".jpeg", ".tif"))
-        made.append((suffix, damage(whole[number % len(good)], rng, rng.choice(whole), head=rng.choice((0, 0, 300)))))
+        suffix = (
+            Path(list(good)[number % len(good)]).suffix
+            if rng.random() < 0.9
+            else rng.choice((".PNG", ".jpeg", ".tif"))
+        )
+        made.append(
+            (
+                suffix,
+                damage(
+                    whole[number % len(good)], rng, rng.choice(whole), head=rng.choice((0, 0, 300))
+                ),
+            )
+        )
     made += hostile.hostile_images().items()
     counted["image"] += len(made) - 6 * len(good)
     random.Random(SEED).shuffle(made)
@@ -189,8 +259,12 @@ def pictures(good, counted) -> dict[str, bytes]:
 
 
 def verdict(row: dict, name) -> tuple:
-    """What a row says of an image, wherever that lies: the probability, and the reason without the name."""
-    return row["probability"] and round(float(row["probability"]), 5), (row.get("error") or "").replace(str(name), "")
+    """What a row says of an image, wherever that lies: the probability, and the reason without the
+    name.
+    """
+    return row["probability"] and round(float(row["probability"]), 5), (
+        row.get("error") or ""
+    ).replace(str(name), "")
 
 
 def test_damaged_images_among_good_ones(quick_run, good, pictures, out, tmp_path):
@@ -203,8 +277,12 @@ def test_damaged_images_among_good_ones(quick_run, good, pictures, out, tmp_path
     assert [row["source"] for row in rows] == [str(path) for path in files]
     whole, refused = dict(good.values()), set(hostile.hostile_images().values())
     for row, data in zip(rows, pictures.values(), strict=True):
-        assert data not in whole or float(row["probability"]) == pytest.approx(whole[data], abs=1e-6), row["source"]
-        assert data not in refused or row["error"], f"{row['source']} is none of the images that are read"
+        assert data not in whole or float(row["probability"]) == pytest.approx(
+            whole[data], abs=1e-6
+        ), row["source"]
+        assert data not in refused or row["error"], (
+            f"{row['source']} is none of the images that are read"
+        )
     found = {path: verdict(row, path) for path, row in zip(files, rows, strict=True)}
     assert 0.3 < np.mean([bool(error) for _, error in found.values()]) < 0.8
 
@@ -213,7 +291,9 @@ def test_damaged_images_among_good_ones(quick_run, good, pictures, out, tmp_path
     assert [row["source"] for row in rows] == [str(path) for path in shuffled]
     assert [verdict(row, row["source"]) for row in rows] == [found[path] for path in shuffled]
 
-    tar = write_tar(tmp_path / "pictures.tar", [(path.name, path.read_bytes()) for path in shuffled])
+    tar = write_tar(
+        tmp_path / "pictures.tar", [(path.name, path.read_bytes()) for path in shuffled]
+    )
     rows = out.infer(quick_run, tar, expect=1)[1]
     assert [row["source"] for row in rows] == [f"{tar}/{path.name}" for path in shuffled]
     assert [verdict(row, row["source"]) for row in rows] == [found[path] for path in shuffled]
@@ -239,8 +319,20 @@ def test_what_is_named_as_an_image_and_is_no_file(quick_run, good, out, counted,
     names = ["a.png", "b.png/deep.png/c.tif", "d.png", "e.png", "f.png", "h.png", "i.png", "j.png"]
     rows = out.infer(quick_run, folder, expect=1)[1]
     assert [row["source"] for row in rows] == [str(folder / name) for name in names]
-    assert [name for name, row in zip(names, rows, strict=True) if not row["error"]] == [*names[:2], "h.png"]
-    codes = {"d.png": 2, "e.png": 2, "f.png": 2, "i.png": 2, "j.png": 2, "h.png": 0, "b.png": 0, "n" * 300 + ".png": 2}
+    assert [name for name, row in zip(names, rows, strict=True) if not row["error"]] == [
+        *names[:2],
+        "h.png",
+    ]
+    codes = {
+        "d.png": 2,
+        "e.png": 2,
+        "f.png": 2,
+        "i.png": 2,
+        "j.png": 2,
+        "h.png": 0,
+        "b.png": 0,
+        "n" * 300 + ".png": 2,
+    }
     for name, code in codes.items():
         out.infer(quick_run, folder / name, expect=code)
     counted["image"] += len(codes)
@@ -252,7 +344,11 @@ def test_what_may_not_be_read(quick_run, good, out, tmp_path):
     for name in ("a.png", "b.png", "sub/c.png"):
         (tmp_path / "in" / name).write_bytes(good["rgb.png"][0])
     (tmp_path / "in" / "b.png").chmod(0)
-    assert [bool(row["error"]) for row in out.infer(quick_run, tmp_path / "in", expect=1)[1]] == [False, True, False]
+    assert [bool(row["error"]) for row in out.infer(quick_run, tmp_path / "in", expect=1)[1]] == [
+        False,
+        True,
+        False,
+    ]
     (tmp_path / "in" / "sub").chmod(0)
     assert "sub" in out.infer(quick_run, tmp_path / "in", expect=2)[2], "not left out in silence"
 
@@ -266,30 +362,52 @@ def test_hostile_and_damaged_tars(quick_run, good, out, counted, tmp_path):
         assert found == code, (name, err, rows)
         for row in rows:
             assert row["source"].startswith(f"{path}/")
-            assert row.get("error") or float(row["probability"]) == pytest.approx(prob, abs=1e-6), name
+            assert row.get("error") or float(row["probability"]) == pytest.approx(prob, abs=1e-6), (
+                name
+            )
         counted["tar"] += 1
-    images = {f"{number}.png": (png, prob) if number % 2 else (other, other_prob) for number in range(6)}
-    whole = write_tar(tmp_path / "whole.tar", [(name, data) for name, (data, _) in images.items()]).read_bytes()
+    images = {
+        f"{number}.png": (png, prob) if number % 2 else (other, other_prob) for number in range(6)
+    }
+    whole = write_tar(
+        tmp_path / "whole.tar", [(name, data) for name, (data, _) in images.items()]
+    ).read_bytes()
     codes = []
     for number, rng in draws("tar", 50):
         packed = rng.random() < 0.4
-        path = tmp_path / f"damaged {number}{'.tgz' if packed else rng.choice(('.tar', '.tar.gz', '.TAR.XZ'))}"
-        path.write_bytes(damage(gzip.compress(whole, mtime=0) if packed else whole, rng, png, head=rng.choice((0, 520))))
+        path = (
+            tmp_path
+            / f"damaged {number}{'.tgz' if packed else rng.choice(('.tar', '.tar.gz', '.TAR.XZ'))}"
+        )
+        path.write_bytes(
+            damage(
+                gzip.compress(whole, mtime=0) if packed else whole,
+                rng,
+                png,
+                head=rng.choice((0, 520)),
+            )
+        )
         code, rows, _ = out.infer(quick_run, path)
         codes.append(code)
         names = [row["source"][len(str(path)) + 1 :] for row in rows]
         assert names == sorted(names, key=list(images).index) and (code or names == list(images)), (
             "all, in the order of the tar"
         )
-        for name, row in zip(names, rows, strict=True):  # which both a header and a PNG have a checksum for
-            assert row.get("error") or float(row["probability"]) == pytest.approx(images[name][1], abs=1e-6)
+        # which both a header and a PNG have a checksum for
+        for name, row in zip(names, rows, strict=True):
+            assert row.get("error") or float(row["probability"]) == pytest.approx(
+                images[name][1], abs=1e-6
+            )
     counted["tar"] += len(codes)
     assert {0, 1, 2} == set(codes)
 
 
 def test_hostile_and_damaged_hdf5(quick_run, out, counted, tmp_path):
     write_h5(tmp_path / "whole.h5")
-    probs = [float(row["probability"]) for row in out.infer(quick_run, tmp_path / "whole.h5", expect=0)[1]]
+    probs = [
+        float(row["probability"])
+        for row in out.infer(quick_run, tmp_path / "whole.h5", expect=0)[1]
+    ]
     (tmp_path / "by hand").mkdir()
     for name, (make, code) in hostile.hostile_h5(tmp_path / "by hand").items():
         path = tmp_path / f"{name}.h5"
@@ -297,11 +415,19 @@ def test_hostile_and_damaged_hdf5(quick_run, out, counted, tmp_path):
             make(file)
         found, rows, err = out.infer(quick_run, path)
         assert found == code and (code == 0 or str(path) in err), (name, err)
-        assert name == "odd float" or [float(row["probability"]) for row in rows] == pytest.approx(probs[: len(rows)], abs=1e-6)
+        assert name == "odd float" or [float(row["probability"]) for row in rows] == pytest.approx(
+            probs[: len(rows)], abs=1e-6
+        )
         counted["HDF5"] += 1
     kinds = [
         write_h5(tmp_path / "k.h5"),
-        write_h5(tmp_path / "k.h5", libver="latest", chunks=(1, 96, 96, 3), compression="lzf", fletcher32=True),
+        write_h5(
+            tmp_path / "k.h5",
+            libver="latest",
+            chunks=(1, 96, 96, 3),
+            compression="lzf",
+            fletcher32=True,
+        ),
         write_h5(tmp_path / "k.h5", chunks=(4, 96, 96, 3), compression="gzip", shuffle=True),
         write_h5(tmp_path / "k.h5", data=PATCHES.astype(np.float32)),
     ]
@@ -310,7 +436,10 @@ def test_hostile_and_damaged_hdf5(quick_run, out, counted, tmp_path):
         data = kinds[number % 4]
         if number < 12:
             sides = rng.choice([(96, 96, 3), (96, 96, 3), (2**40, 96, 3)])
-            data = data.replace(dims, struct.pack("<QQQQ", rng.choice((0, 7, 9, 1000, 2**31, 2**62, 2**64 - 1)), *sides))
+            data = data.replace(
+                dims,
+                struct.pack("<QQQQ", rng.choice((0, 7, 9, 1000, 2**31, 2**62, 2**64 - 1)), *sides),
+            )
         else:
             data = damage(data, rng, kinds[0], head=rng.choice((0, 3000, 3000)))
         path = tmp_path / f"{number}{rng.choice(('.h5', '.hdf5', '.H5'))}"
@@ -318,10 +447,17 @@ def test_hostile_and_damaged_hdf5(quick_run, out, counted, tmp_path):
         code, rows, err = out.infer(quick_run, path)
         codes.append(code)
         assert code in (0, 1, 2) and (code == 0 or str(path) in err)
-        assert (code == 1) == any(row.get("error") for row in rows), "floats that are no intensities any more"
-        assert [(row["source"], int(row["index"])) for row in rows] == [(str(path), index) for index in range(len(rows))]
+        assert (code == 1) == any(row.get("error") for row in rows), (
+            "floats that are no intensities any more"
+        )
+        assert [(row["source"], int(row["index"])) for row in rows] == [
+            (str(path), index) for index in range(len(rows))
+        ]
         if number % 4 == 1:  # checksums find every change
-            assert [float(row["probability"]) for row in rows] in ([], pytest.approx(probs, abs=1e-6))
+            assert [float(row["probability"]) for row in rows] in (
+                [],
+                pytest.approx(probs, abs=1e-6),
+            )
         path.unlink()
     counted["HDF5"] += len(codes)
     assert 10 < codes.count(0) < 60
@@ -332,7 +468,11 @@ def small_pcam(tmp_path_factory) -> Path:
     """A test split with labels and slides."""
     folder = tmp_path_factory.mktemp("small pcam")
     with SplitWriter(folder, "test", NUM_PATCHES) as writer:
-        writer.add(PATCHES, LABELS, [(row, row, label, label, f"slide {row % 3}") for row, label in enumerate(LABELS)])
+        writer.add(
+            PATCHES,
+            LABELS,
+            [(row, row, label, label, f"slide {row % 3}") for row, label in enumerate(LABELS)],
+        )
     return folder
 
 
@@ -340,14 +480,19 @@ def test_damaged_labels_and_slides(quick_run, small_pcam, out, counted, tmp_path
     whole = out.infer(quick_run, small_pcam, "--split", "test", expect=0)[1]
     labels, slides = (split_path(small_pcam, "test", part) for part in ("y", "meta"))
     makers = hostile.hostile_labels()
-    files = [("y", make) for make in makers.values()] + [("meta", makers["pipe"]), ("meta", makers["folder"])]
+    files = [("y", make) for make in makers.values()] + [
+        ("meta", makers["pipe"]),
+        ("meta", makers["folder"]),
+    ]
     files += [("y", damage(labels.read_bytes(), rng, b"\x89HDF" * 20)) for _, rng in draws("y", 40)]
     files += [("meta", mangle_csv(slides.read_text(), rng)) for _, rng in draws("meta", 40)]
     codes = {"y": [], "meta": []}
     for number, (part, made) in enumerate(files):
         (tmp_path / f"{number}").mkdir()
         for other in {"x", "y", "meta"} - {part}:
-            split_path(tmp_path / f"{number}", "test", other).symlink_to(split_path(small_pcam, "test", other))
+            split_path(tmp_path / f"{number}", "test", other).symlink_to(
+                split_path(small_pcam, "test", other)
+            )
         path = split_path(tmp_path / f"{number}", "test", part)
         path.write_bytes(made) if isinstance(made, bytes) else made(path)
         code, rows, _ = out.infer(quick_run, path.parent, "--split", "test")
@@ -355,13 +500,22 @@ def test_damaged_labels_and_slides(quick_run, small_pcam, out, counted, tmp_path
         for row, known in zip(rows, whole, strict=code != 2):
             assert row["label"] in ("0", "1") and (part == "y" or row["label"] == known["label"])
             assert row | {"source": "", "label": ""} == known | {"source": "", "label": ""}
-    assert codes["y"][: len(makers)] == [2] * len(makers) and codes["meta"][:2] == [2, 2] and 0 in codes["meta"]
-    counted["HDF5"], counted["CSV"] = counted["HDF5"] + len(codes["y"]), counted["CSV"] + len(codes["meta"])
+    assert (
+        codes["y"][: len(makers)] == [2] * len(makers)
+        and codes["meta"][:2] == [2, 2]
+        and 0 in codes["meta"]
+    )
+    counted["HDF5"], counted["CSV"] = (
+        counted["HDF5"] + len(codes["y"]),
+        counted["CSV"] + len(codes["meta"]),
+    )
 
 
 def test_damaged_quarantines(small_pcam, counted, tmp_path):
     reasons = ["black" if row % 2 else "label" for row in range(NUM_PATCHES)]
-    text = "split,index,reason,score\n" + "".join(f"test,{row},{reason},0.5\n" for row, reason in enumerate(reasons))
+    text = "split,index,reason,score\n" + "".join(
+        f"test,{row},{reason},0.5\n" for row, reason in enumerate(reasons)
+    )
     split, path, found = open_split(small_pcam, "test"), tmp_path / "quarantine.csv", []
     for _, rng in draws("quarantine", 60):
         path.write_bytes(mangle_csv(text, rng))
@@ -371,7 +525,10 @@ def test_damaged_quarantines(small_pcam, counted, tmp_path):
             assert "\n" not in str(refusal) and len(str(refusal)) < 500
             found.append(0)
         else:
-            assert set(rows.left_out) <= {"black"} and len(rows) + rows.left_out.get("black", 0) == NUM_PATCHES
+            assert (
+                set(rows.left_out) <= {"black"}
+                and len(rows) + rows.left_out.get("black", 0) == NUM_PATCHES
+            )
             found.append(len(rows))
     assert 0 in found and NUM_PATCHES // 2 in found
     counted["CSV"] += len(found)
@@ -383,10 +540,20 @@ def test_damaged_predictions_for_a_page(quick_run, small_pcam, out, counted, tmp
     tables = [mangle_csv(text, rng) for _, rng in draws("predictions", 20)]
     (tmp_path / "black.png").write_bytes(b"no image")
     os.mkfifo(tmp_path / "pipe.png")
-    others = ("", ".", "/", small_pcam, tmp_path / "black.png", tmp_path / "pipe.png", "/dev/zero", "nothing.h5")
+    others = (
+        "",
+        ".",
+        "/",
+        small_pcam,
+        tmp_path / "black.png",
+        tmp_path / "pipe.png",
+        "/dev/zero",
+        "nothing.h5",
+    )
     tables += [text.replace(source, str(other)).encode() for other in others]
     given, codes = ["--predictions", tmp_path / "p.csv", "--out", out.folder / "p.html"], []
-    report.main(["run", str(quick_run), "--out", str(tmp_path / "first.html")])  # matplotlib makes folders at its first import
+    # matplotlib makes folders at its first import
+    report.main(["run", str(quick_run), "--out", str(tmp_path / "first.html")])
     for data in tables:
         (tmp_path / "p.csv").write_bytes(data)
         codes.append(out.call(report.main, "run", quick_run, *given)[0])
@@ -400,10 +567,15 @@ def test_hostile_and_damaged_checkpoints(quick_run, good, out, counted, tmp_path
         path.write_bytes(good[name][0])
     path, canary = tmp_path / "c.pt", tmp_path / "canary"
     whole = out.infer(quick_run, *given, expect=0)[1]
-    for name, data, code in hostile.hostile_checkpoints(load_checkpoint(quick_run / "best.pt"), canary):
+    for name, data, code in hostile.hostile_checkpoints(
+        load_checkpoint(quick_run / "best.pt"), canary
+    ):
         path.write_bytes(data)
         found, rows, err = out.infer(path, *given)
-        assert found == code and (code == 0 or str(path) in err) and not canary.exists(), (name, err)
+        assert found == code and (code == 0 or str(path) in err) and not canary.exists(), (
+            name,
+            err,
+        )
         assert code == 2 or rows == whole, name
         counted["checkpoint"] += 1
     data, codes = (quick_run / "best.pt").read_bytes(), []
@@ -451,19 +623,27 @@ def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_
         )
 
     with h5py.File(tmp_path / "chunk.h5", "w") as file:
-        x = file.create_dataset("x", (3, 96, 96, 3), np.uint8, chunks=(1, 96, 96, 3), compression="gzip")
+        x = file.create_dataset(
+            "x", (3, 96, 96, 3), np.uint8, chunks=(1, 96, 96, 3), compression="gzip"
+        )
         x.id.write_direct_chunk((0, 0, 0, 0), b"x\x9c" + zeros_packed(900))
     files = {
-        name: data for name, data in hostile.hostile_images().items() if name.startswith(("t", "p", "giga", "huge", "slide"))
+        name: data
+        for name, data in hostile.hostile_images().items()
+        if name.startswith(("t", "p", "giga", "huge", "slide"))
     }
     codes = dict.fromkeys(files, 1) | {"chunk.h5": 2}
     files |= {
         "name.tar.gz": packed_tar(hostile.tar_header("b", 800 << 20, b"L"), 800),
         "member.tar.gz": packed_tar(hostile.tar_header("b.png", 600 << 20), 600),
         "size.tar": start + hostile.tar_header("b.png", 2**40) + png,
-        "packed.pt": hostile.rezipped(forged(fields), "data/0", bytes(500 << 20), hostile.zipfile.ZIP_DEFLATED),
+        "packed.pt": hostile.rezipped(
+            forged(fields), "data/0", bytes(500 << 20), hostile.zipfile.ZIP_DEFLATED
+        ),
         "expanded.pt": forged(fields, averaged={"x": torch.zeros(1).expand(10**6, 10**6)}),
-        "wide.pt": forged(fields, config=fields["config"] | {"model": "mlp", "mlp_hidden": [10**6, 10**6]}),
+        "wide.pt": forged(
+            fields, config=fields["config"] | {"model": "mlp", "mlp_hidden": [10**6, 10**6]}
+        ),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -482,7 +662,9 @@ def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         timeout=300,
     )
-    assert result.returncode == 0 and all(map(TOLD.match, result.stderr.splitlines())), result.stderr[-3000:]
+    assert result.returncode == 0 and all(map(TOLD.match, result.stderr.splitlines())), (
+        result.stderr[-3000:]
+    )
     found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
     assert dict(zip(codes, (code for code, _ in found), strict=True)) == codes
     spent_s = np.diff([seconds for _, seconds in found], prepend=found[0][1] - 1)
@@ -491,8 +673,13 @@ def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_
 
 def test_a_process_says_what_is_wrong_in_its_own_words(quick_run, good, tmp_path):
     transparent = io.BytesIO()
-    Image.fromarray(PATCHES[4]).convert("P").save(transparent, "PNG", transparency=bytes(range(256)))
-    files = hostile.hostile_images() | {"good.png": good["rgb.png"][0], "transparent.png": transparent.getvalue()}
+    Image.fromarray(PATCHES[4]).convert("P").save(
+        transparent, "PNG", transparency=bytes(range(256))
+    )
+    files = hostile.hostile_images() | {
+        "good.png": good["rgb.png"][0],
+        "transparent.png": transparent.getvalue(),
+    }
     (tmp_path / "in").mkdir()
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)
@@ -500,10 +687,17 @@ def test_a_process_says_what_is_wrong_in_its_own_words(quick_run, good, tmp_path
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = {row["source"]: row for row in csv.DictReader(file)}
     assert list(rows) == sorted(f"in/{name}" for name in files)
-    assert [name for name, row in rows.items() if not row["error"]] == ["in/good.png", "in/transparent.png"]
+    assert [name for name, row in rows.items() if not row["error"]] == [
+        "in/good.png",
+        "in/transparent.png",
+    ]
     assert float(rows["in/good.png"]["probability"]) == pytest.approx(good["rgb.png"][1], abs=1e-6)
     assert all(map(TOLD.match, result.stderr.splitlines())), result.stderr
-    (tmp_path / "evil.pt").write_bytes(hostile.archived({"a": hostile.Code(os.system, f"touch {tmp_path}/canary")}))
-    result = run_script("inference.py", "--ckpt", "evil.pt", "in", "--out", "other.csv", cwd=tmp_path, check=2)
+    (tmp_path / "evil.pt").write_bytes(
+        hostile.archived({"a": hostile.Code(os.system, f"touch {tmp_path}/canary")})
+    )
+    result = run_script(
+        "inference.py", "--ckpt", "evil.pt", "in", "--out", "other.csv", cwd=tmp_path, check=2
+    )
     assert result.stderr.count("\n") == 1 and "holds code" in result.stderr
     assert sorted(os.listdir(tmp_path)) == ["evil.pt", "in", "predictions.csv"]

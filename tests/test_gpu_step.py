@@ -1,4 +1,6 @@
-"""A step on a GPU, followed without one: fake tensors say where each operation reads and writes, and refuse to tell a value."""
+"""A step on a GPU, followed without one: fake tensors say where each operation reads and writes,
+and refuse to tell a value.
+"""
 
 import numpy as np
 import pytest
@@ -22,11 +24,15 @@ NUM = 64
 
 
 class OnGpuAlone(TorchDispatchMode):
-    """Refuses an operation that touches a tensor on the CPU: on a GPU it would be a copy, which may wait."""
+    """Refuses an operation that touches a tensor on the CPU: on a GPU it would be a copy, which may
+    wait.
+    """
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [value for value in tree_flatten((args, kwargs, result))[0] if torch.is_tensor(value)]
+        tensors = [
+            value for value in tree_flatten((args, kwargs, result))[0] if torch.is_tensor(value)
+        ]
         assert all(tensor.device == GPU for tensor in tensors), f"{function} touches the CPU"
         return result
 
@@ -51,9 +57,13 @@ def move_to_gpu(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(torch.empty_strided(value.shape, value.stride(), device=GPU))
+                module._parameters[name] = nn.Parameter(
+                    torch.empty_strided(value.shape, value.stride(), device=GPU)
+                )
         for name, value in module._buffers.items():
-            module._buffers[name] = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
+            module._buffers[name] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device=GPU
+            )
     return model
 
 
@@ -68,16 +78,23 @@ def fake_gpu():
 
 
 @pytest.mark.parametrize("model", ["p4m", "cnn", "resnet18", "densenet121", "mlp"])
-def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(model, monkeypatch, request):
-    cfg = load_config(overrides=[f"model={model}", "batch_size=8", "dropout=0.1", "grad_clip=1", "precision=fp32"])
+def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
+    model, monkeypatch, request
+):
+    cfg = load_config(
+        overrides=[f"model={model}", "batch_size=8", "dropout=0.1", "grad_clip=1", "precision=fp32"]
+    )
     networks = [build_model(cfg) for _ in range(2)]
     request.getfixturevalue("fake_gpu")
     network, averaged = map(move_to_gpu, networks)
-    state = training.TrainState(network, averaged, build_optimizer(network, cfg), {"epoch": 0, "step": 0, "num_steps": 0})
+    state = training.TrainState(
+        network, averaged, build_optimizer(network, cfg), {"epoch": 0, "step": 0, "num_steps": 0}
+    )
 
     def compute_gradients(model, inputs, labels, cfg, weights, _position, _ranks):
         loss = training.compute_loss(model(inputs).flatten(), labels, cfg, weights)
-        for parameter in model.parameters():  # what a backward pass would leave: fake tensors have none
+        # what a backward pass would leave: fake tensors have none
+        for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
         return loss.detach()
 

@@ -1,4 +1,6 @@
-"""A handover folder installs and predicts without a network, and refuses by name what is not as it was written."""
+"""A handover folder installs and predicts without a network, and refuses by name what is not as it
+was written.
+"""
 
 import ensurepip
 import importlib.metadata
@@ -26,7 +28,10 @@ SYSTEM = f"manylinux_2_28_{os.uname().machine}"
 MOUNT = """mkdir -p "$1" && mount --bind "$0" "$1" && mount -o remount,ro,bind "$1" && ! touch "$1/x" 2>/dev/null || exit 9
 shift
 "$@" """
-may_unshare = bool(shutil.which("unshare")) and not subprocess.run(["unshare", "-mn", "true"], capture_output=True).returncode
+may_unshare = (
+    bool(shutil.which("unshare"))
+    and not subprocess.run(["unshare", "-mn", "true"], capture_output=True).returncode
+)
 
 
 def write_wheel(folder: Path, name: str, tag="py3-none-any", files=(), version="1.0") -> Path:
@@ -35,7 +40,13 @@ def write_wheel(folder: Path, name: str, tag="py3-none-any", files=(), version="
     with zipfile.ZipFile(path, "w") as wheel:
         for file, content in [
             *files,
-            (f"{info}/METADATA", f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\nLicense-Expression: MIT\n"),
+            (
+                f"{info}/METADATA",
+                (
+                    f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\nLicense-Expression:"
+                    " MIT\n"
+                ),
+            ),
             (f"{info}/WHEEL", f"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: {tag}\n"),
             (f"{info}/RECORD", ""),
         ]:
@@ -45,7 +56,9 @@ def write_wheel(folder: Path, name: str, tag="py3-none-any", files=(), version="
 
 @pytest.fixture(scope="module")
 def wheels(tmp_path_factory):
-    """A wheelhouse of a few KB; its torch brings a .pth that leads to the packages that are installed here."""
+    """A wheelhouse of a few KB; its torch brings a .pth that leads to the packages that are
+    installed here.
+    """
     folder = tmp_path_factory.mktemp("wheels")
     for name in NEEDED:
         here = [("here.pth", sysconfig.get_path("purelib") + "\n")] if name == "torch" else []
@@ -60,7 +73,12 @@ def wheels(tmp_path_factory):
 def written(quick_run, wheels, tmp_path_factory):
     """A handover folder that no test may change, and what its writer printed."""
     folder = tmp_path_factory.mktemp("usb") / 'our team\'s "stick" #1'
-    return folder, run_script("report.py", "handover", quick_run, "--to", folder, "--wheels", wheels, check=0).json
+    return (
+        folder,
+        run_script(
+            "report.py", "handover", quick_run, "--to", folder, "--wheels", wheels, check=0
+        ).json,
+    )
 
 
 @pytest.fixture
@@ -69,7 +87,8 @@ def stick(written, tmp_path):
 
 
 def verify(stick: Path, *arguments):
-    command = [sys.executable, "-I", "-S", stick / "verify.py", *arguments]  # -S: the standard library alone
+    # -S: the standard library alone
+    command = [sys.executable, "-I", "-S", stick / "verify.py", *arguments]
     result = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" not in result.stderr
     return result
@@ -78,30 +97,52 @@ def verify(stick: Path, *arguments):
 def test_it_holds_what_it_says(written, quick_run):
     stick, told = written
     assert told["num_files"] == sum(path.is_file() for path in stick.rglob("*")) - 1
-    assert told["num_bytes"] == sum(p.stat().st_size for p in stick.rglob("*") if p.is_file() and p.name != "SHA256SUMS")
-    assert told["sha256sums"] == file_digest(stick / "SHA256SUMS") == json.loads(verify(stick).stdout)["sha256sums"]
+    assert told["num_bytes"] == sum(
+        p.stat().st_size for p in stick.rglob("*") if p.is_file() and p.name != "SHA256SUMS"
+    )
+    assert (
+        told["sha256sums"]
+        == file_digest(stick / "SHA256SUMS")
+        == json.loads(verify(stick).stdout)["sha256sums"]
+    )
     sums = subprocess.run(["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"], cwd=stick)
     assert not sums.returncode, "the format is that of sha256sum"
-    assert [*map(str, (stick / "code").rglob("*.pyc"))] == [] and (stick / "code" / "lib" / "predict.py").is_file()
-    assert {row["package"]: row["licence"] for row in read_csv(stick / "packages.csv")}.items() > dict.fromkeys(
-        NEEDED, "MIT"
-    ).items()
+    assert [*map(str, (stick / "code").rglob("*.pyc"))] == [] and (
+        stick / "code" / "lib" / "predict.py"
+    ).is_file()
+    assert {
+        row["package"]: row["licence"] for row in read_csv(stick / "packages.csv")
+    }.items() > dict.fromkeys(NEEDED, "MIT").items()
     card, summary = (stick / "MODEL_CARD.md").read_text(), read_json(quick_run / "summary.json")
     for name in ("auc", "f2", "pr_auc", "accuracy"):
         assert f"| {summary[f'val_{name}']:.4f} |" in card
     assert "| F2 | " in card and f"{summary['always_positive_f2']:.4f} |" in card
-    assert file_digest(quick_run / "best.pt") in card and read_json(quick_run / "meta.json")["commit"] in card
+    assert (
+        file_digest(quick_run / "best.pt") in card
+        and read_json(quick_run / "meta.json")["commit"] in card
+    )
     trained = read_json(quick_run / "meta.json")["rows"]["train"]
     assert f"{trained['num']:,} patches, {trained['num_positive']:,} positive" in card
-    assert len(read_csv(stick / "expected.csv")) == told["num_patches"] == len([*(stick / "patches").iterdir()])
+    assert (
+        len(read_csv(stick / "expected.csv"))
+        == told["num_patches"]
+        == len([*(stick / "patches").iterdir()])
+    )
 
 
-def test_it_installs_once_and_predicts_without_a_network_from_a_medium_that_cannot_be_written(written, tmp_path):
+def test_it_installs_once_and_predicts_without_a_network_from_a_medium_that_cannot_be_written(
+    written, tmp_path
+):
     folder, home = tmp_path / "some folder's", tmp_path / "a home"
     for path in (folder, home):
         path.mkdir()
     shutil.copytree(written[0] / "patches", folder / "my patches")
-    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "PCAM_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    environment = {
+        "HOME": str(home),
+        "PATH": os.environ["PATH"],
+        "PCAM_PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
 
     def start_run(*arguments, mounted=may_unshare):
         start, stick = [], written[0]
@@ -112,20 +153,27 @@ def test_it_installs_once_and_predicts_without_a_network_from_a_medium_that_cann
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
 
-    together = [start_run("my patches"), start_run("my patches", "--out", "same time.csv", mounted=False)]
+    together = [
+        start_run("my patches"),
+        start_run("my patches", "--out", "same time.csv", mounted=False),
+    ]
     for process in together:
         stdout, stderr = process.communicate()
         assert process.returncode == 0, stderr
         assert "installing into" in stderr and "the self-test passed" in stderr
         assert json.loads(stdout.splitlines()[-1])["num"] == 8
     rows, expected = read_csv(folder / "predictions.csv"), read_csv(written[0] / "expected.csv")
-    assert [row["source"] for row in rows] == [row["source"].replace("patches/", "my patches/") for row in expected]
+    assert [row["source"] for row in rows] == [
+        row["source"].replace("patches/", "my patches/") for row in expected
+    ]
     assert [row["probability"] for row in rows] == [row["probability"] for row in expected]
     later = start_run("my patches", "--out", "other.csv")
     stderr = later.communicate()[1]
     assert later.returncode == 0 and "installing" not in stderr
     assert (folder / "other.csv").read_bytes() == (folder / "predictions.csv").read_bytes()
-    assert {path.name for path in (home / ".cache").iterdir()} == {path.name for path in (home / ".cache").glob("pcam-*[0-9]")}
+    assert {path.name for path in (home / ".cache").iterdir()} == {
+        path.name for path in (home / ".cache").glob("pcam-*[0-9]")
+    }
     assert len([*(home / ".cache").iterdir()]) == 1, "nothing half is left"
     assert verify(written[0]).returncode == 0, "the stick is as it was"
 
@@ -146,8 +194,12 @@ DAMAGE = {
     "changed: code/lib/predict.py": lambda stick: flip(stick / "code" / "lib" / "predict.py"),
     "changed: expected.csv": lambda stick: link(stick / "expected.csv"),
     "missing: MODEL_CARD.md": lambda stick: (stick / "MODEL_CARD.md").unlink(),
-    "additional: code/torch.py": lambda stick: (stick / "code" / "torch.py").write_text("print('mine')"),
-    "additional: hashlib.py": lambda stick: (stick / "hashlib.py").write_text("raise SystemExit(0)"),
+    "additional: code/torch.py": (
+        lambda stick: (stick / "code" / "torch.py").write_text("print('mine')")
+    ),
+    "additional: hashlib.py": (
+        lambda stick: (stick / "hashlib.py").write_text("raise SystemExit(0)")
+    ),
 }
 
 
@@ -159,7 +211,13 @@ def test_a_file_that_is_not_as_it_was_written_is_named_and_nothing_is_run(stick,
     kind, name = named.split(": ")
     assert name in json.loads(plain.stdout)[kind]
     environment = os.environ | {"PCAM_HOME": str(tmp_path / "home"), "PCAM_PYTHON": sys.executable}
-    result = subprocess.run(["sh", stick / "run.sh", "patches"], capture_output=True, text=True, cwd=stick, env=environment)
+    result = subprocess.run(
+        ["sh", stick / "run.sh", "patches"],
+        capture_output=True,
+        text=True,
+        cwd=stick,
+        env=environment,
+    )
     assert result.returncode == 1 and named in result.stderr and not [*tmp_path.glob("home*")]
     assert name in json.loads(result.stdout.splitlines()[-1])[kind]
 
@@ -186,7 +244,10 @@ def test_another_python_is_refused_in_a_sentence(written):
 
 def test_the_self_test_refuses_another_probability_and_another_decision(written, tmp_path):
     stick, found = written[0], tmp_path / "found.csv"
-    text, tolerance = (stick / "expected.csv").read_text(), read_json(stick / "stick.json")["tolerance"]
+    text, tolerance = (
+        (stick / "expected.csv").read_text(),
+        read_json(stick / "stick.json")["tolerance"],
+    )
     row = read_csv(stick / "expected.csv")[3]
     line = f"{row['source']},0,{row['probability']},{row['prediction']}"
     assert line in text
@@ -217,7 +278,9 @@ def test_what_cannot_be_written_is_refused_before_anything_is(quick_run, wheels,
     def refused(match, run=quick_run, dest=dest, system=SYSTEM, python=PYTHON, wheels=wheels):
         with pytest.raises(BadInput, match=match):
             write_handover(run, dest, system, python, wheels)
-        assert not (tmp_path / "dest").exists() and [path.name for path in full.iterdir()] == ["holiday.jpg"]
+        assert not (tmp_path / "dest").exists() and [path.name for path in full.iterdir()] == [
+            "holiday.jpg"
+        ]
 
     refused("no finished run", run=unfinished)
     refused("holds other files", dest=full)
@@ -240,7 +303,11 @@ def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(names, tmp_path, monk
     monkeypatch.setenv("PIP_FIND_LINKS", str(house))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     for name in ("pip", *NEEDED, *names):
-        write_wheel(house, name, version="1.0" if name == "pip" else importlib.metadata.version(name).partition("+")[0])
+        write_wheel(
+            house,
+            name,
+            version="1.0" if name == "pip" else importlib.metadata.version(name).partition("+")[0],
+        )
 
     def fetched(folder):
         fetch_wheels(tmp_path / folder, [*NEEDED, *names[1:]], os.uname().machine, PYTHON)
@@ -248,9 +315,13 @@ def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(names, tmp_path, monk
 
     assert fetched("plain") == own and "no CPU build" in capsys.readouterr().err
     write_wheel(house, "torch", version="2.1.0+cpu")
-    assert fetched("older") == ("2.1.0+cpu" if len(names) == 1 else own), "torchvision fits one torch only"
+    assert fetched("older") == ("2.1.0+cpu" if len(names) == 1 else own), (
+        "torchvision fits one torch only"
+    )
     for name in names:
-        write_wheel(house, name, version=importlib.metadata.version(name).partition("+")[0] + "+cpu")
+        write_wheel(
+            house, name, version=importlib.metadata.version(name).partition("+")[0] + "+cpu"
+        )
     assert fetched("same") == f"{own}+cpu"
     (house / next(house.glob("numpy-*"))).unlink()
     with pytest.raises(BadInput, match=r"pip download failed: .*numpy"):
@@ -259,7 +330,10 @@ def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(names, tmp_path, monk
 
 def test_an_audit_gives_evidence_for_each_part_and_runs_nothing_damaged(written, stick, tmp_path):
     result = run_script("audit.py", "handover", written[0], "--out", tmp_path / "out")
-    severity = {row["check"]: row["severity"] for row in json.loads((tmp_path / "out" / "findings.json").read_text())}
+    severity = {
+        row["check"]: row["severity"]
+        for row in json.loads((tmp_path / "out" / "findings.json").read_text())
+    }
     parts = (
         "files",
         "parts",
@@ -274,8 +348,14 @@ def test_an_audit_gives_evidence_for_each_part_and_runs_nothing_damaged(written,
     assert result.json["missing"] == missing and result.returncode == bool(missing)
     flip(stick / "model" / "best.pt")
     result = run_script("audit.py", "handover", stick, "--out", tmp_path / "out", check=1)
-    assert result.json == {"num_items": 2, "missing": ["files"], "findings": str(tmp_path / "out" / "findings.json")}
-    assert {"file": "changed: model/best.pt"} in json.loads((tmp_path / "out" / "findings.json").read_text())[0]["rows"]
+    assert result.json == {
+        "num_items": 2,
+        "missing": ["files"],
+        "findings": str(tmp_path / "out" / "findings.json"),
+    }
+    assert {"file": "changed: model/best.pt"} in json.loads(
+        (tmp_path / "out" / "findings.json").read_text()
+    )[0]["rows"]
     run_script("audit.py", "handover", tmp_path, "--out", tmp_path / "out", check=2)
 
 
@@ -299,10 +379,16 @@ def test_the_checklist_is_judged_item_by_item(tmp_path):
     good = audit_checklist(tmp_path)
     assert [found["severity"] for found in good] == ["note"] * 6, good
     assert good[3]["measured"] == "jobs/train.sbatch"
-    assert "https://example.org/team/pcam" in good[0]["measured"] and "2 members" in good[5]["measured"]
+    assert (
+        "https://example.org/team/pcam" in good[0]["measured"]
+        and "2 members" in good[5]["measured"]
+    )
     (tmp_path / "JOURNAL.md").write_text(JOURNAL.replace("Ada", "to be filled in"))
     unfilled = audit_checklist(tmp_path)[-1]
-    assert unfilled["severity"] == "warning" and "to be filled in, in journal.yaml" in unfilled["measured"]
+    assert (
+        unfilled["severity"] == "warning"
+        and "to be filled in, in journal.yaml" in unfilled["measured"]
+    )
     # the link and the ids after the first page, a picture elsewhere, no Slurm script, no checkpoint
     (tmp_path / "JOURNAL.md").write_text(
         re.sub("(Repo.*\n)(Memb.*\n)(.*\n)(.*\n)", r"\4\1\2\3", JOURNAL.replace("assets/a", "../a"))
@@ -314,7 +400,11 @@ def test_the_checklist_is_judged_item_by_item(tmp_path):
 
 def test_what_would_change_or_misuse_the_stick_is_refused(stick, tmp_path):
     def refused(*arguments, **environment):
-        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "PCAM_PYTHON": sys.executable} | environment
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "PCAM_PYTHON": sys.executable,
+        } | environment
         command = ["sh", stick / "run.sh", *arguments]
         result = subprocess.run(command, capture_output=True, text=True, cwd=stick, env=environment)
         assert result.returncode == 2, result.stderr
@@ -329,11 +419,16 @@ def test_what_would_change_or_misuse_the_stick_is_refused(stick, tmp_path):
     (stick / "python" / "evil.sh").chmod(0o755)
     made_for = json.loads((stick / "stick.json").read_text()) | {"python": "/evil.sh"}
     (stick / "stick.json").write_text(json.dumps(made_for, indent=1))
-    assert "names no Python" in refused("patches", PCAM_PYTHON="") and not (tmp_path / "pwned").exists()
+    assert (
+        "names no Python" in refused("patches", PCAM_PYTHON="")
+        and not (tmp_path / "pwned").exists()
+    )
 
 
 def test_make_handover_wants_a_place():
     environment = {name: value for name, value in os.environ.items() if name != "DEST"}
     command = ["make", "handover", f"PYTHON={sys.executable}"]
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 2 and "DEST=DIR" in result.stderr

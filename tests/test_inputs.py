@@ -1,4 +1,6 @@
-"""Inputs: whatever holds patches, in a known order, each row with its source, and damage named instead of guessed away."""
+"""Inputs: whatever holds patches, in a known order, each row with its source, and damage named
+instead of guessed away.
+"""
 
 import gzip
 import io
@@ -18,7 +20,8 @@ from lib.inputs import BLOCK, decode_patch, read_inputs
 from lib.pcam import open_split, split_path
 
 PATCHES, _ = draw_patches(8, 21)
-NOT_READABLE = r"not a readable image(?!.* at 0x)"  # an address differs from run to run: predictions.csv would not repeat
+# an address differs from run to run: predictions.csv would not repeat
+NOT_READABLE = r"not a readable image(?!.* at 0x)"
 
 
 def encode(array, kind="PNG", mode=None) -> bytes:
@@ -32,7 +35,9 @@ def encode_png16(array) -> bytes:
     """RGB with 16 bits a channel, which Pillow reads but does not write."""
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 96, 96, 16, 2, 0, 0, 0))
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
@@ -43,9 +48,19 @@ def read_all(*paths, split=""):
     """(sources, indices, images, labels, errors) over all blocks."""
     blocks = list(read_inputs(paths, split))
     names = ("sources", "indices", "images", "labels", "errors")
-    assert all(len(getattr(block, name)) == len(block.images) <= BLOCK for block in blocks for name in names)
+    assert all(
+        len(getattr(block, name)) == len(block.images) <= BLOCK
+        for block in blocks
+        for name in names
+    )
     columns = {name: [item for block in blocks for item in getattr(block, name)] for name in names}
-    return columns["sources"], columns["indices"], np.stack(columns["images"]), columns["labels"], columns["errors"]
+    return (
+        columns["sources"],
+        columns["indices"],
+        np.stack(columns["images"]),
+        columns["labels"],
+        columns["errors"],
+    )
 
 
 def write_tar(path, members, mode="w"):
@@ -58,29 +73,48 @@ def write_tar(path, members, mode="w"):
 
 
 def test_a_folder_is_read_recursively_in_sorted_order(tmp_path):
-    patches = {tmp_path / name: PATCHES[i] for i, name in enumerate(["b/2.png", "a.tif", "b/10.PNG", "c ü'/d/x.tiff", "b.png"])}
+    patches = {
+        tmp_path / name: PATCHES[i]
+        for i, name in enumerate(["b/2.png", "a.tif", "b/10.PNG", "c ü'/d/x.tiff", "b.png"])
+    }
     for path, patch in patches.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encode(patch, "TIFF" if ".tif" in path.name else "PNG"))
     (tmp_path / "notes.txt").write_text("no image")
     sources, indices, images, labels, errors = read_all(tmp_path)
-    assert sources == [str(path) for path in sorted(patches)] and indices == [0] * 5 and labels == errors == [None] * 5
+    assert (
+        sources == [str(path) for path in sorted(patches)]
+        and indices == [0] * 5
+        and labels == errors == [None] * 5
+    )
     assert np.array_equal(images, np.stack([patches[path] for path in sorted(patches)]))
 
 
 @pytest.mark.parametrize("mode, suffix", [("w", ".tar"), ("w:gz", ".tar.gz"), ("w:gz", ".TGZ")])
 def test_a_tar_is_read_in_its_own_order_whatever_its_packing_and_size(tmp_path, mode, suffix):
-    names = ["z.png", "a/b.png", "readme.txt", "./m.png", *(f"{number}.png" for number in range(BLOCK))]
+    names = [
+        "z.png",
+        "a/b.png",
+        "readme.txt",
+        "./m.png",
+        *(f"{number}.png" for number in range(BLOCK)),
+    ]
     data = [encode(patch) for patch in PATCHES]
-    path = write_tar(tmp_path / f"t{suffix}", [(name, data[i % 8]) for i, name in enumerate(names)], mode)
+    path = write_tar(
+        tmp_path / f"t{suffix}", [(name, data[i % 8]) for i, name in enumerate(names)], mode
+    )
     sources, _, images, _, errors = read_all(path)
-    assert sources == [f"{path}/{name}" for name in ("z.png", "a/b.png", "m.png", *names[4:])] and not any(errors)
+    assert sources == [
+        f"{path}/{name}" for name in ("z.png", "a/b.png", "m.png", *names[4:])
+    ] and not any(errors)
     assert np.array_equal(images, PATCHES[[i % 8 for i in range(len(names)) if i != 2]])
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "a/../../evil.png", "/etc/evil.png"])
 def test_a_tar_with_a_climbing_path_is_refused_whole(tmp_path, name):
-    path = write_tar(tmp_path / "t.tar", [("fine.png", encode(PATCHES[0])), (name, encode(PATCHES[1]))])
+    path = write_tar(
+        tmp_path / "t.tar", [("fine.png", encode(PATCHES[0])), (name, encode(PATCHES[1]))]
+    )
     with pytest.raises(BadInput, match="climbs out"):
         read_all(path)
     assert os.listdir(tmp_path) == ["t.tar"], "nothing is unpacked"
@@ -114,7 +148,12 @@ def test_what_is_no_8_bit_patch_of_96_pixels_is_refused_by_name_and_reason(data,
 
 
 def test_an_unreadable_image_keeps_its_row_and_says_why(tmp_path, monkeypatch):
-    for name, data in {"a": encode(PATCHES[0]), "b": b"junk", "c": encode(PATCHES[1][:50]), "d": encode(PATCHES[2])}.items():
+    for name, data in {
+        "a": encode(PATCHES[0]),
+        "b": b"junk",
+        "c": encode(PATCHES[1][:50]),
+        "d": encode(PATCHES[2]),
+    }.items():
         (tmp_path / f"{name}.png").write_bytes(data)
     sources, _, images, _, errors = read_all(tmp_path)
     assert [source[-5:] for source in sources] == ["a.png", "b.png", "c.png", "d.png"]
@@ -125,13 +164,22 @@ def test_an_unreadable_image_keeps_its_row_and_says_why(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(type(tmp_path), "open", deny)
-    assert "Permission denied" in read_all(tmp_path)[4][3], "the reason is the disk's, not the decoder's"
+    assert "Permission denied" in read_all(tmp_path)[4][3], (
+        "the reason is the disk's, not the decoder's"
+    )
 
 
 @pytest.mark.parametrize("kind", ["cut in a member", "cut in gzip", "no tar", "empty"])
 def test_a_damaged_tar_is_refused_by_name(tmp_path, kind):
-    whole = write_tar(tmp_path / "t.tar", [(f"{i}.png", encode(patch)) for i, patch in enumerate(PATCHES)]).read_bytes()
-    cuts = {"cut in a member": whole[:30_000], "cut in gzip": gzip.compress(whole)[:90_000], "no tar": b"hello", "empty": b""}
+    whole = write_tar(
+        tmp_path / "t.tar", [(f"{i}.png", encode(patch)) for i, patch in enumerate(PATCHES)]
+    ).read_bytes()
+    cuts = {
+        "cut in a member": whole[:30_000],
+        "cut in gzip": gzip.compress(whole)[:90_000],
+        "no tar": b"hello",
+        "empty": b"",
+    }
     (tmp_path / "bad.tar").write_bytes(cuts[kind])
     with pytest.raises(BadInput, match=r"bad\.tar"):
         read_all(tmp_path / "bad.tar")
@@ -146,7 +194,9 @@ def test_a_pcam_folder_gives_rows_and_labels_of_the_split_that_was_chosen(pcam_d
         with pytest.raises(BadInput, match="choose --split from train, valid"):
             read_all(pcam_dir, split=wrong)
     (tmp_path / split_path(".", "test", "x").name).symlink_to(path)
-    assert read_all(tmp_path, split="test")[3] == [None] * len(split), "a test split need not have labels"
+    assert read_all(tmp_path, split="test")[3] == [None] * len(split), (
+        "a test split need not have labels"
+    )
 
 
 def test_an_hdf5_file_of_patches_needs_no_labels_and_no_official_name(tmp_path):
@@ -157,7 +207,9 @@ def test_an_hdf5_file_of_patches_needs_no_labels_and_no_official_name(tmp_path):
     assert set(sources) == {str(tmp_path / "mine.hdf5")}
 
 
-@pytest.mark.parametrize("name, words", [("none.png", "no such input"), ("a.bmp", "unknown kind"), ("empty", "no image")])
+@pytest.mark.parametrize(
+    "name, words", [("none.png", "no such input"), ("a.bmp", "unknown kind"), ("empty", "no image")]
+)
 def test_what_is_not_there_or_unknown_is_refused_by_name(tmp_path, name, words):
     (tmp_path / "a.bmp").write_bytes(b"")
     (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
@@ -173,13 +225,17 @@ def test_a_pipe_is_no_input(tmp_path, name):
     (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
     sources, _, _, _, errors = read_all(tmp_path)
     pipe = [str(tmp_path / name)] if name == "f.png" else []
-    assert sources == [str(tmp_path / "a.png"), *pipe] and [error is None for error in errors] == [True] + [False] * len(pipe)
+    assert sources == [str(tmp_path / "a.png"), *pipe] and [error is None for error in errors] == [
+        True
+    ] + [False] * len(pipe)
     with pytest.raises(BadInput, match=name):
         read_all(tmp_path / name)
 
 
 def test_a_tar_that_is_cut_between_members_is_refused(tmp_path):
-    path = write_tar(tmp_path / "t.tar", [(f"{i}.png", encode(patch)) for i, patch in enumerate(PATCHES)])
+    path = write_tar(
+        tmp_path / "t.tar", [(f"{i}.png", encode(patch)) for i, patch in enumerate(PATCHES)]
+    )
     with tarfile.open(path) as tar:
         end = tar.getmembers()[3].offset
     os.truncate(path, end)
@@ -190,6 +246,8 @@ def test_a_tar_that_is_cut_between_members_is_refused(tmp_path):
 @real_sample
 def test_the_real_patches_read_as_pillow_reads_them():
     sources, _, images, _, errors = read_all(REAL_SAMPLE / "unlabelled-tif")
-    assert len(sources) == len(list((REAL_SAMPLE / "unlabelled-tif").glob("*.tif"))) and not any(errors)
+    assert len(sources) == len(list((REAL_SAMPLE / "unlabelled-tif").glob("*.tif"))) and not any(
+        errors
+    )
     for source, image in list(zip(sources, images, strict=True))[::10]:
         assert np.array_equal(image, np.asarray(Image.open(source)))

@@ -1,4 +1,6 @@
-"""The journal says what the files say: every question has its place, every number its file, and what disagrees is named."""
+"""The journal says what the files say: every question has its place, every number its file, and
+what disagrees is named.
+"""
 
 import itertools
 import json
@@ -27,21 +29,49 @@ from lib.reports import evidence, journal
 from lib.reports.evidence import choose_seeds, find_code, git, read_code, read_said
 from lib.reports.sections import ANSWERS, read_questions
 
-SMALL = [option for option in QUICK if not option.startswith(("name=", "epochs="))] + ["limit_train=96"]
-# what is asked for, in the words of the list of questions: section, then what a heading in it must hold
+SMALL = [option for option in QUICK if not option.startswith(("name=", "epochs="))] + [
+    "limit_train=96"
+]
+# what is asked for, in the words of the list of questions: section, then what a heading in it must
+# hold
 ASKED = {
-    "1 Reproducibility": ("non-determinism", "controlled", "exact code", "Twin runs: identical or not"),
-    "2 Data": ("final counts per split and class", "leakage", "statistics", "nested", "larger with fewer", "poisoning"),
-    "3 Configuration": ("centralised parameters", "loaded", "What it changes", "can still go wrong"),
-    "4 Dynamics": ("Global gradient norm per step", "why per step", "spikes", "Learning rate over time", "decays late"),
+    "1 Reproducibility": (
+        "non-determinism",
+        "controlled",
+        "exact code",
+        "Twin runs: identical or not",
+    ),
+    "2 Data": (
+        "final counts per split and class",
+        "leakage",
+        "statistics",
+        "nested",
+        "larger with fewer",
+        "poisoning",
+    ),
+    "3 Configuration": (
+        "centralised parameters",
+        "loaded",
+        "What it changes",
+        "can still go wrong",
+    ),
+    "4 Dynamics": (
+        "Global gradient norm per step",
+        "why per step",
+        "spikes",
+        "Learning rate over time",
+        "decays late",
+    ),
     "5.1 Tracking": (
-        "Two metrics, and why",
-        "deviation over the seeds",
-        "printing does not scale",
-        "initialisation",
-        "environment",
-    )
-    + ("reproduce a run", "checkpoint for new data", "Deployment risks"),
+        (
+            "Two metrics, and why",
+            "deviation over the seeds",
+            "printing does not scale",
+            "initialisation",
+            "environment",
+        )
+        + ("reproduce a run", "checkpoint for new data", "Deployment risks")
+    ),
     "5.2 Hyper-parameters": (
         "Search space, and why",
         "Parallel coordinates",
@@ -50,13 +80,32 @@ ASKED = {
         "cost",
         "baselines",
     ),
-    "6 Slices and errors": ("False positives and false negatives", "how it is isolated", "global score hides"),
-    "7 Collaboration and CI": ("Consolidation", "Pull request and CI", "CPU build", "merge conflict", "last fifteen commits"),
-    "8 Benchmark": ("throughput is measured", "precision changes", "another day", "batch 1", "Scaling", "bottleneck"),
+    "6 Slices and errors": (
+        "False positives and false negatives",
+        "how it is isolated",
+        "global score hides",
+    ),
+    "7 Collaboration and CI": (
+        "Consolidation",
+        "Pull request and CI",
+        "CPU build",
+        "merge conflict",
+        "last fifteen commits",
+    ),
+    "8 Benchmark": (
+        "throughput is measured",
+        "precision changes",
+        "another day",
+        "batch 1",
+        "Scaling",
+        "bottleneck",
+    ),
     "9 Documentation": ("installation, data, training, inference", "USB stick"),
     "Checklist": ("handed in",),
 }
-needs_git = pytest.mark.skipif(not git("rev-parse", "HEAD"), reason="needs the repository's history")
+needs_git = pytest.mark.skipif(
+    not git("rev-parse", "HEAD"), reason="needs the repository's history"
+)
 
 
 def call(main, *arguments, codes=(0,)) -> None:
@@ -64,42 +113,101 @@ def call(main, *arguments, codes=(0,)) -> None:
 
 
 def write_model_audit(folder: Path, predictions: Path) -> None:
-    """The files of an audit of a model, in the form in which the journal reads them, from real predictions."""
+    """The files of an audit of a model, in the form in which the journal reads them, from real
+    predictions.
+    """
     rows = read_csv(predictions)
-    labels, probs = np.array([int(row["label"]) for row in rows]), np.array([float(row["probability"]) for row in rows])
+    labels, probs = (
+        np.array([int(row["label"]) for row in rows]),
+        np.array([float(row["probability"]) for row in rows]),
+    )
     bins = []
-    for name, low in itertools.product(("as the model says", "as the checkpoint scales them"), np.linspace(0, 0.8, 5)):
+    for name, low in itertools.product(
+        ("as the model says", "as the checkpoint scales them"), np.linspace(0, 0.8, 5)
+    ):
         inside = (probs >= low) & (probs < low + 0.2 + 1e-9)
         if inside.any():
             share = labels[inside].mean()
-            bins.append([name, low, low + 0.2, int(inside.sum()), probs[inside].mean(), share, share - 0.1, share + 0.1])
+            bins.append(
+                [
+                    name,
+                    low,
+                    low + 0.2,
+                    int(inside.sum()),
+                    probs[inside].mean(),
+                    share,
+                    share - 0.1,
+                    share + 0.1,
+                ]
+            )
     bins.append(["always the prevalence", 0.4, 0.6, len(rows), 0.5, 0.5, 0.4, 0.6])
     folder.mkdir(parents=True)
     header = ("probabilities", "low", "high", "num", "mean_probability")
-    write_csv(folder / "reliability.csv", (*header, "positive_share", "positive_share_low", "positive_share_high"), bins)
+    write_csv(
+        folder / "reliability.csv",
+        (*header, "positive_share", "positive_share_low", "positive_share_high"),
+        bins,
+    )
     shutil.copy(predictions, folder)
     confusion = compute_confusion(labels, probs >= 0.3)
-    write_csv(folder / "thresholds.csv", ("rule", "threshold", *confusion), [["recall", 0.3, *confusion.values()]])
-    wrong = [["valid", row["index"], row["label"], row["probability"]] for row in rows if row["label"] != row["prediction"]]
+    write_csv(
+        folder / "thresholds.csv",
+        ("rule", "threshold", *confusion),
+        [["recall", 0.3, *confusion.values()]],
+    )
+    wrong = [
+        ["valid", row["index"], row["label"], row["probability"]]
+        for row in rows
+        if row["label"] != row["prediction"]
+    ]
     write_csv(folder / "errors.csv", ("split", "index", "label", "probability"), wrong)
-    slices = [["eosin", "below 0.1", 30, 0.8, 0.7, 0.9, "auc"], ["eosin", "0.1 or more", 34, 0.9, 0.85, 0.95, ""]]
-    write_csv(folder / "slices.csv", ("feature", "slice", "num", "auc", "auc_low", "auc_high", "confirmed"), slices)
+    slices = [
+        ["eosin", "below 0.1", 30, 0.8, 0.7, 0.9, "auc"],
+        ["eosin", "0.1 or more", 34, 0.9, 0.85, 0.95, ""],
+    ]
+    write_csv(
+        folder / "slices.csv",
+        ("feature", "slice", "num", "auc", "auc_low", "auc_high", "confirmed"),
+        slices,
+    )
     overall = {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}}
     write_json(folder / "scores.json", {"checkpoint": {"threshold": 0.3}, "global": overall})
     Image.new("RGB", (40, 40), "purple").save(folder / "errors.png")
 
 
 def write_benchmark(path: Path) -> None:
-    row = {"case": "default", "partition": "thin_course", "node_type": "a node", "job_id": "12", "gpu": "none", "status": "ok"}
+    row = {
+        "case": "default",
+        "partition": "thin_course",
+        "node_type": "a node",
+        "job_id": "12",
+        "gpu": "none",
+        "status": "ok",
+    }
     rows = [
         row | {"what": "infer", "model": model, "batch_size": size, "precision": precision, "memory_bytes": None}
         | {"factor": size**0.5, "case": "default" if precision == "bf16" else "fp32"}
         | {"images_per_s": 50.0 * size**0.5 * speed, "low": 45.0 * size**0.5 * speed, "high": 55.0 * size**0.5 * speed}
         for model, speed in (("cnn", 2), ("p4m", 1)) for size in (1, 8, 512) for precision in ("bf16", "fp32")
     ]  # fmt: skip
-    rows.append(rows[-1] | {"batch_size": 1024, "images_per_s": None, "low": None, "high": None, "status": "out of memory"})
+    rows.append(
+        rows[-1]
+        | {
+            "batch_size": 1024,
+            "images_per_s": None,
+            "low": None,
+            "high": None,
+            "status": "out of memory",
+        }
+    )
     path.parent.mkdir(parents=True)
-    write_json(path, {"rows": rows, "verdict": {"sentence": "The model's computing is the bottleneck.", "limit_s": 0.5}})
+    write_json(
+        path,
+        {
+            "rows": rows,
+            "verdict": {"sentence": "The model's computing is the bottleneck.", "limit_s": 0.5},
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +216,35 @@ def made(pcam_dir, tmp_path_factory):
     root = tmp_path_factory.mktemp("team") / "our journal"
     runs, options = root / "runs", [f"data_dir={pcam_dir}", *SMALL]
     for seed in (1, 2, 3):
-        call(train.main, "--runs", runs, "--trace", *options, "epochs=1", "name=quick", f"seed={seed}")
+        call(
+            train.main,
+            "--runs",
+            runs,
+            "--trace",
+            *options,
+            "epochs=1",
+            "name=quick",
+            f"seed={seed}",
+        )
     first = sorted(runs.iterdir())[0]
-    call(train.main, "--runs", root / "elsewhere", "--trace", *options, "epochs=1", "name=quick", "seed=1")
-    call(audit.main, "twin", first, next((root / "elsewhere").iterdir()), "--out", root / "audit-twin")
+    call(
+        train.main,
+        "--runs",
+        root / "elsewhere",
+        "--trace",
+        *options,
+        "epochs=1",
+        "name=quick",
+        "seed=1",
+    )
+    call(
+        audit.main,
+        "twin",
+        first,
+        next((root / "elsewhere").iterdir()),
+        "--out",
+        root / "audit-twin",
+    )
     write_damaged_edition(pcam_dir, root / "damaged", 80)
     call(
         audit.main,
@@ -123,11 +256,33 @@ def made(pcam_dir, tmp_path_factory):
         "files,values,balance,leakage",
         codes=(0, 1),
     )
-    space = {"design": "sobol", "trials": 2, "seed": 1, "seeds": [1], "rungs": [1], "champion_seeds": 3}
-    write_json(root / "space.yaml", space | {"ranges": {"lr": {"log": [0.002, 0.02]}, "batch_size": {"choice": [32, 48]}}})
+    space = {
+        "design": "sobol",
+        "trials": 2,
+        "seed": 1,
+        "seeds": [1],
+        "rungs": [1],
+        "champion_seeds": 3,
+    }
+    write_json(
+        root / "space.yaml",
+        space | {"ranges": {"lr": {"log": [0.002, 0.02]}, "batch_size": {"choice": [32, 48]}}},
+    )
     where = ("--sweeps", root / "sweeps")
     call(sweep.main, "plan", root / "space.yaml", "--name", "tiny", *where, *options)
-    call(sweep.main, "promote", "tiny", "--finish", *where, "--runs", runs, "--processes", 2, "--rung", 0)
+    call(
+        sweep.main,
+        "promote",
+        "tiny",
+        "--finish",
+        *where,
+        "--runs",
+        runs,
+        "--processes",
+        2,
+        "--rung",
+        0,
+    )
     champion = root / "assets" / "champion"
     shutil.copytree(first, champion, ignore=shutil.ignore_patterns("last.pt", "trace*"))
     predictions = first / "predictions.csv"
@@ -136,8 +291,17 @@ def made(pcam_dir, tmp_path_factory):
     write_benchmark(root / "assets" / "benchmark" / "benchmark.json")
     for name in ("reproducibility", "audit", "handover"):
         shutil.copy(REPOSITORY / "assets" / f"{name}.json", root / "assets")
-    said = read_yaml(REPOSITORY / "journal.yaml") | {"runs": [], "search": "", "audit": "", "twin": ""}
-    said["pictures"] = {"damage": "audit-data/suspects.png", "errors": "assets/model/errors.png", "remark": "Drawn patches."}
+    said = read_yaml(REPOSITORY / "journal.yaml") | {
+        "runs": [],
+        "search": "",
+        "audit": "",
+        "twin": "",
+    }
+    said["pictures"] = {
+        "damage": "audit-data/suspects.png",
+        "errors": "assets/model/errors.png",
+        "remark": "Drawn patches.",
+    }
     write_json(root / "journal.yaml", said)  # JSON is YAML
     call(report.main, "journal", root)
     return root
@@ -147,7 +311,11 @@ def made(pcam_dir, tmp_path_factory):
 def copy(made, tmp_path):
     """Another copy of the folder, without what only the machine of the runs has."""
     return Path(
-        shutil.copytree(made, tmp_path / "clone", ignore=shutil.ignore_patterns("runs", "sweeps", "audit-*", "elsewhere"))
+        shutil.copytree(
+            made,
+            tmp_path / "clone",
+            ignore=shutil.ignore_patterns("runs", "sweeps", "audit-*", "elsewhere"),
+        )
     )
 
 
@@ -160,33 +328,61 @@ def test_every_question_has_its_place_and_is_answered(made):
         for words in wanted:
             assert any(words in question for question, _ in questions), f"{section}: {words}"
         assert all(len(answer) > 100 for _, answer in questions), section
-    assert re.findall("Not measured yet.*", text) == ["Not measured yet**: run `make sweep SPACE=assets/space.yaml`."], (
-        "finalists"
-    )
+    assert re.findall("Not measured yet.*", text) == [
+        "Not measured yet**: run `make sweep SPACE=assets/space.yaml`."
+    ], "finalists"
     front = text.split("## 1 ")[0]
     assert all(words in front for words in ("Group", "Members", "Repository", "Base set-up"))
 
 
 def test_what_was_measured_is_shown(made):
     text = (made / "JOURNAL.md").read_text()
-    auc = [read_json(path)["val_auc"] for path in sorted(made.glob("assets/evidence/seeds/*/summary.json"))]
-    assert f"| AUC | {' | '.join(f'{value:.4g}' for value in auc)} | {np.mean(auc):.4g} | {np.std(auc, ddof=1):.4g} |" in text
+    auc = [
+        read_json(path)["val_auc"]
+        for path in sorted(made.glob("assets/evidence/seeds/*/summary.json"))
+    ]
+    assert (
+        f"| AUC | {' | '.join(f'{value:.4g}' for value in auc)} | {np.mean(auc):.4g} |"
+        f" {np.std(auc, ddof=1):.4g} |" in text
+    )
     assert re.search(r"(\d+) of \1 traced steps are equal to the bit", text)
-    assert "bytes a value | 4 | 1" in text and "values: nan" in text, "the size of a damaged edition, and its damage"
-    assert "| thin_course: infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text and "out of memory" in text
+    assert "bytes a value | 4 | 1" in text and "values: nan" in text, (
+        "the size of a damaged edition, and its damage"
+    )
+    assert (
+        "| thin_course: infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text
+        and "out of memory" in text
+    )
     assert {path.stem for path in made.glob("assets/journal/*.png")} >= {
-        *("gradient-norm", "learning-rate", "metrics", "champion", "twin", "class-balance", "intensity", "search"),
+        *(
+            "gradient-norm",
+            "learning-rate",
+            "metrics",
+            "champion",
+            "twin",
+            "class-balance",
+            "intensity",
+            "search",
+        ),
         *("decisions", "reliability", "slices", "scaling", "commits"),
     }
-    assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, "precisions beside each other"
-    assert re.search(r"!\[The champion on [\d,]+ patches of validation, calibrated, at its threshold 0.3\]", text)
-    assert re.search(r"!\[Suspect patches. Drawn patches\]\(assets/evidence/pictures/damage.png\)", text)
+    assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, (
+        "precisions beside each other"
+    )
+    assert re.search(
+        r"!\[The champion on [\d,]+ patches of validation, calibrated, at its threshold 0.3\]", text
+    )
+    assert re.search(
+        r"!\[Suspect patches. Drawn patches\]\(assets/evidence/pictures/damage.png\)", text
+    )
 
 
 def test_every_image_is_there_and_every_source_has_its_digest(made):
     text = (made / "JOURNAL.md").read_text()
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(images) == len(set(images)) and all(re.match(r"assets/[\w/-]+\.png", name) for name in images)
+    assert len(images) == len(set(images)) and all(
+        re.match(r"assets/[\w/-]+\.png", name) for name in images
+    )
     for name in images:
         Image.open(made / name).verify()
     cited = dict(re.findall(r"`(assets/[^`]+|[\w.]+)` `([0-9a-f]{12})`", text))
@@ -205,7 +401,9 @@ def test_evidence_holds_no_folder_host_or_argument_of_the_machine(made):
 @needs_git
 def test_code_is_quoted_as_git_has_it(made):
     text, quotes = (made / "JOURNAL.md").read_text(), 0
-    pattern = r"`([\w./]+):(\d+) at ([0-9a-f]{10})(?:, the commit of the runs)?`:\n\n````\n(.*?)\n````"
+    pattern = (
+        r"`([\w./]+):(\d+) at ([0-9a-f]{10})(?:, the commit of the runs)?`:\n\n````\n(.*?)\n````"
+    )
     for file, line, commit, code in re.findall(pattern, text, re.DOTALL):
         lines = code.splitlines()
         assert read_code(commit, file).splitlines()[int(line) - 1 :][: len(lines)] == lines
@@ -218,14 +416,22 @@ def test_code_is_found_by_name():
     assert find_code("a.py", text, "f") == (3, "# why\n@x.y\ndef f(a):\n    return a")
     assert find_code("a.py", text, "C") == (9, "C = {\n 1,\n}")
     assert find_code("a.py", text, "g") == (0, "")
-    assert find_code("a.yml", "on:\n  push:\n\n  pull:\njobs:\n", "on:") == (1, "on:\n  push:\n\n  pull:")
+    assert find_code("a.yml", "on:\n  push:\n\n  pull:\njobs:\n", "on:") == (
+        1,
+        "on:\n  push:\n\n  pull:",
+    )
     assert find_code("a.md", "one\n\n- two\n  three\n- four\n", "three") == (3, "- two\n  three")
     assert find_code("a.yml", "a: 1\nb: 2\n", "") == (1, "a: 1\nb: 2")
 
 
 def test_every_quote_that_is_asked_for_is_there():
     codes = [code for questions in read_questions().values() for *_, code in questions]
-    asked = [item.strip().partition(":")[::2] for code in codes for item in code.split(";") if item.strip()]
+    asked = [
+        item.strip().partition(":")[::2]
+        for code in codes
+        for item in code.split(";")
+        if item.strip()
+    ]
     lines = {
         (file, name.strip()): find_code(file, read_code("", file), name.strip())[0]
         for file, names in asked
@@ -236,11 +442,17 @@ def test_every_quote_that_is_asked_for_is_there():
 
 def test_the_check_passes_without_the_runs_and_the_journal_is_made_again_from_evidence(copy, made):
     assert journal.check_journal(copy) == []
-    before = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    before = {
+        path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()
+    }
     journal.write_journal(copy)
-    after = {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    after = {
+        path.relative_to(copy): path.read_bytes() for path in copy.rglob("*") if path.is_file()
+    }
     differing = [str(name) for name in before | after if before.get(name) != after.get(name)]
-    assert not differing and (copy / "JOURNAL.md").read_bytes() == (made / "JOURNAL.md").read_bytes()
+    assert (
+        not differing and (copy / "JOURNAL.md").read_bytes() == (made / "JOURNAL.md").read_bytes()
+    )
 
 
 def substitute(path: Path, pattern: str, into: str) -> None:
@@ -251,18 +463,32 @@ def substitute(path: Path, pattern: str, into: str) -> None:
 
 
 ALTERED = {
-    "a digit": (lambda root: substitute(root / "JOURNAL.md", r"(\| AUC \| 0\.\d)\d", r"\g<1>x"), ["Mean and deviation", "AUC"]),
+    "a digit": (
+        lambda root: substitute(root / "JOURNAL.md", r"(\| AUC \| 0\.\d)\d", r"\g<1>x"),
+        ["Mean and deviation", "AUC"],
+    ),
     "a quoted line": (
         lambda root: substitute(root / "JOURNAL.md", r"random\.seed\(seed\)", "random.seed(7)"),
         ["The exact code", "random.seed(7)", "random.seed(seed)"],
     ),
-    "a digest": (lambda root: substitute(root / "JOURNAL.md", r"(plan\.json` `)\w{4}", r"\g<1>0000"), ["plan.json", "0000"]),
+    "a digest": (
+        lambda root: substitute(root / "JOURNAL.md", r"(plan\.json` `)\w{4}", r"\g<1>0000"),
+        ["plan.json", "0000"],
+    ),
     "a CSV": (
-        lambda root: substitute(next(root.glob("assets/evidence/seeds/*/steps.csv")), r"\n1,1,0\.", "\n1,1,1."),
+        lambda root: substitute(
+            next(root.glob("assets/evidence/seeds/*/steps.csv")), r"\n1,1,0\.", "\n1,1,1."
+        ),
         ["steps.csv", "gradient-norm.png"],
     ),
-    "a file that is gone": (lambda root: (root / "assets/model/slices.csv").unlink(), ["A slice, how it is isolated"]),
-    "a plan that is gone": (lambda root: (root / "assets/evidence/search/plan.json").unlink(), ["search"]),
+    "a file that is gone": (
+        lambda root: (root / "assets/model/slices.csv").unlink(),
+        ["A slice, how it is isolated"],
+    ),
+    "a plan that is gone": (
+        lambda root: (root / "assets/evidence/search/plan.json").unlink(),
+        ["search"],
+    ),
     "a damaged summary": (
         lambda root: next(root.glob("assets/evidence/seeds/*/summary.json")).write_text('{"half'),
         ["summary.json", "is not valid JSON"],
@@ -271,7 +497,10 @@ ALTERED = {
         lambda root: substitute(root / "assets/evidence/twin/timeline.csv", "step", "stop"),
         ["a file that it cites is damaged"],
     ),
-    "a picture": (lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/twin.png"), ["twin.png", "Twin runs"]),
+    "a picture": (
+        lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/twin.png"),
+        ["twin.png", "Twin runs"],
+    ),
     "an answer": (lambda root: substitute(root / "journal.yaml", "An?|One", "Another"), [": "]),
     "a line that is gone": (
         lambda root: substitute(root / "JOURNAL.md", r"\| accuracy \|.*\n", ""),
@@ -292,7 +521,9 @@ def test_what_disagrees_is_named(copy, what, capsys):
 
 def test_damaged_sources_leave_the_evidence_as_it_was(made, tmp_path, capsys):
     root = Path(shutil.copytree(made, tmp_path / "root", symlinks=True))
-    before = {path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()
+    }
     for name, text in (
         ("audit-data/findings.json", '{"half'),
         ("sweeps/tiny/rung-1.json", '{"half'),
@@ -300,19 +531,32 @@ def test_damaged_sources_leave_the_evidence_as_it_was(made, tmp_path, capsys):
     ):
         whole = (root / name).read_bytes()
         (root / name).write_text(text)
-        assert report.main(["journal", str(root)]) == 2 and Path(name).name in capsys.readouterr().err
+        assert (
+            report.main(["journal", str(root)]) == 2 and Path(name).name in capsys.readouterr().err
+        )
         (root / name).write_bytes(whole)
     write_json(root / "journal.yaml", read_yaml(root / "journal.yaml") | {"search": str(tmp_path)})
     assert report.main(["journal", str(root)]) == 2 and "plan.json" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (root / "assets/evidence").rglob("*") if path.is_file()
+    } == before
 
 
 def test_a_check_of_no_journal_is_refused(tmp_path, capsys):
-    assert report.main(["journal", str(tmp_path), "--check"]) == 2 and "no JOURNAL.md yet" in capsys.readouterr().err
+    assert (
+        report.main(["journal", str(tmp_path), "--check"]) == 2
+        and "no JOURNAL.md yet" in capsys.readouterr().err
+    )
     (tmp_path / "JOURNAL.md").write_text("# Ours\n")
-    assert report.main(["journal", str(tmp_path), "--check"]) == 2 and "does not name the commit" in capsys.readouterr().err
+    assert (
+        report.main(["journal", str(tmp_path), "--check"]) == 2
+        and "does not name the commit" in capsys.readouterr().err
+    )
     (tmp_path / "JOURNAL.md").write_text(f"at commit `{'0' * 40}`\n")
-    assert report.main(["journal", str(tmp_path), "--check"]) == 2 and "not in this clone" in capsys.readouterr().err
+    assert (
+        report.main(["journal", str(tmp_path), "--check"]) == 2
+        and "not in this clone" in capsys.readouterr().err
+    )
 
 
 def test_what_was_not_measured_names_a_target_that_there_is(tmp_path):
@@ -322,19 +566,43 @@ def test_what_was_not_measured_names_a_target_that_there_is(tmp_path):
     targets = set(re.findall(r"(?m)^([\w-]+):", (REPOSITORY / "Makefile").read_text()))
     if '"model"' not in (REPOSITORY / "audit.py").read_text():
         targets.add("audit-model")
-    assert named <= targets and named >= {"train", "seeds", "sweep", "audit", "twin", "bench", "audit-model"}
-    assert {path.name for path in tmp_path.rglob("*.png")} <= {"commits.png"} and journal.check_journal(tmp_path) == []
+    assert named <= targets and named >= {
+        "train",
+        "seeds",
+        "sweep",
+        "audit",
+        "twin",
+        "bench",
+        "audit-model",
+    }
+    assert {path.name for path in tmp_path.rglob("*.png")} <= {
+        "commits.png"
+    } and journal.check_journal(tmp_path) == []
 
 
 def test_runs_are_chosen_by_config_and_seed():
     def row(run, seed, lr=1, status="finished"):
         return {"run": run, "seed": seed, "lr": lr, "status": status}
 
-    rows = [row("a", 1), row("b", 2), row("c", 3), row("d", 3), row("e", 1, 2), row("f", 2, 2), row("g", 3, 2, "dead")]
-    assert [each["run"] for each in choose_seeds(rows, [])] == ["a", "b", "d"], (
-        "the later run of a seed, and no third one of e, f"
-    )
-    assert [each["run"] for each in choose_seeds([*rows, row("h", 4, 2)], [])] == ["e", "f", "h"], "the newest"
+    rows = [
+        row("a", 1),
+        row("b", 2),
+        row("c", 3),
+        row("d", 3),
+        row("e", 1, 2),
+        row("f", 2, 2),
+        row("g", 3, 2, "dead"),
+    ]
+    assert [each["run"] for each in choose_seeds(rows, [])] == [
+        "a",
+        "b",
+        "d",
+    ], "the later run of a seed, and no third one of e, f"
+    assert [each["run"] for each in choose_seeds([*rows, row("h", 4, 2)], [])] == [
+        "e",
+        "f",
+        "h",
+    ], "the newest"
     assert choose_seeds(rows[:2], []) == [] and choose_seeds(rows, ["a", "z"]) == []
     assert [each["run"] for each in choose_seeds(rows, ["g", "a"])] == ["g", "a"]
 
@@ -344,7 +612,9 @@ def test_runs_that_are_named_must_be_somewhere(copy):
     write_json(copy / "journal.yaml", read_yaml(copy / "journal.yaml") | {"runs": runs})
     journal.write_journal(copy)
     assert journal.check_journal(copy) == []
-    write_json(copy / "journal.yaml", read_yaml(copy / "journal.yaml") | {"runs": [*runs[:2], "gone"]})
+    write_json(
+        copy / "journal.yaml", read_yaml(copy / "journal.yaml") | {"runs": [*runs[:2], "gone"]}
+    )
     with pytest.raises(BadInput, match="names gone"):
         journal.write_journal(copy)
 
@@ -381,7 +651,10 @@ def test_patches_are_published_only_where_the_team_names_them(copy):
     write_json(copy / "journal.yaml", read_yaml(copy / "journal.yaml") | {"pictures": {}})
     journal.write_journal(copy)
     text = (copy / "JOURNAL.md").read_text()
-    assert "pictures/damage.png" not in text and text.count("Pictures are published only where journal.yaml names them") == 2
+    assert (
+        "pictures/damage.png" not in text
+        and text.count("Pictures are published only where journal.yaml names them") == 2
+    )
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
@@ -401,16 +674,39 @@ def test_the_page_opens_by_itself_without_an_error(made, tmp_path):
         up, down, aria: auc.ariaSort});
       console.log("probe ran"); }</script>"""
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    options += ["--no-first-run", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
-    command = ["chromium", *options, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "page.html").as_uri()]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
+    options += [
+        "--no-first-run",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+    ]
+    command = [
+        "chromium",
+        *options,
+        "--virtual-time-budget=5000",
+        "--dump-dom",
+        (tmp_path / "page.html").as_uri(),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
     assert len(console) == 1 and "probe ran" in console[0], console
     found = json.loads(re.search(r'data-found="([^"]*)"', result.stdout)[1].replace("&quot;", '"'))
-    assert found["images"] >= 14 and not found["broken"] and not found["lost"] and not found["loaded"]
+    assert (
+        found["images"] >= 14 and not found["broken"] and not found["lost"] and not found["loaded"]
+    )
     assert found["links"] > 40 and found["aria"] == "descending"
-    assert found["up"] == sorted(found["up"]) and found["down"] == found["up"][::-1] and len(found["up"]) == 5
+    assert (
+        found["up"] == sorted(found["up"])
+        and found["down"] == found["up"][::-1]
+        and len(found["up"]) == 5
+    )
 
 
 @needs_git
@@ -423,7 +719,13 @@ def test_the_journal_of_this_repository_agrees_with_its_files():
 
 def test_make_passes_the_check_on(copy):
     for check, code in (("1", 0), ("", 0)):
-        command = ["make", "journal", f"PYTHON={sys.executable}", f"CHECK={check}", f"ARGS='{copy}'"]
+        command = [
+            "make",
+            "journal",
+            f"PYTHON={sys.executable}",
+            f"CHECK={check}",
+            f"ARGS='{copy}'",
+        ]
         result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
         assert result.returncode == code, result.stderr
         assert ("num_differing" in result.stdout) == (check == "1")

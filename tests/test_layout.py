@@ -1,4 +1,6 @@
-"""The rules of the house: floors, budget, packages, and what may not stand in a public repository."""
+"""The rules of the house: floors, budget, packages, and what may not stand in a public
+repository.
+"""
 
 import ast
 import dataclasses
@@ -16,20 +18,29 @@ FLOORS = [
     set(rooms.split())
     for rooms in (
         "command config seeding device logger metrics calibration progress",
-        "pcam batches augment synthetic models optimizers centrenet rundir inputs features copies reference",
-        "training runlog predict deploy checkpoint search launch ingest repack verify download trace slurm handover "
-        "bench cases verdict",
+        (
+            "pcam batches augment synthetic models optimizers centrenet rundir inputs features"
+            " copies reference"
+        ),
+        (
+            "training runlog predict deploy checkpoint search launch ingest repack verify download"
+            " trace slurm handover bench cases verdict"
+        ),
         "audits reports",
     )
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FILE_BYTES = 5_000_000
-PACKAGES = {"torch", "torchvision", "h5py", "numpy", "yaml", "matplotlib", "PIL"}  # Pillow comes with torchvision
+# Pillow comes with torchvision
+PACKAGES = {"torch", "torchvision", "h5py", "numpy", "yaml", "matplotlib", "PIL"}
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 LIB = sorted(path for path in (REPOSITORY / "lib").rglob("*.py"))
 # built from parts, so that this file does not hold what it looks for
 MACHINE_PATHS = [f"/{name}/" for name in ("work", "root", "mnt")]
-REGISTRIES = [".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "org"))]
+REGISTRIES = [
+    ".".join(parts)
+    for parts in (("pypi", "org"), ("pythonhosted", "org"), ("anaconda", "org"), ("npmjs", "org"))
+]
 
 
 def imports(path: Path) -> set[str]:
@@ -40,7 +51,11 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "lib" else {node.module}
+            names |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "lib"
+                else {node.module}
+            )
     return names
 
 
@@ -74,9 +89,15 @@ def test_a_room_stands_on_a_floor_and_imports_from_its_own_or_below(path):
 
 
 def test_no_room_imports_itself_in_a_circle():
-    known = {module_name(path): {name for name in imports(path) if name.startswith("lib")} for path in LIB}
+    known = {
+        module_name(path): {name for name in imports(path) if name.startswith("lib")}
+        for path in LIB
+    }
     # `from lib.reports import pages` names a package: look into it
-    graph = {name: {target for target in targets if target in known and target != name} for name, targets in known.items()}
+    graph = {
+        name: {target for target in targets if target in known and target != name}
+        for name, targets in known.items()
+    }
     done, path = set(), []
 
     def visit(name):
@@ -114,7 +135,11 @@ def test_help_answers_without_torch(script):
             heavy = sorted({{"torch", "numpy", "h5py", "matplotlib"}} & set(sys.modules))
             print(stop.code or 0, *heavy, file=sys.stderr)"""
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, env={"PYTHONPATH": "."}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": "."},
     )
     assert result.stderr.split() == ["0"] and "usage:" in result.stdout and script in result.stdout
 
@@ -126,7 +151,10 @@ def test_no_tracked_file_is_large():
 
 def test_no_tracked_file_names_a_path_of_this_machine_or_a_package_registry():
     forbidden = re.compile(
-        "|".join([rf"(?<![\w.\-}}]){path}" for path in MACHINE_PATHS] + [re.escape(host) for host in REGISTRIES])
+        "|".join(
+            [rf"(?<![\w.\-}}]){path}" for path in MACHINE_PATHS]
+            + [re.escape(host) for host in REGISTRIES]
+        )
     )
     found = {}
     for path in tracked_files():

@@ -1,4 +1,6 @@
-"""Files that survive: replaced whole or not at all, appended by whole rows, read back without a torn last line."""
+"""Files that survive: replaced whole or not at all, appended by whole rows, read back without a
+torn last line.
+"""
 
 import contextlib
 import hashlib
@@ -38,7 +40,9 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
         assert path.read_bytes() == b"old", "nothing shows before the end"
     assert path.read_bytes() == b"new" and os.listdir(tmp_path) == [path.name]
     os.umask(umask := os.umask(0))
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, "others can read it: mkstemp alone would make it private"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, (
+        "others can read it: mkstemp alone would make it private"
+    )
 
 
 def test_json_and_csv_come_back_equal_and_json_is_strict(tmp_path):
@@ -64,7 +68,9 @@ def test_whatever_is_cut_off_the_end_readers_see_only_whole_rows(tmp_path):
 @pytest.mark.parametrize("keep", [None, lambda row: int(row["step"]) <= 2], ids=["plain", "keep"])
 @pytest.mark.parametrize("torn", [b"", b"3,", b"3,0.25"])
 def test_a_continued_log_has_one_header_and_whole_rows_alone(tmp_path, torn, keep):
-    (tmp_path / "s.csv").write_bytes(b"step,loss\n1,0.5\n2,0.4\n" + (b"3,0.9\n" if keep else b"") + torn)
+    (tmp_path / "s.csv").write_bytes(
+        b"step,loss\n1,0.5\n2,0.4\n" + (b"3,0.9\n" if keep else b"") + torn
+    )
     log = CsvLog(tmp_path / "s.csv", ["step", "loss"], keep=keep)
     log.add(loss=0.3, step=3)
     log.close()
@@ -79,7 +85,9 @@ def test_a_log_goes_on_under_a_header_that_has_grown(tmp_path):
 
 
 def test_rows_wait_in_memory_until_their_time_and_a_missing_column_is_a_bug(tmp_path):
-    lazy, eager = (CsvLog(tmp_path / f"{flush_s}.csv", ["a"], flush_s=flush_s) for flush_s in (1000, 0))
+    lazy, eager = (
+        CsvLog(tmp_path / f"{flush_s}.csv", ["a"], flush_s=flush_s) for flush_s in (1000, 0)
+    )
     for log in (lazy, eager):
         log.add(a=1)
         with pytest.raises(KeyError):

@@ -1,4 +1,6 @@
-"""The mistakes seen in pipelines of this kind (course projects on PCam), one test each, on the scripts themselves."""
+"""The mistakes seen in pipelines of this kind (course projects on PCam), one test each, on the
+scripts themselves.
+"""
 
 import shutil
 import time
@@ -44,7 +46,9 @@ def test_the_test_split_is_not_the_validation_file(quick_run, pcam_dir, tmp_path
     folder = shutil.copytree(pcam_dir, tmp_path / "data")
     arguments = ["--ckpt", quick_run, folder, "--out", tmp_path / "p.csv", "--split"]
     code, _, err = call_script(inference.main, *arguments, "test")
-    assert code == 2 and "choose --split from train, valid" in err, "a missing test split is not made up from another"
+    assert code == 2 and "choose --split from train, valid" in err, (
+        "a missing test split is not made up from another"
+    )
     other = write_pcam(tmp_path / "other", 16, 40, seed=7)
     for part in ("x", "y"):
         shutil.copy(split_path(other, "valid", part), split_path(folder, "test", part))
@@ -55,7 +59,11 @@ def test_the_test_split_is_not_the_validation_file(quick_run, pcam_dir, tmp_path
         assert {row["source"] for row in rows} == {str(split_path(folder, split, "x"))}
         assert [int(row["label"]) for row in rows] == open_split(folder, split).labels.tolist()
         found[split] = tuple(row["probability"] for row in rows)
-    assert len(set(found.values())) == 3 and [len(found[split]) for split in SPLITS] == [160, 64, 40]
+    assert len(set(found.values())) == 3 and [len(found[split]) for split in SPLITS] == [
+        160,
+        64,
+        40,
+    ]
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -64,20 +72,35 @@ def test_a_misspelt_file_is_not_skipped_in_silence(split, part, pcam_dir, tmp_pa
     folder = shutil.copytree(pcam_dir, tmp_path / "data")
     path = split_path(folder, split, part)
     path.rename(path.with_name(path.name.replace("split", "spilt")))
-    code, _, err = call_script(train.main, "--runs", tmp_path / "runs", f"data_dir={folder}", *QUICK)
-    assert code == 2 and f"no file {path.name}" in err and "did you mean" in err and not (tmp_path / "runs").exists()
+    code, _, err = call_script(
+        train.main, "--runs", tmp_path / "runs", f"data_dir={folder}", *QUICK
+    )
+    assert (
+        code == 2
+        and f"no file {path.name}" in err
+        and "did you mean" in err
+        and not (tmp_path / "runs").exists()
+    )
 
 
 def test_f2_weighs_recall_and_the_confusion_matrix_adds_up_to_the_split(quick_run, pcam_dir):
     labels = open_split(pcam_dir, "valid").labels
     for row in read_csv(quick_run / "epochs.csv"):
         tp, fp, fn, tn = (int(row[f"val_{name}"]) for name in ("tp", "fp", "fn", "tn"))
-        assert tp + fn == labels.sum() and fp + tn == (labels == 0).sum() and tp + fp + fn + tn == len(labels)
+        assert (
+            tp + fn == labels.sum()
+            and fp + tn == (labels == 0).sum()
+            and tp + fp + fn + tn == len(labels)
+        )
         assert float(row["val_accuracy"]) == (tp + tn) / len(labels)
         if tp:
             precision, recall = tp / (tp + fp), tp / (tp + fn)
-            assert float(row["val_f2"]) == pytest.approx(5 * precision * recall / (4 * precision + recall))
-            assert float(row["val_f1"]) == pytest.approx(2 * precision * recall / (precision + recall))
+            assert float(row["val_f2"]) == pytest.approx(
+                5 * precision * recall / (4 * precision + recall)
+            )
+            assert float(row["val_f1"]) == pytest.approx(
+                2 * precision * recall / (precision + recall)
+            )
         share = labels.mean()
         assert float(row["always_positive_f2"]) == pytest.approx(5 * share / (4 * share + 1))
 
@@ -85,11 +108,14 @@ def test_f2_weighs_recall_and_the_confusion_matrix_adds_up_to_the_split(quick_ru
 def test_f2_of_a_known_confusion_is_the_one_on_paper(pcam_dir, tmp_path, monkeypatch):
     labels = open_split(pcam_dir, "valid").labels.astype(bool)
     logits = np.where(labels, 2.0, -2.0)
-    logits[np.flatnonzero(labels)[:8]], logits[np.flatnonzero(~labels)[:16]] = -1.0, 1.0  # 24 tp, 8 fn, 16 fp, 16 tn
+    # 24 tp, 8 fn, 16 fp, 16 tn
+    logits[np.flatnonzero(labels)[:8]], logits[np.flatnonzero(~labels)[:16]] = -1.0, 1.0
     monkeypatch.setattr(predict, "predict_rows", lambda *_: logits)
     row = read_csv(start(tmp_path, pcam_dir, "epochs=1")[0] / "epochs.csv")[0]
     assert [row[f"val_{name}"] for name in ("tp", "fn", "fp", "tn")] == ["24", "8", "16", "16"]
-    assert float(row["val_f2"]) == pytest.approx(120 / (120 + 4 * 8 + 16)) and float(row["val_f1"]) == pytest.approx(48 / 72)
+    assert float(row["val_f2"]) == pytest.approx(120 / (120 + 4 * 8 + 16)) and float(
+        row["val_f1"]
+    ) == pytest.approx(48 / 72)
 
 
 def test_the_seed_is_used_for_weights_order_and_augmentation(pcam_dir, tmp_path, monkeypatch):
@@ -113,13 +139,20 @@ def test_the_seed_is_used_for_weights_order_and_augmentation(pcam_dir, tmp_path,
         start(tmp_path, pcam_dir, f"seed={seed}", "epochs=1", "limit_train=32")
     assert seen[0] == seen[1]
     for what in range(3):
-        assert len({values[what] for values in seen}) == 3, ("weights", "order", "augmentation")[what]
+        assert len({values[what] for values in seen}) == 3, ("weights", "order", "augmentation")[
+            what
+        ]
 
 
 def test_seeds_do_not_share_a_folder_even_when_started_in_the_same_second(pcam_dir, tmp_path):
-    runs = [start(tmp_path, pcam_dir, f"seed={seed}", "epochs=1", "limit_train=32")[0] for seed in (1, 2, 1)]
+    runs = [
+        start(tmp_path, pcam_dir, f"seed={seed}", "epochs=1", "limit_train=32")[0]
+        for seed in (1, 2, 1)
+    ]
     assert len(set(runs)) == 3 and [run.name.split("-")[-2] for run in runs] == ["s1", "s2", "s1"]
-    assert all(len(read_csv(run / "steps.csv")) == 1 for run in runs), "nobody appends to somebody else's rows"
+    assert all(len(read_csv(run / "steps.csv")) == 1 for run in runs), (
+        "nobody appends to somebody else's rows"
+    )
 
 
 @pytest.mark.parametrize("size, num_steps", [(16, 10), (80, 2)])
@@ -135,7 +168,9 @@ def test_throughput_counts_the_images_of_a_batch(size, num_steps, pcam_dir, tmp_
     rows, epoch = read_csv(run / "steps.csv"), read_csv(run / "epochs.csv")[0]
     rates = [float(row["images_per_s"]) for row in rows]
     assert len(rates) == num_steps and max(rates) <= size / 0.05
-    assert sum(size / rate for rate in rates) == pytest.approx(float(epoch["train_s"]), rel=0.15), "batch size over step time"
+    assert sum(size / rate for rate in rates) == pytest.approx(float(epoch["train_s"]), rel=0.15), (
+        "batch size over step time"
+    )
     assert float(epoch["images_per_s"]) == pytest.approx(160 / float(epoch["train_s"]), rel=0.01)
     summary = read_json(run / "summary.json")
     assert summary["images_per_s"] == pytest.approx(160 / summary["train_s"], rel=0.01)
@@ -144,16 +179,31 @@ def test_throughput_counts_the_images_of_a_batch(size, num_steps, pcam_dir, tmp_
 
 def test_inference_preprocesses_as_training_did(quick_run, pcam_dir, tmp_path):
     def scores(ckpt):
-        return call_script(inference.main, "--ckpt", ckpt, pcam_dir, "--split", "valid", "--out", tmp_path / "p.csv")[1][
-            "scores"
-        ]
+        return call_script(
+            inference.main,
+            "--ckpt",
+            ckpt,
+            pcam_dir,
+            "--split",
+            "valid",
+            "--out",
+            tmp_path / "p.csv",
+        )[1]["scores"]
 
-    summary, fields = read_json(quick_run / "summary.json"), load_checkpoint(quick_run / "best.pt") | {"calibration": None}
+    summary, fields = (
+        read_json(quick_run / "summary.json"),
+        load_checkpoint(quick_run / "best.pt") | {"calibration": None},
+    )
     save_checkpoint(tmp_path / "plain.pt", fields)
     assert scores(tmp_path / "plain.pt")["loss"] == pytest.approx(summary["val_loss"], abs=1e-7)
-    for preprocessing in ({"mean": [0.5] * 3, "std": [0.5] * 3}, {**fields["preprocessing"], "std": [0.1, 0.2, 0.3]}):
+    for preprocessing in (
+        {"mean": [0.5] * 3, "std": [0.5] * 3},
+        {**fields["preprocessing"], "std": [0.1, 0.2, 0.3]},
+    ):
         save_checkpoint(tmp_path / "other.pt", {**fields, "preprocessing": preprocessing})
-        assert abs(scores(tmp_path / "other.pt")["loss"] - summary["val_loss"]) > 1e-4, "what the checkpoint carries is used"
+        assert abs(scores(tmp_path / "other.pt")["loss"] - summary["val_loss"]) > 1e-4, (
+            "what the checkpoint carries is used"
+        )
 
 
 def test_an_empty_checkpoint_is_refused_wherever_one_is_read(quick_run, pcam_dir, tmp_path):
@@ -164,16 +214,32 @@ def test_an_empty_checkpoint_is_refused_wherever_one_is_read(quick_run, pcam_dir
     for main, *arguments in (
         (inference.main, "--ckpt", run, pcam_dir, "--split", "valid", "--out", tmp_path / "p.csv"),
         (train.main, "--resume", run),
-        (train.main, "--runs", tmp_path / "runs", f"data_dir={pcam_dir}", *QUICK, f"weights={run / 'best.pt'}"),
+        (
+            train.main,
+            "--runs",
+            tmp_path / "runs",
+            f"data_dir={pcam_dir}",
+            *QUICK,
+            f"weights={run / 'best.pt'}",
+        ),
     ):
         code, _, err = call_script(main, *arguments)
         assert code == 2 and "is an empty file" in err and len(err.strip().splitlines()) == 1
-    assert not (tmp_path / "p.csv").exists() and not (tmp_path / "runs").exists() and not (run / "summary.json").exists()
+    assert (
+        not (tmp_path / "p.csv").exists()
+        and not (tmp_path / "runs").exists()
+        and not (run / "summary.json").exists()
+    )
 
 
 def test_a_samplers_output_is_not_reported_as_the_class_balance(tmp_path):
-    run, _, err = start(tmp_path, write_skewed(tmp_path / "data"), "balance=sampler", "epochs=1", "batch_size=16")
+    run, _, err = start(
+        tmp_path, write_skewed(tmp_path / "data"), "balance=sampler", "epochs=1", "batch_size=16"
+    )
     meta = read_json(run / "meta.json")
-    assert (meta["rows"]["train"]["num_negative"], meta["rows"]["train"]["num_positive"]) == (80, 16) and "96 patches" in err
+    assert (meta["rows"]["train"]["num_negative"], meta["rows"]["train"]["num_positive"]) == (
+        80,
+        16,
+    ) and "96 patches" in err
     valid = open_split(tmp_path / "data", "valid").labels
     assert meta["constant_baselines"]["prevalence"] == valid.mean()

@@ -14,16 +14,33 @@ from lib.augment import eight_views, model_input, no_augmentation
 from lib.centrenet import filter_copies, fold_norms
 from lib.command import BadInput
 from lib.config import load_config
-from lib.models import BUILDERS, HEADS, build_model, fit_state, fit_weights, load_pickle_free, logit_layer, num_parameters
+from lib.models import (
+    BUILDERS,
+    HEADS,
+    build_model,
+    fit_state,
+    fit_weights,
+    load_pickle_free,
+    logit_layer,
+    num_parameters,
+)
 
 torch.set_num_threads(1)
 
 
 def build(model="mlp", seed=1, mlp_hidden="8", cnn_width=4, dropout=0.0, device="cpu"):
     torch.manual_seed(seed)
-    values = {"model": model, "mlp_hidden": mlp_hidden, "cnn_width": cnn_width, "p4m_width": 2, "dropout": dropout}
+    values = {
+        "model": model,
+        "mlp_hidden": mlp_hidden,
+        "cnn_width": cnn_width,
+        "p4m_width": 2,
+        "dropout": dropout,
+    }
     with torch.device(device):
-        return build_model(load_config(overrides=[f"{key}={value}" for key, value in values.items()]))
+        return build_model(
+            load_config(overrides=[f"{key}={value}" for key, value in values.items()])
+        )
 
 
 def equal(a, b):
@@ -42,12 +59,17 @@ def test_every_model_gives_one_finite_logit_a_patch_and_learns_in_both_precision
         model.zero_grad()
         logits.sum().backward()
         grads = [parameter.grad for parameter in model.parameters()]
-        assert all(grad is not None and grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+        assert all(
+            grad is not None and grad.dtype == torch.float32 and grad.isfinite().all()
+            for grad in grads
+        )
         assert sum(bool(grad.any()) for grad in grads) > len(grads) / 2
 
 
 def with_statistics(model):
-    """The model in evaluation, its batch norms with factors and statistics unlike those of the start."""
+    """The model in evaluation, its batch norms with factors and statistics unlike those of the
+    start.
+    """
     x = torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for _ in range(3):
@@ -60,16 +82,24 @@ def with_statistics(model):
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_folded_norms_say_the_same(name):
-    model, x = with_statistics(build(name)), torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last)
+    model, x = (
+        with_statistics(build(name)),
+        torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last),
+    )
     folded = fold_norms(model, torch.float32)
     with torch.no_grad():
         plain, found = model(x), folded(x)
         with torch.autocast("cpu", torch.bfloat16):
             low = fold_norms(model, torch.bfloat16)(x.bfloat16())
-    num_norms = [sum("BatchNorm" in type(layer).__name__ for layer in each.modules()) for each in (model, folded)]
+    num_norms = [
+        sum("BatchNorm" in type(layer).__name__ for layer in each.modules())
+        for each in (model, folded)
+    ]
     assert num_norms[1] < num_norms[0] or name == "mlp"
     assert torch.allclose(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
-    assert low.dtype == torch.float32 and torch.allclose(low, plain, rtol=0.05, atol=0.05 * float(plain.abs().max()))
+    assert low.dtype == torch.float32 and torch.allclose(
+        low, plain, rtol=0.05, atol=0.05 * float(plain.abs().max())
+    )
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -83,8 +113,12 @@ def test_the_last_layer_computes_in_float32_unless_its_checkpoint_is_older_than_
             logits = ready(x.bfloat16())
             logit_layer(ready).is_float32 = False
             old = ready(x.bfloat16())
-        assert logits.dtype == torch.float32 and not torch.equal(logits, logits.bfloat16().float()), "no grid of bfloat16"
-        assert torch.equal(logits, torch.nn.functional.linear(inputs[-2].float(), last.weight, last.bias))
+        assert logits.dtype == torch.float32 and not torch.equal(
+            logits, logits.bfloat16().float()
+        ), "no grid of bfloat16"
+        assert torch.equal(
+            logits, torch.nn.functional.linear(inputs[-2].float(), last.weight, last.bias)
+        )
         assert old.dtype == torch.bfloat16
 
 
@@ -96,9 +130,17 @@ def test_the_weights_are_a_function_of_the_seed_and_the_dropout_is_the_config_s(
 
 
 def test_the_config_shapes_the_models_and_a_trained_one_sees_each_patch_alone():
-    assert [layer.out_features for layer in build(mlp_hidden="7,5") if isinstance(layer, torch.nn.Linear)] == [7, 5, 1]
-    assert num_parameters(build(mlp_hidden="")) == 96 * 96 * 3 + 1, "no hidden layer: logistic regression"
-    assert num_parameters(build("cnn", cnn_width=32)) > 3 * num_parameters(build("cnn", cnn_width=16))
+    assert [
+        layer.out_features
+        for layer in build(mlp_hidden="7,5")
+        if isinstance(layer, torch.nn.Linear)
+    ] == [7, 5, 1]
+    assert num_parameters(build(mlp_hidden="")) == 96 * 96 * 3 + 1, (
+        "no hidden layer: logistic regression"
+    )
+    assert num_parameters(build("cnn", cnn_width=32)) > 3 * num_parameters(
+        build("cnn", cnn_width=16)
+    )
     x = torch.rand(5, 3, 96, 96)
     for model in (build("cnn", dropout=0.5).eval(), build(dropout=0.5).eval()):
         assert torch.allclose(model(x)[3:4], model(x[3:4]), atol=1e-5)
@@ -107,11 +149,16 @@ def test_the_config_shapes_the_models_and_a_trained_one_sees_each_patch_alone():
 def test_a_state_goes_in_and_comes_out_equal_in_the_model_s_own_number_type():
     model = build("cnn")
     for device in ("cpu", "meta"):
-        assert equal(fit_state(build("cnn", seed=2, device=device), model.state_dict(), "a.pt"), model)
+        assert equal(
+            fit_state(build("cnn", seed=2, device=device), model.state_dict(), "a.pt"), model
+        )
         doubles = {name: value.double() for name, value in model.state_dict().items()}
         other = build("cnn", seed=2, device=device)
         try:
-            assert equal(fit_state(other, doubles, "a.pt"), model) and next(other.parameters()).dtype == torch.float32
+            assert (
+                equal(fit_state(other, doubles, "a.pt"), model)
+                and next(other.parameters()).dtype == torch.float32
+            )
         except BadInput:
             assert not equal(other, model), "refused is as good as converted"
 
@@ -120,10 +167,19 @@ def test_a_state_of_another_model_is_refused_with_its_first_tensor_that_differs(
     model, state = build("cnn"), dict(build("cnn", seed=2).state_dict())
     first, second = sorted(state)[:2]
     wrong = [
-        ({name: value for name, value in state.items() if name not in (first, second)}, f"tensor {first} is missing"),
+        (
+            {name: value for name, value in state.items() if name not in (first, second)},
+            f"tensor {first} is missing",
+        ),
         (state | {"0.a": torch.zeros(1), "zzz": torch.zeros(1)}, "tensor 0.a is unknown"),
-        (build("cnn", cnn_width=8).state_dict(), f"tensor {first} has shape .4, 48. instead of .2, 48."),
-        *((value, "does not hold the weights") for value in ({first: 3}, [1], None, torch.zeros(3))),
+        (
+            build("cnn", cnn_width=8).state_dict(),
+            f"tensor {first} has shape .4, 48. instead of .2, 48.",
+        ),
+        *(
+            (value, "does not hold the weights")
+            for value in ({first: 3}, [1], None, torch.zeros(3))
+        ),
         ({1: torch.zeros(3)}, ""),
     ]
     for values, words in wrong:
@@ -133,11 +189,20 @@ def test_a_state_of_another_model_is_refused_with_its_first_tensor_that_differs(
 
 
 def official(name):
-    """A state dict as torchvision's file of the model's ImageNet weights has it: 1,000 classes and names of its time."""
+    """A state dict as torchvision's file of the model's ImageNet weights has it: 1,000 classes and
+    names of its time.
+    """
     torch.manual_seed(5)
     state = getattr(torchvision.models, name)(weights=None).state_dict()
-    state = {key: torch.rand_like(tensor) for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
-    return {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): tensor for key, tensor in state.items()}
+    state = {
+        key: torch.rand_like(tensor)
+        for key, tensor in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    return {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): tensor
+        for key, tensor in state.items()
+    }
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -166,8 +231,14 @@ def test_a_trunk_that_lacks_more_than_the_last_layer_is_refused(capsys):
     for name in HEADS:
         model, state = build(name), official(name)
         lacking = next(key for key in state if key.endswith("running_var"))
-        for wrong in ({key: state[key] for key in state if key != lacking}, state | {"layer9.weight": torch.zeros(1)}):
-            with pytest.raises(BadInput, match=f"^a.pth .*tensor ({re.escape(lacking)} is missing|layer9.weight is unknown)"):
+        for wrong in (
+            {key: state[key] for key in state if key != lacking},
+            state | {"layer9.weight": torch.zeros(1)},
+        ):
+            with pytest.raises(
+                BadInput,
+                match=f"^a.pth .*tensor ({re.escape(lacking)} is missing|layer9.weight is unknown)",
+            ):
                 fit_weights(model, name, wrong, "a.pth")
         with pytest.raises(BadInput, match="is missing"):
             fit_weights(model, name, {f"{HEADS[name]}.weight": torch.zeros(1000, 8)}, "a.pth")
@@ -180,10 +251,16 @@ def test_a_trunk_that_lacks_more_than_the_last_layer_is_refused(capsys):
 
 FORMS = {
     "plain": lambda state: state,
-    "half": lambda state: {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in state.items()},
+    "half": lambda state: {
+        key: tensor.half() if tensor.is_floating_point() else tensor
+        for key, tensor in state.items()
+    },
     "ddp": lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
     "compiled": lambda state: {f"_orig_mod.{key}": tensor for key, tensor in state.items()},
-    "both": lambda state: {"state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()}, "epoch": 3},
+    "both": lambda state: {
+        "state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()},
+        "epoch": 3,
+    },
     "model": lambda state: {"model": state, "optimizer": {"state": {}}, "config": {"width": 3}},
     "model_state_dict": lambda state: {"model_state_dict": state, "loss": 0.5},
 }
@@ -194,15 +271,23 @@ def test_weights_are_found_as_others_save_them(form):
     model, saved = build("cnn"), build("cnn", seed=2)
     fit_weights(model, "cnn", FORMS[form](dict(saved.state_dict())), "a.pt")
     state, expected = model.state_dict(), saved.state_dict()
-    assert all(torch.allclose(state[key], expected[key], atol=1e-3 * (form == "half")) for key in expected)
+    assert all(
+        torch.allclose(state[key], expected[key], atol=1e-3 * (form == "half")) for key in expected
+    )
 
 
 @pytest.mark.parametrize("num_padding", [0, 64])
 def test_a_safetensors_file_is_called_that(num_padding, tmp_path):
-    header = json.dumps({"a": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}).encode() + b" " * num_padding
-    header = header.ljust(128 if num_padding else len(header))  # whose length begins as a pickle does
+    header = (
+        json.dumps({"a": {"dtype": "F32", "shape": [64], "data_offsets": [0, 256]}}).encode()
+        + b" " * num_padding
+    )
+    # whose length begins as a pickle does
+    header = header.ljust(128 if num_padding else len(header))
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(256))
-    with pytest.raises(BadInput, match=r"w.safetensors is a safetensors file[^\n]*torch.save[^\n]*$"):
+    with pytest.raises(
+        BadInput, match=r"w.safetensors is a safetensors file[^\n]*torch.save[^\n]*$"
+    ):
         load_pickle_free(tmp_path / "w.safetensors")
 
 
@@ -220,7 +305,9 @@ class Trap:
 def test_code_in_a_checkpoint_is_never_run(tmp_path):
     sprung = tmp_path / "sprung"
     torch.save({"model": Trap(sprung)}, tmp_path / "zip.pt")
-    torch.save({"model": Trap(sprung)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"model": Trap(sprung)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False
+    )
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(Trap(sprung)))
     torch.save(build(), tmp_path / "module.pt")
     for name in ("zip.pt", "legacy.pt", "raw.pt", "module.pt"):
@@ -236,7 +323,16 @@ def test_a_damaged_checkpoint_is_refused_wherever_it_is_cut(tmp_path):
     whole = (tmp_path / "x.pt").read_bytes()
     assert load_pickle_free(tmp_path / "x.pt")["lr"] == 1e-3
     cuts = [whole[: int(len(whole) * share)] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.999)]
-    for data in (*cuts, whole[:-1], whole[1:], b"garbage", b"\x80", b"\x80\x02.", b"PK\x03\x04", bytes(1000)):
+    for data in (
+        *cuts,
+        whole[:-1],
+        whole[1:],
+        b"garbage",
+        b"\x80",
+        b"\x80\x02.",
+        b"PK\x03\x04",
+        bytes(1000),
+    ):
         (tmp_path / "x.pt").write_bytes(data)
         with pytest.raises(BadInput, match=r"x\.pt [^\n]*$" if data else r"x\.pt is an empty file"):
             load_pickle_free(tmp_path / "x.pt")
@@ -254,7 +350,9 @@ def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_ce
     edge = num_cells // 2 - 1
     x[:, :, edge : num_cells - edge, edge : num_cells - edge] = 1
     model(x)
-    assert torch.equal(seen[0][0, 32:], torch.ones(32)) and seen[0][0, :32].allclose(torch.tensor(4 / num_cells**2))
+    assert torch.equal(seen[0][0, 32:], torch.ones(32)) and seen[0][0, :32].allclose(
+        torch.tensor(4 / num_cells**2)
+    )
 
 
 def test_p4m_gives_the_eight_symmetries_of_a_patch_one_logit_and_a_plain_network_does_not():
@@ -271,7 +369,9 @@ def test_p4m_gives_the_eight_symmetries_of_a_patch_one_logit_and_a_plain_network
             for tensor in model.state_dict().values():
                 if tensor.is_floating_point() and tensor.ndim == 1:
                     tensor.add_(torch.rand_like(tensor))
-            views = [model(model_input(view, no_augmentation(3))) for view in eight_views(images, (0, 0))]
+            views = [
+                model(model_input(view, no_augmentation(3))) for view in eight_views(images, (0, 0))
+            ]
             logits = torch.cat(views, 1)
         spread[name] = float((logits - logits[:, :1]).abs().max() / logits.std(0).mean())
     assert spread["p4m"] < 1e-4 < 1e-2 < spread["cnn"]
@@ -284,8 +384,13 @@ def test_the_eight_copies_of_a_filter_are_its_symmetries_in_orientations_that_tu
         patches = weight.view(8, size, size, 1).byte().expand(-1, -1, -1, 3)
         for g, turned in enumerate(eight_views(patches[..., 0].float()[..., None], (0, 0))):
             turned = turned[..., 0]
-            assert sorted(map(tuple, copies[g].flatten(1).tolist())) == sorted(map(tuple, turned.flatten(1).tolist()))
-        assert torch.equal(copies[0].flatten(), weight) and len({tuple(c.flatten().tolist()) for c in copies}) == 8
+            assert sorted(map(tuple, copies[g].flatten(1).tolist())) == sorted(
+                map(tuple, turned.flatten(1).tolist())
+            )
+        assert (
+            torch.equal(copies[0].flatten(), weight)
+            and len({tuple(c.flatten().tolist()) for c in copies}) == 8
+        )
 
 
 def test_a_model_can_be_trained_after_one_has_predicted_in_the_same_process():
@@ -301,4 +406,6 @@ def test_layers_keep_the_memory_format_that_they_are_given(name):
     x = torch.rand(2, 3, 96, 96)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         features = build(name).features(x.to(memory_format=memory_format))
-        assert features.is_contiguous(memory_format=memory_format), "else a benchmark of the other one measures nothing"
+        assert features.is_contiguous(memory_format=memory_format), (
+            "else a benchmark of the other one measures nothing"
+        )

@@ -9,12 +9,18 @@ from lib.optimizers import MuonAdamW, build_optimizer
 
 
 def make_cfg(**changes):
-    return load_config(overrides=[f"{key}={value}" for key, value in {"optimizer": "muon", "lr": 0.1, **changes}.items()])
+    return load_config(
+        overrides=[
+            f"{key}={value}" for key, value in {"optimizer": "muon", "lr": 0.1, **changes}.items()
+        ]
+    )
 
 
 def make_model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 1))
+    return nn.Sequential(
+        nn.Conv2d(8, 16, 3, bias=False), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(256, 1)
+    )
 
 
 def step(model, optimizer, grad_seed=1):
@@ -41,16 +47,24 @@ def test_filters_move_alike_in_either_memory_format_whatever_that_of_their_gradi
         for number in range(3):
             step(model, optimizer, number)  # gradients NCHW in both
     one, other = (model[0].weight for model in models)
-    assert torch.allclose(one, other, atol=2e-3) and not torch.allclose(one, make_model()[0].weight, atol=2e-2)
+    assert torch.allclose(one, other, atol=2e-3) and not torch.allclose(
+        one, make_model()[0].weight, atol=2e-2
+    )
 
 
 def test_what_is_no_matrix_and_the_one_logit_are_left_to_adamw():
     model = make_model()
     twin = copy.deepcopy(model)
     optimizer = build_optimizer(model, make_cfg())
-    assert isinstance(optimizer, MuonAdamW) and [group["lr"] for group in optimizer.param_groups] == [0.1] * 3
+    assert (
+        isinstance(optimizer, MuonAdamW)
+        and [group["lr"] for group in optimizer.param_groups] == [0.1] * 3
+    )
     reference = torch.optim.AdamW(
-        [{"params": [twin[3].weight]}, {"params": [twin[1].weight, twin[1].bias, twin[3].bias], "weight_decay": 0}],
+        [
+            {"params": [twin[3].weight]},
+            {"params": [twin[1].weight, twin[1].bias, twin[3].bias], "weight_decay": 0},
+        ],
         lr=0.1,
         weight_decay=make_cfg().weight_decay,
     )
@@ -69,7 +83,10 @@ def test_the_learning_rate_reaches_both_parts():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     step(model, optimizer)
-    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(model.parameters(), before.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["muon", "adamw", "sgd"])
@@ -77,4 +94,6 @@ def test_biases_and_norms_are_not_decayed(name):
     model = make_model()
     optimizer = build_optimizer(model, make_cfg(optimizer=name, weight_decay=0.5))
     for group in optimizer.param_groups:
-        assert all((group["weight_decay"] > 0) == (parameter.ndim > 1) for parameter in group["params"])
+        assert all(
+            (group["weight_decay"] > 0) == (parameter.ndim > 1) for parameter in group["params"]
+        )

@@ -1,4 +1,6 @@
-"""The PCam files: mapped where they can be, read equal where they cannot, refused by name where they are damaged."""
+"""The PCam files: mapped where they can be, read equal where they cannot, refused by name where
+they are damaged.
+"""
 
 import json
 import os
@@ -35,7 +37,12 @@ LAYOUTS = {
     "odd chunks": {"chunks": (16, 12, 12, 1)},
     "gzip": {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1},
     "float32": {"dtype": np.float32},
-    "float64 gzip": {"dtype": np.float64, "chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1},
+    "float64 gzip": {
+        "dtype": np.float64,
+        "chunks": (8, 96, 96, 3),
+        "compression": "gzip",
+        "compression_opts": 1,
+    },
 }
 
 
@@ -62,7 +69,9 @@ def test_every_layout_reads_as_h5py_does_in_any_order_and_in_blocks(tmp_path, la
 def test_nothing_done_to_the_patches_reaches_the_file(tmp_path):
     digest = file_digest(write_h5(tmp_path / "x.h5", IMAGES))
     open_images(tmp_path / "x.h5").mapped[:] = 7
-    assert file_digest(tmp_path / "x.h5") == digest and np.array_equal(open_images(tmp_path / "x.h5").mapped, IMAGES)
+    assert file_digest(tmp_path / "x.h5") == digest and np.array_equal(
+        open_images(tmp_path / "x.h5").mapped, IMAGES
+    )
 
 
 def test_damage_in_floats_reads_as_documented(tmp_path):
@@ -92,7 +101,9 @@ def put_meta(text):
 
 
 def cut(name, share):
-    return lambda folder: os.truncate(part(folder, name), int(part(folder, name).stat().st_size * share))
+    return lambda folder: os.truncate(
+        part(folder, name), int(part(folder, name).stat().st_size * share)
+    )
 
 
 def rename_x(name):
@@ -101,7 +112,9 @@ def rename_x(name):
 
 def corrupt_chunk(dtype):
     def damage(folder):
-        path = write_h5(part(folder, "x"), IMAGES[:8].astype(dtype), chunks=(1, 96, 96, 3), compression="gzip")
+        path = write_h5(
+            part(folder, "x"), IMAGES[:8].astype(dtype), chunks=(1, 96, 96, 3), compression="gzip"
+        )
         with h5py.File(path) as file:
             offset = file["x"].id.get_chunk_info(0).byte_offset
         with open(path, "r+b") as file:
@@ -119,7 +132,10 @@ DAMAGES = {
     "misnamed": (rename_x("camelyonpatch_level_2_split_trian_x.h5"), [X, "did you mean", "trian"]),
     "still packed": (rename_x(X + ".gz"), [X + ".gz", "packed"]),
     "shorter y": (put_y(np.zeros((7, 1, 1, 1), np.uint8)), ["train", "8 patches", "7 labels"]),
-    "other size": (put_x(np.zeros((8, 32, 32, 3), np.uint8)), [X, "(8, 32, 32, 3)", "(N, 96, 96, 3)"]),
+    "other size": (
+        put_x(np.zeros((8, 32, 32, 3), np.uint8)),
+        [X, "(8, 32, 32, 3)", "(N, 96, 96, 3)"],
+    ),
     "channels first": (put_x(np.zeros((8, 3, 96, 96), np.uint8)), [X, "(8, 3, 96, 96)"]),
     "int64": (put_x(IMAGES[:8].astype(np.int64)), [X, "int64", "uint8"]),
     "int8": (put_x(IMAGES[:8].astype(np.int8)), [X, "int8", "uint8"]),
@@ -180,7 +196,11 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
             writer.add(IMAGES[rows], LABELS[rows], meta[rows])
         assert not list(tmp_path.glob("camelyon*")), "nothing official before the end"
     split = open_split(tmp_path, "valid")
-    assert np.array_equal(split.images.mapped, IMAGES) and np.array_equal(split.labels, LABELS) and len(split) == 40
+    assert (
+        np.array_equal(split.images.mapped, IMAGES)
+        and np.array_equal(split.labels, LABELS)
+        and len(split) == 40
+    )
     assert split.slides.tolist() == [row[4] for row in meta]
     paths = {name: split_path(tmp_path, "valid", name) for name in ("x", "y", "meta")}
     assert [row["coord_y"] for row in read_meta(paths["meta"])] == ["3", "5"] * 20
@@ -189,14 +209,23 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
     assert set(tmp_path.iterdir()) == set(paths.values()), "nothing else is left"
 
 
-@pytest.mark.parametrize("way", ["error", "interrupt", "rows missing", "too many", "wrong type", "meta missing"])
+@pytest.mark.parametrize(
+    "way", ["error", "interrupt", "rows missing", "too many", "wrong type", "meta missing"]
+)
 def test_a_writer_that_fails_leaves_nothing(tmp_path, way):
-    with pytest.raises((ValueError, KeyboardInterrupt, ZeroDivisionError)), SplitWriter(tmp_path, "train", 20) as writer:
-        writer.add(IMAGES[:10], LABELS[:10], [(0, 0, 1, 1, "s")] * 10 if way == "meta missing" else ())
+    with (
+        pytest.raises((ValueError, KeyboardInterrupt, ZeroDivisionError)),
+        SplitWriter(tmp_path, "train", 20) as writer,
+    ):
+        writer.add(
+            IMAGES[:10], LABELS[:10], [(0, 0, 1, 1, "s")] * 10 if way == "meta missing" else ()
+        )
         if way in ("error", "interrupt"):
             raise ZeroDivisionError if way == "error" else KeyboardInterrupt
         if way in ("too many", "wrong type", "meta missing"):
-            images = {"too many": IMAGES[:11], "wrong type": IMAGES[:10].astype(np.float32)}.get(way, IMAGES[:10])
+            images = {"too many": IMAGES[:11], "wrong type": IMAGES[:10].astype(np.float32)}.get(
+                way, IMAGES[:10]
+            )
             writer.add(images, LABELS[: len(images)])
     assert os.listdir(tmp_path) == []
 
@@ -204,8 +233,12 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path, way):
 def test_rows_that_were_never_written_are_refused_unless_labels_vouch_for_them(tmp_path):
     for num, path in ((10**12, tmp_path / "x.h5"), (9000, split_path(tmp_path, "valid", "x"))):
         with h5py.File(path, "w") as file:
-            file.create_dataset("x", (num, *PATCH_SHAPE), np.uint8, chunks=(1, *PATCH_SHAPE), compression="gzip")
-        with pytest.raises(BadInput, match=f"x.h5: x declares {num:,} patches in a file of .* bytes"):
+            file.create_dataset(
+                "x", (num, *PATCH_SHAPE), np.uint8, chunks=(1, *PATCH_SHAPE), compression="gzip"
+            )
+        with pytest.raises(
+            BadInput, match=f"x.h5: x declares {num:,} patches in a file of .* bytes"
+        ):
             open_images(path)
     write_labels(split_path(tmp_path, "valid", "y"), np.zeros(9000))
     assert open_split(tmp_path, "valid").images.num == 9000
@@ -216,20 +249,30 @@ def small_disk(tmp_path):
     """A file system of 1 MiB."""
     folder = tmp_path / "small disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
+    ).returncode:
         pytest.skip("needs root, to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize("what, num, spare_pages", [("patches", 40, 0), ("labels", 30, 0), ("meta", 30, 1)])
-def test_a_full_disk_is_refused_by_name_and_leaves_nothing(small_disk, capsys, what, num, spare_pages):
+@pytest.mark.parametrize(
+    "what, num, spare_pages", [("patches", 40, 0), ("labels", 30, 0), ("meta", 30, 1)]
+)
+def test_a_full_disk_is_refused_by_name_and_leaves_nothing(
+    small_disk, capsys, what, num, spare_pages
+):
     @script
     def write(_argv=None):
         with SplitWriter(small_disk, "train", num) as writer:
-            writer.add(IMAGES[:num], LABELS[:num], [(0, 0, 1, 1, "slide")] * num if what == "meta" else ())
+            writer.add(
+                IMAGES[:num], LABELS[:num], [(0, 0, 1, 1, "slide")] * num if what == "meta" else ()
+            )
             writer.file.flush()
-            (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096 * spare_pages))
+            (small_disk / "filler").write_bytes(
+                bytes(shutil.disk_usage(small_disk).free - 4096 * spare_pages)
+            )
 
     assert write() == 2
     sentence = capsys.readouterr().err
@@ -244,11 +287,19 @@ def test_the_fingerprint_is_the_files_sha256_and_notices_a_change(tmp_path, monk
     assert found == {path.name: file_digest(path) for path in paths}
     with monkeypatch.context() as patch:
         patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
-        assert fingerprint(folder) == found and fingerprint(folder, ["valid"]).items() <= found.items()
+        assert (
+            fingerprint(folder) == found and fingerprint(folder, ["valid"]).items() <= found.items()
+        )
     write_labels(paths[3], 1 - open_split(folder, "valid").labels)  # the same size
     changed = fingerprint(folder)
     assert [name for name in found if found[name] != changed[name]] == [paths[3].name]
-    for text in ("", "[]", "{", f'{{"{paths[3].name}": 3}}', f'{{"{paths[3].name}": {{"stamp": null}}}}'):
+    for text in (
+        "",
+        "[]",
+        "{",
+        f'{{"{paths[3].name}": 3}}',
+        f'{{"{paths[3].name}": {{"stamp": null}}}}',
+    ):
         (folder / pcam.FINGERPRINT_FILE).write_text(text)
         assert fingerprint(folder) == changed, "a damaged store is not believed"
 
@@ -275,7 +326,10 @@ def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
         assert len(dataset) == len(ours)
         for row in range(0, len(ours), 7):
             image, label = dataset[row]
-            assert np.array_equal(np.asarray(image), ours.images.mapped[row]) and label == ours.labels[row]
+            assert (
+                np.array_equal(np.asarray(image), ours.images.mapped[row])
+                and label == ours.labels[row]
+            )
 
 
 def test_a_copied_folder_is_read_where_the_copy_is(tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
-"""Prediction: eight views are eight turned pictures, order and block size do not matter, and the model stays as it was."""
+"""Prediction: eight views are eight turned pictures, order and block size do not matter, and the
+model stays as it was.
+"""
 
 import copy
 
@@ -16,7 +18,11 @@ from lib.models import build_model
 from lib.pcam import open_split
 from lib.predict import evaluate, predict_batch, predict_rows
 
-DIHEDRAL = [lambda x, k=k, flip=flip: torch.rot90(x.flip(2) if flip else x, k, (1, 2)) for k in range(4) for flip in (0, 1)]
+DIHEDRAL = [
+    lambda x, k=k, flip=flip: torch.rot90(x.flip(2) if flip else x, k, (1, 2))
+    for k in range(4)
+    for flip in (0, 1)
+]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,9 @@ def by_hand(model, images):
 def test_logits_are_those_of_the_normalised_patch(trained):
     images = torch.from_numpy(draw_patches(8, 5)[0])
     found = predict_batch(trained[0], images, "fp32", 1, PREPROCESSING)
-    assert found.dtype == torch.float32 and torch.allclose(found, by_hand(trained[0], images), atol=1e-5)
+    assert found.dtype == torch.float32 and torch.allclose(
+        found, by_hand(trained[0], images), atol=1e-5
+    )
 
 
 def shift(images):
@@ -47,25 +55,35 @@ def shift(images):
 
 def test_eight_views_are_the_mean_logit_over_the_eight_symmetries_each_shifted():
     images = torch.from_numpy(draw_patches(6, 6)[0])
-    model = build_model(load_config(overrides=["model=cnn", "cnn_width=4"])).eval()  # which, unlike p4m, sees a symmetry
+    # which, unlike p4m, sees a symmetry
+    model = build_model(load_config(overrides=["model=cnn", "cnn_width=4"])).eval()
     expected = torch.stack([by_hand(model, shift(turn(images))) for turn in DIHEDRAL])
-    assert len({tuple(row.tolist()) for row in expected}) == 8, "the symmetries have to differ for this to say something"
+    assert len({tuple(row.tolist()) for row in expected}) == 8, (
+        "the symmetries have to differ for this to say something"
+    )
     found = predict_batch(model, images, "fp32", 8, PREPROCESSING)
     assert torch.allclose(found, expected.mean(0), atol=1e-5)
     turned = predict_batch(model, DIHEDRAL[5](images).contiguous(), "fp32", 8, PREPROCESSING)
-    assert torch.allclose(found, turned, atol=1e-5), "eight views of a turned patch are the same eight views"
+    assert torch.allclose(found, turned, atol=1e-5), (
+        "eight views of a turned patch are the same eight views"
+    )
 
 
 def test_the_preprocessing_is_the_one_that_is_handed_over(trained):
     images = torch.from_numpy(draw_patches(4, 7)[0])
     other = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
     found = predict_batch(trained[0], images, "fp32", 1, other)
-    assert not torch.allclose(found, predict_batch(trained[0], images, "fp32", 1, PREPROCESSING), atol=1e-3)
+    assert not torch.allclose(
+        found, predict_batch(trained[0], images, "fp32", 1, PREPROCESSING), atol=1e-3
+    )
 
 
 def test_logits_are_float32_in_either_precision(trained):
     images = torch.from_numpy(draw_patches(4, 8)[0])
-    full, half = (predict_batch(trained[0], images, precision, 1, PREPROCESSING) for precision in ("fp32", "bf16"))
+    full, half = (
+        predict_batch(trained[0], images, precision, 1, PREPROCESSING)
+        for precision in ("fp32", "bf16")
+    )
     assert full.dtype == half.dtype == torch.float32
     assert torch.allclose(full, half, atol=0.05) and not torch.equal(full, half)
 

@@ -23,7 +23,15 @@ def wait(monkeypatch):
 
 
 def test_a_duration_reads_like_a_clock():
-    durations = {0: "0:00", -3: "0:00", 59.6: "1:00", 75: "1:15", 3599.4: "59:59", 3700: "1:01:40", 360000: "100:00:00"}
+    durations = {
+        0: "0:00",
+        -3: "0:00",
+        59.6: "1:00",
+        75: "1:15",
+        3599.4: "59:59",
+        3700: "1:01:40",
+        360000: "100:00:00",
+    }
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
 
 
@@ -45,7 +53,11 @@ def test_a_log_gets_a_line_every_so_often_and_short_work_none(wait):
                 wait(seconds)
                 bar.add()
     lines = stream.getvalue().splitlines()
-    assert 9 <= len(lines) <= 11 and all(line.startswith("long: ") for line in lines) and "100/100" in lines[-1]
+    assert (
+        9 <= len(lines) <= 11
+        and all(line.startswith("long: ") for line in lines)
+        and "100/100" in lines[-1]
+    )
     assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
 
 
@@ -55,5 +67,8 @@ def test_a_terminal_gets_one_line_overwritten_in_place(wait):
         for _ in range(1000):
             wait(progress.BAR_EVERY_S / 100)
             bar.add()
-    assert stream.getvalue().count("\n") == 1 and "1,000/1,000" in stream.getvalue().rpartition("\r")[2]
+    assert (
+        stream.getvalue().count("\n") == 1
+        and "1,000/1,000" in stream.getvalue().rpartition("\r")[2]
+    )
     assert 9 <= stream.getvalue().count("\r") <= 12, "no more often than the eye follows"

@@ -1,4 +1,6 @@
-"""The proof on a GPU, in small, as a process: what was measured stays whatever becomes of the rest."""
+"""The proof on a GPU, in small, as a process: what was measured stays whatever becomes of the
+rest.
+"""
 
 import json
 import os
@@ -21,22 +23,38 @@ CPU_ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 def prove(out, *arguments) -> tuple[dict, str, int]:
     """The proof's JSON, its table and its exit code."""
     command = [sys.executable, "tests/proofs/gpu.py", "--out", str(out), *map(str, arguments)]
-    result = subprocess.run(command, cwd=REPOSITORY, env=CPU_ALONE, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=REPOSITORY, env=CPU_ALONE, capture_output=True, text=True, timeout=120
+    )
     assert json.loads(result.stdout.splitlines()[-1])["table"] == str(out / "gpu.md"), result.stderr
-    return json.loads((out / "gpu.json").read_text()), (out / "gpu.md").read_text(), result.returncode
+    return (
+        json.loads((out / "gpu.json").read_text()),
+        (out / "gpu.md").read_text(),
+        result.returncode,
+    )
 
 
-def test_a_section_that_fails_or_needs_a_gpu_is_a_row_the_others_run_and_a_second_run_keeps_them(tmp_path):
-    first, table, code = prove(tmp_path / "one", "--data", tmp_path / "none", "--sections", "throughput,profile,full_epoch")
+def test_a_section_that_fails_or_needs_a_gpu_is_a_row_the_others_run_and_a_second_run_keeps_them(
+    tmp_path,
+):
+    first, table, code = prove(
+        tmp_path / "one", "--data", tmp_path / "none", "--sections", "throughput,profile,full_epoch"
+    )
     assert code == 1 and {name: found["state"] for name, found in first.items()} == {
         "throughput": "failed",
         "profile": "skipped",
         "full_epoch": "done",
     }
-    (failed,), (skipped,), rows = (first[name]["rows"] for name in ("throughput", "profile", "full_epoch"))
+    (failed,), (skipped,), rows = (
+        first[name]["rows"] for name in ("throughput", "profile", "full_epoch")
+    )
     assert failed["held"] is False and "none" in failed["measured"]
     assert skipped["held"] is None and "no CUDA device" in skipped["measured"]
-    assert "s" in rows[-1]["measured"] and rows[-1]["torch"] == torch.__version__ and rows[-1]["seconds"] > 0
+    assert (
+        "s" in rows[-1]["measured"]
+        and rows[-1]["torch"] == torch.__version__
+        and rows[-1]["seconds"] > 0
+    )
     assert all(row["measured"] in table for row in (failed, skipped, *rows))
 
     # what is done stays; what failed or was skipped is what is left to do

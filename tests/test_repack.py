@@ -1,4 +1,6 @@
-"""Repack: what uint8 can hold comes back to the bit from every type and layout; what it cannot is counted to the value."""
+"""Repack: what uint8 can hold comes back to the bit from every type and layout; what it cannot is
+counted to the value.
+"""
 
 import signal
 
@@ -12,7 +14,15 @@ import lib.repack
 from lib.command import BadInput
 from lib.ingest import LOSSES_FILE
 from lib.logger import read_csv
-from lib.pcam import META_COLUMNS, open_split, require_splits, split_path, to_uint8, write_labels, write_meta
+from lib.pcam import (
+    META_COLUMNS,
+    open_split,
+    require_splits,
+    split_path,
+    to_uint8,
+    write_labels,
+    write_meta,
+)
 from lib.repack import repack
 
 IMAGES, LABELS = draw_patches(40, 3)
@@ -20,9 +30,14 @@ CHUNKS = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1
 
 
 def write_source(directory, images=IMAGES, labels=LABELS, valid=IMAGES[:16], **options):
-    """A PCam-like folder: `images` as train, `valid` as valid, in whatever type, shape and layout."""
+    """A PCam-like folder: `images` as train, `valid` as valid, in whatever type, shape and
+    layout.
+    """
     directory.mkdir()
-    for split, x, y in (("train", images, labels), ("valid", valid.astype(images.dtype), LABELS[:16])):
+    for split, x, y in (
+        ("train", images, labels),
+        ("valid", valid.astype(images.dtype), LABELS[:16]),
+    ):
         with h5py.File(split_path(directory, split, "x"), "w") as file:
             file.create_dataset("x", data=x, **options)
         write_labels(split_path(directory, split, "y"), y)
@@ -56,11 +71,16 @@ def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source
     valid = scaled(images.dtype)[:16] if factor == 255 else IMAGES[:16]
     folder = write_source(tmp_path / "in", images, valid=valid, **options)
     write_meta(
-        split_path(folder, "train", "meta"), [(row, 2, "True", "False", "camelyon16_train_normal_001") for row in range(40)]
+        split_path(folder, "train", "meta"),
+        [(row, 2, "True", "False", "camelyon16_train_normal_001") for row in range(40)],
     )
     split_path(folder, "train", "mask").write_bytes(b"mask")
     result = repack(folder, tmp_path / "out")
-    assert result["written"] and result["splits"]["train"]["losses"] == {} and read_csv(tmp_path / "out" / LOSSES_FILE) == []
+    assert (
+        result["written"]
+        and result["splits"]["train"]["losses"] == {}
+        and read_csv(tmp_path / "out" / LOSSES_FILE) == []
+    )
     assert result["splits"]["train"]["scaled_by"] == factor
     for name, expected in (("train", IMAGES), ("valid", IMAGES[:16])):
         split = open_split(tmp_path / "out", name)
@@ -87,35 +107,63 @@ def test_each_loss_is_counted_to_the_value_and_its_rows_are_kept(tmp_path, monke
     expected = {
         "not_finite": {"values": 4 * 4 * 3 + 2, "patches": 2},
         "below_0": {"values": 2, "patches": 1},
-        "above_255": {"values": 12 + int((IMAGES[6] == 255).sum()), "patches": 1 + bool((IMAGES[6] == 255).any())},
+        "above_255": {
+            "values": 12 + int((IMAGES[6] == 255).sum()),
+            "patches": 1 + bool((IMAGES[6] == 255).any()),
+        },
         "rounded": {"values": 1 + int((IMAGES[6] < 255).sum()), "patches": 2},
     }
     refused = repack(folder, tmp_path / "out")
     assert not refused["written"] and not (tmp_path / "out").exists()
-    assert refused["splits"]["train"]["losses"] == expected and refused["splits"]["valid"]["losses"] == {}
+    assert (
+        refused["splits"]["train"]["losses"] == expected
+        and refused["splits"]["valid"]["losses"] == {}
+    )
     written = repack(folder, tmp_path / "out", allow_loss=True)
     assert written["splits"]["train"]["losses"] == expected
-    np.testing.assert_array_equal(open_split(tmp_path / "out", "train").images.mapped, to_uint8(images))
+    np.testing.assert_array_equal(
+        open_split(tmp_path / "out", "train").images.mapped, to_uint8(images)
+    )
     rows = [tuple(row.values()) for row in read_csv(tmp_path / "out" / LOSSES_FILE)]
     assert ("train", "2", "not_finite", "48", "nan", "nan") in rows
     assert ("train", "19", "above_255", "12", "100000", "100000") in rows
-    assert ("train", "5", "below_0", "2", "-3", "-0.25") in rows and ("train", "5", "rounded", "1", "0.5", "0.5") in rows
+    assert ("train", "5", "below_0", "2", "-3", "-0.25") in rows and (
+        "train",
+        "5",
+        "rounded",
+        "1",
+        "0.5",
+        "0.5",
+    ) in rows
     assert len(rows) == sum(count["patches"] for count in expected.values())
-    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 3)  # the rows are those of the split, not of a block
+    # the rows are those of the split, not of a block
+    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 3)
     repack(folder, tmp_path / "out2", allow_loss=True)
-    assert (tmp_path / "out2" / LOSSES_FILE).read_bytes() == (tmp_path / "out" / LOSSES_FILE).read_bytes()
+    assert (tmp_path / "out2" / LOSSES_FILE).read_bytes() == (
+        tmp_path / "out" / LOSSES_FILE
+    ).read_bytes()
 
 
 def test_scaled_or_not_is_decided_past_damage(tmp_path):
-    """Black patches, NaN and values of 100,000 in an eighth of the patches each move neither decision."""
+    """Black patches, NaN and values of 100,000 in an eighth of the patches each move neither
+    decision.
+    """
     for factor in (1, 1 / 255):
         images = damaged(factor)
         images[7:12], images[12:17, 0, 0] = 0, 1e5
         result = repack(
-            write_source(tmp_path / f"in{factor}", images, valid=IMAGES[:16] * factor), tmp_path / f"out{factor}", True
+            write_source(tmp_path / f"in{factor}", images, valid=IMAGES[:16] * factor),
+            tmp_path / f"out{factor}",
+            True,
         )
-        assert result["splits"]["train"]["scaled_by"] == result["splits"]["valid"]["scaled_by"] == round(1 / factor)
-        np.testing.assert_array_equal(open_split(tmp_path / f"out{factor}", "train").images.mapped[20:], IMAGES[20:])
+        assert (
+            result["splits"]["train"]["scaled_by"]
+            == result["splits"]["valid"]["scaled_by"]
+            == round(1 / factor)
+        )
+        np.testing.assert_array_equal(
+            open_split(tmp_path / f"out{factor}", "train").images.mapped[20:], IMAGES[20:]
+        )
 
 
 BAD_SOURCES = {
@@ -150,7 +198,10 @@ def test_a_damaged_chunk_in_mid_file_leaves_nothing(tmp_path):
 
 def test_a_killed_repack_goes_on_and_keeps_the_losses_of_the_finished_split(tmp_path):
     images = np.repeat(damaged(), 3, axis=0)
-    folder, target = write_source(tmp_path / "in", images, np.repeat(LABELS, 3), damaged()[:16]), tmp_path / "out"
+    folder, target = (
+        write_source(tmp_path / "in", images, np.repeat(LABELS, 3), damaged()[:16]),
+        tmp_path / "out",
+    )
     arguments = ["repack", folder, "--to", target, "--allow-loss"]
     assert stop_in_mid_train(target, signal.SIGKILL, *arguments)[0] == -9
     with pytest.raises(BadInput, match="train"):
@@ -158,7 +209,9 @@ def test_a_killed_repack_goes_on_and_keeps_the_losses_of_the_finished_split(tmp_
     finished = read_csv(target / LOSSES_FILE)
     assert {row["split"] for row in finished} == {"valid"}
     splits = run_script("prepare.py", *arguments, check=0).json["splits"]
-    assert splits["train"]["patches"] == 120 and all(splits[split]["losses"]["rounded"]["patches"] for split in splits)
+    assert splits["train"]["patches"] == 120 and all(
+        splits[split]["losses"]["rounded"]["patches"] for split in splits
+    )
     rows = read_csv(target / LOSSES_FILE)
     assert rows[: len(finished)] == finished and len(rows) == 3 * 7 + len(finished)
     np.testing.assert_array_equal(open_split(target, "train").images.mapped, to_uint8(images))

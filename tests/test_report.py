@@ -13,16 +13,32 @@ import report
 @pytest.fixture(scope="module")
 def predictions(quick_run, pcam_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("predictions") / "p.csv"
-    assert inference.main(["--ckpt", str(quick_run), str(pcam_dir), "--split", "valid", "--out", str(path)]) == 0
+    assert (
+        inference.main(
+            ["--ckpt", str(quick_run), str(pcam_dir), "--split", "valid", "--out", str(path)]
+        )
+        == 0
+    )
     return path
 
 
 def test_a_page_holds_all_that_it_shows(quick_run, predictions, tmp_path):
-    result = run_script("report.py", "run", quick_run, "--predictions", predictions, "--out", tmp_path / "p.html", check=0)
+    result = run_script(
+        "report.py",
+        "run",
+        quick_run,
+        "--predictions",
+        predictions,
+        "--out",
+        tmp_path / "p.html",
+        check=0,
+    )
     page = (tmp_path / "p.html").read_text()
     assert result.json["page"] == str(tmp_path / "p.html") and len(page) < 5_000_000
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert sources and all(source.startswith("data:") for source in sources), "nothing is fetched from elsewhere"
+    assert sources and all(source.startswith("data:") for source in sources), (
+        "nothing is fetched from elsewhere"
+    )
     assert "always" not in page and "constant answer" in page and page.count("<figure") > 12
     assert re.search(r"64 patches", page) and (quick_run / "report.html").exists() is False
 
@@ -52,9 +68,20 @@ def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
         (lambda text: text.splitlines()[0] + "\n", "no row"),
     ],
 )
-def test_predictions_that_cannot_be_shown_are_refused(change, words, quick_run, predictions, tmp_path, capsys):
+def test_predictions_that_cannot_be_shown_are_refused(
+    change, words, quick_run, predictions, tmp_path, capsys
+):
     (tmp_path / "p.csv").write_text(change(predictions.read_text()))
-    code = report.main(["run", str(quick_run), "--predictions", str(tmp_path / "p.csv"), "--out", str(tmp_path / "p.html")])
+    code = report.main(
+        [
+            "run",
+            str(quick_run),
+            "--predictions",
+            str(tmp_path / "p.csv"),
+            "--out",
+            str(tmp_path / "p.html"),
+        ]
+    )
     assert code == 2 and words in capsys.readouterr().err and not (tmp_path / "p.html").exists()
 
 

@@ -1,4 +1,6 @@
-"""A run is a folder: made once, readable at any time, its rows cut back to the checkpoint that a resumed run starts from."""
+"""A run is a folder: made once, readable at any time, its rows cut back to the checkpoint that a
+resumed run starts from.
+"""
 
 import re
 import subprocess
@@ -17,12 +19,16 @@ from lib.training import StepResult
 
 
 def note_steps(log, progress, losses, lr=0.1):
-    """Let a log see steps with these losses; each batch holds the rows 2k and 2k + 1, k the step, in its second repeat."""
+    """Let a log see steps with these losses; each batch holds the rows 2k and 2k + 1, k the step,
+    in its second repeat.
+    """
     log.start_epoch()
     for loss in losses:
         keys = torch.tensor([2 * progress["num_steps"] + 101, 2 * progress["num_steps"] + 100])
         progress["num_steps"] += 1
-        log.add_step(StepResult(torch.tensor(loss), torch.tensor(2.0)), Batch(None, None, keys, 100, 0.0), lr)
+        log.add_step(
+            StepResult(torch.tensor(loss), torch.tensor(2.0)), Batch(None, None, keys, 100, 0.0), lr
+        )
 
 
 def new_progress(**changes):
@@ -54,7 +60,8 @@ def test_a_run_is_found_by_path_and_by_name_and_a_misspelt_one_gets_a_hint(tmp_p
         rundir.find_run("x", tmp_path / "nowhere")
     with pytest.raises(BadInput, match="no config.yaml"):
         rundir.find_run(tmp_path)
-    with pytest.raises(BadInput):  # its config.yaml is not a run's: `--resume .` must not write there
+    # its config.yaml is not a run's: `--resume .` must not write there
+    with pytest.raises(BadInput):
         rundir.find_run(rundir.REPOSITORY)
 
 
@@ -63,12 +70,23 @@ def test_meta_says_who_ran_what_and_keeps_what_earlier_starts_said(tmp_path, mon
     for number in range(3):
         rundir.write_meta(tmp_path, rundir.environment() | {"number": number})
     meta = read_json(tmp_path / "meta.json")
-    assert {"argv", "cwd", "started_utc", "commit", "uncommitted_patch", "untracked_files", "versions", "job"} <= meta.keys()
+    assert {
+        "argv",
+        "cwd",
+        "started_utc",
+        "commit",
+        "uncommitted_patch",
+        "untracked_files",
+        "versions",
+        "job",
+    } <= meta.keys()
     assert set(rundir.PACKAGES) <= meta["versions"].keys() and meta["job"] == {"SLURM_JOB_ID": "41"}
     assert meta["number"] == 2 and [start["number"] for start in meta["earlier_starts"]] == [0, 1]
 
 
-def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_nothing_is_made_up(tmp_path, monkeypatch):
+def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_nothing_is_made_up(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert rundir.git_state()["commit"] is None
@@ -90,7 +108,11 @@ def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
         note_steps(log, progress, losses)
         log.flush()
     rows = read_csv(tmp_path / "steps.csv")
-    assert list(rows[0]) == list(runlog.STEP_COLUMNS) and [row["step"] for row in rows] == ["1", "2", "3"]
+    assert list(rows[0]) == list(runlog.STEP_COLUMNS) and [row["step"] for row in rows] == [
+        "1",
+        "2",
+        "3",
+    ]
     assert [float(row["loss"]) for row in rows] == [float(torch.tensor(loss)) for loss in losses]
     assert progress["loss_sum"] == sum(float(torch.tensor(loss)) for loss in losses)
 
@@ -111,11 +133,16 @@ def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_p
     assert (tmp_path / "steps.csv").read_text().count("step") == 1
     took_s = [2 / float(row["images_per_s"]) for row in read_csv(tmp_path / "steps.csv")]
     assert log.times()["train_s"] == pytest.approx(sum(took_s), abs=2e-3)
-    assert log.earlier_train_s == pytest.approx(sum(took_s[:4])) and log.times()["wall_s"] >= log.earlier_train_s
+    assert (
+        log.earlier_train_s == pytest.approx(sum(took_s[:4]))
+        and log.times()["wall_s"] >= log.earlier_train_s
+    )
 
 
 class Event:
-    """A GPU's event, as the log of steps knows it: of step `number`, passed once the GPU has come so far."""
+    """A GPU's event, as the log of steps knows it: of step `number`, passed once the GPU has come
+    so far.
+    """
 
     done = 0
 
@@ -132,9 +159,13 @@ class Event:
         return 500.0 * (later.number - self.number)  # ms
 
 
-def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_none(tmp_path, monkeypatch):
+def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_none(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(Event, "done", 0)
-    monkeypatch.setattr(runlog.RunLog, "_to_host", lambda _, values, number: (values, Event(number)))
+    monkeypatch.setattr(
+        runlog.RunLog, "_to_host", lambda _, values, number: (values, Event(number))
+    )
     progress = new_progress()
 
     def num_read() -> int:
@@ -145,7 +176,11 @@ def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_non
         assert num_read() == 0 and Event.done == 0
         Event.done = 3
         progress["num_steps"] += 1
-        log.add_step(StepResult(torch.tensor(1.0), torch.tensor(2.0)), Batch(None, None, torch.arange(2), 100, 0.0), 0.1)
+        log.add_step(
+            StepResult(torch.tensor(1.0), torch.tensor(2.0)),
+            Batch(None, None, torch.arange(2), 100, 0.0),
+            0.1,
+        )
         assert num_read() == 3 and Event.done == 3
         note_steps(log, progress, [1.0] * runlog.MAX_PENDING)
         assert len(log.pending) == runlog.MAX_PENDING, "so far and no further may a GPU be behind"
@@ -161,17 +196,25 @@ def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
     with runlog.RunLog(tmp_path, progress, time.monotonic(), 2) as log:
         with pytest.raises(runlog.Diverged) as caught:
             note_steps(log, progress, [1.0, bad, 1.0])
-        assert caught.value.step == 2 and caught.value.rows == [2, 3] and "[2, 3]" in str(caught.value)
+        assert (
+            caught.value.step == 2 and caught.value.rows == [2, 3] and "[2, 3]" in str(caught.value)
+        )
     assert len(read_csv(tmp_path / "steps.csv")) == 1
 
 
 def test_summary_is_what_finishes_a_run(tmp_path):
     progress = new_progress(best_epoch=1, best_scores={"auc": 0.9, "f2": float("nan")})
     assert not rundir.is_finished(tmp_path)
-    summary = rundir.write_summary(tmp_path, "finished", "00", progress, {"constant_auc": 0.5}, wall_s=1.5)
+    summary = rundir.write_summary(
+        tmp_path, "finished", "00", progress, {"constant_auc": 0.5}, wall_s=1.5
+    )
     assert rundir.is_finished(tmp_path)
     stored = read_json(tmp_path / "summary.json")
-    assert stored["val_auc"] == 0.9 and stored["val_f2"] is None and stored["wall_s"] == summary["wall_s"] == 1.5
+    assert (
+        stored["val_auc"] == 0.9
+        and stored["val_f2"] is None
+        and stored["wall_s"] == summary["wall_s"] == 1.5
+    )
 
 
 def test_a_relative_data_folder_is_found_from_where_the_run_was_started(tmp_path, monkeypatch):
@@ -190,7 +233,11 @@ def test_files_that_a_run_names_may_lie_elsewhere_now(tmp_path, monkeypatch):
         path.write_text("split,index,reason,score\n")
     run = rundir.create_run(tmp_path / "runs", load_config(overrides=["quarantine=q.csv"]))
     monkeypatch.chdir(tmp_path / "there")
-    rundir.write_meta(run, rundir.environment() | {"identity": rundir.read_run_config(run).identity_digest({}), "data": {}})
+    rundir.write_meta(
+        run,
+        rundir.environment()
+        | {"identity": rundir.read_run_config(run).identity_digest({}), "data": {}},
+    )
     monkeypatch.chdir(tmp_path)
     assert rundir.resume_config(run, []).quarantine == str(tmp_path / "there" / "q.csv")
     cfg = rundir.resume_config(run, ["quarantine=moved.csv", "views=1"])

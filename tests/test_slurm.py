@@ -1,4 +1,6 @@
-"""Every Make target on a real Slurm: jobs run, go on by themselves, and end with the weights of a run without Slurm."""
+"""Every Make target on a real Slurm: jobs run, go on by themselves, and end with the weights of a
+run without Slurm.
+"""
 
 import contextlib
 import json
@@ -20,7 +22,8 @@ from lib.command import BadInput
 from lib.logger import read_json
 from lib.rundir import read_run_config
 
-LONG = ["epochs=12", *QUICK[1:], "shards=2", "data_dir='my \"data\"'"]  # long enough to be caught after its first epoch
+# long enough to be caught after its first epoch
+LONG = ["epochs=12", *QUICK[1:], "shards=2", "data_dir='my \"data\"'"]
 SHORT = ["epochs=1", *LONG[1:]]
 
 
@@ -32,14 +35,22 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, pcam_dir) -> Path:
-    """A copy of the repository, committed, in a folder with an awkward name, with data in another one."""
+    """A copy of the repository, committed, in a folder with an awkward name, with data in another
+    one.
+    """
     folder = tmp_path_factory.mktemp("slurm") / 'a "team\'s" copy, 100%j'
-    hidden = shutil.ignore_patterns(".*", "data", "runs", "logs", "snapshots", "audit-*", "__pycache__", "assets")
+    hidden = shutil.ignore_patterns(
+        ".*", "data", "runs", "logs", "snapshots", "audit-*", "__pycache__", "assets"
+    )
     shutil.copytree(REPOSITORY, folder, ignore=hidden)
     shutil.copy(REPOSITORY / ".gitignore", folder)
     shutil.copytree(pcam_dir, folder / 'my "data"')
     (folder / ".gitignore").open("a").write("my*\n")
-    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"],
+    ):
         subprocess.run(["git", *command], cwd=folder, check=True)
     return folder
 
@@ -48,7 +59,9 @@ def make(project, environment, target, check=0, arguments=(), **variables):
     """`make TARGET` as a user would; the result gets `.json`, the last line of stdout."""
     variables |= {"PYTHON": sys.executable} | ({"ARGS": " ".join(arguments)} if arguments else {})
     command = ["make", "-s", target, *(f"{name}={value}" for name, value in variables.items())]
-    result = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert (result.returncode != 0) == (check != 0), result.stderr
     lines = result.stdout.splitlines()
     result.json = json.loads(lines[-1]) if lines else None
@@ -75,12 +88,17 @@ def job_of(run: Path) -> str:
 
 def under_way(project, job) -> Path:
     """The run folder of a job that has made its first checkpoint."""
-    return wait_for(lambda: (run := run_of(project, job)) and (run / "last.pt").is_file() and run, f"job {job} to be under way")
+    return wait_for(
+        lambda: (run := run_of(project, job)) and (run / "last.pt").is_file() and run,
+        f"job {job} to be under way",
+    )
 
 
 @contextlib.contextmanager
 def paused(project, job):
-    """The job's training stands still in the block, and so cannot be over before it is disturbed."""
+    """The job's training stands still in the block, and so cannot be over before it is
+    disturbed.
+    """
     pid = read_json(under_way(project, job) / "meta.json")["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -92,7 +110,9 @@ def paused(project, job):
 def ended(project, job, seconds=120) -> str:
     """The exit code of a job that is over, and of no other start of it."""
     path = project / f"jobs/logs/{job}.exit"
-    return wait_for(lambda: path.is_file() and path.read_text().strip(), f"the end of job {job}", seconds)
+    return wait_for(
+        lambda: path.is_file() and path.read_text().strip(), f"the end of job {job}", seconds
+    )
 
 
 def logged(project, job, kind="err") -> str:
@@ -104,7 +124,11 @@ def digest_of_resumed(project, job) -> str:
     assert ended(project, job) == "0", logged(project, job)
     run = run_of(project, job)
     meta = read_json(run / "meta.json")
-    assert meta["start_step"] > 0 and meta["earlier_starts"] and meta["job"]["SLURM_RESTART_COUNT"] != "0"
+    assert (
+        meta["start_step"] > 0
+        and meta["earlier_starts"]
+        and meta["job"]["SLURM_RESTART_COUNT"] != "0"
+    )
     return read_json(run / "summary.json")["weights_sha256"]
 
 
@@ -121,36 +145,64 @@ def undisturbed(project, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def jobs(project, cluster) -> dict[str, str]:
-    """Ids of jobs that were disturbed, each as soon as it had something to lose; they end while the tests look at them."""
+    """Ids of jobs that were disturbed, each as soon as it had something to lose; they end while the
+    tests look at them.
+    """
 
     def submit(target="train", **more):
         return make(project, cluster, target, arguments=LONG, **more).json["job"]
 
     ids = {"array": submit("seeds", SEEDS="1,2")}
     with paused(project, f"{ids['array']}_0"), paused(project, f"{ids['array']}_1"):
-        ids |= {f"task {seed}": job_of(run_of(project, f"{ids['array']}_{seed - 1}")) for seed in (1, 2)}
+        ids |= {
+            f"task {seed}": job_of(run_of(project, f"{ids['array']}_{seed - 1}")) for seed in (1, 2)
+        }
         ids["status"] = make(project, cluster, "status").json["jobs"]
         run(["scontrol", "requeue", ids["task 1"]], cluster)
         ids["cancelled"] = make(project, cluster, "cancel", JOB=f"{ids['array']}_1").json
     ids["preempted"] = submit(PARTITION="gpu_course")
     with paused(project, ids["preempted"]):
-        run(["sbatch", "--partition=urgent", "--cpus-per-task=8", "--output=/dev/null", "--wrap=true"], cluster)
-        wait_for(lambda: state(cluster, ids["preempted"]) != "RUNNING", "the urgent job to preempt it")
+        run(
+            [
+                "sbatch",
+                "--partition=urgent",
+                "--cpus-per-task=8",
+                "--output=/dev/null",
+                "--wrap=true",
+            ],
+            cluster,
+        )
+        wait_for(
+            lambda: state(cluster, ids["preempted"]) != "RUNNING", "the urgent job to preempt it"
+        )
     ids["limited"] = submit(TIME=12, STAGE_DATA=1)
     with paused(project, ids["limited"]):
-        run(["scontrol", "update", f"JobId={ids['limited']}", "TimeLimit=2"], cluster)  # that is within the warning
+        # that is within the warning
+        run(["scontrol", "update", f"JobId={ids['limited']}", "TimeLimit=2"], cluster)
         wait_for(lambda: "told to stop: USR1" in logged(project, ids["limited"]), "the warning")
-    wait_for(lambda: state(cluster, ids["limited"]) == "PENDING", "the job to go back into the queue")
+    wait_for(
+        lambda: state(cluster, ids["limited"]) == "PENDING", "the job to go back into the queue"
+    )
     run(["scontrol", "update", f"JobId={ids['limited']}", "TimeLimit=12"], cluster)
     ids["ranks"] = submit(NUM_RANKS=2)
     return ids
 
 
 @needs_slurm
-def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs, project, undisturbed):
+def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(
+    jobs, project, undisturbed
+):
     assert digest_of_resumed(project, jobs["task 1"]) == undisturbed
-    row, run = next(row for row in jobs["status"] if row["id"] == jobs["task 2"]), run_of(project, jobs["task 2"])
-    assert row["state"] == "RUNNING" and row["progress"].endswith("/60") and row["left"] and row["limit_left"]
+    row, run = (
+        next(row for row in jobs["status"] if row["id"] == jobs["task 2"]),
+        run_of(project, jobs["task 2"]),
+    )
+    assert (
+        row["state"] == "RUNNING"
+        and row["progress"].endswith("/60")
+        and row["left"]
+        and row["limit_left"]
+    )
     assert row["run"] == str(run.relative_to(project)) and "-s2-" in run.name
     shown = (project / f"jobs/logs/{jobs['task 1']}.shown").read_text().strip()
     assert shown == f"{jobs['array']}_0", "which status shows when Slurm has forgotten the job"
@@ -159,9 +211,13 @@ def test_a_requeued_task_of_an_array_goes_on_and_status_shows_its_neighbour(jobs
 @needs_slurm
 def test_a_cancelled_task_saves_and_does_not_go_on(jobs, project, cluster):
     assert jobs["cancelled"] == {"num_cancelled": 1}
-    assert ended(project, jobs["task 2"]) == "130" and "goes on later" not in logged(project, jobs["task 2"])
+    assert ended(project, jobs["task 2"]) == "130" and "goes on later" not in logged(
+        project, jobs["task 2"]
+    )
     assert "interrupted after step" in logged(project, jobs["task 2"])
-    assert wait_for(lambda: not state(cluster, jobs["task 2"]), "the cancelled job to leave the queue")
+    assert wait_for(
+        lambda: not state(cluster, jobs["task 2"]), "the cancelled job to leave the queue"
+    )
 
 
 @needs_slurm
@@ -170,13 +226,17 @@ def test_a_preempted_job_goes_on_by_itself(jobs, project, undisturbed):
 
 
 @needs_slurm
-def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_start(jobs, project, undisturbed):
+def test_a_job_at_its_time_limit_goes_on_by_itself_and_data_are_copied_for_each_start(
+    jobs, project, undisturbed
+):
     assert digest_of_resumed(project, jobs["limited"]) == undisturbed
     log = logged(project, jobs["limited"])
     assert "interrupted after step" in log and log.count("data copied to") == 2
     copy = re.search("data copied to (.*)", log)[1]
     assert jobs["limited"] in copy and not Path(copy).exists()
-    assert read_run_config(run_of(project, jobs["limited"])).data_dir == 'my "data"', "the run can be resumed without the copy"
+    assert read_run_config(run_of(project, jobs["limited"])).data_dir == 'my "data"', (
+        "the run can be resumed without the copy"
+    )
 
 
 @needs_slurm
@@ -188,7 +248,9 @@ def test_two_tasks_are_two_ranks_and_end_with_the_weights_of_one(jobs, project, 
 
 
 @needs_slurm
-def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_words_status_quotes(project, cluster):
+def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_words_status_quotes(
+    project, cluster
+):
     (project / "lib/new.py").write_text("NAME = 'new'\n")
     script, text = project / "train.py", (project / "train.py").read_text()
     old, older = (project / f"jobs/snapshots/{name}" for name in ("old", "older"))
@@ -211,54 +273,96 @@ def test_a_job_runs_the_code_that_was_submitted_after_a_failed_one_whose_last_wo
     meta = read_json(run_of(project, after) / "meta.json")
     head = run(["git", "-C", str(project), "rev-parse", "HEAD"], cluster).strip()
     assert (
-        meta["commit"] == head and "+import lib.new" in meta["uncommitted_patch"] and meta["untracked_files"] == ["lib/new.py"]
+        meta["commit"] == head
+        and "+import lib.new" in meta["uncommitted_patch"]
+        and meta["untracked_files"] == ["lib/new.py"]
     )
-    assert meta["submitted"]["commit"] == head and meta["submitted"]["uncommitted_patch_sha256"] != sha256(b"").hexdigest()
+    assert (
+        meta["submitted"]["commit"] == head
+        and meta["submitted"]["uncommitted_patch_sha256"] != sha256(b"").hexdigest()
+    )
     row = next(row for row in status.json["jobs"] if row["id"] == failing)
-    assert row["state"] == "failed, exit 2" and "--device cuda: this machine offers no CUDA" in " ".join(row["stderr"])
+    assert row[
+        "state"
+    ] == "failed, exit 2" and "--device cuda: this machine offers no CUDA" in " ".join(
+        row["stderr"]
+    )
     assert "--device cuda: this machine offers no CUDA" in status.stderr
 
 
 @needs_slurm
 def test_bench_audit_and_folds_run(project, cluster):
-    quick = ["--seconds 0.01 --repeats 1 --batch-sizes 8 --allow-noise --cases raw,default,apart model=resnet18", *QUICK[2:]]
+    quick = [
+        (
+            "--seconds 0.01 --repeats 1 --batch-sizes 8 --allow-noise --cases raw,default,apart"
+            " model=resnet18"
+        ),
+        *QUICK[2:],
+    ]
     wanted = {"DATA": 'my "data"', "OUT": "my bench", "arguments": quick}
     bench = make(project, cluster, "bench", PARTITION="thin_course", **wanted).json
     checks = {"OUT": "an audit", "ARGS": "--checks values,balance"}
     audit = make(project, cluster, "audit", PARTITION="gpu_course", DATA='my "data"', **checks).json
     folds = make(project, cluster, "folds", K=2, arguments=SHORT).json
-    assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(audit["request"])
+    assert "--cpus-per-task=16" in bench["request"] and {"--cpus-per-task=4", "--gpus=1"} <= set(
+        audit["request"]
+    )
     assert folds["tasks"] == ["0", "1"]
     assert ended(project, bench["job"]) == "0", logged(project, bench["job"])
     rows = read_json(project / "my bench/benchmark.json")["rows"]
     assert {row["what"] for row in rows} == {"loader", "infer", "train", "stage"}
-    assert {(row["partition"], row["node_type"], row["job_id"]) for row in rows} == {("thin_course", "rome,256g", bench["job"])}
+    assert {(row["partition"], row["node_type"], row["job_id"]) for row in rows} == {
+        ("thin_course", "rome,256g", bench["job"])
+    }
     assert json.loads(logged(project, bench["job"], "out").splitlines()[-1])["rows"] == rows
     nowhere = make(project, cluster, "bench", check=2, PARTITION="thick_course", **wanted)
     assert "no partition thick_course, did you mean 'thin_course'" in nowhere.stderr
-    assert ended(project, audit["job"]) in ("0", "1"), logged(project, audit["job"])  # 1: there are suspects
-    assert {row["check"] for row in json.loads((project / "an audit/findings.json").read_text())} >= {"balance"}
+    # 1: there are suspects
+    assert ended(project, audit["job"]) in ("0", "1"), logged(project, audit["job"])
+    assert {
+        row["check"] for row in json.loads((project / "an audit/findings.json").read_text())
+    } >= {"balance"}
     for task in "01":
-        run = wait_for(lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin")
+        run = wait_for(
+            lambda task=task: run_of(project, f"{folds['job']}_{task}"), "a fold to begin"
+        )
         assert f"fold: {task}\n" in (run / "config.yaml").read_text()
         wait_for(lambda run=run: (run / "summary.json").is_file(), "a fold to end")
     assert ended(project, folds["jobs"][1]) == "0", logged(project, folds["jobs"][1])
-    assert json.loads(logged(project, folds["jobs"][1], "out").splitlines()[-1])["folds"]["val_auc"]["num"] == 2
+    assert (
+        json.loads(logged(project, folds["jobs"][1], "out").splitlines()[-1])["folds"]["val_auc"][
+            "num"
+        ]
+        == 2
+    )
 
 
 @needs_slurm
 def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(project, cluster):
     ranges = "{lr: {choice: [0.01, 0.02]}, momentum: {choice: [0.9]}}"
-    space = f"design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges: {ranges}\n"
+    space = (
+        "design: grid\ntrials: 2\nseed: 1\nseeds: [1]\nrungs: [20, 21]\nchampion_seeds: 3\nranges:"
+        f" {ranges}\n"
+    )
     (project / "my space.yaml").write_text(space)
-    cheap = ["model=mlp", "mlp_hidden=4", "limit_train=64", "limit_valid=32", *QUICK[1:4], "views=1"]
-    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    cheap = [
+        "model=mlp",
+        "mlp_hidden=4",
+        "limit_train=64",
+        "limit_valid=32",
+        *QUICK[1:4],
+        "views=1",
+    ]
+    held = run(
+        ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster
+    ).strip()
     named = {"SPACE": "my space.yaml", "SEARCH": "two", "DATA": 'my "data"', "AFTER": held}
     jobs = make(project, cluster, "sweep", arguments=cheap, **named).json["jobs"]
     first, last, mending = jobs[0], jobs[-1], jobs[1::3]
     assert len(jobs) == 9
     run(["scontrol", "release", held], cluster)
-    # the first task dies with all its processes before it has a result; what it left goes on in the next job
+    # the first task dies with all its processes before it has a result; what it left goes on in the
+    # next job
     killed = wait_for(lambda: run_of(project, f"{first}_0"), "the first trial to begin")
     os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
     job = job_of(killed)
@@ -269,17 +373,28 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
         "one of two was promoted; three times three seeds"
     )
-    assert read_json(project / "sweeps/two/rung-1.json")["trials"] and (project / "sweeps/two/sweep.html").is_file()
-    assert not (project / f"jobs/logs/{job}.exit").exists() and read_json(killed / "meta.json")["earlier_starts"]
+    assert (
+        read_json(project / "sweeps/two/rung-1.json")["trials"]
+        and (project / "sweeps/two/sweep.html").is_file()
+    )
+    assert (
+        not (project / f"jobs/logs/{job}.exit").exists()
+        and read_json(killed / "meta.json")["earlier_starts"]
+    )
     started = [job for job in mending if (project / f"jobs/logs/{job}.err").exists()]
     assert started == mending[:1], "only of the rung in which a task failed"
 
 
 @needs_slurm
 def test_jobs_that_only_report_or_promote_ask_for_one_core_and_no_gpu(project, cluster):
-    space = "design: grid\ntrials: 1\nseed: 1\nseeds: [1]\nrungs: [1]\nchampion_seeds: 3\nranges: {lr: {choice: [0.01]}}\n"
+    space = (
+        "design: grid\ntrials: 1\nseed: 1\nseeds: [1]\nrungs: [1]\nchampion_seeds: 3\nranges: {lr:"
+        " {choice: [0.01]}}\n"
+    )
     (project / "my small space.yaml").write_text(space)
-    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
+    held = run(
+        ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster
+    ).strip()
     common = {"PARTITION": "gpu_course", "CPUS": "2", "AFTER": held, "DATA": 'my "data"'}
     named = {"SPACE": "my small space.yaml", "SEARCH": "one"}
     jobs = make(project, cluster, "sweep", arguments=QUICK[1:4], **named, **common).json["jobs"]
@@ -287,8 +402,12 @@ def test_jobs_that_only_report_or_promote_ask_for_one_core_and_no_gpu(project, c
     shown = [run(["scontrol", "show", "job", job], cluster) for job in jobs]
     run(["scancel", held, *jobs], cluster)
     computes = [True, True, False] * 2 + [True, False]
-    assert ["gpu" in text.partition("TresPerJob=")[2].partition("\n")[0] for text in shown] == computes
-    assert [int(re.search(r"NumCPUs=(\d+)", text)[1]) for text in shown] == [2 if each else 1 for each in computes]
+    assert [
+        "gpu" in text.partition("TresPerJob=")[2].partition("\n")[0] for text in shown
+    ] == computes
+    assert [int(re.search(r"NumCPUs=(\d+)", text)[1]) for text in shown] == [
+        2 if each else 1 for each in computes
+    ]
 
 
 @needs_slurm
@@ -300,11 +419,18 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     refused("no folder nowhere", arguments=["data_dir=nowhere"])
     refused("unknown key 'lrr', did you mean 'lr'?", arguments=[*SHORT, "lrr=1"])
     refused("3 ranks cannot share out 2 shards", arguments=SHORT, NUM_RANKS=3)
-    refused("no partition thin_curse, did you mean 'thin_course'?", arguments=SHORT, PARTITION="thin_curse")
+    refused(
+        "no partition thin_curse, did you mean 'thin_course'?",
+        arguments=SHORT,
+        PARTITION="thin_curse",
+    )
     refused("unrecognized arguments: --nonsense", arguments=[*SHORT, "--nonsense"])
     refused("AFTER=99999: there is no such job", arguments=SHORT, AFTER="99999")
     settings, text = project / "jobs/env.sh", (project / "jobs/env.sh").read_text()
-    for lines in ("echo loading\necho no module 2019 >&2\nreturn 2\n", "echo no module 2019 >&2\nfalse\ntrue\n"):
+    for lines in (
+        "echo loading\necho no module 2019 >&2\nreturn 2\n",
+        "echo no module 2019 >&2\nfalse\ntrue\n",
+    ):
         settings.write_text(lines)
         try:
             refused("no module 2019", arguments=SHORT)
@@ -320,8 +446,14 @@ def test_a_job_that_cannot_work_is_not_submitted(project, cluster):
     [
         ({"PARTITION": "closed"}, "partition closed is down"),
         ({"TIME": "00:00:00"}, "TIME=00:00:00 is no time at all"),
-        ({"PARTITION": "gpu_course", "TIME": "45"}, "TIME=45 is over the limit of partition gpu_course, 30:00"),
-        ({"PARTITION": "gpu_course", "CPUS": "5"}, "1 x 5 cores do not fit: a node of gpu_course has 4"),
+        (
+            {"PARTITION": "gpu_course", "TIME": "45"},
+            "TIME=45 is over the limit of partition gpu_course, 30:00",
+        ),
+        (
+            {"PARTITION": "gpu_course", "CPUS": "5"},
+            "1 x 5 cores do not fit: a node of gpu_course has 4",
+        ),
         ({"NUM_RANKS": "32"}, "32 x 1 cores do not fit"),
     ],
 )
@@ -337,14 +469,29 @@ def test_a_request_fits_the_partition(cluster, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
     request = slurm.fit_request(slurm.read_variables({"PARTITION": "gpu_course"}), 64)
     assert {"--cpus-per-task=4", "--mem=8000M", "--time=30", "--gpus=1"} <= set(request)
-    request = slurm.fit_request(slurm.read_variables({"MEM": "2G", "TIME": "0:12:00", "NUM_RANKS": "2"}), 2)
-    assert {"--partition=thin_course", "--cpus-per-task=2", "--ntasks=2", "--mem=2G", "--time=0:12:00"} <= set(request)
+    request = slurm.fit_request(
+        slurm.read_variables({"MEM": "2G", "TIME": "0:12:00", "NUM_RANKS": "2"}), 2
+    )
+    assert {
+        "--partition=thin_course",
+        "--cpus-per-task=2",
+        "--ntasks=2",
+        "--mem=2G",
+        "--time=0:12:00",
+    } <= set(request)
     assert "--signal=B:USR1@120" in request and not any("gpu" in option for option in request)
 
 
 @pytest.mark.parametrize(
     "text, minutes",
-    [("30", 30), ("30:00", 30), ("1:30:30", 90.5), ("1-00:00:00", 1440), ("2-3", 3060), ("infinite", float("inf"))],
+    [
+        ("30", 30),
+        ("30:00", 30),
+        ("1:30:30", 90.5),
+        ("1-00:00:00", 1440),
+        ("2-3", 3060),
+        ("infinite", float("inf")),
+    ],
 )
 def test_slurm_times_are_read_in_all_their_forms(text, minutes):
     assert slurm.minutes_of(text) == minutes
@@ -399,21 +546,43 @@ def test_what_cannot_be_read_hides_no_job_and_stops_no_restart(tmp_path, monkeyp
     (tmp_path / "logs" / "7.err").write_text("x" * 10_000 + "\nlast words")
     (tmp_path / "logs" / "7.exit").write_bytes(b"\xff")
     (row,) = slurm.describe_jobs([])
-    assert row["progress"].startswith("cannot be read") and row["stderr"][-1] == "last words" and len(row["stderr"][0]) < 5_000
+    assert (
+        row["progress"].startswith("cannot be read")
+        and row["stderr"][-1] == "last words"
+        and len(row["stderr"][0]) < 5_000
+    )
     job = {"SLURM_JOB_ID": "7"}
-    assert slurm.going_on(["--runs", str(tmp_path / "runs"), "seed=1"], job)[2:] == ["--resume", str(tmp_path / "runs/c")]
+    assert slurm.going_on(["--runs", str(tmp_path / "runs"), "seed=1"], job)[2:] == [
+        "--resume",
+        str(tmp_path / "runs/c"),
+    ]
 
 
 @needs_slurm
-def test_a_job_takes_the_config_that_was_submitted_and_an_audit_told_to_stop_leaves_no_process(project, cluster):
+def test_a_job_takes_the_config_that_was_submitted_and_an_audit_told_to_stop_leaves_no_process(
+    project, cluster
+):
     config = project / "my.yaml"
     config.write_text((project / "config.yaml").read_text())
-    held = run(["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster).strip()
-    waiting = make(project, cluster, "train", arguments=["--config my.yaml", *SHORT], AFTER=held).json["job"]
+    held = run(
+        ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true"], cluster
+    ).strip()
+    waiting = make(
+        project, cluster, "train", arguments=["--config my.yaml", *SHORT], AFTER=held
+    ).json["job"]
     config.write_text("not: what was submitted\n")
     run(["scontrol", "release", held], cluster)
-    audit = make(project, cluster, "audit", DATA='my "data"', OUT="stopped", ARGS="--checks labels epochs=500").json["job"]
-    fold = wait_for(lambda: next(iter(project.glob("stopped/runs/*/meta.json")), None), "the audit to train")
+    audit = make(
+        project,
+        cluster,
+        "audit",
+        DATA='my "data"',
+        OUT="stopped",
+        ARGS="--checks labels epochs=500",
+    ).json["job"]
+    fold = wait_for(
+        lambda: next(iter(project.glob("stopped/runs/*/meta.json")), None), "the audit to train"
+    )
     worker = read_json(fold)["pid"]
     make(project, cluster, "cancel", JOB=audit)
     wait_for(lambda: not Path(f"/proc/{worker}").exists(), "the worker to end")

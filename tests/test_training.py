@@ -1,4 +1,6 @@
-"""The step against hand-written loops, the shards against the documented sum, the learning rate against formulas."""
+"""The step against hand-written loops, the shards against the documented sum, the learning rate
+against formulas.
+"""
 
 import copy
 import math
@@ -23,7 +25,9 @@ CPU = torch.device("cpu")
 
 def make_cfg(**changes):
     """The quick configuration with changes."""
-    keys = dict(pair.split("=") for pair in QUICK) | {key: str(value) for key, value in changes.items()}
+    keys = dict(pair.split("=") for pair in QUICK) | {
+        key: str(value) for key, value in changes.items()
+    }
     return load_config(DEFAULT_PATH, [f"{key}={value}" for key, value in keys.items()])
 
 
@@ -57,13 +61,19 @@ def test_steps_equal_a_hand_written_loop(changes):
     state = training.build_state(cfg, CPU)
     model = copy.deepcopy(state.model)
     averaged = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    first, second = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
+    first, second = (
+        {name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2)
+    )
     for step, batch in enumerate(make_batches(6), 1):
-        result = training.training_step(state, batch, cfg, cfg.lr / step, weights if cfg.balance == "loss" else None)
+        result = training.training_step(
+            state, batch, cfg, cfg.lr / step, weights if cfg.balance == "loss" else None
+        )
 
         logits = model(model_input(batch.images, draw_augmentation(batch.keys, 0, cfg))).flatten()
         target = batch.labels * (1 - cfg.label_smoothing) + cfg.label_smoothing / 2
-        losses = -(target * functional.logsigmoid(logits) + (1 - target) * functional.logsigmoid(-logits))
+        losses = -(
+            target * functional.logsigmoid(logits) + (1 - target) * functional.logsigmoid(-logits)
+        )
         losses = losses * weights[batch.labels.long()]
         model.zero_grad()
         losses.mean().backward()
@@ -80,22 +90,35 @@ def test_steps_equal_a_hand_written_loop(changes):
                     p *= 1 - lr * decay
                     first[name] = 0.9 * first[name] + 0.1 * grad
                     second[name] = 0.999 * second[name] + 0.001 * grad**2
-                    p -= lr * first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+                    p -= (
+                        lr
+                        * first[name]
+                        / (1 - 0.9**step)
+                        / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+                    )
                 decay = min(cfg.ema_decay, (1 + step) / (10 + step))
                 averaged[name] = decay * averaged[name] + (1 - decay) * p
 
         assert float(result.loss) == pytest.approx(losses.mean().item(), rel=1e-5)
-        assert float(result.grad_norm) == pytest.approx(norm, rel=1e-4), "the norm is the one before clipping"
+        assert float(result.grad_norm) == pytest.approx(norm, rel=1e-4), (
+            "the norm is the one before clipping"
+        )
         if "grad_clip" in changes and cfg.grad_clip:
             assert norm > cfg.grad_clip, "clipping has to happen for this to say something"
-    for own, hand in ((state.model.state_dict(), model.state_dict()), (state.averaged.state_dict(), averaged)):
+    for own, hand in (
+        (state.model.state_dict(), model.state_dict()),
+        (state.averaged.state_dict(), averaged),
+    ):
         assert all(torch.allclose(own[name], hand[name], rtol=1e-3, atol=2e-6) for name in hand)
 
 
 def test_averaged_statistics_follow_and_counters_are_copied():
     cfg = make_cfg(ema_decay=0.5, model="resnet18")
     state = training.build_state(cfg, CPU)
-    mean, counter = (next(n for n in state.averaged.state_dict() if n.endswith(end)) for end in ("_mean", "_tracked"))
+    mean, counter = (
+        next(n for n in state.averaged.state_dict() if n.endswith(end))
+        for end in ("_mean", "_tracked")
+    )
     hand = state.averaged.state_dict()[mean].clone()
     for step, batch in enumerate(make_batches(3), 1):
         training.training_step(state, batch, cfg, cfg.lr)
@@ -107,26 +130,46 @@ def test_averaged_statistics_follow_and_counters_are_copied():
 
 def test_balanced_loss_is_a_weighted_cross_entropy_with_mean_weight_one():
     labels = np.array([0] * 50 + [1] * 10, np.uint8)
-    weights, index = training.class_weights(labels, make_cfg(balance="loss"), CPU), torch.from_numpy(labels).long()
-    assert weights.tolist() == pytest.approx([0.6, 3.0]) and weights[index].mean() == pytest.approx(1.0)
-    assert weights[0] * 50 == pytest.approx(float(weights[1] * 10)), "both classes have the same say"
+    weights, index = (
+        training.class_weights(labels, make_cfg(balance="loss"), CPU),
+        torch.from_numpy(labels).long(),
+    )
+    assert weights.tolist() == pytest.approx([0.6, 3.0]) and weights[index].mean() == pytest.approx(
+        1.0
+    )
+    assert weights[0] * 50 == pytest.approx(float(weights[1] * 10)), (
+        "both classes have the same say"
+    )
     logits, targets = torch.linspace(-3, 3, 60), torch.from_numpy(labels).float()
     found = training.compute_loss(logits, targets, make_cfg(balance="loss"), weights)
-    assert found == pytest.approx(float(functional.binary_cross_entropy_with_logits(logits, targets, weight=weights[index])))
-    assert all(training.class_weights(labels, make_cfg(balance=other), CPU) is None for other in ("none", "sampler"))
+    assert found == pytest.approx(
+        float(functional.binary_cross_entropy_with_logits(logits, targets, weight=weights[index]))
+    )
+    assert all(
+        training.class_weights(labels, make_cfg(balance=other), CPU) is None
+        for other in ("none", "sampler")
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_loss_and_weights_are_float32(precision):
     cfg, batch, logits = make_cfg(precision=precision), make_batches(1)[0], []
     state = training.build_state(cfg, CPU)
-    state.model.register_forward_hook(lambda _, __, output: logits.append(output.detach().flatten()))
+    state.model.register_forward_hook(
+        lambda _, __, output: logits.append(output.detach().flatten())
+    )
     before = weights_sha256(state.model.state_dict())
     result = training.training_step(state, batch, cfg, cfg.lr)
-    assert torch.equal(result.loss, functional.binary_cross_entropy_with_logits(logits[0], batch.labels))
-    assert logits[0].dtype == torch.float32 and not torch.equal(logits[0], logits[0].bfloat16().float())
+    assert torch.equal(
+        result.loss, functional.binary_cross_entropy_with_logits(logits[0], batch.labels)
+    )
+    assert logits[0].dtype == torch.float32 and not torch.equal(
+        logits[0], logits[0].bfloat16().float()
+    )
     assert result.loss.dtype == torch.float32 and 0.2 < float(result.loss) < 2
-    assert {p.dtype for p in state.model.parameters()} == {torch.float32} and weights_sha256(state.model.state_dict()) != before
+    assert {p.dtype for p in state.model.parameters()} == {torch.float32} and weights_sha256(
+        state.model.state_dict()
+    ) != before
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -142,13 +185,23 @@ def test_four_shards_equal_four_models_summed_in_the_documented_tree_bit_for_bit
         torch.manual_seed(position_seed(1, 2, 3, shard))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             logits = alone(inputs[mine])
-        loss = functional.binary_cross_entropy_with_logits(logits.float().flatten(), batch.labels[mine])
+        loss = functional.binary_cross_entropy_with_logits(
+            logits.float().flatten(), batch.labels[mine]
+        )
         loss.backward()
         parts.append(
-            {"loss": loss.detach(), **{name: p.grad for name, p in alone.named_parameters()}, **dict(alone.named_buffers())}
+            {
+                "loss": loss.detach(),
+                **{name: p.grad for name, p in alone.named_parameters()},
+                **dict(alone.named_buffers()),
+            }
         )
     loss = training.compute_gradients(model, inputs, batch.labels, cfg, None, (1, 2, 3))
-    found = {"loss": loss, **{name: p.grad for name, p in model.named_parameters()}, **dict(model.named_buffers())}
+    found = {
+        "loss": loss,
+        **{name: p.grad for name, p in model.named_parameters()},
+        **dict(model.named_buffers()),
+    }
     for name, value in found.items():
         a, b, c, d = (part[name] for part in parts)
         if value.is_floating_point():
@@ -198,7 +251,9 @@ def test_prefetch_changes_no_bit(pcam_dir, prefetch_first):
     digests = []
     for prefetch, residence in ((prefetch_first, "disk"), (not prefetch_first, "host")):
         state = training.build_state(cfg, CPU)
-        for batch in load_batches(PatchSource(split.images, residence, CPU), split.labels, list(order), prefetch):
+        for batch in load_batches(
+            PatchSource(split.images, residence, CPU), split.labels, list(order), prefetch
+        ):
             training.training_step(state, batch, cfg, cfg.lr)
         digests.append(weights_sha256(state.model.state_dict()))
     assert digests[0] == digests[1]
@@ -214,8 +269,12 @@ def test_a_restored_state_goes_on_to_the_same_bits(optimizer, tmp_path):
     for batch in batches[:3]:
         training.training_step(whole, batch, cfg, cfg.lr)
     torch.save(whole.checkpoint(cfg, {}, {}), tmp_path / "state.pt")
-    resumed = training.build_state(make_cfg(optimizer=optimizer, dropout=0.2, shards=2, seed=99), CPU)
-    training.restore_state(resumed, torch.load(tmp_path / "state.pt", weights_only=True), "state.pt")
+    resumed = training.build_state(
+        make_cfg(optimizer=optimizer, dropout=0.2, shards=2, seed=99), CPU
+    )
+    training.restore_state(
+        resumed, torch.load(tmp_path / "state.pt", weights_only=True), "state.pt"
+    )
     for state in (whole, resumed):
         for batch in batches[3:]:
             training.training_step(state, batch, cfg, cfg.lr)
@@ -235,7 +294,11 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(quick_run):
 def test_training_can_start_from_the_weights_of_a_checkpoint(quick_run):
     state = training.build_state(make_cfg(weights=quick_run / "best.pt"), CPU)
     expected = load_checkpoint(quick_run / "best.pt")["averaged"]
-    assert weights_sha256(state.model.state_dict()) == weights_sha256(expected) == weights_sha256(state.averaged.state_dict())
+    assert (
+        weights_sha256(state.model.state_dict())
+        == weights_sha256(expected)
+        == weights_sha256(state.averaged.state_dict())
+    )
 
 
 # ---- the learning rate, and what validation decides
@@ -246,10 +309,14 @@ STEPS = 10  # an epoch
 @pytest.mark.parametrize("warmup", [0, 0.25, 1.5])
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_each_schedule_follows_its_formula_after_a_linear_warm_up(schedule, warmup):
-    cfg = make_cfg(schedule=schedule, warmup_epochs=warmup, epochs=6, decay_epochs=2, decay_factor=0.3, lr=0.5)
+    cfg = make_cfg(
+        schedule=schedule, warmup_epochs=warmup, epochs=6, decay_epochs=2, decay_factor=0.3, lr=0.5
+    )
     num_warm, total = warmup * STEPS, 6 * STEPS
     after = {
-        "cosine": lambda step: 0.25 * (1 + math.cos(math.pi * (step - num_warm) / (total - num_warm))),
+        "cosine": lambda step: (
+            0.25 * (1 + math.cos(math.pi * (step - num_warm) / (total - num_warm)))
+        ),
         "step": lambda step: 0.5 * 0.3 ** (step // 20),
         "constant": lambda _: 0.5,
     }[schedule]
@@ -278,7 +345,9 @@ def test_a_plateau_decays_after_so_many_epochs_without_a_better_score_and_again(
     assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001])
 
 
-@pytest.mark.parametrize("metric, values, best", [("auc", [0.5, 0.7, 0.7, 0.6], 2), ("loss", [0.9, 0.4, 0.5, 0.4], 2)])
+@pytest.mark.parametrize(
+    "metric, values, best", [("auc", [0.5, 0.7, 0.7, 0.6], 2), ("loss", [0.9, 0.4, 0.5, 0.4], 2)]
+)
 def test_best_is_the_first_epoch_with_the_best_value(metric, values, best):
     cfg = make_cfg(select_metric=metric)
     progress = training.build_state(cfg, CPU).progress
@@ -286,7 +355,10 @@ def test_best_is_the_first_epoch_with_the_best_value(metric, values, best):
     for epoch, value in enumerate(values):
         progress["epoch"] = epoch
         found.append(training.note_epoch(progress, {metric: value}, cfg))
-    assert progress["best_epoch"] == best and progress["best"] == progress["best_scores"][metric] == values[best - 1]
+    assert (
+        progress["best_epoch"] == best
+        and progress["best"] == progress["best_scores"][metric] == values[best - 1]
+    )
     assert [number for number, is_best in enumerate(found, 1) if is_best][-1] == best
 
 
@@ -309,8 +381,12 @@ def test_an_undefined_score_is_never_the_best():
 
 
 @pytest.mark.parametrize("changes", [{"schedule": "plateau"}, {"early_stop_epochs": 1}])
-def test_what_moves_the_validation_score_is_part_of_the_identity_where_training_listens_to_it(changes):
+def test_what_moves_the_validation_score_is_part_of_the_identity_where_training_listens_to_it(
+    changes,
+):
     one, other = make_cfg(eval_batch_size=8, **changes), make_cfg(eval_batch_size=9, **changes)
-    assert one.identity_digest({}) != other.identity_digest({}), "rounding reaches the weights through the schedule"
+    assert one.identity_digest({}) != other.identity_digest({}), (
+        "rounding reaches the weights through the schedule"
+    )
     with pytest.raises(BadInput):
         change_free_keys(one, {"eval_batch_size": "9"})

@@ -1,4 +1,6 @@
-"""Twins that nothing disturbed are identical; whatever parts them is named, and what are no twins is refused."""
+"""Twins that nothing disturbed are identical; whatever parts them is named, and what are no twins
+is refused.
+"""
 
 import functools
 import json
@@ -27,7 +29,13 @@ NOT_TRAINING = ("lib/synthetic.py", "lib/reports", "lib/cases.py")
 
 @pytest.fixture(scope="module")
 def argv(pcam_dir):
-    return [f"data_dir={pcam_dir}", *QUICK, "dropout=0.2", "checkpoint_every_steps=3", "limit_valid=40"]
+    return [
+        f"data_dir={pcam_dir}",
+        *QUICK,
+        "dropout=0.2",
+        "checkpoint_every_steps=3",
+        "limit_valid=40",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +43,30 @@ def train_here(argv, tmp_path_factory):
     """Train in this process, which is faster than a new one: the run folder."""
 
     def train_here(*arguments):
-        kept = [item for item in argv if not any(new.startswith(item.partition("=")[0] + "=") for new in arguments)]
-        return Path(replay.train(["--runs", str(tmp_path_factory.mktemp("runs")), *kept, *arguments])[0]["run"])
+        kept = [
+            item
+            for item in argv
+            if not any(new.startswith(item.partition("=")[0] + "=") for new in arguments)
+        ]
+        return Path(
+            replay.train(["--runs", str(tmp_path_factory.mktemp("runs")), *kept, *arguments])[0][
+                "run"
+            ]
+        )
 
     return train_here
 
 
 @pytest.fixture(scope="module")
 def twins(argv, train_here, tmp_path_factory):
-    """Two traced runs of one configuration, one by a process of its own, that no test may change."""
+    """Two traced runs of one configuration, one by a process of its own, that no test may
+    change.
+    """
     runs = tmp_path_factory.mktemp("runs")
-    return [Path(run_script("train.py", "--runs", runs, "--trace", *argv, check=0).json["run"]), train_here("--trace")]
+    return [
+        Path(run_script("train.py", "--runs", runs, "--trace", *argv, check=0).json["run"]),
+        train_here("--trace"),
+    ]
 
 
 @pytest.fixture
@@ -57,10 +78,14 @@ def copies(twins, tmp_path):
 @pytest.fixture
 def compare(tmp_path, capsys, monkeypatch):
     """Run the audit in this process, twins that it makes too: its exit code and result."""
-    monkeypatch.setattr(twin, "make_run", lambda argv, fault=None: Path(replay.train(argv, fault)[0]["run"]))
+    monkeypatch.setattr(
+        twin, "make_run", lambda argv, fault=None: Path(replay.train(argv, fault)[0]["run"])
+    )
 
     def compare(*arguments):
-        code = audit.main(["twin", *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        code = audit.main(
+            ["twin", *map(str, arguments), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        )
         return code, json.loads(capsys.readouterr().out.strip().splitlines()[-1])
 
     return compare
@@ -75,24 +100,56 @@ def change_rows(run, keep=bool, **cells) -> None:
 
 def test_untouched_twins_are_identical(twins, compare, tmp_path):
     code, result = compare(*twins)
-    assert code == 0 and result["verdict"] == "identical" and result["num_steps"] == 10 and result["weights"] == "equal"
+    assert (
+        code == 0
+        and result["verdict"] == "identical"
+        and result["num_steps"] == 10
+        and result["weights"] == "equal"
+    )
     assert (twins[0] / "trace.csv").read_text() == (twins[1] / "trace.csv").read_text()
     findings = json.loads((tmp_path / "out/findings.json").read_text())
-    assert [found["severity"] for found in findings if found["check"] != "inputs"] == ["note", "note", "note"]
+    assert [found["severity"] for found in findings if found["check"] != "inputs"] == [
+        "note",
+        "note",
+        "note",
+    ]
     assert [row["folder"] for row in findings[0]["rows"]] == [result["a"], result["b"]]
     assert "identical to the bit over 10 traced steps" in (tmp_path / "out/twin.html").read_text()
 
 
 def test_a_fault_is_found_by_the_command(twins, tmp_path):
-    """The whole way: a twin with a fault is trained, compared and replayed in processes as a user starts them."""
-    arguments = ("twin", twins[0], "--inject", f"output:{LAYER}@5", "--out", tmp_path / "out", "--seeds", twins[0], twins[1])
+    """The whole way: a twin with a fault is trained, compared and replayed in processes as a user
+    starts them.
+    """
+    arguments = (
+        "twin",
+        twins[0],
+        "--inject",
+        f"output:{LAYER}@5",
+        "--out",
+        tmp_path / "out",
+        "--seeds",
+        twins[0],
+        twins[1],
+    )
     result = run_script("audit.py", *arguments, check=0).json
     assert (result["step"], result["quantity"], result["named"]) == (5, "buffers", True)
     found = result["replay"]
-    assert (found["phase"], found["module"], found["what"], found["max_ulp"]) == ("forward", LAYER, "output", 1)
-    assert found["num_unequal"] == found["num_elements"] and found["replayed_from"].endswith("trace/00000003.pt")
+    assert (found["phase"], found["module"], found["what"], found["max_ulp"]) == (
+        "forward",
+        LAYER,
+        "output",
+        1,
+    )
+    assert found["num_unequal"] == found["num_elements"] and found["replayed_from"].endswith(
+        "trace/00000003.pt"
+    )
     page = (tmp_path / "out/twin.html").read_text()
-    assert page.count("<img") == 2 and "seed_deviation" in page and "nan" not in re.sub("<img[^>]*>", "", page)
+    assert (
+        page.count("<img") == 2
+        and "seed_deviation" in page
+        and "nan" not in re.sub("<img[^>]*>", "", page)
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,34 +176,54 @@ def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
     run = train_here("--trace-every", "4", "epochs=4")
     assert [row["step"] for row in read_csv(run / "trace.csv")] == ["4", "8", "12", "16", "20"]
     fault = replay.Fault("output", LAYER, 6)
-    other = replay.train(["--runs", str(run.parent), "--trace-every", "4", "--config", str(run / "config.yaml")], fault)[0][
-        "run"
-    ]
+    other = replay.train(
+        ["--runs", str(run.parent), "--trace-every", "4", "--config", str(run / "config.yaml")],
+        fault,
+    )[0]["run"]
     report, _ = twin.compare(twin.read_side(run), twin.read_side(other), fault, "cpu")
     assert (report["step"], report["equal_step"]) == (8, 4)
     assert (report["replay"]["step"], report["replay"]["module"]) == (6, LAYER)
 
 
 def test_runs_from_elsewhere_are_compared(copies, compare):
-    """B differs, but nothing here makes it so: what differs in the inputs is named, and that no replay shows it."""
+    """B differs, but nothing here makes it so: what differs in the inputs is named, and that no
+    replay shows it.
+    """
     change_rows(copies[1], loss="0" * 64)
     meta = json.loads((copies[1] / "meta.json").read_text())
     meta["machine"]["cpu_capability"], meta["commit"] = "OTHER", "f00"
     (copies[1] / "meta.json").write_text(json.dumps(meta))
     code, result = compare(*copies)
-    assert code == 1 and (result["step"], result["quantity"], result["weights"], result["replay"]) == (4, "loss", "equal", {})
+    assert code == 1 and (
+        result["step"],
+        result["quantity"],
+        result["weights"],
+        result["replay"],
+    ) == (4, "loss", "equal", {})
     assert "differ in cpu_capability" in result["cause"] and "differ in commit" in result["cause"]
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda run: change_rows(run, lambda step: step not in (4, 5)), "is cut: of 10 steps, every 1th, it lacks step 4"),
-        (lambda run: change_rows(run, lambda step: step < 9), "is cut: of 10 steps, every 1th, it lacks step 9"),
-        (lambda run: change_rows(run, lambda step: step % 2 == 0), "are of other lengths: 10 steps up to 10, and 5 steps"),
+        (
+            lambda run: change_rows(run, lambda step: step not in (4, 5)),
+            "is cut: of 10 steps, every 1th, it lacks step 4",
+        ),
+        (
+            lambda run: change_rows(run, lambda step: step < 9),
+            "is cut: of 10 steps, every 1th, it lacks step 9",
+        ),
+        (
+            lambda run: change_rows(run, lambda step: step % 2 == 0),
+            "are of other lengths: 10 steps up to 10, and 5 steps",
+        ),
         (lambda run: (run / "summary.json").unlink(), "did not finish"),
         (lambda run: (run / "trace.csv").unlink(), "has no trace.csv"),
-        (lambda run: (run / "trace.csv").write_text("step,rows\n1,1\n"), "is of another version: it lacks the column images"),
+        (
+            lambda run: (run / "trace.csv").write_text("step,rows\n1,1\n"),
+            "is of another version: it lacks the column images",
+        ),
     ],
 )
 def test_a_damaged_trace_is_refused(copies, compare, damage, sentence):
@@ -166,15 +243,23 @@ def rewrite(path, **fields):
 
 def of_another(path, **changes):
     checkpoint = load_checkpoint(path)
-    save_checkpoint(path, checkpoint | {key: checkpoint[key] | value for key, value in changes.items()})
+    save_checkpoint(
+        path, checkpoint | {key: checkpoint[key] | value for key, value in changes.items()}
+    )
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-999]), "is not a readable checkpoint, it may be cut off"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-999]),
+            "is not a readable checkpoint, it may be cut off",
+        ),
         (lambda path: rewrite(path, schema=99), "has the schema 99, this program reads 1 to"),
-        (lambda path: of_another(path, config={"model": "mlp"}), "is no checkpoint of this run: model is mlp there, p4m in"),
+        (
+            lambda path: of_another(path, config={"model": "mlp"}),
+            "is no checkpoint of this run: model is mlp there, p4m in",
+        ),
         (
             lambda path: of_another(path, data={"camelyonpatch_level_2_split_train_x.h5": "0"}),
             "is no checkpoint of this run: camelyonpatch_level_2_split_train_x.h5 is 0 there",
@@ -190,7 +275,10 @@ def test_a_bad_checkpoint_is_refused(copies, compare, damage, sentence):
 
 def test_wrong_use_is_refused(twins, compare):
     for arguments, sentence in (
-        ([twins[0], "--inject", "flood@1"], "it must be output:LAYER, gradient:LAYER, draw:LAYER or sample"),
+        (
+            [twins[0], "--inject", "flood@1"],
+            "it must be output:LAYER, gradient:LAYER, draw:LAYER or sample",
+        ),
         ([twins[0], "--inject", "output:features.9@1"], "layers of this model are features.0.0, "),
         ([twins[0], "--inject", "sample@11"], "@STEP of 1 to 10"),
         ([*twins, "--inject", "sample@1"], "--inject needs a run that is made here"),
@@ -198,12 +286,18 @@ def test_wrong_use_is_refused(twins, compare):
     ):
         code, result = compare(*arguments)
         assert code == 2 and sentence in result["error"]
-    assert run_script("train.py", "--trace-every", "-1", check=2).json["error"].startswith("argument --trace-every")
+    assert (
+        run_script("train.py", "--trace-every", "-1", check=2)
+        .json["error"]
+        .startswith("argument --trace-every")
+    )
 
 
 @pytest.mark.parametrize("prefetch", [True, False])
 def test_prefetch_changes_nothing(twins, train_here, monkeypatch, prefetch):
-    monkeypatch.setattr(batches, "load_batches", functools.partial(batches.load_batches, prefetch=prefetch))
+    monkeypatch.setattr(
+        batches, "load_batches", functools.partial(batches.load_batches, prefetch=prefetch)
+    )
     assert (train_here("--trace") / "trace.csv").read_text() == (twins[0] / "trace.csv").read_text()
 
 
@@ -222,14 +316,22 @@ def test_every_source_has_its_control(tmp_path, capsys):
     assert result["num_sources"] >= 25 and result["num_missing"] == 0
     shutil.copytree(REPOSITORY / "lib", tmp_path / "lib")
     path = tmp_path / "lib" / "training.py"
-    path.write_text(path.read_text().replace("torch.manual_seed(position_seed(*position, shard))", "pass"))
-    assert [found["check"] for found in sources.find_sources(tmp_path) if found["severity"] == "error"] == ["dropout"]
+    path.write_text(
+        path.read_text().replace("torch.manual_seed(position_seed(*position, shard))", "pass")
+    )
+    assert [
+        found["check"] for found in sources.find_sources(tmp_path) if found["severity"] == "error"
+    ] == ["dropout"]
 
 
 def test_nothing_that_training_imports_draws_without_control():
     found = []
     for path in [REPOSITORY / "train.py", *sorted((REPOSITORY / "lib").rglob("*.py"))]:
         if not path.relative_to(REPOSITORY).as_posix().startswith(NOT_TRAINING):
-            found += [f"{path.name}: {line}" for line in path.read_text().splitlines() if UNCONTROLLED.search(line)]
+            found += [
+                f"{path.name}: {line}"
+                for line in path.read_text().splitlines()
+                if UNCONTROLLED.search(line)
+            ]
     assert not found
     assert UNCONTROLLED.search("x = torch.rand(3)") and UNCONTROLLED.search("random.shuffle(x)")

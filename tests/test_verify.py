@@ -10,7 +10,11 @@ from lib.logger import file_digest
 from lib.pcam import SplitWriter, open_images, split_path, write_meta
 from lib.verify import OFFICIAL, verify_folder
 
-CAMELYON = {"train": "camelyon16_train_normal_001", "valid": "camelyon16_train_tumor_002", "test": "camelyon16_test_001"}
+CAMELYON = {
+    "train": "camelyon16_train_normal_001",
+    "valid": "camelyon16_train_tumor_002",
+    "test": "camelyon16_test_001",
+}
 
 
 def with_slides(directory, **slides):
@@ -51,19 +55,25 @@ def test_md5_names_the_split_whose_file_it_is(tmp_path):
     own = {split: sums[split] | {"rows": len(split), "meta": ""} for split in sums}
     assert verify_folder(folder, md5=True, official=own)[1] == []
     exchanged = {"train": own["valid"], "valid": own["train"]}
-    assert any("it is that of valid" in finding for finding in verify_folder(folder, md5=True, official=exchanged)[1])
+    assert any(
+        "it is that of valid" in finding
+        for finding in verify_folder(folder, md5=True, official=exchanged)[1]
+    )
     assert len(verify_folder(folder, md5=True, official=OFFICIAL)[1]) == 4
 
 
 @pytest.mark.parametrize(
-    "value, said", [(np.float32("nan"), "NaN"), (np.float32(200), "one value 200"), (np.uint8(0), "value 0")]
+    "value, said",
+    [(np.float32("nan"), "NaN"), (np.float32(200), "one value 200"), (np.uint8(0), "value 0")],
 )
 def test_patches_that_show_nothing_are_a_finding(tmp_path, value, said):
     folder = write_pcam(tmp_path / "a", 20, 10)
     with h5py.File(split_path(folder, "valid", "x"), "w") as file:
         file.create_dataset("x", data=np.full((10, 96, 96, 3), value))
     findings = verify_folder(folder)[1]
-    assert len(findings) == 1 and findings[0].startswith("valid: all patches") and said in findings[0]
+    assert (
+        len(findings) == 1 and findings[0].startswith("valid: all patches") and said in findings[0]
+    )
 
 
 def test_what_is_not_whole_is_refused_though_its_header_is_right(tmp_path):

@@ -26,17 +26,30 @@ WORK = ".work."  # begins the name of the folder of temporary files in OUT
 QUARANTINE = ("split", "index", "reason", "score")
 
 
-def audit_data(directory, out: Path, checks, overrides: list[str], device="auto", plant=False) -> dict:
-    """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is nothing to audit."""
+def audit_data(
+    directory, out: Path, checks, overrides: list[str], device="auto", plant=False
+) -> dict:
+    """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is
+    nothing to audit.
+    """
     directory = Path(directory)
     if not directory.is_dir() or directory.resolve() == out.resolve():
-        raise BadInput(f"{directory}: {'OUT may not be the data themselves' if directory.is_dir() else 'no such folder'}")
+        raise BadInput(
+            f"{directory}:"
+            f" {'OUT may not be the data themselves' if directory.is_dir() else 'no such folder'}"
+        )
     load_config(overrides=overrides)  # whatever is wrong with it is said before an hour's work
     with sole_writer(out):
         clear(out)
         with tempfile.TemporaryDirectory(dir=out, prefix=WORK, ignore_cleanup_errors=True) as work:
-            surveys, copies, findings, failed = run_checks(directory, out, checks, overrides, device, work)
-            power = plant_and_find(surveys, copies, checks, overrides, device, work) if plant and surveys else []
+            surveys, copies, findings, failed = run_checks(
+                directory, out, checks, overrides, device, work
+            )
+            power = (
+                plant_and_find(surveys, copies, checks, overrides, device, work)
+                if plant and surveys
+                else []
+            )
             if power:
                 write_csv(out / "power.csv", power[0], [row.values() for row in power])
                 findings += judge_power(power)
@@ -45,22 +58,38 @@ def audit_data(directory, out: Path, checks, overrides: list[str], device="auto"
                 write_csv(out / "histograms.csv", bins[0], [row.values() for row in bins])
             if gallery := plot_suspects(surveys, findings):
                 (out / "suspects.png").write_bytes(figure_png(gallery))
-            page = write_data_page(out / "audit.html", f"Data audit of {directory}", surveys, findings, power)
-    num = {f"num_{severity}s": sum(f["severity"] == severity for f in findings) for severity in ("error", "warning")}
-    return num | {"not_run": failed, "num_suspects": len(quarantine_rows(findings)), "page": str(page)}
+            page = write_data_page(
+                out / "audit.html", f"Data audit of {directory}", surveys, findings, power
+            )
+    num = {
+        f"num_{severity}s": sum(f["severity"] == severity for f in findings)
+        for severity in ("error", "warning")
+    }
+    return num | {
+        "not_run": failed,
+        "num_suspects": len(quarantine_rows(findings)),
+        "page": str(page),
+    }
 
 
 def run_checks(directory, out: Path, checks, overrides, device, work):
-    """Survey a folder and run checks on it: (surveys, copies or None, findings, names of the checks that could not run)."""
+    """Survey a folder and run checks on it: (surveys, copies or None, findings, names of the checks
+    that could not run).
+    """
     surveys, findings = survey_folder(directory, work)
     failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
-    copies = find_copies(surveys) if surveys and {"duplicates", "leakage", "triggers"} & set(checks) else None
+    copies = (
+        find_copies(surveys)
+        if surveys and {"duplicates", "leakage", "triggers"} & set(checks)
+        else None
+    )
     train = next((survey for survey in surveys if survey.name == "train"), None)
 
     def labels():
         from lib.audits.labels import check_labels  # which brings all that training needs
 
-        write_findings(out, findings)  # what is found so far: folds leave damage out, and this may take an hour
+        # what is found so far: folds leave damage out, and this may take an hour
+        write_findings(out, findings)
         return check_labels(directory, train, out, overrides, device)
 
     run = {
@@ -71,7 +100,9 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
         "leakage": lambda: check_leakage(surveys, copies),
         "drift": lambda: check_drift(surveys),
         "triggers": lambda: [
-            found for at, survey in enumerate(surveys) for found in check_triggers(survey, unique_rows(survey, at, copies))
+            found
+            for at, survey in enumerate(surveys)
+            for found in check_triggers(survey, unique_rows(survey, at, copies))
         ],
         "labels": labels,
     }
@@ -83,14 +114,24 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
             findings += run[name]() or [finding(name, "note", "nothing found")]
         except BadInput as error:
             failed.append(name)
-            findings.append(finding(name, "error", f"this check could not run: {error}", advice="mend that and audit again"))
+            findings.append(
+                finding(
+                    name,
+                    "error",
+                    f"this check could not run: {error}",
+                    advice="mend that and audit again",
+                )
+            )
     return surveys, copies, findings, failed
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier audit has left in OUT, its temporary files if it was killed too; runs of folds stay."""
+    """Remove what an earlier audit has left in OUT, its temporary files if it was killed too; runs
+    of folds stay.
+    """
     for leftover in out.glob(f"{WORK}*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # NFS keeps what was still open under another name
+        # NFS keeps what was still open under another name
+        shutil.rmtree(leftover, ignore_errors=True)
     if not (out / "findings.json").exists():
         return
     checks = {found["check"] for found in json.loads((out / "findings.json").read_text())}
@@ -105,7 +146,9 @@ def csv_name(check: str) -> str:
 
 def write_findings(out: Path, findings: list[dict]) -> None:
     """Write the rows of each check as a CSV, quarantine.csv, and, last, findings.json."""
-    write_csv(out / "quarantine.csv", QUARANTINE, [row.values() for row in quarantine_rows(findings)])
+    write_csv(
+        out / "quarantine.csv", QUARANTINE, [row.values() for row in quarantine_rows(findings)]
+    )
     by_check = {}
     for found in findings:
         by_check.setdefault(csv_name(found["check"]), []).extend(found["rows"])
@@ -122,14 +165,23 @@ def quarantine_rows(findings: list[dict]) -> list[dict]:
     for row in (row for found in findings for row in found["rows"] if row.get("reason")):
         key = row["split"], int(row["index"]), row["reason"]
         suspects[key] = max(suspects.get(key, 0.0), float(row["score"]))
-    return [{**dict(zip(QUARANTINE, key, strict=False)), "score": round(score, 4)} for key, score in sorted(suspects.items())]
+    return [
+        {**dict(zip(QUARANTINE, key, strict=False)), "score": round(score, 4)}
+        for key, score in sorted(suspects.items())
+    ]
 
 
-def plant_and_find(surveys: list[Survey], copies: Copies | None, checks, overrides, device, work) -> list[dict]:
-    """The power of the checks on a copy of part of the data with damage planted, against the same part as it is."""
+def plant_and_find(
+    surveys: list[Survey], copies: Copies | None, checks, overrides, device, work
+) -> list[dict]:
+    """The power of the checks on a copy of part of the data with damage planted, against the same
+    part as it is.
+    """
     say("planting damage into a copy of these data, to see what is found of it")
     copies, found = copies or find_copies(surveys), {}
-    rows_of = {survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)}
+    rows_of = {
+        survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)
+    }
     clean, planted = Path(work, "clean"), Path(work, "planted")
     truth = write_copies(surveys, rows_of, clean, planted)
     wanted = [name for name in checks if name not in ("files", "balance", "drift")]

@@ -1,4 +1,6 @@
-"""Every source of non-determinism of this program, its control, and the line that controls it, found in the source itself."""
+"""Every source of non-determinism of this program, its control, and the line that controls it,
+found in the source itself.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,7 @@ order of samples | a function of (seed, epoch) | lib/batches.py: position_permut
 order of classes | a function of (seed, epoch) | lib/batches.py: cfg.seed, epoch, CLASS_ORDER, label, repeat
 rows under a limit | a function of the row numbers | lib/batches.py: position_permutation(len(index), LIMIT)
 folds | drawn by row numbers, not by python's hash | lib/batches.py: position_bits(torch.from_numpy(first_row), FOLD)
-augmentation | a function of (seed, epoch, sample) | lib/augment.py: position_bits(keys
+augmentation | a function of (seed, epoch, sample) | lib/augment.py: position_bits(places
 prefetch thread | one thread, batches in their order | lib/batches.py: ThreadPoolExecutor(1, "prefetch")
 copies to the device | steps that read one wait for it | lib/batches.py: current.wait_event(
 number of threads | fixed by the config | lib/seeding.py: torch.set_num_threads(threads)
@@ -37,22 +39,38 @@ environment | variables recorded, compared by twin | lib/rundir.py: "variables":
 
 
 def locate_sources(read) -> list[dict]:
-    """Each source with its control, the statement that controls it, and `where`: file:line of each place, none where it is
-    lost. `read` gives the text of a file by its name in the repository."""
+    """Each source with its control, the statement that controls it, and `where`: file:line of each
+    place, none where it is lost. `read` gives the text of a file by its name in the repository."""
     rows = []
     for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
         name, statement = place.split(": ", 1)
         lines = read(name).splitlines()
-        where = [f"{name}:{number}" for number, line in enumerate(lines, 1) if statement in line.split("  #")[0]]
-        rows.append({"source": source, "control": control, "file": name, "statement": statement, "where": where})
+        where = [
+            f"{name}:{number}"
+            for number, line in enumerate(lines, 1)
+            if statement in line.split("  #")[0]
+        ]
+        rows.append(
+            {
+                "source": source,
+                "control": control,
+                "file": name,
+                "statement": statement,
+                "where": where,
+            }
+        )
     return rows
 
 
 def find_sources(repository: Path) -> list[dict]:
-    """A finding for each source with the file:line of its control; an error where that statement is not there any more."""
+    """A finding for each source with the file:line of its control; an error where that statement is
+    not there any more.
+    """
     findings = []
     for row in locate_sources(lambda name: (repository / name).read_text()):
         measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
         rows = [{"where": where} for where in row["where"]]
-        findings.append(finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows))
+        findings.append(
+            finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows)
+        )
     return findings

@@ -1,6 +1,8 @@
-"""One pass over a split: of each patch what its values are, what it looks like, what it is known by. All checks read from here.
+"""One pass over a split: of each patch what its values are, what it looks like, what it is known
+by. All checks read from here.
 
-Files are taken as they are: what cannot be read becomes a finding with its row or byte, and the rest is surveyed.
+Files are taken as they are: what cannot be read becomes a finding with its row or byte, and the
+rest is surveyed.
 """
 
 import contextlib
@@ -38,9 +40,10 @@ DAMAGE = ("nan", "range", "scaled", "black", "white", "constant", "flat", "unrea
 
 @dataclass(frozen=True)
 class Survey:
-    """A split as it is: labels int8 (N,), -1 where unknown; slide names and coordinates int64 (N, 2) as y and x where there are
-    any; `table` holds columns (N,) by name; `boxes` int16 (N, 4) the first and last rows and columns of values that are none;
-    `heat` int64 (96, 96) by kind of damage how often it hits a pixel; `read` gives uint8 patches by their rows."""
+    """A split as it is: labels int8 (N,), -1 where unknown; slide names and coordinates int64 (N,
+    2) as y and x where there are any; `table` holds columns (N,) by name; `boxes` int16 (N, 4) the
+    first and last rows and columns of values that are none; `heat` int64 (96, 96) by kind of damage
+    how often it hits a pixel; `read` gives uint8 patches by their rows."""
 
     name: str
     path: Path
@@ -71,41 +74,73 @@ class Survey:
         """Rows of a finding: split, index, label and the columns given."""
         index = np.asarray(index, np.int64)
         known = {"index": index, "label": self.labels[index]} | columns
-        values = [[value] * len(index) if np.isscalar(value) else np.asarray(value).tolist() for value in known.values()]
-        return [{"split": self.name, **dict(zip(known, row, strict=True))} for row in zip(*values, strict=True)]
+        values = [
+            [value] * len(index) if np.isscalar(value) else np.asarray(value).tolist()
+            for value in known.values()
+        ]
+        return [
+            {"split": self.name, **dict(zip(known, row, strict=True))}
+            for row in zip(*values, strict=True)
+        ]
 
 
 def survey_folder(directory, work) -> tuple[list[Survey], list[dict]]:
-    """Survey the splits of a folder, and findings for what in its files cannot be read; `work` takes temporary files.
+    """Survey the splits of a folder, and findings for what in its files cannot be read; `work`
+    takes temporary files.
 
     Raises BadInput for a folder with no split at all.
     """
     surveys, findings = [], []
-    present = [name for name in SPLITS if any(split_path(directory, name, part).exists() for part in ("x", "y"))]
+    present = [
+        name
+        for name in SPLITS
+        if any(split_path(directory, name, part).exists() for part in ("x", "y"))
+    ]
     if not present:
-        raise BadInput(f"{directory} holds no {split_path('', 'train', 'x').name} or the like: it is no PCam folder")
+        raise BadInput(
+            f"{directory} holds no {split_path('', 'train', 'x').name} or the like: it is no PCam"
+            " folder"
+        )
     for name in dict.fromkeys(("train", "valid", *present)):
         try:
             surveys.append(survey_split(directory, name, work, findings))
         except BadInput as error:
             advice = "mend or fetch this file; the other splits were audited"
-            findings.append(finding("unreadable split", "error", str(error), advice=advice, split=name))
+            findings.append(
+                finding("unreadable split", "error", str(error), advice=advice, split=name)
+            )
     return surveys, findings
 
 
 def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
-    """Survey a split. Raises BadInput where its x file cannot be read at all; lesser damage goes into `findings`."""
+    """Survey a split. Raises BadInput where its x file cannot be read at all; lesser damage goes
+    into `findings`.
+    """
     path, lost = split_path(directory, name, "x"), []
     with open_dataset(path, "x") as dataset:
-        if dataset.shape is None or dataset.shape[1:] != PATCH_SHAPE or not len(dataset) or dataset.dtype.kind not in "uif":
-            raise BadInput(f"{path}: x is {dataset.shape} {dataset.dtype}, it must be numbers (N, 96, 96, 3)")
+        if (
+            dataset.shape is None
+            or dataset.shape[1:] != PATCH_SHAPE
+            or not len(dataset)
+            or dataset.dtype.kind not in "uif"
+        ):
+            raise BadInput(
+                f"{path}: x is {dataset.shape} {dataset.dtype}, it must be numbers (N, 96, 96, 3)"
+            )
         layout = describe_layout(dataset, path)
         labels, slides, coords = read_companions(directory, name, len(dataset), findings)
         # what is packed is unpacked once, to be read at random later
         plain, offset, dtype = path, layout["offset"], dataset.dtype
         if offset is None:
-            plain, offset, dtype = Path(work, f"{name}.{os.urandom(4).hex()}"), 0, np.dtype(np.uint8)
-        with open(os.devnull if plain == path else plain, "wb") as unpacked, Progress(len(dataset), f"survey {name}") as bar:
+            plain, offset, dtype = (
+                Path(work, f"{name}.{os.urandom(4).hex()}"),
+                0,
+                np.dtype(np.uint8),
+            )
+        with (
+            open(os.devnull if plain == path else plain, "wb") as unpacked,
+            Progress(len(dataset), f"survey {name}") as bar,
+        ):
             parts = []
             for patches, part in measure_blocks(dataset, lost):
                 parts.append(part)
@@ -114,32 +149,64 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
                 bar.add(len(patches))
     tables, boxes, prints, heats = zip(*parts, strict=True)
     table = {column: np.concatenate([part[column] for part in tables]) for column in tables[0]}
-    heat = {kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats) for kind in ("nan", "range")}
+    heat = {
+        kind: sum(part.get(kind, np.zeros(PATCH_SHAPE[:2], np.int64)) for part in heats)
+        for kind in ("nan", "range")
+    }
     if lost:
         table["damage"][[row for row, _ in lost]] = DAMAGE.index("unreadable")
-        measured = f"{len(lost):,} rows cannot be decoded, the first is row {lost[0][0]:,}: {lost[0][1]}"
-        rows = [{"split": name, "index": row, "why": why, "reason": "black", "score": 1.0} for row, why in lost]
+        measured = (
+            f"{len(lost):,} rows cannot be decoded, the first is row {lost[0][0]:,}: {lost[0][1]}"
+        )
+        rows = [
+            {"split": name, "index": row, "why": why, "reason": "black", "score": 1.0}
+            for row, why in lost
+        ]
         advice = "fetch the file again; training stops at these rows unless they are left out"
-        findings.append(finding("unreadable rows", "error", measured, advice=advice, rows=rows, split=name))
+        findings.append(
+            finding("unreadable rows", "error", measured, advice=advice, rows=rows, split=name)
+        )
     fd, size = os.open(plain, os.O_RDONLY), PATCH_BYTES * dtype.itemsize
 
     def read(rows) -> np.ndarray:
-        """Patches uint8 (B, 96, 96, 3); by pread, for mapped pages would count as memory of this process."""
+        """Patches uint8 (B, 96, 96, 3); by pread, for mapped pages would count as memory of this
+        process.
+        """
         data = b"".join(os.pread(fd, size, offset + int(row) * size) for row in rows)
         raw = np.frombuffer(data, dtype).reshape(-1, *PATCH_SHAPE)
         return raw if dtype == np.uint8 else bring_to_uint8(raw, find_range(raw)[-1])
 
-    return Survey(name, path, layout, labels, slides, coords, table, np.concatenate(boxes), heat, join(prints), read)
+    return Survey(
+        name,
+        path,
+        layout,
+        labels,
+        slides,
+        coords,
+        table,
+        np.concatenate(boxes),
+        heat,
+        join(prints),
+        read,
+    )
 
 
 def measure_blocks(dataset, lost: list):
     """Yield what `measure` gives for block after block of an x: this thread reads, two measure."""
     with ThreadPoolExecutor(2) as pool:
         pending = deque()
-        step = READ_ROWS if dataset.chunks is None else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))  # a chunk once
+        # a chunk once
+        step = (
+            READ_ROWS
+            if dataset.chunks is None
+            else max(READ_ROWS, min(dataset.chunks[0], 4 * READ_ROWS))
+        )
         for start in range(0, len(dataset), step):
             block = read_tolerantly(dataset, start, min(start + step, len(dataset)), lost)
-            pending.extend(pool.submit(measure, block[at : at + READ_ROWS]) for at in range(0, len(block), READ_ROWS))
+            pending.extend(
+                pool.submit(measure, block[at : at + READ_ROWS])
+                for at in range(0, len(block), READ_ROWS)
+            )
             while len(pending) > 3:
                 yield pending.popleft().result()
         for task in pending:
@@ -147,8 +214,15 @@ def measure_blocks(dataset, lost: list):
 
 
 def describe_layout(dataset, path: Path) -> dict:
-    """How an x is stored; `offset` is that of the first patch where they lie one behind the other."""
-    plain = dataset.chunks is None and not dataset.external and not dataset.is_virtual and dataset.dtype.isnative
+    """How an x is stored; `offset` is that of the first patch where they lie one behind the
+    other.
+    """
+    plain = (
+        dataset.chunks is None
+        and not dataset.external
+        and not dataset.is_virtual
+        and dataset.dtype.isnative
+    )
     return {
         "rows": len(dataset),
         "dtype": str(dataset.dtype),
@@ -162,21 +236,46 @@ def describe_layout(dataset, path: Path) -> dict:
 
 
 def read_companions(directory, name: str, num: int, findings: list[dict]):
-    """Labels int8 (N,), slide names and coordinates of a split; what is wrong with y and meta goes into `findings`."""
+    """Labels int8 (N,), slide names and coordinates of a split; what is wrong with y and meta goes
+    into `findings`.
+    """
     labels, slides, coords = np.full(num, -1, np.int8), None, None
     try:
         values = read_label_values(split_path(directory, name, "y"))
         if len(values) != num:
             measured = f"x has {num:,} patches, y has {len(values):,} labels"
-            findings.append(finding("agreement of x and y", "error", measured, "equal", "fetch both again", split=name))
+            findings.append(
+                finding(
+                    "agreement of x and y",
+                    "error",
+                    measured,
+                    "equal",
+                    "fetch both again",
+                    split=name,
+                )
+            )
         known = np.isin(values[:num], (0, 1))
         labels[: len(known)][known] = values[:num][known]
         if not known.all():
-            rows = [{"split": name, "index": int(row), "value": float(values[row])} for row in np.flatnonzero(~known)]
-            measured = f"{len(rows):,} labels are neither 0 nor 1, the first {rows[0]['value']:g} at row {rows[0]['index']:,}"
-            findings.append(finding("labels", "error", measured, "0 or 1", "these patches have no label", rows, name))
+            rows = [
+                {"split": name, "index": int(row), "value": float(values[row])}
+                for row in np.flatnonzero(~known)
+            ]
+            measured = (
+                f"{len(rows):,} labels are neither 0 nor 1, the first {rows[0]['value']:g} at row"
+                f" {rows[0]['index']:,}"
+            )
+            findings.append(
+                finding(
+                    "labels", "error", measured, "0 or 1", "these patches have no label", rows, name
+                )
+            )
     except BadInput as error:
-        findings.append(finding("labels", "error", str(error), advice="without them no check by class", split=name))
+        findings.append(
+            finding(
+                "labels", "error", str(error), advice="without them no check by class", split=name
+            )
+        )
     try:
         if (path := split_path(directory, name, "meta")).exists():
             rows = read_meta(path)
@@ -188,12 +287,22 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
                 raise BadInput(f"{path} has rows without a coordinate or a slide name")
             slides, coords = names, places.astype(np.int64)
     except (BadInput, ValueError) as error:
-        findings.append(finding("meta", "error", one_line(error), advice="checks by slide are not possible", split=name))
+        findings.append(
+            finding(
+                "meta",
+                "error",
+                one_line(error),
+                advice="checks by slide are not possible",
+                split=name,
+            )
+        )
     return labels, slides, coords
 
 
 def read_tolerantly(dataset, start: int, stop: int, lost: list) -> np.ndarray:
-    """Rows of an x as stored; those that cannot be decoded are zeros and go into `lost` as (row, why)."""
+    """Rows of an x as stored; those that cannot be decoded are zeros and go into `lost` as (row,
+    why).
+    """
     with contextlib.suppress(BadInput):
         return read_rows(dataset, slice(start, stop))
     block = np.zeros((stop - start, *PATCH_SHAPE), dataset.dtype)
@@ -202,23 +311,33 @@ def read_tolerantly(dataset, start: int, stop: int, lost: list) -> np.ndarray:
             block[row - start] = read_rows(dataset, row)
         except BadInput as error:
             where = ""
-            with contextlib.suppress(Exception):  # what the file says about a chunk that is damaged may be damaged too
-                where = f" in the chunk at byte {dataset.id.get_chunk_info_by_coord((row, 0, 0, 0)).byte_offset:,}"
+            # what the file says about a chunk that is damaged may be damaged too
+            with contextlib.suppress(Exception):
+                where = (
+                    " in the chunk at byte"
+                    f" {dataset.id.get_chunk_info_by_coord((row, 0, 0, 0)).byte_offset:,}"
+                )
             lost.append((row, f"{error}{where}"))
     return block
 
 
 def find_range(raw: np.ndarray):
-    """Of patches as they are stored: lowest and highest value float64 (B,), NaN where one is, how many are no integers, and
-    whether they are scaled to [0, 1] or [-1, 1] instead of 0..255."""
+    """Of patches as they are stored: lowest and highest value float64 (B,), NaN where one is, how
+    many are no integers, and whether they are scaled to [0, 1] or [-1, 1] instead of 0..255."""
     flat = raw.reshape(len(raw), PATCH_BYTES)
     low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
-    num_fractional = (flat != np.rint(flat)).sum(1, dtype=np.int32) if raw.dtype.kind == "f" else np.zeros(len(raw), np.int32)
+    num_fractional = (
+        (flat != np.rint(flat)).sum(1, dtype=np.int32)
+        if raw.dtype.kind == "f"
+        else np.zeros(len(raw), np.int32)
+    )
     return low, high, num_fractional, (low >= -1) & (high <= 1) & (num_fractional > 0)
 
 
 def bring_to_uint8(raw: np.ndarray, scaled: np.ndarray) -> np.ndarray:
-    """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought back."""
+    """Patches as uint8: rounded and clipped, NaN as 0; those scaled to [0, 1] or [-1, 1] brought
+    back.
+    """
     if scaled.any():
         raw = raw.astype(np.float32)
         shifted = scaled & (raw.reshape(len(raw), PATCH_BYTES).min(1) < 0)
@@ -228,11 +347,15 @@ def bring_to_uint8(raw: np.ndarray, scaled: np.ndarray) -> np.ndarray:
 
 
 def measure(raw: np.ndarray):
-    """Some patches (B, 96, 96, 3), as they are stored, as uint8, and their columns of the table, boxes, prints and heat."""
+    """Some patches (B, 96, 96, 3), as they are stored, as uint8, and their columns of the table,
+    boxes, prints and heat.
+    """
     boxes, heat = np.full((len(raw), 4), -1, np.int16), {}
     with np.errstate(invalid="ignore"):
         low, high, num_fractional, scaled = find_range(raw)
-        counts = {name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above")}
+        counts = {
+            name: np.zeros(len(raw), np.int32) for name in ("num_nan", "num_below", "num_above")
+        }
         counts["num_fractional"] = num_fractional
         for row in np.flatnonzero(~((low >= 0) & (high <= 255)) & ~scaled):
             patch = raw[row]
@@ -253,8 +376,12 @@ def measure(raw: np.ndarray):
         part = patches[start : start + BLOCK]
         values, grey = count_values(part), grey_planes(part)
         prints.append(find_prints(values, grey))
-        is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0  # all(3) would take ten times as long
-        features.append(compute_features(part, values, grey) | {"black_share": is_black.mean((1, 2), dtype=np.float32)})
+        # all(3) would take ten times as long
+        is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0
+        features.append(
+            compute_features(part, values, grey)
+            | {"black_share": is_black.mean((1, 2), dtype=np.float32)}
+        )
     prints = join(prints)
     columns = counts | {"low": low, "high": high}
     columns |= {name: np.concatenate([part[name] for part in features]) for name in features[0]}
@@ -268,5 +395,7 @@ def measure(raw: np.ndarray):
         "constant": has_one_colour,
         "flat": columns["deviation"] < FLAT_STD,
     }
-    columns["damage"] = np.select([*conditions.values()], [DAMAGE.index(kind) for kind in conditions], -1).astype(np.int8)
+    columns["damage"] = np.select(
+        [*conditions.values()], [DAMAGE.index(kind) for kind in conditions], -1
+    ).astype(np.int8)
     return patches, (columns, boxes, prints, heat)

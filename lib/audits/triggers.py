@@ -1,7 +1,9 @@
-"""Fixed patterns in a subset of patches: where, how large, in which class, and how many chance would give.
+"""Fixed patterns in a subset of patches: where, how large, in which class, and how many chance
+would give.
 
-At each pixel the colours of a class, in 16 steps a channel, are counted; a pattern that is stamped at one place makes a colour
-more frequent there than 8 pixels beside it. Copies are counted once, or they would be patterns themselves.
+At each pixel the colours of a class, in 16 steps a channel, are counted; a pattern that is stamped
+at one place makes a colour more frequent there than 8 pixels beside it. Copies are counted once, or
+they would be patterns themselves.
 """
 
 import numpy as np
@@ -17,7 +19,8 @@ SIZE, STEPS = PATCH_SHAPE[0], 16
 BESIDE_PX = 8
 SIGMA = 8.0  # an excess of a colour's count over that of its neighbours, in Poisson deviations
 MOST_SEEDS = 20  # groups of such pixels in a class that are looked at, the strongest first
-LEAST_CARRIERS, OVER_CHANCE = 6, 5  # of a pattern: so many, and so many times as many as elsewhere in the patches
+# of a pattern: so many, and so many times as many as elsewhere in the patches
+LEAST_CARRIERS, OVER_CHANCE = 6, 5
 LEAST_ROWS = 300  # of a class: fewer show nothing
 LEAST_PIXELS = 4  # of a pattern
 TOLERANCE = 24  # levels by which a pixel of a member may differ from the pattern
@@ -25,15 +28,27 @@ MATCHING = 0.8  # share of the pattern's pixels that a member matches
 
 
 def check_triggers(survey: Survey, rows: np.ndarray) -> list[dict]:
-    """A finding for each pattern in the rows int64 (N,) of a split, or a note that there is none, or that they are too few."""
+    """A finding for each pattern in the rows int64 (N,) of a split, or a note that there is none,
+    or that they are too few.
+    """
     findings = []
     for label in (0, 1):
         mine = rows[survey.labels[rows] == label]
         if len(mine) < LEAST_ROWS:
             measured = f"{len(mine):,} patches of class {label} are too few to show a pattern"
-            findings.append(finding("triggers", "note", measured, f"{LEAST_ROWS}", "not checked", split=survey.name))
+            findings.append(
+                finding(
+                    "triggers", "note", measured, f"{LEAST_ROWS}", "not checked", split=survey.name
+                )
+            )
             continue
-        findings += filter(None, (describe_pattern(survey, rows, mine, seeds) for seeds in find_seeds(survey, mine, label)))
+        findings += filter(
+            None,
+            (
+                describe_pattern(survey, rows, mine, seeds)
+                for seeds in find_seeds(survey, mine, label)
+            ),
+        )
     # the same pattern may show in both classes
     return list({found["measured"]: found for found in findings}.values())
 
@@ -65,12 +80,17 @@ def find_seeds(survey: Survey, rows: np.ndarray, label: int) -> list[np.ndarray]
         expected = beside / number
         excess = (counts[y] - expected) / np.sqrt(expected + 1)
         x, colour = np.nonzero(excess > SIGMA)
-        hits += [(y, int(column), int(code), float(excess[column, code])) for column, code in zip(x, colour, strict=True)]
+        hits += [
+            (y, int(column), int(code), float(excess[column, code]))
+            for column, code in zip(x, colour, strict=True)
+        ]
     return cluster(hits)
 
 
 def cluster(hits: list[tuple]) -> list[np.ndarray]:
-    """Pixels (y, x, colour, excess) that touch, as groups int64 (P, 3) in their strongest colours, the strongest first."""
+    """Pixels (y, x, colour, excess) that touch, as groups int64 (P, 3) in their strongest colours,
+    the strongest first.
+    """
     best = {}
     for y, x, colour, excess in hits:
         if excess > best.get((y, x), (0, 0))[1]:
@@ -94,17 +114,26 @@ def cluster(hits: list[tuple]) -> list[np.ndarray]:
     return [group[:, :3].astype(np.int64) for group in groups[:MOST_SEEDS]]
 
 
-def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: np.ndarray) -> dict | None:
-    """The finding for a group of seeds: who carries the pattern, its extent to the pixel, its class; None if it falls apart."""
+def describe_pattern(
+    survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: np.ndarray
+) -> dict | None:
+    """The finding for a group of seeds: who carries the pattern, its extent to the pixel, its
+    class; None if it falls apart.
+    """
     colour = np.stack([seeds[:, 2] >> 8, seeds[:, 2] >> 4 & 15, seeds[:, 2] & 15], 1) * 16 + 8
     members = carriers(survey, rows, seeds[:, 0], seeds[:, 1], colour)
     if len(members) < LEAST_CARRIERS:
         return None
-    # its extent: where the carriers agree with each other, against where other patches agree with them
+    # its extent: where the carriers agree with each other, against where other patches agree with
+    # them
     others = np.setdiff1d(mine, members)
-    patches, base = (survey.read(part[:: -(-len(part) // 2000)]).astype(np.int16) for part in (members, others))
+    patches, base = (
+        survey.read(part[:: -(-len(part) // 2000)]).astype(np.int16) for part in (members, others)
+    )
     centre = np.median(patches, 0)
-    agree, chance = ((np.abs(part - centre).max(3) <= TOLERANCE).mean(0) for part in (patches, base))
+    agree, chance = (
+        (np.abs(part - centre).max(3) <= TOLERANCE).mean(0) for part in (patches, base)
+    )
     fixed = (agree >= MATCHING) & (chance <= 0.5)
     fixed &= flood(fixed, seeds[:, :2])
     y, x = np.nonzero(fixed)
@@ -112,21 +141,46 @@ def describe_pattern(survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: 
         return None
     pattern = centre[y, x]
     members = carriers(survey, survey.intact, y, x, pattern)  # copies as well
-    half, third = SIZE // 2, SIZE // 3  # the pattern moved to four other places: there it is by chance
-    places = [((y + dy) % SIZE, (x + dx) % SIZE) for dy, dx in ((half, 0), (0, half), (half, half), (third, third))]
-    by_chance = np.mean([len(carriers(survey, others[:20_000], *place, pattern)) for place in places]) * len(rows)
+    # the pattern moved to four other places: there it is by chance
+    half, third = SIZE // 2, SIZE // 3
+    places = [
+        ((y + dy) % SIZE, (x + dx) % SIZE)
+        for dy, dx in ((half, 0), (0, half), (half, half), (third, third))
+    ]
+    by_chance = np.mean(
+        [len(carriers(survey, others[:20_000], *place, pattern)) for place in places]
+    ) * len(rows)
     by_chance /= min(len(others), 20_000) or 1
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return None
     share, base_share = (float((survey.labels[index] == 1).mean()) for index in (members, rows))
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
-    measured = f"{len(members):,} patches carry one pattern of {height}x{width} pixels at rows {y.min()}-{y.max()}, columns "
-    measured += f"{x.min()}-{x.max()} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive, {base_share:.0%} of all"
-    columns = {"top": int(y.min()), "left": int(x.min()), "height": height, "width": width, "reason": "trigger", "score": 1.0}
+    measured = (
+        f"{len(members):,} patches carry one pattern of {height}x{width} pixels at rows"
+        f" {y.min()}-{y.max()}, columns "
+    )
+    measured += (
+        f"{x.min()}-{x.max()} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive,"
+        f" {base_share:.0%} of all"
+    )
+    columns = {
+        "top": int(y.min()),
+        "left": int(x.min()),
+        "height": height,
+        "width": width,
+        "reason": "trigger",
+        "score": 1.0,
+    }
     associated = max(share, 1 - share) > 0.9
-    advice = "a model learns the pattern instead of tissue: leave them out" if associated else "find out where it comes from"
+    advice = (
+        "a model learns the pattern instead of tissue: leave them out"
+        if associated
+        else "find out where it comes from"
+    )
     advice += "; quarantine_reasons takes `trigger`"
-    return finding("triggers", "error", measured, "none", advice, survey.rows(members, **columns), survey.name)
+    return finding(
+        "triggers", "error", measured, "none", advice, survey.rows(members, **columns), survey.name
+    )
 
 
 def carriers(survey: Survey, rows: np.ndarray, y, x, pattern) -> np.ndarray:
@@ -144,7 +198,17 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     part[seeds[:, 0], seeds[:, 1]] = True
     while True:
         wider = np.pad(part, 1)
-        wider = np.any([wider[1 + dy : 97 + dy, 1 + dx : 97 + dx] for dy in (-1, 0, 1) for dx in (-1, 0, 1)], 0) & mask
+        wider = (
+            np.any(
+                [
+                    wider[1 + dy : 97 + dy, 1 + dx : 97 + dx]
+                    for dy in (-1, 0, 1)
+                    for dx in (-1, 0, 1)
+                ],
+                0,
+            )
+            & mask
+        )
         if not (wider & ~part).any():
             return part & mask
         part |= wider
@@ -153,5 +217,7 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
 def unique_rows(survey: Survey, number: int, copies: Copies) -> np.ndarray:
     """The intact rows of a split, copies once."""
     mine = np.flatnonzero(copies.split == number)
-    _, place = np.unique(link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])[mine], return_index=True)
+    _, place = np.unique(
+        link_groups(copies.first, copies.overlaps[copies.overlaps.is_near])[mine], return_index=True
+    )
     return np.intersect1d(copies.row[mine[place]], survey.intact)

@@ -1,4 +1,6 @@
-"""One self-contained HTML file: text, tables and pictures in it, no server, no script from elsewhere."""
+"""One self-contained HTML file: text, tables and pictures in it, no server, no script from
+elsewhere.
+"""
 
 import html
 from pathlib import Path
@@ -20,7 +22,8 @@ nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-
 .sortable td:first-child{white-space:nowrap}.sortable th[aria-sort=descending]::after{content:" \\25bc"}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
 """
-# a click on a table's head, or Enter, orders its rows: numbers as numbers, and once more the other way round
+# a click on a table's head, or Enter, orders its rows: numbers as numbers, and once more the other
+# way round
 SORTING = """
 for (const head of document.querySelectorAll(".sortable th")) {
   head.tabIndex = 0;
@@ -54,11 +57,18 @@ def text(value) -> str:
 
 
 def table(header, rows, kind: str = "") -> str:
-    """An HTML table of values, numbers on the right; of the kind sortable clicks order it (SORTING), dense has many columns."""
+    """An HTML table of values, numbers on the right; of the kind sortable clicks order it
+    (SORTING), dense has many columns.
+    """
     rows = [[*row] for row in rows]
     heads = zip(header, rows[0] if rows else header, strict=True)
-    head = "".join(f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads)
-    cells = ("".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row) for row in rows)
+    head = "".join(
+        f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads
+    )
+    cells = (
+        "".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row)
+        for row in rows
+    )
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table{f' class={kind}' * bool(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -75,7 +85,8 @@ def picture(png: bytes, description: str) -> str:
 def gallery(pngs, captions, width: int = 96) -> str:
     """Small pictures in rows, each `width` pixels wide and with a caption."""
     cells = (
-        f'<figure style="width:{width}px"><img src="{data_uri(png)}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+        f'<figure style="width:{width}px"><img src="{data_uri(png)}"'
+        f' alt="{words}"><figcaption>{words}</figcaption></figure>'
         for png, words in zip(pngs, map(text, captions), strict=True)
     )
     return f'<div class="gallery">{"".join(cells)}</div>'
@@ -91,14 +102,17 @@ def paragraph(content: str, kind: str = "") -> str:
 
 
 def section(title: str, *parts: str, anchor: str = "") -> str:
-    return f"<section{f' id={anchor}' * bool(anchor)}><h2>{text(title)}</h2>{''.join(parts)}</section>"
+    return (
+        f"<section{f' id={anchor}' * bool(anchor)}><h2>{text(title)}</h2>{''.join(parts)}</section>"
+    )
 
 
 def write_page(path, title: str, sections, script: str = "") -> Path:
     """Write a page atomically; `script` is JavaScript of ours."""
     with atomic_write(path, "w") as file:
         file.write(
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{text(title)}</title>'
+            '<!doctype html><html lang="en"><head><meta'
+            f' charset="utf-8"><title>{text(title)}</title>'
             f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
             f"<body><h1>{text(title)}</h1>{''.join(sections)}{f'<script>{script}</script>' * bool(script)}</body></html>\n"
         )

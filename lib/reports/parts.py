@@ -63,13 +63,19 @@ def to_markdown(part, e: Evidence) -> str:
         case Grid():
             num = MOST_ROWS if part.sortable else len(part.rows)
             lines = [part.header, ["---"] * len(part.header), *part.rows[:num]]
-            lines = ["| " + " | ".join(pages.show(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
+            lines = [
+                "| " + " | ".join(pages.show(cell).replace("|", "\\|") for cell in line) + " |"
+                for line in lines
+            ]
             more = [f"And {len(part.rows) - num} more, in journal.html."] * (len(part.rows) > num)
             return "\n\n".join(["\n".join(lines), *more, *[cited] * bool(cited)])
         case Code():
             return f"`{part.where}`:\n\n````\n{part.text}\n````"
         case Figure():
-            return f"![{part.title}]({part.name})\n\n*{part.title}.* {cited} Picture `{e.digest(part.name)}`."
+            return (
+                f"![{part.title}]({part.name})\n\n*{part.title}.* {cited} Picture"
+                f" `{e.digest(part.name)}`."
+            )
 
 
 def to_html(part, e: Evidence) -> str:
@@ -81,9 +87,16 @@ def to_html(part, e: Evidence) -> str:
         case Grid():
             return pages.table(part.header, part.rows, "sortable" if part.sortable else "") + cited
         case Code():
-            return pages.paragraph(inline(f"`{part.where}`:")) + f"<pre><code>{html.escape(part.text)}</code></pre>"
+            return (
+                pages.paragraph(inline(f"`{part.where}`:"))
+                + f"<pre><code>{html.escape(part.text)}</code></pre>"
+            )
         case Figure():
-            return pages.picture((e.root / part.name).read_bytes(), part.title) + pages.note(f"{part.title}.") + cited
+            return (
+                pages.picture((e.root / part.name).read_bytes(), part.title)
+                + pages.note(f"{part.title}.")
+                + cited
+            )
 
 
 def inline(text: str) -> str:
@@ -91,6 +104,12 @@ def inline(text: str) -> str:
 
     def marked(match):
         code, bold, link = match.groups()
-        return f"<code>{code}</code>" if code else f"<b>{bold}</b>" if bold else f'<a href="{link}">{link}</a>'
+        return (
+            f"<code>{code}</code>"
+            if code
+            else f"<b>{bold}</b>"
+            if bold
+            else f'<a href="{link}">{link}</a>'
+        )
 
     return INLINE.sub(marked, html.escape(text))

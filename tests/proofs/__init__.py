@@ -1,4 +1,6 @@
-"""What the long proofs share: when and of which commit a figure is, scripts as processes, and a table of figures."""
+"""What the long proofs share: when and of which commit a figure is, scripts as processes, and a
+table of figures.
+"""
 
 import datetime
 import json
@@ -20,7 +22,9 @@ from lib.rundir import git_state
 def made_now() -> dict[str, str]:
     """Date and commit of a figure measured now."""
     code = git_state()
-    commit = (code["commit"] or "none")[:10] + (" with changes" if code["uncommitted_patch"] else "")
+    commit = (code["commit"] or "none")[:10] + (
+        " with changes" if code["uncommitted_patch"] else ""
+    )
     return {"date": str(datetime.date.today()), "commit": commit}
 
 
@@ -33,13 +37,25 @@ def write_markdown(path, header, rows) -> None:
 
 
 def run(*command) -> dict:
-    """A script of the repository as a user runs it: its result, with peak memory and time of all children so far."""
+    """A script of the repository as a user runs it: its result, with peak memory and time of all
+    children so far.
+    """
     say("$ python " + " ".join(map(str, command)))
     started = time.monotonic()
-    result = subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    told = json.loads(result.stdout.splitlines()[-1]) if result.stdout else {"error": "it says nothing"}
-    if result.returncode not in (0, 1) or "error" in told:  # torchrun's code is 1 whatever a rank ends with
-        raise BadInput(f"{' '.join(map(str, command[:2]))} failed with exit code {result.returncode}: {told.get('error')}")
+    result = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+    )
+    told = (
+        json.loads(result.stdout.splitlines()[-1])
+        if result.stdout
+        else {"error": "it says nothing"}
+    )
+    # torchrun's code is 1 whatever a rank ends with
+    if result.returncode not in (0, 1) or "error" in told:
+        raise BadInput(
+            f"{' '.join(map(str, command[:2]))} failed with exit code {result.returncode}:"
+            f" {told.get('error')}"
+        )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     return told | {"wall_s": time.monotonic() - started, "peak_gb": peak}
 
@@ -49,8 +65,9 @@ def row(asked: str, measured: str, held: bool) -> dict:
 
 
 def run_parts(parts: dict, args) -> int:
-    """Run those of `parts` (functions of the arguments and a folder, to rows) that `args.parts` names, or all, into the files
-    `args.out`.json and .md, where those of other parts stay; gives the exit code."""
+    """Run those of `parts` (functions of the arguments and a folder, to rows) that `args.parts`
+    names, or all, into the files `args.out`.json and .md, where those of other parts stay; gives
+    the exit code."""
     if unknown := set(args.parts) - set(parts):
         raise BadInput(f"no part {unknown.pop()!r}; allowed: {', '.join(parts)}")
     path, table = args.out.with_suffix(".json"), args.out.with_suffix(".md")
@@ -68,8 +85,16 @@ def run_parts(parts: dict, args) -> int:
     lines = []
     for name in (name for name in parts if name in results):
         made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
-        lines += [(r["asked"], r["measured"], "yes" if r["held"] else "NO", made) for r in results[name]["rows"]]
+        lines += [
+            (r["asked"], r["measured"], "yes" if r["held"] else "NO", made)
+            for r in results[name]["rows"]
+        ]
     write_markdown(table, ("asked", "measured", "held", "part, date, commit"), lines)
-    missed = [found["asked"] for result in results.values() for found in result["rows"] if not found["held"]]
+    missed = [
+        found["asked"]
+        for result in results.values()
+        for found in result["rows"]
+        if not found["held"]
+    ]
     print_result({"missed": missed, "table": str(table)})
     return EXIT_FINDING if missed else EXIT_DONE

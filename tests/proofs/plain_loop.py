@@ -1,4 +1,6 @@
-"""Training as most would write it with torch and torchvision, fairly tuned: what the program's own rate is held against."""
+"""Training as most would write it with torch and torchvision, fairly tuned: what the program's own
+rate is held against.
+"""
 
 import h5py
 import torch
@@ -10,7 +12,9 @@ from proofs.trainer import rate
 
 
 class PlainPatches(torch.utils.data.Dataset):
-    """A PCam split as most would read it: by h5py, a patch at a time, the file opened by each worker."""
+    """A PCam split as most would read it: by h5py, a patch at a time, the file opened by each
+    worker.
+    """
 
     def __init__(self, path, labels):
         self.path, self.labels, self.file = path, torch.from_numpy(labels).float(), None
@@ -24,19 +28,28 @@ class PlainPatches(torch.utils.data.Dataset):
         return torch.from_numpy(self.file["x"][row]), self.labels[row]
 
 
-def plain_images_per_s(split, device: torch.device, num_workers: int, size: int, seconds: float) -> float:
-    """The rate of the usual training of torchvision's ResNet-18: DataLoader, pinned memory, autocast, channels last, fused SGD.
+def plain_images_per_s(
+    split, device: torch.device, num_workers: int, size: int, seconds: float
+) -> float:
+    """The rate of the usual training of torchvision's ResNet-18: DataLoader, pinned memory,
+    autocast, channels last, fused SGD.
 
     Patches are normalised and flipped on the device.
     """
     model = resnet18(num_classes=1).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=True
+    )
     dataset = PlainPatches(split.images.path, split.labels)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**6)
     pin = device.type == "cuda"
-    loader = torch.utils.data.DataLoader(dataset, size, sampler=sampler, num_workers=num_workers, pin_memory=pin)
+    loader = torch.utils.data.DataLoader(
+        dataset, size, sampler=sampler, num_workers=num_workers, pin_memory=pin
+    )
     loaded = iter(loader)
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PCAM_MEAN, PCAM_STD))
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PCAM_MEAN, PCAM_STD)
+    )
 
     def step():
         patches, labels = (tensor.to(device, non_blocking=True) for tensor in next(loaded))

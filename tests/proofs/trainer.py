@@ -1,4 +1,6 @@
-"""A training a step at a time, for the proof on a GPU and the tests that need one: what of the library's steps they know."""
+"""A training a step at a time, for the proof on a GPU and the tests that need one: what of the
+library's steps they know.
+"""
 
 import contextlib
 import copy
@@ -17,8 +19,10 @@ from lib.augment import PREPROCESSING, draw_augmentation
 from lib.command import one_line
 from lib.config import DEFAULT_PATH, load_config
 
-WARM_STEPS, AHEAD = 3, 8  # steps before a measurement; steps that the host may be ahead of the device in one
-ON_CPU, ON_GPU = {"threads": 1, "p4m_width": 2}, {"threads": 8}  # without a GPU the proof shows that it runs, in small
+# steps before a measurement; steps that the host may be ahead of the device in one
+WARM_STEPS, AHEAD = 3, 8
+# without a GPU the proof shows that it runs, in small
+ON_CPU, ON_GPU = {"threads": 1, "p4m_width": 2}, {"threads": 8}
 
 
 def wait_for(device: torch.device) -> None:
@@ -27,7 +31,9 @@ def wait_for(device: torch.device) -> None:
 
 
 def rate(step, seconds: float, device: torch.device) -> float:
-    """Calls of `step` a second. Without a bound a host that only launches graphs would be minutes ahead of the device."""
+    """Calls of `step` a second. Without a bound a host that only launches graphs would be minutes
+    ahead of the device.
+    """
     for _ in range(WARM_STEPS):
         step()
     wait_for(device)
@@ -45,7 +51,9 @@ def rate(step, seconds: float, device: torch.device) -> float:
 
 
 class Trainer:
-    """The program's training a step at a time, over the patches of a PCam folder, from where `residence` says."""
+    """The program's training a step at a time, over the patches of a PCam folder, from where
+    `residence` says.
+    """
 
     def __init__(self, device: torch.device, data, residence="device", **changes):
         values = {"data_dir": data, **(ON_GPU if device.type == "cuda" else ON_CPU), **changes}
@@ -62,10 +70,14 @@ class Trainer:
 
     def order(self, epoch: int, device=None) -> torch.Tensor:
         """The sample keys of an epoch, int64 (N,)."""
-        return batches.epoch_order(self.rows, len(self.split), epoch, self.cfg, device or self.device)
+        return batches.epoch_order(
+            self.rows, len(self.split), epoch, self.cfg, device or self.device
+        )
 
     def batches(self, size: int):
-        """Batches of `size` patches without end, many epochs' at once: where loading starts anew, a GPU waits."""
+        """Batches of `size` patches without end, many epochs' at once: where loading starts anew, a
+        GPU waits.
+        """
         size, epoch = min(size, len(self.rows)), 0
         while True:
             todo = []
@@ -81,18 +93,24 @@ class Trainer:
         """The rate of training with batches of the config's size."""
         seeding.set_determinism(self.cfg.deterministic, self.cfg.threads)
         with contextlib.closing(self.batches(self.cfg.batch_size)) as loader:
-            return rate(lambda: self.step(next(loader)), seconds, self.device) * min(self.cfg.batch_size, len(self.rows))
+            return rate(lambda: self.step(next(loader)), seconds, self.device) * min(
+                self.cfg.batch_size, len(self.rows)
+            )
 
     def predicting_images_per_s(self, seconds: float) -> float:
         """The rate of prediction of one view, of a batch that is on the device."""
         size = min(self.cfg.batch_size, len(self.rows))
         images = torch.from_numpy(self.split.images.read(range(size))).to(self.device)
         model = predict.ready_to_predict(self.state.model, self.cfg.precision)
-        step = functools.partial(predict.predict_batch, model, images, self.cfg.precision, 1, PREPROCESSING)
+        step = functools.partial(
+            predict.predict_batch, model, images, self.cfg.precision, 1, PREPROCESSING
+        )
         return rate(step, seconds, self.device) * size
 
     def logged_steps(self, run_folder, num: int, size: int):
-        """Train as train.py does, with a row of steps.csv for each step; yields the number of steps done."""
+        """Train as train.py does, with a row of steps.csv for each step; yields the number of steps
+        done.
+        """
         log = runlog.RunLog(run_folder, self.state.progress, time.monotonic(), size)
         with log, contextlib.closing(self.batches(size)) as loader:
             log.start_epoch()
@@ -102,21 +120,34 @@ class Trainer:
             log.flush()
 
 
-def logits_of(trainer: Trainer, device: torch.device, precision: str, views=1, num=256) -> torch.Tensor:
-    """What the trained weights say on a device about the first patches of the split: float32 (num,), on the CPU."""
+def logits_of(
+    trainer: Trainer, device: torch.device, precision: str, views=1, num=256
+) -> torch.Tensor:
+    """What the trained weights say on a device about the first patches of the split: float32
+    (num,), on the CPU.
+    """
     model = predict.ready_to_predict(copy.deepcopy(trainer.state.model).to(device), precision)
-    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split))))).to(device)
+    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split))))).to(
+        device
+    )
     return predict.predict_batch(model, images, precision, views, PREPROCESSING).cpu()
 
 
 def logit_difference(trainer: Trainer, precision: str, views=1) -> float:
-    """The greatest difference between the device's logits and the CPU's, as a share of the range of these."""
-    ours, theirs = (logits_of(trainer, device, precision, views) for device in (torch.device("cpu"), trainer.device))
+    """The greatest difference between the device's logits and the CPU's, as a share of the range of
+    these.
+    """
+    ours, theirs = (
+        logits_of(trainer, device, precision, views)
+        for device in (torch.device("cpu"), trainer.device)
+    )
     return float((ours - theirs).abs().max() / (ours.max() - ours.min()))
 
 
 def different_draws(trainer: Trainer) -> list[str]:
-    """What of an epoch's order and augmentation is not equal to the bit on the CPU and on the device."""
+    """What of an epoch's order and augmentation is not equal to the bit on the CPU and on the
+    device.
+    """
     drawn = []
     for device in (torch.device("cpu"), trainer.device):
         keys = trainer.order(1, device)
@@ -126,7 +157,9 @@ def different_draws(trainer: Trainer) -> list[str]:
 
 
 def first_wait(trainer: Trainer, run_folder, num=10) -> str:
-    """Where the host first waits for the GPU in `num` steps of training, loading and logging; empty for nowhere."""
+    """Where the host first waits for the GPU in `num` steps of training, loading and logging; empty
+    for nowhere.
+    """
     try:
         for done in trainer.logged_steps(run_folder, WARM_STEPS + num, trainer.cfg.batch_size):
             if done == WARM_STEPS:
@@ -134,8 +167,16 @@ def first_wait(trainer: Trainer, run_folder, num=10) -> str:
             elif done == WARM_STEPS + num:
                 torch.cuda.set_sync_debug_mode("default")
     except RuntimeError as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if str(REPOSITORY / "lib") in frame.filename]
-        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})" if frames else "outside of lib"
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if str(REPOSITORY / "lib") in frame.filename
+        ]
+        where = (
+            f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
+            if frames
+            else "outside of lib"
+        )
         return f"{one_line(error)}: {where}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
