@@ -168,7 +168,7 @@ def main(argv=None) -> int:
 
 def audit_data(args) -> int:
     """Nothing to object to: 0; a warning, an error, or a check that could not run: 1."""
-    from lib.audits import data
+    from lib.audit.data import run as data
 
     wanted = [name.strip() for name in args.checks.split(",") if name.strip()]
     if unknown := [name for name in wanted if name not in CHECKS]:
@@ -189,7 +189,7 @@ def audit_data(args) -> int:
 
 def list_sources() -> int:
     """Every source has its control: 0; one has lost it: 1."""
-    from lib.audits.sources import find_sources
+    from lib.audit.sources import find_sources
     from lib.rundir import REPOSITORY
 
     findings = find_sources(REPOSITORY)
@@ -200,9 +200,9 @@ def list_sources() -> int:
 
 def audit_twin(args) -> int:
     """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted."""
-    from lib.audits import replay, twin
+    from lib.audit import replay, twin
     from lib.config import parse_overrides
-    from lib.logger import write_json
+    from lib.files import write_json
     from lib.trace import QUANTITIES
 
     runs = [item for item in args.runs if "=" not in item or Path(item).is_dir()]
@@ -251,7 +251,7 @@ def audit_twin(args) -> int:
 
 def audit_model(args) -> int:
     """Nothing to object to: 0; a warning or an error: 1."""
-    from lib.audits import model
+    from lib.audit import model
     from lib.pcam import SPLITS
 
     if args.split not in SPLITS:
@@ -276,8 +276,8 @@ def audit_handover(args) -> int:
     """Everything there: 0; an item is missing: 1. A handover folder is checked with the copy of the
     repository in it.
     """
-    from lib.audits.handover import audit_checklist, audit_folder
-    from lib.logger import write_json
+    from lib.audit.checklist import audit_checklist, audit_folder
+    from lib.files import write_json
 
     folder, out = Path(args.folder), Path(args.out)
     code = folder if (folder / "inference.py").is_file() else folder / "code"
@@ -302,7 +302,7 @@ def plot_growth(ours: list[dict], theirs: list[dict]):
     """
     import numpy as np
 
-    from lib.reports.figures import column, new_figure
+    from lib.figures import column, new_figure
 
     figure, (axes,) = new_figure(1, width=11)
     for name in ("loss", "grad_norm"):
@@ -322,9 +322,9 @@ def write_twin_page(
     """Write the page of a comparison of the run folders A and B; `equal` says which quantity was
     equal at which step.
     """
-    from lib.logger import read_csv
-    from lib.reports.figures import figure_png, plot_time_line
-    from lib.reports.pages import note, picture, section, table, write_page
+    from lib.blocks import note, picture, section, table, write_page
+    from lib.figures import figure_png, plot_time_line
+    from lib.files import read_csv
 
     sections = [table(("run", "folder"), [("A", a), ("B", b)])]
     for found in findings:

@@ -115,7 +115,7 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["case"]:  # a repeat, in a process of its own
-        from lib.cases import time_case
+        from lib.benchmark.cases import time_case
 
         print_result(time_case(json.load(sys.stdin)))
         return EXIT_DONE
@@ -127,13 +127,14 @@ def benchmark(args) -> int:
     """Refuse what cannot be measured, measure all cases in turn, and write rows, samples, tables,
     plots and the verdict.
     """
-    from lib import bench, cases
     from lib.batches import open_train_valid
+    from lib.benchmark import cases
+    from lib.benchmark import timing as bench
+    from lib.benchmark.page import write_benchmark
+    from lib.benchmark.verdict import headline, judge
     from lib.config import load_config
     from lib.device import choose_device, control_group_limits, describe_machine, resolve_threads
-    from lib.reports.benchmark import write_benchmark
     from lib.rundir import environment
-    from lib.verdict import headline, judge
 
     cfg = resolve_threads(
         load_config(overrides=args.rest + ([f"data_dir={args.data}"] if args.data else []))
@@ -212,8 +213,8 @@ def compare(before: str, after: str) -> int:
     """Say for each row of both whether they differ by more than the noise; exit 1 where the second
     one is then slower.
     """
-    from lib.reports.runs import text_table
-    from lib.verdict import compare_rows, read_rows
+    from lib.benchmark.verdict import compare_rows, read_rows
+    from lib.report.runs import text_table
 
     rows = compare_rows(read_rows(before), read_rows(after))
     words = {None: "cannot be told", False: "within the noise"}

@@ -121,7 +121,7 @@ def build_parser() -> Parser:
 
 
 def run_import(args) -> int:
-    from lib.ingest import import_images
+    from lib.prepare.ingest import import_images
 
     if not 0 < args.valid_share < 1:
         raise BadInput(f"--valid-share is {args.valid_share}, it must lie between 0 and 1")
@@ -134,7 +134,7 @@ def run_import(args) -> int:
 
 
 def run_repack(args) -> int:
-    from lib.repack import LOSS_KINDS, LOSSES_FILE, repack
+    from lib.prepare.repack import LOSS_KINDS, LOSSES_FILE, repack
 
     result = repack(args.source, args.to, args.allow_loss)
     losses = [
@@ -159,10 +159,10 @@ def run_repack(args) -> int:
 
 
 def run_download(args) -> int:
-    from lib.download import ZENODO, WrongContent, download
-    from lib.logger import read_json
+    from lib.files import read_json
     from lib.pcam import SPLITS
-    from lib.verify import OFFICIAL
+    from lib.prepare.download import ZENODO, WrongContent, download
+    from lib.prepare.verify import OFFICIAL
 
     splits = args.splits.split(",")
     if wrong := [split for split in splits if split not in SPLITS]:
@@ -182,10 +182,10 @@ def run_download(args) -> int:
 
 
 def run_synthetic(args) -> int:
-    from lib.ingest import require_space
     from lib.pcam import PATCH_BYTES
+    from lib.prepare.ingest import require_space
+    from lib.prepare.synthetic import SyntheticPlan, write_synthetic
     from lib.progress import Progress
-    from lib.synthetic import SyntheticPlan, write_synthetic
 
     try:
         plant = tuple(
@@ -218,7 +218,7 @@ def run_synthetic(args) -> int:
 
 
 def run_verify(args) -> int:
-    from lib.verify import verify_folder
+    from lib.prepare.verify import verify_folder
 
     rows, findings = verify_folder(args.directory, md5=args.md5)
     return report(rows, findings, {"directory": args.directory})
@@ -229,7 +229,7 @@ def conclude(directory, result: dict) -> int:
     all.
     """
     from lib.pcam import fingerprint
-    from lib.verify import verify_folder
+    from lib.prepare.verify import verify_folder
 
     splits = list(result["splits"])
     # which reads every byte, so that verify_folder need not

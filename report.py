@@ -183,7 +183,7 @@ def main(argv=None) -> int:
 
 def report_handover(args) -> int:
     """Write a handover folder, and say how large it is."""
-    from lib.handover import write_handover
+    from lib.report.handover import write_handover
     from lib.rundir import find_run
 
     result = write_handover(
@@ -199,7 +199,7 @@ def report_handover(args) -> int:
 
 def report_journal(args) -> int:
     """Write the journal: 0; or say where it and the files disagree: 1 if they do."""
-    from lib.reports.journal import check_journal, write_journal
+    from lib.report.journal import check_journal, write_journal
 
     if not args.check:
         print_result(write_journal(Path(args.folder)))
@@ -212,7 +212,7 @@ def report_journal(args) -> int:
 
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
-    from lib.reports.runs import (
+    from lib.report.runs import (
         CURVES,
         list_runs,
         select_runs,
@@ -238,7 +238,7 @@ def report_runs(args) -> int:
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
-    from lib.reports.runs import (
+    from lib.report.runs import (
         GRADIENTS,
         SHOWN_SCORES,
         average_scores,
@@ -299,8 +299,8 @@ def report_spread(args) -> int:
 
 def report_export(args) -> int:
     """Write runs for another program."""
-    from lib.reports.export import export_runs
-    from lib.reports.runs import list_runs, select_runs
+    from lib.report.export import export_runs
+    from lib.report.runs import list_runs, select_runs
 
     rows = select_runs(list_runs(args.runs), args.where)
     print_result(
@@ -326,9 +326,9 @@ def write_run_page(run: Path, predictions, threshold: float | None, out, remark:
     """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at
     `threshold` or the stored.
     """
-    from lib.logger import read_csv, read_json
-    from lib.reports.figures import figure_png, plot_epochs, plot_steps
-    from lib.reports.pages import note, picture, section, table, write_page
+    from lib.blocks import note, picture, section, table, write_page
+    from lib.figures import figure_png, plot_epochs, plot_steps
+    from lib.files import read_csv, read_json
     from lib.rundir import read_run_config
 
     if not (run / "summary.json").is_file():
@@ -390,11 +390,11 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
     """Scores, curves and example patches of a predictions.csv."""
     import numpy as np
 
-    from lib.logger import read_edited_csv
+    from lib.blocks import gallery, note, picture, section, table
+    from lib.figures import figure_png, patch_png, plot_decisions
+    from lib.files import read_edited_csv
     from lib.metrics import compute_confusion, compute_metrics, constant_baselines
-    from lib.reports.figures import figure_png, patch_png, plot_decisions
-    from lib.reports.pages import gallery, note, picture, section, table
-    from lib.reports.runs import SHOWN_SCORES
+    from lib.report.runs import SHOWN_SCORES
 
     rows = [
         row
@@ -467,8 +467,8 @@ def prediction_sections(predictions, threshold: float) -> list[str]:
 
 def read_patch(row: dict):
     """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
+    from lib.files import row_number
     from lib.inputs import is_image, read_inputs
-    from lib.logger import row_number
     from lib.pcam import open_images
 
     if row["source"].endswith((".h5", ".hdf5")):

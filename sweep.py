@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib import search
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -27,8 +26,9 @@ from lib.command import (
     script,
 )
 from lib.config import DEFAULT_PATH, load_config
-from lib.logger import read_json, utc_now, write_json
+from lib.files import read_json, utc_now, write_json
 from lib.rundir import REPOSITORY, git_state
+from lib.sweep import search
 
 
 def parse(argv) -> argparse.Namespace:
@@ -274,8 +274,8 @@ def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     """
     import numpy as np
 
-    from lib.reports import figures
-    from lib.reports.pages import note, picture, section, table, write_page
+    from lib import figures
+    from lib.blocks import note, picture, section, table, write_page
 
     plan, keys = sweep.plan, list(sweep.plan["ranges"])
     told = {trial: [[] for _ in plan["rungs"]] for trial in plan["trials"]}  # by rung

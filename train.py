@@ -71,7 +71,7 @@ def main(argv=None) -> int:
     args.started_at = time.monotonic()
 
     from lib.config import DEFAULT_PATH, load_config
-    from lib.logger import read_json
+    from lib.files import read_json
     from lib.rundir import find_run, is_finished, resume_config
 
     if args.resume is None:
@@ -94,7 +94,7 @@ def start(cfg, args, run: Path | None = None) -> int:
     import torch
 
     from lib.device import choose_device, resolve_threads
-    from lib.launch import join_ranks
+    from lib.ranks import join_ranks
 
     device = choose_device(args.device)
     threads = resolve_threads(cfg).threads
@@ -112,12 +112,12 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib import batches, deploy, rundir, runlog, training
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
-    from lib.launch import StopFlag
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
     from lib.pcam import fingerprint
     from lib.predict import evaluate
     from lib.progress import Progress
+    from lib.ranks import StopFlag
     from lib.seeding import set_determinism
     from lib.trace import Trace
 

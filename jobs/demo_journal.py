@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, say, script
-from lib.handover import RUN_FILES
-from lib.logger import read_json
+from lib.files import read_json
+from lib.report.handover import RUN_FILES
 from lib.rundir import REPOSITORY
 
 REMARK = "Synthetic patches, drawn by prepare.py."

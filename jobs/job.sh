@@ -1,5 +1,5 @@
 #!/bin/bash
-# The job of every Make target; lib/slurm.py submits it with what to ask for. It holds no parameters of its own:
+# The job of every Make target; lib/jobs/slurm.py submits it with what to ask for. It holds no parameters of its own:
 #   sbatch OPTIONS jobs/job.sh CODE PYTHON DATA VARIED SCRIPT ARGUMENT...
 # CODE is a copy of the program as it was submitted, DATA a folder to copy to the node or '', VARIED the key that an array's
 # tasks differ in or ''. The working folder is the project: data and runs are where they are without Slurm.

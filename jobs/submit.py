@@ -18,7 +18,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 try:
-    from lib import slurm
     from lib.command import (
         EXIT_DONE,
         EXIT_INTERRUPTED,
@@ -29,6 +28,7 @@ try:
         say,
         script,
     )
+    from lib.jobs import slurm
     from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
     print(
@@ -105,7 +105,7 @@ def say_no_slurm(variables: dict[str, str]) -> None:
 
 def sweep(variables: dict[str, str]) -> int:
     """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
-    from lib.search import load_sweep
+    from lib.sweep.search import load_sweep
 
     if variables["NUM_RANKS"] != "1":
         raise BadInput("NUM_RANKS: the trials of a search have one rank each")
@@ -195,7 +195,7 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     """
     from lib.batches import fit_batch_size, open_train_valid
     from lib.config import DEFAULT_PATH, load_config
-    from lib.launch import require_equal_shares
+    from lib.ranks import require_equal_shares
     from lib.rundir import find_run, resume_config
 
     runpy.run_path(str(REPOSITORY / name))["parse"](list(arguments))  # unknown options

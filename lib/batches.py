@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.audit.copies import link_copies
 from lib.command import BadInput, say
 from lib.config import Config
-from lib.copies import link_copies
 from lib.device import free_device_bytes, memory_limit_bytes
-from lib.logger import cache_file, read_cache, read_edited_csv, row_number, write_cache
+from lib.files import cache_file, read_cache, read_edited_csv, row_number, write_cache
 from lib.pcam import PATCH_SHAPE, Images, Split, fingerprint, open_split, split_path
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation

@@ -16,7 +16,7 @@ from lib.augment import PREPROCESSING
 from lib.command import BadInput, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.features import NAMES
-from lib.logger import atomic_write
+from lib.files import atomic_write
 from lib.models import (
     Undrawn,
     build_model,

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import yaml
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import file_digest
+from lib.files import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
 TINY = math.ulp(0.0)

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from lib.command import BadInput, nearest, one_line
-from lib.logger import (
+from lib.files import (
     cache_file,
     file_digest,
     read_cache,

@@ -10,8 +10,8 @@ from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
 from lib.batches import PatchSource, Rows, load_batches
 from lib.centrenet import fold_norms
 from lib.device import layer_precision
-from lib.launch import ALONE, Ranks
 from lib.metrics import compute_metrics
+from lib.ranks import ALONE, Ranks
 
 CPU_BATCH = 64  # patches whose layers still lie in a core's cache
 

@@ -24,7 +24,7 @@ from lib.config import (
     parse_overrides,
     read_yaml,
 )
-from lib.logger import atomic_write, read_json, try_lock, utc_now, write_json
+from lib.files import atomic_write, read_json, try_lock, utc_now, write_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")

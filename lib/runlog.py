@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lib.command import say
-from lib.logger import CsvLog, read_csv
+from lib.files import CsvLog, read_csv
 from lib.rundir import SCORES
 
 MAX_PENDING = 64  # steps that a GPU may be behind the log of them

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lib.checkpoint import state_sha256
-from lib.launch import Ranks
-from lib.logger import CsvLog
+from lib.files import CsvLog
+from lib.ranks import Ranks
 
 # what a step is known by, in the order of cause and effect, and the likely cause where it is the
 # first that differs

@@ -16,9 +16,9 @@ from lib.checkpoint import KIND, build_checkpoint, evaluated, load_checkpoint
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
-from lib.launch import ALONE, Ranks
 from lib.models import build_model, fit_state, fit_weights, load_pickle_free, logit_layer
 from lib.optimizers import build_optimizer
+from lib.ranks import ALONE, Ranks
 from lib.seeding import position_seed, seed_everything
 
 DROPOUT = 201  # purpose of a draw

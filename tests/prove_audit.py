@@ -14,7 +14,7 @@ from damaged import score_quarantine, write_damaged_edition, write_flipped_editi
 from proofs import row, run, run_parts
 
 from lib.command import Parser, say, script
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
 from lib.pcam import require_splits
 
 QUICK_CHECKS = "files,values,balance,duplicates,leakage,drift"

@@ -24,7 +24,8 @@ from conftest import REPOSITORY
 from proofs import made_now, write_markdown
 
 import benchmark
-from lib import bench, cases
+from lib.benchmark import cases
+from lib.benchmark import timing as bench
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -37,7 +38,7 @@ from lib.command import (
 )
 from lib.config import load_config
 from lib.device import num_cores, resolve_threads
-from lib.logger import read_json, write_json
+from lib.files import read_json, write_json
 from lib.pcam import SplitWriter, open_split
 from lib.seeding import set_determinism
 

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, run_script
 from proofs import made_now, write_markdown
 from test_handover import MOUNT, flip
 
-from lib.logger import read_csv, write_json
+from lib.files import read_csv, write_json
 
 NUM_PARTS = 5  # the first findings are on the stick, the others on the checklist
 

@@ -22,7 +22,7 @@ from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, positive, print_result, say, script
 from lib.device import describe_machine
-from lib.logger import read_csv, write_json
+from lib.files import read_csv, write_json
 from lib.metrics import sigmoid
 
 LEAST_RATIO = 5.0  # asked for

@@ -12,7 +12,7 @@ from pathlib import Path
 from proofs import row, run, run_parts
 
 from lib.command import Parser, script
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
 
 NUM_SLIDES, BLURRED = 120, "blurred_scanner=0.25"  # of 120 patches each
 TRAINING = ("epochs=4", "crop_epochs=3", "warmup_epochs=1", "views=1")

@@ -28,13 +28,13 @@ from proofs import made_now, write_markdown
 import audit
 import train
 from lib import batches, predict, trace, training  # noqa: F401
-from lib.audits import replay, twin
+from lib.audit import replay, twin
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
 from lib.config import load_config
 from lib.device import choose_device, describe_machine, resolve_threads
-from lib.launch import ALONE
-from lib.logger import read_json, write_json
+from lib.files import read_json, write_json
 from lib.models import build_model
+from lib.ranks import ALONE
 from lib.rundir import package_versions
 from lib.seeding import set_determinism
 

@@ -19,9 +19,9 @@ from conftest import REPOSITORY
 from proofs import made_now, write_markdown
 from slurm_cluster import kill_job, run, running_cluster, wait_for
 
-from lib import search
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, print_result, say, script
-from lib.logger import read_json, write_json
+from lib.files import read_json, write_json
+from lib.sweep import search
 
 NAME, SPACE = "proof", "assets/space.yaml"
 # put over config.yaml: a network and patches small enough for the whole grid to be trained beside

@@ -32,7 +32,7 @@ from lib.command import (
     script,
 )
 from lib.config import load_config
-from lib.logger import read_csv, read_json, write_json
+from lib.files import read_csv, read_json, write_json
 from lib.progress import Progress
 
 NUM_PROCESSES, NUM_RUNS, DISK_KB = 50, 10_000, 1000

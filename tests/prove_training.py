@@ -17,10 +17,10 @@ import numpy as np
 from conftest import REPOSITORY
 from proofs import write_markdown
 
-from lib.logger import read_csv, read_json, write_csv
+from lib.figures import COLOURS, figure_png, new_figure
+from lib.files import read_csv, read_json, write_csv
 from lib.metrics import compute_auc
 from lib.pcam import open_split
-from lib.reports.figures import COLOURS, figure_png, new_figure
 from lib.rundir import read_run_config
 
 TABLE = REPOSITORY / "assets" / "ablation.csv"

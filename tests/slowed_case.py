@@ -13,8 +13,8 @@ from pathlib import Path
 
 import conftest  # noqa: F401 (it makes lib importable)
 
-from lib import cases
 from lib.batches import PatchSource
+from lib.benchmark import cases
 from lib.centrenet import CentreNet
 from lib.command import print_result
 

@@ -10,17 +10,19 @@ import pytest
 from conftest import QUICK, draw_patches, run_script, write_pcam
 from damaged import score_quarantine, write_damaged_edition
 
-from lib.audits import data, labels, plant
-from lib.audits.balance import check_balance
-from lib.audits.drift import check_drift
-from lib.audits.leakage import measure_unit
-from lib.audits.survey import FLAT_STD, survey_folder
-from lib.audits.triggers import check_triggers
-from lib.audits.values import binomial_chance
+from lib.audit import plant
+from lib.audit.data import labels
+from lib.audit.data import run as data
+from lib.audit.data.balance import check_balance
+from lib.audit.data.drift import check_drift
+from lib.audit.data.leakage import measure_unit
+from lib.audit.data.triggers import check_triggers
+from lib.audit.data.values import binomial_chance
+from lib.audit.survey import FLAT_STD, survey_folder
 from lib.config import load_config
-from lib.logger import read_csv
+from lib.files import read_csv
 from lib.pcam import SplitWriter, split_path
-from lib.synthetic import SyntheticPlan, draw_slide, write_synthetic
+from lib.prepare.synthetic import SyntheticPlan, draw_slide, write_synthetic
 
 QUICK_CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift")
 

@@ -13,16 +13,16 @@ import torch
 from conftest import draw_patches, run_script
 
 import audit
-from lib.audits import model as model_audit
-from lib.audits import shortcut, slices
-from lib.audits.shortcut import (
+from lib.audit import model as model_audit
+from lib.audit import model_page, shortcut, slices
+from lib.audit.shortcut import (
     judge_shortcuts,
     map_evidence,
     probe_colours,
     probe_regions,
     probe_views,
 )
-from lib.audits.slices import conclude, measure_slices, split_answers
+from lib.audit.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows, group_of_rows
 from lib.calibration import (
@@ -34,12 +34,11 @@ from lib.calibration import (
 )
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
-from lib.logger import read_csv
+from lib.figures import patch_png
+from lib.files import read_csv
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid
 from lib.pcam import SplitWriter, open_split, split_path
 from lib.predict import predict_batch
-from lib.reports import model_page
-from lib.reports.figures import patch_png
 
 GRID = np.linspace(0, 1, 101)
 

@@ -13,6 +13,7 @@ import torch
 from conftest import draw_patches, write_pcam
 
 from lib import batches
+from lib.audit.copies import link_copies
 from lib.batches import (
     PatchSource,
     Rows,
@@ -25,7 +26,6 @@ from lib.batches import (
 )
 from lib.command import BadInput
 from lib.config import load_config
-from lib.copies import link_copies
 from lib.pcam import Images, Split, open_images, open_split, split_path, write_meta
 
 CPU = torch.device("cpu")

@@ -21,12 +21,14 @@ import torch
 from conftest import QUICK, REPOSITORY, run_script
 
 import benchmark
-from lib import batches, bench, cases, training, verdict
+from lib import batches, training
 from lib.augment import PREPROCESSING
+from lib.benchmark import cases, verdict
+from lib.benchmark import timing as bench
 from lib.command import BadInput
 from lib.config import load_config
 from lib.device import control_group_limits, layer_precision, num_cores
-from lib.logger import read_csv, read_json, write_json
+from lib.files import read_csv, read_json, write_json
 from lib.models import build_model
 from lib.pcam import open_split, split_path
 from lib.predict import predict_batch
@@ -758,7 +760,7 @@ def test_a_benchmark_computes_with_the_cores_that_it_was_given(pcam_dir, tmp_pat
 def address_space_needed() -> int:
     """What the program takes of address space before it measures anything."""
     code = (
-        "import lib.cases, lib.reports.benchmark;"
+        "import lib.benchmark.cases, lib.benchmark.page;"
         " print(open('/proc/self/status').read().split('VmPeak:')[1].split()[0])"
     )
     command = [sys.executable, "-c", code]
@@ -953,7 +955,7 @@ def test_two_benchmarks_without_a_common_row_are_refused(tmp_path, capsys):
 
 
 def test_rows_csv_is_what_a_spreadsheet_reads(pcam_dir, tmp_path):
-    from lib.reports.benchmark import write_benchmark
+    from lib.benchmark.page import write_benchmark
 
     machine = {
         "host": "h",

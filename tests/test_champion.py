@@ -8,7 +8,7 @@ import torch
 from conftest import REAL_SAMPLE, REPOSITORY, draw_patches, real_sample, run_script
 
 from lib.checkpoint import load_model
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
 from lib.metrics import compute_auc
 from lib.predict import predict_batch, ready_to_predict
 from lib.rundir import read_run_config

@@ -8,10 +8,10 @@ import torch
 from conftest import REAL_SAMPLE, real_sample
 from PIL import Image
 
-from lib import copies
+from lib.audit import copies
 from lib.augment import eight_views
 from lib.pcam import PATCH_SHAPE
-from lib.synthetic import draw_slide
+from lib.prepare.synthetic import draw_slide
 
 NUM = 60
 

@@ -7,7 +7,7 @@ import torch
 from proofs.trainer import Trainer, different_draws, first_wait, logit_difference
 
 from lib.device import choose_device
-from lib.logger import read_csv
+from lib.files import read_csv
 
 pytestmark = [
     pytest.mark.cuda,

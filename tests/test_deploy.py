@@ -13,7 +13,7 @@ from lib.batches import PatchSource, fold_of_rows, group_of_rows, open_train_val
 from lib.calibration import calibration_scores, choose_threshold, decision_scores
 from lib.checkpoint import load_checkpoint, load_model
 from lib.features import NAMES
-from lib.logger import read_json
+from lib.files import read_json
 from lib.metrics import sigmoid
 from lib.predict import predict_rows
 from lib.reference import build_reference, judge_batch, measure_features, patch_scores

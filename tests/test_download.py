@@ -16,11 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import REPOSITORY, draw_patches, run_script
 
-import lib.ingest
+import lib.prepare.ingest
 from lib.command import BadInput
-from lib.download import WrongContent, download
-from lib.logger import file_digest
+from lib.files import file_digest
 from lib.pcam import SPLITS, SplitWriter, split_path
+from lib.prepare.download import WrongContent, download
 
 NUM = {"train": 12, "valid": 8, "test": 8}
 X, Y = (split_path("", "train", part).name + ".gz" for part in ("x", "y"))

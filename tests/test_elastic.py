@@ -16,8 +16,8 @@ import pytest
 from conftest import QUICK, REPOSITORY, run_script
 
 from lib.checkpoint import load_checkpoint
-from lib.launch import ASK_EVERY
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
+from lib.ranks import ASK_EVERY
 
 SHARDED = ["--trace", *QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY, run_script
 
-from lib.audits.handover import audit_checklist
+from lib.audit.checklist import audit_checklist
 from lib.command import BadInput
-from lib.handover import NEEDED, fetch_wheels, tracked_files, write_handover
-from lib.logger import file_digest, read_csv, read_json
+from lib.files import file_digest, read_csv, read_json
+from lib.report.handover import NEEDED, fetch_wheels, tracked_files, write_handover
 
 PYTHON = "{}.{}".format(*sys.version_info)
 SYSTEM = f"manylinux_2_28_{os.uname().machine}"

@@ -17,10 +17,10 @@ import pytest
 from conftest import REPOSITORY, draw_patches
 from PIL import Image
 
-import lib.ingest
+import lib.prepare.ingest
 from lib.command import BadInput
-from lib.ingest import JOURNAL_FILE, import_images
 from lib.pcam import open_split, require_splits, split_path
+from lib.prepare.ingest import JOURNAL_FILE, import_images
 
 NUM = {"train": 14, "valid": 6}
 PATCHES = {split: draw_patches(num, seed) for seed, (split, num) in enumerate(NUM.items())}

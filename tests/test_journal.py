@@ -23,11 +23,11 @@ import sweep
 import train
 from lib.command import BadInput
 from lib.config import read_yaml
-from lib.logger import read_csv, read_json, write_csv, write_json
+from lib.files import read_csv, read_json, write_csv, write_json
 from lib.metrics import compute_confusion
-from lib.reports import evidence, journal
-from lib.reports.evidence import choose_seeds, find_code, git, read_code, read_said
-from lib.reports.sections import ANSWERS, read_questions
+from lib.report import evidence, journal
+from lib.report.evidence import choose_seeds, find_code, git, read_code, read_said
+from lib.report.sections import ANSWERS, read_questions
 
 SMALL = [option for option in QUICK if not option.startswith(("name=", "epochs="))] + [
     "limit_train=96"

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from lib.launch import STOP_SIGNALS, StopFlag
+from lib.ranks import STOP_SIGNALS, StopFlag
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -14,27 +14,15 @@ from conftest import REPOSITORY
 
 from lib.config import Config
 
-FLOORS = [
-    set(rooms.split())
-    for rooms in (
-        "command config seeding device logger metrics calibration progress",
-        (
-            "pcam batches augment synthetic models optimizers centrenet rundir inputs features"
-            " copies reference"
-        ),
-        (
-            "training runlog predict deploy checkpoint search launch ingest repack verify download"
-            " trace slurm handover bench cases verdict"
-        ),
-        "audits reports",
-    )
-]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS, 1) for room in rooms}
 FILE_BYTES = 5_000_000
 # Pillow comes with torchvision
 PACKAGES = {"torch", "torchvision", "h5py", "numpy", "yaml", "matplotlib", "PIL"}
 SCRIPTS = sorted(path.name for path in REPOSITORY.glob("*.py"))
 LIB = sorted(path for path in (REPOSITORY / "lib").rglob("*.py"))
+ALL_SCRIPTS = [
+    *(REPOSITORY / name for name in SCRIPTS),
+    *sorted((REPOSITORY / "jobs").glob("*.py")),
+]
 # built from parts, so that this file does not hold what it looks for
 MACHINE_PATHS = [f"/{name}/" for name in ("work", "root", "mnt")]
 REGISTRIES = [
@@ -77,15 +65,66 @@ def tracked_files() -> list[Path]:
     return [path for path in paths if path.is_file() and not path.is_symlink()]
 
 
-@pytest.mark.parametrize("path", LIB, ids=module_name)
-def test_a_room_stands_on_a_floor_and_imports_from_its_own_or_below(path):
-    own = path.relative_to(REPOSITORY / "lib").with_suffix("").parts[0]
-    if own == "__init__":
-        assert not rooms_of(path)
-        return
-    assert own in FLOOR_OF, f"lib/{own} is on no floor of DESIGN.md"
-    above = {room for room in rooms_of(path) if FLOOR_OF[room] > FLOOR_OF[own]}
-    assert not above, f"{own} (floor {FLOOR_OF[own]}) imports {above}"
+MODULES = {module_name(path): path for path in LIB}
+
+
+def local_imports(path: Path) -> set[str]:
+    """The modules of lib/ that a file imports, by their full names."""
+    found = set()
+    for name in imports(path):
+        parts = name.split(".")
+        while parts and ".".join(parts) not in MODULES:  # a name in a module, or in a package
+            parts.pop()
+        found.add(".".join(parts))
+    return found - {"", "lib"}
+
+
+def chapter_of(module: str) -> str:
+    """The folder of lib/ that a module stands in; empty for the core."""
+    return (
+        module.split(".")[1]
+        if module.count(".") > 1 or (REPOSITORY / module.replace(".", "/")).is_dir()
+        else ""
+    )
+
+
+def name_of_script(path: Path) -> str:
+    """The chapter that belongs to a script: its own name, or that of its folder."""
+    return path.stem if path.parent == REPOSITORY else path.parent.name
+
+
+@pytest.mark.parametrize("path", [*LIB, *ALL_SCRIPTS], ids=module_name)
+def test_the_core_imports_the_core_and_a_chapter_its_own_folder_besides(path):
+    module = module_name(path)
+    own = chapter_of(module) if path in LIB else name_of_script(path)
+    others = {name for name in local_imports(path) if chapter_of(name) not in ("", own)}
+    assert not others
+
+
+def test_the_core_is_what_two_or_more_scripts_share_and_a_chapter_what_one_needs():
+    graph = {name: local_imports(path) for name, path in MODULES.items()}
+
+    def reached(start: Path) -> set[str]:
+        found, todo = set(), list(local_imports(start))
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += graph[name]
+        return found
+
+    users = {name: set() for name in MODULES}
+    for script in ALL_SCRIPTS:
+        for name in reached(script):
+            users[name].add(name_of_script(script))
+    wrong = {}
+    for name, used_by in users.items():
+        if MODULES[name].name == "__init__.py":
+            continue
+        chapter = chapter_of(name)
+        if (chapter and used_by != {chapter}) or (not chapter and len(used_by) < 2):
+            wrong[name] = used_by
+    assert not wrong
 
 
 def test_no_room_imports_itself_in_a_circle():
@@ -93,7 +132,7 @@ def test_no_room_imports_itself_in_a_circle():
         module_name(path): {name for name in imports(path) if name.startswith("lib")}
         for path in LIB
     }
-    # `from lib.reports import pages` names a package: look into it
+    # `from lib.report import pages` names a package: look into it
     graph = {
         name: {target for target in targets if target in known and target != name}
         for name, targets in known.items()

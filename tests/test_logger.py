@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lib.command import BadInput
-from lib.logger import (
+from lib.files import (
     CsvLog,
     atomic_write,
     file_digest,

@@ -14,7 +14,7 @@ import inference
 import train
 from lib import predict, training
 from lib.checkpoint import load_checkpoint, save_checkpoint, weights_sha256
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
 from lib.pcam import SPLITS, open_split, split_path
 
 

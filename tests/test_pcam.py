@@ -15,7 +15,7 @@ from conftest import draw_patches, write_pcam
 
 from lib import pcam
 from lib.command import BadInput, script
-from lib.logger import file_digest
+from lib.files import file_digest
 from lib.pcam import (
     PATCH_SHAPE,
     SplitWriter,

@@ -10,10 +10,9 @@ import pytest
 from conftest import draw_patches, run_script
 from test_ingest import stop_in_mid_train
 
-import lib.repack
+import lib.prepare.repack
 from lib.command import BadInput
-from lib.ingest import LOSSES_FILE
-from lib.logger import read_csv
+from lib.files import read_csv
 from lib.pcam import (
     META_COLUMNS,
     open_split,
@@ -23,7 +22,8 @@ from lib.pcam import (
     write_labels,
     write_meta,
 )
-from lib.repack import repack
+from lib.prepare.ingest import LOSSES_FILE
+from lib.prepare.repack import repack
 
 IMAGES, LABELS = draw_patches(40, 3)
 CHUNKS = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}

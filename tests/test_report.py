@@ -49,9 +49,9 @@ def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
     import numpy as np
     from PIL import Image
 
-    from lib.logger import read_csv
+    from lib.figures import patch_png
+    from lib.files import read_csv
     from lib.pcam import open_images
-    from lib.reports.figures import patch_png
     from report import read_patch
 
     row = read_csv(predictions)[17]

@@ -14,7 +14,7 @@ from lib import rundir, runlog
 from lib.batches import Batch
 from lib.command import BadInput
 from lib.config import load_config
-from lib.logger import read_csv, read_json
+from lib.files import read_csv, read_json
 from lib.training import StepResult
 
 

@@ -19,13 +19,13 @@ import numpy as np
 import pytest
 import torch
 
-import lib.reports.figures  # noqa: F401 (before the cache is another one: its fonts are looked up there)
+import lib.figures  # noqa: F401 (before the cache is another one: its fonts are looked up there)
 import report
 from lib import rundir, runlog
 from lib.command import BadInput
 from lib.config import dump_config, load_config, read_yaml
-from lib.logger import cache_file, read_csv, read_json, write_csv, write_json
-from lib.reports.runs import (
+from lib.files import cache_file, read_csv, read_json, write_csv, write_json
+from lib.report.runs import (
     SILENT_S,
     average_scores,
     differing_keys,

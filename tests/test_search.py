@@ -17,10 +17,11 @@ import yaml
 from conftest import QUICK, REPOSITORY, run_script, write_pcam
 from slurm_cluster import wait_for
 
-from lib import rundir, search
+from lib import rundir
 from lib.command import BadInput
 from lib.config import load_config
-from lib.logger import read_csv, read_json, write_csv, write_json
+from lib.files import read_csv, read_json, write_csv, write_json
+from lib.sweep import search
 
 SPACE = {
     "design": "sobol",

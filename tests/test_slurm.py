@@ -17,9 +17,9 @@ import pytest
 from conftest import QUICK, REPOSITORY
 from slurm_cluster import kill_job, needs_slurm, run, running_cluster, wait_for
 
-from lib import slurm
 from lib.command import BadInput
-from lib.logger import read_json
+from lib.files import read_json
+from lib.jobs import slurm
 from lib.rundir import read_run_config
 
 # long enough to be caught after its first epoch

@@ -17,7 +17,7 @@ from conftest import REPOSITORY, run_script
 from PIL import Image
 
 from lib.pcam import open_split
-from lib.synthetic import (
+from lib.prepare.synthetic import (
     DUPLICATES,
     PLANTS,
     TRIGGER,

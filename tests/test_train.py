@@ -25,7 +25,7 @@ from lib import predict, training
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
-from lib.logger import read_csv, read_json, write_json
+from lib.files import read_csv, read_json, write_json
 from lib.metrics import compute_metrics
 from lib.models import logit_layer
 from lib.pcam import SplitWriter, split_path, write_labels

@@ -14,9 +14,9 @@ from conftest import QUICK, REPOSITORY, run_script
 
 import audit
 from lib import batches
-from lib.audits import replay, sources, twin
+from lib.audit import replay, sources, twin
 from lib.checkpoint import load_checkpoint, save_checkpoint
-from lib.logger import read_csv, write_csv
+from lib.files import read_csv, write_csv
 
 LAYER = "features.2.second"  # a convolution
 # a draw from a global generator in what training imports would be a source without a control
@@ -24,7 +24,7 @@ UNCONTROLLED = re.compile(
     r"torch\.(rand|randn|randint|randperm|bernoulli|multinomial|normal)(_like)?\("
     r"|np\.random\.(?!seed|default_rng\(\w|get_state)\w+|(?<![.\w])random\.(?!seed|getstate)\w+\(|default_rng\(\)"
 )
-NOT_TRAINING = ("lib/synthetic.py", "lib/reports", "lib/cases.py")
+NOT_TRAINING = ("lib/prepare/synthetic.py", "lib/report", "lib/benchmark/cases.py")
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 from conftest import draw_patches, write_pcam
 
 from lib.command import BadInput
-from lib.logger import file_digest
+from lib.files import file_digest
 from lib.pcam import SplitWriter, open_images, split_path, write_meta
-from lib.verify import OFFICIAL, verify_folder
+from lib.prepare.verify import OFFICIAL, verify_folder
 
 CAMELYON = {
     "train": "camelyon16_train_normal_001",

@@ -15,7 +15,7 @@ from pathlib import Path
 from conftest import REPOSITORY
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, print_result, say
-from lib.logger import atomic_write, read_json, write_json
+from lib.files import atomic_write, read_json, write_json
 from lib.rundir import git_state
 
 

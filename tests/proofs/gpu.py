@@ -49,7 +49,7 @@ from lib.command import (
 )
 from lib.config import load_config
 from lib.device import choose_device, describe_machine
-from lib.logger import atomic_write, read_json, write_json
+from lib.files import atomic_write, read_json, write_json
 from proofs import made_now, run, write_markdown
 from proofs.plain_loop import plain_images_per_s
 from proofs.trainer import (

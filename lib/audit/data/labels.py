@@ -1,0 +1,153 @@
+"""Which labels deserve a second look: predictions of models that have not seen them, and how likely
+a disagreement is an error.
+
+Training is cross-validated: each patch is predicted by a model of the other folds. Probabilities
+are calibrated together with the share of labels that were exchanged (Natarajan et al. 2013,
+"Learning with noisy labels"): where the model is surest, they disagree as often as they are wrong.
+The outcome is a ranked list for review, never a verdict.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.audit import finding
+from lib.audit.survey import Survey
+from lib.audit.twin import make_run
+from lib.batches import PatchSource, open_train_valid
+from lib.checkpoint import load_model
+from lib.command import say
+from lib.config import load_config, parse_overrides
+from lib.device import choose_device
+from lib.files import write_csv
+from lib.metrics import compute_auc, sigmoid
+from lib.predict import predict_rows
+from lib.rundir import resume_config
+
+# what a fold learns from, all epochs together
+NUM_FOLDS, PATCHES_PER_FOLD, MOST_EPOCHS = 4, 120_000, 12
+BUDGET = 2.0  # the list is so many times as long as the number of labels that seem wrong
+# of the folds: below, a disagreement says more about the model than about the label
+LEAST_AUC = 0.75
+# twice the gain in log likelihood from which an exchange of labels is no chance (chi-squared, p =
+# 0.001)
+CERTAIN = 10.8
+
+
+def check_labels(
+    directory, survey: Survey, out: Path, overrides: list[str], device: str
+) -> list[dict]:
+    """Train the folds in OUT/runs, predict each held-out patch, rank the disagreements. Raises
+    BadInput as train.py does.
+    """
+    num_folds = load_config(overrides=overrides).num_folds or NUM_FOLDS
+    num_train = len(survey) * (num_folds - 1) // num_folds
+    epochs = int(np.clip(PATCHES_PER_FOLD // max(num_train, 1), 1, MOST_EPOCHS))
+    settings = {
+        "name": "fold",
+        "epochs": epochs,
+        "crop_epochs": epochs,
+        "views": 1,
+        "quarantine": out / "quarantine.csv",
+    }
+    settings |= {"limit_train": min(PATCHES_PER_FOLD, num_train)} | parse_overrides(overrides)
+    settings |= {"data_dir": directory, "num_folds": num_folds}
+    logits = np.full(len(survey), np.nan)
+    for fold in range(num_folds):
+        say(
+            f"training fold {fold + 1} of {num_folds}, to predict its patches by a model that has"
+            " not seen them"
+        )
+        overridden = [f"{key}={value}" for key, value in settings.items()]
+        run = make_run(
+            ["--runs", str(out / "runs"), "--device", device, *overridden, f"fold={fold}"]
+        )
+        run_cfg = resume_config(run, [])
+        _, (split, rows) = open_train_valid(run_cfg)
+        target = choose_device(device)
+        source = PatchSource(split.images, run_cfg.data_residence, target)
+        logits[rows.index] = predict_rows(
+            load_model(run)[0].to(target), source, rows.index, run_cfg, run_cfg.views
+        )
+    usable = np.intersect1d(np.flatnonzero(~np.isnan(logits)), survey.intact)
+    return rank_labels(survey, usable, logits[usable], out)
+
+
+def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path) -> list[dict]:
+    """The review list from out-of-fold logits (N,) of rows (N,), written whole to
+    OUT/out_of_fold.csv.
+    """
+    labels = survey.labels[rows]
+    rate, gain, wrong = fit_label_noise(labels, logits)
+    order = np.argsort(-wrong, kind="stable")
+    probs = sigmoid(logits)
+    cells = (
+        [survey.name, int(rows[i]), int(labels[i]), f"{probs[i]:.6f}", f"{wrong[i]:.6f}"]
+        for i in order
+    )
+    write_csv(out / "out_of_fold.csv", ("split", "index", "label", "probability", "wrong"), cells)
+    auc = compute_auc(labels, logits)
+    measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
+    if not auc >= LEAST_AUC:
+        advice = "more patches, or epochs=, for the folds"
+        measured += "models this weak cannot judge labels"
+        return [
+            finding(
+                "labels to review", "warning", measured, f"{LEAST_AUC:g}", advice, split=survey.name
+            )
+        ]
+    if gain < CERTAIN:
+        measured += f"no share of exchanged labels is certain ({rate:.1%} fits best)"
+        advice = "out_of_fold.csv ranks all, should you look nevertheless"
+        return [finding("labels to review", "note", measured, advice=advice, split=survey.name)]
+    chosen = order[: int(np.ceil(BUDGET * rate * len(rows)))]
+    expected = wrong[chosen].mean()
+    measured += (
+        f"{rate:.1%} of the labels seem exchanged; of the {len(chosen):,} listed {expected:.0%}"
+        " should be wrong"
+    )
+    advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
+    rows = survey.rows(
+        rows[chosen],
+        probability=probs[chosen].round(4),
+        reason="label",
+        score=wrong[chosen].round(4),
+    )
+    return [finding("labels to review", "warning", measured, "none", advice, rows, survey.name)]
+
+
+def fit_label_noise(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float, np.ndarray]:
+    """The share of exchanged labels, twice the log likelihood that it gains over none, and for each
+    label the probability (N,) that it is wrong, from labels (N,) in {0, 1} and out-of-fold logits
+    (N,).
+
+    P(label 1) = e + (1 - 2 e) sigmoid(a logit + b), with a, b and e fitted together.
+    """
+    z, y = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
+
+    def fit(with_noise: bool):
+        # log a, b, logit of 2 e
+        values = torch.tensor([0.0, 0.0, -3.5], dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([values], max_iter=200, line_search_fn="strong_wolfe")
+
+        def model():
+            rate = torch.sigmoid(values[2]) / 2 * with_noise
+            return rate, (
+                rate + (1 - 2 * rate) * torch.sigmoid(values[0].exp() * z + values[1])
+            ).clamp(1e-12, 1 - 1e-12)
+
+        def loss():
+            optimizer.zero_grad()
+            total = torch.nn.functional.binary_cross_entropy(model()[1], y, reduction="sum")
+            total.backward()
+            return total
+
+        optimizer.step(loss)
+        rate, probs = model()
+        return loss().item(), rate.item(), probs.detach().numpy()
+
+    (without, _, _), (best, rate, probs) = fit(False), fit(True)
+    given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
+    true = (given - rate) / max(1 - 2 * rate, 1e-9)
+    return rate, 2 * (without - best), np.clip(rate * (1 - true) / given, 0, 1)

@@ -1,0 +1,76 @@
+"""Every source of non-determinism of this program, its control, and the line that controls it,
+found in the source itself.
+"""
+
+from pathlib import Path
+
+from lib.audit import finding
+
+# source | control | file: statement that controls it
+SOURCES = """
+python's generator | seeded from the config | lib/seeding.py: random.seed(seed)
+numpy's generator | seeded from the config | lib/seeding.py: np.random.seed(seed
+torch's generators | seeded from the config, on every device | lib/seeding.py: torch.manual_seed(seed)
+initial weights | drawn on the CPU, after seeding | lib/training.py: seed_everything(cfg.seed)
+dropout | seeded by (seed, epoch, step, shard) | lib/training.py: torch.manual_seed(position_seed(*position, shard))
+order of samples | a function of (seed, epoch) | lib/batches.py: position_permutation(len(index), cfg.seed, epoch, ORDER
+order of classes | a function of (seed, epoch) | lib/batches.py: cfg.seed, epoch, CLASS_ORDER, label, repeat
+rows under a limit | a function of the row numbers | lib/batches.py: position_permutation(len(index), LIMIT)
+folds | drawn by row numbers, not by python's hash | lib/batches.py: position_bits(torch.from_numpy(first_row), FOLD)
+augmentation | a function of (seed, epoch, sample) | lib/augment.py: position_bits(places
+prefetch thread | one thread, batches in their order | lib/batches.py: ThreadPoolExecutor(1, "prefetch")
+copies to the device | steps that read one wait for it | lib/batches.py: current.wait_event(
+number of threads | fixed by the config | lib/seeding.py: torch.set_num_threads(threads)
+algorithms with atomics | refused or replaced | lib/seeding.py: torch.set_deterministic_debug_mode(
+cuDNN's choice | deterministic algorithms only | lib/seeding.py: cudnn.deterministic = deterministic
+cuDNN's autotuner | off | lib/seeding.py: cudnn.benchmark = not deterministic
+cuBLAS workspaces | of fixed size, before CUDA starts | lib/seeding.py: setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+sum over shards and ranks | one fixed binary tree | lib/ranks.py: return _tree(self.gather(_tree(parts)))
+statistics of shards | each from the same running ones | lib/training.py: buffer.copy_(value)
+evaluation on ranks | whole batches, whoever computes them | lib/predict.py: mine = batches % ranks.num == ranks.rank
+resumption | weights, moments and position restored | lib/training.py: state.optimizer.load_state_dict(checkpoint[
+a damaged checkpoint | noticed by its checksum | lib/checkpoint.py: if checksum != state_sha256(checkpoint)
+other data | refused by fingerprint on resumption | lib/rundir.py: if before.get("data") != data
+machine and driver | recorded, compared by twin | lib/device.py: "driver": _nvidia_smi("driver_version")
+packages | recorded, compared by twin | lib/rundir.py: importlib.metadata.version(package)
+code | commit and patch recorded, compared by twin | lib/rundir.py: patch = git("diff", "HEAD")
+environment | variables recorded, compared by twin | lib/rundir.py: "variables": {
+"""
+
+
+def locate_sources(read) -> list[dict]:
+    """Each source with its control, the statement that controls it, and `where`: file:line of each
+    place, none where it is lost. `read` gives the text of a file by its name in the repository."""
+    rows = []
+    for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
+        name, statement = place.split(": ", 1)
+        lines = read(name).splitlines()
+        where = [
+            f"{name}:{number}"
+            for number, line in enumerate(lines, 1)
+            if statement in line.split("  #")[0]
+        ]
+        rows.append(
+            {
+                "source": source,
+                "control": control,
+                "file": name,
+                "statement": statement,
+                "where": where,
+            }
+        )
+    return rows
+
+
+def find_sources(repository: Path) -> list[dict]:
+    """A finding for each source with the file:line of its control; an error where that statement is
+    not there any more.
+    """
+    findings = []
+    for row in locate_sources(lambda name: (repository / name).read_text()):
+        measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
+        rows = [{"where": where} for where in row["where"]]
+        findings.append(
+            finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows)
+        )
+    return findings

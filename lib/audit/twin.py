@@ -1,0 +1,354 @@
+"""Twins: two runs of one configuration. Identical to the bit, or: the first step, quantity and
+layer at which they part.
+"""
+
+import hashlib
+import math
+import multiprocessing
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lib.audit import finding
+from lib.audit.replay import KINDS, Fault, train, ulp_distance
+from lib.batches import PatchSource, open_train_valid
+from lib.checkpoint import load_checkpoint, load_model
+from lib.command import BadInput, say
+from lib.config import Config
+from lib.device import choose_device
+from lib.files import read_csv, read_json
+from lib.predict import predict_rows
+from lib.rundir import find_run, is_finished, resume_config
+from lib.seeding import set_determinism
+from lib.trace import KEPT, QUANTITIES
+
+SHORT = {
+    "epochs": "2",
+    "limit_train": "2048",
+    "limit_valid": "512",
+    "checkpoint_every_steps": "4",
+    "name": "twin",
+}
+SCORES = ("val_auc", "val_pr_auc", "val_f2", "val_accuracy", "val_loss")
+
+
+@dataclass(frozen=True)
+class Side:
+    """A run folder as one of the two: `trace` holds its rows by step."""
+
+    run: Path
+    cfg: Config
+    meta: dict
+    summary: dict
+    trace: dict[int, dict]
+
+
+def make_run(argv: list[str], fault: Fault | None = None) -> Path:
+    """The run folder of a training in a process of its own, which does not outlive us. Raises
+    BadInput as train.py does.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return Path(pool.submit(train, argv, fault).result()[0]["run"])
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def read_side(path) -> Side:
+    """Read a run folder. Raises BadInput unless the run finished and its trace holds every step, or
+    every Nth.
+    """
+    run = find_run(path)
+    if not is_finished(run) or not (run / "trace.csv").is_file():
+        raise BadInput(
+            f"{run} did not finish, or has no trace.csv: only finished runs of train.py --trace are"
+            " compared"
+        )
+    summary, rows = read_json(run / "summary.json"), read_csv(run / "trace.csv")
+    if lacking := [name for name in ("step", *QUANTITIES) if rows and name not in rows[0]]:
+        raise BadInput(
+            f"{run / 'trace.csv'} is of another version: it lacks the column {lacking[0]}"
+        )
+    trace = {int(row["step"]) if row["step"].isdigit() else 0: row for row in rows}
+    every = min(trace, default=0) or 1
+    if missing := sorted(set(range(every, summary["num_steps"] + 1, every)) ^ set(trace)):
+        told = f"of {summary['num_steps']} steps, every {every}th, it lacks step {missing[0]}"
+        raise BadInput(f"{run / 'trace.csv'} is cut: {told}")
+    return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
+
+
+def compare_inputs(a: Side, b: Side) -> list[dict]:
+    """What differs in what went in: config, data, code, packages, machine with driver and device,
+    environment.
+
+    Raises BadInput that names it if the two are no twins.
+    """
+
+    def facts(side: Side) -> dict:
+        patch = hashlib.sha256(side.meta["uncommitted_patch"].encode()).hexdigest()[:12]
+        known = side.cfg.as_dict() | {"commit": side.meta["commit"], "patch": patch}
+        for place in ("data", "versions", "machine", "variables"):
+            known |= side.meta[place]
+        return known
+
+    ours, theirs = facts(a), facts(b)
+    rows = [
+        {"what": name, "a": ours.get(name, "-"), "b": theirs.get(name, "-")}
+        for name in {**ours, **theirs}
+    ]
+    rows = [
+        row for row in rows if row["a"] != row["b"] and row["what"] not in ("name", "memory_bytes")
+    ]
+    if a.meta["identity"] != b.meta["identity"]:
+        fixed = a.cfg.identity() | a.meta["data"] | b.meta["data"]
+        differing = [
+            f"{row['what']} is {row['a']} in one, {row['b']} in the other"
+            for row in rows
+            if row["what"] in fixed
+        ]
+        raise BadInput(
+            f"{a.run} and {b.run} are no twins:"
+            f" {(differing or ['a file that the config names differs'])[0]}"
+        )
+    if list(a.trace) != list(b.trace):
+        lengths = [f"{len(side.trace)} steps up to {max(side.trace, default=0)}" for side in (a, b)]
+        raise BadInput(
+            f"the traces of {a.run} and {b.run} are of other lengths: {lengths[0]}, and"
+            f" {lengths[1]}"
+        )
+    return rows
+
+
+def describe_side(name: str, side: Side) -> dict:
+    """What a reader has to know of one of the two: where it is, of which code, on which machine,
+    with which final weights.
+    """
+    kept = {key: side.meta["machine"].get(key) for key in ("host", "cpu", "device")} | {
+        "torch": side.meta["versions"]["torch"]
+    }
+    facts = {
+        "side": name,
+        "run": side.run.name,
+        "folder": str(side.run),
+        "commit": side.meta["commit"],
+    } | kept
+    return facts | {"weights_sha256": side.summary["weights_sha256"]}
+
+
+def find_parting(a: Side, b: Side) -> dict:
+    """Step, quantity and layer that differ first, in time and then in the order of cause and
+    effect; {} for none.
+    """
+    before, last = 0, a.summary["num_steps"]
+    for step, ours in a.trace.items():
+        differing = [name for name in ours if ours[name] != b.trace[step].get(name)]
+        if quantity := next((name for name in QUANTITIES if name in differing), ""):
+            layers = [
+                name.partition(".")[2] for name in differing if name.startswith(f"{quantity}.")
+            ] or [""]
+            # gradients come about from the last layer on
+            layer = layers[-1 if quantity == "gradients" else 0]
+            return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
+        before = step
+    if a.summary["weights_sha256"] == b.summary["weights_sha256"]:
+        return {}
+    return {
+        "step": last,
+        "equal_step": min(before, last - 1),
+        "quantity": "parameters",
+        "layer": "",
+    }
+
+
+def last_equal_checkpoint(a: Side, b: Side, step: int) -> Path | None:
+    """The newest kept checkpoint up to `step`; None: the start of training. Raises BadInput for one
+    of another run.
+    """
+    kept = {int(path.stem): path for side in (b, a) for path in (side.run / KEPT).glob("[0-9]*.pt")}
+    path = kept.get(max((number for number in kept if number <= step), default=None))
+    there = load_checkpoint(path) if path else {}
+    for key, value in (a.cfg.identity() | a.meta["data"]).items() if path else ():
+        if (other := (there["config"] | there["data"]).get(key)) != value:
+            raise BadInput(
+                f"{path} is no checkpoint of this run: {key} is {other} there, {value} in the run"
+            )
+    return path
+
+
+def replay_parting(
+    a: Side, b: Side, parting: dict, fault: Fault | None, device: str | None
+) -> dict:
+    """Both runs once more to the step where they part, each on its device or on `device`: the first
+    module with equal inputs and unequal output, forward or backward, and the distance; {} if none
+    differs here."""
+    checkpoint = last_equal_checkpoint(a, b, parting["equal_step"])
+    window = range(parting["equal_step"] + 1, parting["step"] + 1)
+    say(f"replaying steps {window[0]} to {window[-1]} from {checkpoint or 'the start'}")
+
+    def again(side, fault=None, keep=None):
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(a.run / "config.yaml", folder)
+            if checkpoint:
+                shutil.copy(checkpoint, Path(folder) / "last.pt")
+            argv = [
+                "--resume",
+                folder,
+                "--device",
+                device or side.meta["machine"]["device"],
+                f"data_dir={a.cfg.data_dir}",
+            ]
+            return train(argv, fault, window, keep)[1:]
+
+    (ours, _), (theirs, _) = again(a), again(b, fault)
+    at = next(
+        (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
+        None,
+    )
+    if at is None:
+        return {}
+    (_, left), (_, right) = again(a, keep=at), again(b, fault, keep=at)
+    found = dict(zip(("step", "phase", "module", "what"), ours[at], strict=False)) | {
+        "replayed_from": str(checkpoint)
+    }
+    if left.is_floating_point() and left.shape == right.shape and left.dtype == right.dtype:
+        ulps = ulp_distance(left, right)
+        found |= {
+            "max_ulp": int(ulps.max()),
+            "num_unequal": int((ulps > 0).sum()),
+            "num_elements": ulps.numel(),
+        }
+    return found
+
+
+def flipped_predictions(a: Side, b: Side, device: str | None) -> dict:
+    """Decisions at 0.5 of both best.pt on the validation rows."""
+    set_determinism(a.cfg.deterministic)
+    where, (_, (split, rows)) = choose_device(device or "auto"), open_train_valid(a.cfg)
+    source = PatchSource(split.images, a.cfg.data_residence, where)
+    left, right = (
+        predict_rows(load_model(side.run)[0].to(where), source, rows.index, a.cfg, 1)
+        for side in (a, b)
+    )
+    num_flipped = int(((left >= 0) != (right >= 0)).sum())
+    return {
+        "num_flipped": num_flipped,
+        "num": len(rows),
+        "max_logit_difference": float(np.abs(left - right).max()),
+    }
+
+
+def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
+    """Scores of both beside the standard deviation over `seeds`, runs that differ in nothing but
+    the seed.
+    """
+    summaries, rows = (
+        [a.summary, b.summary, *(read_json(find_run(run) / "summary.json") for run in seeds)],
+        [],
+    )
+    for name in SCORES:
+        ours, theirs, *others = (summary.get(name, math.nan) for summary in summaries)
+        deviation = float(np.std(others, ddof=1)) if len(others) > 1 else math.nan
+        rows.append(
+            {
+                "score": name,
+                "a": ours,
+                "b": theirs,
+                "difference": abs(ours - theirs),
+                "seed_deviation": deviation,
+            }
+        )
+    return rows
+
+
+def compare(
+    a: Side, b: Side, fault: Fault | None = None, device: str | None = None, seeds=()
+) -> tuple[dict, list[dict]]:
+    """The verdict on two runs, and the findings behind it. `fault` is what was planted in B: its
+    replay has it too.
+    """
+    inputs, where = compare_inputs(a, b), find_parting(a, b)
+    weights = "equal" if a.summary["weights_sha256"] == b.summary["weights_sha256"] else "not equal"
+    result = {
+        "verdict": "parted" if where else "identical",
+        "weights": weights,
+        "num_steps": len(a.trace),
+        **where,
+    }
+    sides = [describe_side(name, side) for name, side in (("A", a), ("B", b))]
+    findings = [finding("runs", "note", f"A is {a.run.name}, B is {b.run.name}", rows=sides)]
+    findings.append(
+        finding("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", rows=inputs)
+    )
+    if where:
+        cause = "; ".join(
+            [QUANTITIES[where["quantity"]], *(f"they differ in {row['what']}" for row in inputs)]
+        )
+        measured = f"part at step {where['step']}, first in {where['quantity']} {where['layer']}"
+        findings.append(
+            finding("time line", "error", measured, "identical", f"likely cause: {cause}", [where])
+        )
+        result |= {"cause": cause, "replay": {}}
+        if not Path(a.cfg.data_dir).is_dir():
+            findings.append(
+                finding(
+                    "replay",
+                    "warning",
+                    f"nothing replayed or predicted: there is no {a.cfg.data_dir} here",
+                )
+            )
+        else:
+            if where["quantity"] not in ("rows", "images", "draws"):  # these come before the model
+                result["replay"] = found = replay_parting(a, b, where, fault, device)
+                measured = (
+                    "{phase}: {what} of {module}".format(**found)
+                    if found
+                    else "equal twice on this machine"
+                )
+                findings.append(
+                    finding(
+                        "replay",
+                        "error" if found else "note",
+                        measured,
+                        rows=[found] if found else [],
+                    )
+                )
+            result |= (flips := flipped_predictions(a, b, device))
+            findings.append(
+                finding(
+                    "predictions",
+                    "note",
+                    f"{flips['num_flipped']} flipped",
+                    rows=[flips],
+                    split="valid",
+                )
+            )
+    else:
+        findings.append(
+            finding("time line", "note", f"identical to the bit over {len(a.trace):,} traced steps")
+        )
+    findings.append(
+        finding("scores", "note", f"final weights are {weights}", rows=compare_scores(a, b, seeds))
+    )
+    if fault:
+        found = (
+            result.get("step"),
+            result.get("replay", {}).get("module", ""),
+            where.get("quantity") in KINDS[fault.kind],
+        )
+        result["named"] = found == (fault.step, fault.layer, True)
+        away = (
+            "" if where else "; it was rounded away: nothing that was traced differs, plant another"
+        )
+        measured = f"planted: {fault}{away}"
+        findings.append(
+            finding(
+                "self-test", "note" if result["named"] else "error", measured, rows=[vars(fault)]
+            )
+        )
+    return result, findings

@@ -1,0 +1,431 @@
+"""A handover folder: all that predicts with a run's checkpoint on a machine without a network, and
+what a reader asks of it.
+"""
+
+import email
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lib.calibration import calibrate
+from lib.checkpoint import load_model
+from lib.command import BadInput, one_line, say
+from lib.files import atomic_write, file_digest, read_csv, read_json, write_csv, write_json
+from lib.metrics import auc_interval, share_interval, sigmoid
+from lib.models import HEADS, num_parameters
+from lib.predict import predict_batch, ready_to_predict
+from lib.prepare.ingest import require_space
+from lib.prepare.synthetic import SyntheticPlan, generate_split
+from lib.progress import Progress
+from lib.rundir import REPOSITORY, git_state
+
+STICK = REPOSITORY / "jobs" / "stick"
+SUMS = "SHA256SUMS"  # written last: a folder without it is half a handover
+RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
+# by a prediction; all else is for training and reports
+NEEDED = ("torch", "numpy", "h5py", "pyyaml", "pillow")
+# of manylinux_2_N: what torch asks for, down to the oldest that wheels are still made for
+GLIBC_MINORS = range(28, 16, -1)
+NUM_DRAWN, NUM_PATCHES, SEED = 64, 8, 1
+LEAST_TOLERANCE = 1e-3  # float32 in another order of summation stays far below it
+PRECISION_MARGIN = 4
+
+
+def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> dict:
+    """Write the handover folder of a finished run to `dest`; `wheels` is a folder of wheels, or
+    None to have pip fetch them.
+
+    `system` is a tag such as manylinux_2_28_x86_64, `python` a version such as 3.11. Raises
+    BadInput for a run that is not finished, a `dest` that holds files, wheels that do not fit, a
+    disk too small.
+    """
+    if not all((run / name).is_file() for name in RUN_FILES):
+        raise BadInput(f"{run} is no finished run: a handover takes its {', '.join(RUN_FILES)}")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        half = (dest / "run.sh").exists() and not (dest / SUMS).exists()
+        raise BadInput(
+            f"{dest} {'is a half-written handover' if half else 'holds other files'}: give a new or"
+            " an empty folder"
+        )
+    if not (machine := re.fullmatch(r"manylinux_2_28_(\w+)", system)):
+        raise BadInput(
+            f"--platform {system}: allowed are manylinux_2_28_x86_64 and manylinux_2_28_aarch64"
+        )
+    model, cfg, checkpoint = load_model(run)
+    with tempfile.TemporaryDirectory(prefix="wheels-") as fetched:
+        if not wheels:
+            fetch_wheels(
+                fetched,
+                [*NEEDED, *(["torchvision"] if cfg.model in HEADS else [])],
+                machine[1],
+                python,
+            )
+        packages = read_wheels(Path(wheels or fetched), machine[1], python)
+        # first: they say of half a folder that it is
+        copies = {path.name: path for path in STICK.iterdir() if path.is_file()}
+        copies |= {f"code/{name}": REPOSITORY / name for name in tracked_files()}
+        copies |= {
+            f"model/{name}": run / name
+            for name in (*RUN_FILES, "meta.json")
+            if (run / name).is_file()
+        }
+        copies |= {
+            f"wheels/{package['wheel']}": Path(wheels or fetched, package["wheel"])
+            for package in packages
+        }
+        num_bytes = sum(path.stat().st_size for path in copies.values())
+        require_space(dest, num_bytes + (16 << 20))
+        with Progress(num_bytes, f"writing {dest}", "bytes") as progress:
+            for name, path in copies.items():
+                (dest / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, dest / name)  # with its mode: run.sh is called
+                progress.add(path.stat().st_size)
+    made_for = {"python": python, "system": "Linux", "machine": machine[1], "platform": system}
+    samples, state = write_samples(dest, model, cfg, checkpoint), git_state()
+    dirty = {"uncommitted_changes": bool(state["uncommitted_patch"])}
+    write_json(
+        dest / "stick.json",
+        made_for | samples | {"run": run.resolve().name, "commit": state["commit"]} | dirty,
+    )
+    write_csv(dest / "packages.csv", list(packages[0]), [package.values() for package in packages])
+    with atomic_write(dest / "wheels" / "requirements.txt", "w") as file:
+        file.writelines(f"{package['package']}=={package['version']}\n" for package in packages)
+    with atomic_write(dest / "MODEL_CARD.md", "w") as file:
+        file.write(model_card(run, model, cfg, checkpoint, packages))
+    require_predictions(dest)
+    os.sync()  # first what is summed up, then the sums
+    names = sorted(path.relative_to(dest).as_posix() for path in dest.rglob("*") if path.is_file())
+    with atomic_write(dest / SUMS, "w") as file:
+        file.writelines(f"{file_digest(dest / name)}  {name}\n" for name in names)
+    num_bytes = sum((dest / name).stat().st_size for name in names)
+    build = next(package["version"] for package in packages if package["package"] == "torch")
+    result = {
+        "handover": str(dest),
+        "num_files": len(names),
+        "num_bytes": num_bytes,
+        "torch": build,
+        **samples,
+    }
+    return result | {"sha256sums": file_digest(dest / SUMS)}
+
+
+def require_predictions(dest: Path) -> None:
+    """Raise BadInput unless the code on the stick predicts the sample patches: a file that git does
+    not track is not on it.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [
+            dest.resolve() / "code/inference.py",
+            "--ckpt",
+            dest.resolve() / "model",
+            dest.resolve() / "patches",
+        ]
+        command = [
+            sys.executable,
+            "-B",
+            *map(str, command),
+            "--device",
+            "cpu",
+            "--out",
+            "patches.csv",
+        ]
+        tried = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
+    if tried.returncode:
+        told = one_line((tried.stderr.strip().splitlines() or ["no word"])[-1])
+        raise BadInput(
+            f"{dest} cannot predict (is every file of the program tracked by git?): {told}"
+        )
+
+
+def tracked_files() -> list[str]:
+    """Names of the repository's files that git tracks, as they are in the working tree."""
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    if not (names := [name for name in listed if name and (REPOSITORY / name).is_file()]):
+        raise BadInput(f"{REPOSITORY} is no git repository: nothing says which files are its code")
+    return names
+
+
+def fetch_wheels(folder, names, machine: str, python: str) -> None:
+    """Have pip download the packages `names` in this environment's versions, torch in a CPU build
+    where pip finds one.
+    """
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    interpreter = sys.executable if python == here else shutil.which(f"python{python}")
+    # pip reads a requirement's `python_version < ...` as that of the interpreter that it runs in
+    if not interpreter:
+        raise BadInput(
+            f"--python {python}: python{python} is not on PATH, and its wheels are for it to choose"
+            f" (here: {here})"
+        )
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in GLIBC_MINORS] + [
+        f"manylinux2014_{machine}"
+    ]
+    target = [
+        "--only-binary",
+        ":all:",
+        "--python-version",
+        python,
+        *(f"--platform={tag}" for tag in platforms),
+    ]
+
+    def pip(*arguments):
+        result = subprocess.run(
+            [interpreter, "-m", "pip", *arguments, *target],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if result.returncode:
+            why = [line for line in result.stderr.splitlines() if "ERROR" in line] or [
+                result.stderr or "no word from it"
+            ]
+            raise BadInput(f"pip {arguments[0]} failed: {one_line(why[0])}")
+        return result.stdout
+
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
+    cpu = {
+        name: re.findall(r"[\d.]+\+cpu\b", pip("index", "versions", name))
+        for name in names
+        if name.startswith("torch")
+    }
+    if all(f"{installed[name]}+cpu" in builds for name, builds in cpu.items()):
+        installed |= {name: f"{installed[name]}+cpu" for name in cpu}
+    elif cpu["torch"] and len(cpu) == 1:
+        # of another version: a checkpoint opens in it, and the self-test is the judge
+        installed["torch"] = cpu["torch"][0]
+    else:
+        say(
+            "pip finds no CPU build of torch, so this will be large; PIP_EXTRA_INDEX_URL or"
+            " PIP_FIND_LINKS can name a place"
+        )
+    say(f"fetching torch {installed['torch']} and what a prediction needs")
+    pip(
+        "download",
+        "--quiet",
+        "--dest",
+        str(folder),
+        "pip",
+        *(f"{name}=={version}" for name, version in installed.items()),
+    )
+
+
+def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
+    """Package, version, licence, file and size of each wheel of a folder. Raises BadInput where one
+    is missing or misfits.
+    """
+    packages, digits = [], python.replace(".", "")
+    for path in sorted(folder.glob("*.whl")):
+        python_tag, abi, system = path.stem.split("-")[-3:]
+        fits = f"cp{digits}" in python_tag.split(".") or "py3" in python_tag or abi == "abi3"
+        if not fits or not (system == "any" or system.endswith(machine)):
+            raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
+        with zipfile.ZipFile(path) as wheel:
+            name = next(
+                name
+                for name in wheel.namelist()
+                if name.endswith(".dist-info/METADATA") and name.count("/") == 1
+            )
+            meta = email.message_from_bytes(wheel.read(name))
+        classes = [
+            value.split(" :: ")[-1]
+            for value in meta.get_all("Classifier", [])
+            if value.startswith("License ::")
+        ]
+        licence = (
+            meta["License-Expression"]
+            or "; ".join(classes)
+            or one_line(meta["License"] or "not stated")
+        )
+        row = {"package": meta["Name"].lower(), "version": meta["Version"], "licence": licence}
+        packages.append(row | {"wheel": path.name, "bytes": path.stat().st_size})
+    if lacking := {*NEEDED, "pip"} - {package["package"] for package in packages}:
+        raise BadInput(f"{folder} has no wheel of {', '.join(sorted(lacking))}")
+    return packages
+
+
+def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
+    """Write a few drawn patches and what the model says of them here, and give the tolerance for
+    another machine.
+
+    Other processors and builds round and sum in another way, by less than what the checkpoint's
+    number type costs against float32: the tolerance is that difference, measured, times
+    PRECISION_MARGIN. Patches near the threshold are not taken, so that no rounding can change a
+    decision.
+    """
+    drawn = np.concatenate(
+        [images for images, *_ in generate_split(SyntheticPlan(0, 0, NUM_DRAWN, SEED), "test")]
+    )
+
+    def probs(images, precision):
+        ready, images = ready_to_predict(model, precision), torch.from_numpy(images)
+        logits = predict_batch(ready, images, precision, cfg.views, checkpoint["preprocessing"])
+        return sigmoid(calibrate(logits.numpy(), checkpoint["calibration"]))
+
+    found, threshold = probs(drawn, cfg.precision), checkpoint["threshold"]
+    deviation = float(np.abs(found - probs(drawn, "fp32")).max())
+    tolerance = max(LEAST_TOLERANCE, PRECISION_MARGIN * deviation)
+    clear = np.flatnonzero(np.abs(found - threshold) > 2 * tolerance)
+    if not len(clear):
+        raise BadInput(
+            "the model decides none of the sample patches clearly: nothing could be tested by them"
+        )
+    order = clear[np.argsort(found[clear])]
+    chosen = np.unique(order[np.linspace(0, len(order) - 1, NUM_PATCHES).round().astype(int)])
+    names = [f"patches/synthetic_{row:02}.png" for row in chosen]
+    (dest / "patches").mkdir()
+    for name, row in zip(names, chosen, strict=True):
+        Image.fromarray(drawn[row]).save(dest / name)
+    probabilities = probs(drawn[chosen], cfg.precision)
+    rows = [
+        (name, 0, f"{prob:.9g}", int(prob >= threshold))
+        for name, prob in zip(names, probabilities, strict=True)
+    ]
+    write_csv(dest / "expected.csv", ("source", "index", "probability", "prediction"), rows)
+    return {
+        "tolerance": round(tolerance, 6),
+        "deviation_from_float32": round(deviation, 6),
+        "num_patches": len(names),
+    }
+
+
+def describe_decision(checkpoint: dict) -> str:
+    """What the stored threshold means, where a checkpoint says so."""
+    if not checkpoint["calibration"]:
+        return "Probabilities are not calibrated."
+    decision, after = checkpoint["calibration"]["decision"], checkpoint["calibration"]["after"]
+    rates = ", ".join(
+        f"{name} {decision[name]:.4f}" for name in ("recall", "specificity", "precision", "f2")
+    )
+    chosen = (
+        f"Threshold {checkpoint['threshold']:.4f} and calibration were chosen on half of the"
+        " validation patches."
+    )
+    return f"{chosen} On the other half: {rates}; expected calibration error {after['ece']:.4f}."
+
+
+def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
+    """The model card (Mitchell et al. 2019) as Markdown; every number in it is read or computed
+    from the run's files.
+    """
+    summary, epochs = read_json(run / "summary.json"), read_csv(run / "epochs.csv")
+    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else {}
+    tp, fp, fn, tn = (summary[f"val_{name}"] for name in ("tp", "fp", "fn", "tn"))
+    num_positive, num_negative = tp + fn, fp + tn
+    num = num_positive + num_negative
+
+    def row(name, value, interval=None, constant=None):
+        cells = (
+            f"{value:.4f}",
+            "{:.4f} to {:.4f}".format(*interval) if interval else "-",
+            constant,
+        )
+        return (
+            f"| {name} | {cells[0]} | {cells[1]} |"
+            f" {'-' if constant is None else f'{constant:.4f}'} |"
+        )
+
+    auc, trained = summary["val_auc"], meta.get("rows", {}).get("train")
+    torch_here = next(package["version"] for package in packages if package["package"] == "torch")
+    lines = [
+        f"# Model card: {run.resolve().name}",
+        "## Use",
+        (
+            "`./run.sh PATCHES [--out FILE]` on Linux: verifies the stick, installs from it, tests"
+            " itself, predicts. PATCHES are images of 96x96 pixels, a folder or tar of them, an"
+            " .h5 or a PCam folder; predictions.csv gets a row for each. It runs on torch"
+            f" {torch_here} and was trained on"
+            f" {meta.get('versions', {}).get('torch', 'one not recorded')}."
+        ),
+        "## Intended use",
+        (
+            "Research and teaching: ranking 96x96 patches of H&E-stained lymph node sections by the"
+            " probability that their centre 32x32 holds tumour. It is not a medical device; no"
+            " diagnosis, and no decision about a patient, may rest on it."
+        ),
+        "## Model",
+        (
+            f"`{cfg.model}`, {num_parameters(model):,} parameters, {cfg.precision}, {cfg.views}"
+            f" view(s) a patch, positive from probability {checkpoint['threshold']:g}. best.pt:"
+            f" SHA-256 `{file_digest(run / 'best.pt')}`."
+        ),
+        "## Data",
+        "PatchCamelyon (Veeling et al. 2018, from Camelyon16, CC0) or patches in its format,"
+        f" folder `{Path(cfg.data_dir).name}`; validation: {num:,} patches, {num_positive:,} of"
+        " them positive."
+        + (
+            f" Trained on {trained['num']:,} patches, {trained['num_positive']:,} positive."
+            if trained
+            else ""
+        ),
+        *[f"- {name}: SHA-256 `{digest}`" for name, digest in checkpoint["data"].items()],
+        "## Training",
+        (
+            f"Epoch {summary['best_epoch']} of {summary['num_epochs']} ({len(epochs):,} evaluated),"
+            f" chosen by {cfg.select_metric} on the validation split; {summary['num_steps']:,}"
+            f" steps of {cfg.batch_size} patches, {cfg.optimizer}, learning rate {cfg.lr:g}, seed"
+            f" {cfg.seed}. Commit {meta.get('commit') or 'not recorded'}. All parameters:"
+            " `model/config.yaml`."
+        ),
+        "## Scores",
+        (
+            "On the validation split, at threshold 0.5. 95% intervals over patches: of the AUC"
+            f" after Hanley and McNeil (1982), from it and the {num_positive:,} and"
+            f" {num_negative:,} patches of the classes; of shares after Wilson (1927). They take"
+            " patches for independent; patches of one slide are not, and so the truth is less"
+            " certain than they say."
+        ),
+        "| score | model | 95% interval | constant answer |\n|---|---|---|---|",
+        row("ROC-AUC", auc, auc_interval(auc, num_positive, num_negative), summary["constant_auc"]),
+        row("PR-AUC", summary["val_pr_auc"], None, summary["constant_pr_auc"]),
+        row(
+            "accuracy",
+            summary["val_accuracy"],
+            share_interval(tp + tn, num),
+            summary["majority_accuracy"],
+        ),
+        row("sensitivity (recall)", tp / num_positive, share_interval(tp, num_positive), 1.0),
+        row("specificity", tn / num_negative, share_interval(tn, num_negative), 0.0),
+        row("F1", summary["val_f1"], None, summary["always_positive_f1"]),
+        row("F2", summary["val_f2"], None, summary["always_positive_f2"]),
+        row("log loss (nats)", summary["val_loss"], None, summary["prior_loss"]),
+        (
+            "The constant answers always positive; for accuracy it is the larger class, for the log"
+            " loss the prevalence."
+        ),
+        describe_decision(checkpoint),
+        "## Limits",
+        (
+            "- The epoch was chosen on the patches that are scored here: the scores flatter. They"
+            " are no scores on PatchCamelyon's official test split; patches that were recompressed"
+            " as JPEG, or sampled, compare with no published score."
+        ),
+        (
+            "- Another scanner, laboratory, stain or magnification than in training shifts the"
+            " colours and may cost any part of the score. predictions.csv has a drift score a"
+            " patch, and a batch unlike the training data gets a warning: it knows brightness,"
+            " colour and sharpness, nothing else. Only the centre 32x32 was labelled."
+        ),
+        (
+            "- Another processor or build of torch rounds otherwise: the self-test compares with"
+            " `expected.csv`, within the tolerance in `stick.json`. Its patches are drawn, and say"
+            " nothing about tissue."
+        ),
+        "## Software",
+        (
+            f"{len(packages)} packages with versions and licences: `packages.csv`. Program and"
+            " weights: MIT, `code/LICENSE`."
+        ),
+    ]
+    text = "\n\n".join(lines)
+    return re.sub(r"\|\n\n(?=\|)", "|\n", re.sub(r"\n\n(?=- )", "\n", text)) + "\n"

@@ -1,0 +1,373 @@
+"""Run folders as rows: listed while they are written, selected, compared, averaged over seeds or
+folds, drawn together.
+"""
+
+import contextlib
+import csv
+import functools
+import hashlib
+import json
+import operator
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+import yaml
+
+from lib.command import BadInput, nearest, one_line, say
+from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
+from lib.files import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
+from lib.rundir import SCORES, process_start
+
+# a run on another machine that has not written for so long is dead: staging or an evaluation takes
+# less
+SILENT_S = 900.0
+UNREADABLE = (
+    OSError,
+    BadInput,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    RecursionError,
+    csv.Error,
+)
+MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
+SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
+# nothing that is compared depends on them
+FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
+SHOWN_SCORES = {  # a score and what a constant answer gets
+    "AUC": ("auc", "constant_auc"),
+    "PR-AUC": ("pr_auc", "constant_pr_auc"),
+    "F2": ("f2", "always_positive_f2"),
+    "F1": ("f1", "always_positive_f1"),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "log loss (nats)": ("loss", "prior_loss"),
+}
+COUNTS = {"tp", "fp", "fn", "tn"}
+CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
+# YAML means by it what Python does
+NUMBER_LINE = re.compile(r"(\w+): (-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?)", re.ASCII)
+OPERATORS = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "!=": operator.ne,
+}
+OPERATORS |= {"=": operator.eq, "==": operator.eq}
+# file, column, title, scale
+CURVES = (
+    ("steps.csv", "loss", "training loss (nats)", "linear"),
+    ("epochs.csv", "val_loss", "log loss on validation (nats)", "linear"),
+    ("epochs.csv", "val_auc", "ROC-AUC on validation", "linear"),
+)
+GRADIENTS = (
+    ("steps.csv", "loss", "training loss (nats)", "linear"),
+    ("steps.csv", "grad_norm", "global gradient norm, before clipping", "log"),
+    ("steps.csv", "lr", "learning rate", "linear"),
+)
+
+
+def list_runs(runs_dir) -> list[dict]:
+    """A row for each run folder in `runs_dir`, in the order of their names, which is that of their
+    starts.
+
+    What is over does not change: its row is kept, in the user's cache, until summary.json does. The
+    others are read each time.
+    """
+    store, code = cache_file(runs_dir), file_digest(__file__)
+    kept = read_cache(store)
+    known = kept["rows"] if kept.get("code") == code else {}
+    rows, over = [], {}
+    try:
+        folders = sorted(
+            (entry for entry in os.scandir(runs_dir) if entry.is_dir()),
+            key=lambda entry: entry.name,
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"no folder {runs_dir} (--runs names the one that holds the runs)") from None
+    for entry in folders:
+        stamp = None
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(f"{entry.path}/summary.json")
+            stamp = [status.st_mtime_ns, status.st_size]
+        kept_stamp, row = known.get(entry.name, (None, None))
+        if not stamp or stamp != kept_stamp:
+            row = read_run(Path(entry.path))
+        if stamp and row and row["status"] != "unreadable":
+            over[entry.name] = [stamp, row]
+        if row:
+            rows.append(row)
+    if over != known:
+        write_cache(store, {"code": code, "rows": over})
+    return rows
+
+
+def read_run(run: Path) -> dict:
+    """A run as a flat row: its status, facts of meta.json, config, scores. Empty where there is no
+    config.yaml, so no run.
+    """
+    row = {"run": run.name, "status": "unreadable"}
+    try:
+        try:
+            config = ADDED_KEYS | read_flat_yaml(f"{run}/config.yaml")
+        except FileNotFoundError:
+            return {}
+        meta, summary = read_if_there(f"{run}/meta.json"), read_if_there(f"{run}/summary.json")
+        scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
+        job, data = meta.get("job", {}), meta.get("data")
+        row |= {
+            "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
+            "commit": (meta.get("commit") or "")[:10],
+            "patched": bool(meta.get("uncommitted_patch")),
+            "host": meta.get("machine", {}).get("host"),
+            "submission": (meta.get("submitted") or {}).get("id"),
+            "job": job.get("SLURM_JOB_ID"),
+            "array_index": job.get("SLURM_ARRAY_TASK_ID"),
+            "data": data and hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()[:12],
+            "num_train": meta.get("rows", {}).get("train", {}).get("num"),
+            "num_starts": len(meta.get("earlier_starts", [])) + 1,
+        }
+        found = (
+            row
+            | config
+            | {name: value for name, value in scores.items() if not isinstance(value, list)}
+        )
+        json.dumps(found)  # what YAML takes for a date goes into no table
+        return found | {"status": str(found["status"])}
+    except UNREADABLE as error:  # edited by hand, or of another program
+        say(f"{run} cannot be read: {error}")
+        return row
+
+
+def read_if_there(path: str) -> dict:
+    """The object in a JSON file that need not be there yet; asking first would cost as much as
+    reading.
+    """
+    try:
+        return read_json(path)
+    except FileNotFoundError:
+        return {}
+
+
+@functools.cache
+def _parse_line(line: str):
+    # of which there are too many to remember, and YAML is slow
+    if match := NUMBER_LINE.fullmatch(line):
+        return match[1], float(match[2]) if "." in match[2] else int(match[2])
+    ((key, value),) = yaml.load(line, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items()  # noqa: S506 (safe, written in C)
+    return key, value
+
+
+def read_flat_yaml(path: str) -> dict:
+    """The values of a config.yaml: most of its lines stand in many runs, and each is parsed
+    once.
+    """
+    with open(path, encoding="utf-8") as file:
+        lines = file.read().splitlines()
+    try:
+        return dict(map(_parse_line, lines))
+    except (yaml.YAMLError, AttributeError, ValueError):  # a value over several lines, a comment
+        return read_yaml(path)
+
+
+def scores_so_far(run: Path) -> dict:
+    """What summary.json would say of the epochs that are done: the scores of the best one, over one
+    view.
+    """
+    epochs = read_csv(run / "epochs.csv") if (run / "epochs.csv").is_file() else []
+    best = ([row for row in epochs if row["is_best"] == "1"] or [{}])[-1]
+    scores = {
+        name: float(value) for name, value in best.items() if name.startswith("val_") and value
+    }
+    return {
+        "num_epochs": len(epochs),
+        "num_steps": int(epochs[-1]["step"]) if epochs else 0,
+    } | scores
+
+
+def run_status(run: Path, meta: dict) -> str:
+    """Of a run that is not over: running; interrupted or paused, when it was told to stop and has
+    saved; or dead.
+
+    On its own machine the process tells; from another one the last sign of life counts.
+    """
+    if "stopped" in meta:
+        return meta["stopped"].get("status", "interrupted")
+    if meta.get("process_start") and meta.get("machine", {}).get("host") == platform.node():
+        return "running" if process_start(meta["pid"]) == meta["process_start"] else "dead"
+    signs = [
+        run / name for name in ("steps.csv", "meta.json", "config.yaml") if (run / name).exists()
+    ]
+    return (
+        "running"
+        if time.time() - max(path.stat().st_mtime for path in signs) < SILENT_S
+        else "dead"
+    )
+
+
+def require_column(name: str, rows: list[dict], source: str) -> None:
+    """Raise BadInput where no row has the column, with the nearest that there is."""
+    if name not in HINTS and not any(name in row for row in rows):
+        raise BadInput(f"{source}: no run has {name}{nearest(name, set().union(HINTS, *rows))}")
+
+
+def build_condition(text: str, rows: list[dict]):
+    """`val_auc>0.9` as a function of a row: numbers are compared as numbers, else text; what a row
+    lacks meets only `!=`.
+    """
+    if not (match := CONDITION.fullmatch(text)):
+        raise BadInput(
+            f"--where {text!r}: it must be a name, one of {' '.join(OPERATORS)}, and a value, such"
+            " as 'val_auc>0.9'"
+        )
+    name, sign, wanted = match.groups()
+    require_column(name, rows, f"--where {text!r}")
+
+    def holds(row) -> bool:
+        if (value := row.get(name)) is None:
+            return sign == "!="
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            if not isinstance(value, (str, bool)):
+                return OPERATORS[sign](float(value), float(wanted))
+        return OPERATORS[sign](plain(value), wanted)
+
+    return holds
+
+
+def select_runs(rows: list[dict], conditions=(), sort="run", descending=False) -> list[dict]:
+    """The rows that meet every condition, ordered by a column; those that lack it come last."""
+    if not rows:
+        return []
+    conditions = [build_condition(text, rows) for text in conditions]
+    require_column(sort, rows, f"--sort {sort}")
+    rows = [row for row in rows if all(holds(row) for holds in conditions)]
+    numbers = all(isinstance(row.get(sort), (int, float, type(None))) for row in rows)
+    there = [row for row in rows if row.get(sort) is not None]
+    there.sort(key=lambda row: row[sort] if numbers else plain(row[sort]), reverse=descending)
+    return there + [row for row in rows if row.get(sort) is None]
+
+
+def differing_keys(rows: list[dict], but=frozenset()) -> list[str]:
+    """The config keys in which the rows are not all equal."""
+    return [
+        key
+        for key in HINTS
+        if key not in but and any(row.get(key) != rows[0].get(key) for row in rows)
+    ]
+
+
+def table_of_runs(rows: list[dict]) -> tuple[list[str], list[list]]:
+    """Header and cells: status, the config keys that differ, scores."""
+    header = ["run", "status", *differing_keys(rows, {"name"}), *SHOWN]
+    return header, [[row.get(name) for name in header] for row in rows]
+
+
+def text_table(header, cells) -> str:
+    """Aligned columns for a terminal; numbers in six digits."""
+    lines = [
+        [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
+        for row in (header, *cells)
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def require_alike(rows: list[dict], varied: str) -> None:
+    """Raise BadInput unless these are two or more finished runs, all of which differ in `varied`,
+    and in nothing else.
+    """
+    first, seen = rows[0], {}
+    if len(rows) < 2:
+        raise BadInput(f"{first['run']} is one run: a spread over {varied}s needs at least two")
+    same = {*HINTS, "data"} - FREE_KEYS - {varied} | ({"num_train"} if varied == "seed" else set())
+    for row in rows:
+        if row["status"] != "finished":
+            raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
+        if row.get(varied) is None:
+            raise BadInput(f"{row['run']} says nothing of its {varied}")
+        if (other := seen.setdefault(row[varied], row)) is not row:
+            raise BadInput(
+                f"{other['run']} and {row['run']} share {varied} {row[varied]}: that is one result,"
+                " not two"
+            )
+        if wrong := [key for key in sorted(same) if row.get(key) != first.get(key)]:
+            ours, theirs = (plain(each.get(wrong[0])) for each in (first, row))
+            values = f"{wrong[0]} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}"
+            raise BadInput(f"{values}: runs that are averaged may differ in {varied} alone")
+
+
+def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
+    """{score: {mean, deviation, low, high, num}} over runs that differ in `varied` alone. Raises
+    BadInput for others.
+    """
+    from lib.metrics import mean_interval
+
+    require_alike(rows, varied)
+    names = [
+        f"val_{name}"
+        for name in SCORES
+        if name not in COUNTS and rows[0].get(f"val_{name}") is not None
+    ]
+    for row, name in ((row, name) for row in rows for name in names):
+        if type(row.get(name)) not in (int, float):
+            raise BadInput(f"{row['run']}: {name} is {row.get(name)!r}, which is no score")
+    return {name: mean_interval([row[name] for row in rows]) for name in names}
+
+
+def read_curves(path: Path, curves) -> list[dict]:
+    """The rows of a CSV file that a curve is drawn of; none, with a sentence, where it holds
+    anything else.
+    """
+    try:
+        rows = read_csv(path)
+        for row in rows:
+            list(
+                map(
+                    float,
+                    [
+                        row["step"],
+                        *(
+                            row[name]
+                            for file, name, *_ in curves
+                            if file == path.name and row[name]
+                        ),
+                    ],
+                )
+            )
+        return rows
+    except UNREADABLE as error:
+        say(f"{path} cannot be drawn: {one_line(error)}")
+        return []
+
+
+def write_together(path, title: str, shown, runs: list[Path], curves, remark: str = "") -> Path:
+    """A page with a table, (header, cells), and the runs' curves drawn together. Raises BadInput
+    for too many to tell apart.
+    """
+    from lib.blocks import note, picture, section, table, write_page
+    from lib.figures import figure_png, plot_together
+
+    if not 0 < len(runs) <= MOST_DRAWN:
+        raise BadInput(
+            f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where"
+            " chooses)"
+        )
+    files = [
+        (run, name)
+        for run in runs
+        for name in dict.fromkeys(curve[0] for curve in curves)
+        if (run / name).is_file()
+    ]
+    tables = {
+        (run.name, name): rows for run, name in files if (rows := read_curves(run / name, curves))
+    }
+    drawn = picture(
+        figure_png(plot_together(tables, curves)), ", ".join(curve[2] for curve in curves)
+    )
+    return write_page(
+        path, title, [section("Runs", table(*shown), note(remark)), section("Curves", drawn)]
+    )
