@@ -189,7 +189,7 @@ def audit_data(args) -> int:
 
 def list_sources() -> int:
     """Every source has its control: 0; one has lost it: 1."""
-    from lib.audit.sources import find_sources
+    from lib.audit.twin import find_sources
     from lib.rundir import REPOSITORY
 
     findings = find_sources(REPOSITORY)

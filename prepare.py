@@ -162,7 +162,7 @@ def run_download(args) -> int:
     from lib.files import read_json
     from lib.pcam import SPLITS
     from lib.prepare.download import ZENODO, WrongContent, download
-    from lib.prepare.verify import OFFICIAL
+    from lib.published import OFFICIAL
 
     splits = args.splits.split(",")
     if wrong := [split for split in splits if split not in SPLITS]:

@@ -113,11 +113,14 @@ def main(argv=None) -> int:
             f"{folder}/plan.json: {len(plan['trials'])} trials, rungs of {plan['rungs']} epochs,"
             f" SHA-256 {plan['sha256']}"
         )
+        planned = search.load_sweep(folder, "runs")
+        num_rows = [planned.num_rows(rung) for rung in range(planned.num_rungs + 1)]
         print_result(
             {
                 "plan": str(folder / "plan.json"),
                 "sha256": plan["sha256"],
                 "num_trials": len(plan["trials"]),
+                "num_rows": num_rows,
             }
         )
         return EXIT_DONE

@@ -105,8 +105,6 @@ def say_no_slurm(variables: dict[str, str]) -> None:
 
 def sweep(variables: dict[str, str]) -> int:
     """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
-    from lib.sweep.search import load_sweep
-
     if variables["NUM_RANKS"] != "1":
         raise BadInput("NUM_RANKS: the trials of a search have one rank each")
     overrides = [
@@ -123,10 +121,10 @@ def sweep(variables: dict[str, str]) -> int:
         name,
         *overrides,
     ]
-    if code := subprocess.run(planning, stdout=subprocess.DEVNULL).returncode:
-        return code
-    planned = load_sweep(Path("sweeps") / name, "runs")
-    num_rows = [planned.num_rows(rung) for rung in range(planned.num_rungs + 1)]
+    planned = subprocess.run(planning, stdout=subprocess.PIPE, text=True)
+    if planned.returncode:
+        return planned.returncode
+    num_rows = json.loads(planned.stdout.splitlines()[-1])["num_rows"]
     if not slurm.has_slurm():
         say_no_slurm(variables)
         stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])

@@ -15,6 +15,7 @@ from conftest import draw_patches, run_script
 import audit
 from lib.audit import model as model_audit
 from lib.audit import model_page, shortcut, slices
+from lib.audit.resampling import draw_weights, resampled_curves, with_itself
 from lib.audit.shortcut import (
     judge_shortcuts,
     map_evidence,
@@ -25,13 +26,7 @@ from lib.audit.shortcut import (
 from lib.audit.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows, group_of_rows
-from lib.calibration import (
-    calibration_scores,
-    choose_threshold,
-    draw_weights,
-    resampled_curves,
-    with_itself,
-)
+from lib.calibration import calibration_scores, choose_threshold
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
 from lib.figures import patch_png

@@ -5,18 +5,20 @@ intervals cover.
 import numpy as np
 import pytest
 
-from lib.calibration import (
+from lib.audit.resampling import (
     at_prevalence,
+    draw_weights,
+    interval,
+    resampled_curves,
+    resampled_scores,
+)
+from lib.calibration import (
     calibration_scores,
     choose_threshold,
     decision_scores,
-    draw_weights,
     fit_scaling,
     fit_temperature,
-    interval,
     reliability,
-    resampled_curves,
-    resampled_scores,
 )
 from lib.metrics import compute_auc, compute_metrics, curve_points, sigmoid
 

@@ -39,11 +39,7 @@ def imports(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}: relative import"
-            names |= (
-                {f"{node.module}.{alias.name}" for alias in node.names}
-                if node.module == "lib"
-                else {node.module}
-            )
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
@@ -81,6 +77,8 @@ def local_imports(path: Path) -> set[str]:
 
 def chapter_of(module: str) -> str:
     """The folder of lib/ that a module stands in; empty for the core."""
+    if module == "lib":
+        return ""
     return (
         module.split(".")[1]
         if module.count(".") > 1 or (REPOSITORY / module.replace(".", "/")).is_dir()

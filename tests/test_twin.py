@@ -14,7 +14,7 @@ from conftest import QUICK, REPOSITORY, run_script
 
 import audit
 from lib import batches
-from lib.audit import replay, sources, twin
+from lib.audit import replay, twin
 from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.files import read_csv, write_csv
 
@@ -320,7 +320,7 @@ def test_every_source_has_its_control(tmp_path, capsys):
         path.read_text().replace("torch.manual_seed(position_seed(*position, shard))", "pass")
     )
     assert [
-        found["check"] for found in sources.find_sources(tmp_path) if found["severity"] == "error"
+        found["check"] for found in twin.find_sources(tmp_path) if found["severity"] == "error"
     ] == ["dropout"]
 
 

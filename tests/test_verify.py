@@ -8,7 +8,8 @@ from conftest import draw_patches, write_pcam
 from lib.command import BadInput
 from lib.files import file_digest
 from lib.pcam import SplitWriter, open_images, split_path, write_meta
-from lib.prepare.verify import OFFICIAL, verify_folder
+from lib.prepare.verify import verify_folder
+from lib.published import OFFICIAL
 
 CAMELYON = {
     "train": "camelyon16_train_normal_001",

@@ -11,6 +11,13 @@ import torch
 
 from lib.audit import finding
 from lib.audit.model_page import plot_errors, write_model_page
+from lib.audit.resampling import (
+    PREVALENCES,
+    at_prevalence,
+    estimate,
+    resampled_curves,
+    resampled_scores,
+)
 from lib.audit.shortcut import check_shortcuts, map_evidence
 from lib.audit.slices import (
     JUDGED,
@@ -24,17 +31,12 @@ from lib.audit.slices import (
 )
 from lib.batches import fold_of_rows, group_of_rows
 from lib.calibration import (
-    PREVALENCES,
-    at_prevalence,
     calibrate,
     calibration_scores,
     choose_threshold,
-    estimate,
     fit_scaling,
     fit_temperature,
     reliability,
-    resampled_curves,
-    resampled_scores,
 )
 from lib.checkpoint import checkpoint_path, load_model, warn_of_views
 from lib.command import BadInput, without_nan

@@ -8,9 +8,9 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.survey import Survey
+from lib.damage import alter_patch
 from lib.files import write_csv
 from lib.pcam import SplitWriter
-from lib.prepare.synthetic import alter_patch
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
 TRIGGER_SIDE = 4

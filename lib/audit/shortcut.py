@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 
 from lib.audit import finding
+from lib.audit.resampling import draw_weights, estimate, resampled_scores, with_itself
 from lib.audit.slices import Answers
 from lib.augment import VIEW_SHIFT, eight_views
-from lib.calibration import draw_weights, estimate, resampled_scores, with_itself
 from lib.metrics import sigmoid
 from lib.pcam import Split
 from lib.progress import Progress

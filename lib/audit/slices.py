@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.audit.copies import BLOCK
+from lib.audit.resampling import draw_weights, estimate, resampled_scores, with_itself
 from lib.batches import fold_of_rows
-from lib.calibration import draw_weights, estimate, resampled_scores, with_itself
 from lib.features import (
     NAMES,
     colour_statistics,

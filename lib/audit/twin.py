@@ -24,6 +24,7 @@ from lib.files import read_csv, read_json
 from lib.predict import predict_rows
 from lib.rundir import find_run, is_finished, resume_config
 from lib.seeding import set_determinism
+from lib.sources import locate_sources
 from lib.trace import KEPT, QUANTITIES
 
 SHORT = {
@@ -352,3 +353,17 @@ def compare(
             )
         )
     return result, findings
+
+
+def find_sources(repository: Path) -> list[dict]:
+    """A finding for each source with the file:line of its control; an error where that statement is
+    not there any more.
+    """
+    findings = []
+    for row in locate_sources(lambda name: (repository / name).read_text()):
+        measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
+        rows = [{"where": where} for where in row["where"]]
+        findings.append(
+            finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows)
+        )
+    return findings

@@ -22,7 +22,6 @@ import numpy as np
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import control_groups
-from lib.jobs import slurm
 from lib.progress import Progress
 from lib.rundir import REPOSITORY, environment
 
@@ -319,12 +318,12 @@ def describe_job(machine: dict) -> dict:
     date, commit, versions.
     """
     about, node_type = environment(), machine["cpu"]
-    with contextlib.suppress(BadInput, OSError, KeyError):  # a shell of salloc is on no node
-        told = (
-            slurm.run_command("scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"])
-            if about["job"]
-            else ""
-        )
+    # a shell of salloc is on no node
+    with contextlib.suppress(subprocess.SubprocessError, OSError, KeyError):
+        told = ""
+        if about["job"]:
+            command = ["scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]]
+            told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         features = dict(item.split("=", 1) for item in told.split() if "=" in item).get(
             "ActiveFeatures", "(null)"
         )

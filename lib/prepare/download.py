@@ -14,8 +14,8 @@ from lib.command import BadInput, one_line, say
 from lib.files import atomic_write, file_digest
 from lib.pcam import PATCH_BYTES, sole_writer, split_path
 from lib.prepare.ingest import require_space
-from lib.prepare.verify import OFFICIAL
 from lib.progress import Progress
+from lib.published import OFFICIAL
 
 ZENODO = "https://zenodo.org/records/2546921/files/NAME?download=1"
 NUM_TRIES, LONGEST_WAIT_S = 6, 60.0

@@ -11,7 +11,6 @@ Everything is a function of (seed, split, slide): no slide depends on another, a
 gives the same bytes.
 """
 
-import io
 import math
 import shutil
 import tempfile
@@ -24,9 +23,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from lib.command import BadInput
+from lib.damage import alter_patch
 from lib.files import write_csv
 from lib.pcam import SPLITS, SplitWriter, sole_writer
 
@@ -468,28 +467,6 @@ def cut_patches(
         f"{slide.name} has {len(kept[0])} negative and {len(kept[1])} positive patches, asked for"
         f" {wanted}"
     )
-
-
-def alter_patch(
-    kind: str, image: np.ndarray, rng, least_quality: int = 70
-) -> tuple[np.ndarray, str]:
-    """A patch uint8 (96, 96, 3) symmetric, brightened, recompressed or, as any other kind, the
-    same: (copy, words for it).
-    """
-    if kind == "symmetric":
-        turns, mirrored = divmod(int(rng.integers(1, 8)), 2)
-        return (
-            np.rot90(image, turns)[:, :: 1 - 2 * mirrored],
-            f"turned {90 * turns}{' mirrored' * mirrored}",
-        )
-    if kind == "brightened":
-        factor = rng.uniform(1.02, 1.1)
-        return np.minimum(image * factor + 0.5, 255).astype(np.uint8), f"times {factor:.3f}"
-    if kind == "recompressed":
-        buffer, quality = io.BytesIO(), int(rng.integers(least_quality, 96))
-        Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        return np.asarray(Image.open(buffer)), f"quality {quality}"
-    return image, "same bytes"
 
 
 def _copy_patch(kind, slide, image, yx, rng):

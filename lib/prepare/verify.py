@@ -6,28 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from lib.files import file_digest
-from lib.pcam import Split, open_split, require_splits, split_path
+from lib.pcam import open_split, require_splits
 from lib.progress import Progress
-
-# Zenodo record 2546921: rows, MD5 of the meta CSV, and of x and y packed (.h5.gz) and unpacked
-# (.h5). Tables in which valid and test are exchanged are about; the slide names decide
-OFFICIAL = {
-    "train": {"rows": 262_144, "meta": "5a3dd671e465cfd74b5b822125e65b0a",
-              "x": ("1571f514728f59376b705fc836ff4b63", "01844da899645b4d6f84946d417ba453"),
-              "y": ("35c2d7259d906cfc8143347bb8e05be7", "0781386bf6c2fb62d58ff18891466aca")},
-    "valid": {"rows": 32_768, "meta": "67589e00a4a37ec317f2d1932c7502ca",
-              "x": ("d5b63470df7cfa627aeec8b9dc0c066e", "81cf9680f1724c40673f10dc88e909b1"),
-              "y": ("2b85f58b927af9964a4c15b8f7e8f179", "94d8aacc249253159ce2a2e78a86e658")},
-    "test": {"rows": 32_768, "meta": "3455fd69135b66734e1008f3af684566",
-             "x": ("d8c2d60d490dbd479f8199bdfa0cf6ec", "2614b2e6717d6356be141d9d6dbfcb7e"),
-             "y": ("60a7035772fbdb7f34eb86d4420cf66a", "11ed647efe9fe457a4eb45df1dba19ba")},
-}  # fmt: skip
-SLIDE_PREFIX = {
-    "train": "camelyon16_train_",
-    "valid": "camelyon16_train_",
-    "test": "camelyon16_test_",
-}
+from lib.published import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
 
 
 def verify_folder(
@@ -73,36 +54,3 @@ def verify_folder(
         }
         rows.append(row)
     return rows, findings
-
-
-def compare_slide_names(split: Split) -> str:
-    """`match` where all slides are named as those of the published split, `swapped` where any as
-    another's, or `unknown`.
-    """
-    slides = () if split.slides is None else np.unique(split.slides)
-    if len(slides) and all(slide.startswith(SLIDE_PREFIX[split.name]) for slide in slides):
-        return "match"
-    others = tuple(set(SLIDE_PREFIX.values()) - {SLIDE_PREFIX[split.name]})
-    return "swapped" if any(slide.startswith(others) for slide in slides) else "unknown"
-
-
-def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
-    """What in a split is not the published file, each as a sentence that says whose the file is if
-    it is another split's.
-    """
-    findings = []
-    for part in ("x", "y", "meta"):
-        if not (path := split_path(directory, split, part)).exists():
-            continue
-        published = {
-            other: sums[part] if part == "meta" else sums[part][1]
-            for other, sums in official.items()
-        }
-        if (found := file_digest(path, "md5")) != published[split]:
-            owner = next(
-                (f", it is that of {other}" for other, md5 in published.items() if md5 == found), ""
-            )
-            findings.append(
-                f"{path.name}: MD5 {found} is not the published {published[split]}{owner}"
-            )
-    return findings

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from lib import figures
-from lib.audit.sources import locate_sources
 from lib.command import BadInput, one_line
 from lib.config import plain
 from lib.metrics import compute_confusion
 from lib.report.evidence import CHAMPION, KEPT, Evidence, commits, find_code, git, read_code
 from lib.report.parts import Code, Figure, Grid, Words
 from lib.report.runs import GRADIENTS, SHOWN_SCORES, average_scores, read_run
+from lib.sources import locate_sources
 
 CANNOT = "**Cannot be answered**, a file that it cites is damaged"
 # what damage in evidence provokes

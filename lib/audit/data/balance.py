@@ -10,7 +10,7 @@ from lib.audit import finding
 from lib.audit.survey import Survey
 from lib.batches import Rows, epoch_order
 from lib.config import Config
-from lib.prepare.verify import OFFICIAL
+from lib.published import OFFICIAL
 
 # a shift of prior counts if it is beyond chance and larger than this
 PRIOR_SIGMA, PRIOR_SHIFT = 4, 0.03

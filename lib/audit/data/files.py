@@ -20,7 +20,7 @@ from lib.pcam import (
     read_rows,
     split_path,
 )
-from lib.prepare.verify import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
+from lib.published import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
 
 # patches that are packed anew to measure what that would give, and read one by one
 TRIED_ROWS, READ_AT_RANDOM = 2048, 256

@@ -2,10 +2,6 @@
 found in the source itself.
 """
 
-from pathlib import Path
-
-from lib.audit import finding
-
 # source | control | file: statement that controls it
 SOURCES = """
 python's generator | seeded from the config | lib/seeding.py: random.seed(seed)
@@ -60,17 +56,3 @@ def locate_sources(read) -> list[dict]:
             }
         )
     return rows
-
-
-def find_sources(repository: Path) -> list[dict]:
-    """A finding for each source with the file:line of its control; an error where that statement is
-    not there any more.
-    """
-    findings = []
-    for row in locate_sources(lambda name: (repository / name).read_text()):
-        measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
-        rows = [{"where": where} for where in row["where"]]
-        findings.append(
-            finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows)
-        )
-    return findings
