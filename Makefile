@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
+.PHONY: help setup test test-all lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
 .PHONY: checklist journal demo-journal clean audit-model prove-model prove-gpu
 
 SEED ?= 1
@@ -45,7 +45,10 @@ setup: $(setup_done)  ## make .venv with the pinned packages
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
-test: $(test_setup_done)  ## run all tests
+test: $(test_setup_done)  ## run the fast tests
+	$(run) here -m pytest -n 3 --dist loadfile -m "not (slow or slurm or browser or cuda)"
+
+test-all: $(test_setup_done)  ## run all tests, those on a real Slurm and in a browser too
 	$(run) here -m pytest -n 3 --dist loadfile
 
 lint: $(test_setup_done)  ## check style, format and the CI workflow

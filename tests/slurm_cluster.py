@@ -20,10 +20,16 @@ missing = [
     name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
 ]
 # REQUIRE_SLURM is what CI sets: there a missing program is a failure
-needs_slurm = pytest.mark.skipif(
+without_slurm = pytest.mark.skipif(
     bool(missing) and not os.environ.get("REQUIRE_SLURM"),
     reason=f"needs slurm-wlm and munge ({', '.join(missing)} not found)",
 )
+
+
+def needs_slurm(test):
+    """Mark a test that runs on a real Slurm."""
+    return pytest.mark.slurm(without_slurm(test))
+
 
 # cred_expire is how long a requeued job waits before it starts again; config_overrides lets the
 # nodes have more cores than the machine; `urgent` preempts what runs on the GPU node, whose GPU is

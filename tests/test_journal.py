@@ -657,6 +657,7 @@ def test_patches_are_published_only_where_the_team_names_them(copy):
     )
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_the_page_opens_by_itself_without_an_error(made, tmp_path):
     page = (made / "journal.html").read_text()

@@ -4,13 +4,15 @@ repository.
 
 import ast
 import dataclasses
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import QUICK, REPOSITORY
 
 from lib.config import Config
 
@@ -215,3 +217,28 @@ def test_the_readme_mentions_every_script(script):
     if not readme.exists():
         pytest.skip("README.md is not written yet")
     assert script in readme.read_text()
+
+
+@pytest.mark.slow
+def test_without_any_chapter_training_resumption_and_prediction_work(pcam_dir, tmp_path):
+    chapters = [path for path in (REPOSITORY / "lib").iterdir() if (path / "__init__.py").exists()]
+    assert len(chapters) > 5
+    for path in [
+        *LIB,
+        *(REPOSITORY / name for name in ("train.py", "inference.py", "config.yaml")),
+    ]:
+        if not any(path.is_relative_to(chapter) for chapter in chapters):
+            copy = tmp_path / "code" / path.relative_to(REPOSITORY)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+
+    def run(script, *arguments) -> dict:
+        command = [sys.executable, str(tmp_path / "code" / script), *map(str, arguments)]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    paused = run("train.py", f"data_dir={pcam_dir}", *QUICK, "--until-epoch", 1)
+    resumed = run("train.py", "--resume", paused["run"])
+    assert resumed["status"] == "finished"
+    assert run("inference.py", "--ckpt", resumed["run"], pcam_dir, "--split", "valid")["num"] == 64
