@@ -182,8 +182,8 @@ def run_download(args) -> int:
 
 
 def run_synthetic(args) -> int:
+    from lib.files import require_space
     from lib.pcam import PATCH_BYTES
-    from lib.prepare.ingest import require_space
     from lib.prepare.synthetic import SyntheticPlan, write_synthetic
     from lib.progress import Progress
 

@@ -212,12 +212,12 @@ def report_journal(args) -> int:
 
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
+    from lib.blocks import text_table
     from lib.report.runs import (
         CURVES,
         list_runs,
         select_runs,
         table_of_runs,
-        text_table,
         write_together,
     )
 
@@ -238,6 +238,7 @@ def report_runs(args) -> int:
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
+    from lib.blocks import text_table
     from lib.report.runs import (
         GRADIENTS,
         SHOWN_SCORES,
@@ -245,7 +246,6 @@ def report_spread(args) -> int:
         list_runs,
         read_run,
         select_runs,
-        text_table,
         write_together,
     )
     from lib.rundir import find_run

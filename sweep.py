@@ -9,7 +9,6 @@ python sweep.py champion NAME [--finish] [--open-test]
 import argparse
 import getpass
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,12 +21,13 @@ from lib.command import (
     place,
     positive,
     print_result,
+    run_script,
     say,
     script,
 )
 from lib.config import DEFAULT_PATH, load_config
 from lib.files import read_json, utc_now, write_json
-from lib.rundir import REPOSITORY, git_state
+from lib.rundir import git_state
 from lib.sweep import search
 
 
@@ -248,24 +248,15 @@ def open_test(sweep, champion: dict, args) -> dict:
             ) from None
         opening = first
     out = sweep.folder / "test_predictions.csv"
-    command = [
-        sys.executable,
-        str(REPOSITORY / "inference.py"),
-        "--ckpt",
-        champion["run"],
-        data,
-        "--split",
-        "test",
-    ]
-    found = subprocess.run(
-        [*command, "--out", str(out), "--device", args.device], stdout=subprocess.PIPE, text=True
-    )
-    scores = json.loads(found.stdout.splitlines()[-1]).get("scores") if found.stdout else None
-    if not scores:
+    inputs = ("--ckpt", champion["run"], data, "--split", "test")
+    outputs = ("--out", out, "--device", args.device)
+    try:
+        scores = run_script("inference.py", *inputs, *outputs, shows_progress=True)["scores"]
+    except BadInput:  # inference.py has said why
         raise BadInput(
             f"{champion['run']} could not be scored on the test split of {data}; the opening stands"
             f" in {record}"
-        )
+        ) from None
     opening |= {"auc": scores["auc"], "scores": scores, "predictions": str(out)}
     write_json(record, opening)
     return opening

@@ -2,16 +2,25 @@
 small, each skipped once its result is there. Nothing of it says anything about real tissue."""
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, place, print_result, say, script
+from lib.bundle import RUN_FILES
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    REPOSITORY,
+    BadInput,
+    Parser,
+    place,
+    print_result,
+    run_script,
+    say,
+    script,
+)
 from lib.files import read_json
-from lib.report.handover import RUN_FILES
-from lib.rundir import REPOSITORY
 
 REMARK = "Synthetic patches, drawn by prepare.py."
 PLANTED = {
@@ -58,26 +67,19 @@ def main(argv=None) -> int:
     return make_demo(Path(parser.parse_args(argv).folder), SIZES, TRAINING, SEARCHED, TWIN)
 
 
-def call(name: str, *arguments, codes=(EXIT_DONE,)) -> bool:
-    """Run a script of the repository; whether it ended with one of these codes."""
-    say(f"demo: {name} {' '.join(map(str, arguments))}")
-    command = [sys.executable, str(REPOSITORY / name), *map(str, arguments)]
-    return (
-        subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, check=False).returncode
-        in codes
-    )
-
-
 def make(product, name: str, *arguments, codes=(EXIT_DONE,), needed=True) -> None:
     """Run a script unless its product is there. Raises BadInput where it fails, unless the journal
     can do without.
     """
-    if product and not product.exists() and not call(name, *arguments, codes=codes):
+    if product and product.exists():
+        return
+    call = " ".join(map(str, (name, *arguments)))
+    say(f"demo: {call}")
+    try:
+        run_script(name, *arguments, codes=codes, shows_progress=True)
+    except BadInput:  # the script has said why
         if needed:
-            raise BadInput(
-                f"{name} {' '.join(map(str, arguments))} failed: mend that, and call this again to"
-                " go on from there"
-            )
+            raise BadInput(f"{call} failed: mend that, and call this again to go on") from None
         say(f"note: {product} could not be made; the journal says so")
 
 
@@ -198,8 +200,7 @@ def make_demo(
     (folder / "journal.yaml").write_text(
         yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    if not call("report.py", "journal", folder):
-        raise BadInput(f"report.py journal {folder} failed")
+    make(None, "report.py", "journal", folder)
     print_result(
         {
             "journal": str(folder / "JOURNAL.md"),

@@ -2,10 +2,11 @@
 elsewhere.
 """
 
+import base64
 import html
 from pathlib import Path
 
-from lib.figures import data_uri
+from lib.config import plain
 from lib.files import atomic_write
 
 STYLE = """
@@ -73,8 +74,23 @@ def table(header, rows, kind: str = "") -> str:
     return f"<table{f' class={kind}' * bool(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
+def text_table(header, cells) -> str:
+    """Aligned columns for a terminal; numbers in six digits."""
+    lines = [
+        [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
+        for row in (header, *cells)
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def is_words(cell) -> bool:
     return isinstance(cell, str) and (" " in cell or cell[:1].isalpha())
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG as the text that an <img> takes in place of a file."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def picture(png: bytes, description: str) -> str:

@@ -9,9 +9,12 @@ import json
 import math
 import os
 import signal
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 # Ctrl-C; preemption, scancel; the time limit ahead
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -100,6 +103,32 @@ def print_result(result: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             say(f"warning: the result could not be printed ({one_line(error)})")
+
+
+def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeout_s=None) -> dict:
+    """The JSON object that a Python program prints last; `name` is its path, absolute or below the
+    repository.
+
+    With `shows_progress` the program writes to this process's stderr. No .pyc is written beside it.
+    Raises BadInput with the program's last words where it prints no object, ends with none of
+    `codes`, or runs longer than `timeout_s` seconds.
+    """
+    command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if shows_progress else subprocess.PIPE}
+    try:
+        ended = subprocess.run(
+            command, **pipes, text=True, errors="replace", timeout=timeout_s, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"{name} did not end within {timeout_s} s") from None
+    try:
+        result = json.loads(ended.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        result = {}
+    if ended.returncode not in codes or not result:
+        error = result.get("error") or last_line(ended.stderr or "").removeprefix("error: ")
+        raise BadInput(error)
+    return result
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -2,7 +2,6 @@
 images for a page or a file.
 """
 
-import base64
 import io
 import math
 import textwrap
@@ -62,11 +61,6 @@ def patch_png(patch: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(patch).save(buffer, format="png")
     return buffer.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as the text that an <img> takes in place of a file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:

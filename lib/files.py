@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,23 @@ def require_writable(path) -> None:
 def _beside(path) -> str:
     path = Path(path)
     return f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
+
+
+def nearest_folder(path) -> Path:
+    """`path` or the closest folder above it that is there already."""
+    return next(
+        folder for folder in (Path(path), *Path(path).absolute().parents) if folder.is_dir()
+    )
+
+
+def require_space(directory, num_bytes: int) -> None:
+    """Raise BadInput where fewer than `num_bytes` are free."""
+    free = shutil.disk_usage(nearest_folder(directory)).free
+    if num_bytes > free:
+        raise BadInput(
+            f"{directory}: {num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
+            " there"
+        )
 
 
 def try_lock(file) -> bool:

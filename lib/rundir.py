@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.command import BadInput, nearest, one_line, print_result, say
+from lib.command import REPOSITORY, BadInput, nearest, one_line, print_result, say
 from lib.config import (
     ADDED_KEYS,
     Config,
@@ -26,7 +26,6 @@ from lib.config import (
 )
 from lib.files import atomic_write, read_json, try_lock, utc_now, write_json
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
 JOB_VARIABLES = (
     "SLURM_CLUSTER_NAME",

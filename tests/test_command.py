@@ -12,7 +12,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from lib.command import BadInput, Parser, print_result, script
+from lib.command import BadInput, Parser, print_result, run_script, script
 
 SMALLER = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
 
@@ -122,3 +122,36 @@ def test_a_reader_that_has_gone_away_leaves_a_refusal_clear_and_no_library_was_n
     )
     os.close(writer)
     assert (result.returncode, result.stderr) == (2, "error: no such thing\n")
+
+
+@pytest.mark.parametrize(
+    "code, last_words",
+    [
+        ('print(\'{"error": "no such run"}\'); raise SystemExit(2)', "no such run"),
+        ("import absent_module", "absent_module"),
+        ("raise SystemExit('error: no disk')", "^no disk$"),
+        ("print('{\"rows\": 3}'); raise SystemExit(1)", None),
+        ("print('half a line')", None),
+    ],
+)
+def test_a_program_that_fails_is_bad_input_in_its_own_words(code, last_words, tmp_path):
+    (tmp_path / "program.py").write_text(code)
+    with pytest.raises(BadInput, match=last_words):
+        run_script(tmp_path / "program.py")
+
+
+def test_a_program_that_does_not_end_is_stopped(tmp_path):
+    (tmp_path / "program.py").write_text("import time; time.sleep(60)")
+    with pytest.raises(BadInput, match="program.py"):
+        run_script(tmp_path / "program.py", timeout_s=0.5)
+
+
+def test_of_a_program_the_last_line_is_read(tmp_path, capfd):
+    program = tmp_path / "program.py"
+    program.write_text("import json, sys\nprint('text')\nprint(json.dumps({'got': sys.argv[1:]}))")
+    program.write_text(program.read_text() + "\nprint('a line', file=sys.stderr)\nsys.exit(1)")
+    for shows_progress in (False, True):
+        result = run_script(program, "a", 1, codes=(0, 1), shows_progress=shows_progress)
+        assert result == {"got": ["a", "1"]}
+        assert capfd.readouterr().err == "a line\n" * shows_progress
+    assert [path.name for path in tmp_path.iterdir()] == ["program.py"]

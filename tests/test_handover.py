@@ -19,9 +19,10 @@ import pytest
 from conftest import REPOSITORY, run_script
 
 from lib.audit.checklist import audit_checklist
+from lib.bundle import NEEDED, tracked_files
 from lib.command import BadInput
 from lib.files import file_digest, read_csv, read_json
-from lib.report.handover import NEEDED, fetch_wheels, tracked_files, write_handover
+from lib.report.handover import fetch_wheels, write_handover
 
 PYTHON = "{}.{}".format(*sys.version_info)
 SYSTEM = f"manylinux_2_28_{os.uname().machine}"

@@ -57,6 +57,11 @@ def list_files(stick):
                 yield path
 
 
+def fail(code, sentence, result):
+    say(f"error: {sentence}")
+    return code, dict(result, error=sentence)
+
+
 def check_files(stick):
     """{"changed", "missing", "additional": names} against SHA256SUMS."""
     with open(
@@ -135,31 +140,25 @@ def main():
     )
     args = parser.parse_args()
     if not os.path.isfile(os.path.join(args.stick, SUMS)):
-        say(
-            f"error: {args.stick} has no {SUMS}: it was not written to its end, or it is no"
-            " handover folder"
-        )
-        return 2, {}
+        sentence = "it was not written to its end, or it is no handover folder"
+        return fail(2, f"{args.stick} has no {SUMS}: {sentence}", {})
     if args.predictions:
         with open(os.path.join(args.stick, "stick.json"), encoding="utf-8") as file:
             result = check_predictions(args.predictions, args.stick, json.load(file)["tolerance"])
         if result["wrong"]:
-            say(
-                f"error: {len(result['wrong'])} of {result['num_patches']} sample patches get"
-                " another answer here"
-            )
-        return bool(result["wrong"]), result
+            counts = f"{len(result['wrong'])} of {result['num_patches']}"
+            return fail(1, f"{counts} sample patches get another answer here", result)
+        return 0, result
     result = check_files(args.stick)
     num_wrong = sum(len(result[kind]) for kind in ("changed", "missing", "additional"))
     if num_wrong:
-        say(f"error: {num_wrong} files are not as they were written; nothing is installed or run")
-        return 1, result
+        sentence = "files are not as they were written; nothing is installed or run"
+        return fail(1, f"{num_wrong} {sentence}", result)
     if args.python:
         with open(os.path.join(args.stick, "stick.json"), encoding="utf-8") as file:
             misfit = check_python(json.load(file))
         if misfit:
-            say(f"error: {misfit}")
-            return 2, result
+            return fail(2, misfit, result)
     say(f"{result['num_files']} files are as they were written")
     return 0, result
 

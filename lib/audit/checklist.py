@@ -3,17 +3,14 @@ submitted.
 """
 
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from lib.audit import finding
+from lib.bundle import RUN_FILES, SUMS, predict_samples, read_wheels, tracked_files
 from lib.checkpoint import load_model
-from lib.command import BadInput, last_line
+from lib.command import EXIT_DONE, EXIT_FINDING, REPOSITORY, BadInput, run_script
 from lib.files import file_digest, read_csv, read_json
-from lib.report.handover import RUN_FILES, SUMS, read_wheels, tracked_files
-from lib.rundir import REPOSITORY
 
 PARTS = (
     "run.sh",
@@ -30,6 +27,7 @@ VERIFY = REPOSITORY / "jobs" / "stick" / "verify.py"
 SLURM = re.compile(r"(?m)^#SBATCH |\bSLURM_[A-Z]")  # what only a job knows
 IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*src=[\"']?([^\"'\s>]+)")
 SECONDS = 300
+CHAMPION = "assets/champion"
 
 
 def judge(check: str, missing: str, evidence: str, advice: str = "", rows=()) -> dict:
@@ -43,95 +41,95 @@ def judge(check: str, missing: str, evidence: str, advice: str = "", rows=()) ->
     )
 
 
-def run_python(*arguments, folder=None) -> subprocess.CompletedProcess:
-    """A Python program run to its end, nothing written beside it."""
-    command = [sys.executable, "-B", *map(str, arguments)]
+def attempt(check, *arguments) -> tuple[str, str]:
+    """(error, evidence) of a check that returns its evidence, or raises BadInput."""
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=folder, timeout=SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(
-            command, 1, "", f"error: it did not end within {SECONDS} s"
-        )
+        return "", check(*arguments)
+    except BadInput as error:
+        return str(error), ""
+
+
+def verify(folder: Path, *arguments) -> dict:
+    """What verify.py prints of a bundle; `error` is there where something is wrong with it."""
+    codes = (EXIT_DONE, EXIT_FINDING)
+    try:
+        return run_script(VERIFY, "--stick", folder, *arguments, codes=codes, timeout_s=SECONDS)
+    except BadInput as error:
+        return {"error": str(error)}
+
+
+def check_packages(folder: Path) -> str:
+    made_for = read_json(folder / "stick.json")
+    packages = read_wheels(folder / "wheels", made_for["machine"], made_for["python"])
+    columns = ("package", "version", "licence")
+    listed = [[row[name] for name in columns] for row in read_csv(folder / "packages.csv")]
+    if listed != [[package[name] for name in columns] for package in packages]:
+        raise BadInput("packages.csv does not list what is in wheels/")
+    num_bytes = sum(package["bytes"] for package in packages)
+    return f"{len(packages)} packages, {num_bytes:,} bytes, for {made_for['platform']}"
+
+
+def check_card(folder: Path) -> str:
+    card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    digest = file_digest(folder / "model" / "best.pt")
+    auc = f"{read_json(folder / 'model' / 'summary.json')['val_auc']:.4f}"
+    if digest not in card or auc not in card:
+        raise BadInput(f"it does not hold the checkpoint's SHA-256 {digest} and AUC {auc}")
+    return f"of the checkpoint {digest[:12]}, AUC {auc}"
+
+
+def check_samples(folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        predictions = Path(scratch, "predictions.csv")
+        predict_samples(folder, predictions, SECONDS)
+        compared = verify(folder, "--predictions", predictions)
+    if "error" in compared:
+        raise BadInput(compared["error"])
+    return f"{compared['num_patches']} probabilities are within {compared['tolerance']:g}"
 
 
 def audit_folder(folder: Path) -> list[dict]:
-    """Findings on a handover folder: its files, then, where these are as written, what they can
-    do.
-    """
-    verified = run_python(VERIFY, "--stick", folder)
-    wrong = [
-        {"file": line}
-        for line in verified.stderr.splitlines()
-        if re.match("changed|missing|additional", line)
-    ]
-    told = last_line(verified.stderr).removeprefix("error: ")
+    """Findings on a bundle: its files, then, where these are as written, what they can do."""
+    verified = verify(folder)
+    error = verified.get("error", "")
     evidence = (
-        f"{told}; {SUMS} has SHA-256 {file_digest(folder / SUMS)}"
-        if (folder / SUMS).is_file()
-        else told
+        f"{verified.get('num_files')} files are as they were written; {SUMS} has SHA-256"
+        f" {verified.get('sha256sums')}"
     )
-    findings = [
-        judge(
-            "files",
-            told if verified.returncode else "",
-            evidence,
-            "write the handover again",
-            wrong,
-        )
+    wrong = [
+        {"file": f"{kind}: {name}"}
+        for kind in ("changed", "missing", "additional")
+        for name in verified.get(kind, ())
     ]
+    findings = [judge("files", error, evidence, "write the handover again", wrong)]
     lacking = [{"file": name} for name in PARTS if not (folder / name).is_file()]
-    findings.append(
-        judge(
-            "parts",
-            f"{len(lacking)} parts are not there" * bool(lacking),
-            f"{len(PARTS)} parts",
-            rows=lacking,
-        )
-    )
-    if verified.returncode or lacking:
+    absent = f"{len(lacking)} parts are not there" if lacking else ""
+    findings.append(judge("parts", absent, f"{len(PARTS)} parts", rows=lacking))
+    if error or lacking:
         return findings
-    made_for = read_json(folder / "stick.json")
-    try:
-        packages = read_wheels(folder / "wheels", made_for["machine"], made_for["python"])
-        listed = [
-            (row["package"], row["version"], row["licence"])
-            for row in read_csv(folder / "packages.csv")
-        ]
-        found = [(row["package"], row["version"], row["licence"]) for row in packages]
-        unequal = "" if listed == found else "packages.csv does not list what is in wheels/"
-        size = (
-            f"{len(found)} packages, {sum(row['bytes'] for row in packages):,} bytes, for"
-            f" {made_for['platform']}"
-        )
-    except BadInput as error:
-        unequal, size = str(error), ""
-    findings.append(judge("packages and licences", unequal, size))
-    card, digest = (
-        (folder / "MODEL_CARD.md").read_text(encoding="utf-8"),
-        file_digest(folder / "model" / "best.pt"),
-    )
-    auc = f"{read_json(folder / 'model' / 'summary.json')['val_auc']:.4f}"
-    off = (
-        ""
-        if digest in card and auc in card
-        else f"it does not hold the checkpoint's SHA-256 {digest} and AUC {auc}"
-    )
-    findings.append(judge("model card", off, f"of the checkpoint {digest[:12]}, AUC {auc}"))
-    with tempfile.TemporaryDirectory() as scratch:
-        command = (
-            folder.resolve() / "code/inference.py",
-            "--ckpt",
-            folder.resolve() / "model",
-            folder.resolve() / "patches",
-        )
-        predicted = run_python(*command, "--device", "cpu", "--out", "p.csv", folder=scratch)
-        verify = (VERIFY, "--stick", folder, "--predictions", Path(scratch, "p.csv"))
-        compared = predicted if predicted.returncode else run_python(*verify)
-    told = last_line(compared.stdout if not compared.returncode else compared.stderr)
-    findings.append(judge("expected predictions", told if compared.returncode else "", told))
+    findings.append(judge("packages and licences", *attempt(check_packages, folder)))
+    findings.append(judge("model card", *attempt(check_card, folder)))
+    findings.append(judge("expected predictions", *attempt(check_samples, folder)))
     return findings
+
+
+def check_champion(folder: Path, names) -> str:
+    checkpoint = f"{CHAMPION}/best.pt"
+    load_model(folder / CHAMPION)
+    if checkpoint not in names:
+        raise BadInput(f"{checkpoint} is not tracked")
+    return f"{checkpoint}, SHA-256 {file_digest(folder / checkpoint)}"
+
+
+def check_inference(folder: Path) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        data, folder = Path(scratch, "pcam"), folder.resolve()
+        sizes = ("--train", 0, "--valid", 0, "--test", 8)
+        run_script("prepare.py", "synthetic", "--to", data, *sizes, timeout_s=SECONDS)
+        inputs = ("--ckpt", folder / CHAMPION, data, "--split", "test")
+        out = Path(scratch, "predictions.csv")
+        run_script(folder / "inference.py", *inputs, "--out", out, timeout_s=SECONDS)
+    return "8 drawn patches predicted"
 
 
 def slurm_scripts(folder: Path, names) -> list[str]:
@@ -161,31 +159,9 @@ def audit_checklist(folder: Path) -> list[dict]:
     told = no_journal or ("" if link else "no link to it on the front page")
     findings = [judge("repository linked", told, link[1] if link else "", advice)]
 
-    checkpoint, champion = "assets/champion/best.pt", folder / "assets" / "champion"
-    try:
-        load_model(champion)
-        absent = "" if checkpoint in names else f"{checkpoint} is not tracked"
-    except BadInput as error:
-        absent = str(error)
-    digest = "" if absent else f"{checkpoint}, SHA-256 {file_digest(folder / checkpoint)}"
-    findings.append(judge("best checkpoint", absent, digest, "sweep.py champion"))
-
-    with tempfile.TemporaryDirectory() as scratch:
-        sizes = ("--train", 0, "--valid", 0, "--test", 8)
-        drawn = run_python(
-            REPOSITORY / "prepare.py", "synthetic", "--to", "pcam", *sizes, folder=scratch
-        )
-        command = (
-            folder.resolve() / "inference.py",
-            "--ckpt",
-            champion.resolve(),
-            "pcam",
-            "--split",
-            "test",
-        )
-        predicted = run_python(*command, folder=scratch) if not drawn.returncode else drawn
-    told = last_line(predicted.stderr) if predicted.returncode else ""
-    findings.append(judge("inference.py works", told, "8 drawn patches predicted"))
+    outcome = attempt(check_champion, folder, names)
+    findings.append(judge("best checkpoint", *outcome, "sweep.py champion"))
+    findings.append(judge("inference.py works", *attempt(check_inference, folder)))
 
     scripts = slurm_scripts(folder, names)
     beside = (path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*"))

@@ -11,9 +11,8 @@ import zlib
 from pathlib import Path
 
 from lib.command import BadInput, one_line, say
-from lib.files import atomic_write, file_digest
+from lib.files import atomic_write, file_digest, require_space
 from lib.pcam import PATCH_BYTES, sole_writer, split_path
-from lib.prepare.ingest import require_space
 from lib.progress import Progress
 from lib.published import OFFICIAL
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from lib.command import BadInput, nearest, one_line
-from lib.files import read_edited_csv, read_json, write_json
+from lib.files import nearest_folder, read_edited_csv, read_json, require_space, write_json
 from lib.inputs import decode_patch, is_image, is_tar, refuse, walk_tar
 from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
 from lib.progress import Progress
@@ -41,23 +41,6 @@ def read_journal(directory) -> dict:
     if journal.get("finished", not journal and path.parent.is_dir() and any(path.parent.iterdir())):
         raise BadInput(f"{directory} already holds files: give a new or an empty folder")
     return journal
-
-
-def nearest_folder(path) -> Path:
-    """`path` or the closest folder above it that is there already."""
-    return next(
-        folder for folder in (Path(path), *Path(path).absolute().parents) if folder.is_dir()
-    )
-
-
-def require_space(directory, num_bytes: int) -> None:
-    """Raises BadInput where fewer than `num_bytes` are free."""
-    free = shutil.disk_usage(nearest_folder(directory)).free
-    if num_bytes > free:
-        raise BadInput(
-            f"{directory}: {num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
-            " there"
-        )
 
 
 def fill_folder(

@@ -2,7 +2,6 @@
 what a reader asks of it.
 """
 
-import email
 import importlib.metadata
 import os
 import re
@@ -10,30 +9,33 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from lib.bundle import NEEDED, RUN_FILES, SUMS, predict_samples, read_wheels, tracked_files
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
-from lib.command import BadInput, one_line, say
-from lib.files import atomic_write, file_digest, read_csv, read_json, write_csv, write_json
+from lib.command import REPOSITORY, BadInput, one_line, run_script, say
+from lib.files import (
+    atomic_write,
+    file_digest,
+    read_csv,
+    read_json,
+    require_space,
+    write_csv,
+    write_json,
+)
 from lib.metrics import auc_interval, share_interval, sigmoid
 from lib.models import HEADS, num_parameters
+from lib.pcam import open_split
 from lib.predict import predict_batch, ready_to_predict
-from lib.prepare.ingest import require_space
-from lib.prepare.synthetic import SyntheticPlan, generate_split
 from lib.progress import Progress
-from lib.rundir import REPOSITORY, git_state
+from lib.rundir import git_state
 
 STICK = REPOSITORY / "jobs" / "stick"
-SUMS = "SHA256SUMS"  # written last: a folder without it is half a handover
-RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
-# by a prediction; all else is for training and reports
-NEEDED = ("torch", "numpy", "h5py", "pyyaml", "pillow")
 # of manylinux_2_N: what torch asks for, down to the oldest that wheels are still made for
 GLIBC_MINORS = range(28, 16, -1)
 NUM_DRAWN, NUM_PATCHES, SEED = 64, 8, 1
@@ -120,40 +122,16 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
 
 
 def require_predictions(dest: Path) -> None:
-    """Raise BadInput unless the code on the stick predicts the sample patches: a file that git does
-    not track is not on it.
+    """Raise BadInput unless the bundle's code predicts its sample patches: a file that git does not
+    track is not in it.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        command = [
-            dest.resolve() / "code/inference.py",
-            "--ckpt",
-            dest.resolve() / "model",
-            dest.resolve() / "patches",
-        ]
-        command = [
-            sys.executable,
-            "-B",
-            *map(str, command),
-            "--device",
-            "cpu",
-            "--out",
-            "patches.csv",
-        ]
-        tried = subprocess.run(command, capture_output=True, text=True, cwd=scratch, check=False)
-    if tried.returncode:
-        told = one_line((tried.stderr.strip().splitlines() or ["no word"])[-1])
-        raise BadInput(
-            f"{dest} cannot predict (is every file of the program tracked by git?): {told}"
-        )
-
-
-def tracked_files() -> list[str]:
-    """Names of the repository's files that git tracks, as they are in the working tree."""
-    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
-    if not (names := [name for name in listed if name and (REPOSITORY / name).is_file()]):
-        raise BadInput(f"{REPOSITORY} is no git repository: nothing says which files are its code")
-    return names
+        try:
+            predict_samples(dest, Path(scratch, "patches.csv"))
+        except BadInput as error:
+            raise BadInput(
+                f"{dest} cannot predict (is every file of the program tracked by git?): {error}"
+            ) from None
 
 
 def fetch_wheels(folder, names, machine: str, python: str) -> None:
@@ -220,38 +198,13 @@ def fetch_wheels(folder, names, machine: str, python: str) -> None:
     )
 
 
-def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
-    """Package, version, licence, file and size of each wheel of a folder. Raises BadInput where one
-    is missing or misfits.
-    """
-    packages, digits = [], python.replace(".", "")
-    for path in sorted(folder.glob("*.whl")):
-        python_tag, abi, system = path.stem.split("-")[-3:]
-        fits = f"cp{digits}" in python_tag.split(".") or "py3" in python_tag or abi == "abi3"
-        if not fits or not (system == "any" or system.endswith(machine)):
-            raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
-        with zipfile.ZipFile(path) as wheel:
-            name = next(
-                name
-                for name in wheel.namelist()
-                if name.endswith(".dist-info/METADATA") and name.count("/") == 1
-            )
-            meta = email.message_from_bytes(wheel.read(name))
-        classes = [
-            value.split(" :: ")[-1]
-            for value in meta.get_all("Classifier", [])
-            if value.startswith("License ::")
-        ]
-        licence = (
-            meta["License-Expression"]
-            or "; ".join(classes)
-            or one_line(meta["License"] or "not stated")
-        )
-        row = {"package": meta["Name"].lower(), "version": meta["Version"], "licence": licence}
-        packages.append(row | {"wheel": path.name, "bytes": path.stat().st_size})
-    if lacking := {*NEEDED, "pip"} - {package["package"] for package in packages}:
-        raise BadInput(f"{folder} has no wheel of {', '.join(sorted(lacking))}")
-    return packages
+def draw_samples() -> np.ndarray:
+    """Synthetic patches uint8 (NUM_DRAWN, 96, 96, 3), as prepare.py draws them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, "pcam")
+        sizes = ("--train", 0, "--valid", 0, "--test", NUM_DRAWN)
+        run_script("prepare.py", "synthetic", "--to", folder, *sizes, "--seed", SEED)
+        return open_split(folder, "test").images.read(range(NUM_DRAWN))
 
 
 def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
@@ -263,9 +216,7 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     PRECISION_MARGIN. Patches near the threshold are not taken, so that no rounding can change a
     decision.
     """
-    drawn = np.concatenate(
-        [images for images, *_ in generate_split(SyntheticPlan(0, 0, NUM_DRAWN, SEED), "test")]
-    )
+    drawn = draw_samples()
 
     def probs(images, precision):
         ready, images = ready_to_predict(model, precision), torch.from_numpy(images)

@@ -266,16 +266,6 @@ def table_of_runs(rows: list[dict]) -> tuple[list[str], list[list]]:
     return header, [[row.get(name) for name in header] for row in rows]
 
 
-def text_table(header, cells) -> str:
-    """Aligned columns for a terminal; numbers in six digits."""
-    lines = [
-        [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
-        for row in (header, *cells)
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
 def require_alike(rows: list[dict], varied: str) -> None:
     """Raise BadInput unless these are two or more finished runs, all of which differ in `varied`,
     and in nothing else.

@@ -1,0 +1,84 @@
+"""The bundle, a folder that predicts with a run's checkpoint without a network: its files, as its
+writer and its audit read them.
+"""
+
+import re
+import subprocess
+import zipfile
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+
+from lib.command import REPOSITORY, BadInput, one_line, run_script
+
+SUMS = "SHA256SUMS"  # written last: a folder without it is half a bundle
+RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
+# packages of a prediction; all others are for training and reports
+NEEDED = ("torch", "numpy", "h5py", "pyyaml", "pillow")
+
+
+def tracked_files() -> list[str]:
+    """Names of the repository's files that git tracks, as they are in the working tree. Raises
+    BadInput outside a git repository.
+    """
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
+    names = [name for name in listed if name and (REPOSITORY / name).is_file()]
+    if not names:
+        raise BadInput(f"{REPOSITORY} is no git repository: nothing says which files are its code")
+    return names
+
+
+def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
+    """Have the code in a bundle predict its sample patches on the CPU, into the CSV file `out`.
+    Raises BadInput where it cannot.
+    """
+    bundle = bundle.resolve()
+    inputs = ("--ckpt", bundle / "model", bundle / "patches")
+    outputs = ("--device", "cpu", "--out", out)
+    run_script(bundle / "code" / "inference.py", *inputs, *outputs, timeout_s=timeout_s)
+
+
+def read_licence(meta: Message) -> str:
+    """The licence that a wheel's metadata states: its expression, else its classifiers, else the
+    first line of its text.
+    """
+    if meta["License-Expression"]:
+        return meta["License-Expression"]
+    classifiers = meta.get_all("Classifier", [])
+    names = [text.split(" :: ")[-1] for text in classifiers if text.startswith("License ::")]
+    return "; ".join(names) or one_line(meta["License"] or "not stated")
+
+
+def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
+    """Package, version, licence, file and size in bytes of each wheel of a folder.
+
+    Raises BadInput where a package of NEEDED is missing, or where a wheel is not for `python`, such
+    as 3.11, on `machine`, such as x86_64.
+    """
+    packages = []
+    own_tag = f"cp{python.replace('.', '')}"
+    for path in sorted(folder.glob("*.whl")):
+        python_tag, abi, system = path.stem.split("-")[-3:]
+        fits_python = own_tag in python_tag.split(".") or "py3" in python_tag or abi == "abi3"
+        fits_machine = system == "any" or system.endswith(machine)
+        if not (fits_python and fits_machine):
+            raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
+        with zipfile.ZipFile(path) as wheel:
+            # the metadata of a package that the wheel brings along lies deeper
+            metadata = re.compile(r"[^/]+\.dist-info/METADATA")
+            name = next(filter(metadata.fullmatch, wheel.namelist()))
+            meta = message_from_bytes(wheel.read(name))
+        packages.append(
+            {
+                "package": meta["Name"].lower(),
+                "version": meta["Version"],
+                "licence": read_licence(meta),
+                "wheel": path.name,
+                "bytes": path.stat().st_size,
+            }
+        )
+    lacking = {*NEEDED, "pip"} - {package["package"] for package in packages}
+    if lacking:
+        raise BadInput(f"{folder} has no wheel of {', '.join(sorted(lacking))}")
+    return packages
