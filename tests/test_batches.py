@@ -18,7 +18,6 @@ from lib.batches import (
     Rows,
     epoch_order,
     fit_batch_size,
-    fold_of_rows,
     load_batches,
     open_train_valid,
     select_rows,
@@ -26,7 +25,7 @@ from lib.batches import (
 from lib.command import BadInput
 from lib.config import load_config
 from lib.groups import write_groups
-from lib.pcam import Images, Split, open_images, split_path, write_meta
+from lib.pcam import Images, Split, open_images, open_split, split_path, write_meta
 
 CPU = torch.device("cpu")
 PATCHES, LABELS = draw_patches(60, 11)
