@@ -22,7 +22,8 @@ from lib.command import (
     script,
 )
 
-CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift", "triggers", "labels")
+USUAL = ("files", "values", "balance", "duplicates", "leakage", "drift", "triggers", "labels")
+CHECKS = ("groups", *USUAL)  # groups are written into DIR, over those that are there: on request
 
 
 def parse(argv) -> argparse.Namespace:
@@ -39,10 +40,13 @@ def parse(argv) -> argparse.Namespace:
         "--out",
         type=place,
         metavar="OUT",
-        help="for all that is written (default: audit-NAME of DIR)",
+        help="for all that is written (default: audit-NAME of DIR, audit-groups-NAME for groups)",
     )
     data.add_argument(
-        "--checks", default="", metavar="LIST", help=f"some of {','.join(CHECKS)} (default: all)"
+        "--checks",
+        default="",
+        metavar="LIST",
+        help=f"some of {','.join(CHECKS)} (default: all but groups)",
     )
     data.add_argument(
         "--plant",
@@ -176,8 +180,10 @@ def audit_data(args) -> int:
             f"--checks: {unknown[0]!r} is unknown{nearest(unknown[0], CHECKS)}; allowed:"
             f" {', '.join(CHECKS)}"
         )
-    checks = [name for name in CHECKS if name in (wanted or CHECKS)]
-    out = Path(args.out or f"audit-{Path(args.dir).resolve().name}")
+    checks = [name for name in CHECKS if name in (wanted or USUAL)]
+    # a new audit clears its OUT: groups alone leave the findings of a whole audit in place
+    kind = "audit-groups" if checks == ["groups"] else "audit"
+    out = Path(args.out or f"{kind}-{Path(args.dir).resolve().name}")
     result = data.audit_data(args.dir, out, checks, args.overrides, args.device, args.plant)
     print_result({"out": str(out), **result})
     return (

@@ -112,6 +112,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib import batches, deploy, rundir, runlog, training
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
+    from lib.groups import groups_digest
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
     from lib.pcam import fingerprint
@@ -128,8 +129,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     batch_size = batches.fit_batch_size(cfg, len(train_rows))
     steps_per_epoch = len(train_rows) // batch_size
     data = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"])
+    groups = groups_digest(valid_split, cfg.data_dir)
     if run:
-        rundir.require_same_run(run, cfg, data)
+        rundir.require_same_run(run, cfg, data, groups)
 
     # build the state before the first step, or bring back the one of the last checkpoint
     state, scores, details = training.build_state(cfg, device), {}, {}
@@ -144,7 +146,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     meta = rundir.environment() | {
         "machine": describe_machine(device),
         "data": data,
-        "identity": cfg.identity_digest(data),
+        "groups": groups,
+        "identity": cfg.identity_digest(data, groups),
         "rows": {"train": train_rows.describe(), "valid": valid_rows.describe()},
         "constant_baselines": baselines,
         "model": {"name": cfg.model, "num_parameters": num_parameters(state.model)},

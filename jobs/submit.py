@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -67,6 +68,8 @@ def main(argv=None) -> int:
     if args.verb == "sweep":
         return sweep(variables)
     work = slurm.build_work(args.verb, variables)
+    if args.verb == "folds":
+        write_missing_groups(work)
     if variables["NUM_RANKS"] != "1" and work.script != "train.py":
         raise BadInput(f"NUM_RANKS: {work.script} has one rank")
     spread = []
@@ -91,6 +94,22 @@ def main(argv=None) -> int:
         [*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]
     ]
     return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
+
+
+def write_missing_groups(work: slurm.Work) -> None:
+    """Have audit.py find out here which patches share tissue, where nothing tells it yet: folds
+    need that.
+    """
+    from lib.groups import group_of_rows
+    from lib.pcam import open_split
+
+    data_dir = training_config(work.arguments).data_dir
+    if group_of_rows(open_split(data_dir, "train"), data_dir) is not None:
+        return
+    say(f"{data_dir} has neither slide names nor groups.csv: looking for shared tissue first")
+    audit = [str(REPOSITORY / "audit.py"), "data", data_dir, "--checks", "groups"]
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([sys.executable, *audit, "--out", out], stdout=subprocess.DEVNULL)
 
 
 def say_no_slurm(variables: dict[str, str]) -> None:
@@ -192,38 +211,44 @@ def check(num_ranks: str, data: str, name: str, *arguments) -> int:
     where its data are.
     """
     from lib.batches import fit_batch_size, open_train_valid
-    from lib.config import DEFAULT_PATH, load_config
+    from lib.config import load_config
     from lib.ranks import require_equal_shares
-    from lib.rundir import find_run, resume_config
 
     runpy.run_path(str(REPOSITORY / name))["parse"](list(arguments))  # unknown options
     found = {"threads": NUM_AUDIT_THREADS, "data_dir": data}
     if name != "audit.py":  # what is wrong with the data is for the audit to find out
-        options, rest = slurm.training_options(arguments)
-        # a word after an option may be its value
-        words = [
-            item
-            for before, item in zip(["", *rest], rest, strict=False)
-            if "=" in item or not before.startswith("--")
-        ]
-        overrides = [item for item in words if not item.startswith("-")]
         if name == "benchmark.py":  # its first word is what to measure, and its data are --data
-            overrides = [*overrides[1:], *([f"data_dir={data}"] if data else [])]
-        if name == "sweep.py":
-            cfg = load_config(
-                Path("sweeps") / arguments[1] / "config.yaml",
-                [word for word in overrides if "=" in word],
-            )
-        elif options.resume:
-            cfg = resume_config(find_run(options.resume, options.runs), overrides)
+            named = [f"data_dir={data}"] if data else []
+            cfg = training_config([*arguments[1:], *named])
+        elif name == "sweep.py":
+            overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+            cfg = load_config(Path("sweeps") / arguments[1] / "config.yaml", overrides)
         else:
-            cfg = load_config(options.config or DEFAULT_PATH, overrides)
+            cfg = training_config(arguments)
         require_equal_shares(cfg.shards, int(num_ranks))
         (_, rows), _ = open_train_valid(cfg)
         fit_batch_size(cfg, len(rows))
         found = {"threads": 0 if name == "benchmark.py" else cfg.threads, "data_dir": cfg.data_dir}
     print_result(found)
     return EXIT_DONE
+
+
+def training_config(arguments):
+    """The configuration that train.py has with these arguments."""
+    from lib.config import DEFAULT_PATH, load_config
+    from lib.rundir import find_run, resume_config
+
+    options, rest = slurm.training_options(arguments)
+    # a word after an option may be its value
+    words = [
+        item
+        for before, item in zip(["", *rest], rest, strict=False)
+        if "=" in item or not before.startswith("--")
+    ]
+    overrides = [item for item in words if not item.startswith("-")]
+    if options.resume:
+        return resume_config(find_run(options.resume, options.runs), overrides)
+    return load_config(options.config or DEFAULT_PATH, overrides)
 
 
 def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:

@@ -8,17 +8,16 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from lib.audit.copies import link_copies
 from lib.command import BadInput, say
 from lib.config import Config
 from lib.device import free_device_bytes, memory_limit_bytes
-from lib.files import cache_file, read_cache, read_edited_csv, row_number, write_cache
-from lib.pcam import PATCH_SHAPE, Images, Split, fingerprint, open_split, split_path
+from lib.files import read_edited_csv, row_number
+from lib.groups import groups_for_folds
+from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
@@ -26,7 +25,6 @@ from lib.seeding import position_bits, position_permutation
 # else's
 HOST_BYTES = 1 << 30
 NUM_BUFFERS = 3  # one with the model, one ready, one being filled
-LINKS = 1  # version of what link_copies finds: raise it when that changes
 ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
 
 
@@ -153,11 +151,12 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     """The rows of a split that a run uses: its folds, without quarantined samples, up to the limit.
 
     With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing,
-    or one class, is left.
+    or one class, is left, and for folds where nothing tells which rows belong together.
     """
     index, left_out = np.arange(len(split)), {}
     if cfg.num_folds:
-        in_fold = fold_of_rows(group_of_rows(split, cfg.data_dir), cfg.num_folds) == cfg.fold
+        groups = groups_for_folds(split, cfg.data_dir)
+        in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
         index = index[in_fold if held_out else ~in_fold]
     # validation keeps all, so that scores with and without stay comparable
     if cfg.quarantine and not held_out:
@@ -202,21 +201,6 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
             )
         suspects.setdefault(index, row["reason"])
     return suspects
-
-
-def group_of_rows(split: Split, directory) -> np.ndarray:
-    """What belongs together, (N,): slides, else rows linked as copies or by overlapping, which are
-    found once and kept.
-    """
-    if split.slides is not None:
-        return split.slides
-    digest = fingerprint(directory, [split.name])[split_path(directory, split.name, "x").name]
-    store = cache_file(Path(directory, f"{split.name} groups"))
-    kept = read_cache(store)
-    if kept.get("of") != [digest, LINKS]:
-        kept = {"of": [digest, LINKS], "groups": link_copies(split.images).tolist()}
-        write_cache(store, kept)
-    return np.asarray(kept["groups"])
 
 
 def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:

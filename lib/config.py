@@ -115,11 +115,13 @@ class Config:
         }
         return {key: value for key, value in self.as_dict().items() if key not in free}
 
-    def identity_digest(self, data: dict[str, str]) -> str:
-        """Hex digest of the identity keys and the data's fingerprint: equal digests promise equal
-        weights.
+    def identity_digest(self, data: dict[str, str], groups: str | None = None) -> str:
+        """Hex digest of the identity keys, the data's fingerprint and, with folds, the SHA-256 of
+        groups.csv: equal digests promise equal weights.
         """
         values = self.identity()
+        if self.num_folds and groups:
+            values["groups"] = groups
         for key in ("quarantine", "weights"):  # what is in the file counts, not where it lies
             if values[key]:
                 values[key] = file_digest(values[key])

@@ -5,7 +5,7 @@ data it was trained on.
 import numpy as np
 import torch
 
-from lib.batches import PatchSource, Rows, fold_of_rows, group_of_rows, open_train_valid
+from lib.batches import PatchSource, Rows, fold_of_rows, open_train_valid
 from lib.calibration import (
     calibrate,
     calibration_scores,
@@ -17,6 +17,7 @@ from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config, change_free_keys, parse_overrides
 from lib.device import choose_device
+from lib.groups import groups_for_halves
 from lib.metrics import compute_metrics, sigmoid
 from lib.pcam import Split
 from lib.predict import predict_rows
@@ -50,11 +51,8 @@ def complete_checkpoint(
     model, _, checkpoint = load_model(ckpt)
     (train_split, train_rows), (valid_split, valid_rows) = train, valid
     logits = predict_rows(model.to(device), source, valid_rows.index, cfg, cfg.views)
-    groups, index, labels = (
-        group_of_rows(valid_split, cfg.data_dir),
-        valid_rows.index,
-        valid_rows.labels,
-    )
+    groups = groups_for_halves(valid_split, cfg.data_dir)
+    index, labels = valid_rows.index, valid_rows.labels
     # a fold is a stretch of the order that halves are cut from: it is halved by itself
     chosen_on = (
         fold_of_rows(groups[index], 2) if cfg.num_folds else fold_of_rows(groups, 2)[index]

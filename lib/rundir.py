@@ -131,9 +131,9 @@ def resume_config(run: Path, overrides) -> Config:
     return change_free_keys(dataclasses.replace(cfg, **moved), changes)
 
 
-def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
-    """Raise BadInput if what a run is to go on with is not what it was begun with: its data, its
-    config, a file named there.
+def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str | None) -> None:
+    """Raise BadInput if what a run is to go on with is not what it was begun with: its data and
+    their groups (SHA-256), its config, a file named there.
     """
     if not (run / "meta.json").is_file():
         return
@@ -142,10 +142,12 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str]) -> None:
         raise BadInput(
             f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
         )
-    if before.get("identity") != cfg.identity_digest(data):
+    # a run that is older than groups.csv had the same groups, and no file of them
+    groups = groups if "groups" in before else None
+    if before.get("identity") != cfg.identity_digest(data, groups):
         raise BadInput(
-            f"{run} cannot go on: its config.yaml, or the quarantine or weights file named there,"
-            " was changed"
+            f"{run} cannot go on: its config.yaml, the quarantine or weights file named there, or"
+            " the groups.csv of its folds was changed"
         )
 
 

@@ -21,7 +21,8 @@ from lib.audit.data.values import binomial_chance
 from lib.audit.survey import FLAT_STD, survey_folder
 from lib.config import load_config
 from lib.files import read_csv
-from lib.pcam import SplitWriter, split_path
+from lib.groups import group_of_rows, write_groups
+from lib.pcam import SplitWriter, open_split, split_path, write_meta
 from lib.prepare.synthetic import SyntheticPlan, draw_slide, write_synthetic
 
 QUICK_CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift")
@@ -235,8 +236,43 @@ def test_the_share_of_exchanged_labels_is_estimated_and_the_list_keeps_its_promi
     assert labels.fit_label_noise(truth, logits)[1] < labels.CERTAIN, "labels that are right"
 
 
-def test_labels_are_reviewed_out_of_fold(pcam_dir, tmp_path):
-    found = audit_labels(pcam_dir, tmp_path / "out")
+def test_groups_alone_are_the_copies_of_each_split_without_slide_names(tmp_path):
+    folder = write_pcam(tmp_path / "data", num_train=30, num_valid=20)
+    patches, known = draw_patches(40, 2)
+    patches[20:] = patches[:20]
+    with SplitWriter(folder, "train", 40) as writer:
+        writer.add(patches, known)
+    _, findings, _ = audit(folder, tmp_path / "out", ("groups",))
+    assert [(found["check"], found["split"]) for found in findings] == [
+        ("groups", "train"),
+        ("groups", "valid"),
+    ]
+    for name, expected in (("train", [*range(20)] * 2), ("valid", [*range(20)])):
+        groups = group_of_rows(open_split(folder, name), folder)
+        assert groups.astype(int).tolist() == expected
+
+    (folder / "groups.csv").unlink()
+    for name, num in (("train", 40), ("valid", 20)):
+        rows = [(0, 0, 1, 1, f"slide {row % 4}") for row in range(num)]
+        write_meta(split_path(folder, name, "meta"), rows)
+    audit(folder, tmp_path / "out", ("groups",))
+    assert not (folder / "groups.csv").exists(), "slides serve"
+
+
+def test_groups_of_a_split_are_written_though_another_cannot_be_read(tmp_path):
+    folder = write_pcam(tmp_path / "data", num_train=30, num_valid=20)
+    split_path(folder, "valid", "x").write_bytes(b"")
+    result, _, _ = audit(folder, tmp_path / "out", ("groups",))
+    assert result["num_errors"] == 1
+    assert len(group_of_rows(open_split(folder, "train"), folder)) == 30
+
+
+def test_labels_are_reviewed_out_of_fold(tmp_path):
+    folder = write_pcam(tmp_path / "data")
+    write_groups(folder, {"train": np.arange(160) // 2, "valid": np.arange(64)})
+    before = (folder / "groups.csv").read_bytes()
+    found = audit_labels(folder, tmp_path / "out")
+    assert (folder / "groups.csv").read_bytes() == before, "a file that fits is not replaced"
     rows = read_csv(tmp_path / "out/out_of_fold.csv")
     assert sorted(int(row["index"]) for row in rows) == list(range(160))
     assert "out-of-fold AUC" in found["measured"]

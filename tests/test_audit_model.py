@@ -25,12 +25,13 @@ from lib.audit.shortcut import (
 )
 from lib.audit.slices import conclude, measure_slices, split_answers
 from lib.augment import PREPROCESSING
-from lib.batches import fold_of_rows, group_of_rows
+from lib.batches import fold_of_rows
 from lib.calibration import calibration_scores, choose_threshold
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
 from lib.figures import patch_png
 from lib.files import read_csv
+from lib.groups import groups_for_halves
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid
 from lib.pcam import SplitWriter, open_split, split_path
 from lib.predict import predict_batch
@@ -382,7 +383,7 @@ def test_errors_are_all_errors_the_most_confident_first(audited):
 
 
 def halves(split, folder) -> np.ndarray:
-    return fold_of_rows(group_of_rows(split, folder), 2)
+    return fold_of_rows(groups_for_halves(split, folder), 2)
 
 
 def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(audited, pcam_dir):

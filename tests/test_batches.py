@@ -13,19 +13,18 @@ import torch
 from conftest import draw_patches, write_pcam
 
 from lib import batches
-from lib.audit.copies import link_copies
 from lib.batches import (
     PatchSource,
     Rows,
     epoch_order,
     fit_batch_size,
-    fold_of_rows,
     load_batches,
     open_train_valid,
     select_rows,
 )
 from lib.command import BadInput
 from lib.config import load_config
+from lib.groups import write_groups
 from lib.pcam import Images, Split, open_images, open_split, split_path, write_meta
 
 CPU = torch.device("cpu")
@@ -258,23 +257,14 @@ def test_folds_are_disjoint_exhaustive_of_near_equal_size_and_keep_slides_togeth
     )
 
 
-def test_without_slides_copies_of_a_patch_stay_in_one_fold():
-    patches = PATCHES[np.random.default_rng(1).integers(0, 30, 60)]
-    folds = fold_of_rows(link_copies(split_of(LABELS, patches=patches).images), 3)
-    assert all(len(set(folds[(patches == patch).all((1, 2, 3))])) == 1 for patch in patches)
-    assert np.bincount(folds, minlength=3).min() >= 15
-
-
-def test_groups_are_looked_for_once_for_the_same_patches(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = write_pcam(tmp_path / "data", num_train=40)
-    split = open_split(folder, "train")
-    first = batches.group_of_rows(split, folder)
-    monkeypatch.setattr(batches, "link_copies", None)  # a second search would fail
-    assert np.array_equal(batches.group_of_rows(split, folder), first)
-    write_pcam(folder, num_train=40, seed=5)
-    with pytest.raises(TypeError):  # other patches, another search
-        batches.group_of_rows(open_split(folder, "train"), folder)
+def test_without_slides_folds_keep_the_groups_of_groups_csv_whole(tmp_path):
+    groups = np.random.default_rng(1).integers(0, 20, 60)
+    write_groups(tmp_path, {"train": groups})
+    cfg = configure("num_folds=3", "fold=1", f"data_dir={tmp_path}")
+    held_out = select_rows(split_of(LABELS), cfg, held_out=True).index
+    kept = select_rows(split_of(LABELS), cfg).index
+    assert len(held_out) >= 15 and sorted([*kept, *held_out]) == list(range(60))
+    assert not set(groups[held_out]) & set(groups[kept])
 
 
 def test_a_limit_is_nested_independent_of_the_seed_and_fair_to_a_sorted_file():

@@ -180,6 +180,9 @@ def test_a_config_is_frozen_and_its_identity_leaves_out_the_free_keys_alone(tmp_
         free.identity_digest({}) == cfg.identity_digest({}) not in digests
         and len(digests) == len(others) + 1
     )
+    folds = dataclasses.replace(cfg, num_folds=2)
+    assert folds.identity_digest({}, "1") != folds.identity_digest({}, "2")
+    assert cfg.identity_digest({}, "1") == cfg.identity_digest({}, "2"), "no row moves by them"
     # what a quarantine file holds counts, not where it lies
     for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
         (tmp_path / name).write_text(text)

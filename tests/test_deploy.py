@@ -6,14 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import draw_patches, make_old
+from conftest import draw_patches, make_old, write_pcam
 
 from lib import deploy
-from lib.batches import PatchSource, fold_of_rows, group_of_rows, open_train_valid
+from lib.batches import PatchSource, fold_of_rows, open_train_valid
 from lib.calibration import calibration_scores, choose_threshold, decision_scores
 from lib.checkpoint import load_checkpoint, load_model
 from lib.features import NAMES
 from lib.files import read_json
+from lib.groups import groups_for_halves, write_groups
 from lib.metrics import sigmoid
 from lib.predict import predict_rows
 from lib.reference import build_reference, judge_batch, measure_features, patch_scores
@@ -25,7 +26,7 @@ def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_the
     logits = predict_rows(
         model, PatchSource(split.images, "disk", torch.device("cpu")), rows.index, cfg, cfg.views
     )
-    judged = fold_of_rows(group_of_rows(split, cfg.data_dir), 2)[rows.index] == 1
+    judged = fold_of_rows(groups_for_halves(split, cfg.data_dir), 2)[rows.index] == 1
     calibration = checkpoint["calibration"]
     scaled = logits / calibration["temperature"] + calibration["offset"]
     rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
@@ -70,7 +71,10 @@ def test_every_fold_is_calibrated(quick_run, tmp_path, fold):
     """A fold is a stretch of the order that halves are cut from: most of them lie in one half of
     it.
     """
-    cfg = dataclasses.replace(load_model(quick_run)[1], num_folds=4, fold=fold)
+    folder = write_pcam(tmp_path / "data")
+    write_groups(folder, {"train": np.arange(160)})
+    keys = {"data_dir": str(folder), "num_folds": 4, "fold": fold}
+    cfg = dataclasses.replace(load_model(quick_run)[1], **keys)
     train, valid = open_train_valid(cfg)
     shutil.copy(quick_run / "best.pt", tmp_path)
     source = PatchSource(valid[0].images, "disk", torch.device("cpu"))

@@ -242,10 +242,10 @@ def test_files_that_a_run_names_may_lie_elsewhere_now(tmp_path, monkeypatch):
     assert rundir.resume_config(run, []).quarantine == str(tmp_path / "there" / "q.csv")
     cfg = rundir.resume_config(run, ["quarantine=moved.csv", "views=1"])
     assert cfg.quarantine == "moved.csv" and cfg.views == 1
-    rundir.require_same_run(run, cfg, {})
+    rundir.require_same_run(run, cfg, {}, None)
     (tmp_path / "moved.csv").write_text("split,index,reason,score\ntrain,1,black,1\n")
-    with pytest.raises(BadInput, match="quarantine or weights file named there, was changed"):
-        rundir.require_same_run(run, cfg, {})
+    with pytest.raises(BadInput, match="cannot go on"):
+        rundir.require_same_run(run, cfg, {}, None)
 
 
 def test_a_run_is_held_by_one_process_and_says_what_it_goes_on_with(tmp_path):

@@ -25,7 +25,7 @@ from lib import predict, training
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
-from lib.files import read_csv, read_json, write_json
+from lib.files import file_digest, read_csv, read_json, write_json
 from lib.metrics import compute_metrics
 from lib.models import logit_layer
 from lib.pcam import SplitWriter, split_path, write_labels
@@ -508,6 +508,27 @@ def test_a_quarantine_that_was_changed_is_not_resumed_as_if_it_were_the_same_run
     assert read_json(run / "meta.json")["rows"]["train"]["left_out"] == {"black": 1}
     listed.write_text("split,index,reason,score\ntrain,8,black,1\n")
     resume(run, expect=2)
+
+
+def test_folds_without_slide_names_need_groups_and_resume_with_the_same(tmp_path, monkeypatch):
+    data, folds = write_pcam(tmp_path / "data"), ("num_folds=2", "fold=1")
+    refuse(f"audit.py data {data} --checks groups", tmp_path / "runs", f"data_dir={data}", *folds)
+    run_script("audit.py", "data", data, "--checks", "groups", cwd=tmp_path, check=0)
+    groups = data / "groups.csv"
+    with monkeypatch.context() as patch:
+        on_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run = start(tmp_path / "runs", data, *folds, expect=130)[0]
+    meta = read_json(run / "meta.json")
+    assert meta["groups"] == file_digest(groups)
+
+    # a last group that is another one could hold out other rows
+    before = groups.read_text()
+    groups.write_text(before.strip() + "0\n")
+    resume(run, expect=2)
+    cfg = load_config(run / "config.yaml")
+    old = {key: value for key, value in meta.items() if key != "groups"}
+    write_json(run / "meta.json", old | {"identity": cfg.identity_digest(meta["data"])})
+    resume(run)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "best"])

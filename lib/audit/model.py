@@ -3,13 +3,13 @@ is judged on the other.
 """
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib.audit import finding
+from lib.audit.copies import link_copies
 from lib.audit.model_page import plot_errors, write_model_page
 from lib.audit.resampling import (
     PREVALENCES,
@@ -29,7 +29,7 @@ from lib.audit.slices import (
     slide_slices,
     split_answers,
 )
-from lib.batches import fold_of_rows, group_of_rows
+from lib.batches import fold_of_rows
 from lib.calibration import (
     calibrate,
     calibration_scores,
@@ -44,6 +44,7 @@ from lib.config import change_free_keys, parse_overrides
 from lib.device import choose_device
 from lib.figures import figure_png
 from lib.files import file_digest, write_csv, write_json
+from lib.groups import groups_for_halves
 from lib.metrics import compute_metrics, constant_alarm, constant_baselines, share_interval, sigmoid
 from lib.pcam import Split, fingerprint, open_split, sole_writer, split_path
 from lib.predict import predict_batch, ready_to_predict
@@ -88,7 +89,7 @@ def audit_model(
             f"{directory}: all patches of split {split_name} have the label {split.labels[0]}, both"
             " are needed"
         )
-    groups = group_of_rows(split, directory)
+    groups = groups_for_halves(split, directory)
     kind, half = (
         "groups that share tissue" if split.slides is None else "slides",
         fold_of_rows(groups, 2),
@@ -98,9 +99,7 @@ def audit_model(
             f"{directory}: the {kind} of split {split_name} do not make two halves with both"
             " classes in each"
         )
-    copies = (
-        groups if split.slides is None else group_of_rows(replace(split, slides=None), directory)
-    )
+    copies = groups if split.slides is None else link_copies(split.images)
     model = ready_to_predict(model.to(device), cfg.precision)
 
     def predict(patches: torch.Tensor, views: int = 1) -> np.ndarray:

@@ -115,7 +115,7 @@ def compare_inputs(a: Side, b: Side) -> list[dict]:
         ]
         raise BadInput(
             f"{a.run} and {b.run} are no twins:"
-            f" {(differing or ['a file that the config names differs'])[0]}"
+            f" {(differing or ['a file that the config names, or groups.csv, differs'])[0]}"
         )
     if list(a.trace) != list(b.trace):
         lengths = [f"{len(side.trace)} steps up to {max(side.trace, default=0)}" for side in (a, b)]

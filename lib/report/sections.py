@@ -64,7 +64,7 @@ twins | Twin runs: identical or not, and where they part | twin |
 2 Data
 counts | Partitioning and final counts per split and class | audit DATA=data/pcam |
 leakage | How leakage is prevented, and where statistics are computed | audit DATA=data/pcam \
-  | lib/batches.py: group_of_rows, fold_of_rows; lib/augment.py: PCAM_MEAN, PCAM_STD
+  | lib/groups.py: group_of_rows; lib/batches.py: fold_of_rows; lib/augment.py: PCAM_MEAN, PCAM_STD
 nested | Is nested cross-validation called for | |
 size | Why the file is larger with fewer patches, and the mend | audit DATA=data/pcam |
 poisoning | Which kind of poisoning, with evidence | audit DATA=data/pcam |

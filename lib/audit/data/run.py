@@ -1,4 +1,4 @@
-"""The audit of a PCam folder: one survey, eight checks on it, and the files that they leave."""
+"""The audit of a PCam folder: one survey, the checks on it, and the files that they leave."""
 
 import json
 import shutil
@@ -10,6 +10,7 @@ from lib.audit.data.balance import check_balance
 from lib.audit.data.drift import check_drift
 from lib.audit.data.duplicates import Copies, check_duplicates, find_copies
 from lib.audit.data.files import check_files
+from lib.audit.data.groups import check_groups
 from lib.audit.data.leakage import check_leakage
 from lib.audit.data.triggers import check_triggers, unique_rows
 from lib.audit.data.values import check_values
@@ -20,7 +21,8 @@ from lib.command import BadInput, say
 from lib.config import load_config
 from lib.figures import figure_png
 from lib.files import write_csv, write_json
-from lib.pcam import sole_writer
+from lib.groups import group_of_rows
+from lib.pcam import open_split, sole_writer
 
 WORK = ".work."  # begins the name of the folder of temporary files in OUT
 QUARANTINE = ("split", "index", "reason", "score")
@@ -76,7 +78,9 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
     """Survey a folder and run checks on it: (surveys, copies or None, findings, names of the checks
     that could not run).
     """
-    surveys, findings = survey_folder(directory, work)
+    surveys, findings = [], []
+    if set(checks) - {"groups"}:  # which reads patches its own way
+        surveys, findings = survey_folder(directory, work)
     failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
     copies = (
         find_copies(surveys)
@@ -90,9 +94,12 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
 
         # what is found so far: folds leave damage out, and this may take an hour
         write_findings(out, findings)
-        return check_labels(directory, train, out, overrides, device)
+        is_grouped = group_of_rows(open_split(directory, "train"), directory) is not None
+        grouping = [] if is_grouped else check_groups(directory)
+        return grouping + check_labels(directory, train, out, overrides, device)
 
     run = {
+        "groups": lambda: check_groups(directory),
         "files": lambda: check_files(directory, surveys, work),
         "values": lambda: [found for survey in surveys for found in check_values(survey)],
         "balance": lambda: check_balance(surveys, load_config(overrides=overrides)),
@@ -107,7 +114,7 @@ def run_checks(directory, out: Path, checks, overrides, device, work):
         "labels": labels,
     }
     for name in checks:
-        if not surveys or (name == "labels" and train is None):
+        if (not surveys and name != "groups") or (name == "labels" and train is None):
             failed.append(name)
             continue
         try:
@@ -184,7 +191,7 @@ def plant_and_find(
     }
     clean, planted = Path(work, "clean"), Path(work, "planted")
     truth = write_copies(surveys, rows_of, clean, planted)
-    wanted = [name for name in checks if name not in ("files", "balance", "drift")]
+    wanted = [name for name in checks if name not in ("files", "balance", "drift", "groups")]
     for folder in (clean, planted):
         say(f"auditing the {folder.name} copy")
         (folder / "out").mkdir()

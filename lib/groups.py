@@ -1,0 +1,133 @@
+"""Which rows of a split must stay in one fold: its slides or, where it has no slide names, the
+groups of copies and of overlapping patches that `audit.py data DIR --checks groups` has written.
+"""
+
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from lib.command import BadInput, say
+from lib.files import cache_file, file_digest, read_edited_csv, row_number, write_csv
+from lib.pcam import SPLITS, Split, fingerprint, split_path
+
+FILE_NAME = "groups.csv"
+COLUMNS = ("split", "index", "group")
+
+
+def group_of_rows(split: Split, directory) -> np.ndarray | None:
+    """The name of the group of each row, (N,): slides, else those of groups.csv; None without both.
+
+    Raises BadInput for a groups.csv that does not fit the split.
+    """
+    if split.slides is not None:
+        return split.slides
+    path = find_groups(split, directory)
+    return None if path is None else read_groups(path, split, directory)
+
+
+def groups_for_folds(split: Split, directory) -> np.ndarray:
+    """The group of each row, (N,). Raises BadInput where neither slides nor groups.csv tell it."""
+    groups = group_of_rows(split, directory)
+    if groups is None:
+        raise BadInput(
+            f"{directory}: folds of {split.name} need slide names or {FILE_NAME}, which"
+            f" `{groups_command(directory)}` writes"
+        )
+    return groups
+
+
+def groups_for_halves(split: Split, directory) -> np.ndarray:
+    """The group of each row, (N,): each row by itself, and a line that says so, where neither
+    slides nor groups.csv tell it.
+    """
+    groups = group_of_rows(split, directory)
+    if groups is None:
+        say(
+            f"note: halves of {split.name} may share tissue, {directory} has neither slide names"
+            f" nor {FILE_NAME}; `{groups_command(directory)}` mends that"
+        )
+        return np.arange(len(split))
+    return groups
+
+
+def groups_command(directory) -> str:
+    return f"python audit.py data {shlex.quote(str(directory))} --checks groups"
+
+
+def find_groups(split: Split, directory) -> Path | None:
+    """The file that tells the groups of a split: of the folder, else of the cache; None where there
+    is none, or the split has slide names.
+    """
+    if split.slides is not None:
+        return None
+    path = Path(directory, FILE_NAME)
+    if not path.is_file():
+        path = _cached_path(directory, split.name)
+    return path if path.is_file() else None
+
+
+def groups_digest(split: Split, directory) -> str | None:
+    """SHA-256 of the file that tells the groups of a split, or None. Raises BadInput where the file
+    does not fit.
+    """
+    path = find_groups(split, directory)
+    if path is None:
+        return None
+    read_groups(path, split, directory)
+    return file_digest(path)
+
+
+def read_groups(path, split: Split, directory) -> np.ndarray:
+    """The name of the group of each row of a split, str (N,), from a groups.csv.
+
+    Raises BadInput where it does not list each row once. Patches that were replaced by as many
+    others are not noticed, but by the name of a cached file.
+    """
+    mend = f"`{groups_command(directory)}` writes it anew"
+    try:
+        rows = read_edited_csv(path, COLUMNS)
+    except BadInput as error:
+        raise BadInput(f"{error}; {mend}") from None
+    unknown = {row["split"] for row in rows} - set(SPLITS)
+    if unknown:
+        raise BadInput(f"{path} names the unknown split {min(unknown)!r}; {mend}")
+    rows = [row for row in rows if row["split"] == split.name]
+    index = [row_number(row["index"]) for row in rows]
+    if len(index) != len(split) or set(index) != set(range(len(split))):
+        raise BadInput(
+            f"{path} does not list each of the {len(split):,} rows of {split.name} once; {mend}"
+        )
+    names = np.array([row["group"] for row in rows])
+    return names[np.argsort(index)]
+
+
+def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
+    """Write the group of each row, (N,) by the name of its split, to DIR/groups.csv or, where a
+    folder cannot be written, to this user's cache.
+
+    Raises OSError where neither can be written, and where a file stays in DIR that goes before the
+    cache.
+    """
+    path = Path(directory, FILE_NAME)
+    rows = {split: _rows_of(split, names) for split, names in groups.items()}
+    try:
+        write_csv(path, COLUMNS, sum(rows.values(), []))
+    except OSError:
+        if path.exists():
+            raise
+        for split in groups:
+            cached = _cached_path(directory, split)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_csv(cached, COLUMNS, rows[split])
+
+
+def _rows_of(split: str, names: np.ndarray) -> list[tuple]:
+    return [(split, index, name) for index, name in enumerate(names.tolist())]
+
+
+def _cached_path(directory, split: str) -> Path:
+    """One file a split, named by the SHA-256 of its patches: it cannot be of other ones."""
+    x_name = split_path(directory, split, "x").name
+    digest = fingerprint(directory, [split])[x_name]
+    return cache_file(directory).with_name(f"groups-{digest}.csv")
