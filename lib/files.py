@@ -160,7 +160,7 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
             columns, rows = reader.fieldnames or [], list(reader)
     except csv.Error as error:
         raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
-    for column in needed:
+    for column in sorted(needed):
         if column not in columns:
             raise BadInput(f"{path} lacks the column {column}; it has: {', '.join(columns)}")
     for number, row in enumerate(rows, 2):
