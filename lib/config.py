@@ -18,16 +18,22 @@ from lib.command import BadInput, nearest, one_line
 from lib.files import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
-TINY = math.ulp(0.0)  # the smallest number above 0
-# as YAML, a shell and Python write them
-TRUE, FALSE = ("true", "True", "yes", "1"), ("false", "False", "no", "0")
-BOOLEANS = dict.fromkeys(TRUE, True) | dict.fromkeys(FALSE, False)
+BOOLEANS = {
+    "true": True,
+    "True": True,
+    "yes": True,
+    "1": True,
+    "false": False,
+    "False": False,
+    "no": False,
+    "0": False,
+}
 
 # a type, its lowest value and, where there is one, its highest: both are allowed
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
-AboveZero = Annotated[float, TINY]
+AboveZero = Annotated[float, 1e-12]
 Share = Annotated[float, 0, 1]
 Reason = Literal[
     "nan",
@@ -86,7 +92,7 @@ class Config:
     schedule: Literal["cosine", "step", "plateau", "constant"]
     warmup_epochs: NonNegative
     decay_epochs: Positive
-    decay_factor: Annotated[float, TINY, 1]
+    decay_factor: Annotated[float, 1e-12, 1]
     grad_clip: NonNegative
     label_smoothing: Annotated[float, 0, 0.5]
     ema_decay: Annotated[float, 0, 0.99999]
@@ -105,8 +111,7 @@ class Config:
 
     def as_dict(self) -> dict:
         """Plain values (tuples as lists), in the order of the declaration."""
-        values = dataclasses.asdict(self)
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def free_keys(self) -> list[str]:
         """The keys that do not change the weights of this run."""
@@ -186,10 +191,8 @@ def _parse_number(value, kind: type, low, high=math.inf):
     except ValueError:
         number = math.nan
     is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
-    allowed = "an integer" if kind is int else "a number"
-    allowed += " above 0" if low == TINY else f" at least {low}"
-    allowed += f" and at most {high}" if high < math.inf else ""
-    return kind(number) if is_valid else None, allowed
+    name = "an integer" if kind is int else "a number"
+    return kind(number) if is_valid else None, f"{name} from {low} to {high}"
 
 
 def config_from_dict(values: dict, source="config") -> Config:
@@ -216,13 +219,11 @@ def refuse_unknown(keys, source) -> None:
 
 
 def _check_together(cfg: Config) -> None:
-    """Raise BadInput for values that their types allow and that are wrong together, or as text."""
-    if cfg.batch_size % cfg.shards:
-        raise BadInput(f"batch_size {cfg.batch_size} must be a multiple of shards ({cfg.shards})")
-    if cfg.shards.bit_count() != 1:
+    """Raise BadInput for values that their types allow and the program does not."""
+    if cfg.shards.bit_count() != 1 or cfg.batch_size % cfg.shards:
         raise BadInput(
-            f"shards is {cfg.shards}, it must be a power of two, so that the sum is a full binary"
-            " tree"
+            f"batch_size {cfg.batch_size} must be a multiple of shards, which is {cfg.shards} and"
+            " must be a power of two: their sum is a full binary tree"
         )
     if cfg.num_folds == 1 or cfg.fold >= max(cfg.num_folds, 1):
         raise BadInput(
@@ -245,7 +246,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         for key in keys:
             if keys.count(key) > 1:
                 problem = f"the key {key!r} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -311,10 +312,10 @@ def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
     """
     changed = config_from_dict(cfg.as_dict() | changes, source="command line")
     before, after = cfg.identity(), changed.identity()
-    if before != after:
-        key = next(key for key in before if before[key] != after[key])
-        free = ", ".join(cfg.free_keys())
-        raise BadInput(
-            f"{key} changes the weights and cannot be changed in a resumed run; these can: {free}"
-        )
+    for key, value in before.items():
+        if after[key] != value:
+            raise BadInput(
+                f"{key} changes the weights and cannot be changed in a resumed run; these can:"
+                f" {', '.join(cfg.free_keys())}"
+            )
     return changed
