@@ -53,7 +53,7 @@ def device_of_rank(local_rank: int, num_gpus: int) -> str:
 
 def num_gpus() -> int:
     """The GPUs that torch can use."""
-    # of an old driver, which why_no_gpu tells in one line
+    # an old driver warns at length; why_no_gpu gives the reason in one line
     with warnings.catch_warnings(action="ignore"):
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -103,8 +103,8 @@ def keep_freed_memory(keep: bool = True) -> None:
     """Whether the C library keeps what a step frees for the next one (glibc's mallopt).
 
     By default it hands large blocks back, so that the kernel has to clear the pages of every
-    activation anew; what that costs on a machine, `memory_returned` of benchmark.py train tells. A
-    platform with another C library is left as it is.
+    activation anew. `memory_returned` of benchmark.py train measures what that costs. A platform
+    with another C library is left as it is.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(AttributeError, OSError):
@@ -189,10 +189,10 @@ def num_cores() -> int:
     """The processor cores that this process was given: by its affinity mask, its control groups and
     its Slurm task.
     """
-    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
-    limits.append(control_group_limits()["cgroup_cpus"] or limits[0])
-    limits.append(os.environ.get("SLURM_CPUS_PER_TASK", limits[0]))
-    return max(min(map(int, limits)), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = int(control_group_limits()["cgroup_cpus"] or cores)
+    task = int(os.environ.get("SLURM_CPUS_PER_TASK", cores))
+    return max(min(cores, quota, task), 1)
 
 
 def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
