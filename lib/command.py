@@ -4,9 +4,9 @@ at the end.
 
 import argparse
 import contextlib
+import difflib
 import functools
 import json
-import math
 import os
 import signal
 import subprocess
@@ -33,14 +33,16 @@ class Parser(argparse.ArgumentParser):
 
 def probability(text: str) -> float:
     """An argument that must lie between 0 and 1."""
-    if not 0 <= (value := float(text)) <= 1:
+    value = float(text)
+    if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
 def positive(text: str) -> int:
     """An argument that counts something."""
-    if (value := int(text)) < 1:
+    value = int(text)
+    if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
@@ -71,8 +73,6 @@ def printable(text) -> str:
 
 def nearest(name, allowed) -> str:
     """A hint such as `, did you mean 'lr'?` or an empty string."""
-    import difflib
-
     match = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.5)
     return f", did you mean '{match[0]}'?" if match else ""
 
@@ -84,12 +84,8 @@ def say(text) -> None:
 
 
 def without_nan(value):
-    """`value` with every NaN and infinity replaced by None: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {str(key): without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """`value` as JSON gives it back, with None for NaN and infinity, for which it has no word."""
+    return json.loads(json.dumps(value), parse_constant=lambda _word: None)
 
 
 def print_result(result: dict) -> None:
@@ -132,11 +128,38 @@ def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeo
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory, the machine's or a GPU's, has run out: torch tells it by a RuntimeError's
-    words.
+    """Whether memory, the machine's or a GPU's, has run out. torch says so in the words of a
+    RuntimeError.
     """
-    words = ("allocate memory", "not enough memory", "out of memory", "Cannot allocate")
-    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+    words = ("allocate memory", "enough memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def explain(error: Exception) -> str:
+    """The sentence for bad input and for what the machine refuses; empty for a bug."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib."):
+        remedy = "make setup, then . .venv/bin/activate"
+        return f"{sys.executable} lacks the package {error.name}: {remedy}"
+    if isinstance(error, OSError) and error.errno is not None:
+        sentence = one_line(error.strerror or error).lower()
+        return f"{sentence}: {error.filename}" if error.filename else sentence
+    if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+        remedy = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+        return f"not enough memory ({one_line(error)[:200]}); {remedy}"
+    return ""
+
+
+def interrupt_on_stop_signals() -> None:
+    """Let the stop signals that nobody handles raise KeyboardInterrupt, so that open files are
+    tidied up.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other may
+        return
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def script(main):
@@ -144,52 +167,25 @@ def script(main):
     happens.
 
     BadInput and the operating system's refusals (a full disk, a missing permission) become one
-    sentence on stderr and 2. Ctrl-C, and what Slurm says before it kills, become 130, after what is
-    open was tidied up. Anything else is a bug and keeps its traceback.
+    sentence on stderr and 2. Ctrl-C, and the signals that Slurm sends before it kills, become 130.
+    Anything else is a bug and keeps its traceback.
     """
-
-    def fail(sentence, code):
-        sentence = printable(sentence)
-        say(f"error: {sentence}")
-        print_result({"error": sentence, "exit": code})
-        return code
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
-        unheard = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-        unheard = unheard if threading.current_thread() is threading.main_thread() else []
-        for number in unheard:
-            signal.signal(number, signal.default_int_handler)
+        interrupt_on_stop_signals()
         try:
             return main(argv)
-        except BadInput as error:
-            return fail(str(error), EXIT_USAGE)
-        except ModuleNotFoundError as error:
-            if (error.name or "lib").partition(".")[0] == "lib":  # our own is a bug
-                raise
-            return fail(
-                f"{sys.executable} lacks the package {error.name}: make setup, then ."
-                " .venv/bin/activate",
-                EXIT_USAGE,
-            )
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
         except KeyboardInterrupt:
-            return fail("interrupted", EXIT_INTERRUPTED)
-        except OSError as error:
-            if error.errno is None:
+            sentence, code = "interrupted", EXIT_INTERRUPTED
+        except Exception as error:
+            sentence, code = printable(explain(error)), EXIT_USAGE
+            if not sentence:
                 raise
-            where = f": {error.filename}" if error.filename else ""
-            return fail(f"{one_line(error.strerror or error).lower()}{where}", EXIT_USAGE)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            advice = (
-                "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
-            )
-            return fail(f"not enough memory ({one_line(error)[:200]}); {advice}", EXIT_USAGE)
-        finally:
-            for number in unheard:
-                signal.signal(number, signal.SIG_DFL)
+        say(f"error: {sentence}")
+        print_result({"error": sentence, "exit": code})
+        return code
 
     return wrapper

@@ -2,14 +2,13 @@
 config.yaml, types stand here.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,16 +18,23 @@ from lib.command import BadInput, nearest, one_line
 from lib.files import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
-TINY = math.ulp(0.0)
-MOST_ITEMS = 100  # of a key that takes several values
-NOT_IDENTITY = "does not change the weights"
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+BOOLEANS = {
+    "true": True,
+    "True": True,
+    "yes": True,
+    "1": True,
+    "false": False,
+    "False": False,
+    "no": False,
+    "0": False,
+}
 
-Share = Annotated[float, 0, 1]  # a type and its bounds, both allowed
+# a type, its lowest value and, where there is one, its highest: both are allowed
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
-AboveZero = Annotated[float, TINY]
+AboveZero = Annotated[float, 1e-12]
+Share = Annotated[float, 0, 1]
 Reason = Literal[
     "nan",
     "range",
@@ -49,11 +55,11 @@ Reason = Literal[
 class Config:
     """Every parameter of a run; config.yaml says what each one means."""
 
-    name: Annotated[str, NOT_IDENTITY]
+    name: str
     seed: Annotated[int, 0, 2**31 - 1]
 
-    data_dir: Annotated[str, NOT_IDENTITY]  # the fingerprint of the data stands in for it
-    data_residence: Annotated[Literal["auto", "disk", "host", "device"], NOT_IDENTITY]
+    data_dir: str
+    data_residence: Literal["auto", "disk", "host", "device"]
     limit_train: Natural
     limit_valid: Natural
     num_folds: Natural
@@ -70,7 +76,7 @@ class Config:
     weights: str
 
     symmetries: bool
-    crop: Annotated[int, 32, 96]
+    crop: Literal[32, 64, 96]  # so that the centre 32 pixels are whole cells of the model
     crop_epochs: Natural
     shift: Annotated[int, 0, 48]
     stain_jitter: NonNegative
@@ -86,7 +92,7 @@ class Config:
     schedule: Literal["cosine", "step", "plateau", "constant"]
     warmup_epochs: NonNegative
     decay_epochs: Positive
-    decay_factor: Annotated[float, TINY, 1]
+    decay_factor: Annotated[float, 1e-12, 1]
     grad_clip: NonNegative
     label_smoothing: Annotated[float, 0, 0.5]
     ema_decay: Annotated[float, 0, 0.99999]
@@ -96,23 +102,27 @@ class Config:
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]
     early_stop_epochs: Natural
-    eval_batch_size: Annotated[int, 1, NOT_IDENTITY]
-    views: Annotated[Literal[1, 8], NOT_IDENTITY]
-    threshold_rule: Annotated[Literal["f2", "recall", "cost"], NOT_IDENTITY]
-    least_recall: Annotated[float, 0, 1, NOT_IDENTITY]
-    false_negative_cost: Annotated[float, 0, NOT_IDENTITY]
-    checkpoint_every_steps: Annotated[int, 0, NOT_IDENTITY]
+    eval_batch_size: Positive
+    views: Literal[1, 8]
+    threshold_rule: Literal["f2", "recall", "cost"]
+    least_recall: Share
+    false_negative_cost: NonNegative
+    checkpoint_every_steps: Natural
+
+    def as_dict(self) -> dict:
+        """Plain values (tuples as lists), in the order of the declaration."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def free_keys(self) -> list[str]:
+        """The keys that do not change the weights of this run."""
+        # the batch size of evaluation moves the last digits of the score
+        follows_score = self.schedule == "plateau" or self.early_stop_epochs
+        fixed = ("eval_batch_size",) if follows_score else ()
+        return [key for key in FREE_KEYS if key not in fixed]
 
     def identity(self) -> dict:
-        """The keys that change the weights."""
-        # then the score, and what moves it, reaches the weights
-        listens = self.schedule == "plateau" or self.early_stop_epochs
-        counted = ("eval_batch_size",) if listens else ()
-        free = {
-            key
-            for key, hint in HINTS.items()
-            if NOT_IDENTITY in typing.get_args(hint) and key not in counted
-        }
+        """The keys that change the weights, with their values."""
+        free = self.free_keys()
         return {key: value for key, value in self.as_dict().items() if key not in free}
 
     def identity_digest(self, data: dict[str, str], groups: str | None = None) -> str:
@@ -125,63 +135,66 @@ class Config:
         for key in ("quarantine", "weights"):  # what is in the file counts, not where it lies
             if values[key]:
                 values[key] = file_digest(values[key])
-        return hashlib.sha256(json.dumps([values, data], sort_keys=True).encode()).hexdigest()
-
-    def as_dict(self) -> dict:
-        """Plain values (tuples as lists), in the order of the declaration."""
-        return {
-            k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()
-        }
+        text = json.dumps([values, data], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
+HINTS = typing.get_type_hints(Config, include_extras=True)
+# these do not change the weights; the fingerprint of the data stands in for data_dir
+FREE_KEYS = (
+    "name",
+    "data_dir",
+    "data_residence",
+    "eval_batch_size",
+    "views",
+    "threshold_rule",
+    "least_recall",
+    "false_negative_cost",
+    "checkpoint_every_steps",
+)
 # keys that came later, each with the value that stands for it in runs and checkpoints made before
 ADDED_KEYS = {"threshold_rule": "f2", "least_recall": 0.95, "false_negative_cost": 10.0}
-HINTS = typing.get_type_hints(Config, include_extras=True)
 
 
-def coerce(key, value, hint):
-    """`value` as the declared type. YAML reads `1e-3` as text, and the shell hands over nothing but
-    text: both are parsed.
+def coerce(key: str, value, hint):
+    """`value` as the type `hint`. Raises BadInput, which names `key`, where it is not one.
+
+    YAML reads `1e-3` as text, and a shell passes nothing but text: text is parsed.
     """
-    kind, *extras = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
-    if typing.get_origin(kind) is tuple:
-        items = value.strip(" []").replace(",", " ").split() if isinstance(value, str) else value
-        items = items if isinstance(items, (list, tuple)) else [items]
-        if len(items) > MOST_ITEMS:
-            raise BadInput(
-                f"config key {key}: {len(items):,} values are too many, at most {MOST_ITEMS} are"
-                " allowed"
-            )
-        return tuple(coerce(key, item, typing.get_args(kind)[0]) for item in items)
-    if typing.get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in typing.get_args(kind)}
-        if str(value) in choices:  # a nan that is a number to YAML too
-            return choices[str(value)]
-        allowed = f"one of {', '.join(choices)}{nearest(value, choices)}"
-    elif kind is bool:
-        if str(value).lower() in BOOLEANS:
-            return BOOLEANS[str(value).lower()]
-        allowed = "true or false"
-    elif kind is str:
-        if value is None or (isinstance(value, (str, int, float)) and not isinstance(value, bool)):
-            return "" if value is None else str(value)
-        allowed = "text"
+    value = "" if value is None else value
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return tuple(coerce(key, item, arguments[0]) for item in _split_items(value))
+    if origin is Annotated:
+        result, allowed = _parse_number(value, *arguments)
+    elif hint is str:
+        is_text = type(value) in (str, int, float)  # a bool is none
+        result, allowed = str(value) if is_text else None, "text"
     else:
-        least, most = ([extra for extra in extras if extra != NOT_IDENTITY] + [math.inf])[:2]
-        low = "above 0" if least == TINY else f"at least {least}"
-        allowed = (
-            f"{'an integer' if kind is int else 'a number'}"
-            f" {low}{f' and at most {most}' if most < math.inf else ''}"
-        )
-        with contextlib.suppress(ArithmeticError, ValueError):  # of what is no number
-            number = Decimal(str(value))  # which keeps the last digits of a large integer
-            if (
-                math.isfinite(number)
-                and not (kind is int and number % 1)
-                and least <= kind(number) <= most
-            ):
-                return kind(number)
-    raise BadInput(f"config key {key}: {value!r} is not allowed, it must be {allowed}")
+        choices = BOOLEANS if hint is bool else {str(choice): choice for choice in arguments}
+        result = choices.get(str(value))
+        allowed = f"one of {', '.join(choices)}{nearest(value, choices)}"
+    if result is None:
+        raise BadInput(f"config key {key}: {value!r} is not allowed, it must be {allowed}")
+    return result
+
+
+def _split_items(value) -> list:
+    """The items of a YAML list, or of text such as `256,128` or `[256, 128]`."""
+    if isinstance(value, str):
+        return value.strip(" []").replace(",", " ").split()
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _parse_number(value, kind: type, low, high=math.inf):
+    """`value` as an int or a float, None where it is not one in these bounds; and what is one."""
+    try:
+        number = float(str(value))  # of True, which is an int to Python, the text is no number
+    except ValueError:
+        number = math.nan
+    is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
+    name = "an integer" if kind is int else "a number"
+    return kind(number) if is_valid else None, f"{name} from {low} to {high}"
 
 
 def config_from_dict(values: dict, source="config") -> Config:
@@ -189,7 +202,8 @@ def config_from_dict(values: dict, source="config") -> Config:
     the wrong type or value.
     """
     refuse_unknown(values, source)
-    if missing := [key for key in HINTS if key not in values]:
+    missing = [key for key in HINTS if key not in values]
+    if missing:
         raise BadInput(
             f"{source}: missing {', '.join(missing)} (config.yaml has every key with its meaning)"
         )
@@ -200,40 +214,42 @@ def config_from_dict(values: dict, source="config") -> Config:
 
 def refuse_unknown(keys, source) -> None:
     """Raise BadInput for the first key that no configuration has, with the nearest that it has."""
-    if unknown := [key for key in keys if key not in HINTS]:
-        hint = nearest(unknown[0], HINTS) or f" (allowed: {', '.join(HINTS)})"
-        raise BadInput(f"{source}: unknown key {unknown[0]!r}{hint}")
+    for key in keys:
+        if key not in HINTS:
+            hint = nearest(key, HINTS) or f" (allowed: {', '.join(HINTS)})"
+            raise BadInput(f"{source}: unknown key {key!r}{hint}")
 
 
 def _check_together(cfg: Config) -> None:
-    """What no key can tell alone."""
-    if cfg.batch_size % cfg.shards:
-        raise BadInput(f"batch_size {cfg.batch_size} must be a multiple of shards ({cfg.shards})")
-    if cfg.shards & (cfg.shards - 1):
+    """Raise BadInput for values that their types allow and the program does not."""
+    if cfg.shards.bit_count() != 1 or cfg.batch_size % cfg.shards:
         raise BadInput(
-            f"shards is {cfg.shards}, it must be a power of two, so that the sum is a full binary"
-            " tree"
+            f"batch_size {cfg.batch_size} must be a multiple of shards, which is {cfg.shards} and"
+            " must be a power of two: their sum is a full binary tree"
         )
-    if cfg.num_folds == 1 or (cfg.fold and cfg.fold >= cfg.num_folds):
+    if cfg.num_folds == 1 or cfg.fold >= max(cfg.num_folds, 1):
         raise BadInput(
             f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is"
             " below it"
         )
-    if cfg.crop % 32:
-        raise BadInput(
-            f"crop {cfg.crop} must be 32, 64 or 96, so that the centre 32 pixels are whole cells of"
-            " the model"
-        )
-    if (
-        cfg.name != cfg.name.strip()
-        or not cfg.name
-        or any(c in cfg.name for c in "/\\\0\n")
-        or len(cfg.name) > 60
-    ):
+    is_name = re.fullmatch(r"[^/\\\0\n]{1,60}", cfg.name)
+    if not is_name or cfg.name != cfg.name.strip():
         raise BadInput(
             f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a"
             " folder's name"
         )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Of a key that stands twice, SafeLoader keeps the last in silence; here it is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                problem = f"the key {key!r} stands there twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def read_yaml(path) -> dict:
@@ -242,25 +258,16 @@ def read_yaml(path) -> dict:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values, root = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
     except FileNotFoundError:
         raise BadInput(f"no configuration at {path}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        where = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or one_line(error)
-        raise BadInput(
-            f"{path} is not valid YAML{f', line {where.line + 1}' if where else ''}: {problem}"
-        ) from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise BadInput(f"{path} is not valid YAML, line {line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:  # no text, or a date that is none
+        raise BadInput(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
-    nodes = [root]
-    for node in nodes:
-        # of keys that stand twice safe_load keeps the last in silence
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value]
-            if twice := [key for key in keys if keys.count(key) > 1]:
-                raise BadInput(f"{path}: the key {twice[0]!r} stands there twice")
-            nodes += [value for _, value in node.value if value not in nodes]
     return values
 
 
@@ -268,7 +275,9 @@ def plain(value) -> str:
     """A value as it would be typed."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(plain, value))
-    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "" if value is None else str(value)
 
 
 def parse_overrides(pairs) -> dict[str, str]:
@@ -276,11 +285,12 @@ def parse_overrides(pairs) -> dict[str, str]:
     values = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
+        key = key.strip()
         if not equals:
             raise BadInput(f"{pair!r} is not of the form key=value")
-        if key.strip() in values:
-            raise BadInput(f"{key.strip()} is given twice")
-        values[key.strip()] = value
+        if key in values:
+            raise BadInput(f"{key} is given twice")
+        values[key] = value
     return values
 
 
@@ -304,11 +314,10 @@ def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
     """
     changed = config_from_dict(cfg.as_dict() | changes, source="command line")
     before, after = cfg.identity(), changed.identity()
-    for key in before:
-        if before[key] != after[key]:
-            free = ", ".join(key for key in cfg.as_dict() if key not in before)
+    for key, value in before.items():
+        if after[key] != value:
             raise BadInput(
                 f"{key} changes the weights and cannot be changed in a resumed run; these can:"
-                f" {free}"
+                f" {', '.join(cfg.free_keys())}"
             )
     return changed

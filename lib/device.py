@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import subprocess
 import warnings
 from pathlib import Path
@@ -19,33 +20,28 @@ NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the las
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """`auto` takes a GPU if there is one, each rank of a machine its own. Raises BadInput for a
-    device that is not there.
+    """The device `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one, each rank of a
+    machine its own. Raises BadInput for a device that is not there.
     """
     if name == "auto":
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         name = device_of_rank(local_rank, num_gpus())
         if local_rank == 0:
             warn_of_unusable_gpu()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise BadInput(
-            f"--device {name}: unknown, allowed are auto, cpu, cuda and cuda:N"
-        ) from None
-    if device.type == "cuda":
-        if not num_gpus():
-            raise BadInput(
-                f"--device {name}: this machine offers no CUDA device to {why_no_gpu()} (use"
-                " --device cpu)"
-            )
-        device = torch.device("cuda", device.index or 0)
-        if device.index >= num_gpus():
-            raise BadInput(f"--device {name}: there are only {num_gpus()} CUDA devices")
-        torch.cuda.set_device(device)
-    elif device.type != "cpu":
+    if name == "cpu":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", name):
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
-    return device
+    if not num_gpus():
+        raise BadInput(
+            f"--device {name}: this machine offers no CUDA device to {why_no_gpu()} (use"
+            " --device cpu)"
+        )
+    index = int(name.partition(":")[2] or 0)
+    if index >= num_gpus():
+        raise BadInput(f"--device {name}: there are only {num_gpus()} CUDA devices")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def device_of_rank(local_rank: int, num_gpus: int) -> str:
@@ -57,7 +53,7 @@ def device_of_rank(local_rank: int, num_gpus: int) -> str:
 
 def num_gpus() -> int:
     """The GPUs that torch can use."""
-    # of an old driver, which why_no_gpu tells in one line
+    # an old driver warns at length; why_no_gpu gives the reason in one line
     with warnings.catch_warnings(action="ignore"):
         return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -70,9 +66,9 @@ def why_no_gpu() -> str:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in NO_GPU:
         return f"{build}: CUDA_VISIBLE_DEVICES={visible} hides every GPU"
-    reason = "it finds none"
     try:
         torch.cuda.init()
+        reason = "it finds none"
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(". ")[0]
     return f"{build}, built for CUDA {torch.version.cuda}: {reason}"
@@ -95,9 +91,7 @@ def warn_of_unusable_gpu() -> None:
     """Say, once, that torch cannot use the GPU that this process has, and why: the CPU takes hours
     for what a GPU does.
     """
-    if num_gpus():
-        return
-    evidence = given_gpu()
+    evidence = "" if num_gpus() else given_gpu()
     if evidence:
         say(
             f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this computes on"
@@ -109,8 +103,8 @@ def keep_freed_memory(keep: bool = True) -> None:
     """Whether the C library keeps what a step frees for the next one (glibc's mallopt).
 
     By default it hands large blocks back, so that the kernel has to clear the pages of every
-    activation anew; what that costs on a machine, `memory_returned` of benchmark.py train tells. A
-    platform with another C library is left as it is.
+    activation anew. `memory_returned` of benchmark.py train measures what that costs. A platform
+    with another C library is left as it is.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(AttributeError, OSError):
@@ -134,67 +128,56 @@ def control_groups() -> list[Path]:
     """
     folders = []
     with contextlib.suppress(OSError):
-        # number:controllers:path; version 2 names none
         for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            top = Path("/sys/fs/cgroup", controllers)
-            group = top / path.lstrip("/")
-            folders += [folder for folder in (group, *group.parents) if folder.is_relative_to(top)]
+            _, controllers, group = line.split(":", 2)  # version 2 names no controllers
+            folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
+            folders += [folder, *folder.parents]
     return folders
 
 
 def control_group_limits() -> dict:
-    """The processors and the memory that the control groups, of version 2 or 1, leave to this
-    process; None: no limit.
+    """The processors and the memory that the control groups allow this process; None: no limit.
+
+    Slurm limits memory, in version 1 and 2. The quota of processors of version 1 is not read: it
+    stands in two files, and containers alone set it.
     """
     cpus, memory = [], []
     for folder in control_groups():
-        with contextlib.suppress(OSError, ValueError):  # `max` and -1 are no limit
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # no such file; `max` is no limit
+                memory.append(int((folder / name).read_text()))
+        with contextlib.suppress(OSError, ValueError):
             quota, period = (folder / "cpu.max").read_text().split()
             cpus.append(int(quota) / int(period))
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (
-                int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
-            )
-            cpus += [quota / period] if quota > 0 else []
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):
-                memory.append(int((folder / name).read_text()))
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    least = min(memory, default=physical)
+    num_bytes = min(memory, default=physical_bytes())
     return {
         "cgroup_cpus": min(cpus, default=None),
-        "cgroup_memory_bytes": least if least < physical else None,
+        "cgroup_memory_bytes": num_bytes if num_bytes < physical_bytes() else None,
     }
 
 
+def physical_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_limit_bytes() -> int:
-    """Memory that this process may still take: what the machine has free, or what its control group
-    leaves.
+    """Memory that this process may take at most: what the machine has available, or what the
+    control groups allow.
     """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    with contextlib.suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = (
-            int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-        )
-    for folder in control_groups():
-        for used, most, cached in (
-            ("memory.current", "memory.max", "inactive_file"),
-            ("memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file"),
-        ):
-            # what files have left in memory goes when it is needed
-            with contextlib.suppress(OSError, ValueError):
-                cache = dict(
-                    line.split() for line in (folder / "memory.stat").read_text().splitlines()
-                ).get(cached, 0)
-                free = min(
-                    free,
-                    int((folder / most).read_text())
-                    - int((folder / used).read_text())
-                    + int(cache),
-                )
-    return max(free, 0)
+    available = _proc_field("meminfo", "MemAvailable")  # such as `16315340 kB`
+    num_bytes = int(available.split()[0]) * 1024 if available else physical_bytes()
+    return min(num_bytes, control_group_limits()["cgroup_memory_bytes"] or num_bytes)
+
+
+def _proc_field(file: str, name: str) -> str:
+    """The text behind `name:` in a file of /proc; empty on a system without it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc", file).read_text().splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == name:
+                return value.strip()
+    return ""
 
 
 def free_device_bytes(device: torch.device) -> int:
@@ -206,13 +189,10 @@ def num_cores() -> int:
     """The processor cores that this process was given: by its affinity mask, its control groups and
     its Slurm task.
     """
-    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()]
-    quota = control_group_limits()["cgroup_cpus"]
-    if quota is not None:
-        limits.append(int(quota))
-    if "SLURM_CPUS_PER_TASK" in os.environ:
-        limits.append(int(os.environ["SLURM_CPUS_PER_TASK"]))
-    return max(min(limits), 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = int(control_group_limits()["cgroup_cpus"] or cores)
+    task = int(os.environ.get("SLURM_CPUS_PER_TASK", cores))
+    return max(min(cores, quota, task), 1)
 
 
 def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
@@ -231,40 +211,34 @@ def describe_machine(device: torch.device) -> dict:
     """What a reader needs in order to repeat a run elsewhere: processor, memory, accelerator,
     driver, system.
     """
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
     machine = {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": cpu,
+        "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
         "num_cores": num_cores(),
-    }
-    machine |= {"cpu_capability": torch.backends.cpu.get_cpu_capability()}
-    machine |= {
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_bytes": physical_bytes(),
         "device": str(device),
     }
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        machine |= {
-            "gpu": gpu.name,
-            "gpu_memory_bytes": gpu.total_memory,
-            "num_multiprocessors": gpu.multi_processor_count,
-        }
-        machine |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        machine |= {"driver": _nvidia_smi("driver_version"), "mig": "MIG" in gpu.name}
-    return machine
+    if device.type != "cuda":
+        return machine
+    gpu = torch.cuda.get_device_properties(device)
+    return machine | {
+        "gpu": gpu.name,
+        "gpu_memory_bytes": gpu.total_memory,
+        "num_multiprocessors": gpu.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": _nvidia_smi("driver_version"),
+        "mig": "MIG" in gpu.name,
+    }
 
 
 def _nvidia_smi(field: str) -> str:
+    """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-        return (
-            subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-            .stdout.split("\n")[0]
-            .strip()
-        )
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
+    return output.stdout.partition("\n")[0].strip()

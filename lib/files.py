@@ -27,42 +27,50 @@ def utc_now() -> str:
 
 
 @contextlib.contextmanager
+def errors_name(path, temporary=None):
+    """In the block, an OSError of a file without a name, or of `temporary`, gets the name `path`:
+    a full disk is reported on a descriptor.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename in (None, temporary):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path, mode="wb"):
     """Yield a file beside `path` that is synced and takes its name when the block ends well (Pillai
     et al., OSDI 2014).
     """
-    path, temporary = Path(path), _beside(path)
-    try:
-        with open(temporary, mode.replace("w", "x"), **({} if "b" in mode else TEXT)) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.filename in (None, temporary):
-            # a full disk is reported on a file descriptor: name the file
-            error.filename = str(path)
-        raise
+    path = Path(path)
+    temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
+    options = {} if "b" in mode else TEXT
+    with errors_name(path, temporary):
+        try:
+            with open(temporary, mode.replace("w", "x"), **options) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
     sync_folder(path.parent)
+
+
+class _Withdrawn(Exception):
+    """Ends an `atomic_write` that was only tried."""
 
 
 def require_writable(path) -> None:
     """Raise the OSError that `atomic_write` would end with where a file cannot be made beside
     `path`; nothing stays there.
     """
-    try:
-        open(temporary := _beside(path), "x").close()
-    except OSError as error:
-        error.filename = str(path)
-        raise
-    os.unlink(temporary)
-
-
-def _beside(path) -> str:
-    path = Path(path)
-    return f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
+    with contextlib.suppress(_Withdrawn), atomic_write(path):
+        raise _Withdrawn
 
 
 def nearest_folder(path) -> Path:
@@ -114,8 +122,7 @@ def write_json(path, value) -> None:
 def read_json(path) -> dict:
     """The object in a JSON file. Raises BadInput where it is not one."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -124,17 +131,14 @@ def read_json(path) -> dict:
 
 
 def cache_file(path) -> Path:
-    """Where this user keeps what was learnt about `path`, which may lie where nothing of ours can
-    stand.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pcam")
-    return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]}.json"
+    """Where this user keeps what was computed from `path`, whose folder may be read-only."""
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+    return Path(folder, "pcam", f"{name}.json")
 
 
 def read_cache(path) -> dict:
-    """The object in a JSON file, such as `write_cache` leaves one; empty where there is nothing
-    that can be used.
-    """
+    """The object in a JSON file, empty where there is none."""
     try:
         return read_json(path)
     except (OSError, BadInput):
@@ -142,26 +146,45 @@ def read_cache(path) -> dict:
 
 
 def write_cache(path, value: dict) -> bool:
-    """Keep `value` if that can be done: it is found out anew where it cannot."""
+    """Keep `value` where that is possible; False where it is not, and has to be computed anew."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path, "w") as file:
             file.write(json.dumps(value))
-    except (OSError, TypeError, ValueError, RecursionError):
+    except OSError:
         return False
     return True
 
 
 def read_csv(path) -> list[dict[str, str]]:
-    """The rows of a CSV file as dicts of text; a torn last line (no newline, or fields missing) is
-    dropped.
+    """The rows of a CSV file that a program appends to, as dicts of text; a torn last line (no
+    newline, or fields missing) is dropped.
     """
     data = Path(path).read_bytes()
-    reader = csv.reader(
-        io.StringIO(data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace"))
-    )
+    whole_lines = data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace")
+    reader = csv.reader(io.StringIO(whole_lines))
     header = next(reader, [])
     return [dict(zip(header, row, strict=True)) for row in reader if len(row) == len(header)]
+
+
+def read_edited_csv(path, needed) -> list[dict[str, str]]:
+    """The rows of a CSV file that a person may have edited. Raises BadInput where it lacks a column
+    of `needed` or is malformed.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            # strict, or an open quote would swallow the rows behind it
+            reader = csv.DictReader(file, strict=True)
+            columns, rows = reader.fieldnames or [], list(reader)
+    except csv.Error as error:
+        raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
+    for column in sorted(needed):
+        if column not in columns:
+            raise BadInput(f"{path} lacks the column {column}; it has: {', '.join(columns)}")
+    for number, row in enumerate(rows, 2):
+        if None in row or None in row.values():  # so DictReader marks what is too much, too little
+            raise BadInput(f"{path}: row {number} has not as many fields as the header")
+    return rows
 
 
 def row_number(text: str) -> int | None:
@@ -171,32 +194,10 @@ def row_number(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
-def read_edited_csv(path, needed) -> list[dict[str, str]]:
-    """The rows of a CSV that a person may have edited. Raises BadInput where it lacks a column of
-    `needed` or is malformed.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            # or an open quote would swallow the rows behind it
-            reader = csv.DictReader(file, strict=True)
-            header, rows = reader.fieldnames or (), list(reader)
-    except csv.Error as error:
-        raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
-    if lacking := sorted(set(needed) - set(header)):
-        raise BadInput(
-            f"{path} lacks the column {lacking[0]}; it has: {', '.join(header) or 'nothing'}"
-        )
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise BadInput(f"{path}: row {number} has not as many fields as the header")
-    return rows
-
-
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        # with a line end of both characters each of them is quoted in a cell, which may be a file's
-        # name
+        # the writer quotes the characters of its line end: a file's name, in a cell, may hold both
         lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
         csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
 
@@ -206,53 +207,39 @@ class CsvLog:
     that `keep` wants go on.
     """
 
-    def __init__(self, path, header, flush_s=2.0, keep=None):
+    def __init__(self, path, header, flush_s=2.0, keep=lambda _row: True):
         self.path, self.header, self.flush_s = Path(path), list(header), flush_s
-        self.rows, self.flushed_at = [], time.monotonic()
-        # of rows under another header: a column that came later is empty in them
-        rows = (
-            [row for row in read_csv(self.path) if self.header[0] in row]
-            if self.path.exists()
-            else []
-        )
-        kept = [row for row in rows if keep is None or keep(row)]
-        write_csv(
-            self.path, self.header, [[row.get(name, "") for name in self.header] for row in kept]
-        )
-        self.file = open(self.path, "ab")  # noqa: SIM115 (open as long as the log is)
+        rows = read_csv(path) if self.path.exists() else []
+        # a column that came later is empty in the rows before
+        table = [[row.get(name, "") for name in self.header] for row in rows if keep(row)]
+        write_csv(path, self.header, table)
+        # a buffer that no two seconds fill, so that readers see whole lines
+        self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
+        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.flushed_at = time.monotonic()
 
     def add(self, **row) -> None:
         """Append one row; every column of the header must be given."""
-        self.rows.append([row[name] for name in self.header])
+        self.writer.writerow([row[name] for name in self.header])
         if time.monotonic() - self.flushed_at >= self.flush_s:
             self.flush()
 
     def flush(self, sync: bool = False) -> None:
         """Hand all rows to the system and, with `sync`, to the disk."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self.rows)
-        try:
-            # in one piece, so that readers see whole lines
-            self.file.write(text.getvalue().encode())
+        with errors_name(self.path):
             self.file.flush()
             if sync:
                 os.fsync(self.file.fileno())
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        self.rows, self.flushed_at = [], time.monotonic()
+        self.flushed_at = time.monotonic()
 
     def close(self) -> None:
-        try:
-            self.flush()
-        finally:
-            with contextlib.suppress(OSError):  # what could not be flushed was already reported
-                self.file.close()
+        with errors_name(self.path):
+            self.file.close()
 
 
 def file_digest(path, kind="sha256") -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(
-            file, lambda: hashlib.new(kind, usedforsecurity=False)
-        ).hexdigest()
+        # md5 is a checksum here: a machine in FIPS mode would refuse it as a protection
+        digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 log.
 """
 
+import datetime
 import sys
 import time
 
@@ -10,10 +11,9 @@ BAR_EVERY_S = 0.1
 
 
 def format_duration(seconds: float) -> str:
-    """`75` as `1:15`, `3700` as `1:01:40`."""
-    minutes, seconds = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """`75` as `01:15`, `3700` as `1:01:40`."""
+    duration = datetime.timedelta(seconds=max(0, round(seconds)))
+    return str(duration).removeprefix("0:")
 
 
 class Progress:
@@ -40,29 +40,25 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        text = (
-            f"{self.label}: {self.num_done:,}{f'/{self.total:,}' if self.total else ''} {self.unit}"
+        total, share, left = "", "", ""
+        if self.total:
+            total = f"/{self.total:,}"
+            share = f" ({self.num_done / self.total:.0%})"
+            remaining_s = (self.total - self.num_done) / rate if rate else 0.0
+            left = f", {format_duration(remaining_s)} left"
+        note = f", {self.note}" if self.note else ""
+        return (
+            f"{self.label}: {self.num_done:,}{total} {self.unit}{share}, {rate:,.0f}/s{left}{note}"
         )
-        share = f" ({self.num_done / self.total:.0%})" if self.total else ""
-        left = (
-            f", {format_duration((self.total - self.num_done) / rate if rate else 0.0)} left"
-            if self.total
-            else ""
-        )
-        return f"{text}{share}, {rate:,.0f}/s{left}" + (f", {self.note}" if self.note else "")
 
     def show(self, last: bool = False) -> None:
-        self.stream.write(
-            ("\r\033[K" if self.live else "")
-            + self.line()
-            + ("\n" if last or not self.live else "")
-        )
-        self.stream.flush()
+        text = f"\r\033[K{self.line()}" if self.live else self.line()
+        print(text, end="" if self.live and not last else "\n", file=self.stream, flush=True)
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
+    def __exit__(self, *_):
         # short work in a job log needs no line of its own
         if self.live or time.monotonic() - self.started_at >= LINE_EVERY_S:
             self.show(last=True)

@@ -31,10 +31,8 @@ def no_job(monkeypatch):
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
-    assert (
-        choose_device("auto") == torch.device("cuda:0" if HAS_GPU else "cpu")
-        and choose_device("cpu").type == "cpu"
-    )
+    assert choose_device("auto") == torch.device("cuda:0" if HAS_GPU else "cpu")
+    assert choose_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -55,25 +53,26 @@ def test_bf16_computes_layers_in_bf16_and_fp32_leaves_them():
 def test_the_machine_is_described_in_plain_json_and_has_memory():
     machine = describe_machine(choose_device("auto"))
     assert json.loads(json.dumps(machine)) == machine and ("gpu" in machine) == HAS_GPU
-    assert all(
-        machine[key]
-        for key in (
-            "host",
-            "system",
-            "cpu",
-            "num_cores",
-            "memory_bytes",
-            "device",
-            "cpu_capability",
-        )
-    )
-    assert (
-        0
-        < memory_limit_bytes()
-        <= machine["memory_bytes"]
-        == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    )
+    assert None not in machine.values() and "" not in machine.values()
+    assert 0 < memory_limit_bytes() <= machine["memory_bytes"]
     assert free_device_bytes(torch.device("cpu")) == 0
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory.limit_in_bytes"])
+def test_the_least_memory_limit_of_the_control_groups_counts(name, monkeypatch, tmp_path):
+    groups = [tmp_path / "step", tmp_path / "job", tmp_path / "gone"]
+    monkeypatch.setattr(device, "control_groups", lambda: groups)
+    for folder, limit in zip(groups, ["max", "70000000"], strict=False):
+        folder.mkdir()
+        (folder / name).write_text(f"{limit}\n")
+    assert device.control_group_limits()["cgroup_memory_bytes"] == memory_limit_bytes() == 70000000
+    (groups[1] / name).write_text(str(2**63 - 4096))  # no limit, in the words of version 1
+    assert device.control_group_limits()["cgroup_memory_bytes"] is None
+
+
+def test_a_system_without_proc_has_memory_and_a_processor(monkeypatch):
+    monkeypatch.setattr(device, "_proc_field", lambda *_: "")
+    assert memory_limit_bytes() > 0 and describe_machine(torch.device("cpu"))["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -99,20 +98,14 @@ def test_threads_0_are_the_cores_that_the_job_was_given(
         monkeypatch.setattr(device, "control_groups", lambda: [tmp_path])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert (
-        device.resolve_threads(load_config(overrides=["threads=0"]), num_processes).threads
-        == threads
-    )
-    assert device.resolve_threads(load_config(overrides=["threads=3"]), num_processes).threads == 3
+    of_job, fixed = (load_config(overrides=[f"threads={number}"]) for number in (0, 3))
+    assert device.resolve_threads(of_job, num_processes).threads == threads
+    assert device.resolve_threads(fixed, num_processes).threads == 3
 
 
 def test_processes_of_a_machine_take_its_gpus_in_turn():
-    assert [device.device_of_rank(rank, 2) for rank in range(4)] == [
-        "cuda:0",
-        "cuda:1",
-        "cuda:0",
-        "cuda:1",
-    ]
+    devices = [device.device_of_rank(rank, 2) for rank in range(4)]
+    assert devices == ["cuda:0", "cuda:1"] * 2
     assert device.device_of_rank(1, 0) == "cpu"
 
 
@@ -148,15 +141,10 @@ def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == bool(evidence)
     for line in lines:
-        assert (
-            evidence in line
-            and torch.__version__ in line
-            and (reason or device.why_no_gpu()) in line
-        )
+        assert evidence in line and (reason or device.why_no_gpu()) in line
     with pytest.raises(BadInput) as refused:
         choose_device("cuda")
     assert device.why_no_gpu() in str(refused.value)
-    assert choose_device("cpu").type == "cpu" and not capsys.readouterr().err
 
 
 @pytest.mark.skipif(HAS_GPU, reason="torch can use the GPU of this machine")
