@@ -175,13 +175,14 @@ def load_weights(path) -> object:
     return evaluated(read_fields(loaded, path)) if is_own(loaded) else find_state(loaded)
 
 
-def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
+def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
     """The checkpoint to resume a run from, and its path: last.pt, or previous.pt, with a warning,
-    where last.pt is damaged. None where the run has neither.
+    where last.pt is damaged. None for a run that is new or has neither.
 
     Raises BadInput when all are damaged.
     """
-    paths = [path for path in (run / "last.pt", run / PREVIOUS) if path.exists()]
+    paths = [run / "last.pt", run / PREVIOUS] if run else []
+    paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
             return load_checkpoint(path), path
@@ -189,7 +190,7 @@ def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
             if path == paths[-1]:
                 raise
             say(f"warning: {error}; going on from {paths[-1]}")
-    return None
+    return None, None
 
 
 def checkpoint_path(ckpt) -> Path:

@@ -273,6 +273,7 @@ def is_finite(state: TrainState) -> bool:
     return bool(torch.stack(are_finite).all())
 
 
-def is_stale(progress: dict, cfg: Config) -> bool:
-    """Whether early stopping has run out of patience."""
-    return bool(cfg.early_stop_epochs) and progress["stale_epochs"] >= cfg.early_stop_epochs
+def is_over(progress: dict, cfg: Config) -> bool:
+    """Whether all epochs were made, or early stopping has run out of patience."""
+    is_stale = cfg.early_stop_epochs and progress["stale_epochs"] >= cfg.early_stop_epochs
+    return bool(is_stale) or progress["epoch"] >= cfg.epochs

@@ -368,8 +368,8 @@ def test_early_stop_waits_as_long_as_asked():
     stale = []
     for auc in (0.6, 0.5, 0.7, 0.7, 0.6):
         training.note_epoch(progress, {"auc": auc}, cfg)
-        stale.append(training.is_stale(progress, cfg))
-        assert not training.is_stale(progress, never)
+        stale.append(training.is_over(progress, cfg))
+        assert not training.is_over(progress, never)
     assert stale == [False, False, False, False, True]
 
 
