@@ -93,6 +93,10 @@ def compute_shapes(state: dict) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
+def starting_with(prefix: str, state: dict) -> dict:
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def fit_state(model: nn.Module, state: object, source) -> None:
     """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit;
     the model is then unchanged.
@@ -125,8 +129,8 @@ def fit_weights(model: nn.Module, name: str, state: object, source) -> None:
     for key, tensor in drawn.items():
         if key.endswith("num_batches_tracked"):  # missing in files of 2017
             state.setdefault(key, tensor)
-    head_drawn = {key: tensor for key, tensor in drawn.items() if key.startswith(head)}
-    head_in_file = {key: tensor for key, tensor in state.items() if key.startswith(head)}
+    head_drawn = starting_with(head, drawn)
+    head_in_file = starting_with(head, state)
     if compute_shapes(head_in_file) == compute_shapes(head_drawn):
         fit_state(model, state, source)
         return

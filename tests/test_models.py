@@ -76,23 +76,23 @@ def with_statistics(model):
     return model.eval()
 
 
+def count_norms(model):
+    return sum("BatchNorm" in type(layer).__name__ for layer in model.modules())
+
+
 @pytest.mark.parametrize("name", BUILDERS)
-def test_folded_norms_say_the_same(name):
+def test_a_folded_model_computes_the_same(name):
     model, x = (
         with_statistics(build(name)),
         torch.rand(4, 3, 96, 96).to(memory_format=torch.channels_last),
     )
     folded = fold_norms(model, torch.float32)
     with torch.no_grad():
-        plain, found = model(x), folded(x)
+        plain, fast = model(x), folded(x)
         with torch.autocast("cpu", torch.bfloat16):
             low = fold_norms(model, torch.bfloat16)(x.bfloat16())
-    num_norms = [
-        sum("BatchNorm" in type(layer).__name__ for layer in each.modules())
-        for each in (model, folded)
-    ]
-    assert num_norms[1] < num_norms[0] or name == "mlp"
-    assert torch.allclose(found, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    assert count_norms(folded) < count_norms(model) or name == "mlp"
+    assert torch.allclose(fast, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
     assert low.dtype == torch.float32 and torch.allclose(
         low, plain, rtol=0.05, atol=0.05 * float(plain.abs().max())
     )
@@ -252,13 +252,13 @@ def test_weights_are_found_as_others_save_them(form):
 @pytest.mark.parametrize("num_cells", [2, 4, 6])
 def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_cells):
     model = build("cnn", cnn_width=8)
-    model.features, seen = torch.nn.Identity(), []
-    model.head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.features, means = torch.nn.Identity(), []
+    model.head.register_forward_pre_hook(lambda _, args: means.append(args[0]))
     x = torch.zeros(1, 32, num_cells, num_cells)
     edge = num_cells // 2 - 1
     x[:, :, edge : num_cells - edge, edge : num_cells - edge] = 1
     model(x)
-    assert torch.equal(seen[0][0, 32:], torch.ones(32)) and seen[0][0, :32].allclose(
+    assert torch.equal(means[0][0, 32:], torch.ones(32)) and means[0][0, :32].allclose(
         torch.tensor(4 / num_cells**2)
     )
 

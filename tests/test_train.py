@@ -376,22 +376,17 @@ def test_a_run_begun_before_schema_3_goes_on_with_its_last_layer(pcam_dir, tmp_p
     old = shutil.copytree(run, tmp_path / "old")
     for name in ("best.pt", "last.pt"):
         make_old(old / name)
-    for each in (run, old):
-        resume(each)
-        is_new = each == run
-        assert all(
-            load_checkpoint(each / name)["float32_logits"] == is_new
-            for name in ("best.pt", "last.pt")
-        )
-        model, cfg, checkpoint = load_model(each / "last.pt")
+    for folder in (run, old):
+        resume(folder)
+        is_new = folder == run
+        for name in ("best.pt", "last.pt"):
+            assert load_checkpoint(folder / name)["float32_logits"] == is_new
+        model, cfg, checkpoint = load_model(folder / "last.pt")
         _, (split, rows) = open_train_valid(cfg)
-        logits = predict.predict_rows(
-            model, PatchSource(split.images, "disk", torch.device("cpu")), rows.index, cfg, 1
-        )
+        source = PatchSource(split.images, "disk", torch.device("cpu"))
+        logits = predict.predict_rows(model, source, rows.index, cfg, 1)
         assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float()) != is_new
-        assert compute_metrics(rows.labels, logits) == checkpoint["metrics"], (
-            "as the run itself has evaluated"
-        )
+        assert compute_metrics(rows.labels, logits) == checkpoint["metrics"], "as the run's own"
     assert repeatable(run)[0] != repeatable(old)[0], "the last layer rounds in training too"
     started = training.build_state(
         load_config(old / "config.yaml", [f"weights={old / 'best.pt'}"]), torch.device("cpu")
@@ -546,11 +541,11 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
 def test_balance_changes_training_but_never_the_counts_that_are_reported(
     balance, tmp_path, monkeypatch
 ):
-    seen = []
+    batches = []
     step = training.training_step
 
     def watch(state, batch, cfg, lr, weights, ranks):
-        seen.append((batch.labels.mean().item(), weights is not None))
+        batches.append((batch.labels.mean().item(), weights is not None))
         return step(state, batch, cfg, lr, weights, ranks)
 
     monkeypatch.setattr(training, "training_step", watch)
@@ -559,10 +554,10 @@ def test_balance_changes_training_but_never_the_counts_that_are_reported(
     )[0]
     counts = read_json(run / "meta.json")["rows"]["train"]
     assert (counts["num_negative"], counts["num_positive"]) == (80, 16)
-    assert np.mean([share for share, _ in seen]) == pytest.approx(
+    assert np.mean([share for share, _ in batches]) == pytest.approx(
         1 / 2 if balance == "sampler" else 1 / 6
     )
-    assert all(weighted == (balance == "loss") for _, weighted in seen)
+    assert all(weighted == (balance == "loss") for _, weighted in batches)
 
 
 def test_the_rate_of_each_step_is_the_schedules(pcam_dir, tmp_path):
