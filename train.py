@@ -125,7 +125,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
     keep_freed_memory()
-    (train_split, train_rows), (valid_split, valid_rows) = batches.open_train_valid(cfg)
+    train_part, valid_part = batches.open_train_valid(cfg)
+    (train_split, train_rows), (valid_split, valid_rows) = train_part, valid_part
     batch_size = batches.fit_batch_size(cfg, len(train_rows))
     steps_per_epoch = len(train_rows) // batch_size
     data = fingerprint(cfg.data_dir, ["train"] if cfg.num_folds else ["train", "valid"])
@@ -133,12 +134,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if run:
         rundir.require_same_run(run, cfg, data, groups)
 
-    # build the state before the first step, or bring back the one of the last checkpoint
-    state, scores, details = training.build_state(cfg, device), {}, {}
-    if run and (newest := newest_checkpoint(run)):
-        saved, path = newest
-        training.restore_state(state, saved, path)
-        scores = saved["metrics"]
+    # build the state before the first step, or restore that of the newest checkpoint
+    state = training.build_state(cfg, device)
+    scores, details = {}, {}
+    newest, path = newest_checkpoint(run)
+    if newest:
+        training.restore_state(state, newest, path)
+        scores = newest["metrics"]
     progress = state.progress
 
     # write down what runs where
@@ -158,7 +160,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     }
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
-        held = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)
+        lock = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)
         rundir.say_what_changed(run, meta)
         rundir.write_meta(run, meta)
         say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
@@ -166,12 +168,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     # put the patches where they can be gathered fast
     train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
-    valid_source = (
-        train_source
-        if cfg.num_folds
-        else batches.PatchSource(valid_split.images, cfg.data_residence, device)
-    )
+    valid_source = train_source
+    if not cfg.num_folds:
+        valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     weights = training.class_weights(train_rows.labels, cfg, device)
+
+    log = runlog.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size)
+    trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:
         log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
@@ -180,103 +183,88 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             log.diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other, best.pt, is for prediction
-            save_checkpoint(
-                run / name,
-                state.checkpoint(cfg, scores, data, with_optimizer=is_last),
-                keep_previous=is_last,
-            )
+            checkpoint = state.checkpoint(cfg, scores, data, with_optimizer=is_last)
+            save_checkpoint(run / name, checkpoint, keep_previous=is_last)
             if is_last:
                 trace.keep(run / name)
 
-    with (
-        StopFlag() as stop,
-        runlog.RunLog(
-            run if ranks.is_first else None, progress, args.started_at, batch_size
-        ) as log,
-        Trace(run, state, args.trace_every or int(args.trace), ranks) as trace,
-    ):
+    with StopFlag() as stop, log, trace:
         try:
-            while progress["epoch"] < min(
-                cfg.epochs, args.until_epoch or cfg.epochs
-            ) and not training.is_stale(progress, cfg):
-                # train an epoch, or what is left of it
+            until_epoch = args.until_epoch or cfg.epochs
+            while progress["epoch"] < until_epoch and not training.is_over(progress, cfg):
+                # train an epoch, or the rest of it
                 epoch = progress["epoch"]
                 keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
-                todo = keys[: steps_per_epoch * batch_size].split(batch_size)[progress["step"] :]
-                mine = [ranks.part(keys) for keys in todo]
+                batch_keys = keys[: steps_per_epoch * batch_size].split(batch_size)
+                own_keys = [ranks.part(keys) for keys in batch_keys[progress["step"] :]]
                 log.start_epoch()
-                with Progress(len(todo) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
-                    for batch in batches.load_batches(train_source, train_split.labels, mine):
-                        lr = training.learning_rate(
-                            cfg, progress["num_steps"], steps_per_epoch, progress["lr_scale"]
-                        )
+                with Progress(len(own_keys) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
+                    for batch in batches.load_batches(train_source, train_split.labels, own_keys):
+                        step, lr_scale = progress["num_steps"], progress["lr_scale"]
+                        lr = training.learning_rate(cfg, step, steps_per_epoch, lr_scale)
                         result = training.training_step(state, batch, cfg, lr, weights, ranks)
                         log.add_step(result, batch, lr)
                         trace.add(batch, result)
                         bar.add(batch_size, log.note)
-                        if ranks.any(stop, progress["num_steps"]):
+
+                        # stop where a signal asks for it, all ranks after the same step
+                        if ranks.any(stop, step + 1):
                             save("last.pt")
                             if ranks.is_first:
-                                rundir.write_stop(run, "interrupted", progress["num_steps"])
+                                rundir.write_stop(run, "interrupted", step + 1)
                             return EXIT_INTERRUPTED
                         if (
                             cfg.checkpoint_every_steps
-                            and progress["num_steps"] % cfg.checkpoint_every_steps == 0
+                            and (step + 1) % cfg.checkpoint_every_steps == 0
                         ):
                             save("last.pt")
 
-                # evaluate
+                # evaluate the averaged weights, where there are any
                 log.flush()
                 eval_started_at = time.perf_counter()
                 model = state.averaged or state.model
                 scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
+                eval_s = time.perf_counter() - eval_started_at
                 if not math.isfinite(scores["loss"]):
-                    log.diverged(
-                        f"the validation loss after step {progress['num_steps']} is"
-                        f" {scores['loss']}"
-                    )
+                    num_steps = progress["num_steps"]
+                    log.diverged(f"the validation loss after step {num_steps} is {scores['loss']}")
                 is_best = training.note_epoch(progress, scores, cfg)
-                log.add_epoch(
-                    scores,
-                    baselines,
-                    is_best,
-                    steps_per_epoch,
-                    time.perf_counter() - eval_started_at,
-                )
-                if ranks.is_first and (alarm := constant_alarm(scores, valid_rows.labels)):
+                log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
+                alarm = constant_alarm(scores, valid_rows.labels)
+                if alarm and ranks.is_first:
                     say(alarm)
 
-                # keep
-                progress |= {"epoch": epoch + 1, "step": 0}
+                # save
+                progress.update(epoch=epoch + 1, step=0)
                 if is_best:
                     save("best.pt")
                 save("last.pt")
-            status = (
-                "finished"
-                if progress["epoch"] == cfg.epochs or training.is_stale(progress, cfg)
-                else "paused"
-            )
+            status = "finished" if training.is_over(progress, cfg) else "paused"
         except runlog.Diverged as error:
+            status = "diverged"
+            details = {"diverged_step": error.step, "diverged_rows": error.rows}
             if ranks.is_first:
                 good = "last.pt" if (run / "last.pt").is_file() else "none yet"
                 say(f"error: {error}; the last good checkpoint of {run} is {good}")
-            status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
+
+    exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
+    if not ranks.is_first:
+        return exit_code
+    if status == "paused":
+        rundir.write_stop(run, status, progress["num_steps"])
+        return exit_code
+
+    # calibrate the best epoch's model, and score it over the views of the config
+    (run / PREVIOUS).unlink(missing_ok=True)
+    if status == "finished":
+        progress["best_scores"], details = deploy.complete_checkpoint(
+            run, device, train_part, valid_part, valid_source, cfg
+        )
 
     # summary.json comes last: it says that the run is over
-    exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
-    if status == "paused" and ranks.is_first:
-        rundir.write_stop(run, status, progress["num_steps"])
-    if status == "paused" or not ranks.is_first:
-        return exit_code
-    (run / PREVIOUS).unlink(missing_ok=True)
-    if status == "finished":  # an epoch is scored on one view a patch, the best one then on all
-        splits = (train_split, train_rows), (valid_split, valid_rows)
-        progress["best_scores"], details = deploy.complete_checkpoint(
-            run, device, *splits, valid_source, cfg
-        )
-    details |= log.times()
+    digest = weights_sha256(state.model.state_dict())
     summary = rundir.write_summary(
-        run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details
+        run, status, digest, progress, baselines, **details, **log.times()
     )
     print_result({"run": str(run), **summary})
     return exit_code

@@ -9,28 +9,38 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
+from lib.augment import eight_views
+
 EPSILON = 1e-5  # of batch norm
 
 
-def symmetry_reads(size: int) -> np.ndarray:
-    """Where each symmetry of the square reads a grid of size x size, int64 (8, size * size).
-
-    Symmetry g flips x if bit 0 is set, y if bit 1 is, and transposes afterwards if bit 2 is, as in
-    lib/augment.py.
+def symmetry_reads(size: int) -> torch.Tensor:
+    """Where each symmetry of the square reads a grid of size x size, int64 (8, size^2). Their order
+    is that of lib/augment.py.
     """
-    grid = np.arange(size * size).reshape(size, size)
-    flipped = [grid[:: -1 if g & 2 else 1, :: -1 if g & 1 else 1] for g in range(8)]
-    return np.stack([(seen.T if g & 4 else seen).ravel() for g, seen in enumerate(flipped)])
+    grid = torch.arange(size * size).view(1, size, size, 1)
+    return torch.stack([view.flatten() for view in eight_views(grid, shift=(0, 0))])
+
+
+def orientation_reads() -> torch.Tensor:
+    """Which orientation of a filter becomes orientation h of its copy g: g^-1 h, int64 (8, 8)."""
+    reads = symmetry_reads(3)  # enough cells to tell the symmetries apart
+    composed = reads[:, reads]  # (8, 8, 9): h after g, at (h, g)
+    is_equal = (composed[:, :, None] == reads).all(-1)
+    product = is_equal.int().argmax(-1).T  # (8, 8): the number of the symmetry g h
+    inverse = product.argmin(1)  # g g^-1 is 0, the identity
+    return product[inverse]
 
 
 @functools.cache
+@torch.inference_mode(False)  # a constant of inference mode could not be trained with afterwards
 def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tensor:
     """A matrix of zeros and ones float32 (H * size^2, 8 * H * size^2): from a filter of H
     orientations to its eight copies.
@@ -38,22 +48,12 @@ def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tenso
     As a product it is exact, and so is its gradient, on any device. H is 8, or 1 for a filter that
     reads plain channels.
     """
-    reads = symmetry_reads(size)  # (8, size^2)
-    if lifting:
-        reads = reads[:, None]
-    else:  # copy g holds for orientation h what the filter itself holds for g^-1 h
-        seen = symmetry_reads(3)
-        number = {row.tobytes(): g for g, row in enumerate(seen)}
-        product = np.array(
-            [[number[seen[h][seen[g]].tobytes()] for h in range(8)] for g in range(8)]
-        )
-        inverse = product.argmin(1)  # 0 is the identity
-        reads = product[inverse][:, :, None] * size * size + reads[:, None]  # (8, H, size^2)
-    # or what a prediction keeps here could not be trained with afterwards
-    with torch.inference_mode(False):
-        copies = torch.zeros(reads[0].size, reads.size)
-        copies[reads.ravel(), torch.arange(reads.size)] = 1
-        return copies.to(device)
+    reads = symmetry_reads(size)[:, None]  # (8, 1, size^2)
+    if not lifting:
+        reads = orientation_reads()[:, :, None] * size * size + reads  # (8, 8, size^2)
+    copies = torch.zeros(reads[0].numel(), reads.numel())
+    copies[reads.flatten(), torch.arange(reads.numel())] = 1
+    return copies.to(device)
 
 
 class GroupConv(nn.Module):
@@ -64,38 +64,31 @@ class GroupConv(nn.Module):
     even sides it needs an even `size`, or the samples are not those of the turned grid.
     """
 
-    def __init__(self, num_in, num_out, size, orientations, stride=1, padding=0, lifting=False):
+    def __init__(self, num_in, num_out, size, orientations, lifting=False, **geometry):
         super().__init__()
-        self.num_in, self.num_out, self.size, self.orientations = (
-            num_in,
-            num_out,
-            size,
-            orientations,
-        )
-        self.stride, self.padding, self.lifting = stride, padding, lifting
-        self.weight = nn.Parameter(
-            torch.empty(num_out, num_in * (1 if lifting else orientations) * size * size)
-        )
+        self.num_in, self.num_out, self.size = num_in, num_out, size
+        self.orientations, self.lifting = orientations, lifting
+        self.geometry = geometry  # stride and padding
+        num_weights = num_in * (1 if lifting else orientations) * size * size
+        self.weight = nn.Parameter(torch.empty(num_out, num_weights))
         nn.init.kaiming_normal_(self.weight)
-        self.filters = None  # what `filters_made_once` has made of the weight
+        self.filters = None  # made once of the weight by `filters_made_once`
 
     def make_filters(self):
         """The weight as filters (R * num_out, H * num_in, size, size), each in R orientations."""
-        filters = self.weight
+        filters, num_in, num_out, size = self.weight, self.num_in, self.num_out, self.size
         if self.orientations > 1:
+            copies = filter_copies(size, self.lifting, filters.device)
             with torch.autocast(filters.device.type, enabled=False):
-                filters = filters.view(self.num_out * self.num_in, -1) @ filter_copies(
-                    self.size, self.lifting, filters.device
-                )
-        filters = filters.view(
-            self.num_out, self.num_in, self.orientations, -1, self.size, self.size
-        ).permute(2, 0, 3, 1, 4, 5)
-        return filters.reshape(self.orientations * self.num_out, -1, self.size, self.size)
+                filters = filters.view(num_out * num_in, -1) @ copies
+        filters = filters.view(num_out, num_in, self.orientations, -1, size, size)
+        filters = filters.permute(2, 0, 3, 1, 4, 5)  # (R, num_out, H, num_in, size, size)
+        return filters.reshape(self.orientations * num_out, -1, size, size)
 
     def forward(self, x):
         filters = self.make_filters() if self.filters is None else self.filters
-        # in the memory format of x
-        return functional.conv2d(x, filters.to(x.dtype), None, self.stride, self.padding)
+        # the result has the memory format of x
+        return functional.conv2d(x, filters.to(x.dtype), **self.geometry)
 
 
 @contextlib.contextmanager
@@ -127,11 +120,13 @@ class GroupBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num))
         self.register_buffer("running_var", torch.ones(num))
 
-    def tensors(self):
-        return self.running_mean, self.running_var, self.weight, self.bias
+    def repeated_tensors(self):
+        """Mean, variance, weight and bias for every orientation, (R * num,) each."""
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return [tensor.repeat(self.orientations) for tensor in tensors]
 
     def forward(self, x):
-        mean, var, weight, bias = (tensor.repeat(self.orientations) for tensor in self.tensors())
+        mean, var, weight, bias = self.repeated_tensors()
         x = functional.batch_norm(x, mean, var, weight, bias, self.training, eps=EPSILON)
         if self.training:
             self.running_mean.copy_(mean.view(self.orientations, -1).mean(0))
@@ -141,37 +136,34 @@ class GroupBatchNorm(nn.Module):
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model for prediction alone: its batch norms, whose statistics are fixed then, and
-    the orientations of its filters become plain convolutions of `dtype`, which say the same up to
-    rounding and cost less."""
+    """A copy of a model for prediction alone, equal up to rounding and faster: batch norms and
+    orientations of filters become plain convolutions of `dtype`.
+    """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
-        for (name, conv), (norm_name, norm) in itertools.pairwise(list(parent.named_children())):
+        neighbours = itertools.pairwise(list(parent.named_children()))
+        for (conv_name, conv), (norm_name, norm) in neighbours:
             if isinstance(norm, GroupBatchNorm):
-                filters, factors = (
-                    conv.make_filters(),
-                    [tensor.repeat(norm.orientations) for tensor in norm.tensors()],
-                )
-                weight, bias = fuse_conv_bn_weights(
-                    filters, None, *factors[:2], EPSILON, *factors[2:]
-                )
-                plain = nn.Conv2d(
-                    weight.shape[1],
-                    len(weight),
-                    conv.size,
-                    conv.stride,
-                    conv.padding,
-                    device=weight.device,
-                )
-                plain.weight, plain.bias = weight, bias
+                plain = fold_group_norm(conv, norm)
             elif isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
-                # DenseNet has norms after a pool or a block
                 plain = fuse_conv_bn_eval(conv, norm)
-            else:
+            else:  # DenseNet has norms after a pool or a block, too
                 continue
-            setattr(parent, name, plain.to(dtype, memory_format=torch.channels_last))
+            setattr(parent, conv_name, plain.to(dtype, memory_format=torch.channels_last))
             setattr(parent, norm_name, nn.Identity())
     return model.requires_grad_(False)
+
+
+def fold_group_norm(conv: GroupConv, norm: GroupBatchNorm) -> nn.Conv2d:
+    """A plain convolution that computes what a GroupConv and its batch norm do in evaluation."""
+    mean, var, weight, bias = norm.repeated_tensors()
+    filters = conv.make_filters()
+    filters, bias = fuse_conv_bn_weights(filters, None, mean, var, EPSILON, weight, bias)
+    num_out, num_in, size, _ = filters.shape
+    # device meta: both tensors are replaced
+    plain = nn.Conv2d(num_in, num_out, size, **conv.geometry, device="meta")
+    plain.weight, plain.bias = filters, bias
+    return plain
 
 
 def conv_norm(num_in: int, num_out: int, size: int, orientations: int, **geometry) -> nn.Sequential:
@@ -188,10 +180,8 @@ class Residual(nn.Module):
     def __init__(self, num: int, orientations: int):
         super().__init__()
         self.first = conv_norm(num, num, 3, orientations, padding=1)
-        self.second, self.norm = (
-            GroupConv(num, num, 3, orientations, padding=1),
-            GroupBatchNorm(num, orientations),
-        )
+        self.second = GroupConv(num, num, 3, orientations, padding=1)
+        self.norm = GroupBatchNorm(num, orientations)
         nn.init.zeros_(self.norm.weight)
 
     def forward(self, x):
@@ -224,16 +214,15 @@ class CentreNet(nn.Module):
     def __init__(self, width: int, orientations: int, dropout: float):
         super().__init__()
         self.orientations = orientations
+        half = math.ceil(width / 2)
         layers = [
-            conv_norm(3, -(-width // 2), 4, orientations, stride=2, padding=1, lifting=True),
-            conv_norm(-(-width // 2), width, 2, orientations, stride=2),
+            conv_norm(3, half, 4, orientations, stride=2, padding=1, lifting=True),
+            conv_norm(half, width, 2, orientations, stride=2),
             Residual(width, orientations),
         ]
         for num in (width, 2 * width):
-            layers += [
-                conv_norm(num, 2 * num, 2, orientations, stride=2),
-                Residual(2 * num, orientations),
-            ]
+            layers.append(conv_norm(num, 2 * num, 2, orientations, stride=2))
+            layers.append(Residual(2 * num, orientations))
         self.features = nn.Sequential(*layers)
         self.head = nn.Sequential(nn.Dropout(dropout), LogitLayer(8 * width, 1))
 
@@ -241,7 +230,9 @@ class CentreNet(nn.Module):
         x = self.features(x)  # (B, R * 4 * width, 6, 6), less of a smaller crop
         first = x.shape[-1] // 2 - 1
         centre = x[:, :, first : first + 2, first : first + 2]
-        means = [
-            part.mean((2, 3)).view(len(x), self.orientations, -1).mean(1) for part in (x, centre)
-        ]
-        return self.head(torch.cat(means, 1))
+        means = [self.mean_feature(part) for part in (x, centre)]
+        return self.head(torch.cat(means, 1))  # (B, 8 * width) to (B, 1)
+
+    def mean_feature(self, x):
+        """The mean over cells and orientations (B, 4 * width)."""
+        return x.mean((2, 3)).view(len(x), self.orientations, -1).mean(1)

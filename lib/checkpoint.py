@@ -1,67 +1,57 @@
-"""Checkpoints: all that the next step, or an inference elsewhere, depends on, as tensors and plain
+"""Checkpoints: all that the next step, or a prediction elsewhere, depends on, as tensors and plain
 values alone.
 """
 
 import hashlib
 import io
-import itertools
-import math
 import os
+import pickle
+import warnings
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING
-from lib.command import BadInput, say
+from lib.command import BadInput, one_line, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
-from lib.features import NAMES
 from lib.files import atomic_write
-from lib.models import (
-    Undrawn,
-    build_model,
-    find_state,
-    fit_state,
-    is_plain_tensor,
-    is_state,
-    load_pickle_free,
-    logit_layer,
-)
+from lib.models import build_model, find_state, fit_state, is_state, logit_layer
 
-SCHEMA = 3
-PREVIOUS = "previous.pt"  # what last.pt was before, while a run goes on
 KIND = "pcam-checkpoint"
-# of plain values: a stranger's checkpoint must be gone through in time
-ITEM_BYTES, SPARE_BYTES, DEEPEST = 100, 1 << 20, 20
-# of numbers that are divided by and reckoned with: beyond, float32 is left
-SMALLEST, LARGEST = 1e-9, 1e9
-# keys of a checkpoint and their types; what is None belongs to later work or does not apply
+SCHEMA = 3
+PREVIOUS = "previous.pt"  # the last.pt before the newest, while a run goes on
+
+# fields of a checkpoint and their types
+OPTIONAL_DICT = (dict, type(None))
 FIELDS = {
     "config": dict,
     "model": dict,  # raw weights after the last step
-    "averaged": (dict, type(None)),  # their moving average: what is evaluated, where there is one
-    "optimizer": (dict, type(None)),  # absent in best.pt
-    # whether the last layer computes in float32; None, before schema 3: it does not
+    "averaged": OPTIONAL_DICT,  # their moving average, which is evaluated where there is one
+    "optimizer": OPTIONAL_DICT,  # None in best.pt
+    # whether the last layer computes in float32; missing before schema 3: it does not
     "float32_logits": (bool, type(None)),
-    # epoch, step, and what the schedule and the choice of the best have to remember
-    "progress": dict,
+    "progress": dict,  # epoch, step, and the memory of the schedule and of the choice of the best
     "metrics": dict,  # on validation, of the evaluated weights
     "data": dict,  # SHA-256 of the data files
     "preprocessing": dict,  # mean and std of the channels
     "threshold": float,  # of the decision, on probabilities
-    # temperature and offset, for how many views, and what it is worth
-    "calibration": (dict, type(None)),
-    "reference": (dict, type(None)),  # statistics of the training data, to notice other data by
+    "calibration": OPTIONAL_DICT,  # temperature, offset, number of views
+    "reference": OPTIONAL_DICT,  # statistics of the training data, to notice other data by
 }
+
+
+def update_with_tensor(digest, heading: str, tensor: torch.Tensor, end: str = "") -> None:
+    """Add dtype, shape and bytes of a tensor to a digest, behind a heading."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest.update(f"{heading}{tensor.dtype} {tuple(tensor.shape)}{end}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def weights_sha256(state: dict[str, torch.Tensor]) -> str:
     """SHA-256 over a model's state, names sorted: name, dtype, shape and bytes of each tensor."""
     digest = hashlib.sha256()
-    for name in sorted(state, key=str):
-        tensor = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    for name in sorted(state):
+        update_with_tensor(digest, f"{name} ", state[name], end="\n")
     return digest.hexdigest()
 
 
@@ -69,9 +59,7 @@ def state_sha256(value, digest=None) -> str:
     """SHA-256 over nested dicts and lists of tensors and plain values."""
     digest = digest or hashlib.sha256()
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu().contiguous()
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        update_with_tensor(digest, "", value)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             digest.update(f"{key!r}:".encode())
@@ -90,33 +78,20 @@ def evaluated(checkpoint: dict) -> dict:
     return checkpoint["averaged"] or checkpoint["model"]
 
 
-def build_checkpoint(cfg: Config, model: nn.Module, averaged: nn.Module | None, **fields) -> dict:
-    """A checkpoint as a dict; `fields` give what FIELDS names besides config and weights."""
-    return {
-        "config": cfg.as_dict(),
-        "model": dict(model.state_dict()),
-        "averaged": averaged and dict(averaged.state_dict()),
-        "float32_logits": logit_layer(model).is_float32,
-        "optimizer": None,
-        "preprocessing": PREPROCESSING,
-        "threshold": 0.5,
-        "calibration": None,
-        "reference": None,
-        **fields,
-    }
-
-
 def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None:
-    """Write a checkpoint atomically, with its schema and a checksum over all that it holds.
+    """Write the fields of a checkpoint atomically, with a schema and a checksum over all of them.
 
-    With `keep_previous` the one that was there stays beside it as previous.pt, at every instant at
-    least one is whole.
+    With `keep_previous` the file that was there becomes previous.pt: at any time one is whole.
     """
-    # torch's writer would turn a full disk into an error of its own
-    path, buffer = Path(path), io.BytesIO()
+    path = Path(path)
     fields = {name: checkpoint[name] for name in FIELDS if name in checkpoint}
-    header = {"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(fields)}
-    header["weights_sha256"] = weights_sha256(evaluated(checkpoint))  # since schema 2
+    header = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "sha256": state_sha256(fields),
+        "weights_sha256": weights_sha256(evaluated(checkpoint)),
+    }
+    buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
     torch.save(header | fields, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
@@ -124,13 +99,90 @@ def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None
             os.replace(path, path.with_name(PREVIOUS))
 
 
-def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
-    """The checkpoint to resume a run from: last.pt, or the one before it, with a warning, when
-    last.pt is damaged.
+def load_pickle_free(path) -> object:
+    """What torch.save wrote to `path`, as tensors and plain values on the CPU. Code in the file is
+    never run.
 
-    None where the run has none. Raises BadInput when those that it has are all damaged.
+    The boundary of all that reads weights: raises BadInput for whatever torch cannot read.
     """
-    paths = [path for path in (run / "last.pt", run / PREVIOUS) if path.exists()]
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"no file {path}")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{":  # behind the length of a header in JSON
+        raise BadInput(
+            f"{path} is a safetensors file, which is not read: save its tensors with torch.save as"
+            " a state dict"
+        )
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers"
+        ) from None
+    except Exception as error:  # torch documents none of those that a cut file provokes
+        raise BadInput(
+            f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)[:200]})"
+        ) from None
+
+
+def is_own(loaded) -> bool:
+    """Whether this program wrote what was loaded."""
+    return isinstance(loaded, dict) and loaded.get("kind") == KIND
+
+
+def load_checkpoint(path) -> dict:
+    """The fields of a checkpoint, and the `weights_sha256` of those that are evaluated. Raises
+    BadInput for a file that is cut, altered, foreign, newer, or that holds code.
+    """
+    loaded = load_pickle_free(path)
+    if is_own(loaded):
+        return read_fields(loaded, path)
+    advice = "train.py writes best.pt and last.pt"
+    if is_state(find_state(loaded)):
+        advice = (
+            "it holds weights without the config of their model;"
+            f" train.py weights={path} starts from them"
+        )
+    raise BadInput(f"{path} is not a checkpoint of this program ({advice})")
+
+
+def read_fields(loaded: dict, path) -> dict:
+    """The fields of this program's checkpoint, of any schema, as those of the newest."""
+    schema, checksum = loaded.get("schema"), loaded.get("sha256")
+    if schema not in range(1, SCHEMA + 1):
+        raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
+    header = ("kind", "schema", "sha256", "weights_sha256")
+    checkpoint = {name: value for name, value in loaded.items() if name not in header}
+    if checksum != state_sha256(checkpoint):
+        raise BadInput(f"{path} is damaged: its content does not match its checksum")
+    for name, kind in FIELDS.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise BadInput(f"{path} is damaged: its {name} is missing or of a wrong type")
+    checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
+    checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
+    checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
+    return checkpoint
+
+
+def load_weights(path) -> object:
+    """The state dict to start a training from: the evaluated weights of this program's checkpoint,
+    or what others saved, not yet checked.
+    """
+    loaded = load_pickle_free(path)
+    return evaluated(read_fields(loaded, path)) if is_own(loaded) else find_state(loaded)
+
+
+def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
+    """The checkpoint to resume a run from, and its path: last.pt, or previous.pt, with a warning,
+    where last.pt is damaged. None for a run that is new or has neither.
+
+    Raises BadInput when all are damaged.
+    """
+    paths = [run / "last.pt", run / PREVIOUS] if run else []
+    paths = [path for path in paths if path.exists()]
     for path in paths:
         try:
             return load_checkpoint(path), path
@@ -138,172 +190,44 @@ def newest_checkpoint(run: Path) -> tuple[dict, Path] | None:
             if path == paths[-1]:
                 raise
             say(f"warning: {error}; going on from {paths[-1]}")
-    return None
-
-
-def load_checkpoint(path) -> dict:
-    """Read a checkpoint. Raises BadInput for a file that is empty, cut, altered, foreign, newer, or
-    that holds code.
-    """
-    checkpoint = load_pickle_free(path)
-    if not isinstance(checkpoint, dict) or checkpoint.get("kind") != KIND:
-        what = "train.py writes best.pt and last.pt"
-        if is_state(find_state(checkpoint)):
-            what = (
-                f"it holds weights without the config of their model; train.py weights={path}"
-                " starts from them"
-            )
-        raise BadInput(f"{path} is not a checkpoint of this program ({what})")
-    del checkpoint["kind"]
-    if _num_bytes(checkpoint, most := Path(path).stat().st_size + SPARE_BYTES) > most:
-        raise BadInput(
-            f"{path} is damaged: it holds what no checkpoint does, or more than fits into its file"
-        )
-    schema, checksum, digest = (
-        checkpoint.pop(name, None) for name in ("schema", "sha256", "weights_sha256")
-    )
-    if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
-        raise BadInput(f"{path} has the schema {str(schema):.40}, this program reads 1 to {SCHEMA}")
-    for name, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise BadInput(
-                f"{path} is damaged: its {name} is"
-                f" {'of a wrong type' if name in checkpoint else 'missing'}"
-            )
-    if not all(map(is_plain_tensor, evaluated(checkpoint).values())):
-        raise BadInput(f"{path} is damaged: its weights are not all tensors")
-    if checksum != state_sha256(checkpoint):
-        raise BadInput(f"{path} is damaged: its content does not match its checksum")
-    checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
-    checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
-    checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
-    if schema > 1 and digest != checkpoint["weights_sha256"]:
-        raise BadInput(f"{path} is damaged: its weights do not match their checksum")
-    return checkpoint
-
-
-def _num_bytes(value, most: float, depth: int = 0) -> float:
-    """Roughly the bytes of nested dicts and lists of tensors and plain values, each counted as
-    often as it is referred to. Counts no further than beyond `most`; infinite for anything else,
-    and for what is nested deeply or in itself."""
-    if isinstance(value, (dict, list, tuple)) and depth < DEEPEST:
-        num_bytes = ITEM_BYTES
-        for item in (
-            itertools.chain(value.keys(), value.values()) if isinstance(value, dict) else value
-        ):
-            if num_bytes > most:
-                break
-            num_bytes += _num_bytes(item, most - num_bytes, depth + 1)
-        return num_bytes
-    if is_plain_tensor(value):
-        return ITEM_BYTES + value.numel() * value.element_size()
-    if isinstance(value, str):
-        return ITEM_BYTES + len(value)
-    return ITEM_BYTES if value is None or isinstance(value, (bool, int, float)) else math.inf
-
-
-def _is_finite(value, *shape: int) -> bool:
-    """Whether a value is a float that can be reckoned with or, of a shape, lists of such."""
-    if not shape:
-        return isinstance(value, float) and abs(value) < LARGEST
-    return (
-        isinstance(value, list)
-        and len(value) == shape[0]
-        and all(_is_finite(item, *shape[1:]) for item in value)
-    )
-
-
-def require_sound(checkpoint: dict, path) -> None:
-    """Raise BadInput unless what prediction takes from a checkpoint, besides weights, is of the
-    right kind.
-    """
-    preprocessing, calibration, reference = (
-        checkpoint[name] for name in ("preprocessing", "calibration", "reference")
-    )
-    if (
-        not all(_is_finite(preprocessing.get(name), 3) for name in ("mean", "std"))
-        or min(preprocessing["std"]) < SMALLEST
-    ):
-        raise BadInput(
-            f"{path} is damaged: its preprocessing must hold a mean and a std of three numbers"
-        )
-    if not 0 <= checkpoint["threshold"] <= 1:
-        raise BadInput(
-            f"{path} is damaged: its threshold {checkpoint['threshold']} is not between 0 and 1"
-        )
-    if calibration is not None and not all(
-        _is_finite(calibration.get(name)) for name in ("temperature", "offset")
-    ):
-        raise BadInput(
-            f"{path} is damaged: its calibration must hold a temperature and an offset, two numbers"
-        )
-    if calibration and calibration["temperature"] < SMALLEST:
-        raise BadInput(
-            f"{path} is damaged: the temperature {calibration['temperature']} is not above zero"
-        )
-    if calibration and (
-        type(views := calibration.get("views", 1)) is not int or views not in (1, 8)
-    ):
-        raise BadInput(f"{path} is damaged: its calibration must be of 1 view or of 8")
-    num, shapes = (
-        len(NAMES),
-        {"mean": 1, "deviation": 1, "inverse_correlation": 2, "limit": 0, "shift_limit": 0},
-    )
-    if reference is not None:
-        if not all(
-            _is_finite(reference.get(name), *[num] * depth) for name, depth in shapes.items()
-        ):
-            raise BadInput(
-                f"{path} is damaged: its reference statistics must hold {', '.join(shapes)} of"
-                f" {num} features"
-            )
-        inverse = torch.tensor(reference["inverse_correlation"], dtype=torch.float64)
-        # below zero a distance would be no number
-        variances = torch.linalg.eigvalsh(inverse + inverse.T).tolist()
-        if (
-            min(*reference["deviation"], *variances, reference["limit"], reference["shift_limit"])
-            < SMALLEST
-        ):
-            raise BadInput(
-                f"{path} is damaged: its reference statistics hold spreads or limits that are not"
-                " above zero"
-            )
+    return None, None
 
 
 def checkpoint_path(ckpt) -> Path:
-    """The file that `--ckpt` means: a run folder's best.pt, or the file itself."""
+    """The file that `--ckpt` means: the best.pt of a run, by its folder or its name under runs/, or
+    the file itself. Raises BadInput for a folder without a best.pt.
+    """
     path = Path(ckpt)
     if not path.exists() and (Path("runs") / ckpt).is_dir():
         path = Path("runs") / ckpt
-    if path.is_dir():
-        if not (path / "best.pt").is_file():
-            raise BadInput(
-                f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder"
-            )
-        path = path / "best.pt"
-    return path
-
-
-def warn_of_views(calibration: dict | None, views: int) -> None:
-    """Say so where a calibration was fitted to another number of views."""
-    if calibration and (fitted := calibration.get("views", views)) != views:
-        say(f"warning: probabilities and threshold were set for {fitted} view(s), not for {views}")
+    if not path.is_dir():
+        return path
+    if not (path / "best.pt").is_file():
+        raise BadInput(
+            f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder"
+        )
+    return path / "best.pt"
 
 
 def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
-    """The model of a checkpoint with the weights that were evaluated, ready to predict; its config;
-    the checkpoint.
+    """A model with the weights that were evaluated, ready to predict; its config; its checkpoint.
+    Raises BadInput as `checkpoint_path` and `load_checkpoint` do, and for a config that cannot be
+    used.
     """
     path = checkpoint_path(ckpt)
     checkpoint = load_checkpoint(path)
-    require_sound(checkpoint, path)
     try:
         cfg = config_from_dict(checkpoint["config"], source="its config")
-        # no memory is taken before every shape has been compared
-        with torch.device("meta"), Undrawn():
-            model = build_model(cfg)
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
+    model = build_model(cfg)
     fit_state(model, evaluated(checkpoint), path)
     logit_layer(model).is_float32 = checkpoint["float32_logits"]
-    return model.to(memory_format=torch.channels_last).eval().requires_grad_(False), cfg, checkpoint
+    return model.eval().requires_grad_(False), cfg, checkpoint
+
+
+def warn_of_views(calibration: dict | None, views: int) -> None:
+    """Print a warning where a calibration was fitted to another number of views."""
+    fitted = (calibration or {}).get("views", views)
+    if fitted != views:
+        say(f"warning: probabilities and threshold were set for {fitted} view(s), not for {views}")

@@ -1,4 +1,4 @@
-"""What turns gradients into a step: SGD, AdamW, or Muon with AdamW for what is no matrix."""
+"""The optimizers: SGD, AdamW, or Muon for matrices beside AdamW for the rest."""
 
 import torch
 from torch import nn
@@ -6,57 +6,51 @@ from torch import nn
 from lib.config import Config
 
 
-def build_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
-    """The optimiser that the config names; biases and batch-norm factors are not decayed."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+def build_optimizer(model: nn.Module, cfg: Config) -> "torch.optim.Optimizer | MuonAdamW":
+    """The optimizer that the config names; biases and batch-norm factors are not decayed."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    filters = []
     if cfg.optimizer == "muon":
-        # one logit: a vector, nothing to make orthogonal
-        output = [parameter for parameter in decayed if len(parameter) == 1]
-        return MuonAdamW(
-            [parameter for parameter in decayed if len(parameter) > 1], output, others, cfg
-        )
+        filters = [weight for weight in weights if len(weight) > 1]
+        # the weight of the one logit is a vector, nothing to make orthogonal
+        weights = [weight for weight in weights if len(weight) == 1]
     groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": weights, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     if cfg.optimizer == "sgd":
+        has_momentum = cfg.momentum > 0
         return torch.optim.SGD(
-            groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True
+            groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=has_momentum, fused=True
         )
-    return torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
+    return MuonAdamW(filters, adamw, cfg) if cfg.optimizer == "muon" else adamw
 
 
 class MuonAdamW:
-    """Muon (Jordan et al. 2024) for matrices and filters, AdamW for the rest, behind the interface
-    of one optimiser.
+    """Muon (Jordan et al. 2024) for matrices and filters, and an AdamW of other parameters, behind
+    the interface of one optimizer.
 
     torch's Muon takes matrices alone, so it is given each filter bank (out, in, k, k) as a view
     (out, in * k * k) on the same memory: a model must be where it is to be trained, in its memory
     format, before this is built.
     """
 
-    def __init__(self, filters: list, output: list, others: list, cfg: Config):
-        self.filters = filters
-        self.matrices = [
-            nn.Parameter(as_matrix(parameter.detach(), parameter)) for parameter in filters
-        ]
+    def __init__(self, filters: list, adamw: torch.optim.AdamW, cfg: Config):
+        self.filters, self.adamw = filters, adamw
+        self.matrices = [nn.Parameter(as_matrix(weight.detach(), weight)) for weight in filters]
         self.muon = torch.optim.Muon(
             self.matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum
         )
-        groups = [
-            {"params": output, "weight_decay": cfg.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
 
     @property
     def param_groups(self) -> list[dict]:
         return self.muon.param_groups + self.adamw.param_groups
 
     def step(self) -> None:
-        for matrix, parameter in zip(self.matrices, self.filters, strict=True):
-            matrix.grad = as_matrix(parameter.grad, parameter)
+        for matrix, weight in zip(self.matrices, self.filters, strict=True):
+            matrix.grad = as_matrix(weight.grad, weight)
         self.muon.step()
         self.adamw.step()
 

@@ -1,8 +1,7 @@
-"""How processes work together, and how they hear that they have to stop."""
+"""The processes of a run: what they exchange, and the signals that stop them."""
 
 import contextlib
 import datetime
-import hashlib
 import os
 import platform
 import signal
@@ -25,7 +24,7 @@ PATIENCE = datetime.timedelta(minutes=30)
 @dataclass
 class StopFlag:
     """Set by Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (time limit ahead). A second Ctrl-C
-    does not wait.
+    interrupts at once.
     """
 
     signal: int | None = None
@@ -70,8 +69,8 @@ class Ranks:
 
     def shard_range(self, num_shards: int) -> range:
         """The numbers of the shards that this rank computes."""
-        each = num_shards // self.num
-        return range(self.rank * each, (self.rank + 1) * each)
+        num_own = num_shards // self.num
+        return range(self.rank * num_own, (self.rank + 1) * num_own)
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
         """`values` of every rank, of equal shape, in rank order."""
@@ -83,15 +82,15 @@ class Ranks:
         return [part.to(values.device) for part in gathered]
 
     def any(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up on any rank, asked every ASK_EVERY steps: all ranks have to leave
-        at the same one.
+        """Whether the flag is up on any rank. All ranks have to leave at the same step, so they
+        exchange it every ASK_EVERY steps.
         """
         if self.num == 1:
             return bool(flag)
         if step % ASK_EVERY:
             return False
-        # on the CPU: no GPU is waited for
-        return bool(sum(self.gather(torch.tensor(float(bool(flag))))))
+        flags = self.gather(torch.tensor(int(bool(flag))))  # on the CPU: no GPU is waited for
+        return any(flags)
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)),
@@ -119,27 +118,40 @@ def require_equal_shares(num_shards: int, num_ranks: int) -> None:
 
 
 def _first_node() -> str:
-    """The machine of the first task of this job step; srun itself may have been typed on
-    another.
-    """
+    """The machine of the first task of this job step; srun may have been typed on another."""
     if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def meet(rank: int, num: int, device: torch.device) -> Ranks:
-    """The ranks after a first exchange, which tells whether they share a GPU. Raises BadInput where
-    there is none.
+def _read_environment() -> tuple[int, int]:
+    """This process's rank and the number of ranks, from torchrun or else srun, and where the ranks
+    meet.
     """
-    ranks = Ranks(rank, num)
+    variables = os.environ
+    if "RANK" in variables and "WORLD_SIZE" in variables:
+        return int(variables["RANK"]), int(variables["WORLD_SIZE"])
+    num_tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
+    if num_tasks == 1 or "SLURM_PROCID" not in variables:
+        return 0, 1
+    variables.setdefault("MASTER_ADDR", _first_node())
+    variables.setdefault("MASTER_PORT", str(20000 + int(variables["SLURM_JOB_ID"]) % 20000))
+    return int(variables["SLURM_PROCID"]), num_tasks
+
+
+def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
+    own = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
+    gpus = [""] * num_ranks
+    dist.all_gather_object(gpus, own)  # over the CPU
+    return len(set(gpus)) < num_ranks
+
+
+def meet(rank: int, num: int, device: torch.device) -> Ranks:
+    """The ranks after a first exchange. Raises BadInput where they do not reach each other."""
     try:
-        if device.type == "cuda":
-            own = hashlib.sha256(
-                f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}".encode()
-            )
-            gpus = ranks.gather(torch.frombuffer(bytearray(own.digest()), dtype=torch.uint8))
-            ranks = Ranks(rank, num, via_host=len({tuple(gpu.tolist()) for gpu in gpus}) < num)
+        via_host = device.type == "cuda" and _share_a_gpu(num, device)
+        ranks = Ranks(rank, num, via_host)
         ranks.gather(torch.zeros(1, device=device))
     except dist.DistBackendError as error:
         raise BadInput(
@@ -151,19 +163,11 @@ def meet(rank: int, num: int, device: torch.device) -> Ranks:
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of
-    several.
-
-    Raises BadInput where the shards cannot be shared out equally.
+    several. Raises BadInput where the shards cannot be shared out equally.
     """
-    environment, rank, num = os.environ, 0, 1
-    if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, num = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    elif int(environment.get("SLURM_STEP_NUM_TASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        rank, num = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
-        environment.setdefault("MASTER_ADDR", _first_node())
-        environment.setdefault("MASTER_PORT", str(20000 + int(environment["SLURM_JOB_ID"]) % 20000))
+    rank, num = _read_environment()
     if num == 1:
-        yield Ranks()
+        yield ALONE
         return
     require_equal_shares(num_shards, num)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

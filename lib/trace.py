@@ -15,7 +15,7 @@ from lib.checkpoint import state_sha256
 from lib.files import CsvLog
 from lib.ranks import Ranks
 
-# what a step is known by, in the order of cause and effect, and the likely cause where it is the
+# the quantities of a step in the order of cause and effect, and the likely cause where one is the
 # first that differs
 QUANTITIES = {
     "rows": (
@@ -45,57 +45,57 @@ QUANTITIES = {
 KEPT = "trace"  # folder of the checkpoints that a traced run keeps, for a replay to start from
 
 
+def copy_tensors(tensors: dict) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
 def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
-    """Copies of what a step took and left, {quantity: {name: tensor or plain value}}, equal on any
-    number of ranks.
+    """Copies of what a step took and left, {quantity: {name: tensor or text}}, equal on any number
+    of ranks.
     """
-    device, parameters = batch.images.device, dict(state.model.named_parameters())
-    draws = {name: value for name, value in vars(result.draws).items() if torch.is_tensor(value)}
-    values = {
-        "rows": {"keys": batch.keys, "labels": batch.labels},
-        "images": {"uint8": batch.images},
-        "draws": draws,
+    device = batch.images.device
+
+    def of_all_ranks(tensors: dict) -> dict[str, torch.Tensor]:
+        parts = {name: ranks.gather(tensor.to(device)) for name, tensor in tensors.items()}
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    generators = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        generators["cuda"] = torch.cuda.get_rng_state(device)
+    # as the last rank left them, which computed the last shard
+    rng = {name: ranks.gather(words.to(device))[-1] for name, words in generators.items()}
+    _, words, *position = np.random.get_state()
+    rng["numpy"] = repr((words.tobytes(), *position))
+    rng["python"] = repr(random.getstate())
+
+    parameters = dict(state.model.named_parameters())
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    return {
+        "rows": of_all_ranks({"keys": batch.keys, "labels": batch.labels}),
+        "images": of_all_ranks({"uint8": batch.images}),
+        "draws": of_all_ranks(vars(result.draws)),
+        "rng": rng,
+        "buffers": copy_tensors(dict(state.model.named_buffers())),
+        "loss": copy_tensors({"loss": result.loss}),
+        "gradients": copy_tensors(gradients),  # as the optimizer saw them
+        "parameters": copy_tensors(parameters),
     }
-    for part in values.values() if ranks.num > 1 else ():
-        part |= {name: torch.cat(ranks.gather(value.to(device))) for name, value in part.items()}
-    words, *position = np.random.get_state()[1:]
-    rng = {"torch": torch.get_rng_state()} | (
-        {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    )
-    # who computed the last shard
-    rng = {name: ranks.gather(value.to(device))[-1] for name, value in rng.items()}
-    values["rng"] = rng | {
-        "python": repr(random.getstate()),
-        "numpy": repr((words.tobytes(), *position)),
-    }
-    values |= {"buffers": dict(state.model.named_buffers()), "loss": {"loss": result.loss}}
-    # as the optimizer saw them
-    values["gradients"] = {name: parameter.grad for name, parameter in parameters.items()}
-    values["parameters"] = parameters
-    for part in values.values():
-        part |= {
-            name: value.detach().clone() for name, value in part.items() if torch.is_tensor(value)
-        }
-    return values
 
 
 class Trace:
-    """trace.csv of a run: a row for every `every`th step, 0 for none; its checkpoints are kept.
+    """trace.csv of a run: a row for every `every`th step, 0 for none. Its checkpoints are kept.
 
-    A step costs the training loop a copy of its tensors (the next step overwrites them); they are
-    hashed by a background thread, whose error is raised at a later call. Ranks give their parts of
-    the batch to the first, which writes.
+    A step costs the training loop a copy of its tensors, which the next step overwrites. A
+    background thread hashes them; its error is raised at a later call. All ranks give their parts
+    of a batch to the first, which writes.
     """
 
     def __init__(self, run: Path | None, state, every: int, ranks: Ranks):
-        self.run, self.state, self.every, self.ranks, self.start_step = (
-            run,
-            state,
-            every,
-            ranks,
-            state.progress["num_steps"],
-        )
-        self.hasher, self.job, self.log = ThreadPoolExecutor(1), None, None
+        self.run, self.state, self.every, self.ranks = run, state, every, ranks
+        self.start_step = state.progress["num_steps"]
+        self.hasher = ThreadPoolExecutor(1)
+        self.job = None  # the row that is being hashed
+        self.log = None
 
     def add(self, batch, result) -> None:
         """Take down the step that was just made from `batch`, this rank's part."""
@@ -105,44 +105,43 @@ class Trace:
         values = step_values(self.state, batch, result, self.ranks)
         if self.ranks.is_first:
             self.flush(to_disk=False)
-            copied = (
-                torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            )
+            on_gpu = device.type == "cuda"
+            copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
             self.job = self.hasher.submit(self._write, step, values, copied, device)
 
     def _write(self, step: int, values: dict[str, dict], copied, device) -> None:
         row = {"step": step}
-        # a stream of its own: otherwise the copies to the host would queue behind the model's next
-        # steps
+        # a stream of its own: copies to the host would queue behind the model's next steps
         with torch.cuda.stream(torch.cuda.Stream(device) if copied else None):
             if copied:
                 copied.synchronize()
-            # a digest of the digests of its tensors (bytes, shape, dtype), then these
-            for quantity, part in values.items():
+            for quantity, parts in values.items():
                 digests = {
-                    f"{quantity}.{name}": state_sha256(value) for name, value in part.items()
+                    f"{quantity}.{name}": state_sha256(value) for name, value in parts.items()
                 }
-                row |= {quantity: state_sha256(digests), **digests}
+                row[quantity] = state_sha256(digests)  # of the digests of its tensors
+                row.update(digests)
         if not self.log:
-            self.log = CsvLog(
-                self.run / "trace.csv", row, keep=lambda row: int(row["step"]) <= self.start_step
-            )
+            self.log = CsvLog(self.run / "trace.csv", row, keep=self._is_before_start)
         self.log.add(**row)
 
+    def _is_before_start(self, row: dict[str, str]) -> bool:
+        return int(row["step"]) <= self.start_step
+
     def flush(self, to_disk: bool = True) -> None:
-        """Wait until every row is made and, with `to_disk`, on disk. Raises what hashing raised."""
+        """Wait until every row is hashed and, with `to_disk`, written. Raises hashing's error."""
         if self.job:
             self.job.result()
         if self.log and to_disk:
             self.log.flush()
 
     def keep(self, checkpoint: Path) -> None:
-        """Keep a checkpoint when the next one replaces it, under the number of its step: a second
+        """Keep a checkpoint that the next one will replace, under the number of its step: a second
         name, no second copy.
         """
         if self.every:
             (self.run / KEPT).mkdir(exist_ok=True)
-            # kept before, or a file system without links: a replay starts earlier
+            # without links a replay starts earlier; an existing one is of the same step
             with contextlib.suppress(OSError):
                 os.link(checkpoint, self.run / KEPT / f"{self.state.progress['num_steps']:08}.pt")
 
@@ -150,6 +149,6 @@ class Trace:
         return self
 
     def __exit__(self, kind, *_):
-        # report the first error
+        # of two errors the first is the one to report
         with self.hasher, contextlib.suppress(Exception) if kind else contextlib.nullcontext():
             self.flush()

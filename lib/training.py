@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lib.augment import Draws, draw_augmentation, model_input, patch_size
+from lib.augment import PREPROCESSING, Draws, draw_augmentation, model_input, patch_size
 from lib.batches import Batch
 from lib.centrenet import filters_made_once
-from lib.checkpoint import KIND, build_checkpoint, evaluated, load_checkpoint
+from lib.checkpoint import load_weights
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
-from lib.models import build_model, fit_state, fit_weights, load_pickle_free, logit_layer
+from lib.models import build_model, fit_state, fit_weights, logit_layer
 from lib.optimizers import build_optimizer
 from lib.ranks import ALONE, Ranks
 from lib.seeding import position_seed, seed_everything
@@ -27,8 +27,8 @@ LOWER_IS_BETTER = ("loss",)
 
 @dataclass
 class TrainState:
-    """All that a step changes. `progress` holds the position and what the schedule and the choice
-    of the best remember.
+    """All that a step changes. `progress` holds the position, and the memory of the schedule and of
+    the choice of the best epoch.
     """
 
     model: nn.Module
@@ -39,16 +39,21 @@ class TrainState:
     def checkpoint(
         self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True
     ) -> dict:
-        """This state as a checkpoint's fields; the tensors are not copied."""
-        return build_checkpoint(
-            cfg,
-            self.model,
-            self.averaged,
-            optimizer=self.optimizer.state_dict() if with_optimizer else None,
-            progress=dict(self.progress),
-            metrics=metrics,
-            data=data,
-        )
+        """This state as the fields of an uncalibrated checkpoint; the tensors are not copied."""
+        return {
+            "config": cfg.as_dict(),
+            "model": dict(self.model.state_dict()),
+            "averaged": self.averaged and dict(self.averaged.state_dict()),
+            "float32_logits": logit_layer(self.model).is_float32,
+            "optimizer": self.optimizer.state_dict() if with_optimizer else None,
+            "progress": dict(self.progress),
+            "metrics": metrics,
+            "data": data,
+            "preprocessing": PREPROCESSING,
+            "threshold": 0.5,
+            "calibration": None,
+            "reference": None,
+        }
 
 
 @dataclass(frozen=True)
@@ -65,32 +70,37 @@ class StepResult:
 
 
 def build_state(cfg: Config, device: torch.device) -> TrainState:
-    """A state before the first step, the initial weights drawn from the seed on the CPU, so that
-    they are the same anywhere.
+    """A state before the first step. The initial weights are drawn from the seed on the CPU, so
+    that they are the same on any device. Raises BadInput where `weights` do not fit.
     """
     seed_everything(cfg.seed)
     model = build_model(cfg)
     if cfg.weights:
-        loaded = load_pickle_free(cfg.weights)
-        if isinstance(loaded, dict) and loaded.get("kind") == KIND:
-            loaded = evaluated(load_checkpoint(cfg.weights))
-        fit_weights(model, cfg.model, loaded, cfg.weights)
+        fit_weights(model, cfg.model, load_weights(cfg.weights), cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
-    progress = {"epoch": 0, "step": 0, "num_steps": 0, "loss_sum": 0.0, "lr_scale": 1.0}
-    progress |= {"best": None, "best_epoch": 0, "best_scores": {}, "stale_epochs": 0}
+    progress = {
+        "epoch": 0,
+        "step": 0,  # of the epoch
+        "num_steps": 0,
+        "loss_sum": 0.0,  # of the epoch
+        "lr_scale": 1.0,
+        "best": None,
+        "best_epoch": 0,
+        "best_scores": {},
+        "stale_epochs": 0,
+    }
     return TrainState(model, averaged, build_optimizer(model, cfg), progress)
 
 
 def restore_state(state: TrainState, checkpoint: dict, source) -> None:
     """Put a checkpoint into a state, in place. Raises BadInput if it is of another model or
-    optimiser.
+    optimizer.
     """
-    fit_state(state.model, checkpoint["model"], source)
-    if state.averaged is not None:
-        fit_state(state.averaged, checkpoint["averaged"], source)
-        logit_layer(state.averaged).is_float32 = checkpoint["float32_logits"]
-    logit_layer(state.model).is_float32 = checkpoint["float32_logits"]
+    for model, name in ((state.model, "model"), (state.averaged, "averaged")):
+        if model is not None:
+            fit_state(model, checkpoint[name], source)
+            logit_layer(model).is_float32 = checkpoint["float32_logits"]
     try:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
     except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none
@@ -175,46 +185,52 @@ def compute_gradients(
     """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and
     return its loss.
 
-    Each part has its own batch-norm statistics and starts from the same running ones. What the
-    parts give is added in one binary tree, so that whoever computes a part, the sum has the same
-    bits.
+    Each shard starts from the same running statistics and has its own. Losses, gradients and
+    statistics of the shards are added in one binary tree: the sum has the same bits, whichever rank
+    computes a shard.
     """
-    parameters = list(model.parameters())
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    # counters of batches too
     before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []
     shards = ranks.shard_range(cfg.shards)
-    parts = []
+    input_parts, label_parts = inputs.chunk(len(shards)), labels.chunk(len(shards))
+    shard_sums = []
     with filters_made_once(model, inputs.dtype):
-        for shard, x, y in zip(
-            shards, inputs.chunk(len(shards)), labels.chunk(len(shards)), strict=True
-        ):
+        for shard, x, y in zip(shards, input_parts, label_parts, strict=True):
             for buffer, value in before:
                 buffer.copy_(value)
             if cfg.dropout:
                 torch.manual_seed(position_seed(*position, shard))
-            with layer_precision(inputs.device, cfg.precision):
-                logits = model(x)
-            loss = compute_loss(logits.float().flatten(), y, cfg, weights)
-            model.zero_grad(set_to_none=True)
-            loss.backward(retain_graph=shard != shards[-1])  # the filters are the next shard's, too
-            # or all that this shard kept would lie beside what the next one keeps
-            loss, logits = loss.detach(), None
+            is_last = shard == shards[-1]
+            loss = backpropagate(model, x, y, cfg, weights, keep_filters=not is_last)
             if cfg.shards == 1:
                 return loss
-            parts.append(
-                torch.cat(
-                    [
-                        t.detach().reshape(-1)
-                        for t in (loss, *(p.grad for p in parameters), *statistics)
-                    ]
-                )
-            )
-    mean = ranks.tree_sum(parts) / cfg.shards
-    loss, *means = mean.split([1, *(t.numel() for t in (*parameters, *statistics))])
-    for target, value in zip([*(p.grad for p in parameters), *statistics], means, strict=True):
-        target.copy_(value.view(target.shape))
-    return loss[0]
+            results = step_results(model, loss)
+            shard_sums.append(torch.cat([tensor.detach().reshape(-1) for tensor in results]))
+    mean = ranks.tree_sum(shard_sums) / cfg.shards
+    sizes = [tensor.numel() for tensor in results]
+    for tensor, value in zip(results, mean.split(sizes), strict=True):
+        tensor.detach().copy_(value.view(tensor.shape))
+    return loss
+
+
+def backpropagate(model, inputs, labels, cfg: Config, weights, keep_filters: bool) -> torch.Tensor:
+    """Set the gradients of a shard and return its loss. All that the backward pass kept is freed on
+    return, except the filters where the next shard uses them.
+    """
+    with layer_precision(inputs.device, cfg.precision):
+        logits = model(inputs)
+    loss = compute_loss(logits.float().flatten(), labels, cfg, weights)
+    model.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=keep_filters)
+    return loss.detach()
+
+
+def step_results(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    """Loss, gradients and running statistics: what is averaged over the shards. Counters of batches
+    are not.
+    """
+    gradients = [parameter.grad for parameter in model.parameters()]
+    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    return [loss, *gradients, *statistics]
 
 
 def average_weights(state: TrainState, cfg: Config) -> None:
@@ -239,24 +255,16 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
     far.
     """
     sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
-    value = scores[cfg.select_metric]
-    is_best = (
-        progress["best"] is None
-        or not math.isfinite(progress["best"])
-        or sign * value > sign * progress["best"]
-    )
-    if is_best:
-        progress |= {
-            "best": value,
-            "best_epoch": progress["epoch"] + 1,
-            "best_scores": scores,
-            "stale_epochs": 0,
-        }
-    else:
-        progress["stale_epochs"] += 1
-        if cfg.schedule == "plateau" and progress["stale_epochs"] % cfg.decay_epochs == 0:
-            progress["lr_scale"] *= cfg.decay_factor
-    return is_best
+    value, best = scores[cfg.select_metric], progress["best"]
+    has_best = best is not None and math.isfinite(best)
+    if not has_best or sign * value > sign * best:
+        epoch = progress["epoch"] + 1
+        progress.update(best=value, best_epoch=epoch, best_scores=scores, stale_epochs=0)
+        return True
+    progress["stale_epochs"] += 1
+    if cfg.schedule == "plateau" and progress["stale_epochs"] % cfg.decay_epochs == 0:
+        progress["lr_scale"] *= cfg.decay_factor
+    return False
 
 
 def is_finite(state: TrainState) -> bool:
@@ -265,6 +273,7 @@ def is_finite(state: TrainState) -> bool:
     return bool(torch.stack(are_finite).all())
 
 
-def is_stale(progress: dict, cfg: Config) -> bool:
-    """Whether early stopping has run out of patience."""
-    return bool(cfg.early_stop_epochs) and progress["stale_epochs"] >= cfg.early_stop_epochs
+def is_over(progress: dict, cfg: Config) -> bool:
+    """Whether all epochs were made, or early stopping has run out of patience."""
+    is_stale = cfg.early_stop_epochs and progress["stale_epochs"] >= cfg.early_stop_epochs
+    return bool(is_stale) or progress["epoch"] >= cfg.epochs

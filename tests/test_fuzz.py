@@ -30,16 +30,14 @@ import h5py
 import hostile
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY, run_script
-from hostile import LABELS, NUM_PATCHES, PATCHES, damage, forged, mangle_csv, write_h5, zeros_packed
+from hostile import LABELS, NUM_PATCHES, PATCHES, damage, mangle_csv, write_h5, zeros_packed
 from PIL import Image
 from test_inputs import encode, write_tar
 
 import inference
 import report
 from lib.batches import select_rows
-from lib.checkpoint import load_checkpoint
 from lib.command import BadInput
 from lib.config import load_config
 from lib.pcam import SplitWriter, open_split, split_path
@@ -561,34 +559,18 @@ def test_damaged_predictions_for_a_page(quick_run, small_pcam, out, counted, tmp
     counted["CSV"] += len(codes)
 
 
-def test_hostile_and_damaged_checkpoints(quick_run, good, out, counted, tmp_path):
-    given = [tmp_path / "a.png", tmp_path / "b.tif"]
-    for path, name in zip(given, ("rgb.png", "raw.tif"), strict=True):
-        path.write_bytes(good[name][0])
-    path, canary = tmp_path / "c.pt", tmp_path / "canary"
-    whole = out.infer(quick_run, *given, expect=0)[1]
-    for name, data, code in hostile.hostile_checkpoints(
-        load_checkpoint(quick_run / "best.pt"), canary
-    ):
-        path.write_bytes(data)
-        found, rows, err = out.infer(path, *given)
-        assert found == code and (code == 0 or str(path) in err) and not canary.exists(), (
-            name,
-            err,
-        )
-        assert code == 2 or rows == whole, name
-        counted["checkpoint"] += 1
+def test_damaged_checkpoints(quick_run, good, out, counted, tmp_path):
+    image, path = tmp_path / "a.png", tmp_path / "c.pt"
+    image.write_bytes(good["rgb.png"][0])
+    whole = out.infer(quick_run, image, expect=0)[1]
     data, codes = (quick_run / "best.pt").read_bytes(), []
     for _, rng in draws("checkpoint", 60):
         path.write_bytes(damage(data, rng, b"PK\3\4" * 999, head=rng.choice((0, 2000))))
-        code, rows, _ = out.infer(path, *given)
+        code, rows, _ = out.infer(path, image)
         codes.append(code)
-        assert code == 2 or rows == whole, "a change that passes the checksums changes nothing"
+        assert code == 2 or rows == whole, "a change that passes the checksum changes nothing"
     assert {0, 2} == set(codes)
     counted["checkpoint"] += len(codes)
-    for number, make in enumerate((os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path))):
-        make(tmp_path / f"{number}.pt")
-        out.infer(tmp_path / f"{number}.pt", *given, expect=2)
 
 
 def test_there_are_more_than_five_hundred(counted):
@@ -610,7 +592,7 @@ BOUNDED = """if True:
 
 def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_path):
     headroom_bytes, png = 400 << 20, good["rgb.png"][0]
-    fields, start = load_checkpoint(quick_run / "best.pt"), hostile.tar_member("a.png", png)
+    start = hostile.tar_member("a.png", png)
 
     def packed_tar(header: bytes, num_mb: int) -> bytes:
         packer = zlib.compressobj(9, wbits=-15)
@@ -637,13 +619,6 @@ def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_
         "name.tar.gz": packed_tar(hostile.tar_header("b", 800 << 20, b"L"), 800),
         "member.tar.gz": packed_tar(hostile.tar_header("b.png", 600 << 20), 600),
         "size.tar": start + hostile.tar_header("b.png", 2**40) + png,
-        "packed.pt": hostile.rezipped(
-            forged(fields), "data/0", bytes(500 << 20), hostile.zipfile.ZIP_DEFLATED
-        ),
-        "expanded.pt": forged(fields, averaged={"x": torch.zeros(1).expand(10**6, 10**6)}),
-        "wide.pt": forged(
-            fields, config=fields["config"] | {"model": "mlp", "mlp_hidden": [10**6, 10**6]}
-        ),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
@@ -651,8 +626,7 @@ def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_
     codes = {name: codes.get(name, 2) for name in ["chunk.h5", *files]}
     calls = []
     for name in codes:
-        ckpt, given = (name, []) if name.endswith(".pt") else (str(quick_run), [name])
-        calls.append(["--ckpt", ckpt, *given, "good.png", "--out", "p.csv"])
+        calls.append(["--ckpt", str(quick_run), name, "good.png", "--out", "p.csv"])
     result = subprocess.run(
         [sys.executable, "-c", BOUNDED, str(headroom_bytes)],
         input="".join(json.dumps(call) + "\n" for call in calls),

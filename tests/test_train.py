@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -377,22 +376,17 @@ def test_a_run_begun_before_schema_3_goes_on_with_its_last_layer(pcam_dir, tmp_p
     old = shutil.copytree(run, tmp_path / "old")
     for name in ("best.pt", "last.pt"):
         make_old(old / name)
-    for each in (run, old):
-        resume(each)
-        is_new = each == run
-        assert all(
-            load_checkpoint(each / name)["float32_logits"] == is_new
-            for name in ("best.pt", "last.pt")
-        )
-        model, cfg, checkpoint = load_model(each / "last.pt")
+    for folder in (run, old):
+        resume(folder)
+        is_new = folder == run
+        for name in ("best.pt", "last.pt"):
+            assert load_checkpoint(folder / name)["float32_logits"] == is_new
+        model, cfg, checkpoint = load_model(folder / "last.pt")
         _, (split, rows) = open_train_valid(cfg)
-        logits = predict.predict_rows(
-            model, PatchSource(split.images, "disk", torch.device("cpu")), rows.index, cfg, 1
-        )
+        source = PatchSource(split.images, "disk", torch.device("cpu"))
+        logits = predict.predict_rows(model, source, rows.index, cfg, 1)
         assert np.array_equal(logits, torch.from_numpy(logits).bfloat16().float()) != is_new
-        assert compute_metrics(rows.labels, logits) == checkpoint["metrics"], (
-            "as the run itself has evaluated"
-        )
+        assert compute_metrics(rows.labels, logits) == checkpoint["metrics"], "as the run's own"
     assert repeatable(run)[0] != repeatable(old)[0], "the last layer rounds in training too"
     started = training.build_state(
         load_config(old / "config.yaml", [f"weights={old / 'best.pt'}"]), torch.device("cpu")
@@ -568,11 +562,11 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
 def test_balance_changes_training_but_never_the_counts_that_are_reported(
     balance, tmp_path, monkeypatch
 ):
-    seen = []
+    batches = []
     step = training.training_step
 
     def watch(state, batch, cfg, lr, weights, ranks):
-        seen.append((batch.labels.mean().item(), weights is not None))
+        batches.append((batch.labels.mean().item(), weights is not None))
         return step(state, batch, cfg, lr, weights, ranks)
 
     monkeypatch.setattr(training, "training_step", watch)
@@ -581,35 +575,20 @@ def test_balance_changes_training_but_never_the_counts_that_are_reported(
     )[0]
     counts = read_json(run / "meta.json")["rows"]["train"]
     assert (counts["num_negative"], counts["num_positive"]) == (80, 16)
-    assert np.mean([share for share, _ in seen]) == pytest.approx(
+    assert np.mean([share for share, _ in batches]) == pytest.approx(
         1 / 2 if balance == "sampler" else 1 / 6
     )
-    assert all(weighted == (balance == "loss") for _, weighted in seen)
+    assert all(weighted == (balance == "loss") for _, weighted in batches)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "step", "plateau", "constant"])
-def test_the_rate_of_each_step_is_the_schedules(schedule, pcam_dir, tmp_path):
-    options = [
-        "epochs=3",
-        "warmup_epochs=1",
-        "lr=0.01",
-        "decay_epochs=1",
-        "decay_factor=0.5",
-        "ema_decay=0",
-    ]
-    run = start(tmp_path, pcam_dir, f"schedule={schedule}", *options)[0]
+def test_the_rate_of_each_step_is_the_schedules(pcam_dir, tmp_path):
+    options = ["schedule=plateau", "epochs=3", "warmup_epochs=1", "lr=0.01", "ema_decay=0"]
+    run = start(tmp_path, pcam_dir, *options, "decay_epochs=1", "decay_factor=0.5")[0]
     rates = [float(row["lr"]) for row in read_csv(run / "steps.csv")]
     assert rates[:5] == pytest.approx([0.002, 0.004, 0.006, 0.008, 0.01])
     aucs = [float(row["val_auc"]) for row in read_csv(run / "epochs.csv")]
-    plateau = [1, 1 if aucs[1] > aucs[0] else 0.5]
-    factors = {"step": [0.5, 0.25], "constant": [1, 1], "plateau": plateau, "cosine": None}[
-        schedule
-    ]
-    if factors:
-        expected = [0.01 * factor for factor in factors for _ in range(5)]
-    else:
-        expected = [0.005 * (1 + np.cos(np.pi * step / 10)) for step in range(10)]
-    assert rates[5:] == pytest.approx(expected)
+    last = 0.01 if aucs[1] > aucs[0] else 0.005
+    assert rates[5:] == pytest.approx([0.01] * 5 + [last] * 5)
 
 
 def test_best_pt_is_the_epoch_with_the_best_score_by_the_averaged_weights(
@@ -703,9 +682,10 @@ def test_a_nan_loss_stops_the_run_and_names_step_rows_and_the_last_good_checkpoi
     assert all_finite(run / "last.pt") and all_finite(run / "best.pt")
 
 
-@pytest.mark.parametrize("rate", ["1e30", "1e39"])
 # in mid-epoch, between epochs, at the very end
-@pytest.mark.parametrize("epochs, size", [(2, 32), (2, 160), (1, 160)])
+@pytest.mark.parametrize(
+    "rate, epochs, size", [("1e30", 2, 32), ("1e39", 2, 160), ("1e30", 1, 160)]
+)
 def test_divergence_is_never_finished_nor_kept_in_a_checkpoint(
     rate, epochs, size, pcam_dir, tmp_path
 ):
@@ -747,41 +727,11 @@ def changed(tmp_path, pcam_dir, split="valid", part="x", write=None) -> Path:
     return folder
 
 
-def write_x(shape=(64, 96, 96, 3), dtype=np.uint8):
-    def write(path):
-        with h5py.File(path, "w") as file:
-            file.create_dataset("x", data=np.full(shape, 7, dtype))
-
-    return write
-
-
 BAD_DATA = {
     "missing": ("train", "x", None, "no file camelyonpatch_level_2_split_train_x.h5"),
-    "misnamed": (
-        "valid",
-        "y",
-        lambda p: p.with_name(p.name.replace("valid", "vaild")).touch(),
-        "did you mean 'camelyonpatch",
-    ),
-    "short": (
-        "valid",
-        "y",
-        lambda p: write_labels(p, np.arange(60) % 2),
-        "64 patches in x but 60 labels",
-    ),
-    "shape": ("train", "x", write_x((160, 3, 96, 96)), "must be (N, 96, 96, 3)"),
-    "dtype": ("train", "x", write_x(dtype=np.int64), "int64, it must be uint8"),
-    "label": (
-        "valid",
-        "y",
-        lambda p: write_labels(p, [0, 1, 2] * 21 + [0]),
-        "row 2 has the label 2, it must be 0 or 1",
-    ),
-    "empty": ("valid", "x", write_x((0, 96, 96, 3)), "x is empty"),
-    "one class": ("valid", "y", lambda p: write_labels(p, [0] * 64), "both are needed"),
-    "no hdf5": ("valid", "x", lambda p: p.write_bytes(b"PK" * 999), "not a readable HDF5"),
-    "empty file": ("valid", "x", lambda p: p.touch(), "not a readable HDF5"),
-    "packed": ("train", "x", lambda p: p.with_name(p.name + ".gz").touch(), "still packed"),
+    "short": ("valid", "y", lambda path: write_labels(path, np.arange(60) % 2), "60 labels"),
+    "one class": ("valid", "y", lambda path: write_labels(path, [0] * 64), "both are needed"),
+    "no hdf5": ("valid", "x", lambda path: path.write_bytes(b"PK" * 999), "split_valid_x.h5"),
 }
 
 
@@ -800,22 +750,15 @@ def refuse(sentence, runs, *arguments):
 
 
 BAD_ARGUMENTS = [
-    (["data_dir=nowhere"], "no folder nowhere"),
-    (["batchsize=3"], "did you mean 'batch_size'"),
-    (["lr=fast"], "lr: 'fast' is not allowed, it must be a number"),
-    (["epochs=0"], "epochs: '0' is not allowed, it must be an integer from 1"),
-    (["model=vit"], "one of cnn, p4m, mlp, resnet18, densenet121"),
-    (["batch_size=10", "shards=4"], "must be a multiple of shards"),
-    (["seed"], "not of the form key=value"),
-    (["lr=1", "lr=2"], "lr is given twice"),
-    (["--device", "gpu"], "--device gpu: allowed are auto, cpu, cuda and cuda:N"),
+    (["data_dir=nowhere"], "nowhere"),
+    (["batchsize=3"], "'batch_size'"),
     (["--device", "cuda:77"], "--device cuda:77"),
-    (["--config", "nowhere.yaml"], "no configuration at nowhere.yaml"),
-    (["--wrong"], "unrecognized arguments: --wrong"),
-    (["--resume", "nothing"], "no run nothing"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--wrong"], "--wrong"),
+    (["--resume", "nothing"], "nothing"),
     (["--resume", "", "epochs=1"], ""),
-    (["quarantine=nowhere.csv"], "quarantine nowhere.csv"),
-    (["weights=nowhere.pt"], "no file nowhere.pt"),
+    (["quarantine=nowhere.csv"], "nowhere.csv"),
+    (["weights=nowhere.pt"], "nowhere.pt"),
     (["limit_train=1"], "both are needed"),
     (["model=mlp", "mlp_hidden=[1000000000]"], ""),
 ]
@@ -845,7 +788,7 @@ def test_resuming_a_folder_that_is_no_run_is_refused(tmp_path, pcam_dir):
     refuse("no config.yaml", tmp_path / "runs", "--resume", pcam_dir)
 
 
-@pytest.mark.parametrize("free_kb", [0, 4, 150, 380, 600])
+@pytest.mark.parametrize("free_kb", [0, 150, 600])
 def test_a_full_disk_stops_the_run_with_a_sentence_and_leaves_a_readable_folder(
     free_kb, tmp_path, pcam_dir
 ):

@@ -141,8 +141,8 @@ def test_balanced_loss_is_a_weighted_cross_entropy_with_mean_weight_one():
         "both classes have the same say"
     )
     logits, targets = torch.linspace(-3, 3, 60), torch.from_numpy(labels).float()
-    found = training.compute_loss(logits, targets, make_cfg(balance="loss"), weights)
-    assert found == pytest.approx(
+    loss = training.compute_loss(logits, targets, make_cfg(balance="loss"), weights)
+    assert loss == pytest.approx(
         float(functional.binary_cross_entropy_with_logits(logits, targets, weight=weights[index]))
     )
     assert all(
@@ -197,18 +197,18 @@ def test_four_shards_equal_four_models_summed_in_the_documented_tree_bit_for_bit
             }
         )
     loss = training.compute_gradients(model, inputs, batch.labels, cfg, None, (1, 2, 3))
-    found = {
+    results = {
         "loss": loss,
         **{name: p.grad for name, p in model.named_parameters()},
         **dict(model.named_buffers()),
     }
-    for name, value in found.items():
+    for name, value in results.items():
         a, b, c, d = (part[name] for part in parts)
         if value.is_floating_point():
             assert torch.equal(value, ((a + b) + (c + d)) / 4), name
         else:
             assert value == 1, f"{name} counts steps, not shards"
-    statistics = next(name for name in found if name.endswith("running_mean"))
+    statistics = next(name for name in results if name.endswith("running_mean"))
     assert not torch.equal(parts[0][statistics], parts[1][statistics])
 
 
@@ -351,15 +351,15 @@ def test_a_plateau_decays_after_so_many_epochs_without_a_better_score_and_again(
 def test_best_is_the_first_epoch_with_the_best_value(metric, values, best):
     cfg = make_cfg(select_metric=metric)
     progress = training.build_state(cfg, CPU).progress
-    found = []
+    is_best = []
     for epoch, value in enumerate(values):
         progress["epoch"] = epoch
-        found.append(training.note_epoch(progress, {metric: value}, cfg))
+        is_best.append(training.note_epoch(progress, {metric: value}, cfg))
     assert (
         progress["best_epoch"] == best
         and progress["best"] == progress["best_scores"][metric] == values[best - 1]
     )
-    assert [number for number, is_best in enumerate(found, 1) if is_best][-1] == best
+    assert is_best[best - 1] and not any(is_best[best:])
 
 
 def test_early_stop_waits_as_long_as_asked():
@@ -368,8 +368,8 @@ def test_early_stop_waits_as_long_as_asked():
     stale = []
     for auc in (0.6, 0.5, 0.7, 0.7, 0.6):
         training.note_epoch(progress, {"auc": auc}, cfg)
-        stale.append(training.is_stale(progress, cfg))
-        assert not training.is_stale(progress, never)
+        stale.append(training.is_over(progress, cfg))
+        assert not training.is_over(progress, never)
     assert stale == [False, False, False, False, True]
 
 
