@@ -109,7 +109,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest
     checkpoint.
     """
-    from lib import batches, deploy, rundir, runlog, training
+    from lib import batches, rundir, runlog, training
+    from lib.calibration import complete_checkpoint
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
     from lib.metrics import constant_alarm, constant_baselines
@@ -268,9 +269,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     (run / PREVIOUS).unlink(missing_ok=True)
     if status == "finished":  # an epoch is scored on one view a patch, the best one then on all
         splits = (train_split, train_rows), (valid_split, valid_rows)
-        progress["best_scores"], details = deploy.complete_checkpoint(
-            run, device, *splits, valid_source, cfg
-        )
+        progress["best_scores"], details = complete_checkpoint(run, *splits, valid_source, cfg)
     details |= log.times()
     summary = rundir.write_summary(
         run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details

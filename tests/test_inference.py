@@ -17,9 +17,8 @@ from test_predict import DIHEDRAL, by_hand, shift
 from test_train import call_script
 
 import inference
-from lib.audit.model import audit_model
+from lib.audit.model import audit_model, recalibrate
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
-from lib.deploy import recalibrate
 from lib.files import read_csv, read_json
 from lib.metrics import sigmoid
 from lib.pcam import SplitWriter, open_split, split_path
