@@ -267,9 +267,7 @@ def audit_model(args) -> int:
         )
     out = Path(args.out or f"audit-model-{Path(args.dir).resolve().name}")
     if args.store:
-        from lib.deploy import recalibrate
-
-        recalibrate(args.ckpt, args.dir, args.overrides, args.device)
+        model.recalibrate(args.ckpt, args.dir, args.overrides, args.device)
     result = model.audit_model(
         args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches
     )

@@ -20,8 +20,9 @@ from lib.command import (
     say,
     script,
 )
+from lib.files import require_writable, write_csv
 
-MOST_LOGIT = 1e30  # which float32 can still be scaled
+MAX_SAID = 5  # inputs that could not be read
 
 
 def parse(argv) -> argparse.Namespace:
@@ -73,7 +74,6 @@ def main(argv=None) -> int:
     from lib.calibration import calibrate
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
-    from lib.files import require_writable, write_csv
     from lib.inputs import read_inputs
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
     from lib.predict import predict_batch, ready_to_predict
@@ -81,21 +81,10 @@ def main(argv=None) -> int:
     from lib.reference import farthest_features, judge_batch, measure_features, patch_scores
     from lib.seeding import set_determinism
 
+    # load
     device = choose_device(args.device)
     keep_freed_memory()
-    if not Path(args.out).absolute().parent.is_dir():
-        raise BadInput(f"--out {args.out}: there is no folder {Path(args.out).parent}")
-    if Path(args.out).is_dir():
-        raise BadInput(f"--out {args.out} is a folder: name a file in it")
-    if Path(args.out).exists() and not Path(args.out).is_file():
-        raise BadInput(
-            f"--out {args.out} is a device or a pipe, which a file would replace: name a file"
-        )
-    if Path(args.out).exists() and Path(args.out).suffix.lower() != ".csv":
-        raise BadInput(
-            f"--out {args.out} is there and is no CSV, it may be an input: name a .csv file"
-        )
-    require_writable(args.out)  # before the work
+    require_output_file(args.out)
     model, cfg, checkpoint = load_model(args.ckpt)
     set_determinism(cfg.deterministic)
     model = ready_to_predict(model.to(device), cfg.precision)
@@ -104,114 +93,121 @@ def main(argv=None) -> int:
     calibration, reference = checkpoint["calibration"], checkpoint["reference"]
     warn_of_views(calibration, views)
 
+    # predict block by block, in the order of the inputs
     started_at = time.monotonic()
-    rows, logits, labels, features = [], [], [], []
+    sources, indices, labels, errors, logits, features = [], [], [], [], [], []
     with Progress(0, "predicting") as bar:
         for block in read_inputs(args.inputs, args.split):
             images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
-            found = (
-                predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"])
-                .cpu()
-                .numpy()
-            )
-            if not (sound := np.abs(found) < MOST_LOGIT).all():
-                source = block.sources[sound.argmin()]
-                raise BadInput(
-                    f"{args.ckpt} answers {source} with no number: its weights are damaged or"
-                    " diverged"
-                )
-            logits.append(calibrate(found, calibration))
+            raw = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"])
+            logits.append(calibrate(raw.cpu().numpy(), calibration))
             if reference:
                 features.append(measure_features(block.images))
+            sources += block.sources
+            indices += block.indices
             labels += block.labels
-            rows += zip(block.sources, block.indices, block.errors, strict=True)
-            bar.add(len(found))
+            errors += block.errors
+            bar.add(len(images))
+
+    failed = [error for error in errors if error]
+    if len(failed) == len(errors):
+        raise BadInput(f"none of {len(errors)} inputs could be read; the first: {failed[0]}")
+    is_read = np.array([not error for error in errors])
+    is_labelled = is_read & np.array([label is not None for label in labels])
     logits = np.concatenate(logits)
+    is_number = np.isfinite(logits)
+    if not is_number.all():
+        source = sources[is_number.argmin()]
+        raise BadInput(
+            f"{args.ckpt} answers {source} with no number: its weights are damaged or diverged"
+        )
     probs = sigmoid(logits)
+    is_positive = probs >= threshold
 
-    failed = [error for _, _, error in rows if error]
-    if len(failed) == len(rows):
-        raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
-    good = np.array([not error for _, _, error in rows])
-    known = good & np.array([label is not None for label in labels])
-
-    # a column for each thing that is known; cells of what could not be read stay empty
+    # write a column for each thing that is known of the inputs
     columns = {
-        "probability": [f"{prob:.9g}" for prob in probs],
-        "prediction": (probs >= threshold).astype(int).tolist(),
+        "source": sources,
+        "index": indices,
+        "probability": blank_failed([f"{prob:.9g}" for prob in probs], errors),
+        "prediction": blank_failed(is_positive.astype(int).tolist(), errors),
     }
+    if is_labelled.any():
+        columns["label"] = ["" if label is None else label for label in labels]
     if reference:
         features = np.concatenate(features)
-        drift = patch_scores(features, reference)
-        columns["drift"] = [f"{score:.4g}" for score in drift]
-        columns["unlike"] = np.where(
-            drift > reference["limit"], farthest_features(features, reference), ""
-        ).tolist()
-    columns = {
-        name: [cell if is_good else "" for cell, is_good in zip(c, good, strict=True)]
-        for name, c in columns.items()
-    }
-    if known.any():
-        columns["label"] = ["" if label is None else label for label in labels]
+        scores = patch_scores(features, reference)
+        unlike = np.where(scores > reference["limit"], farthest_features(features, reference), "")
+        columns["drift"] = blank_failed([f"{score:.4g}" for score in scores], errors)
+        columns["unlike"] = blank_failed(unlike.tolist(), errors)
     if failed:
-        columns["error"] = [error or "" for _, _, error in rows]
-    names = [
-        name
-        for name in ("probability", "prediction", "label", "drift", "unlike", "error")
-        if name in columns
-    ]
-    places = [(source, index) for source, index, _ in rows]
-    cells = zip(*(columns[name] for name in names), strict=True)
-    write_csv(
-        args.out,
-        ["source", "index", *names],
-        [(*p, *c) for p, c in zip(places, cells, strict=True)],
-    )
+        columns["error"] = [error or "" for error in errors]
+    write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
 
+    # report
+    num_positive = int(is_positive[is_read].sum())
     result = {
         "predictions": args.out,
-        "num": len(rows),
+        "num": len(errors),
         "num_failed": len(failed),
         "threshold": threshold,
         "views": views,
-    }
-    result |= {
-        "num_positive": int((probs[good] >= threshold).sum()),
+        "num_positive": num_positive,
         "wall_s": round(time.monotonic() - started_at, 3),
-    }
-    result |= {
         "calibrated": calibration is not None,
         "weights_sha256": checkpoint["weights_sha256"],
     }
     say(
-        f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at"
+        f"{args.out}: {len(errors):,} patches, {num_positive:,} called positive at"
         f" {threshold:g}, {views} view(s)"
     )
-    for error in failed[:5]:
+    for error in failed[:MAX_SAID]:
         say(f"not read: {printable(error)}")
     if reference:
-        result["drift"] = batch = judge_batch(features[good], reference)
-        if batch["drifted"]:
-            say(
-                "WARNING: these patches do not look like those the model was trained on: mean"
-                f" {batch['feature']} is {batch['shift']:+.2f} deviations away (limit"
-                f" {batch['shift_limit']:.2f}), {batch['share_beyond']:.1%} are beyond the limit of"
-                " a single patch; probabilities and threshold may not hold"
-            )
-    if known.any():
-        truth = np.array([label for label, is_known in zip(labels, known, strict=True) if is_known])
-        scores, baselines = (
-            compute_metrics(truth, logits[known], threshold),
-            constant_baselines(truth),
-        )
-        result |= {"scores": scores, "constant_baselines": baselines}
-        say(
-            f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
-            f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
-            f" {baselines['majority_accuracy']:.4f})"
-        )
+        result["drift"] = judge_batch(features[is_read], reference)
+        warn_of_drift(result["drift"])
+    if is_labelled.any():
+        truth = np.array(labels)[is_labelled].astype(int)
+        result["scores"] = compute_metrics(truth, logits[is_labelled], threshold)
+        result["constant_baselines"] = constant_baselines(truth)
+        say_scores(result["scores"], result["constant_baselines"])
     print_result(result)
     return EXIT_FINDING if failed else EXIT_DONE
+
+
+def require_output_file(out: str) -> None:
+    """Raise BadInput, or the OSError of the attempt, where predictions cannot be written to `out`
+    or would replace something else, such as an input.
+    """
+    path = Path(out)
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"--out {out}: there is no folder {path.parent}")
+    if path.exists() and not (path.is_file() and path.suffix.lower() == ".csv"):
+        raise BadInput(f"--out {out} is there and is no CSV file: name a .csv file")
+    require_writable(out)
+
+
+def blank_failed(cells: list, errors: list[str | None]) -> list:
+    """The cells of a column, those of inputs that could not be read empty."""
+    return ["" if error else cell for cell, error in zip(cells, errors, strict=True)]
+
+
+def warn_of_drift(drift: dict) -> None:
+    """Say so where the patches, as a batch, do not look like the training data."""
+    if drift["drifted"]:
+        say(
+            "WARNING: these patches do not look like those the model was trained on: mean"
+            f" {drift['feature']} is {drift['shift']:+.2f} deviations away (limit"
+            f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
+            " a single patch; probabilities and threshold may not hold"
+        )
+
+
+def say_scores(scores: dict, baselines: dict) -> None:
+    say(
+        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+        f" {baselines['majority_accuracy']:.4f})"
+    )
 
 
 if __name__ == "__main__":

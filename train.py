@@ -109,7 +109,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest
     checkpoint.
     """
-    from lib import batches, deploy, rundir, runlog, training
+    from lib import batches, rundir, runlog, training
+    from lib.calibration import complete_checkpoint
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
     from lib.device import describe_machine, keep_freed_memory
     from lib.groups import groups_digest
@@ -257,8 +258,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     # calibrate the best epoch's model, and score it over the views of the config
     (run / PREVIOUS).unlink(missing_ok=True)
     if status == "finished":
-        progress["best_scores"], details = deploy.complete_checkpoint(
-            run, device, train_part, valid_part, valid_source, cfg
+        progress["best_scores"], details = complete_checkpoint(
+            run, train_part, valid_part, valid_source, cfg
         )
 
     # summary.json comes last: it says that the run is over

@@ -1,137 +1,238 @@
-"""What a probability is worth: its temperature, its calibration, a threshold on it."""
+"""Calibrated probabilities and the threshold on them: fitted, judged, and written into a checkpoint
+with the statistics of its training data.
+"""
 
 import numpy as np
 
-from lib.metrics import compute_confusion, compute_fbeta, curve_points, sigmoid
+from lib.batches import PatchSource, Rows, fold_of_rows
+from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
+from lib.command import say
+from lib.config import Config
+from lib.groups import groups_for_halves
+from lib.metrics import (
+    as_arrays,
+    compute_confusion,
+    compute_fbeta,
+    compute_log_loss,
+    compute_metrics,
+    curve_points,
+    sigmoid,
+)
+from lib.pcam import Split
+from lib.predict import predict_rows
+from lib.reference import MOST_ROWS, build_reference, measure_features
 
 NUM_BINS = 15
-STEEPEST = 100.0  # a temperature lies between this and its inverse
+MAX_TEMPERATURE = 100.0  # a temperature lies between this and its inverse
 
 
-def fit_temperature(labels, logits) -> float:
-    """The T for which sigmoid(logits / T) has the lowest log loss on labels (N,) (Guo et al.
-    2017).
+def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]:
+    """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss on
+    labels (N,). Without an offset, b is 0 (Guo et al. 2017).
+
+    The targets are those of Platt (1999), which keep T finite where the classes do not overlap. The
+    offset mends a model that calls too few or too many patches positive. A model that ranks patches
+    the wrong way round, or hardly at all, is left as it is: (1, 0).
     """
-    labels, logits = np.asarray(labels, np.float64), np.asarray(logits, np.float64)
-    low, high = np.log([1 / STEEPEST, STEEPEST])
-    # the log loss is convex in 1 / T: halve the interval in which its slope changes sign
-    for _ in range(60):
-        middle = (low + high) / 2
-        slope = ((sigmoid(logits / np.exp(middle)) - labels) * logits).sum()
-        low, high = (middle, high) if slope > 0 else (low, middle)
-    return float(np.exp((low + high) / 2))
+    labels, logits = as_arrays(labels, logits)
+    num_positive, num_negative = labels.sum(), (~labels).sum()
+    targets = np.where(labels, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
+    inputs = np.stack([logits, np.full(len(logits), float(with_offset))], 1)
 
-
-def fit_scaling(labels, logits) -> tuple[float, float]:
-    """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss (Platt
-    1999, with his targets, which keep it finite where the classes do not overlap). The offset mends
-    a model that calls too few or too many positive. One that ranks them the wrong way round, or
-    hardly at all, is left as it is."""
-    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
-    targets = np.where(labels, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((~labels).sum() + 2))
-    inputs, factors = np.stack([logits, np.ones(len(logits))], 1), np.array([1.0, 0.0])
-
-    def loss(factors) -> float:
-        return float((np.logaddexp(0.0, inputs @ factors) - targets * (inputs @ factors)).mean())
+    def compute_loss(factors) -> float:
+        scaled = inputs @ factors
+        return (np.logaddexp(0.0, scaled) - targets * scaled).mean()
 
     # Newton's method, with shorter steps where a whole one does not lower the loss
+    factors = np.array([1.0, 0.0])
     for _ in range(100):
         probs = sigmoid(inputs @ factors)
-        curvature = (inputs * (probs * (1 - probs))[:, None]).T @ inputs + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, inputs.T @ (probs - targets))
-        while loss(factors - step) > loss(factors) and np.abs(step).max() > 1e-9:
+        gradient = inputs.T @ (probs - targets)
+        weights = probs * (1 - probs)
+        curvature = (inputs * weights[:, None]).T @ inputs + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        loss = compute_loss(factors)
+        while compute_loss(factors - step) > loss and np.abs(step).max() > 1e-9:
             step = step / 2
         factors = factors - step
         if np.abs(step).max() < 1e-9:
             break
     slope, offset = factors.tolist()
-    return (1 / slope, offset) if 1 / STEEPEST <= slope <= STEEPEST else (1.0, 0.0)
+    if not 1 / MAX_TEMPERATURE <= slope <= MAX_TEMPERATURE:
+        return 1.0, 0.0
+    return 1 / slope, offset
 
 
 def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
-    """Logits float64 (N,) as a checkpoint's `calibration` scales them; as they are where it has
-    none.
-    """
+    """Logits float64 (N,) scaled as a checkpoint's `calibration` says, or unchanged without one."""
     logits = np.asarray(logits, np.float64)
-    return logits / calibration["temperature"] + calibration["offset"] if calibration else logits
+    if calibration is None:
+        return logits
+    return logits / calibration["temperature"] + calibration["offset"]
 
 
 def reliability(labels, probs) -> list[dict]:
-    """Bins of equal width over probabilities (N,): low, high, num, mean probability, share of
-    positives; no empty ones.
+    """The bins of equal width over probabilities (N,) that are not empty: low, high, num,
+    mean_probability, positive_share.
     """
-    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
+    labels, probs = as_arrays(labels, probs)
     place = np.minimum((probs * NUM_BINS).astype(np.int64), NUM_BINS - 1)
     rows = []
-    for number in np.unique(place):
+    for number in np.unique(place).tolist():
         inside = place == number
-        row = {"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "num": int(inside.sum())}
-        rows.append(
-            row
-            | {
-                "mean_probability": float(probs[inside].mean()),
-                "positive_share": float(labels[inside].mean()),
-            }
-        )
+        row = {
+            "low": number / NUM_BINS,
+            "high": (number + 1) / NUM_BINS,
+            "num": int(inside.sum()),
+            "mean_probability": float(probs[inside].mean()),
+            "positive_share": float(labels[inside].mean()),
+        }
+        rows.append(row)
     return rows
 
 
 def calibration_scores(labels, logits) -> dict[str, float]:
     """ece (of the positive class, NUM_BINS bins of equal width), brier (mean squared error) and nll
-    (mean log loss, nats).
+    (mean log loss, nats) of logits (N,) against labels (N,).
     """
-    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
+    labels, logits = as_arrays(labels, logits)
     probs = sigmoid(logits)
-    gaps = [
-        row["num"] * abs(row["mean_probability"] - row["positive_share"])
-        for row in reliability(labels, probs)
-    ]
-    nll = np.logaddexp(0.0, np.where(labels, -logits, logits)).mean()
-    return {
-        "ece": float(sum(gaps) / len(labels)),
-        "brier": float(((probs - labels) ** 2).mean()),
-        "nll": float(nll),
-    }
+    total_gap = 0.0
+    for row in reliability(labels, probs):
+        total_gap += row["num"] * abs(row["mean_probability"] - row["positive_share"])
+    brier = float(((probs - labels) ** 2).mean())
+    nll = compute_log_loss(labels, logits)
+    return {"ece": total_gap / len(labels), "brier": brier, "nll": nll}
 
 
 def choose_threshold(
     labels, probs, rule: str, least_recall: float, false_negative_cost: float
 ) -> float:
-    """The threshold on probabilities (N,) that a rule chooses; it lies half-way between two of
-    them.
+    """The threshold on probabilities (N,) that a rule chooses, half-way between two of them. NaN
+    where a class is missing.
 
-    f2: the highest F2 | recall: the strictest that still finds `least_recall` of the positives |
-    cost: the lowest sum of false positives, and of false negatives that cost `false_negative_cost`
-    each. NaN where a class is missing.
+    f2: the highest F2. recall: the strictest that finds `least_recall` of the positives. cost: the
+    lowest sum of false positives, and of false negatives that cost `false_negative_cost` each.
     """
-    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
-    num_positive, num_negative = labels.sum(), (~labels).sum()
-    if not num_positive or not num_negative:
+    labels, probs = as_arrays(labels, probs)
+    if labels.all() or not labels.any():
         return float("nan")
     points = curve_points(labels, probs)
-    found, false_alarms = (
-        points["recall"] * num_positive,
-        points["false_positive_rate"] * num_negative,
-    )
+    hits = points["recall"] * labels.sum()
+    misses = labels.sum() - hits
+    false_alarms = points["false_positive_rate"] * (~labels).sum()
     if rule == "recall":
-        at = int(np.argmax(points["recall"] >= least_recall))
+        best = np.argmax(points["recall"] >= least_recall)
     elif rule == "cost":
-        at = int(np.argmin(false_negative_cost * (num_positive - found) + false_alarms))
+        best = np.argmin(false_negative_cost * misses + false_alarms)
     else:
-        at = int(np.argmax(5 * found / (5 * found + 4 * (num_positive - found) + false_alarms)))
-    below = points["threshold"][at + 1] if at + 1 < len(points["threshold"]) else 0.0
-    return float((points["threshold"][at] + below) / 2)
+        best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))
+    thresholds = np.append(points["threshold"], 0.0)
+    return float((thresholds[best] + thresholds[best + 1]) / 2)
 
 
 def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
-    """What a threshold means: counts tp fp fn tn, recall, specificity, precision, f2; NaN where not
-    defined.
+    """What a threshold on probabilities (N,) gives: threshold, the counts tp, fp, fn, tn, recall,
+    specificity, precision, f2. NaN where a score is not defined.
     """
     confusion = compute_confusion(labels, np.asarray(probs) >= threshold)
-    tp, fp, fn, tn = (confusion[name] for name in ("tp", "fp", "fn", "tn"))
-
-    def share(part, rest):
-        return part / (part + rest) if part + rest else float("nan")
-
-    rates = {"recall": share(tp, fn), "specificity": share(tn, fp), "precision": share(tp, fp)}
+    tp, fp, fn, tn = confusion.values()
+    rates = {}
+    for name, part, rest in (("recall", tp, fn), ("specificity", tn, fp), ("precision", tp, fp)):
+        rates[name] = part / (part + rest) if part + rest else float("nan")
     return {"threshold": threshold, **confusion, **rates, "f2": compute_fbeta(confusion, 2.0)}
+
+
+def fit_calibration(labels, logits, is_chosen: np.ndarray, cfg: Config) -> dict | None:
+    """Temperature, offset and threshold, chosen on the rows where `is_chosen` bool (N,) and judged
+    on the others. None where one of the halves lacks a class.
+
+    `before` and `after` hold the calibration scores of the other half, `decision` what the
+    threshold gives there.
+    """
+    is_judged = ~is_chosen
+    if any(len(np.unique(labels[half])) < 2 for half in (is_chosen, is_judged)):
+        return None
+    temperature, offset = fit_scaling(labels[is_chosen], logits[is_chosen])
+    calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
+    calibrated = calibrate(logits, calibration)
+    probs = sigmoid(calibrated)
+    threshold = choose_threshold(
+        labels[is_chosen],
+        probs[is_chosen],
+        cfg.threshold_rule,
+        cfg.least_recall,
+        cfg.false_negative_cost,
+    )
+    calibration["before"] = calibration_scores(labels[is_judged], logits[is_judged])
+    calibration["after"] = calibration_scores(labels[is_judged], calibrated[is_judged])
+    calibration["decision"] = decision_scores(labels[is_judged], probs[is_judged], threshold)
+    return calibration
+
+
+def complete_checkpoint(
+    ckpt,
+    train: tuple[Split, Rows],
+    valid: tuple[Split, Rows],
+    source: PatchSource,
+    cfg: Config,
+) -> tuple[dict, dict]:
+    """Write calibration, threshold and reference statistics into a checkpoint, in place. `source`
+    has the patches of `valid`, on the device that predicts.
+
+    Calibration and threshold are chosen on one half of the validation rows and judged on the other;
+    slides, or groups of copies, stay whole. Returns the scores of all rows at threshold 0.5, over
+    the views of the config, and for summary.json the threshold and its scores on the other half.
+    """
+    model, _, checkpoint = load_model(ckpt)
+    split, rows = valid
+    logits = predict_rows(model.to(source.device), source, rows.index, cfg, cfg.views)
+    groups = groups_for_halves(split, cfg.data_dir)
+    if cfg.num_folds:  # a fold is a stretch of the order that halves are cut from
+        half = fold_of_rows(groups[rows.index], 2)
+    else:
+        half = fold_of_rows(groups, 2)[rows.index]
+    calibration = fit_calibration(rows.labels, logits, half == 0, cfg)
+    if calibration is None:
+        say(
+            "validation cannot be cut into halves with both classes: the threshold stays 0.5,"
+            " probabilities are not calibrated"
+        )
+    summary = summarise(calibration)
+
+    train_features, _ = sample_features(*train)
+    valid_features, sampled = sample_features(*valid)
+    checkpoint["reference"] = build_reference(train_features, valid_features, groups[sampled])
+    checkpoint["calibration"] = calibration
+    checkpoint["threshold"] = summary.get("threshold", 0.5)
+    checkpoint["config"] = {**checkpoint["config"], "views": cfg.views}  # those of the calibration
+    save_checkpoint(checkpoint_path(ckpt), checkpoint)
+    return compute_metrics(rows.labels, logits), summary
+
+
+def summarise(calibration: dict | None) -> dict[str, float]:
+    """What summary.json says of a calibration; nothing without one."""
+    if calibration is None:
+        return {}
+    decision = calibration["decision"]
+    return {
+        "threshold": decision["threshold"],
+        "temperature": calibration["temperature"],
+        "offset": calibration["offset"],
+        "views": calibration["views"],
+        "half_ece": calibration["after"]["ece"],
+        "half_ece_raw": calibration["before"]["ece"],
+        "half_recall": decision["recall"],
+        "half_specificity": decision["specificity"],
+        "half_precision": decision["precision"],
+        "half_f2": decision["f2"],
+    }
+
+
+def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Features float64 (B, 6) of at most MOST_ROWS of the rows, drawn evenly, and their row numbers
+    int64 (B,).
+    """
+    places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows)))
+    sampled = rows.index[places.astype(np.int64)]
+    return measure_features(split.images.read(sampled)), sampled

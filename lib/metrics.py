@@ -1,71 +1,78 @@
-"""Scores of a binary classifier, in float64 numpy. A score that is not defined is NaN, never a
-made-up number.
+"""Scores of a binary classifier, and 95% intervals, in float64 numpy. A score that is not defined
+is NaN, never a made-up number.
 """
 
 import numpy as np
 
-Z_95 = 1.959964  # of a normal distribution, 95% lie within as many deviations
-# a log loss clipped here stays finite: 16.1 for a certain and wrong answer
-PROBABILITY_FLOOR = 1e-7
+Z_95 = 1.959964  # 95% of a normal distribution lie within this many standard deviations
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits, without overflow."""
+    """Probabilities float64 of logits, without overflow."""
     logits = np.asarray(logits, np.float64)
     return np.exp(-np.logaddexp(0.0, -logits))
 
 
+def as_arrays(labels, scores) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as bool (N,) and scores as float64 (N,)."""
+    return np.asarray(labels, bool), np.asarray(scores, np.float64)
+
+
 def compute_auc(labels, scores) -> float:
-    """Area under the ROC curve by ranks, ties counted half (Mann-Whitney); NaN when a class is
-    missing.
+    """Area under the ROC curve of scores (N,) against labels (N,): the share of pairs of classes in
+    the right order, ties counted half (Mann-Whitney).
+
+    NaN where a class is missing or a score is NaN.
     """
-    labels, scores = np.asarray(labels, bool), np.asarray(scores, np.float64)
-    num_positive, num_negative = int(labels.sum()), int((~labels).sum())
-    if not num_positive or not num_negative or np.isnan(scores).any():
+    labels, scores = as_arrays(labels, scores)
+    if labels.all() or not labels.any() or np.isnan(scores).any():
         return float("nan")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of each distinct score, from 1
-    rank_sum = ranks[inverse][labels].sum()
-    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    positives = scores[labels]
+    negatives = np.sort(scores[~labels])
+    num_below = np.searchsorted(negatives, positives, "left").sum()
+    num_not_above = np.searchsorted(negatives, positives, "right").sum()
+    return float((num_below + num_not_above) / (2 * len(positives) * len(negatives)))
 
 
 def compute_pr_auc(labels, scores) -> float:
-    """Average precision: precision summed over the steps of recall, without interpolation; NaN
-    without positives.
+    """Average precision of scores (N,) against labels (N,): precision summed over the steps of
+    recall, without interpolation. NaN without positives, or where a score is NaN.
     """
-    labels, scores = np.asarray(labels, bool), np.asarray(scores, np.float64)
+    labels, scores = as_arrays(labels, scores)
     if not labels.any() or np.isnan(scores).any():
         return float("nan")
     points = curve_points(labels, scores)
-    return float((np.diff(points["recall"], prepend=0) * points["precision"]).sum())
+    steps = np.diff(points["recall"], prepend=0)
+    return float((steps * points["precision"]).sum())
 
 
 def curve_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
-    """Recall, precision and false positive rate of labels (N,) at every distinct threshold on
-    scores (N,), strictest first.
+    """threshold, recall, precision and false_positive_rate, float64 (T,) each, at every distinct
+    threshold on scores (N,), strictest first; labels are bool (N,).
     """
     order = np.argsort(-scores, kind="stable")
     last_of_tie = np.append(np.diff(scores[order]) != 0, True)
     true_positives = np.cumsum(labels[order])[last_of_tie]
     num_called = np.flatnonzero(last_of_tie) + 1
-    num_negative = max(1, len(labels) - labels.sum())
+    num_positive = labels.sum()
+    num_negative = len(labels) - num_positive
     return {
         "threshold": scores[order][last_of_tie],
-        "recall": true_positives / max(1, labels.sum()),
+        "recall": true_positives / max(1, num_positive),
         "precision": true_positives / num_called,
-        "false_positive_rate": (num_called - true_positives) / num_negative,
+        "false_positive_rate": (num_called - true_positives) / max(1, num_negative),
     }
 
 
 def compute_confusion(labels, predictions) -> dict[str, int]:
-    """Counts tp, fp, fn, tn; they add up to the number of labels."""
+    """Counts tp, fp, fn, tn of predictions (N,) against labels (N,); they add up to N."""
     labels, predictions = np.asarray(labels, bool), np.asarray(predictions, bool)
     tn, fp, fn, tp = np.bincount(2 * labels + predictions, minlength=4).tolist()
     return {"tp": tp, "fp": fp, "fn": fn, "tn": tn}
 
 
 def compute_fbeta(confusion: dict[str, int], beta: float) -> float:
-    """F-beta (van Rijsbergen 1979): recall weighs beta times as much as precision; NaN when there
+    """F-beta (van Rijsbergen 1979): recall weighs beta times as much as precision. NaN where there
     is nothing to find.
     """
     weighted_hits = (1 + beta**2) * confusion["tp"]
@@ -74,16 +81,16 @@ def compute_fbeta(confusion: dict[str, int], beta: float) -> float:
 
 
 def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
-    """Every score of logits (N,) against labels (N,): loss (mean log loss), accuracy, f1, f2, auc,
-    pr_auc, and counts.
+    """Every score of logits (N,) against labels (N,): loss (mean log loss, nats), accuracy, f1, f2,
+    auc, pr_auc, positive_share (of the predictions), and the counts tp, fp, fn, tn.
 
-    A logit that is not a number makes every score NaN.
+    `threshold` is on the probability. A logit that is not a number makes every score NaN.
     """
-    labels, logits = np.asarray(labels, bool), np.asarray(logits, np.float64)
+    labels, logits = as_arrays(labels, logits)
     predictions = sigmoid(logits) >= threshold
     confusion = compute_confusion(labels, predictions)
     scores = {
-        "loss": float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits)))),
+        "loss": compute_log_loss(labels, logits),
         "accuracy": float(np.mean(labels == predictions)),
         "f1": compute_fbeta(confusion, 1.0),
         "f2": compute_fbeta(confusion, 2.0),
@@ -93,19 +100,23 @@ def compute_metrics(labels, logits, threshold: float = 0.5) -> dict[str, float]:
     }
     if np.isnan(logits).any():
         scores = dict.fromkeys(scores, float("nan"))
-    return scores | confusion
+    return {**scores, **confusion}
+
+
+def compute_log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
+    """Mean log loss in nats of logits float64 (N,) against labels bool (N,)."""
+    return float(np.mean(np.logaddexp(0.0, np.where(labels, -logits, logits))))
 
 
 def constant_baselines(labels) -> dict[str, float]:
-    """What a model that never looks scores: always positive, always negative. A score below these
-    is worse than none.
+    """The scores of models that never look at labels (N,): always positive, always negative, always
+    the prevalence. A score below these is worse than none.
     """
     labels = np.asarray(labels, bool)
-    always, never = (
-        compute_confusion(labels, np.full(len(labels), answer)) for answer in (True, False)
-    )
     prevalence = float(labels.mean())
-    p = np.clip(prevalence, PROBABILITY_FLOOR, 1 - PROBABILITY_FLOOR)
+    always = compute_confusion(labels, np.ones_like(labels))
+    never = compute_confusion(labels, np.zeros_like(labels))
+    prior_probs = np.clip([prevalence, 1 - prevalence], 1e-7, 1)  # its logarithm stays finite
     return {
         "prevalence": prevalence,
         "majority_accuracy": max(prevalence, 1 - prevalence),
@@ -114,64 +125,60 @@ def constant_baselines(labels) -> dict[str, float]:
         "always_negative_f2": compute_fbeta(never, 2.0),
         "constant_auc": 0.5,
         "constant_pr_auc": prevalence,
-        # in nats, of always answering with the prevalence
-        "prior_loss": float(-(p * np.log(p) + (1 - p) * np.log(1 - p))),
+        "prior_loss": float(-np.sum(prior_probs * np.log(prior_probs))),
     }
 
 
 def constant_alarm(metrics: dict[str, float], labels) -> str:
-    """A warning for a model that answers always the same, or an empty string."""
-    if metrics["positive_share"] not in (0.0, 1.0):
+    """A warning for a model that gives every patch the same answer, or an empty string."""
+    answers = {0.0: "negative", 1.0: "positive"}
+    if metrics["positive_share"] not in answers:
         return ""
-    answer = "positive" if metrics["positive_share"] else "negative"
-    always = f"(always positive: {constant_baselines(labels)['always_positive_f2']:.3f})"
+    baseline = constant_baselines(labels)["always_positive_f2"]
     return (
-        f"ALARM: every validation patch is called {answer}; F2 {metrics['f2']:.3f} is what a"
-        f" constant gives {always}"
+        f"ALARM: every validation patch is called {answers[metrics['positive_share']]};"
+        f" F2 {metrics['f2']:.3f} is what a constant gives (always positive: {baseline:.3f})"
     )
+
+
+def share_interval(num: float, num_total: float) -> tuple[float, float]:
+    """95% interval of the share num / num_total (Wilson 1927)."""
+    share, weight = num / num_total, Z_95**2 / num_total
+    margin = Z_95 * np.sqrt((share * (1 - share) + weight / 4) / num_total)
+    low, high = share + weight / 2 - margin, share + weight / 2 + margin
+    return float(low / (1 + weight)), float(high / (1 + weight))
 
 
 def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
-    """95% interval of an AUC from the counts of the classes alone (Hanley and McNeil 1982)."""
-    both_positive, both_negative = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    variance = (
-        auc * (1 - auc)
-        + (num_positive - 1) * (both_positive - auc**2)
-        + (num_negative - 1) * (both_negative - auc**2)
-    )
-    reach = Z_95 * np.sqrt(max(variance, 0) / (num_positive * num_negative))
-    return float(max(0, auc - reach)), float(min(1, auc + reach))
+    """95% interval of an AUC from the counts of the classes alone.
+
+    The AUC is the share of pairs in the right order. The interval is Wilson's for as many
+    independent pairs as have the variance of Hanley and McNeil (1982).
+    """
+    same_positive = (num_positive - 1) * (1 - auc) / (2 - auc)
+    same_negative = (num_negative - 1) * auc / (1 + auc)
+    num_independent = num_positive * num_negative / (1 + same_positive + same_negative)
+    return share_interval(auc * num_independent, num_independent)
 
 
 def mean_interval(values) -> dict[str, float]:
-    """Mean of values (N,), N at least 2, their sample deviation, and the 95% interval of the mean
-    (Student 1908).
+    """mean, deviation (of the sample), num, and low and high: the 95% interval of the mean of
+    values (N,), N at least 2 (Student 1908).
     """
-    values = np.asarray(values, np.float64)
-    num_free = len(values) - 1
-    # t = sqrt(num_free) tan(angle) turns Student's density into cos(angle) ** (num_free - 1)
-    angles = np.linspace(0, np.pi / 2, 100_001)
-    mass = np.cumsum(np.cos((angles[1:] + angles[:-1]) / 2) ** (num_free - 1))
-    reach = (
-        np.sqrt(num_free)
-        * np.tan(np.interp(0.95, mass / mass[-1], angles[1:]))
-        * values.std(ddof=1)
-        / np.sqrt(len(values))
-    )
-    mean = values.mean()
-    spread = {
-        "mean": mean,
-        "deviation": values.std(ddof=1),
-        "low": mean - reach,
-        "high": mean + reach,
-    }
-    return {name: float(value) for name, value in spread.items()} | {"num": len(values)}
+    num = len(values)
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    margin = student_t(num - 1) * deviation / num**0.5
+    interval = {"low": mean - margin, "high": mean + margin}
+    return {"mean": mean, "deviation": deviation, **interval, "num": num}
 
 
-def share_interval(num: int, num_total: int) -> tuple[float, float]:
-    """95% interval of the share num / num_total (Wilson 1927)."""
-    share, weight = num / num_total, Z_95**2 / num_total
-    reach = Z_95 * np.sqrt((share * (1 - share) + weight / 4) / num_total)
-    return float((share + weight / 2 - reach) / (1 + weight)), float(
-        (share + weight / 2 + reach) / (1 + weight)
-    )
+def student_t(num_free: int) -> float:
+    """The t that 95% of Student's distribution with `num_free` degrees of freedom do not exceed in
+    magnitude.
+    """
+    # t = sqrt(num_free) tan(angle) turns the density into cos(angle) ** (num_free - 1)
+    step = np.pi / 200_000
+    angles = np.arange(step / 2, np.pi / 2, step)
+    mass = np.cumsum(np.cos(angles) ** (num_free - 1))
+    angle = np.interp(0.95 * mass[-1], mass, angles + step / 2)
+    return float(num_free**0.5 * np.tan(angle))

@@ -15,7 +15,7 @@ from conftest import draw_patches, run_script
 import audit
 from lib.audit import model as model_audit
 from lib.audit import model_page, shortcut, slices
-from lib.audit.resampling import draw_weights, resampled_curves, with_itself
+from lib.audit.resampling import draw_weights, resampled_curves
 from lib.audit.shortcut import (
     judge_shortcuts,
     map_evidence,
@@ -214,7 +214,7 @@ def planted():
     patches = torch.from_numpy(
         np.clip(values + np.zeros((120, 96, 96, 3)), 0, 255).astype(np.uint8)
     )
-    return patches, labels, with_itself(draw_weights(np.arange(120), 200))
+    return patches, labels, draw_weights(np.arange(120), 200)
 
 
 def probes(region, planted) -> dict:
@@ -268,7 +268,7 @@ def test_views_disagree_where_a_model_sees_one_corner_and_agree_where_it_sees_al
     patches = torch.full((24, 96, 96, 3), 230, dtype=torch.uint8)
     patches[:, :48, :48] = 60
     weights, corner = (
-        with_itself(draw_weights(np.arange(24), 50)),
+        draw_weights(np.arange(24), 50),
         torch.zeros(96, 96, dtype=torch.bool),
     )
     corner[:48, :48] = True

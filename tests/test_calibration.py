@@ -1,157 +1,238 @@
-"""lib/calibration.py: what is fitted is what was planted, a threshold does what its rule says,
-intervals cover.
+"""lib/calibration.py and lib/reference.py: what is fitted is what was planted, a threshold does what
+its rule says, and a finished checkpoint carries both. lib/audit/resampling.py: intervals cover.
 """
+
+import dataclasses
+import shutil
 
 import numpy as np
 import pytest
+import torch
+from conftest import draw_patches, make_old, write_pcam
 
+from lib.audit.model import recalibrate
 from lib.audit.resampling import (
     at_prevalence,
     draw_weights,
-    interval,
+    estimate,
     resampled_curves,
     resampled_scores,
 )
+from lib.batches import PatchSource, Rows, fold_of_rows, open_train_valid
 from lib.calibration import (
+    calibrate,
     calibration_scores,
     choose_threshold,
+    complete_checkpoint,
     decision_scores,
     fit_scaling,
-    fit_temperature,
     reliability,
 )
+from lib.checkpoint import load_checkpoint, load_model
+from lib.features import NAMES
+from lib.files import read_json
+from lib.groups import groups_for_halves, write_groups
 from lib.metrics import compute_auc, compute_metrics, curve_points, sigmoid
+from lib.predict import predict_rows
+from lib.reference import build_reference, judge_batch, measure_features, patch_scores
 
+CPU = torch.device("cpu")
 RNG = np.random.default_rng(5)
 LOGITS = RNG.normal(0, 2, 40_000)  # true log odds
 LABELS = RNG.random(40_000) < sigmoid(LOGITS)
 SMALL = slice(0, 400)
+FEATURES = measure_features(draw_patches(600, 1)[0])
 
 
 def test_temperature_and_offset_are_recovered_and_mend_what_was_bent():
-    assert fit_temperature(LABELS, 3 * LOGITS) == pytest.approx(3, rel=0.03)
-    temperature, offset = fit_scaling(LABELS, 3 * LOGITS - 1.5)
+    temperature, offset = fit_scaling(LABELS, 3 * LOGITS, with_offset=False)
+    assert temperature == pytest.approx(3, rel=0.03) and offset == 0
+    bent = 3 * LOGITS - 1.5
+    temperature, offset = fit_scaling(LABELS, bent)
     assert (temperature, offset) == pytest.approx((3, 0.5), rel=0.05)
-    bent, mended = (
-        calibration_scores(LABELS, z)
-        for z in (3 * LOGITS - 1.5, (3 * LOGITS - 1.5) / temperature + offset)
-    )
-    assert (
-        bent["ece"] > 0.1
-        and mended["ece"] < 0.01
-        and all(mended[name] < bent[name] for name in bent)
-    )
+    before = calibration_scores(LABELS, bent)
+    after = calibration_scores(LABELS, calibrate(bent, {"temperature": temperature, "offset": offset}))  # fmt: skip
+    assert before["ece"] > 0.1 and after["ece"] < 0.01
+    assert all(after[name] < before[name] for name in before)
 
 
-@pytest.mark.parametrize(
-    "logits", [[-30, -2, -1, 1, 2, 30], [30, 2, 1, -1, -2, -30], [0, 0, 0, 0, 0, 0]]
-)
-def test_scaling_stays_finite_where_classes_do_not_overlap(logits):
-    temperature, offset = fit_scaling([0, 0, 0, 1, 1, 1], logits)
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("logits", [[-30, -2, -1, 1, 2, 30], [30, 2, 1, -1, -2, -30], [0] * 6])
+def test_scaling_stays_finite_where_classes_do_not_overlap(logits, with_offset):
+    temperature, offset = fit_scaling([0, 0, 0, 1, 1, 1], logits, with_offset)
     assert 0 < temperature <= 100 and np.isfinite(offset)
 
 
 def test_reliability_counts_every_patch_once_and_ece_is_its_weighted_gap():
-    probs = sigmoid(LOGITS)
-    rows = reliability(LABELS, probs)
+    rows = reliability(LABELS, sigmoid(LOGITS))
     assert sum(row["num"] for row in rows) == len(LABELS)
     assert all(row["low"] <= row["mean_probability"] <= row["high"] for row in rows)
-    assert calibration_scores([1, 1, 0, 0], [0.0, 0.0, 0.0, 0.0])["ece"] == 0
-    assert calibration_scores([1, 1, 1, 1], [0.0, 0.0, 0.0, 0.0]) == pytest.approx(
-        {"ece": 0.5, "brier": 0.25, "nll": np.log(2)}
-    )
-
-
-def best_by_hand(labels, probs, value):
-    """The decision of highest value among those of every threshold."""
-    return max(
-        value(decision_scores(labels, probs, threshold)) for threshold in (*np.unique(probs), 1.1)
-    )
+    assert calibration_scores([1, 1, 0, 0], np.zeros(4))["ece"] == 0
+    expected = {"ece": 0.5, "brier": 0.25, "nll": np.log(2)}
+    assert calibration_scores(np.ones(4), np.zeros(4)) == pytest.approx(expected)
 
 
 def test_each_rule_chooses_the_best_of_all_thresholds():
     labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 2)
-    chosen = {
-        rule: decision_scores(labels, probs, choose_threshold(labels, probs, rule, 0.9, 7.0))
-        for rule in ("f2", "cost")
-    }
-    assert chosen["f2"]["f2"] == best_by_hand(labels, probs, lambda d: d["f2"])
-    assert -7 * chosen["cost"]["fn"] - chosen["cost"]["fp"] == best_by_hand(
-        labels, probs, lambda d: -7 * d["fn"] - d["fp"]
-    )
-    threshold = choose_threshold(labels, probs, "recall", 0.9, 7.0)
-    stricter = probs[probs > threshold].min() + 1e-9
-    assert (
-        decision_scores(labels, probs, threshold)["recall"]
-        >= 0.9
-        > decision_scores(labels, probs, stricter)["recall"]
-    )
+    decisions = [decision_scores(labels, probs, at) for at in (*np.unique(probs), 1.1)]
+
+    def choose(rule):
+        return decision_scores(labels, probs, choose_threshold(labels, probs, rule, 0.9, 7.0))
+
+    def cost(decision):
+        return 7 * decision["fn"] + decision["fp"]
+
+    assert choose("f2")["f2"] == max(decision["f2"] for decision in decisions)
+    assert cost(choose("cost")) == min(map(cost, decisions))
+    threshold = choose("recall")["threshold"]
+    stricter = decision_scores(labels, probs, probs[probs > threshold].min() + 1e-9)
+    assert choose("recall")["recall"] >= 0.9 > stricter["recall"]
     assert np.isnan(choose_threshold(np.ones(4), np.arange(4) / 4, "f2", 0.9, 1.0))
+
+
+def patch_source(split) -> PatchSource:
+    return PatchSource(split.images, "disk", CPU)
+
+
+def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_them(quick_run):
+    model, cfg, checkpoint = load_model(quick_run)
+    _, (split, rows) = open_train_valid(cfg)
+    logits = predict_rows(model, patch_source(split), rows.index, cfg, cfg.views)
+    judged = fold_of_rows(groups_for_halves(split, cfg.data_dir), 2)[rows.index] == 1
+    calibration, threshold = checkpoint["calibration"], checkpoint["threshold"]
+    scaled = calibrate(logits, calibration)
+    probs = sigmoid(scaled)
+    rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
+    chosen = choose_threshold(rows.labels[~judged], probs[~judged], *rule)
+    assert chosen == pytest.approx(threshold)
+    decision = decision_scores(rows.labels[judged], probs[judged], threshold)
+    assert decision == pytest.approx(calibration["decision"])
+    for name, values in (("before", logits), ("after", scaled)):
+        scores = calibration_scores(rows.labels[judged], values[judged])
+        assert scores == pytest.approx(calibration[name], abs=1e-6)
+    summary = read_json(quick_run / "summary.json")
+    assert summary["threshold"] == threshold and summary["half_f2"] == decision["f2"]
+    assert summary["half_ece"] == calibration["after"]["ece"]
+
+
+@pytest.fixture
+def ckpt(quick_run, tmp_path):
+    """A copy of a finished checkpoint."""
+    return shutil.copy(quick_run / "best.pt", tmp_path)
+
+
+def test_without_both_classes_in_both_halves_nothing_is_made_up(ckpt):
+    before = load_checkpoint(ckpt)
+    cfg = load_model(ckpt)[1]
+    train, (split, rows) = open_train_valid(cfg)
+    few = Rows(rows.index[:1], rows.labels[:1], {})
+    _, summary = complete_checkpoint(ckpt, train, (split, few), patch_source(split), cfg)
+    after = load_checkpoint(ckpt)
+    assert after["threshold"] == 0.5 and after["calibration"] is None and not summary
+    assert after["reference"] and after["weights_sha256"] == before["weights_sha256"]
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_every_fold_is_calibrated(ckpt, fold, tmp_path):
+    """A fold is a stretch of the order that halves are cut from: most of them lie in one half."""
+    folder = write_pcam(tmp_path / "data")
+    write_groups(folder, {"train": np.arange(160)})
+    keys = {"data_dir": str(folder), "num_folds": 4, "fold": fold}
+    cfg = dataclasses.replace(load_model(ckpt)[1], **keys)
+    train, valid = open_train_valid(cfg)
+    _, summary = complete_checkpoint(ckpt, train, valid, patch_source(valid[0]), cfg)
+    assert 0 <= summary["half_ece"] <= 1 and load_checkpoint(ckpt)["calibration"]
+
+
+@pytest.mark.parametrize("is_old", [True, False])
+def test_what_is_calibrated_anew_keeps_its_last_layer(ckpt, pcam_dir, is_old):
+    if is_old:
+        make_old(ckpt)
+    recalibrate(ckpt, pcam_dir, ["threshold_rule=recall", "least_recall=1.0"], "cpu")
+    checkpoint = load_checkpoint(ckpt)
+    assert checkpoint["float32_logits"] == (not is_old)
+
+
+def test_the_reference_is_the_training_data_and_its_limits_are_those_of_validation():
+    train, valid = FEATURES[:400], FEATURES[400:]
+    reference = build_reference(train, valid, np.arange(200))
+    assert np.allclose(reference["mean"], train.mean(0)) and reference["num"] == 400
+    assert (patch_scores(valid, reference) > reference["limit"]).mean() <= 0.005
+    size = np.sqrt((patch_scores(train, reference) ** 2).mean())
+    assert size == pytest.approx(1, abs=0.05), "a deviation over all features"
+    moved = valid.copy()
+    moved[:20] += 3 * np.array(reference["deviation"])
+    by_slide = build_reference(train, moved, np.arange(200) // 20)
+    limits = by_slide["shift_limit"], reference["shift_limit"]
+    assert limits[0] > limits[1] + 1, "a slide of validation may look so, too"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_that_differs_in_one_feature_is_named_by_it_and_a_small_one_is_granted_chance(name):
+    reference = build_reference(FEATURES[:400], FEATURES[400:], np.arange(200))
+    moved = FEATURES[400:].copy()
+    place = NAMES.index(name)
+    moved[:, place] += 2 * reference["deviation"][place]
+    verdict = judge_batch(moved, reference)
+    assert verdict["drifted"] and verdict["feature"] == name
+    assert verdict["shift"] == pytest.approx(2, abs=0.3)
+    assert not judge_batch(FEATURES[400:], reference)["drifted"]
+    alone = [judge_batch(FEATURES[row : row + 1], reference)["drifted"] for row in range(400, 600)]
+    assert sum(alone) <= 2
 
 
 def test_what_a_decision_means_follows_the_prevalence():
     rare, even = at_prevalence(0.9, 0.9, 0.01), at_prevalence(0.9, 0.9, 0.5)
-    assert rare["precision"] == pytest.approx(0.009 / (0.009 + 0.099)) and even[
-        "precision"
-    ] == pytest.approx(0.9)
-    assert even["always_positive_f2"] == pytest.approx(0.8333, abs=1e-4) and even[
-        "f2"
-    ] == pytest.approx(0.9)
-    assert rare["negative_predictive_value"] > 0.998 and rare["flagged_share"] == pytest.approx(
-        0.108
-    )
+    assert rare["precision"] == pytest.approx(0.009 / (0.009 + 0.099))
+    assert rare["flagged_share"] == pytest.approx(0.108)
+    assert rare["negative_predictive_value"] > 0.998
+    assert even["precision"] == pytest.approx(0.9) and even["f2"] == pytest.approx(0.9)
+    assert even["always_positive_f2"] == pytest.approx(0.8333, abs=1e-4)
     always = at_prevalence(1.0, 0.0, 0.3)
-    assert always["f2"] == pytest.approx(always["always_positive_f2"]) and np.isnan(
-        always["negative_predictive_value"]
-    )
+    assert always["f2"] == pytest.approx(always["always_positive_f2"])
+    assert np.isnan(always["negative_predictive_value"])
 
 
 def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weights():
     labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 1)  # many ties
-    once = resampled_scores(labels, probs, 0.4, np.ones((1, 400), np.uint8))
+    weights = np.stack([np.ones(400, np.int64), RNG.integers(0, 4, 400), np.where(labels, 1, 0)])
+    scores = resampled_scores(labels, probs, 0.4, weights)
     logits = np.log(np.clip(probs, 1e-9, None) / np.clip(1 - probs, 1e-9, None))
-    expected = compute_metrics(labels, logits, 0.4)
-    assert once["auc"][0] == pytest.approx(compute_auc(labels, probs)) and once["f2"][
-        0
-    ] == pytest.approx(expected["f2"])
-    weights = RNG.integers(0, 4, 400)
-    found = resampled_scores(labels, probs, 0.4, weights[None])
-    copies = np.repeat(np.arange(400), weights)
-    assert found["auc"][0] == pytest.approx(compute_auc(labels[copies], probs[copies]))
-    assert found["brier"][0] == pytest.approx(((probs - labels)[copies] ** 2).mean())
-    one_class = resampled_scores(labels, probs, 0.4, np.where(labels, 1, 0)[None])
-    assert np.isnan(one_class["auc"][0]) and np.isnan(interval(np.full(10, np.nan))[0])
+    assert scores["auc"][0] == pytest.approx(compute_auc(labels, probs))
+    assert scores["f2"][0] == pytest.approx(compute_metrics(labels, logits, 0.4)["f2"])
+    copies = np.repeat(np.arange(400), weights[1])
+    assert scores["auc"][1] == pytest.approx(compute_auc(labels[copies], probs[copies]))
+    assert scores["brier"][1] == pytest.approx(((probs - labels)[copies] ** 2).mean())
+    assert np.isnan(scores["auc"][2]), "one class alone"
+    assert np.isnan(estimate(np.full(10, np.nan))).all()
+
+
+def auc_interval_of(part, groups, seed=0) -> tuple[float, float, float]:
+    """The AUC of some rows with its interval, groups (N,) drawn together."""
+    probs = sigmoid(LOGITS[part])
+    return estimate(resampled_scores(LABELS[part], probs, 0.5, draw_weights(groups, 400, seed))["auc"])  # fmt: skip
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say_and_groups_widen_them():
-    truth, inside = compute_auc(LABELS, LOGITS), 0
+    truth, num_inside = compute_auc(LABELS, LOGITS), 0
     for start in range(0, 20_000, 200):
-        part = slice(start, start + 200)
-        values = resampled_scores(
-            LABELS[part], sigmoid(LOGITS[part]), 0.5, draw_weights(np.arange(200), 200, seed=start)
-        )
-        low, high = interval(values["auc"])
-        inside += low <= truth <= high
-    assert 88 <= inside <= 99, "of 100"
-    copies, groups = np.repeat(np.arange(100), 4), np.repeat(np.arange(100), 4)
-    widths = []
-    for names in (groups, np.arange(400)):
-        low, high = interval(
-            resampled_scores(LABELS[copies], sigmoid(LOGITS[copies]), 0.5, draw_weights(names))[
-                "auc"
-            ]
-        )
-        widths.append(high - low)
-    assert widths[0] > 1.5 * widths[1], "four copies of a patch are one patch"
+        part = np.arange(start, start + 200)
+        value, low, high = auc_interval_of(part, np.arange(200), start)
+        assert value == pytest.approx(compute_auc(LABELS[part], LOGITS[part]))
+        num_inside += low <= truth <= high
+    assert 88 <= num_inside <= 99, "of 100"
+    copies = np.repeat(np.arange(100), 4)
+    _, low, high = auc_interval_of(copies, copies)
+    _, naive_low, naive_high = auc_interval_of(copies, np.arange(400))
+    assert high - low > 1.5 * (naive_high - naive_low), "four copies of a patch are one patch"
 
 
 def test_resampled_curves_of_equal_weights_are_the_curves():
     labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
     grid, points = np.linspace(0, 1, 51), curve_points(labels, probs)
     curves = resampled_curves(labels, probs, np.ones((1, 400), np.uint8), grid)
-    assert np.trapezoid(curves["recall"][0], grid) == pytest.approx(
-        compute_auc(labels, probs), abs=0.01
-    )
+    area = np.trapezoid(curves["recall"][0], grid)
+    assert area == pytest.approx(compute_auc(labels, probs), abs=0.01)
     for recall, precision in zip(grid[1:], curves["precision"][0][1:], strict=True):
-        at = int(np.argmax(points["recall"] >= recall - 1e-9))
-        assert precision == pytest.approx(points["precision"][at])
+        place = int(np.argmax(points["recall"] >= recall - 1e-9))
+        assert precision == pytest.approx(points["precision"][place])

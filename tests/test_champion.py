@@ -29,26 +29,20 @@ def test_the_champion_is_small_and_its_files_belong_together():
 
 def test_a_checkpoint_before_schema_3_predicts_to_the_bit_as_the_plain_last_layer_did():
     model, cfg, checkpoint = load_model(CHAMPION)
-    assert (
-        torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2
-        and cfg.precision == "bf16"
-    )
+    assert torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2
+    assert cfg.precision == "bf16"
     images = torch.from_numpy(draw_patches(16, 5)[0])
     ready = ready_to_predict(model, cfg.precision)
-    found = [
-        predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"])
-        for views in (1, 8)
-    ]
+
+    def predict(views):
+        return predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"])
+
+    one_view, eight_views = predict(1), predict(8)
     plain = torch.nn.Linear(model.head[1].in_features, 1).requires_grad_(False)
     plain.load_state_dict(model.head[1].state_dict())
     ready.head[1] = plain
-    expected = [
-        predict_batch(ready, images, cfg.precision, views, checkpoint["preprocessing"])
-        for views in (1, 8)
-    ]
-    assert all(map(torch.equal, found, expected)) and torch.equal(
-        found[0], found[0].bfloat16().float()
-    )
+    assert torch.equal(one_view, predict(1)) and torch.equal(eight_views, predict(8))
+    assert torch.equal(one_view, one_view.bfloat16().float()), "its steps are those of bfloat16"
 
 
 @real_sample

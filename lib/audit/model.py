@@ -29,13 +29,13 @@ from lib.audit.slices import (
     slide_slices,
     split_answers,
 )
-from lib.batches import fold_of_rows
+from lib.batches import PatchSource, fold_of_rows, open_train_valid
 from lib.calibration import (
     calibrate,
     calibration_scores,
     choose_threshold,
+    complete_checkpoint,
     fit_scaling,
-    fit_temperature,
     reliability,
 )
 from lib.checkpoint import checkpoint_path, load_model, warn_of_views
@@ -193,6 +193,18 @@ def audit_model(
         )
 
 
+def recalibrate(ckpt, directory, overrides, device: str) -> None:
+    """Calibrate a checkpoint anew, in place, on a folder's train and valid splits. `overrides` may
+    change free keys.
+    """
+    changes = {"data_dir": str(directory), **parse_overrides(overrides)}
+    cfg = change_free_keys(load_model(ckpt)[1], changes)
+    set_determinism(cfg.deterministic)
+    train, valid = open_train_valid(cfg)
+    source = PatchSource(valid[0].images, cfg.data_residence, choose_device(device))
+    complete_checkpoint(ckpt, train, valid, source, cfg)
+
+
 def predict_split(predict, split: Split) -> np.ndarray:
     """Logits float64 (N,) of a split. Raises BadInput where the model gives one that is not a
     number.
@@ -332,11 +344,9 @@ def check_calibration(
         else {}
     )
     used, fitted = list(scaled)[-1], "with a temperature and an offset of the other half"
-    scaled["with a temperature of the other half"] = (
-        fit_temperature(answers.labels[first], raw[first]),
-        0.0,
-    )
-    scaled[fitted] = fit_scaling(answers.labels[first], raw[first])
+    chosen_on = answers.labels[first], raw[first]
+    scaled["with a temperature of the other half"] = fit_scaling(*chosen_on, with_offset=False)
+    scaled[fitted] = fit_scaling(*chosen_on)
     scaled["always the prevalence"] = math.inf, math.log(prior / (1 - prior))
     rows, bins, rng = {}, [], np.random.default_rng(0)
     for name, (temperature, offset) in scaled.items():

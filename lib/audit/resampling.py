@@ -1,120 +1,112 @@
-"""Scores with intervals: whole groups of patches are drawn again and again."""
+"""Scores with intervals: whole groups of patches are drawn again and again (cluster bootstrap)."""
 
 import numpy as np
 
+from lib.metrics import as_arrays
+
 NUM_RESAMPLES = 1_000
+CHUNK = 64  # resamples that are computed at once
 PREVALENCES = (0.01, 0.05, 0.1, 0.5)
 
 
 def at_prevalence(recall: float, specificity: float, prevalence: float) -> dict[str, float]:
     """What a decision with this recall and specificity means where `prevalence` of the patches are
     positive (Bayes): share flagged, precision, negative predictive value, F2, and the F2 of calling
-    every patch positive."""
-    found, false_alarms = recall * prevalence, (1 - specificity) * (1 - prevalence)
-    flagged = found + false_alarms
+    every patch positive.
+    """
+    hits = recall * prevalence
+    flagged = hits + (1 - specificity) * (1 - prevalence)
+    rejected = specificity * (1 - prevalence)
+    nan = float("nan")
     return {
         "prevalence": prevalence,
         "flagged_share": flagged,
-        "precision": found / flagged if flagged else float("nan"),
-        "negative_predictive_value": specificity * (1 - prevalence) / (1 - flagged)
-        if flagged < 1
-        else float("nan"),
-        "f2": 5 * found / (4 * prevalence + flagged) if prevalence else float("nan"),
+        "precision": hits / flagged if flagged else nan,
+        "negative_predictive_value": rejected / (1 - flagged) if flagged < 1 else nan,
+        "f2": 5 * hits / (4 * prevalence + flagged) if prevalence else nan,
         "always_positive_f2": 5 * prevalence / (4 * prevalence + 1),
     }
 
 
 def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
-    """How often each row is drawn, uint8 (num, N), when whole groups (N,) are drawn with
-    replacement (cluster bootstrap).
+    """How often each row counts, uint8 (1 + num, N): once in the first resample, which gives the
+    score itself, and in the others as often as its group (N,) is drawn, with replacement.
     """
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    num_groups, rng = int(group.max()) + 1, np.random.default_rng(seed)
+    _, group = np.unique(groups, return_inverse=True)
+    num_groups = int(group.max()) + 1
+    rng = np.random.default_rng(seed)
     equal = np.full(num_groups, 1 / num_groups)
-    return np.stack(
-        [rng.multinomial(num_groups, equal).astype(np.uint8)[group] for _ in range(num)]
-    )
+    weights = np.ones((1 + num, len(group)), np.uint8)
+    for resample in weights[1:]:
+        resample[:] = rng.multinomial(num_groups, equal).astype(np.uint8)[group]
+    return weights
+
+
+def estimate(values: np.ndarray) -> tuple[float, float, float]:
+    """(value, low, high) of a score from its values float64 (1 + R,) over the resamples of
+    `draw_weights`: the first, and the 95% percentile interval of the others (Efron 1979).
+
+    The interval is NaN where more than one value in twenty is not defined.
+    """
+    value, resampled = values[0], values[1:]
+    if np.isnan(resampled).mean() > 0.05:
+        return float(value), float("nan"), float("nan")
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    return float(value), float(low), float(high)
 
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
     """auc, f2, recall, specificity, precision and brier, float64 (R,) each, of rows (N,) weighted
-    by (R, N); NaN where not defined. A row of ones gives the score itself; weights times a mask
-    that of a part."""
-    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
+    by (R, N). NaN where not defined.
+    """
+    labels, probs = as_arrays(labels, probs)
     order = np.argsort(probs, kind="stable")
     labels, probs = labels[order], probs[order]
-    first = np.searchsorted(probs, probs[labels], "left")
-    last = np.searchsorted(probs, probs[labels], "right")
+    tie_start = np.searchsorted(probs, probs[labels], "left")
+    tie_end = np.searchsorted(probs, probs[labels], "right")
     called = probs >= threshold
-    parts = []
-    for block in np.array_split(weights, -(-len(weights) // 64)):
-        weight = block[:, order].astype(np.float64)
-        below = np.concatenate([np.zeros((len(weight), 1)), np.cumsum(weight * ~labels, 1)], 1)
-        hits = (weight[:, labels] * (below[:, first] + below[:, last]) / 2).sum(1)
-        squares = weight @ (probs - labels) ** 2
-        counts = [
-            weight @ mask.astype(np.float64)
-            for mask in (labels & called, ~labels & called, labels & ~called)
-        ]
-        parts.append((hits, squares, weight @ labels.astype(np.float64), weight.sum(1), *counts))
-    hits, squares, positive, total, tp, fp, fn = (
-        np.concatenate(part) for part in zip(*parts, strict=True)
-    )
+    # each sum over rows is a product of the weights with one column
+    columns = np.stack(
+        [labels, ~labels, labels & called, ~labels & called, (probs - labels) ** 2], axis=1
+    ).astype(np.float64)
+    won, sums = [], []
+    for start in range(0, len(weights), CHUNK):
+        weight = weights[start : start + CHUNK, order].astype(np.float64)
+        sums.append(weight @ columns)
+        below = np.cumsum(weight * ~labels, 1)
+        below = np.concatenate([np.zeros((len(weight), 1)), below], 1)  # negatives before each row
+        won.append((weight[:, labels] * (below[:, tie_start] + below[:, tie_end]) / 2).sum(1))
+    positive, negative, tp, fp, squares = np.concatenate(sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "auc": hits / (positive * (total - positive)),
-            "f2": 5 * tp / (5 * tp + 4 * fn + fp),
+            "auc": np.concatenate(won) / (positive * negative),
+            "f2": 5 * tp / (tp + 4 * positive + fp),
             "recall": tp / positive,
-            "specificity": 1 - fp / (total - positive),
+            "specificity": 1 - fp / negative,
             "precision": tp / (tp + fp),
-            "brier": squares / total,
+            "brier": squares / (positive + negative),
         }
 
 
 def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> dict[str, np.ndarray]:
-    """float64 (R, G): `recall` at the false positive rates of the grid (G,), and `precision` at its
-    recalls.
+    """`recall` at the false positive rates of the grid (G,), and `precision` at its recalls,
+    float64 (R, G) each, of rows (N,) weighted by (R, N).
     """
-    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
+    labels, probs = as_arrays(labels, probs)
     order = np.argsort(-probs, kind="stable")
-    labels, ends = labels[order], np.append(np.flatnonzero(np.diff(-probs[order])), len(probs) - 1)
+    labels, probs = labels[order], probs[order]
+    tie_ends = np.append(np.flatnonzero(np.diff(probs)), len(probs) - 1)
     recalls, precisions = [], []
     for weight in weights:
         weight = weight[order].astype(np.float64)
-        tp, fp = np.cumsum(weight * labels)[ends], np.cumsum(weight * ~labels)[ends]
+        tp = np.cumsum(weight * labels)[tie_ends]
+        fp = np.cumsum(weight * ~labels)[tie_ends]
         # a threshold above all: without it the curve of one tie would be perfect
-        origin = np.zeros(1)
-        recalls.append(
-            np.interp(
-                grid, np.append(origin, fp) / max(fp[-1], 1), np.append(origin, tp) / max(tp[-1], 1)
-            )
-        )
+        recall = np.append(0.0, tp / max(tp[-1], 1))
+        false_positive_rate = np.append(0.0, fp / max(fp[-1], 1))
+        recalls.append(np.interp(grid, false_positive_rate, recall))
         # counts are whole, their products not quite
-        at = np.minimum(np.searchsorted(tp, grid * tp[-1] - 1e-6), len(tp) - 1)
-        precisions.append(tp[at] / np.maximum(tp[at] + fp[at], 1))
+        place = np.searchsorted(tp, grid * tp[-1] - 1e-6)
+        place = np.minimum(place, len(tp) - 1)
+        precisions.append(tp[place] / np.maximum(tp[place] + fp[place], 1))
     return {"recall": np.stack(recalls), "precision": np.stack(precisions)}
-
-
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of resampled values (R,); NaN where more than one in twenty is not
-    defined.
-    """
-    values = np.asarray(values, np.float64)
-    if np.isnan(values).mean() > 0.05:
-        return float("nan"), float("nan")
-    low, high = np.nanquantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def with_itself(weights: np.ndarray) -> np.ndarray:
-    """Weights (R, N) below a row of ones: what is computed of them has the figure itself in front
-    (see `estimate`).
-    """
-    return np.concatenate([np.ones_like(weights[:1]), weights])
-
-
-def estimate(values: np.ndarray) -> tuple[float, float, float]:
-    """A figure and its interval, (value, low, high), from values (1 + R,) of which the first is the
-    figure itself.
-    """
-    return float(values[0]), *interval(values[1:])

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from lib.audit import finding
-from lib.audit.resampling import draw_weights, estimate, resampled_scores, with_itself
+from lib.audit.resampling import draw_weights, estimate, resampled_scores
 from lib.audit.slices import Answers
 from lib.augment import VIEW_SHIFT, eight_views
 from lib.metrics import sigmoid
@@ -253,14 +253,12 @@ def check_shortcuts(
     ]
     patches, weights = (
         torch.from_numpy(split.images.read(rows)),
-        with_itself(draw_weights(groups[rows])),
+        draw_weights(groups[rows]),
     )
     found = probe_regions(predict, patches, answers.labels[rows], answers.threshold, weights)
     found += probe_views(predict, patches, answers.threshold, weights)
     few = np.linspace(0, len(rows) - 1, min(MOST_MAPPED, len(rows))).astype(np.int64)
-    found.append(
-        probe_evidence(predict, patches[few], with_itself(draw_weights(groups[rows[few]])))
-    )
+    found.append(probe_evidence(predict, patches[few], draw_weights(groups[rows[few]])))
     found += probe_colours(colours, answers, logits)
     return found, judge_shortcuts(found)
 

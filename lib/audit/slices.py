@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.audit.copies import BLOCK
-from lib.audit.resampling import draw_weights, estimate, resampled_scores, with_itself
+from lib.audit.resampling import draw_weights, estimate, resampled_scores
 from lib.batches import fold_of_rows
 from lib.features import (
     NAMES,
@@ -61,7 +61,7 @@ def split_answers(labels, probs, threshold: float, groups) -> Answers:
     """Answers in two halves by their groups (N,)."""
     half = fold_of_rows(groups, 2)
     rows = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
-    weights = tuple(with_itself(draw_weights(groups[part])) for part in rows)
+    weights = tuple(draw_weights(groups[part]) for part in rows)
     return Answers(
         np.asarray(labels, bool),
         np.asarray(probs, np.float64),
