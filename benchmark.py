@@ -214,7 +214,7 @@ def compare(before: str, after: str) -> int:
     one is then slower.
     """
     from lib.benchmark.verdict import compare_rows, read_rows
-    from lib.report.runs import text_table
+    from lib.blocks import text_table
 
     rows = compare_rows(read_rows(before), read_rows(after))
     words = {None: "cannot be told", False: "within the noise"}

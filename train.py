@@ -17,6 +17,7 @@ from lib.command import (
     EXIT_INTERRUPTED,
     BadInput,
     Parser,
+    one_line,
     positive,
     print_result,
     say,
@@ -259,7 +260,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 say(f"error: {error}; the last good checkpoint of {run} is {good}")
             status, details = "diverged", {"diverged_step": error.step, "diverged_rows": error.rows}
 
-    # summary.json comes last: it says that the run is over
+    # the page, then summary.json, which comes last: it says that the run is over
     exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
     if status == "paused" and ranks.is_first:
         rundir.write_stop(run, status, progress["num_steps"])
@@ -272,11 +273,22 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             run, device, *splits, valid_source, cfg
         )
     details |= log.times()
-    summary = rundir.write_summary(
-        run, status, weights_sha256(state.model.state_dict()), progress, baselines, **details
-    )
+    digest = weights_sha256(state.model.state_dict())
+    summary = rundir.build_summary(status, digest, progress, baselines, **details)
+    write_page(run, summary)
+    rundir.write_summary(run, summary)
     print_result({"run": str(run), **summary})
     return exit_code
+
+
+def write_page(run: Path, summary: dict) -> None:
+    """Write RUN/report.html; a run that is done is not lost to a page that cannot be drawn."""
+    try:
+        from lib.runpage import write_run_page  # matplotlib takes a second to import
+
+        write_run_page(run, run / "report.html", summary)
+    except Exception as error:
+        say(f"warning: no page of {run} could be written ({one_line(error)})")
 
 
 if __name__ == "__main__":

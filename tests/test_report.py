@@ -49,10 +49,10 @@ def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
     import numpy as np
     from PIL import Image
 
-    from lib.figures import patch_png
+    from lib.blocks import patch_png
     from lib.files import read_csv
     from lib.pcam import open_images
-    from report import read_patch
+    from lib.runpage import read_patch
 
     row = read_csv(predictions)[17]
     drawn = np.asarray(Image.open(io.BytesIO(patch_png(read_patch(row)))))

@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from lib import figures
+from lib.blocks import Code, Table, Words, table_of
 from lib.command import BadInput, one_line
 from lib.config import plain
 from lib.metrics import compute_confusion
+from lib.report import drawings
 from lib.report.evidence import CHAMPION, KEPT, Evidence, commits, find_code, git, read_code
-from lib.report.parts import Code, Figure, Grid, Words
-from lib.report.runs import GRADIENTS, SHOWN_SCORES, average_scores, read_run
+from lib.report.parts import Drawing
+from lib.report.runs import GRADIENTS, average_scores, read_run
+from lib.runpage import SHOWN_SCORES
 from lib.sources import locate_sources
 
 CANNOT = "**Cannot be answered**, a file that it cites is damaged"
 # what damage in evidence provokes
 OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 DRAWN, MODEL, SEARCH = "assets/journal", "assets/model", f"{KEPT}/search"
+PAGE = "journal.html"  # has every row of a long table
 PLAN, AUDIT, TWIN = (
     f"{SEARCH}/plan.json",
     f"{KEPT}/audit/findings.json",
@@ -175,24 +179,24 @@ def quote(e: Evidence, code: str) -> list[Code]:
 # shapes that several answers share: nothing where there is nothing
 
 
-def table(header, rows, *sources: str, sortable: bool = False) -> list[Grid]:
-    return [Grid(tuple(header), rows, sources, sortable)] if rows else []
+def table(header, rows, *sources: str, full: str = "") -> list[Table]:
+    return [Table(list(header), rows, sources, full)] if rows else []
 
 
-def picture(name: str, title: str, sources, plot, data, *rest) -> list[Figure]:
+def picture(name: str, title: str, sources, plot, data, *rest) -> list[Drawing]:
     """A figure that `plot(data, *rest)` draws from files."""
     return (
-        [Figure(f"{DRAWN}/{name}.png", title, tuple(sources), lambda: plot(data, *rest))]
+        [Drawing(f"{DRAWN}/{name}.png", title, tuple(sources), lambda: plot(data, *rest))]
         if len(data)
         else []
     )
 
 
-def csv_table(e: Evidence, name: str, rows=None) -> list[Grid]:
+def csv_table(e: Evidence, name: str, rows=None) -> list[Table]:
     """A CSV, or some rows of one, numbers as numbers."""
     rows = e.csv(name) if rows is None else rows
     return table(
-        rows[0] if rows else (), [[*map(number, row.values())] for row in rows], name, sortable=True
+        rows[0] if rows else (), [[*map(number, row.values())] for row in rows], name, full=PAGE
     )
 
 
@@ -206,14 +210,15 @@ def number(text):
     return text
 
 
-def findings(e: Evidence, audit: str, *checks: str) -> list[Grid]:
+def findings(e: Evidence, audit: str, *checks: str) -> list[Table]:
     """Findings of an audit whose check begins with one of these."""
     keys = ("severity", "check", "split", "count", "measured", "advice")
-    rows = [[row[key] for key in keys] for row in e.findings(audit, *checks)]
-    return table(keys, rows, f"{KEPT}/{audit}/findings.json")
+    rows = e.findings(audit, *checks)
+    sources = (f"{KEPT}/{audit}/findings.json",)
+    return [table_of(rows, keys, sources=sources)] if rows else []
 
 
-def proofs(e: Evidence, name: str) -> list[Grid]:
+def proofs(e: Evidence, name: str) -> list[Table]:
     """What proofs measured, from their JSON: parts with a count, or with rows of what was asked and
     measured.
     """
@@ -253,7 +258,7 @@ def gallery(e: Evidence, kind: str, title: str, page: str) -> list:
     """
     said, name = e.said.get("pictures") or {}, f"{KEPT}/pictures/{kind}.png"
     if said.get(kind) and e.has(name):
-        return [Figure(name, f"{title}. {said.get('remark') or ''}".strip(" ."), (name,))]
+        return [Drawing(name, f"{title}. {said.get('remark') or ''}".strip(" ."), (name,))]
     return [
         Words(
             "Pictures are published only where journal.yaml names them, under `pictures`; they are"
@@ -292,7 +297,7 @@ def twins(e: Evidence) -> list:
     parts = [
         Words(
             f"{num:,} of {len(rows):,} traced steps are equal to the bit in every quantity.",
-            (line,),
+            sources=(line,),
         )
     ]
     long = ("commit", "weights_sha256")
@@ -358,7 +363,7 @@ def size(e: Evidence) -> list:
             parts.append(
                 Words(
                     f"A damaged edition, made from intact patches: {row['measured']}.",
-                    ("assets/audit.json",),
+                    sources=("assets/audit.json",),
                 )
             )
     return parts
@@ -383,7 +388,7 @@ def gradient_norm(e: Evidence) -> list:
         [curve[1:] for curve in GRADIENTS if curve[1] == "grad_norm"],
     )
     title = f"Global gradient norm per step, before clipping, with {len(tables)} seeds"
-    return picture("gradient-norm", title, names, figures.plot_seeds, tables, curves)
+    return picture("gradient-norm", title, names, drawings.plot_seeds, tables, curves)
 
 
 def learning_rate(e: Evidence) -> list:
@@ -395,7 +400,7 @@ def learning_rate(e: Evidence) -> list:
         "learning-rate",
         "Training loss and learning rate per step",
         names,
-        figures.plot_seeds,
+        drawings.plot_seeds,
         tables,
         curves,
     )
@@ -435,7 +440,9 @@ def spikes(e: Evidence) -> list:
         "median loss",
         "learning rate",
     )
-    return [Words(words, names)] * bool(rows) + table(header, rows, *names)
+    if not rows:
+        return []
+    return [Words(words, sources=names), *table(header, rows, *names)]
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
@@ -467,7 +474,7 @@ def spread(e: Evidence) -> list:
     )
     tables, files = of_seeds(e, "epochs.csv")
     title = f"Loss and metrics on validation, epoch by epoch, one view, with {len(runs)} seeds"
-    drawn = picture("metrics", title, files, figures.plot_seeds, tables, METRICS)
+    drawn = picture("metrics", title, files, drawings.plot_seeds, tables, METRICS)
     return table(header, rows, *(f"{run}/summary.json" for run in seeds(e))) + drawn
 
 
@@ -524,7 +531,7 @@ def reproduce(e: Evidence) -> list:
         told = f"It is reproduced if the new summary.json has the `weights_sha256` `{digest}`."
         return [
             Code(steps, f"{run}, once more"),
-            Words(told, (f"{run}/summary.json", f"{run}/config.yaml")),
+            Words(told, sources=(f"{run}/summary.json", f"{run}/config.yaml")),
         ]
     return []
 
@@ -551,7 +558,7 @@ def space(e: Evidence) -> list:
         f" {plain(plan['rungs'])} epochs, "
     )
     words += f"frozen beforehand with the SHA-256 `{plan['sha256'][:12]}`."
-    return [Words(words, (PLAN,)), *table(("parameter", "scale", "range"), rows, PLAN)]
+    return [Words(words, sources=(PLAN,)), *table(("parameter", "scale", "range"), rows, PLAN)]
 
 
 def trials(e: Evidence) -> list:
@@ -560,7 +567,9 @@ def trials(e: Evidence) -> list:
         return []
     scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
     axes = [
-        figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores])
+        figures.parameter_axis(
+            plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]
+        )
         for key in keys
     ]
     points, labels = np.array([each[0] for each in axes]).T, [each[2] for each in axes]
@@ -571,7 +580,7 @@ def trials(e: Evidence) -> list:
         for trial, score in scores.items()
     ]
     return drawn + table(
-        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, sortable=True
+        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, full=PAGE
     )
 
 
@@ -688,7 +697,7 @@ def slices(e: Evidence) -> list:
             " specificity"
         )
         drawn = (names, *values, overall.get("value", float("nan")), "ROC-AUC")
-        parts += picture("slices", title, [name, scores], figures.plot_intervals, *drawn)
+        parts += picture("slices", title, [name, scores], drawings.plot_intervals, *drawn)
     return parts
 
 
@@ -725,7 +734,7 @@ def conflict(e: Evidence) -> list:
         "The newest one, as `git show --remerge-diff` tells it: what the two sides had made of one"
         " place, and what was kept."
     )
-    return [Words(told, (name,)), Code(text, text.partition("\n")[0])]
+    return [Words(told, sources=(name,)), Code(text, text.partition("\n")[0])]
 
 
 def graph(e: Evidence) -> list:
@@ -734,7 +743,7 @@ def graph(e: Evidence) -> list:
         git("log", "--graph", f"-{NUM_COMMITS}", "--format=%h %s", e.commit, "--"),
     )
     title = f"The last {len(log)} commits up to {e.commit[:10]}"
-    return picture("commits", title, [], figures.plot_commits, log) + [
+    return picture("commits", title, [], drawings.plot_commits, log) + [
         Code(text.rstrip(), "git log --graph")
     ] * bool(log)
 
@@ -835,7 +844,7 @@ def bottleneck(e: Evidence) -> list:
         rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
         partition = e.json(name)["rows"][0]["partition"]
         parts += [
-            Words(f"{partition}: {verdict.get('sentence', '')}", (name,)),
+            Words(f"{partition}: {verdict.get('sentence', '')}", sources=(name,)),
             *table(("what", "value"), rows, name),
         ]
     name = "assets/benchmark_proof.json"
