@@ -23,53 +23,67 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 # what tells lines and points apart where colours do not
 LINES, MARKS = ("-", "--", ":", "-."), "osD^vP*X"
 NUM_GROUPS = 3  # of trials by the value of a parameter
-STYLE = {
-    "axes.prop_cycle": cycler(color=COLOURS),
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 10,
-    "lines.linewidth": 1.6,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
-EPOCH_PANELS = (  # title, columns, constant answers
-    ("log loss (nats)", ("train_loss", "val_loss"), {"prior_loss": "black"}),
+plt.rcParams.update(
+    {
+        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "errorbar.capsize": 3,
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "grid.alpha": 0.3,
+        "image.interpolation": "nearest",
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "lines.linewidth": 1.4,
+        "lines.markersize": 4,
+    }
+)
+# (title, columns with the constant answer of each)
+EPOCH_PANELS = (
+    ("log loss (nats)", {"train_loss": "prior_loss", "val_loss": "prior_loss"}),
     (
         "ROC-AUC and PR-AUC on validation",
-        ("val_auc", "val_pr_auc"),
-        {"constant_auc": COLOURS[0], "constant_pr_auc": COLOURS[1]},
+        {"val_auc": "constant_auc", "val_pr_auc": "constant_pr_auc"},
     ),
     (
         "F2 and accuracy on validation",
-        ("val_f2", "val_accuracy"),
-        {"always_positive_f2": COLOURS[0], "majority_accuracy": COLOURS[1]},
+        {"val_f2": "always_positive_f2", "val_accuracy": "majority_accuracy"},
     ),
 )
+STEP_PANELS = {
+    "loss": "training loss (nats)",
+    "grad_norm": "global gradient norm, before clipping",
+    "lr": "learning rate",
+}
 
 
 def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
-    """A row of axes in the common style, each `width` x `height` inches: (figure, list of axes)."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, num_axes, figsize=(width * num_axes, height), squeeze=False)
+    """A row of axes, each `width` x `height` inches: (figure, list of axes)."""
+    figure, axes = plt.subplots(1, num_axes, figsize=(width * num_axes, height), squeeze=False)
     return figure, list(axes[0])
 
 
-def add_legend(figure, handles, labels, num_columns: int = 2) -> None:
-    """One legend below all axes of a figure."""
-    with plt.rc_context(STYLE):
-        figure.legend(handles, labels, loc="outside lower center", ncols=num_columns, fontsize=8)
+def line_style(number: int) -> dict[str, str]:
+    """The colour and the dashes of a line among others; 32 differ, 8 of them without colours."""
+    dashes = number + number // len(COLOURS)
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[dashes % len(LINES)]}
 
 
-def figure_png(figure, dpi: int = 110, source: str = "") -> bytes:
+def add_legend(figure, axes, num_columns: int = 2) -> None:
+    """One legend below all axes of a figure, of what one of them shows."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=num_columns)
+
+
+def figure_png(figure, source: str = "") -> bytes:
     """A figure as PNG, with what it was drawn from as text in it; the figure is closed."""
     metadata = {"Software": None}
     if source:
         metadata["Source"] = source
     buffer = io.BytesIO()
-    with plt.rc_context(STYLE):
-        figure.savefig(buffer, format="png", dpi=dpi, metadata=metadata)
+    figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
     plt.close(figure)
     return buffer.getvalue()
 
@@ -80,14 +94,15 @@ def column(rows: list[dict], name: str) -> np.ndarray:
 
 
 def plot_epochs(epochs: list[dict]):
-    """Loss and scores per epoch, each beside what a constant answer gets."""
+    """Loss and scores per epoch, each beside what a constant answer gets (dotted)."""
     figure, panels = new_figure(3)
-    for axes, (title, names, constants) in zip(panels, EPOCH_PANELS, strict=True):
-        for name in names:
+    for axes, (title, constants) in zip(panels, EPOCH_PANELS, strict=True):
+        for name in constants:
             values = column(epochs, name)
             axes.plot(column(epochs, "epoch"), values, "o-", markersize=3, label=name)
-        for name, colour in constants.items():
-            axes.axhline(column(epochs, name)[0], color=colour, linestyle=":", label=name)
+        for number, name in enumerate(dict.fromkeys(constants.values())):
+            level = column(epochs, name)[0]
+            axes.axhline(level, color=COLOURS[number], linestyle=":", label=name)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend()
@@ -97,16 +112,25 @@ def plot_epochs(epochs: list[dict]):
 def plot_steps(steps: list[dict]):
     """Training loss, global gradient norm and learning rate per step."""
     figure, panels = new_figure(3)
-    titles = {
-        "loss": "training loss (nats)",
-        "grad_norm": "global gradient norm, before clipping",
-        "lr": "learning rate",
-    }
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+    for axes, (name, title) in zip(panels, STEP_PANELS.items(), strict=True):
         axes.plot(column(steps, "step"), column(steps, name), linewidth=0.8)
-        axes.set(title=title, xlabel="step")
-    panels[1].set_yscale("log")
+        axes.set(title=title, xlabel="step", yscale="log" if name == "grad_norm" else "linear")
     return figure
+
+
+def draw_constants(roc, pr, prevalence: float) -> None:
+    """Set up the axes of ROC and precision-recall, each with what constant answers get."""
+    for axes, heights in ((roc, (0, 1)), (pr, (prevalence, prevalence))):
+        axes.plot((0, 1), heights, color="black", linestyle=":", label="constant answer")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="recall")
+    pr.set(title="precision and recall", xlabel="recall", ylabel="precision")
+
+
+def draw_threshold(roc, pr, false_positive_rate, recall, precision, **style) -> None:
+    """Mark a threshold on both curves."""
+    roc.plot(false_positive_rate, recall, linestyle="", **style)
+    pr.plot(recall, precision, linestyle="", **style)
 
 
 def plot_decisions(
@@ -117,27 +141,19 @@ def plot_decisions(
     `others` are further thresholds on the curves, as (name, threshold).
     """
     figure, (roc, pr, matrix) = new_figure(3, height=3.4 + 0.2 * (len(others) // 3))
-    marked = []
-    for number, (name, value) in enumerate(others):
-        style = {"marker": MARKS[number % len(MARKS)], "color": COLOURS[1 + number % 5]}
-        marked.append((name, value, style))
-    # a ring, around what lies there
-    ring = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": "black"}
-    marked.append((f"threshold {threshold:.3g}", threshold, ring))
     points = curve_points(labels, probs)
-    prevalence = labels.mean()
-    for axes, title, x, y, chance in (
-        (roc, "ROC", "false_positive_rate", "recall", (0, 1)),
-        (pr, "precision and recall", "recall", "precision", (prevalence, prevalence)),
-    ):
-        axes.plot(points[x], points[y])
-        axes.plot([0, 1], chance, color="black", linestyle=":", label="constant answer")
-        for name, value, style in marked:
-            place = np.searchsorted(-points["threshold"], -value, side="right") - 1
-            if place >= 0:
-                axes.plot(points[x][place], points[y][place], linestyle="", label=name, **style)
-        axes.set(title=title, xlabel=x.replace("_", " "), ylabel=y, xlim=(0, 1), ylim=(0, 1.02))
-    add_legend(figure, *roc.get_legend_handles_labels(), num_columns=4)
+    rates = [points[name] for name in ("false_positive_rate", "recall", "precision")]
+    roc.plot(rates[0], rates[1])
+    pr.plot(rates[1], rates[2])
+    draw_constants(roc, pr, labels.mean())
+    for number, (name, value) in enumerate([*others, (f"threshold {threshold:.3g}", threshold)]):
+        style = {"marker": MARKS[number % len(MARKS)], "color": COLOURS[1 + number % 5]}
+        if number == len(others):  # a ring, around what lies there
+            style = {"marker": "o", "markersize": 12, "fillstyle": "none", "color": "black"}
+        place = np.searchsorted(-points["threshold"], -value, side="right") - 1
+        if place >= 0:
+            draw_threshold(roc, pr, *(rate[place] for rate in rates), label=name, **style)
+    add_legend(figure, roc, num_columns=4)
     counts = np.array([[confusion["tn"], confusion["fp"]], [confusion["fn"], confusion["tp"]]])
     matrix.imshow(counts, cmap="Blues", vmin=0, vmax=counts.sum())
     for (row, col), count in np.ndenumerate(counts):
@@ -218,15 +234,14 @@ def plot_reliability(bins: list[dict]):
         above = column(rows, "positive_share_high") - share
         errors = np.maximum([below, above], 0)
         style = {"color": COLOURS[number], "label": name}
-        mark = f"{MARKS[number]}-"
-        axes.errorbar(mean, share, errors, fmt=mark, markersize=4, capsize=2, **style)
+        axes.errorbar(mean, share, errors, fmt=f"{MARKS[number]}-", **style)
         low, high = column(rows, "low"), column(rows, "high")
         counts.hlines(column(rows, "num"), low, high, linewidth=2, **style)
     axes.set(title="reliability", xlabel="mean probability of a bin", ylabel="share of positives")
     axes.set(xlim=(0, 1), ylim=(0, 1))
     counts.set(title="patches in a bin", xlabel="probability", ylabel="patches")
     counts.set(xlim=(0, 1), yscale="log")
-    add_legend(figure, *axes.get_legend_handles_labels())
+    add_legend(figure, axes)
     return figure
 
 
@@ -262,10 +277,10 @@ def plot_histograms(rows: list[dict]):
             bins = [row for row in rows if (row["split"], row["feature"]) == (split, feature)]
             num = column(bins, "num")
             edges = [float(bins[0]["low"]), *column(bins, "high")]
-            style = {"color": COLOURS[number], "linestyle": LINES[number % 4], "linewidth": 1.4}
-            axes.stairs(num / max(num.sum(), 1), edges, label=split, **style)
+            shares = num / max(num.sum(), 1)
+            axes.stairs(shares, edges, label=split, linewidth=1.4, **line_style(number))
         axes.set(title=feature, xlabel=unit)
-        axes.legend(fontsize=8)
+        axes.legend()
     panels[0].set_ylabel("share of the intact patches")
     return figure
 
@@ -279,13 +294,13 @@ def plot_scaling(series: dict[str, list[tuple[float, float, float, float]]]):
     for number, (name, points) in enumerate(series.items()):
         size, rate, low, high = np.array(sorted(points)).T
         sizes.update(size)
-        style = {"color": COLOURS[number % 7], "linestyle": LINES[number // 7 % 4]}
-        style["marker"] = MARKS[number % len(MARKS)]
-        axes.errorbar(size, rate, [rate - low, high - rate], capsize=3, label=name, **style)
+        mark = MARKS[number % len(MARKS)]
+        errors = [rate - low, high - rate]
+        axes.errorbar(size, rate, errors, marker=mark, label=name, **line_style(number))
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second")
     axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
     axes.minorticks_off()
-    add_legend(figure, *axes.get_legend_handles_labels())
+    add_legend(figure, axes)
     return figure
 
 
@@ -296,7 +311,7 @@ def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):
     grid = {"extent": (left, right, len(equal) - 0.5, -0.5), "aspect": "auto"}
     colours = ListedColormap([COLOURS[1], COLOURS[5]])
     cells = list(equal.values())
-    axes.imshow(cells, cmap=colours, vmin=0, vmax=1, interpolation="nearest", **grid)
+    axes.imshow(cells, cmap=colours, vmin=0, vmax=1, **grid)
     borders = np.arange(len(equal)) + 0.5
     axes.hlines(borders, left, right, color="white", linewidth=2)
     axes.set(xlabel="step", yticks=range(len(equal)), yticklabels=equal)

@@ -143,13 +143,8 @@ def test_what_is_over_is_read_once_and_again_when_it_changes(tmp_path):
     rows = list_runs(runs)
     (run / "config.yaml").write_text("seed: 77\n")  # which nobody looks at again
     assert list_runs(runs) == rows
-    rundir.write_summary(
-        other,
-        "finished",
-        "00",
-        {"num_steps": 3, "epoch": 1, "best_epoch": 1, "best_scores": {"auc": 0.7}},
-        {},
-    )
+    progress = {"num_steps": 3, "epoch": 1, "best_epoch": 1, "best_scores": {"auc": 0.7}}
+    rundir.write_summary(other, rundir.build_summary("finished", "00", progress, {}))
     assert [row["val_auc"] for row in list_runs(runs)] == [
         0.7 if row["run"] == other.name else 0.8 for row in rows
     ]

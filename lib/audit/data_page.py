@@ -12,11 +12,11 @@ from lib.audit import rank_findings
 from lib.audit.plant import LEAST_POWER, REASONS_OF
 from lib.audit.survey import Survey
 from lib.blocks import Figure, Gallery, Heading, Table, Words, show, table_of, write_page
-from lib.figures import STYLE, figure_png, new_figure, plot_counts, plot_histograms
+from lib.figures import figure_png, new_figure, plot_counts, plot_histograms
 
 MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
 NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
-PICTURES_A_ROW = 8  # in that gallery
+PIXELS_AN_INCH, CAPTION_PX, LETTER_PX = 71, 28, 5  # in that gallery
 COLUMNS = ("severity", "check", "split", "count", "measured", "advice")
 POWER = ("planted", "in", "found", "recall", "false alarms", "found on the clean copy")
 PLACES = ("top", "bottom", "left", "right", "height", "width")  # of a block in a patch
@@ -184,21 +184,20 @@ def plot_suspects(surveys: list[Survey], findings: list[dict]):
     return plot_gallery(patches, captions) if patches else None
 
 
-def plot_gallery(patches: list[np.ndarray], captions: list[str]):
-    """Patches uint8 (H, W, 3) in rows, each with a caption below."""
-    num_rows = -(-len(patches) // PICTURES_A_ROW)
-    size = (1.35 * PICTURES_A_ROW, 1.75 * num_rows)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(num_rows, PICTURES_A_ROW, figsize=size, squeeze=False)
+def plot_gallery(patches: list[np.ndarray], captions: list[str], num_columns: int = 8):
+    """Pictures uint8 (H, W, 3) of one size in rows, each with a caption below."""
+    num_rows = -(-len(patches) // num_columns)
+    height, width, _ = patches[0].shape
+    size = (width * num_columns / PIXELS_AN_INCH, (height + CAPTION_PX) * num_rows / PIXELS_AN_INCH)
+    figure, panels = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
     for axes in panels.flat:
         axes.axis("off")
-    below = {"fontsize": 7, "ha": "center", "va": "top"}
     for axes, patch, caption in zip(panels.flat, patches, captions, strict=False):
         # or nobody would see white ones
         framed = np.pad(patch, ((1, 1), (1, 1), (0, 0)), constant_values=190)
-        axes.imshow(framed, interpolation="nearest")
-        text = "\n".join(textwrap.wrap(caption, 20)[:3])
-        axes.text(0.5, -0.04, text, transform=axes.transAxes, **below)
+        axes.imshow(framed)
+        text = "\n".join(textwrap.wrap(caption, width // LETTER_PX)[:3])
+        axes.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axes.transAxes)
     return figure
 
 

@@ -10,9 +10,18 @@ import numpy as np
 from matplotlib import colormaps
 
 from lib.audit import rank_findings
-from lib.audit.data_page import outline
+from lib.audit.data_page import outline, plot_gallery
 from lib.blocks import Figure, Gallery, Heading, Table, Words, table_of, write_page
-from lib.figures import COLOURS, MARKS, column, figure_png, new_figure, plot_reliability
+from lib.figures import (
+    COLOURS,
+    MARKS,
+    column,
+    draw_constants,
+    draw_threshold,
+    figure_png,
+    new_figure,
+    plot_reliability,
+)
 
 NAMES = {
     "auc": "AUC",
@@ -32,7 +41,7 @@ MARKED = (
 PROBED = ("AUC", "mean move of the probability", "share of decisions changed")
 MOST_SLIDES = 20  # slides that are shown, those with the lowest scores
 CENTRE = {"top": 32, "left": 32, "height": 32, "width": 32}
-PAIRS_A_ROW, GAP_PX, CAPTION_PX, ZOOM = 4, 8, 26, 2  # of pictures of errors
+PAIRS_A_ROW, GAP_PX, ZOOM = 4, 8, 2  # of pictures of errors
 
 
 def write_model_page(
@@ -323,25 +332,20 @@ def list_facts(scores: dict) -> list[tuple]:
 
 def plot_curves(points: list[dict], thresholds: list[dict], prevalence: float):
     """ROC and precision-recall with bands, and where the thresholds lie."""
-    marked = [row for row in thresholds if row["rule"] in MARKED]
     figure, panels = new_figure(2, 5.2, 4.2)
-    chances = {"roc": (0, 1), "pr": (prevalence, prevalence)}
-    for axes, (curve, chance) in zip(panels, chances.items(), strict=True):
+    for axes, curve in zip(panels, ("roc", "pr"), strict=True):
         rows = [row for row in points if row["curve"] == curve]
-        x, y, low, high = (column(rows, name) for name in ("x", "y", "low", "high"))
-        axes.fill_between(x, low, high, alpha=0.25, linewidth=0)
-        axes.plot(x, y)
-        axes.plot([0, 1], chance, color="black", linestyle=":", label="constant answer")
-        for place, row in enumerate(marked):
-            spot = (row["recall"], row["precision"])
-            if curve == "roc":
-                spot = (1 - row["specificity"], row["recall"])
-            label = f"{row['rule']} ({row['threshold']:.3g})"
-            axes.plot(*spot, MARKS[place], color=COLOURS[place + 1], label=label)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    panels[0].set(title="ROC", xlabel="false positive rate", ylabel="recall")
-    panels[1].set(title="precision and recall", xlabel="recall", ylabel="precision")
-    panels[1].legend(loc="lower left", fontsize=8)
+        x = column(rows, "x")
+        axes.fill_between(x, column(rows, "low"), column(rows, "high"), alpha=0.25, linewidth=0)
+        axes.plot(x, column(rows, "y"))
+    draw_constants(*panels, prevalence)
+    marked = [row for row in thresholds if row["rule"] in MARKED]
+    for number, row in enumerate(marked):
+        rates = 1 - row["specificity"], row["recall"], row["precision"]
+        label = f"{row['rule']} ({row['threshold']:.3g})"
+        style = {"marker": MARKS[number], "color": COLOURS[number + 1], "markersize": 6}
+        draw_threshold(*panels, *rates, label=label, **style)
+    panels[1].legend(loc="lower left")
     return figure
 
 
@@ -358,11 +362,11 @@ def plot_prices(rows: list[dict]):
             100 - 100 * np.array([row[name + end] for row in rows]) for end in ("", "_low", "_high")
         )
         axes.hlines(places, low, high, color=colour)
-        axes.plot(value, places, "o", color=colour, markersize=4.5, label=label)
+        axes.plot(value, places, "o", color=colour, label=label)
     labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
     axes.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5))
     axes.set(xlabel="% of them", xlim=(0, None))
-    axes.legend(loc="best", fontsize=8)
+    axes.legend()
     return figure
 
 
@@ -379,7 +383,7 @@ def plot_slices(rows: list[dict], overall: dict):
             elif name in row["found"].split():
                 colour = COLOURS[4]
             axes.hlines(place, row[f"{name}_low"], row[f"{name}_high"], color=colour)
-            axes.plot(row[name], place, "o", color=colour, markersize=4.5)
+            axes.plot(row[name], place, "o", color=colour)
         value = overall[name]["value"]
         axes.axvline(value, color="black", linestyle=":")
         axes.set(title=f"{NAMES[name]} ({value:.3f})", ylim=(len(rows) - 0.4, -0.6))
@@ -389,21 +393,6 @@ def plot_slices(rows: list[dict], overall: dict):
 
 
 def plot_errors(shown: list[dict], patches: np.ndarray, maps: np.ndarray):
-    """The gallery as one picture, false positives above false negatives."""
-    places, num_rows = [], 0  # of a tile, in tiles: each kind begins on a row of its own
-    for kind in ("false positive", "false negative"):
-        num = sum(row["kind"] == kind for row in shown)
-        for place in range(num):
-            places.append((num_rows + place // PAIRS_A_ROW, place % PAIRS_A_ROW))
-        num_rows += -(-num // PAIRS_A_ROW)
-    height, width = 96 + CAPTION_PX, 192 + 3 * GAP_PX  # of a tile
-    canvas = np.full((height * num_rows, width * PAIRS_A_ROW, 3), 255, np.uint8)
-    figure, (axes,) = new_figure(1, canvas.shape[1] / 80, canvas.shape[0] / 80)
-    for row, patch, evidence, (down, across) in zip(shown, patches, maps, places, strict=True):
-        tile = pair(patch, evidence)
-        y, x = height * down + CAPTION_PX, width * across
-        canvas[y : y + tile.shape[0], x : x + tile.shape[1]] = tile
-        axes.text(x, y - 3, f"{row['kind']}\n{caption(row)}", fontsize=6, va="bottom")
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_axis_off()
-    return figure
+    """The gallery as one picture, false positives before false negatives."""
+    tiles = [pair(patch, evidence) for patch, evidence in zip(patches, maps, strict=True)]
+    return plot_gallery(tiles, [f"{row['kind']}, {caption(row)}" for row in shown], PAIRS_A_ROW)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lib.figures import COLOURS, LINES, MARKS, add_legend, column, new_figure
+from lib.figures import COLOURS, MARKS, add_legend, column, line_style, new_figure
 
 MOST_POINTS = 150  # of a line, where several are drawn together
 MOST_LETTERS = 90  # of a commit's subject
@@ -18,48 +18,32 @@ def block_means(values: np.ndarray) -> np.ndarray:
     return np.array([block.mean() for block in blocks])
 
 
-def plot_together(tables: dict[tuple[str, str], list[dict]], curves):
+def plot_runs(tables: dict[tuple[str, str], list[dict]], curves, with_mean: bool = False):
     """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are
     {(run, file): CSV rows}.
 
     Of a long run the means of blocks of rows are drawn: the noise of single steps would hide every
-    line but the last.
+    line but the last. With their mean over the runs, that is drawn so, and each run as it is.
     """
-    figure, panels = new_figure(len(curves), height=4.2)
-    names = list(dict.fromkeys(run for run, _ in tables))
+    figure, panels = new_figure(len(curves), max(4.2, 9 / len(curves)), 4.0)
+    runs = list(dict.fromkeys(run for run, _ in tables))
     for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
-        for number, run in enumerate(names):
+        x = "epoch" if file == "epochs.csv" else "step"
+        lines = []
+        for number, run in enumerate(runs):
             rows = tables.get((run, file), [])
-            steps, values = block_means(column(rows, "step")), block_means(column(rows, name))
-            line = LINES[number // len(COLOURS) % len(LINES)]
-            axes.plot(steps, values, line, color=COLOURS[number % len(COLOURS)], linewidth=1)
-        axes.set(title=title, xlabel="step", yscale=scale)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    add_legend(figure, panels[0].lines, names, num_columns=max(1, min(3, len(names))))
-    return figure
-
-
-def plot_seeds(tables: dict[str, list[dict]], curves):
-    """An axes for each curve (column, title, scale) over `step` or `epoch`: each run a thin line,
-    their mean a thick one.
-
-    Where there are many steps the mean is taken over blocks of them too, and the thin lines show
-    what it hides.
-    """
-    figure, panels = new_figure(len(curves), 4.2 if len(curves) > 2 else 9 / len(curves), 3.6)
-    x = "epoch" if all("val_loss" in rows[0] for rows in tables.values()) else "step"
-    length = min(map(len, tables.values()))
-    positions = column(next(iter(tables.values()))[:length], x)
-    for axes, (name, title, scale) in zip(panels, curves, strict=True):
-        values = np.array([column(rows[:length], name) for rows in tables.values()])
-        for number, (run, line) in enumerate(zip(tables, values, strict=True)):
-            style = {"color": COLOURS[number % 7], "linestyle": LINES[number % len(LINES)]}
-            axes.plot(positions, line, linewidth=0.7, alpha=0.8, label=run, **style)
-        means = block_means(values.mean(0))
-        axes.plot(block_means(positions), means, color="black", linewidth=2, label="mean")
+            line = column(rows, x), column(rows, name)
+            lines.append(line)
+            drawn = line if with_mean else map(block_means, line)
+            axes.plot(*drawn, linewidth=0.8, label=run, **line_style(number))
+        if with_mean:
+            length = min(len(values) for _, values in lines)
+            mean = np.mean([values[:length] for _, values in lines], 0)
+            positions = block_means(lines[0][0][:length])
+            axes.plot(positions, block_means(mean), color="black", linewidth=2, label="mean")
         axes.set(title=title, xlabel=x, yscale=scale)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panels[0].legend(fontsize=8)
+    add_legend(figure, panels[0], num_columns=4)
     return figure
 
 
@@ -72,7 +56,7 @@ def plot_intervals(names: list[str], values, lows, highs, overall: float, title:
     if math.isfinite(overall):
         axes.axvline(overall, color="black", linestyle="--", label="all of them")
     axes.set(yticks=places, yticklabels=names, xlabel=title, ylim=(-0.7, len(names) - 0.3))
-    add_legend(figure, *axes.get_legend_handles_labels())
+    add_legend(figure, axes)
     return figure
 
 

@@ -320,7 +320,7 @@ def write_together(path, title: str, table: Table, runs: list[Path], curves, rem
     apart.
     """
     from lib.figures import figure_png
-    from lib.report.drawings import plot_together
+    from lib.report.drawings import plot_runs
 
     if not 0 < len(runs) <= MOST_DRAWN:
         raise BadInput(
@@ -336,7 +336,7 @@ def write_together(path, title: str, table: Table, runs: list[Path], curves, rem
             rows = read_curves(run / file, names) if (run / file).is_file() else []
             if rows:
                 tables[run.name, file] = rows
-    drawn = figure_png(plot_together(tables, curves))
+    drawn = figure_png(plot_runs(tables, curves))
     titles = ", ".join(title for _, _, title, _ in curves)
     blocks = [Heading("Runs"), table]
     if remark:

@@ -54,9 +54,9 @@ SETUP += (
     "select_metric",
 )
 METRICS = (
-    ("val_loss", "log loss on validation (nats)", "linear"),
-    ("val_auc", "ROC-AUC on validation", "linear"),
-    ("val_f2", "F2 at 0.5 on validation", "linear"),
+    ("epochs.csv", "val_loss", "log loss on validation (nats)", "linear"),
+    ("epochs.csv", "val_auc", "ROC-AUC on validation", "linear"),
+    ("epochs.csv", "val_f2", "F2 at 0.5 on validation", "linear"),
 )
 # section, then: key of its answer | question | Make target that measures what is missing | code
 # that is quoted
@@ -383,27 +383,22 @@ def poisoning(e: Evidence) -> list:
 
 
 def gradient_norm(e: Evidence) -> list:
-    (tables, names), curves = (
-        of_seeds(e, "steps.csv"),
-        [curve[1:] for curve in GRADIENTS if curve[1] == "grad_norm"],
-    )
-    title = f"Global gradient norm per step, before clipping, with {len(tables)} seeds"
-    return picture("gradient-norm", title, names, drawings.plot_seeds, tables, curves)
+    curves = [curve for curve in GRADIENTS if curve[1] == "grad_norm"]
+    title = f"Global gradient norm per step, before clipping, with {len(seeds(e))} seeds"
+    return seed_picture(e, "gradient-norm", title, "steps.csv", curves)
 
 
 def learning_rate(e: Evidence) -> list:
-    (tables, names), curves = (
-        of_seeds(e, "steps.csv"),
-        [curve[1:] for curve in GRADIENTS if curve[1] != "grad_norm"],
-    )
-    return picture(
-        "learning-rate",
-        "Training loss and learning rate per step",
-        names,
-        drawings.plot_seeds,
-        tables,
-        curves,
-    )
+    curves = [curve for curve in GRADIENTS if curve[1] != "grad_norm"]
+    title = "Training loss and learning rate per step"
+    return seed_picture(e, "learning-rate", title, "steps.csv", curves)
+
+
+def seed_picture(e: Evidence, name: str, title: str, file: str, curves) -> list[Drawing]:
+    """Curves of the runs that differ in the seed alone, and their mean."""
+    tables, sources = of_seeds(e, file)
+    tables = {(run, file): rows for run, rows in tables.items()}
+    return picture(name, title, sources, drawings.plot_runs, tables, curves, True)
 
 
 def spikes(e: Evidence) -> list:
@@ -472,9 +467,8 @@ def spread(e: Evidence) -> list:
         "to",
         "constant answer",
     )
-    tables, files = of_seeds(e, "epochs.csv")
     title = f"Loss and metrics on validation, epoch by epoch, one view, with {len(runs)} seeds"
-    drawn = picture("metrics", title, files, drawings.plot_seeds, tables, METRICS)
+    drawn = seed_picture(e, "metrics", title, "epochs.csv", METRICS)
     return table(header, rows, *(f"{run}/summary.json" for run in seeds(e))) + drawn
 
 

@@ -130,14 +130,14 @@ def plot_marginals(points, labels: list[list[str]], names: list[str], scores, gr
     figure, panels = new_figure(len(names), 3.0)
     for number, (axes, name, texts) in enumerate(zip(panels, names, labels, strict=True)):
         places, group = points[:, number], groups[:, number]
-        axes.plot(places, scores, "o", markersize=3, alpha=0.5)
+        axes.plot(places, scores, "o", alpha=0.5)
         for value in np.unique(group):
             inside = group == value
             if inside.sum() > 1:
                 spread = mean_interval(scores[inside])
                 reach = spread["high"] - spread["mean"]
-                style = {"fmt": "s", "color": COLOURS[1], "capsize": 4}
-                axes.errorbar(places[inside].mean(), spread["mean"], reach, **style)
+                place = places[inside].mean()
+                axes.errorbar(place, spread["mean"], reach, fmt="s", color=COLOURS[1])
         axes.set_xticks(label_positions(texts), texts)
         axes.set_xlabel(name)
     panels[0].set_ylabel("AUC after the first rung")
@@ -150,7 +150,7 @@ def plot_budget(budgets: np.ndarray, scores: np.ndarray, rung_ends: list[float],
     """
     figure, (axes,) = new_figure(1, 6.4)
     best = np.maximum.accumulate(scores)
-    axes.plot(budgets, scores, "o", markersize=3, alpha=0.5, label="a trial")
+    axes.plot(budgets, scores, "o", alpha=0.5, label="a trial")
     axes.step(budgets, best, where="post", color=COLOURS[1], label="best so far")
     for end in rung_ends:
         axes.axvline(end, color="black", linestyle=":", linewidth=0.8)
