@@ -207,6 +207,7 @@ def list_sources() -> int:
 def audit_twin(args) -> int:
     """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted."""
     from lib.audit import replay, twin
+    from lib.audit.twin_page import write_twin_page
     from lib.config import parse_overrides
     from lib.files import write_json
     from lib.trace import QUANTITIES
@@ -298,58 +299,6 @@ def audit_handover(args) -> int:
         {"num_items": len(findings), "missing": missing, "findings": str(out / "findings.json")}
     )
     return EXIT_FINDING if missing else EXIT_DONE
-
-
-def plot_growth(ours: list[dict], theirs: list[dict]):
-    """Relative difference of losses and gradient norms per step; zeros have no place on the
-    logarithmic axis.
-    """
-    import numpy as np
-
-    from lib.figures import column, new_figure
-
-    figure, (axes,) = new_figure(1, width=11)
-    for name in ("loss", "grad_norm"):
-        left, right = column(ours, name), column(theirs, name)
-        difference = np.abs(left - right) / np.maximum(left, right)
-        axes.plot(column(ours, "step"), difference, ".-", label=name)
-        if difference.any():
-            axes.set_yscale("log", nonpositive="mask")
-    axes.set(title="relative difference, where there is one", xlabel="step")
-    axes.legend()
-    return figure
-
-
-def write_twin_page(
-    path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path
-) -> Path:
-    """Write the page of a comparison of the run folders A and B; `equal` says which quantity was
-    equal at which step.
-    """
-    from lib.blocks import note, picture, section, table, write_page
-    from lib.figures import figure_png, plot_time_line
-    from lib.files import read_csv
-
-    sections = [table(("run", "folder"), [("A", a), ("B", b)])]
-    for found in findings:
-        parts = [
-            note(
-                " ".join((found["measured"], found["advice"])),
-                "alarm" if found["severity"] == "error" else "note",
-            )
-        ]
-        parts += (
-            [table(found["rows"][0], [row.values() for row in found["rows"]])]
-            if found["rows"]
-            else []
-        )
-        if found["check"] == "time line" and steps:
-            parts.append(picture(figure_png(plot_time_line(equal, steps)), "equal or not, by step"))
-        if found["check"] == "time line" and found["severity"] == "error":
-            growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
-            parts.append(picture(figure_png(growth), "differences by step"))
-        sections.append(section(found["check"], *parts))
-    return write_page(path, "Twin runs", sections)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ from lib.command import (
     script,
 )
 
-NUM_EXAMPLES = 12
 CHAMPION = Path(__file__).parent / "assets" / "champion"
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
@@ -212,18 +211,11 @@ def report_journal(args) -> int:
 
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
-    from lib.blocks import text_table
-    from lib.report.runs import (
-        CURVES,
-        list_runs,
-        select_runs,
-        table_of_runs,
-        write_together,
-    )
+    from lib.report.runs import CURVES, list_runs, select_runs, table_of_runs, write_together
 
     rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
     shown, statuses = table_of_runs(rows), [row["status"] for row in rows]
-    say(text_table(*shown))
+    say(shown.to_text())
     result = {"num_runs": len(rows)} | {
         status: statuses.count(status) for status in sorted(set(statuses))
     }
@@ -238,10 +230,9 @@ def report_runs(args) -> int:
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
-    from lib.blocks import text_table
+    from lib.blocks import Table
     from lib.report.runs import (
         GRADIENTS,
-        SHOWN_SCORES,
         average_scores,
         list_runs,
         read_run,
@@ -249,6 +240,7 @@ def report_spread(args) -> int:
         write_together,
     )
     from lib.rundir import find_run
+    from lib.runpage import SHOWN_SCORES
 
     if args.where and not getattr(args, args.what):
         chosen = select_runs(list_runs(args.runs), args.where)
@@ -284,14 +276,13 @@ def report_spread(args) -> int:
         ]
         for name in spreads[args.what]
     ]
-    say(text_table(header, cells))
+    shown = Table(header, cells)
+    say(shown.to_text())
     result = spreads | {"num_runs": sum(map(len, runs.values()))}
     if args.html:
         title = f"Scores over {' and '.join(runs)}"
         result["page"] = str(
-            write_together(
-                args.html, title, (header, cells), sum(runs.values(), []), GRADIENTS, SPREAD_NOTE
-            )
+            write_together(args.html, title, shown, sum(runs.values(), []), GRADIENTS, SPREAD_NOTE)
         )
     print_result(result)
     return EXIT_DONE
@@ -311,177 +302,22 @@ def report_export(args) -> int:
 
 def report_run(args) -> int:
     """Write the page of a run."""
+    from lib.checkpoint import load_checkpoint
+    from lib.files import read_json
     from lib.rundir import find_run
+    from lib.runpage import write_run_page
 
     run = find_run(args.run)
-    page = write_run_page(
-        run, args.predictions, args.threshold, args.out or run / "report.html", args.remark
-    )
+    if not (run / "summary.json").is_file():
+        raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
+    threshold = args.threshold
+    if args.predictions and threshold is None:
+        threshold = load_checkpoint(run / "best.pt")["threshold"]
+    out, summary = args.out or run / "report.html", read_json(run / "summary.json")
+    page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
     say(f"page {page}")
     print_result({"page": str(page), "run": str(run)})
     return EXIT_DONE
-
-
-def write_run_page(run: Path, predictions, threshold: float | None, out, remark: str = "") -> Path:
-    """Write the page of a finished run; `predictions`: a CSV of it with labels, decided at
-    `threshold` or the stored.
-    """
-    from lib.blocks import note, picture, section, table, write_page
-    from lib.figures import figure_png, plot_epochs, plot_steps
-    from lib.files import read_csv, read_json
-    from lib.rundir import read_run_config
-
-    if not (run / "summary.json").is_file():
-        raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
-    cfg, meta, summary = (
-        read_run_config(run),
-        read_json(run / "meta.json"),
-        read_json(run / "summary.json"),
-    )
-    epochs, steps = read_csv(run / "epochs.csv"), read_csv(run / "steps.csv")
-    if not epochs or not steps or "status" not in summary or "model" not in meta:
-        raise BadInput(
-            f"{run} is {summary.get('status', 'no finished run')}: it holds no finished epoch to"
-            " show"
-        )
-    facts = [
-        ("run", run.name),
-        ("status", summary["status"]),
-        ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
-        (
-            "trained on",
-            (
-                f"{meta['rows']['train']['num']:,} patches, {summary['num_epochs']} epochs, seed"
-                f" {cfg.seed}"
-            ),
-        ),
-        (
-            "speed",
-            (
-                f"{summary['images_per_s']:,.0f} images/s on {meta['machine']['cpu']},"
-                f" {meta['machine']['device']}"
-            ),
-        ),
-        ("wall time", f"{summary['wall_s']:.0f} s"),
-        ("commit", meta["commit"] or "not in a git repository"),
-        ("weights SHA-256", summary["weights_sha256"]),
-    ]
-    sections = [
-        *([note(remark)] if remark else []),
-        section("The run", table(("what", "value"), facts)),
-        section(
-            "Epoch by epoch", picture(figure_png(plot_epochs(epochs)), "loss and scores per epoch")
-        ),
-        section(
-            "Step by step",
-            picture(figure_png(plot_steps(steps)), "loss, gradient norm, rate per step"),
-        ),
-    ]
-    if predictions:
-        if threshold is None:
-            from lib.checkpoint import load_checkpoint
-
-            threshold = load_checkpoint(run / "best.pt")["threshold"]
-        sections += prediction_sections(predictions, threshold)
-    return write_page(out, f"Run {run.name}", sections)
-
-
-def prediction_sections(predictions, threshold: float) -> list[str]:
-    """Scores, curves and example patches of a predictions.csv."""
-    import numpy as np
-
-    from lib.blocks import gallery, note, picture, section, table
-    from lib.figures import figure_png, patch_png, plot_decisions
-    from lib.files import read_edited_csv
-    from lib.metrics import compute_confusion, compute_metrics, constant_baselines
-    from lib.report.runs import SHOWN_SCORES
-
-    rows = [
-        row
-        for row in read_edited_csv(predictions, ("source", "index", "probability", "label"))
-        if row["probability"]
-    ]
-    try:
-        labels = np.array([("0", "1").index(row["label"]) for row in rows])
-        probs = np.array([float(row["probability"]) for row in rows])
-    except ValueError as error:
-        raise BadInput(
-            f"{predictions} needs a label of 0 or 1 and a probability in each row ({error})"
-        ) from None
-    if not rows or not ((probs >= 0) & (probs <= 1)).all():
-        raise BadInput(f"{predictions} has no row, or a probability outside 0 to 1")
-    logits = np.log(np.clip(probs, 1e-12, 1)) - np.log(np.clip(1 - probs, 1e-12, 1))
-    scores, baselines = compute_metrics(labels, logits, threshold), constant_baselines(labels)
-    confusion = compute_confusion(labels, probs >= threshold)
-    compared = [
-        (name, scores[key], baselines[constant]) for name, (key, constant) in SHOWN_SCORES.items()
-    ]
-    certainty = np.where(labels == 1, probs, 1 - probs)  # given to the true class
-    kinds = (
-        (
-            "Found: tumour called tumour, the most certain first",
-            (labels == 1) & (probs >= threshold),
-            -certainty,
-        ),
-        (
-            "Cleared: normal called normal, the most certain first",
-            (labels == 0) & (probs < threshold),
-            -certainty,
-        ),
-        (
-            "Missed: tumour called normal, the most certain errors first",
-            (labels == 1) & (probs < threshold),
-            certainty,
-        ),
-        (
-            "False alarms: normal called tumour, the most certain errors first",
-            (labels == 0) & (probs >= threshold),
-            certainty,
-        ),
-    )
-    parts = []
-    for title, chosen, order in kinds:
-        picked = sorted(np.flatnonzero(chosen), key=order.__getitem__)[:NUM_EXAMPLES]
-        patches = [patch_png(read_patch(rows[row])) for row in picked]
-        captions = [f"row {rows[row]['index']}, p = {probs[row]:.3f}" for row in picked]
-        parts += [
-            f"<h3>{title} ({int(chosen.sum()):,})</h3>",
-            gallery(patches, captions) if picked else note("none"),
-        ]
-    return [
-        section(
-            f"Scores on the {len(rows):,} patches of {Path(predictions).name}",
-            table(("score", "model", "constant answer"), compared),
-            note(
-                f"Decisions at probability {threshold:g}. An F2 near that of the constant answer"
-                " says nothing for the model."
-            ),
-            picture(
-                figure_png(plot_decisions(labels, probs, threshold, confusion)),
-                "ROC, precision-recall, confusion matrix",
-            ),
-        ),
-        section("Example predictions", *parts),
-    ]
-
-
-def read_patch(row: dict):
-    """The patch uint8 (96, 96, 3) that a row of predictions.csv names."""
-    from lib.files import row_number
-    from lib.inputs import is_image, read_inputs
-    from lib.pcam import open_images
-
-    if row["source"].endswith((".h5", ".hdf5")):
-        images, index = open_images(row["source"]), row_number(row["index"])
-        if index is None or index >= images.num:
-            raise BadInput(f"{row['source']} has no row {row['index'][:40]}, it has {images.num:,}")
-        return images.read([index])[0]
-    if not is_image(Path(row["source"]).name) or Path(row["source"]).is_dir():
-        raise BadInput(f"the source {row['source']!r} is no HDF5 file and no image")
-    block = next(read_inputs([row["source"]]))
-    if block.errors[0]:
-        raise BadInput(block.errors[0])
-    return block.images[0]
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ def main(argv=None) -> int:
         result |= run_rung(sweep, rung, args)
     if args.verb == "promote" and not result.get("interrupted"):
         path = search.promote(sweep, rung)
+        from lib.sweep.page import write_sweep_page  # matplotlib takes a second to import
+
         page = write_sweep_page(sweep)
         result |= {"next": str(path), "trials": read_json(path)["trials"], "page": str(page)}
         say(f"{path}: {', '.join(result['trials'])}; page {page}")
@@ -198,6 +200,8 @@ def crown(sweep, args) -> int:
         search.promote(sweep, sweep.num_rungs - 1)
     result = run_rung(sweep, sweep.num_rungs, args)
     if not result["interrupted"]:
+        from lib.sweep.page import write_sweep_page
+
         champion = search.choose_champion(sweep)
         write_json(sweep.folder / "champion.json", champion)
         say(champion["note"])
@@ -260,94 +264,6 @@ def open_test(sweep, champion: dict, args) -> dict:
     opening |= {"auc": scores["auc"], "scores": scores, "predictions": str(out)}
     write_json(record, opening)
     return opening
-
-
-def write_sweep_page(sweep, champion: dict | None = None) -> Path:
-    """The search as one self-contained page: the champion, plots, every trial with its scores or
-    the reason it failed.
-    """
-    import numpy as np
-
-    from lib import figures
-    from lib.blocks import note, picture, section, table, write_page
-
-    plan, keys = sweep.plan, list(sweep.plan["ranges"])
-    told = {trial: [[] for _ in plan["rungs"]] for trial in plan["trials"]}  # by rung
-    scores, done, rung_ends, spent = {}, [], [], 0
-    for rung in range(min(sweep.newest_rung(), sweep.num_rungs - 1) + 1):
-        before = plan["rungs"][rung - 1] if rung else 0
-        for row in sweep.rows(rung):
-            found = search.outcome(sweep, row)
-            spent += max(0, found["num_epochs"] - before)
-            told[row.trial][rung].append(show(found.get("score", found.get("reason", "-"))))
-            if "score" in found:
-                done.append((spent, found["score"]))
-                if not rung:
-                    scores.setdefault(row.trial, []).append(found["score"])
-        rung_ends.append(spent)
-    axes = [
-        figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores])
-        for key in keys
-    ]
-    points, groups = (np.array([each[part] for each in axes]).T for part in (0, 1))
-    labels, means = (
-        [each[2] for each in axes],
-        np.array([np.mean(values) for values in scores.values()]),
-    )
-    kept = np.array([trial in sweep.promoted(0) for trial in scores])
-    full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
-    pictures = {
-        "Every trial": figures.plot_parallel(points, labels, keys, means, kept),
-        "Each parameter alone": figures.plot_marginals(points, labels, keys, means, groups),
-        "Best against budget": figures.plot_budget(*np.array(done).T, rung_ends, full),
-    }
-    sections = [
-        section(title, picture(figures.figure_png(figure), title))
-        for title, figure in pictures.items()
-    ]
-    if champion:
-        rows = [
-            [f["trial"], *(show(f[k]) for k in ("mean", "low", "high")), Path(f["run"]).name]
-            for f in champion["finalists"]
-        ]
-        header = ("trial", "mean AUC on validation", "95% from", "to", "its best run")
-        words = (
-            f"Over {plan['champion_seeds']} fresh seeds; intervals by t over seeds. Epochs were"
-            " chosen on the same patches."
-        )
-        sections.insert(
-            0,
-            section("Champion", note(champion["note"], "alarm"), table(header, rows), note(words)),
-        )
-    rows = [
-        [
-            trial,
-            *plan["trials"][trial].values(),
-            *("; ".join(texts) or "-" for texts in told[trial]),
-        ]
-        for trial in told
-    ]
-    header = (
-        "trial",
-        *keys,
-        *(f"AUC after {epochs} epoch{'s' * (epochs > 1)}" for epochs in plan["rungs"]),
-    )
-    sections.append(section("Trials", table(header, rows)))
-    facts = (
-        f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs; plan"
-        f" SHA-256 {plan['sha256']}. "
-    )
-    facts += (
-        f"{spent} epochs were trained, {spent / full:.0%} of what every trial to its end would take"
-        f" ({full})."
-    )
-    return write_page(
-        sweep.folder / "sweep.html", f"Search {sweep.folder.name}", [note(facts), *sections]
-    )
-
-
-def show(score) -> str:
-    return f"{score:.4f}" if isinstance(score, float) else score
 
 
 if __name__ == "__main__":

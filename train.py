@@ -17,6 +17,7 @@ from lib.command import (
     EXIT_INTERRUPTED,
     BadInput,
     Parser,
+    one_line,
     positive,
     print_result,
     say,
@@ -262,13 +263,23 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             run, train_part, valid_part, valid_source, cfg
         )
 
-    # summary.json comes last: it says that the run is over
+    # the page, then summary.json, which comes last: it says that the run is over
     digest = weights_sha256(state.model.state_dict())
-    summary = rundir.write_summary(
-        run, status, digest, progress, baselines, **details, **log.times()
-    )
+    summary = rundir.build_summary(status, digest, progress, baselines, **details, **log.times())
+    write_page(run, summary)
+    rundir.write_summary(run, summary)
     print_result({"run": str(run), **summary})
     return exit_code
+
+
+def write_page(run: Path, summary: dict) -> None:
+    """Write RUN/report.html; a run that is done is not lost to a page that cannot be drawn."""
+    try:
+        from lib.runpage import write_run_page  # matplotlib takes a second to import
+
+        write_run_page(run, run / "report.html", summary)
+    except Exception as error:
+        say(f"warning: no page of {run} could be written ({one_line(error)})")
 
 
 if __name__ == "__main__":

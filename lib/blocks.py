@@ -1,32 +1,40 @@
-"""One self-contained HTML file: text, tables and pictures in it, no server, no script from
-elsewhere.
+"""A result as a list of blocks (headings, words, tables, figures, galleries, code), each as text for
+a terminal, as Markdown and as HTML; and one self-contained page of them.
 """
 
 import base64
 import html
+import io
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 from lib.config import plain
 from lib.files import atomic_write
 
+MOST_ROWS = 15  # of a table in Markdown whose every row is in another file
+INLINE = re.compile(r"`([^`]+)`|\*\*([^*]+)\*\*|(https?://[^\s)]+)")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
 img{max-width:100%}table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
 td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right;font-variant-numeric:tabular-nums}
-td:first-child,th:first-child,.words{text-align:left}th{background:#f3f3f3}
+td:first-child,th:first-child,.words{text-align:left}td:not(.words){white-space:nowrap}
+th{background:#f3f3f3;cursor:pointer}th[aria-sort=ascending]::after{content:" \\25b2"}
+th[aria-sort=descending]::after{content:" \\25bc"}
 .dense{font-size:.8rem;white-space:nowrap}.dense td,.dense th{padding:.2rem .4rem}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
 nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
-.sortable th{cursor:pointer}.sortable th[aria-sort=ascending]::after{content:" \\25b2"}
-.sortable td:first-child{white-space:nowrap}.sortable th[aria-sort=descending]::after{content:" \\25bc"}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
 """
-# a click on a table's head, or Enter, orders its rows: numbers as numbers, and once more the other
-# way round
+# A click on a table's head, or Enter, orders its rows; the next one turns the order around.
+# Numbers are compared as numbers.
 SORTING = """
-for (const head of document.querySelectorAll(".sortable th")) {
+for (const head of document.querySelectorAll("th")) {
   head.tabIndex = 0;
   head.onclick = () => {
     const sign = head.ariaSort === "ascending" ? -1 : 1, body = head.closest("table").tBodies[0];
@@ -43,93 +51,255 @@ for (const head of document.querySelectorAll(".sortable th")) {
 """
 
 
+class Block:
+    """What every block is: on a terminal its Markdown, unless it says otherwise."""
+
+    def to_text(self) -> str:
+        return self.to_markdown()
+
+
+@dataclass(frozen=True)
+class Heading(Block):
+    """A heading of level 2 or 3; one with an anchor stands in the page's table of contents."""
+
+    text: str
+    level: int = 2
+    anchor: str = ""
+
+    def to_markdown(self) -> str:
+        return f"{'#' * self.level} {self.text}"
+
+    def to_html(self) -> str:
+        anchor = f' id="{html.escape(self.anchor)}"' if self.anchor else ""
+        return f"<h{self.level}{anchor}>{html.escape(self.text)}</h{self.level}>"
+
+
+@dataclass(frozen=True)
+class Words(Block):
+    """A paragraph, with `code`, **bold** and links marked as in Markdown.
+
+    The kind is "note" for small print, "alarm" for what must not be overlooked, or empty.
+    """
+
+    text: str
+    kind: str = ""
+    sources: tuple[str, ...] = ()
+
+    def to_markdown(self) -> str:
+        return f"{self.text} {cite(self.sources)}".strip()
+
+    def to_html(self) -> str:
+        return f'<p class="{self.kind}">{inline(self.to_markdown())}</p>'
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """Rows of values under a header.
+
+    `full` names the file that holds every row; where it is given, Markdown shows the first
+    MOST_ROWS. A dense table has small print, for many columns.
+    """
+
+    header: list
+    rows: list[list]
+    sources: tuple[str, ...] = ()
+    full: str = ""
+    dense: bool = False
+
+    def to_text(self) -> str:
+        return text_table(self.header, self.rows)
+
+    def to_markdown(self) -> str:
+        shown = self.rows[:MOST_ROWS] if self.full else self.rows
+        rule = ["---"] * len(self.header)
+        lines = [markdown_row(row) for row in (self.header, rule, *shown)]
+        parts = ["\n".join(lines)]
+        if len(shown) < len(self.rows):
+            parts.append(f"And {len(self.rows) - len(shown)} more, in {self.full}.")
+        if self.sources:
+            parts.append(cite(self.sources))
+        return "\n\n".join(parts)
+
+    def to_html(self) -> str:
+        # a heading is aligned as the cell below it
+        kinds = [cell_class(cell) for cell in (self.rows or [self.header])[0]]
+        heads = zip(self.header, kinds, strict=True)
+        head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in heads)
+        body = "".join(html_row(row) for row in self.rows)
+        kind = ' class="dense"' if self.dense else ""
+        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return table + html_note(cite(self.sources))
+
+
+@dataclass(frozen=True)
+class Figure(Block):
+    """A PNG with a title; `path` is where Markdown finds it, `remark` stands behind the sources."""
+
+    title: str
+    png: bytes = b""
+    path: str = ""
+    sources: tuple[str, ...] = ()
+    remark: str = ""
+
+    def to_markdown(self) -> str:
+        caption = f"*{self.title}.* {cite(self.sources)} {self.remark}".strip()
+        return f"![{self.title}]({self.path})\n\n{caption}"
+
+    def to_html(self) -> str:
+        caption = f"{self.title}. {cite(self.sources)}"
+        return html_image(self.png, self.title) + html_note(caption)
+
+
+@dataclass(frozen=True)
+class Gallery(Block):
+    """Patches uint8 (H, W, 3), each `width` pixels wide; Markdown has their captions alone."""
+
+    patches: list[np.ndarray]
+    captions: list[str]
+    width: int = 96
+
+    def to_markdown(self) -> str:
+        return "\n".join(f"- {caption}" for caption in self.captions)
+
+    def to_html(self) -> str:
+        figures = []
+        for patch, caption in zip(self.patches, self.captions, strict=True):
+            image = html_image(patch_png(patch), caption)
+            text = f"<figcaption>{html.escape(caption)}</figcaption>"
+            figures.append(f'<figure style="width:{self.width}px">{image}{text}</figure>')
+        return f'<div class="gallery">{"".join(figures)}</div>'
+
+
+@dataclass(frozen=True)
+class Code(Block):
+    """Text as it stands in a file; `where` says which."""
+
+    text: str
+    where: str
+
+    def to_markdown(self) -> str:
+        return f"`{self.where}`:\n\n````\n{self.text}\n````"
+
+    def to_html(self) -> str:
+        where = inline(f"`{self.where}`:")
+        return f"<p>{where}</p><pre><code>{html.escape(self.text)}</code></pre>"
+
+
+def table_of(rows: list[dict], columns=(), **options) -> Table:
+    """A Table of rows that are dicts: these columns, or all that any row has."""
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    return Table(columns, [[row.get(name) for name in columns] for row in rows], **options)
+
+
+def to_markdown(blocks) -> str:
+    """Blocks as one Markdown text, without a line end."""
+    return "\n\n".join(block.to_markdown() for block in blocks)
+
+
+def write_page(path, title: str, blocks) -> Path:
+    """Write blocks as one HTML page that needs no other file, atomically; gives its path.
+
+    The table of contents stands before the first heading: every heading that has an anchor, under
+    the heading of level 2 above it.
+    """
+    body, entries, chapter, contents_at = [], [], "", None
+    for block in blocks:
+        if isinstance(block, Heading):
+            if contents_at is None:
+                contents_at = len(body)
+            if block.level == 2:
+                chapter = block.text
+            if block.anchor:
+                label = (
+                    block.text if block.level == 2 or not chapter else f"{chapter}: {block.text}"
+                )
+                link = f'<a href="#{html.escape(block.anchor)}">{html.escape(label)}</a>'
+                entries.append(f"<li>{link}</li>")
+        body.append(block.to_html())
+    if entries:
+        body.insert(contents_at, f"<nav><ul>{''.join(entries)}</ul></nav>")
+    title = html.escape(title)
+    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
+    with atomic_write(path, "w") as file:
+        file.write(f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>\n')
+        file.write(f"<body><h1>{title}</h1>\n")
+        file.write("\n".join(body))
+        file.write(f"\n<script>{SORTING}</script></body></html>\n")
+    return Path(path)
+
+
 def show(value) -> str:
     """A value as text, numbers in four digits, None as nothing."""
+    if value is None:
+        return ""
     if isinstance(value, float):
-        value = f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value:,}"
-    return "" if value is None else str(value)
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
 
 
-def text(value) -> str:
-    """A value as safe HTML text."""
+def escape(value) -> str:
+    """A value as HTML text."""
     return html.escape(show(value))
 
 
-def table(header, rows, kind: str = "") -> str:
-    """An HTML table of values, numbers on the right; of the kind sortable clicks order it
-    (SORTING), dense has many columns.
-    """
-    rows = [[*row] for row in rows]
-    heads = zip(header, rows[0] if rows else header, strict=True)
-    head = "".join(
-        f"<th{' class=words' * is_words(cell)}>{text(name)}</th>" for name, cell in heads
-    )
-    cells = (
-        "".join(f"<td{' class=words' * is_words(cell)}>{text(cell)}</td>" for cell in row)
-        for row in rows
-    )
-    body = "".join(f"<tr>{row}</tr>" for row in cells)
-    return f"<table{f' class={kind}' * bool(kind)}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+def cite(sources) -> str:
+    """The files that a block comes from, as a sentence; empty without any."""
+    return f"From {', '.join(dict.fromkeys(sources))}." if sources else ""
 
 
-def text_table(header, cells) -> str:
+def text_table(header, rows) -> str:
     """Aligned columns for a terminal; numbers in six digits."""
-    lines = [
-        [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
-        for row in (header, *cells)
-    ]
+    lines = []
+    for row in (header, *rows):
+        lines.append([f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def is_words(cell) -> bool:
-    return isinstance(cell, str) and (" " in cell or cell[:1].isalpha())
+def markdown_row(cells) -> str:
+    """A row of a Markdown table; a bar in a cell would end it."""
+    texts = [show(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(texts)} |"
 
 
-def data_uri(png: bytes) -> str:
-    """A PNG as the text that an <img> takes in place of a file."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def html_row(cells) -> str:
+    return f"<tr>{''.join(f'<td{cell_class(cell)}>{escape(cell)}</td>' for cell in cells)}</tr>"
 
 
-def picture(png: bytes, description: str) -> str:
+def cell_class(cell) -> str:
+    """Words stand on the left and wrap, numbers on the right."""
+    is_words = isinstance(cell, str) and (" " in cell or cell[:1].isalpha())
+    return ' class="words"' if is_words else ""
+
+
+def html_note(text: str) -> str:
+    return Words(text, "note").to_html() if text else ""
+
+
+def html_image(png: bytes, description: str) -> str:
     """A PNG inside the page; the description is read out where it cannot be seen."""
-    return f'<img src="{data_uri(png)}" alt="{html.escape(description)}">'
+    data = base64.b64encode(png).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
 
 
-def gallery(pngs, captions, width: int = 96) -> str:
-    """Small pictures in rows, each `width` pixels wide and with a caption."""
-    cells = (
-        f'<figure style="width:{width}px"><img src="{data_uri(png)}"'
-        f' alt="{words}"><figcaption>{words}</figcaption></figure>'
-        for png, words in zip(pngs, map(text, captions), strict=True)
-    )
-    return f'<div class="gallery">{"".join(cells)}</div>'
+def patch_png(patch: np.ndarray) -> bytes:
+    """A patch uint8 (H, W, 3) as PNG, in its own colours."""
+    buffer = io.BytesIO()
+    Image.fromarray(patch).save(buffer, format="png")
+    return buffer.getvalue()
 
 
-def note(sentence: str, kind: str = "note") -> str:
-    return paragraph(text(sentence), kind)
+def inline(text: str) -> str:
+    """Text as HTML, with the marks that Markdown has within a paragraph."""
 
+    def replace_mark(match) -> str:
+        code, bold, link = match.groups()
+        if code:
+            return f"<code>{code}</code>"
+        if bold:
+            return f"<b>{bold}</b>"
+        return f'<a href="{link}">{link}</a>'
 
-def paragraph(content: str, kind: str = "") -> str:
-    """HTML as a paragraph; nothing where there is none."""
-    return f"<p{f' class={kind}' * bool(kind)}>{content}</p>" if content else ""
-
-
-def section(title: str, *parts: str, anchor: str = "") -> str:
-    return (
-        f"<section{f' id={anchor}' * bool(anchor)}><h2>{text(title)}</h2>{''.join(parts)}</section>"
-    )
-
-
-def write_page(path, title: str, sections, script: str = "") -> Path:
-    """Write a page atomically; `script` is JavaScript of ours."""
-    with atomic_write(path, "w") as file:
-        file.write(
-            '<!doctype html><html lang="en"><head><meta'
-            f' charset="utf-8"><title>{text(title)}</title>'
-            f'<link rel="icon" href="data:,"><style>{STYLE}</style></head>'
-            f"<body><h1>{text(title)}</h1>{''.join(sections)}{f'<script>{script}</script>' * bool(script)}</body></html>\n"
-        )
-    return Path(path)
+    return INLINE.sub(replace_mark, html.escape(text))

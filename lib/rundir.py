@@ -293,13 +293,11 @@ def write_stop(run: Path, status: str, step: int) -> None:
     print_result({"run": str(run), "status": status, "step": step})
 
 
-def write_summary(
-    run: Path, status: str, weights_digest: str, progress: dict, baselines: dict, **details
+def build_summary(
+    status: str, weights_digest: str, progress: dict, baselines: dict, **details
 ) -> dict:
-    """Write summary.json, the last file of a run, and return what it holds. val_* are the scores of
-    best.pt over `views`.
-    """
-    summary = {
+    """What summary.json holds. val_* are the scores of best.pt over `views`."""
+    return {
         "status": status,
         "weights_sha256": weights_digest,
         "num_steps": progress["num_steps"],
@@ -309,5 +307,8 @@ def write_summary(
         **baselines,
         **details,
     }
+
+
+def write_summary(run: Path, summary: dict) -> None:
+    """Write summary.json, the last file of a run."""
     write_json(run / "summary.json", summary)
-    return summary

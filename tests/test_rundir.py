@@ -205,9 +205,9 @@ def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
 def test_summary_is_what_finishes_a_run(tmp_path):
     progress = new_progress(best_epoch=1, best_scores={"auc": 0.9, "f2": float("nan")})
     assert not rundir.is_finished(tmp_path)
-    summary = rundir.write_summary(
-        tmp_path, "finished", "00", progress, {"constant_auc": 0.5}, wall_s=1.5
-    )
+    baselines = {"constant_auc": 0.5}
+    summary = rundir.build_summary("finished", "00", progress, baselines, wall_s=1.5)
+    rundir.write_summary(tmp_path, summary)
     assert rundir.is_finished(tmp_path)
     stored = read_json(tmp_path / "summary.json")
     assert (

@@ -74,7 +74,8 @@ def write_run(runs, *overrides, status="finished", num_steps=3, auc=0.9, data="a
         log.add_epoch(scores, dict.fromkeys(runlog.BASELINES, 0.5), True, num_steps, 0.0)
     progress |= {"epoch": 1, "best_scores": scores}
     if status:
-        rundir.write_summary(run, status, "00", progress, BASELINES, wall_s=1.5)
+        summary = rundir.build_summary(status, "00", progress, BASELINES, wall_s=1.5)
+        rundir.write_summary(run, summary)
     return run
 
 
@@ -142,13 +143,8 @@ def test_what_is_over_is_read_once_and_again_when_it_changes(tmp_path):
     rows = list_runs(runs)
     (run / "config.yaml").write_text("seed: 77\n")  # which nobody looks at again
     assert list_runs(runs) == rows
-    rundir.write_summary(
-        other,
-        "finished",
-        "00",
-        {"num_steps": 3, "epoch": 1, "best_epoch": 1, "best_scores": {"auc": 0.7}},
-        {},
-    )
+    progress = {"num_steps": 3, "epoch": 1, "best_epoch": 1, "best_scores": {"auc": 0.7}}
+    rundir.write_summary(other, rundir.build_summary("finished", "00", progress, {}))
     assert [row["val_auc"] for row in list_runs(runs)] == [
         0.7 if row["run"] == other.name else 0.8 for row in rows
     ]
@@ -261,13 +257,9 @@ def test_runs_are_ordered_by_numbers_as_numbers_and_what_is_missing_comes_last()
 
 def test_only_keys_that_differ_are_compared():
     assert differing_keys(ROWS) == ["seed", "mlp_hidden", "symmetries", "lr"]
-    header, cells = table_of_runs([ROWS[0], ROWS[2]])
-    assert header[:4] == ["run", "status", "seed", "mlp_hidden"] and cells[1][:4] == [
-        "c",
-        "finished",
-        10,
-        [4],
-    ]
+    table = table_of_runs([ROWS[0], ROWS[2]])
+    assert table.header[:4] == ["run", "status", "seed", "mlp_hidden"]
+    assert table.rows[1][:4] == ["c", "finished", 10, [4]]
     assert differing_keys([]) == differing_keys(ROWS[:1]) == []
 
 

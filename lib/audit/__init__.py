@@ -27,3 +27,9 @@ def finding(
         "advice": advice,
     }
     return texts | {"count": len(rows), "rows": list(rows)}
+
+
+def rank_findings(findings: list[dict]) -> list[dict]:
+    """Findings by their severity: errors, warnings, notes."""
+    severities = ("error", "warning", "note")
+    return sorted(findings, key=lambda row: severities.index(row["severity"]))

@@ -1,16 +1,27 @@
 """The page of a model audit: the global figure beside the worst slice, what a threshold costs,
 calibration, slices, shortcuts, and the worst errors in their own colours, with what the model saw
-in them."""
+in them.
+"""
 
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
 
-from lib.audit.data_page import outline
-from lib.blocks import gallery, note, picture, section, table, write_page
-from lib.figures import COLOURS, MARKS, figure_png, new_figure, patch_png, plot_reliability
+from lib.audit import rank_findings
+from lib.audit.data_page import outline, plot_gallery
+from lib.blocks import Figure, Gallery, Heading, Table, Words, table_of, write_page
+from lib.figures import (
+    COLOURS,
+    MARKS,
+    column,
+    draw_constants,
+    draw_threshold,
+    figure_png,
+    new_figure,
+    plot_reliability,
+)
 
 NAMES = {
     "auc": "AUC",
@@ -30,7 +41,7 @@ MARKED = (
 PROBED = ("AUC", "mean move of the probability", "share of decisions changed")
 MOST_SLIDES = 20  # slides that are shown, those with the lowest scores
 CENTRE = {"top": 32, "left": 32, "height": 32, "width": 32}
-PAIRS_A_ROW, GAP_PX, CAPTION_PX, ZOOM = 4, 8, 26, 2  # of pictures of errors
+PAIRS_A_ROW, GAP_PX, ZOOM = 4, 8, 2  # of pictures of errors
 
 
 def write_model_page(
@@ -39,153 +50,120 @@ def write_model_page(
     """Write the page. `shown`: rows of errors, with maps (B, 96, 96) of evidence and patches uint8
     (B, 96, 96, 3), or None.
     """
-    ranked = sorted(
-        findings, key=lambda found: ("error", "warning", "note").index(found["severity"])
-    )
-    columns, half = ("severity", "check", "measured", "limit", "advice"), scores["halves"][1]
-    words = (
+    half = scores["halves"][1]
+    note = (
         f"Scores are those of {half['num']:,} patches, one half; thresholds, temperatures and"
-        " slices were chosen on the "
+        " slices were chosen on the other; errors are those of all. In brackets: 95% intervals,"
+        f" {half['num_groups']:,} {half['groups']} resampled."
     )
-    words += (
-        f"other; errors are those of all. In brackets: 95% intervals, {half['num_groups']:,}"
-        f" {half['groups']} resampled."
-    )
-    sections = [
-        note(words),
-        section("The global figure and the worst slice", *headline(scores)),
-        section(
-            "What was found",
-            table(columns, [[found[name] for name in columns] for found in ranked]),
-        ),
-        section("The price of a threshold", *threshold_parts(scores, tables)),
-        section("What a probability is worth", *calibration_parts(scores, tables["reliability"])),
-        section("Slices", *slice_parts(scores, tables["slices"])),
-        section("Where the model looks", *shortcut_parts(tables["shortcut"])),
-        section("The most confident errors", *error_parts(tables["errors"], shown, patches, maps)),
-        section("What was audited", table(("what", "value"), list_facts(scores))),
+    columns = ("severity", "check", "measured", "limit", "advice")
+    blocks = [
+        Words(note, "note"),
+        Heading("The global figure and the worst slice"),
+        *headline_blocks(scores),
+        Heading("What was found"),
+        table_of(rank_findings(findings), columns),
+        Heading("The price of a threshold"),
+        *threshold_blocks(scores, tables),
+        Heading("What a probability is worth"),
+        *calibration_blocks(scores, tables["reliability"]),
+        Heading("Slices"),
+        *slice_blocks(scores, tables["slices"]),
+        Heading("Where the model looks"),
+        *shortcut_blocks(tables["shortcut"]),
+        Heading("The most confident errors"),
+        *error_blocks(tables["errors"], shown, patches, maps),
+        Heading("What was audited"),
+        Table(("what", "value"), list_facts(scores)),
     ]
     data = scores["data"]
-    return write_page(
-        path,
-        f"Model audit: {scores['checkpoint']['path']} on {data['split']} of {data['directory']}",
-        sections,
-    )
+    title = f"{scores['checkpoint']['path']} on {data['split']} of {data['directory']}"
+    return write_page(path, f"Model audit: {title}", blocks)
 
 
 def number(value, form: str = ".3f") -> str:
-    return (
-        "undefined"
-        if value is None or math.isnan(value)
-        else f"{value:{form}}".replace("inf", "\N{INFINITY}")
-    )
+    """A number in this form; a score without a value is undefined."""
+    if value is None or math.isnan(value):
+        return "undefined"
+    return f"{value:{form}}".replace("inf", "\N{INFINITY}")
 
 
-def span(row: dict, name: str = "", form: str = ".3f") -> str:
+def span(row: dict, name: str = "value", form: str = ".3f") -> str:
     """A figure of a row with its interval, where it has one, in one piece."""
-    value, low, high = (
-        row[key]
-        for key in ((name, f"{name}_low", f"{name}_high") if name else ("value", "low", "high"))
-    )
-    return number(value, form) + (
-        "" if math.isnan(low) else f"\N{NO-BREAK SPACE}({low:.2f}\N{EN DASH}{high:.2f})"
-    )
+    prefix = "" if name == "value" else f"{name}_"
+    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
+    text = number(row[name], form)
+    if math.isnan(low):
+        return text
+    return f"{text}\N{NO-BREAK SPACE}({low:.2f}\N{EN DASH}{high:.2f})"
 
 
-def headline(scores: dict) -> list[str]:
+def headline_blocks(scores: dict) -> list:
     """The table that a reader takes away."""
     worst, base = scores["worst_confirmed_slice"], scores["constant_baselines"]
     constants = (0.5, base["always_positive_f2"], 1.0, 0.0, base["prevalence"])
-    rows = [
-        [text, span(scores["global"][name]), number(constant)]
-        + (
-            [span(worst, name), number(worst[f"rest_{name}"])]
-            if worst and name in worst
-            else ["", ""]
-            if worst
-            else []
-        )
-        for (name, text), constant in zip(NAMES.items(), constants, strict=True)
-    ]
-    header = ["score", "all patches", "always positive"]
+    header, rows = ["score", "all patches", "always positive"], []
+    for (name, text), constant in zip(NAMES.items(), constants, strict=True):
+        row = [text, span(scores["global"][name]), number(constant)]
+        if worst:
+            both = [span(worst, name), number(worst[f"rest_{name}"])] if name in worst else ["", ""]
+            row += both
+        rows.append(row)
     if not worst:
-        return [
-            table(header, rows),
-            note(f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."),
-        ]
+        note = f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."
+        return [Table(header, rows), Words(note, "note")]
     name = slice_name(worst)
-    words = f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is "
-    words += (
-        f"{number(worst['always_positive_f2'])} if all are called so. It fell furthest behind the"
-        " rest on the half that "
+    note = (
+        f"{name}: {worst['num']:,} patches, {worst['num_positive']:,} of them positive; F2 is"
+        f" {number(worst['always_positive_f2'])} if all are called so. It fell furthest behind the"
+        f" rest on the half that finds; here it has {worst['error_ratio']:.1f} times as many"
+        f" errors, by {NAMES[worst['measure']]}."
     )
-    words += (
-        f"finds; here it has {worst['error_ratio']:.1f} times as many errors, by"
-        f" {NAMES[worst['measure']]}."
-    )
-    return [table([*header, f"worst slice: {name}", "the rest"], rows), note(words)]
+    return [Table([*header, f"worst slice: {name}", "the rest"], rows), Words(note, "note")]
 
 
-def threshold_parts(scores: dict, tables: dict) -> list[str]:
+def threshold_blocks(scores: dict, tables: dict) -> list:
     """Tables and figures of thresholds."""
     rows, measures = tables["thresholds"], ("recall", "specificity", "precision", "f2")
-    decisions = [
-        (row["rule"], number(row["threshold"], ".4f"), *(span(row, name) for name in measures))
-        for row in rows
-    ]
-    shares = [
-        name.removeprefix("flagged_share_at_")
-        for name in rows[0]
-        if name.startswith("flagged_share_at_")
-    ]
-    forms = {"flagged_share": ".1%", "precision": ".1%", "f2": ".2f"}
-    meanings = [
-        (
-            row["rule"],
-            *(
-                ", ".join(number(row[f"{name}_at_{at}"], form) for name, form in forms.items())
-                for at in shares
-            ),
-        )
-        for row in rows
-    ]
-    always = ", ".join(
-        f"{rows[0][f'always_positive_f2_at_{at}']:.2f} at {float(at):.0%}" for at in shares
-    )
+    prefix = "flagged_share_at_"
+    shares = [name.removeprefix(prefix) for name in rows[0] if name.startswith(prefix)]
+    decisions, meanings = [], []
+    for row in rows:
+        spans = [span(row, name) for name in measures]
+        decisions.append((row["rule"], number(row["threshold"], ".4f"), *spans))
+        meanings.append((row["rule"], *(meaning(row, share) for share in shares)))
+    always = [f"{rows[0][f'always_positive_f2_at_{at}']:.2f} at {float(at):.0%}" for at in shares]
+    prices = figure_png(plot_prices(rows))
+    prevalence = scores["constant_baselines"]["prevalence"]
+    curves = figure_png(plot_curves(tables["curves"], rows, prevalence))
     return [
-        note(
+        Words(
             "Always positive and always negative need no model: a threshold is worth what it has"
-            " above them."
+            " above them.",
+            "note",
         ),
-        table(("rule", "threshold", *(NAMES[name] for name in measures)), decisions),
-        picture(
-            figure_png(plot_prices(rows)),
-            "tumours missed, and normal patches called tumour, at each threshold",
-        ),
-        picture(
-            figure_png(
-                plot_curves(tables["curves"], rows, scores["constant_baselines"]["prevalence"])
-            ),
-            "ROC and PR",
-        ),
-        "<h3>Where tumour is rarer: share flagged, precision, F2</h3>",
-        table(("rule", *(f"{float(at):.0%} positive" for at in shares)), meanings),
-        note(
+        Table(("rule", "threshold", *(NAMES[name] for name in measures)), decisions),
+        Figure("Tumours missed, and normal patches called tumour, at each threshold", prices),
+        Figure("ROC and precision over recall", curves),
+        Heading("Where tumour is rarer: share flagged, precision, F2", 3),
+        Table(("rule", *(f"{float(at):.0%} positive" for at in shares)), meanings),
+        Words(
             "By Bayes' rule from recall and specificity above. F2 of calling every patch positive:"
-            f" {always}."
+            f" {', '.join(always)}.",
+            "note",
         ),
     ]
 
 
-def calibration_parts(scores: dict, bins: list[dict]) -> list[str]:
+def meaning(row: dict, share: str) -> str:
+    """What a threshold means where so many patches are positive: share flagged, precision, F2."""
+    flagged, precision = row[f"flagged_share_at_{share}"], row[f"precision_at_{share}"]
+    f2 = number(row[f"f2_at_{share}"], ".2f")
+    return f"{number(flagged, '.1%')}, {number(precision, '.1%')}, {f2}"
+
+
+def calibration_blocks(scores: dict, bins: list[dict]) -> list:
     """The scores of calibration and the reliability diagram."""
-    forms = {"temperature": ".3f", "offset": ".3f"} | dict.fromkeys(
-        ("ece", "ece_by_chance", "brier", "nll"), ".4f"
-    )
-    rows = [
-        (row["probabilities"], *(number(row[name], form) for name, form in forms.items()))
-        for row in scores["calibration"]
-    ]
     header = (
         "probabilities",
         "temperature",
@@ -195,25 +173,23 @@ def calibration_parts(scores: dict, bins: list[dict]) -> list[str]:
         "Brier",
         "NLL (nats)",
     )
-    words = (
+    rows = []
+    for row in scores["calibration"]:
+        scaling = [number(row[name]) for name in ("temperature", "offset")]
+        errors = [number(row[name], ".4f") for name in ("ece", "ece_by_chance", "brier", "nll")]
+        rows.append((row["probabilities"], *scaling, *errors))
+    note = (
         "ECE of 15 bins of equal width; by chance: what 95 of 100 samples this large show if every"
         " probability is right."
     )
-    return [
-        table(header, rows),
-        note(words),
-        picture(figure_png(plot_reliability(bins)), "reliability"),
-    ]
+    drawn = figure_png(plot_reliability(bins))
+    return [Table(header, rows), Words(note, "note"), Figure("Reliability", drawn)]
 
 
-def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
+def slice_blocks(scores: dict, slices: list[dict]) -> list:
     """The dot plot and the table of slices, of slides those with the lowest scores."""
     slides = [row for row in slices if row["feature"] == "slide"]
-    slides.sort(
-        key=lambda row: min(
-            (row[name] for name in JUDGED if not math.isnan(row[name])), default=1.0
-        )
-    )
+    slides.sort(key=lowest_score)
     shown = [row for row in slices if row["feature"] != "slide"] + slides[:MOST_SLIDES]
     header = (
         "slice",
@@ -228,19 +204,13 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
     )
     rows = []
     for row in shown:
-        spans = {name: span(row, name, ".2f") for name in ("f2", *JUDGED)}
-        marks = [
-            NAMES[name] + "*" * (name in row["confirmed"].split()) for name in row["found"].split()
-        ]
-        cells = (
-            spans["f2"],
-            number(row["always_positive_f2"], ".2f"),
-            spans["recall"],
-            spans["auc"],
-            spans["specificity"],
-        )
-        rows.append((slice_name(row), ", ".join(marks), row["num"], row["num_positive"], *cells))
-    words = (
+        confirmed = row["confirmed"].split()
+        marks = [NAMES[name] + ("*" if name in confirmed else "") for name in row["found"].split()]
+        constant = number(row["always_positive_f2"], ".2f")
+        spans = [span(row, name, ".2f") for name in ("recall", "auc", "specificity")]
+        scored = (span(row, "f2", ".2f"), constant, *spans)
+        rows.append((slice_name(row), ", ".join(marks), row["num"], row["num_positive"], *scored))
+    note = (
         "No slice is defined by a label or by what the model says; of a feature they are fifths of"
         " the half that finds, and two together at either end. Worse: AUC, recall or specificity"
         f" falls behind the rest of that half, {slices[0]['num_tried']} comparisons corrected for"
@@ -249,137 +219,133 @@ def slice_parts(scores: dict, slices: list[dict]) -> list[str]:
         " patches are positive and is not compared. Undefined: a class is missing; no interval:"
         " too few groups to resample."
     )
-    dots = picture(figure_png(plot_slices(shown, scores["global"])), "scores by slice")
     if slides:
-        words += (
+        note += (
             f" A slide lies in one half: its own patches are halved. The {MOST_SLIDES} lowest of"
             f" {len(slides)} are shown."
         )
-    return [note(words), dots, table(header, rows, "dense")]
+    dots = figure_png(plot_slices(shown, scores["global"]))
+    table = Table(header, rows, dense=True)
+    return [Words(note, "note"), Figure("Scores by slice", dots), table]
+
+
+def lowest_score(row: dict) -> float:
+    """The lowest of a slice's scores that are compared; 1 where it has none."""
+    return min((row[name] for name in JUDGED if not math.isnan(row[name])), default=1.0)
 
 
 def slice_name(row: dict) -> str:
     return f"{row['feature'].replace('_', ' ')} {row['slice']}"
 
 
-def shortcut_parts(rows: list[dict]) -> list[str]:
+def shortcut_blocks(rows: list[dict]) -> list:
     """What covering and exchanging does, a line a probe, and the other measures."""
-    probes = {}
+    by_probe, others = {}, []
     for row in rows:
-        probes.setdefault(row["probe"], {})[row["measure"]] = row
-    regions = [probe for probe in probes if probe.startswith(("as it is", "ring", "centre"))]
+        is_region = row["probe"].startswith(("as it is", "ring", "centre"))
+        if is_region and row["measure"] in PROBED:
+            by_probe.setdefault(row["probe"], {})[row["measure"]] = span(row)
+        else:
+            others.append((row["probe"], row["measure"], span(row), number(row["constant"])))
     lines = [
-        (probe, *(span(probes[probe][name]) if name in probes[probe] else "" for name in PROBED))
-        for probe in regions
+        (probe, *(spans.get(measure, "") for measure in PROBED))
+        for probe, spans in by_probe.items()
     ]
-    rest = [row for row in rows if row["probe"] not in regions or row["measure"] not in PROBED]
-    others = [(row["probe"], row["measure"], span(row), number(row["constant"])) for row in rest]
-    words = (
+    note = (
         "The label depends on the centre 32x32 alone. One view each. A constant model has AUC 0.5"
-        " and moves by 0. Tissue "
+        " and moves by 0. Tissue beside tumour is mostly tumour, so the ring tells something"
+        " without being a cheat."
     )
-    words += "beside tumour is mostly tumour, so the ring tells something without being a cheat."
     return [
-        note(words),
-        table(("probe", *PROBED), lines),
-        table(("probe", "measure", "value", "constant model"), others),
+        Words(note, "note"),
+        Table(("probe", *PROBED), lines),
+        Table(("probe", "measure", "value", "constant model"), others),
     ]
 
 
-def error_parts(errors: list[dict], shown: list[dict], patches, maps) -> list[str]:
+def error_blocks(errors: list[dict], shown: list[dict], patches, maps) -> list:
     """Galleries of false positives and negatives."""
-    words = (
+    note = (
         "Beside each: where hiding a block of 16x16 pixels takes evidence for tumour away (red) or"
-        " adds to it (blue), "
+        " adds to it (blue), each map in its own scale. The frame is the centre 32x32. errors.csv"
+        " has all errors."
     )
-    words += "each map in its own scale. The frame is the centre 32x32. errors.csv has all errors."
-    parts = [note(words if patches is not None else f"Pictures of patches are left out. {words}")]
+    if patches is None:
+        note = f"Pictures of patches are left out. {note}"
+    blocks = [Words(note, "note")]
     for kind in ("false positive", "false negative"):
-        places = [place for place, row in enumerate(shown) if row["kind"] == kind]
-        tiles = [pair(None if patches is None else patches[place], maps[place]) for place in places]
-        pngs = [patch_png(tile.repeat(ZOOM, 0).repeat(ZOOM, 1)) for tile in tiles]
-        captions = [
-            f"{caption(shown[place])}; moves the logit by up to {np.abs(maps[place]).max():.2g}"
-            for place in places
-        ]
-        parts.append(
-            f"<h3>{kind.capitalize()}s: {sum(row['kind'] == kind for row in errors):,}, the most"
-            " confident first</h3>"
-        )
-        parts.append(gallery(pngs, captions, ZOOM * tiles[0].shape[1]) if places else note("none"))
-    return parts
+        tiles, captions = [], []
+        for place, row in enumerate(shown):
+            if row["kind"] == kind:
+                tile = pair(None if patches is None else patches[place], maps[place])
+                reach = np.abs(maps[place]).max()
+                tiles.append(tile.repeat(ZOOM, 0).repeat(ZOOM, 1))
+                captions.append(f"{caption(row)}; moves the logit by up to {reach:.2g}")
+        num = sum(row["kind"] == kind for row in errors)
+        blocks.append(Heading(f"{kind.capitalize()}s: {num:,}, the most confident first", 3))
+        if tiles:
+            blocks.append(Gallery(tiles, captions, tiles[0].shape[1]))
+        else:
+            blocks.append(Words("none", "note"))
+    return blocks
 
 
 def caption(row: dict) -> str:
-    return (
-        f"row {row['index']}, p ="
-        f" {row['probability']:.3f}{', ' if row['slide'] else ''}{row['slide']}"
-    )
+    """The row, the probability and, where it is known, the slide of an error."""
+    slide = f", {row['slide']}" if row["slide"] else ""
+    return f"row {row['index']}, p = {row['probability']:.3f}{slide}"
 
 
 def pair(patch, evidence: np.ndarray) -> np.ndarray:
     """A patch and its map side by side, uint8 (96, 200, 3), or the map alone; the centre in a
     frame.
     """
-    colours = matplotlib.colormaps["RdBu_r"](
-        0.5 + 0.5 * evidence / (np.abs(evidence).max() or 1.0)
-    )[..., :3]
+    reach = np.abs(evidence).max() or 1.0
+    colours = colormaps["RdBu_r"](0.5 + 0.5 * evidence / reach)[..., :3]
     heat = outline((255 * colours).round().astype(np.uint8), CENTRE)
+    if patch is None:
+        return heat
     gap = np.full((len(heat), GAP_PX, 3), 255, np.uint8)
-    return heat if patch is None else np.concatenate([outline(patch, CENTRE), gap, heat], 1)
+    return np.concatenate([outline(patch, CENTRE), gap, heat], 1)
 
 
 def list_facts(scores: dict) -> list[tuple]:
     """What was audited, to be found again."""
     checkpoint, scaling = scores["checkpoint"], scores["checkpoint"]["calibration"]
-    facts = [("checkpoint", checkpoint["path"]), ("its SHA-256", checkpoint["sha256"])]
-    facts += [
+    calibration = "not calibrated"
+    if scaling:
+        calibration = f"{scaling['temperature']:.4f}, {scaling['offset']:.4f}"
+    facts = [
+        ("checkpoint", checkpoint["path"]),
+        ("its SHA-256", checkpoint["sha256"]),
         ("weights SHA-256", checkpoint["weights_sha256"]),
         ("threshold", number(checkpoint["threshold"], ".4f")),
+        ("temperature, offset", calibration),
+        ("views", str(checkpoint["views"])),
+        *scores["data"]["sha256"].items(),
     ]
-    facts += [
-        (
-            "temperature, offset",
-            "{temperature:.4f}, {offset:.4f}".format(**scaling) if scaling else "not calibrated",
-        )
-    ]
-    facts += [("views", str(checkpoint["views"])), *scores["data"]["sha256"].items()]
     for half in scores["halves"]:
-        counts = (
-            f"{half['num']:,} patches, {half['num_positive']:,} positive, {half['num_groups']:,}"
-            f" {half['groups']}"
-        )
-        facts.append((half["use"], counts))
+        counts = f"{half['num']:,} patches, {half['num_positive']:,} positive"
+        facts.append((half["use"], f"{counts}, {half['num_groups']:,} {half['groups']}"))
     return [*facts, ("commit", scores["commit"] or "not in a git repository")]
 
 
 def plot_curves(points: list[dict], thresholds: list[dict], prevalence: float):
     """ROC and precision-recall with bands, and where the thresholds lie."""
     figure, panels = new_figure(2, 5.2, 4.2)
-    for axes, curve, chance in zip(panels, ("roc", "pr"), ([0, 1], [prevalence] * 2), strict=True):
-        x, y, low, high = (
-            [row[name] for row in points if row["curve"] == curve]
-            for name in ("x", "y", "low", "high")
-        )
-        axes.fill_between(x, low, high, alpha=0.25, linewidth=0)
-        axes.plot(x, y)
-        axes.plot([0, 1], chance, color="black", linestyle=":", label="constant answer")
-        for place, row in enumerate(row for row in thresholds if row["rule"] in MARKED):
-            at = (
-                (1 - row["specificity"], row["recall"])
-                if curve == "roc"
-                else (row["recall"], row["precision"])
-            )
-            axes.plot(
-                *at,
-                MARKS[place],
-                color=COLOURS[place + 1],
-                label=f"{row['rule']} ({row['threshold']:.3g})",
-            )
-        axes.set(xlim=(0, 1), ylim=(0, 1.02))
-    panels[0].set(title="ROC", xlabel="false positive rate", ylabel="recall")
-    panels[1].set(title="precision and recall", xlabel="recall", ylabel="precision")
-    panels[1].legend(loc="lower left", fontsize=8)
+    for axes, curve in zip(panels, ("roc", "pr"), strict=True):
+        rows = [row for row in points if row["curve"] == curve]
+        x = column(rows, "x")
+        axes.fill_between(x, column(rows, "low"), column(rows, "high"), alpha=0.25, linewidth=0)
+        axes.plot(x, column(rows, "y"))
+    draw_constants(*panels, prevalence)
+    marked = [row for row in thresholds if row["rule"] in MARKED]
+    for number, row in enumerate(marked):
+        rates = 1 - row["specificity"], row["recall"], row["precision"]
+        label = f"{row['rule']} ({row['threshold']:.3g})"
+        style = {"marker": MARKS[number], "color": COLOURS[number + 1], "markersize": 6}
+        draw_threshold(*panels, *rates, label=label, **style)
+    panels[1].legend(loc="lower left")
     return figure
 
 
@@ -387,25 +353,20 @@ def plot_prices(rows: list[dict]):
     """What each threshold misses, and what it calls in vain, in % and with intervals."""
     rows = [row for row in rows if not row["rule"].startswith("always")]
     figure, (axes,) = new_figure(1, 8.5, 0.9 + 0.3 * len(rows))
-    for name, label, colour, beside in (
+    for name, label, colour, offset in (
         ("recall", "tumours missed", COLOURS[1], -0.14),
         ("specificity", "normal patches called tumour", COLOURS[0], 0.14),
     ):
-        places = np.arange(len(rows)) + beside
-        value, low, high = (
-            100 - 100 * np.array([row[name + end] for row in rows]) for end in ("", "_high", "_low")
+        places = np.arange(len(rows)) + offset
+        value, high, low = (
+            100 - 100 * np.array([row[name + end] for row in rows]) for end in ("", "_low", "_high")
         )
         axes.hlines(places, low, high, color=colour)
-        axes.plot(value, places, "o", color=colour, markersize=4.5, label=label)
+        axes.plot(value, places, "o", color=colour, label=label)
     labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
-    axes.set(
-        yticks=range(len(rows)),
-        yticklabels=labels,
-        ylim=(len(rows) - 0.5, -0.5),
-        xlabel="% of them",
-        xlim=(0, None),
-    )
-    axes.legend(loc="best", fontsize=8)
+    axes.set(yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.5, -0.5))
+    axes.set(xlabel="% of them", xlim=(0, None))
+    axes.legend()
     return figure
 
 
@@ -416,35 +377,22 @@ def plot_slices(rows: list[dict], overall: dict):
     figure, panels = new_figure(len(JUDGED), 4.4, 1.2 + 0.2 * len(rows))
     for axes, name in zip(panels, JUDGED, strict=True):
         for place, row in enumerate(rows):
-            is_confirmed, is_found = (name in row[kind].split() for kind in ("confirmed", "found"))
-            colour = COLOURS[1] if is_confirmed else COLOURS[4] if is_found else COLOURS[0]
+            colour = COLOURS[0]
+            if name in row["confirmed"].split():
+                colour = COLOURS[1]
+            elif name in row["found"].split():
+                colour = COLOURS[4]
             axes.hlines(place, row[f"{name}_low"], row[f"{name}_high"], color=colour)
-            axes.plot(row[name], place, "o", color=colour, markersize=4.5)
-        axes.axvline(overall[name]["value"], color="black", linestyle=":")
-        axes.set(
-            title=f"{NAMES[name]} ({overall[name]['value']:.3f})",
-            yticks=range(len(rows)),
-            yticklabels=[],
-        )
-        axes.set_ylim(len(rows) - 0.4, -0.6)
+            axes.plot(row[name], place, "o", color=colour)
+        value = overall[name]["value"]
+        axes.axvline(value, color="black", linestyle=":")
+        axes.set(title=f"{NAMES[name]} ({value:.3f})", ylim=(len(rows) - 0.4, -0.6))
+        axes.set(yticks=range(len(rows)), yticklabels=[])
     panels[0].set_yticklabels([slice_name(row) for row in rows], fontsize=8)
     return figure
 
 
 def plot_errors(shown: list[dict], patches: np.ndarray, maps: np.ndarray):
-    """The gallery as one picture, false positives above false negatives."""
-    places, below = [], 0  # of a tile, in tiles: the kinds begin on rows of their own
-    for kind in ("false positive", "false negative"):
-        num = sum(row["kind"] == kind for row in shown)
-        places += [(below + place // PAIRS_A_ROW, place % PAIRS_A_ROW) for place in range(num)]
-        below += -(-num // PAIRS_A_ROW)
-    tile = np.array([96 + CAPTION_PX, 192 + 3 * GAP_PX])
-    canvas = np.full((*(tile * (below, PAIRS_A_ROW)), 3), 255, np.uint8)
-    figure, (axes,) = new_figure(1, canvas.shape[1] / 80, canvas.shape[0] / 80)
-    for row, patch, evidence, place in zip(shown, patches, maps, places, strict=True):
-        (y, x), both = tile * place + (CAPTION_PX, 0), pair(patch, evidence)
-        canvas[y : y + both.shape[0], x : x + both.shape[1]] = both
-        axes.text(x, y - 3, f"{row['kind']}\n{caption(row)}", fontsize=6, va="bottom")
-    axes.imshow(canvas, interpolation="nearest")
-    axes.set_axis_off()
-    return figure
+    """The gallery as one picture, false positives before false negatives."""
+    tiles = [pair(patch, evidence) for patch, evidence in zip(patches, maps, strict=True)]
+    return plot_gallery(tiles, [f"{row['kind']}, {caption(row)}" for row in shown], PAIRS_A_ROW)

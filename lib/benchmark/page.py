@@ -8,148 +8,166 @@ from pathlib import Path
 
 from lib.benchmark.timing import COLUMNS
 from lib.benchmark.verdict import GROUPS
+from lib.blocks import Figure, Heading, Table, Words, table_of, to_markdown
 from lib.command import without_nan
 from lib.files import atomic_write, write_csv, write_json
 
-SCALING = (
-    "batch size",
-    "images/s",
-    "95% interval",
-    "factor",
-    "p50 ms",
-    "p90 ms",
-    "p99 ms",
-    "memory MB",
-    "of matrix product",
-)
 NO_GPU = (
     "not measured: there is no GPU here. `make bench PARTITION=gpu_course DATA=DIR` measures all of"
     " this on one."
 )
+# a figure of a row, and its title, its factor and its format in a table
+FIGURES = {
+    "p50_s": ("p50 ms", 1e3, ""),
+    "p90_s": ("p90 ms", 1e3, ""),
+    "p99_s": ("p99 ms", 1e3, ""),
+    "factor": ("factor", 1, ".2f"),
+    "memory_bytes": ("memory MB", 1e-6, ""),
+    "flops_per_s": ("TFLOP/s", 1e-12, ""),
+    "first_batch_s": ("first batch s", 1, ""),
+}
+SCALING = ("batch_size", "images_per_s", "factor", "p50_s", "p90_s", "p99_s", "memory_bytes")
 
 
 def write_benchmark(out: Path, result: dict, samples: list[dict]) -> None:
     """Write all of them into a folder; `samples` say of each case the seconds of every batch."""
+    rows, machine = result["rows"], result["machine"]
     out.mkdir(parents=True, exist_ok=True)
-    write_csv(
-        out / "rows.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in result["rows"]]
-    )
+    write_csv(out / "rows.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     write_json(out / "benchmark.json", result)
     with (
         atomic_write(out / "samples.json.gz") as file,
         gzip.GzipFile(fileobj=file, mode="wb", mtime=0) as packed,
     ):
         packed.write(json.dumps(without_nan(samples)).encode())
-    parts = [*describe(result), *tables(result["rows"])]
-    parts += [
-        "## GPU",
-        (
-            f"{describe_gpu(result['machine'])}: the tables above."
-            if "gpu" in result["machine"]
-            else NO_GPU
-        ),
-    ]
-    for name, png in draw(result["rows"], result["verdict"]).items():
-        with atomic_write(out / name) as file:
+    gpu = f"{describe_gpu(machine)}: the tables above." if "gpu" in machine else NO_GPU
+    blocks = [*fact_blocks(result), *table_blocks(rows), Heading("GPU"), Words(gpu)]
+    for name, png in draw(rows, result["verdict"]).items():
+        with atomic_write(out / f"{name}.png") as file:
             file.write(png)
-        parts.append(f"![{name.removesuffix('.png')}]({name})")
+        blocks.append(Figure(name.capitalize(), png, f"{name}.png"))
     with atomic_write(out / "benchmark.md", "w") as file:
-        file.write("\n\n".join(parts) + "\n")
+        file.write(to_markdown(blocks) + "\n")
 
 
-def describe(result: dict) -> list[str]:
+def fact_blocks(result: dict) -> list:
     """When and where, and the verdict."""
     machine, first = result["machine"], result["rows"][0]
-    limits = (
-        f"cgroup: {machine['cgroup_cpus'] or 'all'} cores,"
-        f" {show(machine['cgroup_memory_bytes'], 1e-6) or 'all'} MB"
-    )
-    facts = [
-        f"{first['date']}, commit {first['commit']}; {first['versions']}",
-        f"{machine['cpu']}, {machine['num_cores']} cores ({limits}), {machine['system']}",
-        f"partition {first['partition']}, node type {first['node_type']}, job {first['job_id']}",
-        f"GPU: {describe_gpu(machine)}",
-        (
-            f"data: {result['data']}; {result['repeats']} repeats of {result['seconds']:g} s, each"
-            " in a process of its own"
+    memory_mb = show(machine["cgroup_memory_bytes"], 1e-6) or "all"
+    limits = f"cgroup: {machine['cgroup_cpus'] or 'all'} cores, {memory_mb} MB"
+    facts = {
+        "made": f"{first['date']}, commit {first['commit']}; {first['versions']}",
+        "machine": (
+            f"{machine['cpu']}, {machine['num_cores']} cores ({limits}), {machine['system']}"
         ),
-    ]
+        "partition": (
+            f"{first['partition']}, node type {first['node_type']}, job {first['job_id']}"
+        ),
+        "GPU": describe_gpu(machine),
+        "data": (
+            f"{result['data']}; {result['repeats']} repeats of {result['seconds']:g} s, each in a"
+            " process of its own"
+        ),
+    }
     return [
-        "# Benchmark",
-        "\n".join(f"- {fact}" for fact in facts),
-        "## Verdict",
-        result["verdict"]["sentence"],
+        Heading("Benchmark", 1),
+        Table(("what", "value"), list(facts.items())),
+        Heading("Verdict"),
+        Words(result["verdict"]["sentence"]),
     ]
 
 
-def tables(rows: list[dict]) -> list[str]:
+def table_blocks(rows: list[dict]) -> list:
     """Titles and tables: batch 1, scaling of each model, the loader, variants, stages and
     limits.
     """
-    parts = []
-    scaling = [
-        row for row in rows if row["what"] in ("infer", "train") and row["case"] == "default"
-    ]
-    if at_one := [row for row in scaling if row["batch_size"] == 1]:
-        header = (
-            "what",
-            "model",
-            "partition",
-            "node type",
-            "images/s",
-            "95% interval",
-            "job id",
-            "status",
-        )
-        names = ("what", "model", "partition", "node_type")
-        cells = [
-            [
-                *map(row.get, names),
-                show(row["images_per_s"]),
-                interval(row),
-                row["job_id"],
-                status(row),
-            ]
-            for row in at_one
-        ]
-        parts += ["## Throughput at batch 1", table(header, cells)]
+    blocks = []
+    timed = [row for row in rows if row["what"] in ("infer", "train")]
+    scaling = [row for row in timed if row["case"] == "default"]
+    at_one = [row for row in scaling if row["batch_size"] == 1]
+    if at_one:
+        names = ("what", "model", "partition", "node_type", "images_per_s", "job_id")
+        blocks += [Heading("Throughput at batch 1"), case_table(at_one, names)]
     for what, model in dict.fromkeys((row["what"], row["model"]) for row in scaling):
         series = [row for row in scaling if (row["what"], row["model"]) == (what, model)]
         title = (
-            f"## Scaling: {what}, {model}, {series[0]['precision']}, {series[0]['threads']} threads"
+            f"Scaling: {what}, {model}, {series[0]['precision']}, {series[0]['threads']} threads"
         )
-        cells = [[row["batch_size"], *speed(row), status(row)] for row in series]
-        parts += [title, table((*SCALING, "status"), cells)]
+        blocks += [Heading(title), case_table(series, SCALING, "of matrix product")]
     for what, title in (
         ("loader", "Loader"),
         ("infer", "Inference, variants"),
         ("train", "Training, variants"),
     ):
-        if others := [row for row in rows if row["what"] == what and row["case"] != "default"]:
-            parts += [f"## {title}", table_of_others(rows, others, what)]
-    if stages := [row for row in rows if row["what"] in ("stage", "limit")]:
-        header = (
-            "what",
-            "case",
-            "batch size",
-            "precision",
-            "images/s",
-            "95% interval",
-            "ms a batch",
-            "TFLOP/s",
-            "status",
-        )
-        names, cells = ("what", "case", "batch_size", "precision"), []
-        for row in stages:
-            rates = (
-                show(row["images_per_s"]),
-                interval(row),
-                show(row["p50_s"], 1e3),
-                show(row["flops_per_s"], 1e-12),
-            )
-            cells.append([*map(row.get, names), *rates, status(row)])
-        parts += ["## Stages, and what the machine can do at most", table(header, cells)]
-    return parts
+        variants = [row for row in rows if row["what"] == what and row["case"] != "default"]
+        if variants:
+            blocks += [Heading(title), variant_table(rows, variants, what)]
+    stages = [row for row in rows if row["what"] in ("stage", "limit")]
+    if stages:
+        names = ("what", "case", "batch_size", "precision", "images_per_s", "p50_s", "flops_per_s")
+        blocks.append(Heading("Stages, and what the machine can do at most"))
+        blocks.append(case_table(stages, names))
+    return blocks
+
+
+def case_table(rows: list[dict], names, peak: str = "") -> Table:
+    """A table of these columns of cases, each rate with its interval, and how each ended; `peak`
+    names what `share_of_peak` is a share of.
+    """
+    return table_of([case_cells(row, names, peak) for row in rows])
+
+
+def case_cells(row: dict, names, peak: str = "") -> dict[str, object]:
+    """The cells of a case by their titles."""
+    cells = {}
+    for name in names:
+        if name in FIGURES:
+            title, factor, form = FIGURES[name]
+            cells[title] = show(row[name], factor, form)
+        elif name == "images_per_s":
+            cells["images/s"] = show(row[name])
+            cells["95% interval"] = interval(row)
+        else:
+            title = "page cache" if name == "cache" else name.replace("_", " ")
+            cells[title] = row[name]
+    if peak:
+        cells[peak] = show(row["share_of_peak"], form=".1%")
+    cells["status"] = f"{row['status']}: {row['note']}" if row["note"] else row["status"]
+    return cells
+
+
+def variant_table(rows: list[dict], variants: list[dict], what: str) -> Table:
+    """The loader's cases against torchvision's best, variants of a model against its default at the
+    same batch size.
+    """
+    against, peak = "x default", "of matrix product"
+    if what == "loader":
+        against, peak = "x torchvision", "of memory copy"
+    names = ("case", "batch_size", "precision", "cache", "threads", "images_per_s", "first_batch_s")
+    cells = []
+    for row in variants:
+        best = best_other(rows, row)
+        ratio = None
+        if best and row["images_per_s"]:
+            ratio = row["images_per_s"] / best["images_per_s"]
+        cells.append({**case_cells(row, names, peak), against: show(ratio, form=",.2f")})
+    return table_of(cells)
+
+
+def best_other(rows: list[dict], row: dict) -> dict | None:
+    """The case that a variant is compared with: of those alike the most often repeated, then the
+    fastest.
+    """
+    alike = []
+    for other in rows:
+        is_same = all(other[name] == row[name] for name in ("what", "model", "batch_size"))
+        is_reference = other["case"] == "default"
+        if row["what"] == "loader":
+            is_torchvision = other["case"].startswith("torchvision")
+            is_reference = is_torchvision and other["cache"] == row["cache"]
+        if is_same and is_reference and other["images_per_s"]:
+            alike.append(other)
+    return max(alike, key=lambda other: (other["num_repeats"], other["images_per_s"]), default=None)
 
 
 def describe_gpu(machine: dict) -> str:
@@ -157,14 +175,10 @@ def describe_gpu(machine: dict) -> str:
     if "gpu" not in machine:
         return "none"
     kind = "a MIG slice" if machine["mig"] else "whole"
-    memory = (
-        f"{machine['gpu_memory_bytes'] / 2**20:,.0f} MiB, {machine['num_multiprocessors']}"
-        " multiprocessors"
-    )
-    return (
-        f"{machine['gpu']} ({kind}, {memory}, driver {machine['driver']}, CUDA {machine['cuda']},"
-        f" cuDNN {machine['cudnn']})"
-    )
+    memory_mib = machine["gpu_memory_bytes"] / 2**20
+    size = f"{memory_mib:,.0f} MiB, {machine['num_multiprocessors']} multiprocessors"
+    versions = f"driver {machine['driver']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}"
+    return f"{machine['gpu']} ({kind}, {size}, {versions})"
 
 
 def show(value, factor: float = 1.0, form: str = "") -> str:
@@ -172,141 +186,59 @@ def show(value, factor: float = 1.0, form: str = "") -> str:
     if value is None:
         return ""
     value *= factor
-    return (
-        format(value, form) if form else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-    )
+    if form:
+        return format(value, form)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def interval(row: dict) -> str:
-    return (
-        f"{show(row['low'])} to {show(row['high'])}" if row["low"] and row["images_per_s"] else ""
-    )
-
-
-def status(row: dict) -> str:
-    return row["status"] + (f": {row['note']}" if row["note"] else "")
-
-
-def speed(row: dict) -> list[str]:
-    """The cells of a row of a scaling."""
-    times = [show(row[name], 1e3) for name in ("p50_s", "p90_s", "p99_s")]
-    ends = [show(row["memory_bytes"], 1e-6), show(row["share_of_peak"], form=".1%")]
-    return [
-        show(row["images_per_s"]),
-        interval(row),
-        show(row["factor"], form=".2f"),
-        *times,
-        *ends,
-    ]
-
-
-def table(header, cells) -> str:
-    """A Markdown table; a bar in a text would end its cell."""
-    lines = [" | ".join(header), " | ".join("---" for _ in header)]
-    lines += [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in cells]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def table_of_others(rows: list[dict], others: list[dict], what: str) -> str:
-    """The loader's cases against torchvision's best, variants of a model against its default at the
-    same batch size.
-    """
-    names, cells = ("case", "batch_size", "precision", "cache", "threads"), []
-    for row in others:
-        alike = [
-            other
-            for other in rows
-            if other["batch_size"] == row["batch_size"] and other["images_per_s"]
-        ]
-        alike = [
-            other for other in alike if other["what"] == what and other["model"] == row["model"]
-        ]
-        if what == "loader":
-            alike = [
-                other
-                for other in alike
-                if other["case"].startswith("torchvision") and other["cache"] == row["cache"]
-            ]
-        else:
-            alike = [other for other in alike if other["case"] == "default"]
-        best = max(
-            alike, key=lambda other: (other["num_repeats"], other["images_per_s"]), default=None
-        )
-        ratio = row["images_per_s"] / best["images_per_s"] if best and row["images_per_s"] else None
-        values = [
-            show(row["images_per_s"]),
-            interval(row),
-            show(ratio, form=",.2f"),
-            show(row["share_of_peak"], form=".1%"),
-        ]
-        cells.append(
-            [*(row[name] for name in names), *values, show(row["first_batch_s"]), status(row)]
-        )
-    against, peak = (
-        ("x torchvision", "of memory copy")
-        if what == "loader"
-        else ("x default", "of matrix product")
-    )
-    header = (
-        "case",
-        "batch size",
-        "precision",
-        "page cache",
-        "threads",
-        "images/s",
-        "95% interval",
-        against,
-        peak,
-    )
-    return table((*header, "first batch s", "status"), cells)
+    """From where to where the rate of a case lies."""
+    if row["low"] and row["images_per_s"]:
+        return f"{show(row['low'])} to {show(row['high'])}"
+    return ""
 
 
 def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
-    """PNGs by file name: throughput over batch size, and the stages of a batch beside what the
-    machine would allow.
+    """PNGs by name: throughput over batch size, and the stages of a batch beside what the machine
+    would allow.
     """
-    from lib.figures import COLOURS, figure_png, new_figure, plot_scaling
+    from lib.figures import figure_png, plot_scaling
 
     points, pictures = {}, {}
     for row in rows:
-        if (
-            row["what"] in ("infer", "train")
-            and row["case"] == "default"
-            and (rate := row["images_per_s"])
-        ):
-            spot = [row["batch_size"], rate, row["low"] or rate, row["high"] or rate]
-            points.setdefault(f"{row['what']}, {row['model']}, {row['precision']}", []).append(spot)
+        rate = row["images_per_s"]
+        if row["what"] in ("infer", "train") and row["case"] == "default" and rate:
+            name = f"{row['what']}, {row['model']}, {row['precision']}"
+            spot = (row["batch_size"], rate, row["low"] or rate, row["high"] or rate)
+            points.setdefault(name, []).append(spot)
     if points:
-        pictures["scaling.png"] = figure_png(plot_scaling(points))
+        pictures["scaling"] = figure_png(plot_scaling(points))
     if "later_epochs" in verdict:
-        epochs = [
-            (name, verdict[name]) for name in ("first_epoch", "later_epochs") if name in verdict
-        ]
-        figure, panels = new_figure(len(epochs), 5.0, 3.8)
-        for axes, (name, epoch) in zip(panels, epochs, strict=True):
-            seconds = epoch["stage_s"]
-            bars = {
-                stage: seconds[stage] * 1e3
-                for stages in GROUPS.values()
-                for stage in stages
-                if stage in seconds
-            }
-            if epoch["overlapped_s"]:
-                bars["all, overlapped"] = epoch["overlapped_s"] * 1e3
-            axes.barh(
-                list(bars),
-                list(bars.values()),
-                color=[COLOURS[stage in GROUPS[epoch["bottleneck"]]] for stage in bars],
-            )
-            axes.invert_yaxis()
-            if epoch["limit_s"]:
-                axes.axvline(
-                    epoch["limit_s"] * 1e3,
-                    color="black",
-                    linestyle=":",
-                    label=f"limit: {epoch['limit']}",
-                )
-                axes.legend(loc="upper right")
-            axes.set(xlabel="ms a batch", title=f"{name.replace('_', ' ')}: {epoch['bottleneck']}")
-        pictures["stages.png"] = figure_png(figure)
+        pictures["stages"] = figure_png(plot_stages(verdict))
     return pictures
+
+
+def plot_stages(verdict: dict):
+    """Milliseconds of each stage of a batch, in the first epoch and in later ones; the bottleneck's
+    are orange.
+    """
+    from lib.figures import COLOURS, new_figure
+
+    names = [name for name in ("first_epoch", "later_epochs") if name in verdict]
+    figure, panels = new_figure(len(names), 5.0, 3.8)
+    for axes, name in zip(panels, names, strict=True):
+        epoch = verdict[name]
+        stages = [stage for group in GROUPS.values() for stage in group]
+        bars = {stage: epoch["stage_s"][stage] for stage in stages if stage in epoch["stage_s"]}
+        if epoch["overlapped_s"]:
+            bars["all, overlapped"] = epoch["overlapped_s"]
+        slowest = GROUPS[epoch["bottleneck"]]
+        colours = [COLOURS[1] if stage in slowest else COLOURS[0] for stage in bars]
+        axes.barh(list(bars), [1e3 * seconds for seconds in bars.values()], color=colours)
+        axes.invert_yaxis()
+        if epoch["limit_s"]:
+            style = {"color": "black", "linestyle": ":", "label": f"limit: {epoch['limit']}"}
+            axes.axvline(epoch["limit_s"] * 1e3, **style)
+            axes.legend(loc="upper right")
+        axes.set(xlabel="ms a batch", title=f"{name.replace('_', ' ')}: {epoch['bottleneck']}")
+    return figure

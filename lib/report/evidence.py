@@ -261,12 +261,14 @@ def gather(root: Path, said: dict, commit: str) -> None:
         # of which a name is published, not where it lies
         paths = ("data_dir", "quarantine", "weights")
         shown = [row | {key: Path(row[key]).name for key in paths if row.get(key)} for row in rows]
-        header, cells = table_of_runs(shown)
+        table = table_of_runs(shown)
         summaries = [root / "runs" / row["run"] / "summary.json" for row in rows]
         digests = [file_digest(path)[:12] if path.is_file() else "" for path in summaries]
-        cells = [[*map(plain, row), digest] for row, digest in zip(cells, digests, strict=True)]
+        cells = [
+            [*map(plain, row), digest] for row, digest in zip(table.rows, digests, strict=True)
+        ]
         kept.mkdir(parents=True, exist_ok=True)
-        write_csv(kept / "runs.csv", [*header, "summary_sha256"], cells)
+        write_csv(kept / "runs.csv", [*table.header, "summary_sha256"], cells)
     if seeds:
         with replaced(kept / "seeds") as target:
             for row in seeds:

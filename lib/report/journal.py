@@ -8,16 +8,18 @@ import os
 import re
 from pathlib import Path
 
-from lib import blocks as pages
+from PIL import Image
+
+from lib.blocks import Heading, Words, cite, to_markdown, write_page
 from lib.command import BadInput, one_line, say
 from lib.figures import figure_png
 from lib.files import atomic_write
 from lib.report.evidence import Evidence, gather, git, read_said
-from lib.report.parts import Figure, Words, cite, to_html, to_markdown
-from lib.report.sections import CANNOT, DRAWN, OF_DAMAGE, answer, front_page, read_questions
+from lib.report.parts import Drawing, to_blocks, with_digests
+from lib.report.sections import CANNOT, DRAWN, OF_DAMAGE, PAGE, answer, front_page, read_questions
 from lib.rundir import REPOSITORY
 
-NAME, PAGE, SAID = "JOURNAL.md", "journal.html", "journal.yaml"
+NAME, SAID = "JOURNAL.md", "journal.yaml"
 TITLE = "Journal of a PCam pipeline"
 COMMIT = re.compile(r"at commit `([0-9a-f]{40}|none)`")
 
@@ -51,22 +53,21 @@ def write_journal(root: Path) -> dict:
     sections = build(e)
     if wrong := [part.text for part in parts_of(sections, Words) if CANNOT in part.text]:
         raise BadInput(wrong[0])
-    figures = parts_of(sections, Figure)
-    for figure in figures:
-        if figure.draw:
-            draw(figure, e)
-    stale = {path.name for path in (root / DRAWN).glob("*.png")} - {
-        Path(figure.name).name for figure in figures
-    }
+    drawings = parts_of(sections, Drawing)
+    for drawing in drawings:
+        if drawing.draw:
+            draw(drawing, e)
+    names = {Path(drawing.name).name for drawing in drawings}
+    stale = {path.name for path in (root / DRAWN).glob("*.png")} - names
     for name in stale:
         (root / DRAWN / name).unlink()
     text = write_markdown(e, sections)
     with atomic_write(root / NAME, "w") as file:
         file.write(text)
-    write_page(root / PAGE, e, sections)
+    write_page(root / PAGE, TITLE, to_blocks(e, sections))
     open_questions = text.count("**Not measured yet**")
     say(
-        f"{root / NAME} and {root / PAGE}: {len(figures)} figures, {open_questions} answers not"
+        f"{root / NAME} and {root / PAGE}: {len(drawings)} figures, {open_questions} answers not"
         " measured yet"
     )
     return {
@@ -88,14 +89,19 @@ def parts_of(sections, kind: type) -> list:
     ]
 
 
-def draw(figure: Figure, e: Evidence) -> None:
+def citation(drawing: Drawing, e: Evidence) -> str:
+    """What stands in a picture as its source."""
+    return cite(with_digests(e, drawing.sources))
+
+
+def draw(drawing: Drawing, e: Evidence) -> None:
     """Draw a figure, with what it is drawn from in it; the same bytes are not written again."""
-    path = e.root / figure.name
+    path = e.root / drawing.name
     try:
-        png = figure_png(figure.draw(), source=cite(e, figure.sources))
+        png = figure_png(drawing.draw(), source=citation(drawing, e))
     except OF_DAMAGE as error:
         raise BadInput(
-            f"{path} cannot be drawn, a file is damaged: {', '.join(figure.sources)}"
+            f"{path} cannot be drawn, a file is damaged: {', '.join(drawing.sources)}"
             f" ({one_line(error)})"
         ) from None
     if not path.is_file() or path.read_bytes() != png:
@@ -106,40 +112,7 @@ def draw(figure: Figure, e: Evidence) -> None:
 
 def write_markdown(e: Evidence, sections) -> str:
     """The text of JOURNAL.md."""
-    blocks = [f"# {TITLE}"]
-    for title, questions in sections.items():
-        blocks += [f"## {title}"] if title else []
-        for _, question, parts in questions:
-            blocks += [f"### {question}"] * bool(question) + [
-                to_markdown(part, e) for part in parts
-            ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def write_page(path: Path, e: Evidence, sections) -> Path:
-    """The same as one page with a table of contents."""
-    items, blocks = [], []
-    for title, questions in sections.items():
-        for key, question, parts in questions:
-            items += (
-                [f'<li><a href="#{key}">{pages.text(f"{title}: {question}".strip(": "))}</a></li>']
-                if question
-                else []
-            )
-            heading = f"<h3 id={key}>{pages.text(question)}</h3>" if question else ""
-            blocks.append((title, heading + "".join(to_html(part, e) for part in parts)))
-    shown = [
-        pages.section(title, *(block for name, block in blocks if name == title))
-        for title in sections
-        if title
-    ]
-    front, *others = (block for name, block in blocks if not name)
-    return pages.write_page(
-        path,
-        TITLE,
-        [front, f"<nav><ul>{''.join(items)}</ul></nav>", *others, *shown],
-        pages.SORTING,
-    )
+    return to_markdown([Heading(TITLE, 1), *to_blocks(e, sections)]) + "\n"
 
 
 def check_journal(root: Path) -> list[str]:
@@ -161,13 +134,12 @@ def check_journal(root: Path) -> list[str]:
     e = open_evidence(root, found[1])
     sections = build(e)
     told = []
-    for figure in parts_of(sections, Figure):
-        if figure.draw and (said := source_of_picture(root / figure.name)) != cite(
-            e, figure.sources
-        ):
+    for drawing in parts_of(sections, Drawing):
+        source = source_of_picture(root / drawing.name) if drawing.draw else ""
+        if drawing.draw and source != citation(drawing, e):
             told.append(
-                f"{figure.name} was drawn from other files than there are now:"
-                f" {said or 'nothing that it names'}"
+                f"{drawing.name} was drawn from other files than there are now:"
+                f" {source or 'nothing that it names'}"
             )
     return told + compare_lines(text.splitlines(), write_markdown(e, sections).splitlines())
 
@@ -202,8 +174,6 @@ def excerpt(says: str, should: str, reach: int = 60) -> str:
 
 def source_of_picture(path: Path) -> str:
     """What a PNG says that it was drawn from; empty where it is no PNG of ours."""
-    from PIL import Image
-
     try:
         with Image.open(path) as image:
             return image.info.get("Source", "")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import yaml
 
+from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
 from lib.command import BadInput, nearest, one_line, say
 from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
 from lib.files import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
@@ -38,14 +39,6 @@ MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 # nothing that is compared depends on them
 FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
-SHOWN_SCORES = {  # a score and what a constant answer gets
-    "AUC": ("auc", "constant_auc"),
-    "PR-AUC": ("pr_auc", "constant_pr_auc"),
-    "F2": ("f2", "always_positive_f2"),
-    "F1": ("f1", "always_positive_f1"),
-    "accuracy": ("accuracy", "majority_accuracy"),
-    "log loss (nats)": ("loss", "prior_loss"),
-}
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
 # YAML means by it what Python does
@@ -260,10 +253,9 @@ def differing_keys(rows: list[dict], but=frozenset()) -> list[str]:
     ]
 
 
-def table_of_runs(rows: list[dict]) -> tuple[list[str], list[list]]:
-    """Header and cells: status, the config keys that differ, scores."""
-    header = ["run", "status", *differing_keys(rows, {"name"}), *SHOWN]
-    return header, [[row.get(name) for name in header] for row in rows]
+def table_of_runs(rows: list[dict]) -> Table:
+    """Status, the config keys that differ, and scores of each run."""
+    return table_of(rows, ["run", "status", *differing_keys(rows, {"name"}), *SHOWN])
 
 
 def require_alike(rows: list[dict], varied: str) -> None:
@@ -308,56 +300,45 @@ def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
     return {name: mean_interval([row[name] for row in rows]) for name in names}
 
 
-def read_curves(path: Path, curves) -> list[dict]:
-    """The rows of a CSV file that a curve is drawn of; none, with a sentence, where it holds
-    anything else.
+def read_curves(path: Path, names: list[str]) -> list[dict]:
+    """The rows of a CSV file that curves of these columns are drawn of; none, with a sentence,
+    where it holds anything else.
     """
     try:
         rows = read_csv(path)
         for row in rows:
-            list(
-                map(
-                    float,
-                    [
-                        row["step"],
-                        *(
-                            row[name]
-                            for file, name, *_ in curves
-                            if file == path.name and row[name]
-                        ),
-                    ],
-                )
-            )
+            for name in ("step", *names):
+                float(row[name] or 0)
         return rows
     except UNREADABLE as error:
         say(f"{path} cannot be drawn: {one_line(error)}")
         return []
 
 
-def write_together(path, title: str, shown, runs: list[Path], curves, remark: str = "") -> Path:
-    """A page with a table, (header, cells), and the runs' curves drawn together. Raises BadInput
-    for too many to tell apart.
+def write_together(path, title: str, table: Table, runs: list[Path], curves, remark="") -> Path:
+    """A page with a table and the runs' curves drawn together. Raises BadInput for too many to tell
+    apart.
     """
-    from lib.blocks import note, picture, section, table, write_page
-    from lib.figures import figure_png, plot_together
+    from lib.figures import figure_png
+    from lib.report.drawings import plot_runs
 
     if not 0 < len(runs) <= MOST_DRAWN:
         raise BadInput(
             f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where"
             " chooses)"
         )
-    files = [
-        (run, name)
-        for run in runs
-        for name in dict.fromkeys(curve[0] for curve in curves)
-        if (run / name).is_file()
-    ]
-    tables = {
-        (run.name, name): rows for run, name in files if (rows := read_curves(run / name, curves))
-    }
-    drawn = picture(
-        figure_png(plot_together(tables, curves)), ", ".join(curve[2] for curve in curves)
-    )
-    return write_page(
-        path, title, [section("Runs", table(*shown), note(remark)), section("Curves", drawn)]
-    )
+    columns = {}  # of each file
+    for file, name, *_ in curves:
+        columns.setdefault(file, []).append(name)
+    tables = {}
+    for run in runs:
+        for file, names in columns.items():
+            rows = read_curves(run / file, names) if (run / file).is_file() else []
+            if rows:
+                tables[run.name, file] = rows
+    drawn = figure_png(plot_runs(tables, curves))
+    titles = ", ".join(title for _, _, title, _ in curves)
+    blocks = [Heading("Runs"), table]
+    if remark:
+        blocks.append(Words(remark, "note"))
+    return write_page(path, title, [*blocks, Heading("Curves"), Figure(titles, drawn)])

@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 
 from lib import figures
+from lib.blocks import Code, Table, Words, table_of
 from lib.command import BadInput, one_line
 from lib.config import plain
 from lib.metrics import compute_confusion
+from lib.report import drawings
 from lib.report.evidence import CHAMPION, KEPT, Evidence, commits, find_code, git, read_code
-from lib.report.parts import Code, Figure, Grid, Words
-from lib.report.runs import GRADIENTS, SHOWN_SCORES, average_scores, read_run
+from lib.report.parts import Drawing
+from lib.report.runs import GRADIENTS, average_scores, read_run
+from lib.runpage import SHOWN_SCORES
 from lib.sources import locate_sources
 
 CANNOT = "**Cannot be answered**, a file that it cites is damaged"
 # what damage in evidence provokes
 OF_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError)
 DRAWN, MODEL, SEARCH = "assets/journal", "assets/model", f"{KEPT}/search"
+PAGE = "journal.html"  # has every row of a long table
 PLAN, AUDIT, TWIN = (
     f"{SEARCH}/plan.json",
     f"{KEPT}/audit/findings.json",
@@ -50,9 +54,9 @@ SETUP += (
     "select_metric",
 )
 METRICS = (
-    ("val_loss", "log loss on validation (nats)", "linear"),
-    ("val_auc", "ROC-AUC on validation", "linear"),
-    ("val_f2", "F2 at 0.5 on validation", "linear"),
+    ("epochs.csv", "val_loss", "log loss on validation (nats)", "linear"),
+    ("epochs.csv", "val_auc", "ROC-AUC on validation", "linear"),
+    ("epochs.csv", "val_f2", "F2 at 0.5 on validation", "linear"),
 )
 # section, then: key of its answer | question | Make target that measures what is missing | code
 # that is quoted
@@ -175,24 +179,24 @@ def quote(e: Evidence, code: str) -> list[Code]:
 # shapes that several answers share: nothing where there is nothing
 
 
-def table(header, rows, *sources: str, sortable: bool = False) -> list[Grid]:
-    return [Grid(tuple(header), rows, sources, sortable)] if rows else []
+def table(header, rows, *sources: str, full: str = "") -> list[Table]:
+    return [Table(list(header), rows, sources, full)] if rows else []
 
 
-def picture(name: str, title: str, sources, plot, data, *rest) -> list[Figure]:
+def picture(name: str, title: str, sources, plot, data, *rest) -> list[Drawing]:
     """A figure that `plot(data, *rest)` draws from files."""
     return (
-        [Figure(f"{DRAWN}/{name}.png", title, tuple(sources), lambda: plot(data, *rest))]
+        [Drawing(f"{DRAWN}/{name}.png", title, tuple(sources), lambda: plot(data, *rest))]
         if len(data)
         else []
     )
 
 
-def csv_table(e: Evidence, name: str, rows=None) -> list[Grid]:
+def csv_table(e: Evidence, name: str, rows=None) -> list[Table]:
     """A CSV, or some rows of one, numbers as numbers."""
     rows = e.csv(name) if rows is None else rows
     return table(
-        rows[0] if rows else (), [[*map(number, row.values())] for row in rows], name, sortable=True
+        rows[0] if rows else (), [[*map(number, row.values())] for row in rows], name, full=PAGE
     )
 
 
@@ -206,14 +210,15 @@ def number(text):
     return text
 
 
-def findings(e: Evidence, audit: str, *checks: str) -> list[Grid]:
+def findings(e: Evidence, audit: str, *checks: str) -> list[Table]:
     """Findings of an audit whose check begins with one of these."""
     keys = ("severity", "check", "split", "count", "measured", "advice")
-    rows = [[row[key] for key in keys] for row in e.findings(audit, *checks)]
-    return table(keys, rows, f"{KEPT}/{audit}/findings.json")
+    rows = e.findings(audit, *checks)
+    sources = (f"{KEPT}/{audit}/findings.json",)
+    return [table_of(rows, keys, sources=sources)] if rows else []
 
 
-def proofs(e: Evidence, name: str) -> list[Grid]:
+def proofs(e: Evidence, name: str) -> list[Table]:
     """What proofs measured, from their JSON: parts with a count, or with rows of what was asked and
     measured.
     """
@@ -253,7 +258,7 @@ def gallery(e: Evidence, kind: str, title: str, page: str) -> list:
     """
     said, name = e.said.get("pictures") or {}, f"{KEPT}/pictures/{kind}.png"
     if said.get(kind) and e.has(name):
-        return [Figure(name, f"{title}. {said.get('remark') or ''}".strip(" ."), (name,))]
+        return [Drawing(name, f"{title}. {said.get('remark') or ''}".strip(" ."), (name,))]
     return [
         Words(
             "Pictures are published only where journal.yaml names them, under `pictures`; they are"
@@ -292,7 +297,7 @@ def twins(e: Evidence) -> list:
     parts = [
         Words(
             f"{num:,} of {len(rows):,} traced steps are equal to the bit in every quantity.",
-            (line,),
+            sources=(line,),
         )
     ]
     long = ("commit", "weights_sha256")
@@ -358,7 +363,7 @@ def size(e: Evidence) -> list:
             parts.append(
                 Words(
                     f"A damaged edition, made from intact patches: {row['measured']}.",
-                    ("assets/audit.json",),
+                    sources=("assets/audit.json",),
                 )
             )
     return parts
@@ -378,27 +383,22 @@ def poisoning(e: Evidence) -> list:
 
 
 def gradient_norm(e: Evidence) -> list:
-    (tables, names), curves = (
-        of_seeds(e, "steps.csv"),
-        [curve[1:] for curve in GRADIENTS if curve[1] == "grad_norm"],
-    )
-    title = f"Global gradient norm per step, before clipping, with {len(tables)} seeds"
-    return picture("gradient-norm", title, names, figures.plot_seeds, tables, curves)
+    curves = [curve for curve in GRADIENTS if curve[1] == "grad_norm"]
+    title = f"Global gradient norm per step, before clipping, with {len(seeds(e))} seeds"
+    return seed_picture(e, "gradient-norm", title, "steps.csv", curves)
 
 
 def learning_rate(e: Evidence) -> list:
-    (tables, names), curves = (
-        of_seeds(e, "steps.csv"),
-        [curve[1:] for curve in GRADIENTS if curve[1] != "grad_norm"],
-    )
-    return picture(
-        "learning-rate",
-        "Training loss and learning rate per step",
-        names,
-        figures.plot_seeds,
-        tables,
-        curves,
-    )
+    curves = [curve for curve in GRADIENTS if curve[1] != "grad_norm"]
+    title = "Training loss and learning rate per step"
+    return seed_picture(e, "learning-rate", title, "steps.csv", curves)
+
+
+def seed_picture(e: Evidence, name: str, title: str, file: str, curves) -> list[Drawing]:
+    """Curves of the runs that differ in the seed alone, and their mean."""
+    tables, sources = of_seeds(e, file)
+    tables = {(run, file): rows for run, rows in tables.items()}
+    return picture(name, title, sources, drawings.plot_runs, tables, curves, True)
 
 
 def spikes(e: Evidence) -> list:
@@ -435,7 +435,9 @@ def spikes(e: Evidence) -> list:
         "median loss",
         "learning rate",
     )
-    return [Words(words, names)] * bool(rows) + table(header, rows, *names)
+    if not rows:
+        return []
+    return [Words(words, sources=names), *table(header, rows, *names)]
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
@@ -465,9 +467,8 @@ def spread(e: Evidence) -> list:
         "to",
         "constant answer",
     )
-    tables, files = of_seeds(e, "epochs.csv")
     title = f"Loss and metrics on validation, epoch by epoch, one view, with {len(runs)} seeds"
-    drawn = picture("metrics", title, files, figures.plot_seeds, tables, METRICS)
+    drawn = seed_picture(e, "metrics", title, "epochs.csv", METRICS)
     return table(header, rows, *(f"{run}/summary.json" for run in seeds(e))) + drawn
 
 
@@ -524,7 +525,7 @@ def reproduce(e: Evidence) -> list:
         told = f"It is reproduced if the new summary.json has the `weights_sha256` `{digest}`."
         return [
             Code(steps, f"{run}, once more"),
-            Words(told, (f"{run}/summary.json", f"{run}/config.yaml")),
+            Words(told, sources=(f"{run}/summary.json", f"{run}/config.yaml")),
         ]
     return []
 
@@ -551,7 +552,7 @@ def space(e: Evidence) -> list:
         f" {plain(plan['rungs'])} epochs, "
     )
     words += f"frozen beforehand with the SHA-256 `{plan['sha256'][:12]}`."
-    return [Words(words, (PLAN,)), *table(("parameter", "scale", "range"), rows, PLAN)]
+    return [Words(words, sources=(PLAN,)), *table(("parameter", "scale", "range"), rows, PLAN)]
 
 
 def trials(e: Evidence) -> list:
@@ -560,7 +561,9 @@ def trials(e: Evidence) -> list:
         return []
     scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
     axes = [
-        figures.axis(plan["ranges"][key], [plan["trials"][trial][key] for trial in scores])
+        figures.parameter_axis(
+            plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]
+        )
         for key in keys
     ]
     points, labels = np.array([each[0] for each in axes]).T, [each[2] for each in axes]
@@ -571,7 +574,7 @@ def trials(e: Evidence) -> list:
         for trial, score in scores.items()
     ]
     return drawn + table(
-        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, sortable=True
+        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, full=PAGE
     )
 
 
@@ -688,7 +691,7 @@ def slices(e: Evidence) -> list:
             " specificity"
         )
         drawn = (names, *values, overall.get("value", float("nan")), "ROC-AUC")
-        parts += picture("slices", title, [name, scores], figures.plot_intervals, *drawn)
+        parts += picture("slices", title, [name, scores], drawings.plot_intervals, *drawn)
     return parts
 
 
@@ -725,7 +728,7 @@ def conflict(e: Evidence) -> list:
         "The newest one, as `git show --remerge-diff` tells it: what the two sides had made of one"
         " place, and what was kept."
     )
-    return [Words(told, (name,)), Code(text, text.partition("\n")[0])]
+    return [Words(told, sources=(name,)), Code(text, text.partition("\n")[0])]
 
 
 def graph(e: Evidence) -> list:
@@ -734,7 +737,7 @@ def graph(e: Evidence) -> list:
         git("log", "--graph", f"-{NUM_COMMITS}", "--format=%h %s", e.commit, "--"),
     )
     title = f"The last {len(log)} commits up to {e.commit[:10]}"
-    return picture("commits", title, [], figures.plot_commits, log) + [
+    return picture("commits", title, [], drawings.plot_commits, log) + [
         Code(text.rstrip(), "git log --graph")
     ] * bool(log)
 
@@ -835,7 +838,7 @@ def bottleneck(e: Evidence) -> list:
         rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
         partition = e.json(name)["rows"][0]["partition"]
         parts += [
-            Words(f"{partition}: {verdict.get('sentence', '')}", (name,)),
+            Words(f"{partition}: {verdict.get('sentence', '')}", sources=(name,)),
             *table(("what", "value"), rows, name),
         ]
     name = "assets/benchmark_proof.json"

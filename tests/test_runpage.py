@@ -1,13 +1,18 @@
-"""The run page: everything in one file, and nothing drawn from what is not there."""
+"""The page of a run: written by train.py, whole by itself, and of nothing that is not there."""
 
+import dataclasses
 import re
 import shutil
 
 import pytest
-from conftest import run_script
+from conftest import QUICK, run_script
 
 import inference
 import report
+import train
+from lib.blocks import show
+from lib.files import read_json
+from lib.rundir import read_run_config
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,33 @@ def test_a_page_holds_all_that_it_shows(quick_run, predictions, tmp_path):
     assert sources and all(source.startswith("data:") for source in sources), (
         "nothing is fetched from elsewhere"
     )
-    assert "always" not in page and "constant answer" in page and page.count("<figure") > 12
-    assert re.search(r"64 patches", page) and (quick_run / "report.html").exists() is False
+    assert "constant answer" in page and page.count("<figure") > 12 and "64 patches" in page
+
+
+def test_train_writes_the_page_of_its_run_with_scores_and_config(quick_run):
+    page = (quick_run / "report.html").read_text()
+    summary = read_json(quick_run / "summary.json")
+    cfg = read_run_config(quick_run)
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert {show(summary["val_auc"]), show(summary["always_positive_f2"])} <= set(cells)
+    assert set(dataclasses.asdict(cfg)) | {summary["weights_sha256"]} <= set(cells)
+    assert (quick_run / "report.html").stat().st_mtime_ns <= (
+        quick_run / "summary.json"
+    ).stat().st_mtime_ns
+
+
+def test_a_page_that_cannot_be_drawn_fails_no_training(quick_run, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr("lib.runpage.write_run_page", refuse)
+    overrides = [f"data_dir={read_run_config(quick_run).data_dir}", *QUICK, "epochs=1"]
+    overrides.remove("epochs=2")
+    assert train.main(["--runs", str(tmp_path), *overrides]) == 0
+    (run,) = tmp_path.iterdir()
+    assert (run / "summary.json").is_file() and not (run / "report.html").exists()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "no fonts" in line]
+    assert len(warnings) == 1 and "at all" not in warnings[0]
 
 
 def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
@@ -49,10 +79,10 @@ def test_a_picture_shows_the_very_pixels_of_the_patch(predictions):
     import numpy as np
     from PIL import Image
 
-    from lib.figures import patch_png
+    from lib.blocks import patch_png
     from lib.files import read_csv
     from lib.pcam import open_images
-    from report import read_patch
+    from lib.runpage import read_patch
 
     row = read_csv(predictions)[17]
     drawn = np.asarray(Image.open(io.BytesIO(patch_png(read_patch(row)))))

@@ -1,0 +1,50 @@
+"""The page of a comparison of two runs: every finding, and what was equal to the bit at which
+step.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
+from lib.figures import column, figure_png, new_figure, plot_time_line
+from lib.files import read_csv
+
+
+def write_twin_page(
+    path, findings: list[dict], equal: dict[str, list[bool]], steps: list[int], a: Path, b: Path
+) -> Path:
+    """Write the page of the run folders A and B; `equal` says which quantity was equal at which
+    step.
+    """
+    blocks = [Table(("run", "folder"), [("A", a), ("B", b)])]
+    for finding in findings:
+        is_error = finding["severity"] == "error"
+        sentence = f"{finding['measured']} {finding['advice']}"
+        blocks.append(Heading(finding["check"]))
+        blocks.append(Words(sentence, "alarm" if is_error else "note"))
+        if finding["rows"]:
+            blocks.append(table_of(finding["rows"]))
+        if finding["check"] == "time line" and steps:
+            drawn = figure_png(plot_time_line(equal, steps))
+            blocks.append(Figure("What was equal to the bit, by step", drawn))
+        if finding["check"] == "time line" and is_error:
+            growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
+            blocks.append(Figure("Differences by step", figure_png(growth)))
+    return write_page(path, "Twin runs", blocks)
+
+
+def plot_growth(ours: list[dict], theirs: list[dict]):
+    """Relative difference of losses and gradient norms per step; zeros have no place on the
+    logarithmic axis.
+    """
+    figure, (axes,) = new_figure(1, width=11)
+    for name in ("loss", "grad_norm"):
+        left, right = column(ours, name), column(theirs, name)
+        difference = np.abs(left - right) / np.maximum(left, right)
+        axes.plot(column(ours, "step"), difference, ".-", label=name)
+        if difference.any():
+            axes.set_yscale("log", nonpositive="mask")
+    axes.set(title="relative difference, where there is one", xlabel="step")
+    axes.legend()
+    return figure

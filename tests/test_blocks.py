@@ -1,0 +1,134 @@
+"""Blocks: no text is lost or breaks out of its place, in any of the three forms; a page needs
+nothing else.
+"""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.blocks import (
+    MOST_ROWS,
+    Code,
+    Figure,
+    Gallery,
+    Heading,
+    Table,
+    Words,
+    patch_png,
+    show,
+    table_of,
+    to_markdown,
+    write_page,
+)
+
+NASTY = "<script>alert(1)</script> \"quoted\" 'a' | & <b>"
+PATCH = np.arange(6 * 5 * 3, dtype=np.uint8).reshape(6, 5, 3)
+BLOCKS = [
+    Words(NASTY, "alarm", sources=(NASTY,)),
+    Heading(NASTY),
+    Heading(NASTY, 3, 'an"chor'),
+    Table([NASTY, "n"], [[NASTY, 1.5], ["b", None]], sources=(NASTY,)),
+    Figure(NASTY, patch_png(PATCH), "a.png", (NASTY,)),
+    Gallery([PATCH], [NASTY]),
+    Code(NASTY, NASTY),
+]
+
+
+class Page(HTMLParser):
+    """The tags, attributes and text of a page; checks that what is opened is closed."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_every_text_of_every_block_is_shown_and_escaped(tmp_path):
+    page = Page(write_page(tmp_path / "p.html", NASTY, BLOCKS).read_text())
+    assert page.tags.count("script") == 1 and "b" not in page.tags
+    num_titles, num_words, num_headings, num_contents = 2, 2, 2, 2
+    num_table, num_figure, num_gallery, num_code = 3, 2, 1, 2
+    num = num_titles + num_words + num_headings + num_contents
+    assert page.text.count(NASTY) == num + num_table + num_figure + num_gallery + num_code
+    alts = [value for name, value in page.attributes if name == "alt"]
+    assert alts == [NASTY, NASTY]
+
+
+def test_a_page_fetches_nothing_and_its_links_lead_into_itself(tmp_path):
+    page = Page(write_page(tmp_path / "p.html", "t", BLOCKS).read_text())
+    targets = [value for name, value in page.attributes if name in ("src", "href")]
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert ids == ['an"chor'] and '#an"chor' in targets
+    assert all(target.startswith(("data:", "#")) for target in targets)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: type(block).__name__)
+def test_no_form_of_a_block_leaves_its_text_out(block):
+    for text in (block.to_text(), block.to_markdown()):
+        assert NASTY in text.replace("\\|", "|")
+
+
+def test_a_markdown_table_has_as_many_cells_in_each_line():
+    table = Table(["a|b", "c"], [["|", 1], ["", None], [NASTY, 2.0]])
+    lines = table.to_markdown().splitlines()
+    assert len(lines) == 5 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {3}
+
+
+def test_a_long_table_names_the_file_that_has_the_rest():
+    rows = [[number] for number in range(MOST_ROWS + 4)]
+    whole, cut = Table(["n"], rows), Table(["n"], rows, full="all.html")
+    assert len(whole.to_markdown().splitlines()) == len(rows) + 2
+    assert len(cut.to_markdown().splitlines()) == MOST_ROWS + 2 + 2
+    assert "4" in cut.to_markdown().splitlines()[-1] and "all.html" in cut.to_markdown()
+    assert cut.to_html() == whole.to_html()
+
+
+def test_a_table_of_dicts_has_every_column_that_any_row_has():
+    table = table_of([{"a": 1}, {"b": 2, "a": 3}])
+    assert table.header == ["a", "b"] and table.rows == [[1, None], [3, 2]]
+    assert table_of([{"a": 1, "b": 2}], ("b",)).rows == [[2]]
+
+
+def test_the_terminal_form_of_a_table_is_aligned():
+    lines = Table(["name", "n"], [["long name", 0.123456789], ["b", None]]).to_text().splitlines()
+    assert len(lines) == 3 and lines[1].index("0.123457") == lines[0].index("n", 4)
+
+
+def test_marks_within_words_become_html_and_only_those():
+    block = Words("see `a<b` and **c** at https://x.org/?a=1&b=2")
+    assert "<code>a&lt;b</code>" in block.to_html() and "<b>c</b>" in block.to_html()
+    assert '<a href="https://x.org/?a=1&amp;b=2">' in block.to_html()
+
+
+def test_a_gallery_holds_the_very_pixels_of_its_patches():
+    (data,) = re.findall(r'base64,([^"]*)"', Gallery([PATCH], ["a"]).to_html())
+    drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    assert np.array_equal(drawn, PATCH)
+
+
+def test_numbers_have_four_digits_and_none_is_empty():
+    shown = [show(value) for value in (None, 0.123456, 123456.7, 1234567, True, "a")]
+    assert shown == ["", "0.1235", "123,457", "1,234,567", "True", "a"]
+
+
+def test_markdown_is_blocks_apart_by_an_empty_line():
+    assert to_markdown([Heading("a", 1), Words("b")]) == "# a\n\nb"
