@@ -106,7 +106,7 @@ def test_every_source_gives_the_same_rows_in_the_order_of_the_numbers(tmp_path, 
 
 
 def test_jpeg_pixels_are_pillows_and_equal_numbers_go_by_label_then_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.ingest, "BLOCK_ROWS", 4)  # several blocks
+    monkeypatch.setattr(lib.prepare.ingest, "BLOCK_ROWS", 4)  # several blocks
     order = ["0/a7.jpg", "1/a7.jpg", "1/b07.jpg", "1/a8.jpg", "0/x9_10.jpg", "0/none.jpg"]
     files = {
         f"train/{name}": encode(patch, "jpg", quality=75)
@@ -362,7 +362,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, large_tar, mon
         pytest.skip("needs the right to mount a small disk")
     try:
         if noticed == "while writing":
-            monkeypatch.setattr(lib.ingest, "require_space", lambda *_: None)
+            monkeypatch.setattr(lib.prepare.ingest, "require_space", lambda *_: None)
         text = (
             "11.1 MB are needed and 8.4 MB are free"
             if noticed == "before"
