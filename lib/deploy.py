@@ -17,10 +17,10 @@ from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config, change_free_keys, parse_overrides
 from lib.device import choose_device
+from lib.features import MAX_REFERENCE_ROWS, build_reference, measure_features
 from lib.metrics import compute_metrics, sigmoid
 from lib.pcam import Split
 from lib.predict import predict_rows
-from lib.reference import MOST_ROWS, build_reference, measure_features
 from lib.seeding import set_determinism
 
 
@@ -28,7 +28,7 @@ def sample_features(split: Split, index: np.ndarray) -> tuple[np.ndarray, np.nda
     """Features (B, 6) of some of the rows `index` int64 (N,), drawn evenly, and their places in
     it.
     """
-    places = np.linspace(0, len(index) - 1, min(MOST_ROWS, len(index))).astype(np.int64)
+    places = np.linspace(0, len(index) - 1, min(MAX_REFERENCE_ROWS, len(index))).astype(np.int64)
     return measure_features(split.images.read(index[places])), places
 
 

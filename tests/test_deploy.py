@@ -1,4 +1,4 @@
-"""lib/deploy.py and lib/reference.py: what a finished checkpoint carries to be used elsewhere."""
+"""lib/deploy.py and the reference of lib/features.py: what a finished checkpoint carries to be used elsewhere."""
 
 import dataclasses
 import shutil
@@ -12,11 +12,10 @@ from lib import deploy
 from lib.batches import PatchSource, fold_of_rows, group_of_rows, open_train_valid
 from lib.calibration import calibration_scores, choose_threshold, decision_scores
 from lib.checkpoint import load_checkpoint, load_model
-from lib.features import NAMES
+from lib.features import NAMES, build_reference, judge_batch, measure_features, patch_scores
 from lib.files import read_json
 from lib.metrics import sigmoid
 from lib.predict import predict_rows
-from lib.reference import build_reference, judge_batch, measure_features, patch_scores
 
 
 def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_them(quick_run):
