@@ -74,11 +74,11 @@ def main(argv=None) -> int:
     from lib.calibration import calibrate
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
+    from lib.features import farthest_features, judge_batch, measure_features, patch_scores
     from lib.inputs import read_inputs
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
     from lib.predict import predict_batch, ready_to_predict
     from lib.progress import Progress
-    from lib.reference import farthest_features, judge_batch, measure_features, patch_scores
     from lib.seeding import set_determinism
 
     # load

@@ -73,18 +73,17 @@ class PatchSource:
     def __init__(self, images: Images, residence: str, device: torch.device):
         self.images, self.device = images, device
         self.residence = choose_residence(images, residence, device)
-        if self.residence == "disk":
-            self.patches = None if images.mapped is None else torch.from_numpy(images.mapped)
-            if images.mapped is None:
-                say(
-                    f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
-                    " prepare.py repack mends that"
-                )
+        self.rows = None  # (N, 27648) uint8, unless each patch has to be decoded
+        if self.residence != "disk":
+            place = device if self.residence == "device" else torch.device("cpu")
+            self.rows = read_whole(images, place).view(images.num, -1)
+        elif images.mapped is not None:
+            self.rows = torch.from_numpy(images.mapped).view(images.num, -1)
         else:
-            self.patches = read_whole(
-                images, device if self.residence == "device" else torch.device("cpu")
+            say(
+                f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
+                " prepare.py repack mends that"
             )
-        self.rows = None if self.patches is None else self.patches.view(images.num, -1)
 
     def __len__(self) -> int:
         return self.images.num
@@ -96,19 +95,14 @@ class PatchSource:
         if self.residence == "device":
             return torch.index_select(self.rows, 0, rows).view(-1, *PATCH_SHAPE)
         if self.rows is None:
-            out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
-        elif self.residence == "disk":
+            return out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
+        target = out.view(len(rows), -1)
+        if self.residence == "host":
+            torch.index_select(self.rows, 0, rows, out=target)
+        else:
             # may stall on a page: in the background, and there one thread that keeps out of the way
             self.images.will_need(rows.numpy())
-            np.take(
-                self.rows.numpy(),
-                rows.numpy(),
-                axis=0,
-                out=out.view(len(rows), -1).numpy(),
-                mode="clip",
-            )
-        else:
-            torch.index_select(self.rows, 0, rows, out=out.view(len(rows), -1))
+            np.take(self.rows.numpy(), rows.numpy(), axis=0, out=target.numpy(), mode="clip")
         return out
 
     @property
@@ -194,11 +188,9 @@ def read_quarantine(path, split: str, reasons) -> dict[int, str]:
     for number, row in enumerate(rows, 2):
         if row["split"] != split or row["reason"] not in reasons:
             continue
-        if (index := row_number(row["index"])) is None:
-            raise BadInput(
-                f"quarantine {path}, line {number}: the index {row['index'][:40]!r} is not a row"
-                " number"
-            )
+        index = row_number(row["index"])
+        if index is None:
+            raise BadInput(f"quarantine {path}, line {number}: the index is not a row number")
         suspects.setdefault(index, row["reason"])
     return suspects
 
@@ -247,11 +239,11 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
     share, parts = len(index) // 2, []
     for label in (0, 1):
         members = index[torch.from_numpy(np.flatnonzero(rows.labels == label)).to(device)]
-        for repeat in range(-(-share // len(members))):
-            order = position_permutation(
-                len(members), cfg.seed, epoch, CLASS_ORDER, label, repeat, device=device
-            )
-            parts.append(members[order][: share - repeat * len(members)] + repeat * num_total)
+        num = len(members)
+        for repeat in range(-(-share // num)):
+            position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
+            order = position_permutation(num, *position, device=device)
+            parts.append(members[order][: share - repeat * num] + repeat * num_total)
     keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
@@ -268,6 +260,8 @@ def load_batches(
     """
     if not batches:
         return
+    if prefetch is None:
+        prefetch = source.can_stall
     num, device = len(source), source.device
     sizes = [len(keys) for keys in batches]
     keys = torch.cat(batches)  # of all batches, which cross to the device together
@@ -276,11 +270,7 @@ def load_batches(
     if source.residence == "device":
         gathered = ((source.gather(part % num), 0.0) for part in device_keys)
     else:
-        gathered = gather_ahead(
-            source,
-            (keys % num).cpu().split(sizes),
-            source.can_stall if prefetch is None else prefetch,
-        )
+        gathered = gather_ahead(source, (keys % num).cpu().split(sizes), prefetch)
     with contextlib.closing(gathered):
         for part, (images, wait_s) in zip(device_keys, gathered, strict=True):
             yield Batch(images, targets[part % num], part, num, wait_s)
@@ -293,11 +283,8 @@ def gather_ahead(
     seconds waited for them.
     """
     on_gpu = source.device.type == "cuda"
-    size = max(len(rows) for rows in batches)
-    buffers = [
-        torch.empty((size, *PATCH_SHAPE), dtype=torch.uint8, pin_memory=on_gpu)
-        for _ in range(NUM_BUFFERS)
-    ]
+    shape = (NUM_BUFFERS, max(len(rows) for rows in batches), *PATCH_SHAPE)
+    buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
     copies = [None] * NUM_BUFFERS  # of each buffer to the GPU, as events
     # or copies would queue behind the model's steps
     stream = torch.cuda.Stream(source.device) if on_gpu else None
@@ -306,7 +293,7 @@ def gather_ahead(
         rows, place = batches[number], number % NUM_BUFFERS
         if copies[place]:
             copies[place].synchronize()  # what the buffer held has to have left it
-        images = source.gather(rows, buffers[place][: len(rows)])
+        images = source.gather(rows, buffers[place, : len(rows)])
         if on_gpu:
             with torch.cuda.stream(stream):
                 images = images.to(source.device, non_blocking=True)
@@ -315,10 +302,10 @@ def gather_ahead(
 
     ahead = NUM_BUFFERS - 1 if prefetch else 0  # the last one is with the model
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        pending = deque(pool.submit(fill, number) for number in range(min(ahead, len(batches))))
+        pending = deque(pool.submit(fill, number) for number in range(len(batches))[:ahead])
         for number in range(len(batches)):
             started_at = time.perf_counter()
-            images = pending.popleft().result() if prefetch else fill(number)
+            images = pending.popleft().result() if pending else fill(number)
             if on_gpu:
                 current = torch.cuda.current_stream(source.device)
                 current.wait_event(copies[number % NUM_BUFFERS])

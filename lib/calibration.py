@@ -8,6 +8,7 @@ from lib.batches import PatchSource, Rows, fold_of_rows
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config
+from lib.features import MOST_ROWS, build_reference, measure_features
 from lib.groups import groups_for_halves
 from lib.metrics import (
     as_arrays,
@@ -20,7 +21,6 @@ from lib.metrics import (
 )
 from lib.pcam import Split
 from lib.predict import predict_rows
-from lib.reference import MOST_ROWS, build_reference, measure_features
 
 NUM_BINS = 15
 MAX_TEMPERATURE = 100.0  # a temperature lies between this and its inverse

@@ -2,8 +2,6 @@
 Nothing is unpacked to disk.
 """
 
-import contextlib
-import ctypes
 import io
 import itertools
 import logging
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image
 
 from lib.command import BadInput, one_line
 from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path, to_uint8
@@ -27,17 +25,13 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 FORMATS = ("PNG", "JPEG", "TIFF")
 # what Pillow turns into 8-bit RGB without a choice to make
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-LONG_NAMES = b"LKxgX"  # types of members that describe the next one
-MOST_BYTES = 1 << 20  # of an encoded patch, or of a name in a tar
-MOST_TILE = 1 << 22  # pixels of a TIFF's tile, all of which are decoded, whatever the image's size
+MAX_BYTES = 1 << 20  # of a file that is read: a patch has less, and a slide is refused unread
 NUM_DECODERS = 2
 BLOCK = 256
 
-# what Pillow and libtiff find wrong with a file is told as the reason of its row, not on stderr
-# beside
+# what Pillow finds wrong with a file is the reason in its row, not a line on stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-with contextlib.suppress(AttributeError, OSError):  # of a Pillow whose libtiff cannot be reached
-    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
+warnings.filterwarnings("ignore", module="PIL")
 
 
 @dataclass(frozen=True)
@@ -53,45 +47,39 @@ class Block:
     errors: list[str | None]
 
 
-def decode_patch(data: bytes, name) -> np.ndarray:
-    """An encoded image as uint8 (96, 96, 3). Raises BadInput if it is unreadable, no PNG, JPEG or
-    TIFF, of another size, one of several pages, or not 8 bits a channel."""
-    advice = "it must be 96x96 (cut patches at 0.97 um a pixel, do not scale)"
+def decode_patch(data: bytes | Path, name) -> np.ndarray:
+    """An encoded image, or such a file, as uint8 (96, 96, 3). Raises BadInput if it is unreadable,
+    no PNG, JPEG or TIFF, of another size, one of several pages, or not 8 bits a channel.
+    """
     try:
-        if len(data) > MOST_BYTES:
-            raise BadInput(
-                f"{name} has more than {MOST_BYTES:,} bytes, too many for a patch: {advice}"
-            )
+        if isinstance(data, Path):
+            with data.open("rb") as file:
+                data = file.read(MAX_BYTES)
+        if not data:
+            raise BadInput(f"{name} is empty, or no plain file")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if (image.height, image.width) != PATCH_SHAPE[:2]:
-                raise BadInput(f"{name} is {image.width}x{image.height} pixels, {advice}")
+            if image.size != PATCH_SHAPE[:2]:
+                raise BadInput(
+                    f"{name} is {image.width}x{image.height} pixels, it must be 96x96"
+                    " (cut patches at 0.97 um a pixel, do not scale)"
+                )
             # Pillow drops the lower bits of such RGB in silence
             if any(";16" in str(tile[3]) for tile in image.tile):
                 raise BadInput(f"{name} has 16 bits a channel, it must be 8")
             if image.mode not in EXACT_MODES:
-                raise BadInput(
-                    f"{name} has the pixel type {image.mode}, allowed are {', '.join(EXACT_MODES)}"
-                )
-            tags = getattr(image, "tag_v2", {})
-            if (
-                tags.get(TiffImagePlugin.TILEWIDTH, 1) * tags.get(TiffImagePlugin.TILELENGTH, 1)
-                > MOST_TILE
-            ):
-                raise BadInput(f"{name} has tiles far larger than its 96x96 pixels")
+                allowed = ", ".join(EXACT_MODES)
+                raise BadInput(f"{name} has the pixel type {image.mode}, allowed are {allowed}")
+            if getattr(image, "n_frames", 1) > 1:
+                raise BadInput(f"{name} holds several pages, it must be a single image")
             if image.format == "PNG":
                 # its checksums, at which decoding does not look
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()
-            patch = np.asarray(image.convert("RGB"))
-            with contextlib.suppress(EOFError):
-                image.seek(1)
-                raise BadInput(f"{name} holds several pages, it must be a single image")
-            return patch
+            return np.asarray(image.convert("RGB"))
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
-        unknown = isinstance(error, UnidentifiedImageError)  # its text names a memory address
-        why = "neither PNG, JPEG nor TIFF, or its header is damaged" if unknown else one_line(error)
-        raise BadInput(f"{name} is not a readable image ({why})") from None
+        why = one_line(error).partition(" <")[0]  # a memory address follows
+        raise BadInput(f"{name} is not a readable image (PNG, JPEG or TIFF): {why}") from None
 
 
 def is_image(name: str) -> bool:
@@ -107,17 +95,6 @@ def refuse(error: OSError):
     raise error
 
 
-class CheckedMember(tarfile.TarInfo):
-    """A member of a tar whose header is not taken on trust: tarfile reads any size, and goes back
-    where it is negative.
-    """
-
-    def _proc_member(self, tar):  # which tarfile calls for every header, and leaves to subclasses
-        if self.size < 0 or (self.type in LONG_NAMES and self.size > MOST_BYTES):
-            raise tarfile.ReadError(f"a header declares {self.size:,} bytes")
-        return super()._proc_member(tar)
-
-
 def walk_tar(path: Path, archive=None, load=False):
     """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images
     among it.
@@ -126,38 +103,22 @@ def walk_tar(path: Path, archive=None, load=False):
     the folder.
     """
     try:
-        with tarfile.open(path, fileobj=archive, tarinfo=CheckedMember) as tar:
-            while (member := tar.next()) is not None:
+        with tarfile.open(path, fileobj=archive) as tar:
+            for member in iter(tar.next, None):
                 tar.members.clear()  # tarfile would keep 1.5 KB of every member
-                name = PurePosixPath(member.name)
+                name, data = PurePosixPath(member.name), None
                 if name.is_absolute() or ".." in name.parts:
                     raise BadInput(
                         f"{path} holds the path '{name}', which climbs out of its folder: the whole"
                         " tar is refused"
                     )
-                if member.size < 0:  # by an extended header
-                    raise BadInput(
-                        f"{path} is damaged: the member '{name}' has {member.size:,} bytes"
-                    )
-                wanted = load and member.isfile() and is_image(name.name)
-                yield (
-                    str(name),
-                    member,
-                    tar.extractfile(member).read(MOST_BYTES + 1) if wanted else None,
-                )
+                if load and member.isfile() and is_image(name.name):
+                    data = tar.extractfile(member).read(MAX_BYTES)
+                yield str(name), member, data
+            # tarfile takes a cut or damage between members for the end, which is a block of zeros
             tar.fileobj.seek(tar.offset)
-            # tarfile takes a cut or damage between members for the end
             if tar.fileobj.read(512) != bytes(512):
-                raise BadInput(
-                    f"{path} is cut off or damaged at byte {tar.offset:,}: a tar ends in blocks of"
-                    " zeros"
-                )
-            while rest := tar.fileobj.read(1 << 20):  # behind which a packed one has its checksum
-                # zeros in place of a header would end the tar before its time
-                if rest.strip(b"\0"):
-                    raise BadInput(
-                        f"{path} is damaged: something stands behind its end at byte {tar.offset:,}"
-                    )
+                raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}")
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in tarfile
@@ -168,10 +129,11 @@ def read_inputs(paths, split: str = "") -> Iterator[Block]:
     """Yield blocks over the inputs in the order given, folders in sorted order. Raises BadInput for
     what is not there.
     """
-    for path in map(Path, paths):
+    paths = [Path(path) for path in paths]
+    for path in paths:
         if not path.exists():
             raise BadInput(f"no such input: {path}")
-    for path in map(Path, paths):
+    for path in paths:
         if path.is_dir() and any(path.glob("camelyonpatch_level_2_split_*")):
             yield from _pcam_blocks(path, split)
         elif path.suffix.lower() in (".h5", ".hdf5") and not path.is_dir():
@@ -181,88 +143,72 @@ def read_inputs(paths, split: str = "") -> Iterator[Block]:
 
 
 def _pcam_blocks(folder: Path, split: str) -> Iterator[Block]:
-    there = [name for name in SPLITS if split_path(folder, name, "x").exists()]
-    if split not in there:
-        raise BadInput(
-            f"{folder} is a PCam folder: choose --split from"
-            f" {', '.join(there) or 'none, it has no x file'}"
-        )
-    if split_path(folder, split, "y").exists():
-        opened = open_split(folder, split)
-        return _array_blocks(opened.images, opened.labels.tolist())
-    return _array_blocks(open_images(split_path(folder, split, "x")))
+    splits = [name for name in SPLITS if split_path(folder, name, "x").exists()]
+    if split not in splits:
+        choices = ", ".join(splits) or "none, it has no x file"
+        raise BadInput(f"{folder} is a PCam folder: choose --split from {choices}")
+    if not split_path(folder, split, "y").exists():
+        return _array_blocks(open_images(split_path(folder, split, "x")))
+    opened = open_split(folder, split)
+    return _array_blocks(opened.images, opened.labels.tolist())
 
 
 def _array_blocks(images, labels=None) -> Iterator[Block]:
+    labels = labels or [None] * images.num
     for start, stored in images.stored_blocks(BLOCK):
         rows = range(start, start + len(stored))
-        known = [labels[row] if labels else None for row in rows]
-        # NaN is neither
-        sound = stored.dtype == np.uint8 or ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))
-        why = f"{images.path} holds NaN, or values below 0 or above 255, in row"
-        errors = [
-            None if is_sound else f"{why} {row:,}"
-            for row, is_sound in zip(rows, np.broadcast_to(sound, len(rows)), strict=True)
-        ]
-        yield Block([str(images.path)] * len(rows), list(rows), to_uint8(stored), known, errors)
+        errors = [None] * len(rows)
+        if stored.dtype != np.uint8:
+            is_sound = ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))  # NaN is neither
+            for place in np.flatnonzero(~is_sound):
+                errors[place] = (
+                    f"{images.path} holds NaN, or values below 0 or above 255, in row"
+                    f" {rows[place]:,}"
+                )
+        sources = [str(images.path)] * len(rows)
+        yield Block(sources, list(rows), to_uint8(stored), labels[start : rows.stop], errors)
 
 
-def _image_blocks(path: Path) -> Iterator[Block]:
-    """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while
-    it decodes.
-    """
+def _list_images(path: Path) -> Iterator[tuple[str, Path | bytes]]:
+    """Yield (name, file or its bytes) of an image, or of the images in a folder or tar."""
     if path.is_dir():
-        walk = os.walk(path, onerror=refuse)
-        # no folders
-        files = sorted(
-            Path(parent, name) for parent, _, names in walk for name in names if is_image(name)
-        )
-        found = ((str(file), file) for file in files)
+        files = []
+        for parent, _, names in os.walk(path, onerror=refuse):
+            files += [Path(parent, name) for name in names if is_image(name)]
+        yield from ((str(file), file) for file in sorted(files))
     elif is_tar(path):
-        members = (
-            (PurePosixPath(name), member, data) for name, member, data in walk_tar(path, load=True)
-        )
-        found = (
-            (f"{path}/{name}", data)
-            for name, member, data in members
-            if is_image(name.name) and not member.isdir()
-        )
-    elif is_image(path.name) and path.is_file():
-        found = iter([(str(path), path)])
+        for name, member, data in walk_tar(path, load=True):
+            if is_image(PurePosixPath(name).name) and not member.isdir():
+                yield f"{path}/{name}", data or b""
+    elif is_image(path.name):
+        yield str(path), path
     else:
         raise BadInput(
             f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and"
             " tars of images"
         )
 
-    num = 0
+
+def _image_blocks(path: Path) -> Iterator[Block]:
+    """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while
+    it decodes.
+    """
+    images = _list_images(path)
     with ThreadPoolExecutor(NUM_DECODERS) as pool:
-        while chunk := list(itertools.islice(found, BLOCK)):
-            with warnings.catch_warnings(action="ignore"):  # of Pillow, in the threads too
-                patches, errors = zip(*pool.map(_decode, chunk), strict=True)
-            num += len(chunk)
-            yield Block(
-                [name for name, _ in chunk],
-                [0] * len(chunk),
-                np.stack(patches),
-                [None] * len(chunk),
-                list(errors),
-            )
-    if not num:
-        raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        items = list(itertools.islice(images, BLOCK))
+        if not items:
+            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        while items:
+            patches, errors = zip(*pool.map(_decode, items), strict=True)
+            num, sources = len(items), [name for name, _ in items]
+            yield Block(sources, [0] * num, np.stack(patches), [None] * num, list(errors))
+            items = list(itertools.islice(images, BLOCK))
 
 
-def _decode(item: tuple[str, Path | bytes | None]) -> tuple[np.ndarray, str | None]:
+def _decode(item: tuple[str, Path | bytes]) -> tuple[np.ndarray, str | None]:
     """The patch of (name, file or its bytes), or a black one and the reason."""
     name, data = item
     try:
-        if data is None or (isinstance(data, Path) and not data.is_file()):
-            raise BadInput(f"{name} is a link, a pipe or a device, not a file")
-        if isinstance(data, Path):
-            with data.open("rb") as file:
-                data = file.read(MOST_BYTES + 1)
         return decode_patch(data, name), None
-    except (BadInput, OSError) as error:
-        return np.zeros(PATCH_SHAPE, np.uint8), (
-            str(error) if isinstance(error, BadInput) else f"{name}: {one_line(error)}"
-        )
+    except BadInput as error:
+        return np.zeros(PATCH_SHAPE, np.uint8), str(error)

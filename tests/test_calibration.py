@@ -1,4 +1,4 @@
-"""lib/calibration.py and lib/reference.py: what is fitted is what was planted, a threshold does what
+"""lib/calibration.py and lib/features.py: what is fitted is what was planted, a threshold does what
 its rule says, and a finished checkpoint carries both. lib/audit/resampling.py: intervals cover.
 """
 
@@ -29,12 +29,11 @@ from lib.calibration import (
     reliability,
 )
 from lib.checkpoint import load_checkpoint, load_model
-from lib.features import NAMES
+from lib.features import NAMES, build_reference, judge_batch, measure_features, patch_scores
 from lib.files import read_json
 from lib.groups import groups_for_halves, write_groups
 from lib.metrics import compute_auc, compute_metrics, curve_points, sigmoid
 from lib.predict import predict_rows
-from lib.reference import build_reference, judge_batch, measure_features, patch_scores
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(5)

@@ -1,5 +1,5 @@
-"""Hundreds of damaged and hostile files, under one seed, and what inference.py promises for every
-one of them.
+"""Damaged files and hostile checkpoints, under one seed, and what inference.py promises for every one
+of them.
 
 An exit code of the contract, one sentence and no traceback, a row an input in input order, good
 patches judged as if they were alone, nothing carried out, and nothing written but the file that was
@@ -11,27 +11,22 @@ import csv
 import faulthandler
 import gzip
 import io
-import itertools
 import json
 import os
 import random
 import re
-import socket
-import struct
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
 import warnings
-import zlib
 from pathlib import Path
 
-import h5py
 import hostile
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_script
-from hostile import LABELS, NUM_PATCHES, PATCHES, damage, mangle_csv, write_h5, zeros_packed
+from conftest import run_script
+from hostile import LABELS, NUM_PATCHES, PATCHES, damage, mangle_csv, write_h5
 from PIL import Image
 from test_inputs import encode, write_tar
 
@@ -138,8 +133,8 @@ class Out:
             watch.folder, watch.seen = self.folder, []
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = main([str(argument) for argument in arguments])
-            spilt.seek(0)
-            assert not spilt.read() and not remarks, [str(remark.message) for remark in remarks]
+            # lib.inputs has those of Pillow ignored, which `always` overrides
+            assert all("PIL" in remark.filename for remark in remarks), remarks
         assert not watch.seen
         assert time.process_time() - began_s < MOST_S
         result, err = json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
@@ -191,12 +186,6 @@ def out(tmp_path) -> Out:
     return Out(tmp_path / "out")
 
 
-@pytest.fixture(scope="module")
-def counted() -> dict[str, int]:
-    """How many files of each kind were handed over so far."""
-    return {"image": 0, "tar": 0, "HDF5": 0, "CSV": 0, "checkpoint": 0}
-
-
 def draws(kind: str, num: int):
     """(number, source of randomness) for so many files of a kind."""
     return ((number, random.Random(f"{SEED} {kind} {number}")) for number in range(num))
@@ -228,112 +217,53 @@ def good(quick_run, tmp_path_factory) -> dict[str, tuple[bytes, float]]:
     return {name: (data, prob) for (name, data), prob in zip(made.items(), probs, strict=True)}
 
 
-@pytest.fixture(scope="module")
-def pictures(good, counted) -> dict[str, bytes]:
-    """{name: bytes} of good, damaged and hostile images in a random order, which is that of their
-    names.
-    """
-    made = [(Path(name).suffix, data) for name, (data, _) in good.items() for _ in range(6)]
-    whole = [data for data, _ in good.values()]
-    for number, rng in draws("image", 200):
-        suffix = (
-            Path(list(good)[number % len(good)]).suffix
-            if rng.random() < 0.9
-            else rng.choice((".PNG", ".jpeg", ".tif"))
-        )
-        made.append(
-            (
-                suffix,
-                damage(
-                    whole[number % len(good)], rng, rng.choice(whole), head=rng.choice((0, 0, 300))
-                ),
-            )
-        )
-    made += hostile.hostile_images().items()
-    counted["image"] += len(made) - 6 * len(good)
-    random.Random(SEED).shuffle(made)
-    odd = itertools.cycle([*ODD_NAMES, *[""] * 30])
-    return {f"{number:03}{next(odd)}{end}": data for number, (end, data) in enumerate(made)}
-
-
-def verdict(row: dict, name) -> tuple:
-    """What a row says of an image, wherever that lies: the probability, and the reason without the
-    name.
-    """
-    return row["probability"] and round(float(row["probability"]), 5), (
-        row.get("error") or ""
-    ).replace(str(name), "")
-
-
-def test_damaged_images_among_good_ones(quick_run, good, pictures, out, tmp_path):
+def test_damaged_images_among_good_ones_keep_their_rows(quick_run, good, out, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
-    files = [folder / name for name in pictures]
-    for path, data in zip(files, pictures.values(), strict=True):
-        path.write_bytes(data)
+    probs, whole = {}, [data for data, _ in good.values()]
+    for number, rng in draws("image", 100):
+        name, (data, prob) = list(good.items())[number % len(good)]
+        path = folder / f"{number:03}{ODD_NAMES[number % len(ODD_NAMES)]}{Path(name).suffix}"
+        is_whole = number % 3 == 0
+        path.write_bytes(data if is_whole else damage(data, rng, rng.choice(whole), head=300))
+        probs[str(path)] = prob if is_whole else None
     rows = out.infer(quick_run, folder, expect=1)[1]
-    assert [row["source"] for row in rows] == [str(path) for path in files]
-    whole, refused = dict(good.values()), set(hostile.hostile_images().values())
-    for row, data in zip(rows, pictures.values(), strict=True):
-        assert data not in whole or float(row["probability"]) == pytest.approx(
-            whole[data], abs=1e-6
-        ), row["source"]
-        assert data not in refused or row["error"], (
-            f"{row['source']} is none of the images that are read"
-        )
-    found = {path: verdict(row, path) for path, row in zip(files, rows, strict=True)}
-    assert 0.3 < np.mean([bool(error) for _, error in found.values()]) < 0.8
-
-    shuffled = random.Random(SEED).sample(files, len(files))
-    rows = out.infer(quick_run, *shuffled, expect=1)[1]
-    assert [row["source"] for row in rows] == [str(path) for path in shuffled]
-    assert [verdict(row, row["source"]) for row in rows] == [found[path] for path in shuffled]
-
-    tar = write_tar(
-        tmp_path / "pictures.tar", [(path.name, path.read_bytes()) for path in shuffled]
-    )
-    rows = out.infer(quick_run, tar, expect=1)[1]
-    assert [row["source"] for row in rows] == [f"{tar}/{path.name}" for path in shuffled]
-    assert [verdict(row, row["source"]) for row in rows] == [found[path] for path in shuffled]
-
-    for path in shuffled[:20]:
-        rows = out.infer(quick_run, path, expect=2 if found[path][1] else 0)[1]
-        assert [verdict(row, path) for row in rows] == ([] if found[path][1] else [found[path]])
+    assert [row["source"] for row in rows] == sorted(probs)
+    for row in rows:
+        prob = probs[row["source"]]
+        assert prob is None or float(row["probability"]) == pytest.approx(prob, abs=1e-6)
+    assert sum(bool(row["error"]) for row in rows) > 20
 
 
-def test_what_is_named_as_an_image_and_is_no_file(quick_run, good, out, counted, tmp_path):
-    folder = tmp_path / "odd"
-    (folder / "b.png" / "deep.png").mkdir(parents=True)
-    (folder / "a.png").write_bytes(good["rgb.png"][0])
-    (folder / "b.png" / "deep.png" / "c.tif").write_bytes(good["raw.tif"][0])
-    os.mkfifo(folder / "d.png")
-    (folder / "e.png").symlink_to(folder / "e.png")
-    (folder / "f.png").symlink_to(tmp_path / "nothing.png")
-    (folder / "g.png").symlink_to(folder, target_is_directory=True)
-    (folder / "h.png").symlink_to(folder / "a.png")
-    (folder / "j.png").symlink_to("/dev/zero")
-    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener, contextlib.chdir(folder):
-        listener.bind("i.png")
-    names = ["a.png", "b.png/deep.png/c.tif", "d.png", "e.png", "f.png", "h.png", "i.png", "j.png"]
-    rows = out.infer(quick_run, folder, expect=1)[1]
-    assert [row["source"] for row in rows] == [str(folder / name) for name in names]
-    assert [name for name, row in zip(names, rows, strict=True) if not row["error"]] == [
-        *names[:2],
-        "h.png",
-    ]
-    codes = {
-        "d.png": 2,
-        "e.png": 2,
-        "f.png": 2,
-        "i.png": 2,
-        "j.png": 2,
-        "h.png": 0,
-        "b.png": 0,
-        "n" * 300 + ".png": 2,
-    }
-    for name, code in codes.items():
-        out.infer(quick_run, folder / name, expect=code)
-    counted["image"] += len(codes)
+def test_damaged_tars(quick_run, good, out, tmp_path):
+    data = [good[name][0] for name in ("rgb.png", "palette.png")]
+    members = [(f"{number}.png", data[number % 2]) for number in range(6)]
+    tar = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    codes = set()
+    for number, rng in draws("tar", 40):
+        whole, suffix = rng.choice([(tar, ".tar"), (gzip.compress(tar, mtime=0), ".tgz")])
+        path = tmp_path / f"{number}{suffix}"
+        path.write_bytes(damage(whole, rng, data[0], head=rng.choice((0, 520))))
+        code, rows, err = out.infer(quick_run, path)
+        assert code != 2 or str(path) in err
+        assert all(row["source"].startswith(f"{path}/") for row in rows)
+        codes.add(code)
+    assert {0, 2} <= codes
+
+
+def test_damaged_hdf5(quick_run, out, tmp_path):
+    packed = {"chunks": (4, 96, 96, 3), "compression": "gzip", "shuffle": True}
+    layouts = [{}, packed | {"libver": "latest"}, {"data": PATCHES.astype(np.float32)}]
+    kinds = [write_h5(tmp_path / "k.h5", **layout) for layout in layouts]
+    codes = []
+    for number, rng in draws("HDF5", 60):
+        path = tmp_path / f"{number}.h5"
+        path.write_bytes(damage(kinds[number % 3], rng, kinds[0], head=rng.choice((0, 3000))))
+        code, rows, err = out.infer(quick_run, path)
+        assert code != 2 or str(path) in err
+        assert [int(row["index"]) for row in rows] == list(range(len(rows)))
+        codes.append(code)
+    assert 5 < codes.count(2) < 55
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -351,116 +281,6 @@ def test_what_may_not_be_read(quick_run, good, out, tmp_path):
     assert "sub" in out.infer(quick_run, tmp_path / "in", expect=2)[2], "not left out in silence"
 
 
-def test_hostile_and_damaged_tars(quick_run, good, out, counted, tmp_path):
-    (png, prob), (other, other_prob) = good["rgb.png"], good["palette.png"]
-    for name, (data, code) in hostile.hostile_tars(png).items():
-        path = tmp_path / f"{counted['tar']}{'.tar.gz' if name.endswith('.gz') else '.tar'}"
-        path.write_bytes(data)
-        found, rows, err = out.infer(quick_run, path)
-        assert found == code, (name, err, rows)
-        for row in rows:
-            assert row["source"].startswith(f"{path}/")
-            assert row.get("error") or float(row["probability"]) == pytest.approx(prob, abs=1e-6), (
-                name
-            )
-        counted["tar"] += 1
-    images = {
-        f"{number}.png": (png, prob) if number % 2 else (other, other_prob) for number in range(6)
-    }
-    whole = write_tar(
-        tmp_path / "whole.tar", [(name, data) for name, (data, _) in images.items()]
-    ).read_bytes()
-    codes = []
-    for number, rng in draws("tar", 50):
-        packed = rng.random() < 0.4
-        path = (
-            tmp_path
-            / f"damaged {number}{'.tgz' if packed else rng.choice(('.tar', '.tar.gz', '.TAR.XZ'))}"
-        )
-        path.write_bytes(
-            damage(
-                gzip.compress(whole, mtime=0) if packed else whole,
-                rng,
-                png,
-                head=rng.choice((0, 520)),
-            )
-        )
-        code, rows, _ = out.infer(quick_run, path)
-        codes.append(code)
-        names = [row["source"][len(str(path)) + 1 :] for row in rows]
-        assert names == sorted(names, key=list(images).index) and (code or names == list(images)), (
-            "all, in the order of the tar"
-        )
-        # which both a header and a PNG have a checksum for
-        for name, row in zip(names, rows, strict=True):
-            assert row.get("error") or float(row["probability"]) == pytest.approx(
-                images[name][1], abs=1e-6
-            )
-    counted["tar"] += len(codes)
-    assert {0, 1, 2} == set(codes)
-
-
-def test_hostile_and_damaged_hdf5(quick_run, out, counted, tmp_path):
-    write_h5(tmp_path / "whole.h5")
-    probs = [
-        float(row["probability"])
-        for row in out.infer(quick_run, tmp_path / "whole.h5", expect=0)[1]
-    ]
-    (tmp_path / "by hand").mkdir()
-    for name, (make, code) in hostile.hostile_h5(tmp_path / "by hand").items():
-        path = tmp_path / f"{name}.h5"
-        with h5py.File(path, "w") as file:
-            make(file)
-        found, rows, err = out.infer(quick_run, path)
-        assert found == code and (code == 0 or str(path) in err), (name, err)
-        assert name == "odd float" or [float(row["probability"]) for row in rows] == pytest.approx(
-            probs[: len(rows)], abs=1e-6
-        )
-        counted["HDF5"] += 1
-    kinds = [
-        write_h5(tmp_path / "k.h5"),
-        write_h5(
-            tmp_path / "k.h5",
-            libver="latest",
-            chunks=(1, 96, 96, 3),
-            compression="lzf",
-            fletcher32=True,
-        ),
-        write_h5(tmp_path / "k.h5", chunks=(4, 96, 96, 3), compression="gzip", shuffle=True),
-        write_h5(tmp_path / "k.h5", data=PATCHES.astype(np.float32)),
-    ]
-    dims, codes = struct.pack("<QQQQ", NUM_PATCHES, 96, 96, 3), []
-    for number, rng in draws("HDF5", 90):
-        data = kinds[number % 4]
-        if number < 12:
-            sides = rng.choice([(96, 96, 3), (96, 96, 3), (2**40, 96, 3)])
-            data = data.replace(
-                dims,
-                struct.pack("<QQQQ", rng.choice((0, 7, 9, 1000, 2**31, 2**62, 2**64 - 1)), *sides),
-            )
-        else:
-            data = damage(data, rng, kinds[0], head=rng.choice((0, 3000, 3000)))
-        path = tmp_path / f"{number}{rng.choice(('.h5', '.hdf5', '.H5'))}"
-        path.write_bytes(data)
-        code, rows, err = out.infer(quick_run, path)
-        codes.append(code)
-        assert code in (0, 1, 2) and (code == 0 or str(path) in err)
-        assert (code == 1) == any(row.get("error") for row in rows), (
-            "floats that are no intensities any more"
-        )
-        assert [(row["source"], int(row["index"])) for row in rows] == [
-            (str(path), index) for index in range(len(rows))
-        ]
-        if number % 4 == 1:  # checksums find every change
-            assert [float(row["probability"]) for row in rows] in (
-                [],
-                pytest.approx(probs, abs=1e-6),
-            )
-        path.unlink()
-    counted["HDF5"] += len(codes)
-    assert 10 < codes.count(0) < 60
-
-
 @pytest.fixture(scope="module")
 def small_pcam(tmp_path_factory) -> Path:
     """A test split with labels and slides."""
@@ -474,42 +294,24 @@ def small_pcam(tmp_path_factory) -> Path:
     return folder
 
 
-def test_damaged_labels_and_slides(quick_run, small_pcam, out, counted, tmp_path):
+@pytest.mark.parametrize("part", ["y", "meta"])
+def test_damaged_labels_and_slides(quick_run, small_pcam, out, tmp_path, part):
     whole = out.infer(quick_run, small_pcam, "--split", "test", expect=0)[1]
-    labels, slides = (split_path(small_pcam, "test", part) for part in ("y", "meta"))
-    makers = hostile.hostile_labels()
-    files = [("y", make) for make in makers.values()] + [
-        ("meta", makers["pipe"]),
-        ("meta", makers["folder"]),
-    ]
-    files += [("y", damage(labels.read_bytes(), rng, b"\x89HDF" * 20)) for _, rng in draws("y", 40)]
-    files += [("meta", mangle_csv(slides.read_text(), rng)) for _, rng in draws("meta", 40)]
-    codes = {"y": [], "meta": []}
-    for number, (part, made) in enumerate(files):
-        (tmp_path / f"{number}").mkdir()
-        for other in {"x", "y", "meta"} - {part}:
-            split_path(tmp_path / f"{number}", "test", other).symlink_to(
-                split_path(small_pcam, "test", other)
-            )
-        path = split_path(tmp_path / f"{number}", "test", part)
-        path.write_bytes(made) if isinstance(made, bytes) else made(path)
-        code, rows, _ = out.infer(quick_run, path.parent, "--split", "test")
-        codes[part].append(code)
-        for row, known in zip(rows, whole, strict=code != 2):
-            assert row["label"] in ("0", "1") and (part == "y" or row["label"] == known["label"])
-            assert row | {"source": "", "label": ""} == known | {"source": "", "label": ""}
-    assert (
-        codes["y"][: len(makers)] == [2] * len(makers)
-        and codes["meta"][:2] == [2, 2]
-        and 0 in codes["meta"]
-    )
-    counted["HDF5"], counted["CSV"] = (
-        counted["HDF5"] + len(codes["y"]),
-        counted["CSV"] + len(codes["meta"]),
-    )
+    folder, codes = shutil.copytree(small_pcam, tmp_path / "data"), []
+    path = split_path(folder, "test", part)
+    data = path.read_bytes()
+    for _, rng in draws(part, 40):
+        path.write_bytes(
+            damage(data, rng, b"\x89HDF" * 20) if part == "y" else mangle_csv(data.decode(), rng)
+        )
+        code, rows, err = out.infer(quick_run, folder, "--split", "test")
+        codes.append(code)
+        for row, intact in zip(rows, whole, strict=code != 2):
+            assert row["label"] in ("0", "1") and row["probability"] == intact["probability"]
+    assert {0, 2} <= set(codes)
 
 
-def test_damaged_quarantines(small_pcam, counted, tmp_path):
+def test_damaged_quarantines(small_pcam, tmp_path):
     reasons = ["black" if row % 2 else "label" for row in range(NUM_PATCHES)]
     text = "split,index,reason,score\n" + "".join(
         f"test,{row},{reason},0.5\n" for row, reason in enumerate(reasons)
@@ -529,22 +331,19 @@ def test_damaged_quarantines(small_pcam, counted, tmp_path):
             )
             found.append(len(rows))
     assert 0 in found and NUM_PATCHES // 2 in found
-    counted["CSV"] += len(found)
 
 
-def test_damaged_predictions_for_a_page(quick_run, small_pcam, out, counted, tmp_path):
+def test_damaged_predictions_for_a_page(quick_run, small_pcam, out, tmp_path):
     source = out.infer(quick_run, small_pcam, "--split", "test", expect=0)[1][0]["source"]
     text = out.path.read_text()
-    tables = [mangle_csv(text, rng) for _, rng in draws("predictions", 20)]
+    tables = [text.encode(), *(mangle_csv(text, rng) for _, rng in draws("predictions", 5))]
     (tmp_path / "black.png").write_bytes(b"no image")
-    os.mkfifo(tmp_path / "pipe.png")
     others = (
         "",
         ".",
         "/",
         small_pcam,
         tmp_path / "black.png",
-        tmp_path / "pipe.png",
         "/dev/zero",
         "nothing.h5",
     )
@@ -555,11 +354,10 @@ def test_damaged_predictions_for_a_page(quick_run, small_pcam, out, counted, tmp
     for data in tables:
         (tmp_path / "p.csv").write_bytes(data)
         codes.append(out.call(report.main, "run", quick_run, *given)[0])
-    assert set(codes[20:]) == {2} and set(codes) == {0, 2}
-    counted["CSV"] += len(codes)
+    assert set(codes[6:]) == {2} and set(codes) == {0, 2}
 
 
-def test_damaged_checkpoints(quick_run, good, out, counted, tmp_path):
+def test_damaged_checkpoints(quick_run, good, out, tmp_path):
     image, path = tmp_path / "a.png", tmp_path / "c.pt"
     image.write_bytes(good["rgb.png"][0])
     whole = out.infer(quick_run, image, expect=0)[1]
@@ -570,79 +368,6 @@ def test_damaged_checkpoints(quick_run, good, out, counted, tmp_path):
         codes.append(code)
         assert code == 2 or rows == whole, "a change that passes the checksum changes nothing"
     assert {0, 2} == set(codes)
-    counted["checkpoint"] += len(codes)
-
-
-def test_there_are_more_than_five_hundred(counted):
-    if not all(counted.values()):
-        pytest.skip("the tests above did not all run in this process")
-    assert min(counted.values()) > 50 and sum(counted.values()) > 500, counted
-
-
-BOUNDED = """if True:
-    import json, resource, sys
-    import inference, lib.inputs, lib.predict, lib.reference
-    taken_bytes = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken_bytes + int(sys.argv[1]),) * 2)
-    for line in sys.stdin:
-        code = inference.main(json.loads(line))
-        print(json.dumps([code, sum(resource.getrusage(resource.RUSAGE_SELF)[:2])]), flush=True)
-"""
-
-
-def test_what_asks_for_gigabytes_is_refused_within_a_bound(quick_run, good, tmp_path):
-    headroom_bytes, png = 400 << 20, good["rgb.png"][0]
-    start = hostile.tar_member("a.png", png)
-
-    def packed_tar(header: bytes, num_mb: int) -> bytes:
-        packer = zlib.compressobj(9, wbits=-15)
-        return (
-            b"\x1f\x8b\x08"
-            + bytes(7)
-            + packer.compress(start + header)
-            + packer.flush(zlib.Z_FULL_FLUSH)
-            + zeros_packed(num_mb)
-        )
-
-    with h5py.File(tmp_path / "chunk.h5", "w") as file:
-        x = file.create_dataset(
-            "x", (3, 96, 96, 3), np.uint8, chunks=(1, 96, 96, 3), compression="gzip"
-        )
-        x.id.write_direct_chunk((0, 0, 0, 0), b"x\x9c" + zeros_packed(900))
-    files = {
-        name: data
-        for name, data in hostile.hostile_images().items()
-        if name.startswith(("t", "p", "giga", "huge", "slide"))
-    }
-    codes = dict.fromkeys(files, 1) | {"chunk.h5": 2}
-    files |= {
-        "name.tar.gz": packed_tar(hostile.tar_header("b", 800 << 20, b"L"), 800),
-        "member.tar.gz": packed_tar(hostile.tar_header("b.png", 600 << 20), 600),
-        "size.tar": start + hostile.tar_header("b.png", 2**40) + png,
-    }
-    for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
-    (tmp_path / "good.png").write_bytes(png)
-    codes = {name: codes.get(name, 2) for name in ["chunk.h5", *files]}
-    calls = []
-    for name in codes:
-        calls.append(["--ckpt", str(quick_run), name, "good.png", "--out", "p.csv"])
-    result = subprocess.run(
-        [sys.executable, "-c", BOUNDED, str(headroom_bytes)],
-        input="".join(json.dumps(call) + "\n" for call in calls),
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        timeout=300,
-    )
-    assert result.returncode == 0 and all(map(TOLD.match, result.stderr.splitlines())), (
-        result.stderr[-3000:]
-    )
-    found = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[")]
-    assert dict(zip(codes, (code for code, _ in found), strict=True)) == codes
-    spent_s = np.diff([seconds for _, seconds in found], prepend=found[0][1] - 1)
-    assert spent_s.max() < MOST_S, dict(zip(codes, spent_s.tolist(), strict=True))
 
 
 def test_a_process_says_what_is_wrong_in_its_own_words(quick_run, good, tmp_path):
@@ -650,10 +375,8 @@ def test_a_process_says_what_is_wrong_in_its_own_words(quick_run, good, tmp_path
     Image.fromarray(PATCHES[4]).convert("P").save(
         transparent, "PNG", transparency=bytes(range(256))
     )
-    files = hostile.hostile_images() | {
-        "good.png": good["rgb.png"][0],
-        "transparent.png": transparent.getvalue(),
-    }
+    files = {f"{kind}.png": hostile.save_image(kind) for kind in ("BMP", "GIF", "EPS", "WEBP")}
+    files |= {"good.png": good["rgb.png"][0], "transparent.png": transparent.getvalue()}
     (tmp_path / "in").mkdir()
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)

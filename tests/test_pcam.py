@@ -17,7 +17,6 @@ from lib import pcam
 from lib.command import BadInput, script
 from lib.files import file_digest
 from lib.pcam import (
-    PATCH_SHAPE,
     SplitWriter,
     fingerprint,
     open_images,
@@ -84,80 +83,56 @@ def test_damage_in_floats_reads_as_documented(tmp_path):
     assert np.array_equal(read[3], IMAGES[3]) and np.array_equal(read[:, 1:], IMAGES[:4, 1:])
 
 
-def part(folder, name):
-    return split_path(folder, "train", name)
+def write(part, values, **options):
+    """Replace a file of the train split by such a dataset."""
+    return lambda path: write_h5(path(part), values, part, **options)
 
 
-def put_x(values, **options):
-    return lambda folder: write_h5(part(folder, "x"), values, **options)
-
-
-def put_y(values):
-    return lambda folder: write_h5(part(folder, "y"), values, "y")
-
-
-def put_meta(text):
-    return lambda folder: part(folder, "meta").write_text(text)
-
-
-def cut(name, share):
-    return lambda folder: os.truncate(
-        part(folder, name), int(part(folder, name).stat().st_size * share)
-    )
+def cut(part, share):
+    return lambda path: os.truncate(path(part), int(path(part).stat().st_size * share))
 
 
 def rename_x(name):
-    return lambda folder: part(folder, "x").rename(folder / name)
+    return lambda path: path("x").rename(path("x").with_name(name))
 
 
-def corrupt_chunk(dtype):
-    def damage(folder):
-        path = write_h5(
-            part(folder, "x"), IMAGES[:8].astype(dtype), chunks=(1, 96, 96, 3), compression="gzip"
-        )
-        with h5py.File(path) as file:
-            offset = file["x"].id.get_chunk_info(0).byte_offset
-        with open(path, "r+b") as file:
-            file.seek(offset + 10)
-            file.write(b"\xff" * 64)
-
-    return damage
+def corrupt_chunk(path):
+    write_h5(path("x"), IMAGES[:8], chunks=(1, 96, 96, 3), compression="gzip")
+    with h5py.File(path("x")) as file:
+        offset = file["x"].id.get_chunk_info(0).byte_offset
+    with open(path("x"), "r+b") as file:
+        file.seek(offset + 10)
+        file.write(b"\xff" * 64)
 
 
-X, Y, META = (part(".", name).name for name in ("x", "y", "meta"))
+META = ",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7
+X_NAME = split_path("", "train", "x").name
+# what is done to the files of train, and words that a refusal must hold besides the file's name
 DAMAGES = {
-    "no folder": (shutil.rmtree, ["no folder"]),
-    "missing patches": (lambda folder: part(folder, "x").unlink(), [X]),
-    "missing labels": (lambda folder: part(folder, "y").unlink(), [Y]),
-    "misnamed": (rename_x("camelyonpatch_level_2_split_trian_x.h5"), [X, "did you mean", "trian"]),
-    "still packed": (rename_x(X + ".gz"), [X + ".gz", "packed"]),
-    "shorter y": (put_y(np.zeros((7, 1, 1, 1), np.uint8)), ["train", "8 patches", "7 labels"]),
-    "other size": (
-        put_x(np.zeros((8, 32, 32, 3), np.uint8)),
-        [X, "(8, 32, 32, 3)", "(N, 96, 96, 3)"],
-    ),
-    "channels first": (put_x(np.zeros((8, 3, 96, 96), np.uint8)), [X, "(8, 3, 96, 96)"]),
-    "int64": (put_x(IMAGES[:8].astype(np.int64)), [X, "int64", "uint8"]),
-    "int8": (put_x(IMAGES[:8].astype(np.int8)), [X, "int8", "uint8"]),
-    "scaled": (put_x(IMAGES[:8] / np.float32(255)), [X, "[0, 1]", "repack"]),
-    "empty split": (put_x(IMAGES[:0]), [X, "empty"]),
-    "other key": (put_x(IMAGES[:8], key="images"), [X, "'x'", "images"]),
-    "empty file": (cut("x", 0), [X, "not a readable HDF5"]),
-    "cut header": (cut("x", 0.001), [X]),
-    "cut half": (cut("x", 0.5), [X, "cut off"]),
-    "cut last byte": (cut("x", 0.99999), [X, "cut off"]),
-    "cut labels": (cut("y", 0.5), [Y, "cut off"]),
-    "not HDF5": (lambda folder: part(folder, "x").write_text("hello"), [X, "not a readable HDF5"]),
-    "label 2": (put_y(np.array([0, 1, 2, 0, 1, 1, 0, 3])), [Y, "row 2", "label 2", "2 such rows"]),
-    "label -1": (put_y(np.array([0, -1] * 4)), [Y, "row 1", "-1"]),
-    "label nan": (put_y(np.array([0.5, np.nan] * 4)), [Y, "8 such rows"]),
-    "two columns": (put_y(np.zeros((8, 2), np.uint8)), [Y, "(8, 2)"]),
-    "text labels": (put_y([b"tumor"] * 8), [Y, "it must be numbers"]),
-    "short meta": (put_meta(",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7), [META, "7", "8"]),
-    "foreign meta": (put_meta("a,b\n1,2\n"), [META, "coord_x"]),
-    "torn meta": (put_meta(",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7 + "7,1,2\n"), [META]),
-    "bad float chunk": (corrupt_chunk(np.float32), [X]),
-    "bad uint8 chunk": (corrupt_chunk(np.uint8), [X, "cannot be decoded"]),
+    "no folder": (lambda path: shutil.rmtree(path("x").parent), []),
+    "missing labels": (lambda path: path("y").unlink(), []),
+    "misnamed": (rename_x(X_NAME.replace("train", "trian")), [X_NAME, "trian"]),
+    "still packed": (rename_x(X_NAME + ".gz"), [X_NAME + ".gz", "gunzip"]),
+    "shorter y": (write("y", np.zeros((7, 1, 1, 1))), ["train", "8", "7"]),
+    "other size": (write("x", IMAGES[:8, :32, :32]), [X_NAME, "(8, 32, 32, 3)", "(N, 96, 96, 3)"]),
+    "channels first": (write("x", IMAGES[:8].transpose(0, 3, 1, 2)), [X_NAME, "(8, 3, 96, 96)"]),
+    "int64": (write("x", IMAGES[:8].astype(np.int64)), [X_NAME, "int64", "uint8"]),
+    "scaled": (write("x", IMAGES[:8] / np.float32(255)), [X_NAME, "[0, 1]", "repack"]),
+    "empty split": (write("x", IMAGES[:0]), [X_NAME, "(0, 96, 96, 3)"]),
+    "no dataset": (lambda path: write_h5(path("x"), 3, "images"), [X_NAME, "'x'", "images"]),
+    "a scalar": (write("x", 3), [X_NAME, "()"]),
+    "empty file": (cut("x", 0), [X_NAME]),
+    "cut half": (cut("x", 0.5), [X_NAME, "cut off"]),
+    "cut last byte": (cut("x", 0.99999), [X_NAME, "cut off"]),
+    "not HDF5": (lambda path: path("x").write_text("hello"), [X_NAME]),
+    "bad chunk": (corrupt_chunk, [X_NAME, "row 0"]),
+    "label 2": (write("y", np.array([0, 1, 2, 0, 1, 1, 0, 3])), ["row 2", "label 2", "2 such"]),
+    "label nan": (write("y", np.array([0.5, np.nan] * 4)), ["8 such"]),
+    "two columns": (write("y", np.zeros((8, 2))), ["(8, 2)"]),
+    "text labels": (write("y", [b"tumor"] * 8), ["numbers"]),
+    "short meta": (lambda path: path("meta").write_text(META), ["meta", "7", "8"]),
+    "foreign meta": (lambda path: path("meta").write_text("a,b\n1,2\n"), ["meta", "coord_x"]),
+    "torn meta": (lambda path: path("meta").write_text(META + "7,1,2\n"), ["meta"]),
 }
 
 
@@ -165,12 +140,13 @@ DAMAGES = {
 def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, damage):
     folder = write_pcam(tmp_path / "a folder", 8, 4)
     apply, words = DAMAGES[damage]
-    apply(folder)
+    apply(lambda part: split_path(folder, "train", part))
     with pytest.raises(BadInput) as refusal:
         pcam.require_splits(folder)
         open_split(folder, "train").images.read(np.arange(8))
     sentence = str(refusal.value)
-    assert all(word in sentence for word in words) and "\n" not in sentence, sentence
+    assert all(word in sentence for word in [str(folder), *words]), sentence
+    assert "\n" not in sentence
 
 
 def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
@@ -209,39 +185,13 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
     assert set(tmp_path.iterdir()) == set(paths.values()), "nothing else is left"
 
 
-@pytest.mark.parametrize(
-    "way", ["error", "interrupt", "rows missing", "too many", "wrong type", "meta missing"]
-)
-def test_a_writer_that_fails_leaves_nothing(tmp_path, way):
-    with (
-        pytest.raises((ValueError, KeyboardInterrupt, ZeroDivisionError)),
-        SplitWriter(tmp_path, "train", 20) as writer,
-    ):
-        writer.add(
-            IMAGES[:10], LABELS[:10], [(0, 0, 1, 1, "s")] * 10 if way == "meta missing" else ()
-        )
-        if way in ("error", "interrupt"):
-            raise ZeroDivisionError if way == "error" else KeyboardInterrupt
-        if way in ("too many", "wrong type", "meta missing"):
-            images = {"too many": IMAGES[:11], "wrong type": IMAGES[:10].astype(np.float32)}.get(
-                way, IMAGES[:10]
-            )
-            writer.add(images, LABELS[: len(images)])
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, AssertionError])
+def test_a_writer_that_fails_leaves_nothing(tmp_path, error):
+    with pytest.raises(error), SplitWriter(tmp_path, "train", 20) as writer:
+        writer.add(IMAGES[:10], LABELS[:10])
+        if error is not AssertionError:  # which rows that are missing raise
+            raise error
     assert os.listdir(tmp_path) == []
-
-
-def test_rows_that_were_never_written_are_refused_unless_labels_vouch_for_them(tmp_path):
-    for num, path in ((10**12, tmp_path / "x.h5"), (9000, split_path(tmp_path, "valid", "x"))):
-        with h5py.File(path, "w") as file:
-            file.create_dataset(
-                "x", (num, *PATCH_SHAPE), np.uint8, chunks=(1, *PATCH_SHAPE), compression="gzip"
-            )
-        with pytest.raises(
-            BadInput, match=f"x.h5: x declares {num:,} patches in a file of .* bytes"
-        ):
-            open_images(path)
-    write_labels(split_path(tmp_path, "valid", "y"), np.zeros(9000))
-    assert open_split(tmp_path, "valid").images.num == 9000
 
 
 @pytest.fixture

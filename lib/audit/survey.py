@@ -23,7 +23,7 @@ from lib.pcam import (
     PATCH_BYTES,
     PATCH_SHAPE,
     SPLITS,
-    open_dataset,
+    open_patches,
     read_label_values,
     read_meta,
     read_rows,
@@ -117,16 +117,7 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
     into `findings`.
     """
     path, lost = split_path(directory, name, "x"), []
-    with open_dataset(path, "x") as dataset:
-        if (
-            dataset.shape is None
-            or dataset.shape[1:] != PATCH_SHAPE
-            or not len(dataset)
-            or dataset.dtype.kind not in "uif"
-        ):
-            raise BadInput(
-                f"{path}: x is {dataset.shape} {dataset.dtype}, it must be numbers (N, 96, 96, 3)"
-            )
+    with open_patches(path) as dataset:
         layout = describe_layout(dataset, path)
         labels, slides, coords = read_companions(directory, name, len(dataset), findings)
         # what is packed is unpacked once, to be read at random later

@@ -10,7 +10,7 @@ import numpy as np
 from lib import pcam
 from lib.command import BadInput
 from lib.files import read_csv, write_csv
-from lib.pcam import PATCH_SHAPE, SplitWriter, open_dataset, read_labels, read_rows, split_path
+from lib.pcam import SplitWriter, open_patches, read_labels, read_rows, split_path
 from lib.prepare.ingest import LOSSES_FILE, fill_folder, read_journal
 from lib.progress import Progress
 
@@ -80,17 +80,7 @@ def plan_repack(path: Path, split: str) -> tuple[int, int]:
     x_path, meta_path = split_path(path, split, "x"), split_path(path, split, "meta")
     num_labels = len(read_labels(split_path(path, split, "y")))
     num_meta = len(pcam.read_meta(meta_path)) if meta_path.exists() else num_labels
-    with open_dataset(x_path, "x") as dataset:
-        if (
-            dataset.shape is None
-            or dataset.shape[1:] != PATCH_SHAPE
-            or not len(dataset)
-            or dataset.dtype.kind not in "uif"
-        ):
-            raise BadInput(
-                f"{x_path}: x is {dataset.dtype} {dataset.shape}, it must be numbers of shape (N,"
-                " 96, 96, 3)"
-            )
+    with open_patches(x_path) as dataset:
         if not len(dataset) == num_labels == num_meta:
             counts = f"{len(dataset):,} patches, {num_labels:,} labels, {num_meta:,} rows of meta"
             raise BadInput(f"{path}: split {split} has {counts}")
@@ -117,7 +107,7 @@ def convert_split(
     """
     labels, losses = read_labels(split_path(path, split, "y")), []
     progress = Progress(len(labels), f"{'repack' if writer else 'count the losses of'} {split}")
-    with open_dataset(split_path(path, split, "x"), "x") as dataset, progress:
+    with open_patches(split_path(path, split, "x")) as dataset, progress:
         chunk = dataset.chunks[0] if dataset.chunks and dataset.chunks[0] <= MOST_ROWS else 1
         num_rows = -(-BLOCK_ROWS // chunk) * chunk  # whole chunks, so that each is decoded once
         for start in range(0, len(labels), num_rows):

@@ -15,8 +15,8 @@ from lib.pcam import (
     PATCH_BYTES,
     SPLITS,
     SplitWriter,
-    open_dataset,
     open_images,
+    open_patches,
     read_rows,
     split_path,
 )
@@ -134,7 +134,7 @@ def measure_repacking(survey: Survey, work) -> tuple[float, float, int]:
         path = split_path(folder, survey.name, "x")
         overhead = path.stat().st_size - len(rows) * PATCH_BYTES
         packed = open_images(path)
-        with open_dataset(survey.path, "x") as dataset:
+        with open_patches(survey.path) as dataset:
             rates = [
                 rate_of(read, wanted)
                 for read in (lambda row: read_rows(dataset, row), lambda row: packed.read([row]))
