@@ -18,6 +18,7 @@ from lib.command import BadInput, nearest, one_line
 from lib.files import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
+MAX_NUMBER = 2**53  # a float holds every integer up to this one
 BOOLEANS = {
     "true": True,
     "True": True,
@@ -186,7 +187,7 @@ def _split_items(value) -> list:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _parse_number(value, kind: type, low, high=math.inf):
+def _parse_number(value, kind: type, low, high=MAX_NUMBER):
     """`value` as an int or a float, None where it is not one in these bounds; and what is one."""
     try:
         number = float(str(value))  # of True, which is an int to Python, the text is no number
