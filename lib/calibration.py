@@ -8,7 +8,7 @@ from lib.batches import PatchSource, Rows, fold_of_rows
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
 from lib.command import say
 from lib.config import Config
-from lib.features import MOST_ROWS, build_reference, measure_features
+from lib.features import MAX_REFERENCE_ROWS, build_reference, measure_features
 from lib.groups import groups_for_halves
 from lib.metrics import (
     as_arrays,
@@ -230,9 +230,9 @@ def summarise(calibration: dict | None) -> dict[str, float]:
 
 
 def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Features float64 (B, 6) of at most MOST_ROWS of the rows, drawn evenly, and their row numbers
+    """Features float64 (B, 6) of at most MAX_REFERENCE_ROWS of the rows, drawn evenly, and their row numbers
     int64 (B,).
     """
-    places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows)))
+    places = np.linspace(0, len(rows) - 1, min(MAX_REFERENCE_ROWS, len(rows)))
     sampled = rows.index[places.astype(np.int64)]
     return measure_features(split.images.read(sampled)), sampled
