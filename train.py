@@ -145,6 +145,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         scores = newest["metrics"]
     progress = state.progress
 
+    # put the patches where they can be gathered fast
+    train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
+    valid_source = train_source
+    if not cfg.num_folds:
+        valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
+    weights = training.class_weights(train_rows.labels, cfg, device)
+
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)
     meta = rundir.environment() | {
@@ -168,14 +175,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
         say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
 
-    # put the patches where they can be gathered fast
-    train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
-    valid_source = train_source
-    if not cfg.num_folds:
-        valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
-    weights = training.class_weights(train_rows.labels, cfg, device)
-
-    log = runlog.RunLog(run if ranks.is_first else None, progress, args.started_at, batch_size)
+    own_run = run if ranks.is_first else None
+    log = runlog.RunLog(own_run, progress, args.started_at, batch_size, ranks)
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:

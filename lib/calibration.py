@@ -230,7 +230,7 @@ def summarise(calibration: dict | None) -> dict[str, float]:
 
 
 def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Features float64 (B, 6) of at most MAX_REFERENCE_ROWS of the rows, drawn evenly, and their row numbers
+    """Features float64 (B, 6) of some rows, drawn evenly, and the numbers of these rows,
     int64 (B,).
     """
     places = np.linspace(0, len(rows) - 1, min(MAX_REFERENCE_ROWS, len(rows)))

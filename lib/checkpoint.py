@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -107,7 +108,8 @@ def load_pickle_free(path) -> object:
     """
     path = Path(path)
     if not path.is_file():
-        raise BadInput(f"no file {path}")
+        what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
+        raise BadInput(f"{path} {what}")
     with open(path, "rb") as file:
         start = file.read(9)
     if start[8:] == b"{":  # behind the length of a header in JSON
@@ -116,6 +118,10 @@ def load_pickle_free(path) -> object:
             " a state dict"
         )
     try:
+        # torch compares no checksums: a flipped bit would be another weight
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:

@@ -24,7 +24,7 @@ def choose_device(name: str = "auto") -> torch.device:
     machine its own. Raises BadInput for a device that is not there.
     """
     if name == "auto":
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        local_rank = read_count("LOCAL_RANK", read_count("SLURM_LOCALID", 0))
         name = device_of_rank(local_rank, num_gpus())
         if local_rank == 0:
             warn_of_unusable_gpu()
@@ -42,6 +42,16 @@ def choose_device(name: str = "auto") -> torch.device:
         raise BadInput(f"--device {name}: there are only {num_gpus()} CUDA devices")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
+
+
+def read_count(name: str, default: int) -> int:
+    """The number in an environment variable, which Slurm or torchrun sets; `default` where it is
+    missing or empty. Raises BadInput for any other text.
+    """
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdigit():
+        raise BadInput(f"the environment variable {name} is {text!r}, it must be a number")
+    return int(text) if text else default
 
 
 def device_of_rank(local_rank: int, num_gpus: int) -> str:
@@ -80,7 +90,7 @@ def given_gpu() -> str:
     """
     for name in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
         value = os.environ.get(name, "")
-        if value not in NO_GPU:
+        if value not in NO_GPU and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
             return f"{name}={value}"
     gpu = _nvidia_smi("name")
     return "" if not gpu or gpu.startswith(("unknown", "No devices")) else f"nvidia-smi lists {gpu}"
@@ -191,7 +201,7 @@ def num_cores() -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = int(control_group_limits()["cgroup_cpus"] or cores)
-    task = int(os.environ.get("SLURM_CPUS_PER_TASK", cores))
+    task = read_count("SLURM_CPUS_PER_TASK", cores)
     return max(min(cores, quota, task), 1)
 
 
@@ -203,7 +213,7 @@ def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
     """
     if cfg.threads:
         return cfg
-    num_processes *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_processes *= max(read_count("LOCAL_WORLD_SIZE", 1), 1)
     return dataclasses.replace(cfg, threads=max(num_cores() // num_processes, 1))
 
 
@@ -237,8 +247,9 @@ def describe_machine(device: torch.device) -> dict:
 def _nvidia_smi(field: str) -> str:
     """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    options = {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        output = subprocess.run(command, timeout=10, check=True, **options)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
     return output.stdout.partition("\n")[0].strip()

@@ -13,7 +13,8 @@ from lib.config import Config
 HEADS = {"resnet18": "fc", "densenet121": "classifier"}
 # keys under which others save a state dict beside other things
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = r"^((module|_orig_mod)\.)+"  # of DistributedDataParallel and of torch.compile
+# of DistributedDataParallel, torch.compile and Lightning
+PREFIXES = r"^((module|_orig_mod|model)\.)+"
 
 
 def build_cnn(cfg: Config) -> nn.Module:

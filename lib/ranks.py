@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lib.command import STOP_SIGNALS, BadInput, one_line
+from lib.device import read_count
 
 # steps between two exchanges of whether a rank was told to stop: each makes all wait for the
 # slowest
@@ -132,7 +133,7 @@ def _read_environment() -> tuple[int, int]:
     variables = os.environ
     if "RANK" in variables and "WORLD_SIZE" in variables:
         return int(variables["RANK"]), int(variables["WORLD_SIZE"])
-    num_tasks = int(variables.get("SLURM_STEP_NUM_TASKS", 1))
+    num_tasks = read_count("SLURM_STEP_NUM_TASKS", 1)
     if num_tasks == 1 or "SLURM_PROCID" not in variables:
         return 0, 1
     variables.setdefault("MASTER_ADDR", _first_node())

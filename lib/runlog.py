@@ -11,6 +11,7 @@ import torch
 
 from lib.command import say
 from lib.files import CsvLog, read_csv
+from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES
 
 MAX_PENDING = 64  # steps that a GPU may be behind the log of them
@@ -78,8 +79,15 @@ class RunLog:
     make a step, over all ranks.
     """
 
-    def __init__(self, run: Path | None, progress: dict, started_at: float, batch_size: int):
-        self.progress, self.batch_size = progress, batch_size
+    def __init__(
+        self,
+        run: Path | None,
+        progress: dict,
+        started_at: float,
+        batch_size: int,
+        ranks: Ranks = ALONE,
+    ):
+        self.progress, self.batch_size, self.ranks = progress, batch_size, ranks
         self.earlier_train_s, self.earlier_eval_s = 0.0, 0.0
         self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
         if run:  # ranks after the first note the same, and write nothing
@@ -163,11 +171,12 @@ class RunLog:
         )
 
     def diverged(self, what: str):
-        """Raise Diverged, with the last step that was read."""
+        """Raise Diverged, with the last step that was read; all ranks do at the same step."""
         step, rows = self.progress["num_steps"], []
         if self.last_step:
             step = self.last_step.step
-            rows = sorted((self.last_step.keys % self.last_step.num_rows).tolist())
+            keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part
+            rows = sorted((keys % self.last_step.num_rows).tolist())
         raise Diverged(step, what, rows)
 
     def flush(self) -> None:

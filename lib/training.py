@@ -77,6 +77,7 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
     model = build_model(cfg)
     if cfg.weights:
         fit_weights(model, cfg.model, load_weights(cfg.weights), cfg.weights)
+        require_finite(model, cfg.weights)
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
     progress = {
@@ -91,6 +92,13 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
         "stale_epochs": 0,
     }
     return TrainState(model, averaged, build_optimizer(model, cfg), progress)
+
+
+def require_finite(model: nn.Module, source) -> None:
+    """Raise BadInput where the weights that a file gave are not all finite numbers."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise BadInput(f"{source}: the tensor {name} holds values that are no finite numbers")
 
 
 def restore_state(state: TrainState, checkpoint: dict, source) -> None:

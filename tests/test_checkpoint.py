@@ -215,6 +215,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, refused):
     refused(tmp_path / "none.pt")
 
 
+def test_a_flipped_bit_in_the_weights_of_others_is_noticed(tmp_path, refused):
+    torch.save({"a": torch.arange(500.0)}, tmp_path / "good.pt")
+    data = bytearray((tmp_path / "good.pt").read_bytes())
+    data[data.index(torch.arange(500.0).numpy().tobytes()) + 999] ^= 4
+    (tmp_path / "flipped.pt").write_bytes(data)
+    assert load_weights(tmp_path / "good.pt")["a"][-1] == 499
+    refused(tmp_path / "flipped.pt", load_weights)
+
+
 def test_a_safetensors_file_is_called_that(refused):
     header = b'{"a":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'.ljust(128)
     for size in (len(header), 57):  # a length of 128 begins as a pickle does

@@ -43,6 +43,19 @@ def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
         choose_device(name)
 
 
+@pytest.mark.parametrize("name", ["SLURM_CPUS_PER_TASK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"])
+def test_a_variable_of_a_job_that_is_no_number_is_named_and_an_empty_one_ignored(name, monkeypatch):
+    def use() -> int:
+        choose_device("auto")
+        return device.resolve_threads(load_config()).threads
+
+    monkeypatch.setenv(name, "")
+    assert use() == 12
+    monkeypatch.setenv(name, "4(x2)")
+    with pytest.raises(BadInput, match=name):
+        use()
+
+
 def test_bf16_computes_layers_in_bf16_and_fp32_leaves_them():
     layer = torch.nn.Linear(4, 4)
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):

@@ -179,6 +179,17 @@ def test_ranks_that_were_given_unlike_numbers_of_cores_compute_with_the_least(pc
     assert "\nthreads: 1\n" in next(tmp_path.glob("*/config.yaml")).read_text()
 
 
+def test_ranks_that_diverge_name_the_rows_of_the_whole_batch(pcam_dir, tmp_path):
+    options = [option for option in SHARDED if not option.startswith("batch_size")]
+    diverging = [*options, "batch_size=32", "optimizer=sgd", "lr=1e30"]
+    process = under_torchrun(2, "--runs", tmp_path, f"data_dir={pcam_dir}", *diverging)
+    process.communicate(timeout=240)
+    (run,) = tmp_path.iterdir()
+    summary = read_json(run / "summary.json")
+    assert summary["status"] == "diverged"
+    assert len(set(summary["diverged_rows"])) == 32
+
+
 def test_ranks_that_cannot_share_the_shards_equally_are_refused(pcam_dir, tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     command = [

@@ -229,6 +229,7 @@ FORMS = {
         for key, tensor in state.items()
     },
     "ddp": lambda state: {f"module.{key}": tensor for key, tensor in state.items()},
+    "lightning": lambda state: {f"model.{key}": tensor for key, tensor in state.items()},
     "compiled": lambda state: {f"_orig_mod.{key}": tensor for key, tensor in state.items()},
     "both": lambda state: {
         "state_dict": {f"module._orig_mod.{key}": tensor for key, tensor in state.items()},

@@ -291,6 +291,15 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused(quick_run):
         training.restore_state(training.build_state(make_cfg(), CPU), best, "best.pt")
 
 
+def test_weights_that_are_no_finite_numbers_are_refused_by_the_tensor_that_has_them(tmp_path):
+    cfg = load_config(overrides=["model=mlp", "mlp_hidden=4", f"weights={tmp_path / 'a.pt'}"])
+    weights = training.build_model(cfg).state_dict()
+    weights["1.bias"][2] = math.nan
+    torch.save(weights, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match=r"a\.pt.*1\.bias"):
+        training.build_state(cfg, CPU)
+
+
 def test_training_can_start_from_the_weights_of_a_checkpoint(quick_run):
     state = training.build_state(make_cfg(weights=quick_run / "best.pt"), CPU)
     expected = load_checkpoint(quick_run / "best.pt")["averaged"]
