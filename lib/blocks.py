@@ -270,7 +270,7 @@ def html_row(cells) -> str:
 
 def cell_class(cell) -> str:
     """Words stand on the left and wrap, numbers on the right."""
-    is_words = isinstance(cell, str) and (" " in cell or cell[:1].isalpha())
+    is_words = isinstance(cell, str) and not re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
     return ' class="words"' if is_words else ""
 
 
