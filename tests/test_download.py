@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import REPOSITORY, draw_patches, run_script
 
-import lib.prepare.ingest
+import lib.files
 from lib.command import BadInput
 from lib.files import file_digest
 from lib.pcam import SPLITS, SplitWriter, split_path
@@ -213,7 +213,7 @@ def test_the_disk_is_asked_first_and_a_file_of_someone_else_is_not_touched(
 ):
     with monkeypatch.context() as patch:
         patch.setattr(
-            lib.ingest.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e6, 8e6, 1e6)
+            lib.files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e6, 8e6, 1e6)
         )
         with pytest.raises(BadInput, match=r"1\.1 MB are needed and 1\.0 MB are free"):
             fetch(server, published, tmp_path)

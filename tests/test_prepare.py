@@ -98,10 +98,7 @@ def test_what_import_prints_is_what_it_wrote_and_the_fingerprint_is_there(tmp_pa
     assert result.json["fingerprint"] == fingerprint(tmp_path / "deep" / "out")
     (tmp_path / "in" / "train" / "1" / "0.png").write_bytes(b"")
     result = run_script("prepare.py", "import", tmp_path / "in", "--to", tmp_path / "out2", check=2)
-    assert (
-        re.fullmatch(r"error: .*0\.png is not a readable image .*\n", result.stderr)
-        and result.json["exit"] == 2
-    )
+    assert re.fullmatch(r"error: .*0\.png .+\n", result.stderr) and result.json["exit"] == 2
     assert not (tmp_path / "out2").exists()
 
 

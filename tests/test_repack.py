@@ -65,7 +65,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source):
-    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 7)  # several blocks
+    monkeypatch.setattr(lib.prepare.repack, "BLOCK_ROWS", 7)  # several blocks
     images, options = SOURCES[source]
     factor = 255 if "0..1" in source else 1
     valid = scaled(images.dtype)[:16] if factor == 255 else IMAGES[:16]
@@ -137,7 +137,7 @@ def test_each_loss_is_counted_to_the_value_and_its_rows_are_kept(tmp_path, monke
     ) in rows
     assert len(rows) == sum(count["patches"] for count in expected.values())
     # the rows are those of the split, not of a block
-    monkeypatch.setattr(lib.repack, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(lib.prepare.repack, "BLOCK_ROWS", 3)
     repack(folder, tmp_path / "out2", allow_loss=True)
     assert (tmp_path / "out2" / LOSSES_FILE).read_bytes() == (
         tmp_path / "out" / LOSSES_FILE
