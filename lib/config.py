@@ -18,7 +18,7 @@ from lib.command import BadInput, nearest, one_line
 from lib.files import file_digest
 
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
-MAX_NUMBER = 2**53  # a float holds every integer up to this one
+MAX_INTEGER = 2**53  # a float holds every integer up to this one
 BOOLEANS = {
     "true": True,
     "True": True,
@@ -187,15 +187,18 @@ def _split_items(value) -> list:
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-def _parse_number(value, kind: type, low, high=MAX_NUMBER):
+def _parse_number(value, kind: type, low, high=None):
     """`value` as an int or a float, None where it is not one in these bounds; and what is one."""
+    if high is None:
+        high = MAX_INTEGER if kind is int else math.inf
     try:
         number = float(str(value))  # of True, which is an int to Python, the text is no number
     except ValueError:
         number = math.nan
     is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
     name = "an integer" if kind is int else "a number"
-    return kind(number) if is_valid else None, f"{name} from {low} to {high}"
+    bounds = f"from {low} to {high}" if high < math.inf else f"from {low}"
+    return kind(number) if is_valid else None, f"{name} {bounds}"
 
 
 def config_from_dict(values: dict, source="config") -> Config:

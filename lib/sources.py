@@ -23,7 +23,7 @@ cuDNN's autotuner | off | lib/seeding.py: cudnn.benchmark = not deterministic
 cuBLAS workspaces | of fixed size, before CUDA starts | lib/seeding.py: setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sum over shards and ranks | one fixed binary tree | lib/ranks.py: return _tree(self.gather(_tree(parts)))
 statistics of shards | each from the same running ones | lib/training.py: buffer.copy_(value)
-evaluation on ranks | whole batches, whoever computes them | lib/predict.py: mine = batches % ranks.num == ranks.rank
+evaluation on ranks | whole batches, whoever computes them | lib/predict.py: batch_of_row % ranks.num == ranks.rank
 resumption | weights, moments and position restored | lib/training.py: state.optimizer.load_state_dict(checkpoint[
 a damaged checkpoint | noticed by its checksum | lib/checkpoint.py: if checksum != state_sha256(checkpoint)
 other data | refused by fingerprint on resumption | lib/rundir.py: if before.get("data") != data

@@ -516,7 +516,7 @@ def test_an_audit_that_ends_early_leaves_the_last_one_and_never_touches_what_oth
     ("spoil", "sentence"),
     [
         ("no labels", "no file camelyonpatch_level_2_split_valid_y.h5"),
-        ("empty", "x is empty"),
+        ("empty", "N > 0"),
         ("one class", "have the label 1, both are needed"),
         ("one group", "do not make two halves"),
         ("no checkpoint", "is not a checkpoint of this program"),

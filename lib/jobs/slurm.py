@@ -306,7 +306,15 @@ def take_snapshot() -> Path:
     snapshot.parent.mkdir(parents=True, exist_ok=True)
     here, there = ["git", "-C", str(REPOSITORY)], ["git", "-C", str(snapshot)]
     if not (REPOSITORY / ".git").exists():
-        hidden = shutil.ignore_patterns(".*", "data", "runs", "logs", "snapshots", "__pycache__")
+        kept_out = {REPOSITORY / name for name in ("data", "runs", "jobs/logs", "jobs/snapshots")}
+
+        def hidden(folder: str, names: list[str]) -> list[str]:
+            return [
+                name
+                for name in names
+                if name.startswith((".", "__pycache__")) or Path(folder, name) in kept_out
+            ]
+
         return shutil.copytree(REPOSITORY, snapshot, ignore=hidden)
     run_command(
         "git", "clone", "--quiet", "--shared", "--no-checkout", str(REPOSITORY), str(snapshot)
