@@ -92,6 +92,7 @@ def test_each_kind_of_damage_has_its_reason_and_leaves_the_others_alone(tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_the_account_of_the_size_adds_up(tmp_path):
     patches, known = draw_patches(64, 0)
     write_float(tmp_path / "data", patches, known, chunks=(16, 96, 96, 3), compression="gzip")
@@ -108,6 +109,7 @@ def test_the_account_of_the_size_adds_up(tmp_path):
     assert len(of_check(findings, "size")) == 2
 
 
+@pytest.mark.slow
 def test_copies_in_a_packed_file_are_found_as_in_a_plain_one(tmp_path):
     patches, known = draw_patches(64, 0)
     patches[40], known[40] = patches[3], 1 - known[3]
@@ -122,6 +124,7 @@ def test_copies_in_a_packed_file_are_found_as_in_a_plain_one(tmp_path):
     assert of_check(findings, "label conflicts")
 
 
+@pytest.mark.slow
 def test_a_leak_is_named_on_both_sides(tmp_path):
     patches, known = draw_patches(64, 5)
     folder = write_pcam(tmp_path / "data")
@@ -201,6 +204,7 @@ def test_the_unit_of_coordinates_is_measured(slides_dir, tmp_path):
     assert measure_unit(surveys, found)[0] == 4
 
 
+@pytest.mark.slow
 def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(tmp_path):
     patches, known = draw_patches(1400, 1)
     members = np.flatnonzero(known == 1)[:14]
@@ -267,6 +271,7 @@ def test_groups_of_a_split_are_written_though_another_cannot_be_read(tmp_path):
     assert len(group_of_rows(open_split(folder, "train"), folder)) == 30
 
 
+@pytest.mark.slow
 def test_labels_are_reviewed_out_of_fold(tmp_path):
     folder = write_pcam(tmp_path / "data")
     write_groups(folder, {"train": np.arange(160) // 2, "valid": np.arange(64)})
@@ -396,6 +401,7 @@ def test_a_check_without_power_on_these_data_says_so(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
     truth = write_damaged_edition(pcam_dir, tmp_path / "data", 96)
     run_script(
@@ -420,6 +426,7 @@ def test_training_leaves_out_what_the_audit_found(pcam_dir, tmp_path):
     assert set(rows["left_out"]) == {row["reason"] for row in truth}
 
 
+@pytest.mark.slow
 def test_the_command_line_names_what_is_wrong(pcam_dir, tmp_path):
     result = run_script("audit.py", "data", pcam_dir, "--checks", "valuse", check=2)
     assert "did you mean 'values'" in result.stderr
@@ -509,6 +516,7 @@ def test_an_earlier_audit_and_what_a_killed_one_left_are_cleared_away(pcam_dir, 
     assert sorted(path.name for path in out.iterdir()) == kept
 
 
+@pytest.mark.slow
 def test_wrong_use_is_refused_before_the_work_begins(pcam_dir, tmp_path):
     assert (
         "epochs"

@@ -346,6 +346,7 @@ def audited(quick_run, pcam_dir, tmp_path_factory):
     return out, result.json
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_inference(audited, quick_run, pcam_dir, tmp_path):
     out, _ = audited
     run_script(

@@ -677,6 +677,7 @@ def test_a_verdict_needs_its_stages_and_says_where_they_do_not_explain_the_pipel
     )
 
 
+@pytest.mark.slow
 def test_a_benchmark_through_real_processes(pcam_dir, tmp_path):
     """Two sizes, one of which needs more memory than the process may have."""
     out, room = tmp_path / "out", address_space_needed() + (2 << 30)
@@ -739,6 +740,7 @@ def test_a_benchmark_through_real_processes(pcam_dir, tmp_path):
     assert read_json(out / "benchmark.json")["machine"]["num_cores"]
 
 
+@pytest.mark.slow
 def test_a_benchmark_computes_with_the_cores_that_it_was_given(pcam_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
     arguments = [

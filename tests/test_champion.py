@@ -45,6 +45,7 @@ def test_a_checkpoint_before_schema_3_predicts_to_the_bit_as_the_plain_last_laye
     assert torch.equal(one_view, one_view.bfloat16().float()), "its steps are those of bfloat16"
 
 
+@pytest.mark.slow
 @real_sample
 def test_the_champion_ranks_real_patches(tmp_path):
     with tarfile.open(REAL_SAMPLE / "valid.tar") as tar:

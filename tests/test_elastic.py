@@ -19,6 +19,8 @@ from lib.checkpoint import load_checkpoint
 from lib.files import read_csv, read_json
 from lib.ranks import ASK_EVERY
 
+pytestmark = pytest.mark.slow
+
 SHARDED = ["--trace", *QUICK, "shards=4", "dropout=0.3", "crop_epochs=1", "eval_batch_size=16"]
 
 

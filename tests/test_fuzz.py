@@ -38,6 +38,8 @@ from lib.config import load_config
 from lib.device import choose_device
 from lib.pcam import SplitWriter, open_split, split_path
 
+pytestmark = pytest.mark.slow
+
 SEED = 9
 MOST_S, HANG_S = 5, 120  # processor time of a call; when all is given up
 TOLD = re.compile(

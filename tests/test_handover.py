@@ -24,6 +24,8 @@ from lib.command import BadInput
 from lib.files import file_digest, read_csv, read_json
 from lib.report.handover import fetch_wheels, write_handover
 
+pytestmark = pytest.mark.slow
+
 PYTHON = "{}.{}".format(*sys.version_info)
 SYSTEM = f"manylinux_2_28_{os.uname().machine}"
 MOUNT = """mkdir -p "$1" && mount --bind "$0" "$1" && mount -o remount,ro,bind "$1" && ! touch "$1/x" 2>/dev/null || exit 9

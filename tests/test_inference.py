@@ -320,6 +320,7 @@ def test_a_real_process_writes_to_the_working_folder_by_default(quick_run, tmp_p
     assert rows[0]["source"].startswith("d/")
 
 
+@pytest.mark.slow
 def test_what_predicts_computes_as_training_does(quick_run, sources, pcam_dir, tmp_path):
     ckpt = shutil.copytree(quick_run, tmp_path / "run")
     out = tmp_path / "audit"

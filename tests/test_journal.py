@@ -29,6 +29,8 @@ from lib.report import evidence, journal
 from lib.report.evidence import choose_seeds, find_code, git, read_code, read_said
 from lib.report.sections import ANSWERS, read_questions
 
+pytestmark = pytest.mark.slow
+
 SMALL = [option for option in QUICK if not option.startswith(("name=", "epochs="))] + [
     "limit_train=96"
 ]

@@ -17,6 +17,8 @@ from proofs import gpu, run
 from lib.command import BadInput
 from lib.rundir import process_start
 
+pytestmark = pytest.mark.slow
+
 CPU_ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 
 

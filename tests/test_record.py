@@ -15,6 +15,8 @@ from conftest import REPOSITORY, run_script, write_pcam
 
 from lib.device import describe_machine
 
+pytestmark = pytest.mark.slow
+
 RECORD = REPOSITORY / "tests" / "record.json"
 SHORT = "epochs=2 crop_epochs=1 warmup_epochs=1 batch_size=32 threads=2 eval_batch_size=32"
 COMMANDS = (

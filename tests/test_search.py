@@ -247,6 +247,7 @@ def test_a_champion_apart_from_all_others_is_said_to_be(tmp_path):
     assert found["note"] == "t001 has the highest mean AUC, apart from all others"
 
 
+@pytest.mark.slow
 def test_the_test_split_is_opened_once_and_on_record(tmp_path, quick_run, pcam_dir):
     data = shutil.copytree(pcam_dir, tmp_path / "data")
     for part in "xy":
@@ -410,6 +411,7 @@ def test_a_claimed_row_is_left_alone_until_its_last_process_is_gone(tmp_path, pc
     free().close()
 
 
+@pytest.mark.slow
 def test_rows_are_the_plans_and_comparable_or_refused_and_nothing_is_recorded(tmp_path, pcam_dir):
     data = shutil.copytree(pcam_dir, tmp_path / "data")
     sweep = plan(
@@ -464,6 +466,7 @@ def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]
     return trainers
 
 
+@pytest.mark.slow
 def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is_not(
     tmp_path, pcam_dir
 ):
@@ -503,6 +506,7 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     assert search.outcome(sweep, row)["reason"].startswith("killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_trials_beside_each_other_share_the_cores_and_take_the_gpus_in_turn(tmp_path, pcam_dir):
     cheap = [pair for pair in TINY if not pair.startswith("threads=")]
     plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *cheap], trials=4)

@@ -133,6 +133,7 @@ def write_skewed(directory) -> Path:
 # ---- the run folder
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_what_the_contract_says(quick_run, pcam_dir):
     assert re.fullmatch(r"\d{8}T\d{6}Z-quick-s1-[0-9a-f]{4}", quick_run.name)
     files = {
@@ -248,6 +249,7 @@ def test_what_is_called_free_does_not_change_the_weights(free, quick_run, pcam_d
     )
 
 
+@pytest.mark.slow
 def test_the_data_may_lie_elsewhere_but_other_data_are_another_identity(
     quick_run, pcam_dir, tmp_path
 ):
@@ -283,6 +285,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_one_that_was_not(
     ]
 
 
+@pytest.mark.slow
 def test_a_process_stopped_from_outside_and_resumed_equals_one_that_was_not(
     whole, pcam_dir, tmp_path
 ):
@@ -314,6 +317,7 @@ def test_a_process_stopped_from_outside_and_resumed_equals_one_that_was_not(
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
 def test_a_process_killed_after_a_checkpoint_and_resumed_equals_one_that_was_not(
     whole, pcam_dir, tmp_path
 ):
@@ -346,6 +350,7 @@ def test_a_process_killed_after_a_checkpoint_and_resumed_equals_one_that_was_not
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_from_its_config(whole, tmp_path):
     run = tmp_path / whole.name
     run.mkdir()
@@ -355,6 +360,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_config(whole, 
     assert repeatable(run) == repeatable(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_pauses_after_each_epoch_equals_one_that_did_not(whole, pcam_dir, tmp_path):
     run, result, _ = start(tmp_path, pcam_dir, *RICH, "--until-epoch=1")
     assert (
@@ -505,6 +511,7 @@ def test_a_quarantine_that_was_changed_is_not_resumed_as_if_it_were_the_same_run
     resume(run, expect=2)
 
 
+@pytest.mark.slow
 def test_folds_without_slide_names_need_groups_and_resume_with_the_same(tmp_path, monkeypatch):
     data, folds = write_pcam(tmp_path / "data"), ("num_folds=2", "fold=1")
     refuse(f"audit.py data {data} --checks groups", tmp_path / "runs", f"data_dir={data}", *folds)
@@ -538,6 +545,7 @@ def test_a_last_checkpoint_that_cannot_be_resumed_is_refused(damage, unfinished)
     assert "last.pt" in err and len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["empty", "cut", "gone"])
 def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(
     damage, pcam_dir, tmp_path, monkeypatch, quick_run
@@ -620,6 +628,7 @@ def test_without_averaging_the_raw_weights_are_evaluated(pcam_dir, tmp_path):
     assert load_checkpoint(run / "best.pt")["averaged"] is None
 
 
+@pytest.mark.slow
 def test_a_constant_prediction_raises_the_alarm_and_a_real_one_does_not(
     pcam_dir, tmp_path, monkeypatch
 ):

@@ -98,6 +98,7 @@ def change_rows(run, keep=bool, **cells) -> None:
     write_csv(run / "trace.csv", list(rows[0]), [list(row.values()) for row in rows])
 
 
+@pytest.mark.slow
 def test_untouched_twins_are_identical(twins, compare, tmp_path):
     code, result = compare(*twins)
     assert (
@@ -117,6 +118,7 @@ def test_untouched_twins_are_identical(twins, compare, tmp_path):
     assert "identical to the bit over 10 traced steps" in (tmp_path / "out/twin.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_fault_is_found_by_the_command(twins, tmp_path):
     """The whole way: a twin with a fault is trained, compared and replayed in processes as a user
     starts them.
@@ -171,6 +173,7 @@ def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
         assert result["layer"] == f"{layer}.weight" and result["replay"]["max_ulp"] == 1
 
 
+@pytest.mark.slow
 def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
     """With every fourth step traced, the replay of the steps between says which one it was."""
     run = train_here("--trace-every", "4", "epochs=4")
