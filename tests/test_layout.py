@@ -1,6 +1,4 @@
-"""The rules of the house: floors, budget, packages, and what may not stand in a public
-repository.
-"""
+"""The rule of docs/architecture.md, the packages, and what may not stand in a public repository."""
 
 import ast
 import dataclasses
