@@ -1,9 +1,11 @@
 """Audits: findings with evidence.
 
-python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...] python
-audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...] [key=value ...]
-python audit.py twin --sources python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT
-[--store] [--without-patches] python audit.py handover DIR [--out OUT]
+python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
+python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...]
+                     [key=value ...]
+python audit.py twin --sources
+python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--store] [--without-patches]
+python audit.py handover DIR [--out OUT]
 """
 
 import argparse

@@ -2,7 +2,8 @@
 and say what holds it up.
 
 python benchmark.py loader|infer|train|all [--data DIR] [--out OUT] [--batch-sizes 1,8,...]
-[key=value ...] python benchmark.py compare A B
+                                           [key=value ...]
+python benchmark.py compare A B
 """
 
 import argparse

@@ -2,9 +2,9 @@
 and set as a table.
 
 python tests/prove_training.py NAME [--seeds 1 2 3] [--data DIR] [--kept yes|no] [--remark TEXT]
-[key=value ...] python tests/prove_training.py NAME --run RUN ...     note finished runs in place of
-training python tests/prove_training.py                        draw assets/ablation.png and
-ablation.md again
+                               [key=value ...]
+python tests/prove_training.py NAME --run RUN ...   note finished runs in place of training
+python tests/prove_training.py                      draw assets/ablation.png and ablation.md again
 """
 
 import argparse

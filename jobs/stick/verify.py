@@ -3,8 +3,9 @@
 standard library alone.
 
 python3 verify.py                      every file against SHA256SUMS: what is changed, missing or
-additional is named python3 verify.py --python             the same, and whether this Python fits
-the wheels python3 verify.py --predictions FILE   predictions of patches/ against expected.csv
+                                       additional is named
+python3 verify.py --python             the same, and whether this Python fits the wheels
+python3 verify.py --predictions FILE   predictions of patches/ against expected.csv
 
 Exit codes: 0 as it should be, 1 it is not, 2 this stick cannot be used here. It finds damage, not
 forgery: who can write here can write SHA256SUMS too, so compare its digest, the last line's

@@ -2,8 +2,8 @@
 table in DIR/gpu.md.
 
 python tests/proofs/gpu.py --out DIR [--data DIR|TAR] [--sections a,b,...] [--budget SECONDS]
-[--before FILE] python tests/proofs/gpu.py --pack TAR     the real patches that travel to a machine
-with a GPU
+                           [--before FILE]
+python tests/proofs/gpu.py --pack TAR     the real patches that travel to a machine with a GPU
 
 Each row is written as soon as it is measured. Sections that FILE, or DIR/gpu.json of the same
 commit, holds whole are kept. Without a GPU the same runs in small, and what needs CUDA is skipped
