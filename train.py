@@ -103,7 +103,10 @@ def start(cfg, args, run: Path | None = None) -> int:
         # the least, where nodes give their ranks unlike numbers: at another one a rank would
         # compute other bits
         threads = int(min(ranks.gather(torch.tensor(threads, device=device))))
-        return train(dataclasses.replace(cfg, threads=threads), args, run, device, ranks)
+        cfg = dataclasses.replace(cfg, threads=threads)
+        exit_code = train(cfg, args, run, device, ranks)
+        ranks.wait()  # torchrun ends every rank as soon as one ends with another code than 0
+        return exit_code
 
 
 def train(cfg, args, run: Path | None, device, ranks) -> int:

@@ -93,6 +93,10 @@ class Ranks:
         flags = self.gather(torch.tensor(int(bool(flag))))  # on the CPU: no GPU is waited for
         return any(flags)
 
+    def wait(self) -> None:
+        """Wait until every rank has come here."""
+        self.gather(torch.zeros(1))
+
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)),
         whoever holds what.

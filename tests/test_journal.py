@@ -665,7 +665,7 @@ def test_the_page_opens_by_itself_without_an_error(made, tmp_path):
     page = (made / "journal.html").read_text()
     assert len(page) < 5_000_000
     probe = """<script>onload = () => {
-      const heads = [...document.querySelectorAll(".sortable th")];
+      const heads = [...document.querySelectorAll("thead th")];
       const column = head => [...head.closest("table").tBodies[0].rows].map(row => row.cells[head.cellIndex].textContent);
       const auc = heads.find(head => head.textContent == "val_auc");
       auc.click(); const up = column(auc).map(Number); auc.click(); const down = column(auc).map(Number);
