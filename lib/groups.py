@@ -2,6 +2,7 @@
 groups of copies and of overlapping patches that `audit.py data DIR --checks groups` has written.
 """
 
+import functools
 import shlex
 from pathlib import Path
 
@@ -84,6 +85,13 @@ def read_groups(path, split: Split, directory) -> np.ndarray:
     Raises BadInput where it does not list each row once. Patches that were replaced by as many
     others are not noticed, but by the name of a cached file.
     """
+    status = Path(path).stat()
+    version = (status.st_size, status.st_mtime_ns, status.st_ino)
+    return _read_groups(path, version, split.name, len(split), str(directory)).copy()
+
+
+@functools.lru_cache(maxsize=4)  # a training asks three times, a full-size file has 262,144 rows
+def _read_groups(path, _version, name: str, num: int, directory: str) -> np.ndarray:
     mend = f"`{groups_command(directory)}` writes it anew"
     try:
         rows = read_edited_csv(path, COLUMNS)
@@ -92,12 +100,10 @@ def read_groups(path, split: Split, directory) -> np.ndarray:
     unknown = {row["split"] for row in rows} - set(SPLITS)
     if unknown:
         raise BadInput(f"{path} names the unknown split {min(unknown)!r}; {mend}")
-    rows = [row for row in rows if row["split"] == split.name]
+    rows = [row for row in rows if row["split"] == name]
     index = [row_number(row["index"]) for row in rows]
-    if len(index) != len(split) or set(index) != set(range(len(split))):
-        raise BadInput(
-            f"{path} does not list each of the {len(split):,} rows of {split.name} once; {mend}"
-        )
+    if len(index) != num or set(index) != set(range(num)):
+        raise BadInput(f"{path} does not list each of the {num:,} rows of {name} once; {mend}")
     names = np.array([row["group"] for row in rows])
     return names[np.argsort(index)]
 

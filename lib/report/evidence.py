@@ -15,7 +15,7 @@ from pathlib import Path
 from lib.command import BadInput, nearest, one_line, say
 from lib.config import HINTS, plain, read_yaml
 from lib.files import file_digest, read_csv, read_json, write_csv, write_json
-from lib.report.runs import FREE_KEYS, list_runs, table_of_runs
+from lib.report.runs import UNCOMPARED_KEYS, list_runs, table_of_runs
 from lib.rundir import REPOSITORY
 
 KEPT = "assets/evidence"
@@ -223,7 +223,7 @@ def choose_seeds(rows: list[dict], wanted: list[str]) -> list[dict]:
         return [there[name] for name in wanted] if set(wanted) <= set(there) else []
     groups = {}
     for row in (row for row in rows if row["status"] == "finished"):  # in the order of their starts
-        same = repr([row.get(key) for key in sorted({*HINTS, "data"} - FREE_KEYS - {"seed"})])
+        same = repr([row.get(key) for key in sorted({*HINTS, "data"} - UNCOMPARED_KEYS - {"seed"})])
         groups.setdefault(same, {})[row["seed"]] = row
     groups = [
         list(group.values())[-MOST_SEEDS:] for group in groups.values() if len(group) >= NUM_SEEDS

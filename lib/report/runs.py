@@ -38,7 +38,7 @@ UNREADABLE = (
 MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 # nothing that is compared depends on them
-FREE_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
+UNCOMPARED_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
 # YAML means by it what Python does
@@ -265,7 +265,9 @@ def require_alike(rows: list[dict], varied: str) -> None:
     first, seen = rows[0], {}
     if len(rows) < 2:
         raise BadInput(f"{first['run']} is one run: a spread over {varied}s needs at least two")
-    same = {*HINTS, "data"} - FREE_KEYS - {varied} | ({"num_train"} if varied == "seed" else set())
+    same = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied} | (
+        {"num_train"} if varied == "seed" else set()
+    )
     for row in rows:
         if row["status"] != "finished":
             raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
