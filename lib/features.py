@@ -3,11 +3,8 @@
 Brightness, contrast, saturation, stain and sharpness; tissue and nuclei.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
-from lib.device import num_cores
 from lib.pcam import PATCH_SHAPE
 
 # optical densities in R, G, B of haematoxylin, eosin and what is left (Ruifrok and Johnston 2001);
@@ -146,14 +143,12 @@ def compute_features(
 
 def measure_features(patches: np.ndarray) -> np.ndarray:
     """Features float64 (B, 6), columns as NAMES, of patches uint8 (B, 96, 96, 3)."""
-
-    def measure(start: int) -> np.ndarray:
+    parts = []
+    for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
         features = compute_features(part, count_values(part), grey_planes(part))
-        return np.stack([features[name] for name in NAMES], 1).astype(np.float64)
-
-    with ThreadPoolExecutor(num_cores()) as pool:
-        return np.concatenate(list(pool.map(measure, range(0, len(patches), BLOCK))))
+        parts.append(np.stack([features[name] for name in NAMES], 1))
+    return np.concatenate(parts).astype(np.float64)
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:
