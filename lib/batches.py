@@ -5,7 +5,7 @@ busy with the last one.
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -124,7 +124,7 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
         return "host"
     if residence != "auto":
         return residence
-    if device.type == "cuda" and images.num_bytes < free_device_bytes(device) // 2:
+    if images.num_bytes < free_device_bytes(device) // 2:
         return "device"
     return "host" if images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2) else "disk"
 
@@ -154,43 +154,40 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
         index = index[in_fold if held_out else ~in_fold]
     # validation keeps all, so that scores with and without stay comparable
     if cfg.quarantine and not held_out:
-        suspects = read_quarantine(cfg.quarantine, split.name, cfg.quarantine_reasons)
-        if beyond := [row for row in suspects if row >= len(split)]:
-            raise BadInput(
-                f"{cfg.quarantine} lists row {beyond[0]} of split {split.name}, which has"
-                f" {len(split):,} patches"
-            )
+        suspects = read_quarantine(cfg.quarantine, split, cfg.quarantine_reasons)
         is_suspect = np.isin(index, list(suspects))
         left_out = dict(Counter(suspects[row] for row in index[is_suspect].tolist()))
         index = index[~is_suspect]
-    limit = cfg.limit_valid if held_out or split.name != "train" else cfg.limit_train
-    if limit and limit < len(index):
+    is_training = split.name == "train" and not held_out
+    limit = cfg.limit_train if is_training else cfg.limit_valid
+    if limit:
         # a random part, so that a file sorted by class or slide still gives a fair one
-        index = np.sort(index[position_permutation(len(index), LIMIT).numpy()[:limit]])
+        order = position_permutation(len(index), LIMIT).numpy()
+        index = np.sort(index[order[:limit]])
     labels = split.labels[index]
-    if len(np.unique(labels)) < 2:
+    num_classes = len(np.unique(labels))
+    if num_classes < 2:
         raise BadInput(
-            f"split {split.name} leaves {len(index):,} patches of {len(np.unique(labels))} class:"
-            " both are needed"
+            f"split {split.name} leaves {len(index):,} patches of {num_classes} class: both are"
+            " needed"
         )
     return Rows(index, labels, left_out)
 
 
-def read_quarantine(path, split: str, reasons) -> dict[int, str]:
+def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
     """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such
-    reason.
+    reason. Raises BadInput for a row that the split does not have.
     """
-    try:
-        rows = read_edited_csv(path, ("split", "index", "reason"))
-    except OSError as error:
-        raise BadInput(f"quarantine {path}: {error.strerror.lower()}") from None
     suspects = {}
-    for number, row in enumerate(rows, 2):
-        if row["split"] != split or row["reason"] not in reasons:
+    for number, row in enumerate(read_edited_csv(path, ("split", "index", "reason")), 2):
+        if row["split"] != split.name or row["reason"] not in reasons:
             continue
         index = row_number(row["index"])
-        if index is None:
-            raise BadInput(f"quarantine {path}, line {number}: the index is not a row number")
+        if index is None or index >= len(split):
+            raise BadInput(
+                f"quarantine {path}, line {number}: no row {row['index']} of split {split.name},"
+                f" which has {len(split):,} patches"
+            )
         suspects.setdefault(index, row["reason"])
     return suspects
 
@@ -300,17 +297,28 @@ def gather_ahead(
                 copies[place] = stream.record_event()
         return images
 
-    ahead = NUM_BUFFERS - 1 if prefetch else 0  # the last one is with the model
+    numbers = range(len(batches))
     with ThreadPoolExecutor(1, "prefetch") as pool:
-        pending = deque(pool.submit(fill, number) for number in range(len(batches))[:ahead])
-        for number in range(len(batches)):
+        filled = map_ahead(pool, fill, numbers, NUM_BUFFERS) if prefetch else map(fill, numbers)
+        for number in numbers:
             started_at = time.perf_counter()
-            images = pending.popleft().result() if pending else fill(number)
+            images = next(filled)
             if on_gpu:
                 current = torch.cuda.current_stream(source.device)
                 current.wait_event(copies[number % NUM_BUFFERS])
                 # its memory is not handed out again before the model is done with it
                 images.record_stream(current)
-            if prefetch and number + ahead < len(batches):
-                pending.append(pool.submit(fill, number + ahead))
             yield images, time.perf_counter() - started_at
+
+
+def map_ahead(pool, function: Callable, items: Iterable, num_ahead: int) -> Iterator:
+    """Yield `function` of each item in their order, computed by the threads of a pool. When a
+    result is asked for, so many items are at work, waiting, or with the caller.
+    """
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == num_ahead:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()

@@ -2,7 +2,6 @@
 (test-time augmentation).
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
-from lib.batches import PatchSource, Rows, load_batches
+from lib.batches import PatchSource, Rows, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
 from lib.device import layer_precision
@@ -99,19 +98,6 @@ def predict_blocks(
     with ThreadPoolExecutor(num_workers, "predict", torch.set_num_threads, (share,)) as pool:
         for block, features, result in map_ahead(pool, work, blocks, 2 * num_workers):
             yield block, features, predict(result) if on_gpu else result
-
-
-def map_ahead(pool, function: Callable, items: Iterable, num_ahead: int) -> Iterator:
-    """Yield `function` of each item in their order, computed by the threads of a pool; `num_ahead`
-    items or results are in memory.
-    """
-    pending = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) == num_ahead:
-            yield pending.popleft().result()
-    for future in pending:
-        yield future.result()
 
 
 def predict_rows(
