@@ -4,13 +4,14 @@ groups of copies and of overlapping patches that `audit.py data DIR --checks gro
 
 import functools
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from lib.command import BadInput, say
 from lib.files import cache_file, file_digest, read_edited_csv, row_number, write_csv
-from lib.pcam import SPLITS, Split, fingerprint, split_path
+from lib.pcam import Split, fingerprint, split_path
 
 FILE_NAME = "groups.csv"
 COLUMNS = ("split", "index", "group")
@@ -85,27 +86,20 @@ def read_groups(path, split: Split, directory) -> np.ndarray:
     Raises BadInput where it does not list each row once. Patches that were replaced by as many
     others are not noticed, but by the name of a cached file.
     """
-    status = Path(path).stat()
-    version = (status.st_size, status.st_mtime_ns, status.st_ino)
-    return _read_groups(path, version, split.name, len(split), str(directory)).copy()
+    try:
+        return _parse_groups(path, file_digest(path), split.name, len(split))
+    except BadInput as error:
+        raise BadInput(f"{error}; `{groups_command(directory)}` writes it anew") from None
 
 
 @functools.lru_cache(maxsize=4)  # a training asks three times, a full-size file has 262,144 rows
-def _read_groups(path, _version, name: str, num: int, directory: str) -> np.ndarray:
-    mend = f"`{groups_command(directory)}` writes it anew"
-    try:
-        rows = read_edited_csv(path, COLUMNS)
-    except BadInput as error:
-        raise BadInput(f"{error}; {mend}") from None
-    unknown = {row["split"] for row in rows} - set(SPLITS)
-    if unknown:
-        raise BadInput(f"{path} names the unknown split {min(unknown)!r}; {mend}")
-    rows = [row for row in rows if row["split"] == name]
+def _parse_groups(path, _digest, name: str, num: int) -> np.ndarray:
+    rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == name]
     index = [row_number(row["index"]) for row in rows]
-    if len(index) != num or set(index) != set(range(num)):
-        raise BadInput(f"{path} does not list each of the {num:,} rows of {name} once; {mend}")
-    names = np.array([row["group"] for row in rows])
-    return names[np.argsort(index)]
+    if Counter(index) != Counter(range(num)):
+        raise BadInput(f"{path} does not list each of the {num:,} rows of {name} once")
+    groups = np.array([row["group"] for row in rows])
+    return groups[np.argsort(index)]
 
 
 def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
@@ -116,24 +110,21 @@ def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
     cache.
     """
     path = Path(directory, FILE_NAME)
-    rows = {split: _rows_of(split, names) for split, names in groups.items()}
+    rows = []
+    for split, names in groups.items():
+        rows += [(split, index, name) for index, name in enumerate(names.tolist())]
     try:
-        write_csv(path, COLUMNS, sum(rows.values(), []))
+        write_csv(path, COLUMNS, rows)
     except OSError:
         if path.exists():
             raise
         for split in groups:
             cached = _cached_path(directory, split)
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(cached, COLUMNS, rows[split])
-
-
-def _rows_of(split: str, names: np.ndarray) -> list[tuple]:
-    return [(split, index, name) for index, name in enumerate(names.tolist())]
+            write_csv(cached, COLUMNS, [row for row in rows if row[0] == split])
 
 
 def _cached_path(directory, split: str) -> Path:
     """One file a split, named by the SHA-256 of its patches: it cannot be of other ones."""
-    x_name = split_path(directory, split, "x").name
-    digest = fingerprint(directory, [split])[x_name]
+    digest = fingerprint(directory, [split])[split_path(directory, split, "x").name]
     return cache_file(directory).with_name(f"groups-{digest}.csv")

@@ -29,11 +29,13 @@ def compare_slide_names(split: Split) -> str:
     """`match` where all slides are named as those of the published split, `swapped` where any as
     another's, or `unknown`.
     """
-    slides = () if split.slides is None else np.unique(split.slides)
-    if len(slides) and all(slide.startswith(SLIDE_PREFIX[split.name]) for slide in slides):
-        return "match"
-    others = tuple(set(SLIDE_PREFIX.values()) - {SLIDE_PREFIX[split.name]})
-    return "swapped" if any(slide.startswith(others) for slide in slides) else "unknown"
+    own = SLIDE_PREFIX[split.name]
+    others = tuple({*SLIDE_PREFIX.values()} - {own})
+    slides = [] if split.slides is None else np.unique(split.slides).tolist()
+    if any(slide.startswith(others) for slide in slides):
+        return "swapped"
+    is_match = slides and all(slide.startswith(own) for slide in slides)
+    return "match" if is_match else "unknown"
 
 
 def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
@@ -42,17 +44,12 @@ def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
     """
     findings = []
     for part in ("x", "y", "meta"):
-        if not (path := split_path(directory, split, part)).exists():
+        path = split_path(directory, split, part)
+        if not path.exists():
             continue
-        published = {
-            other: sums[part] if part == "meta" else sums[part][1]
-            for other, sums in official.items()
-        }
-        if (found := file_digest(path, "md5")) != published[split]:
-            owner = next(
-                (f", it is that of {other}" for other, md5 in published.items() if md5 == found), ""
-            )
-            findings.append(
-                f"{path.name}: MD5 {found} is not the published {published[split]}{owner}"
-            )
+        md5 = file_digest(path, "md5")
+        owners = [name for name, sums in official.items() if md5 in sums[part]]
+        if owners != [split]:
+            owner = f", it is that of {owners[0]}" if owners else ""
+            findings.append(f"{path.name}: MD5 {md5} is not that of the published {split}{owner}")
     return findings

@@ -340,7 +340,7 @@ def test_damaged_files_are_findings(tmp_path):
         found["check"]: found["measured"]
         for found in json.loads((tmp_path / "out/findings.json").read_text())
     }
-    assert "cut off" in findings["unreadable split"]
+    assert "truncated" in findings["unreadable split"]
     assert "neither 0 nor 1, the first 7 at row 3" in findings["labels"]
     assert "1 rows for 160 patches" in findings["meta"]
     assert result.json["not_run"] == ["valid"]
