@@ -13,14 +13,15 @@ def alter_patch(
     same: (copy, words for it).
     """
     if kind == "symmetric":
-        turns, mirrored = divmod(int(rng.integers(1, 8)), 2)
-        return (
-            np.rot90(image, turns)[:, :: 1 - 2 * mirrored],
-            f"turned {90 * turns}{' mirrored' * mirrored}",
-        )
+        turns, is_mirrored = divmod(int(rng.integers(1, 8)), 2)
+        turned = np.rot90(image, turns)
+        if is_mirrored:
+            return turned[:, ::-1], f"turned {90 * turns} mirrored"
+        return turned, f"turned {90 * turns}"
     if kind == "brightened":
         factor = rng.uniform(1.02, 1.1)
-        return np.minimum(image * factor + 0.5, 255).astype(np.uint8), f"times {factor:.3f}"
+        brighter = np.minimum(image * factor + 0.5, 255)
+        return brighter.astype(np.uint8), f"times {factor:.3f}"
     if kind == "recompressed":
         buffer, quality = io.BytesIO(), int(rng.integers(least_quality, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)

@@ -114,7 +114,8 @@ def test_verify_exits_0_for_fine_1_for_a_finding_and_2_for_what_is_not_whole(tmp
     assert "exchanged" in run_script("prepare.py", "verify", folder, check=1).stderr
     os.truncate(split_path(folder, "train", "x"), 200_000)
     assert (
-        "train_x.h5 is cut off" in run_script("prepare.py", "verify", folder, check=2).json["error"]
+        "train_x.h5 cannot be read"
+        in run_script("prepare.py", "verify", folder, check=2).json["error"]
     )
 
 
