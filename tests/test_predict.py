@@ -3,6 +3,8 @@ model stays as it was.
 """
 
 import copy
+import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,11 +14,14 @@ from conftest import draw_patches
 from lib.augment import PREPROCESSING
 from lib.batches import PatchSource, Rows
 from lib.checkpoint import load_model, state_sha256
+from lib.command import BadInput
 from lib.config import load_config
+from lib.features import measure_features
+from lib.inputs import Block, Row
 from lib.metrics import compute_metrics
 from lib.models import build_model
 from lib.pcam import open_split
-from lib.predict import evaluate, predict_batch, predict_rows
+from lib.predict import evaluate, predict_batch, predict_blocks, predict_rows
 
 DIHEDRAL = [
     lambda x, k=k, flip=flip: torch.rot90(x.flip(2) if flip else x, k, (1, 2))
@@ -40,12 +45,15 @@ def by_hand(model, images):
         return model(((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)).float().flatten()
 
 
+def predict(model, images, precision="fp32", views=1, preprocessing=PREPROCESSING):
+    return predict_batch(model, images, precision, views, preprocessing)
+
+
 def test_logits_are_those_of_the_normalised_patch(trained):
     images = torch.from_numpy(draw_patches(8, 5)[0])
-    found = predict_batch(trained[0], images, "fp32", 1, PREPROCESSING)
-    assert found.dtype == torch.float32 and torch.allclose(
-        found, by_hand(trained[0], images), atol=1e-5
-    )
+    logits = predict(trained[0], images)
+    assert logits.dtype == torch.float32
+    assert torch.allclose(logits, by_hand(trained[0], images), atol=1e-5)
 
 
 def shift(images):
@@ -58,34 +66,58 @@ def test_eight_views_are_the_mean_logit_over_the_eight_symmetries_each_shifted()
     # which, unlike p4m, sees a symmetry
     model = build_model(load_config(overrides=["model=cnn", "cnn_width=4"])).eval()
     expected = torch.stack([by_hand(model, shift(turn(images))) for turn in DIHEDRAL])
-    assert len({tuple(row.tolist()) for row in expected}) == 8, (
-        "the symmetries have to differ for this to say something"
-    )
-    found = predict_batch(model, images, "fp32", 8, PREPROCESSING)
-    assert torch.allclose(found, expected.mean(0), atol=1e-5)
-    turned = predict_batch(model, DIHEDRAL[5](images).contiguous(), "fp32", 8, PREPROCESSING)
-    assert torch.allclose(found, turned, atol=1e-5), (
-        "eight views of a turned patch are the same eight views"
-    )
+    assert len(expected.unique(dim=0)) == 8, "else the test says nothing"
+    logits = predict(model, images, views=8)
+    assert torch.allclose(logits, expected.mean(0), atol=1e-5)
+    turned = DIHEDRAL[5](images).contiguous()  # whose eight views are the same
+    assert torch.allclose(logits, predict(model, turned, views=8), atol=1e-5)
 
 
-def test_the_preprocessing_is_the_one_that_is_handed_over(trained):
+def test_preprocessing_and_precision_are_those_that_are_handed_over(trained):
     images = torch.from_numpy(draw_patches(4, 7)[0])
+    logits = predict(trained[0], images)
     other = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]}
-    found = predict_batch(trained[0], images, "fp32", 1, other)
-    assert not torch.allclose(
-        found, predict_batch(trained[0], images, "fp32", 1, PREPROCESSING), atol=1e-3
-    )
+    changed = predict(trained[0], images, preprocessing=other)
+    assert not torch.allclose(logits, changed, atol=1e-3)
+    half = predict(trained[0], images, precision="bf16")
+    assert half.dtype == torch.float32
+    assert torch.allclose(logits, half, atol=0.05) and not torch.equal(logits, half)
 
 
-def test_logits_are_float32_in_either_precision(trained):
-    images = torch.from_numpy(draw_patches(4, 8)[0])
-    full, half = (
-        predict_batch(trained[0], images, precision, 1, PREPROCESSING)
-        for precision in ("fp32", "bf16")
-    )
-    assert full.dtype == half.dtype == torch.float32
-    assert torch.allclose(full, half, atol=0.05) and not torch.equal(full, half)
+@pytest.fixture
+def blocks(trained):
+    """A list of which blocks have been taken, and a generator of 20 blocks of one patch."""
+    taken, images = [], trained[2].images.read(range(20))
+
+    def take():
+        for number in range(20):
+            taken.append(number)
+            yield partial(Block, [Row("x.h5", number)], images[number : number + 1])
+
+    return taken, take()
+
+
+def test_blocks_are_predicted_in_their_order_and_a_few_at_a_time(trained, blocks):
+    taken, generator = blocks
+    predicted = predict_blocks(trained[0], generator, "fp32", 1, PREPROCESSING)
+    results = [next(predicted)]
+    assert len(taken) <= 2 * torch.get_num_threads()
+    results += predicted
+    assert [block.rows[0].index for block, _, _ in results] == list(range(20))
+    for block, features, logits in results:
+        assert torch.equal(logits, predict(trained[0], torch.from_numpy(block.images)))
+        assert np.array_equal(features, measure_features(block.images))
+
+
+def test_a_block_that_cannot_be_decoded_ends_the_prediction_with_its_error(trained, blocks):
+    def fail():
+        raise BadInput("cut off")
+
+    generator = itertools.chain(itertools.islice(blocks[1], 3), [fail], blocks[1])
+    predicted = predict_blocks(trained[0], generator, "fp32", 1, PREPROCESSING)
+    assert len([next(predicted) for _ in range(3)]) == 3
+    with pytest.raises(BadInput, match="cut off"):
+        next(predicted)
 
 
 def test_logits_follow_the_rows_asked_for_in_blocks_of_any_size(trained):
