@@ -184,7 +184,7 @@ def test_what_is_counted_as_left_out_is_what_was_left_out_with_folds_too(quarant
 @pytest.mark.parametrize(
     "lines, header, words",
     [
-        (["train,10,nan,1"], "split,index,reason,score", "row 10 of split train, which has 10"),
+        (["train,10,nan,1"], "split,index,reason,score", "row '10' of split train, which has 10"),
         (["valid,1,nan,1", "train,-1,nan,1"], "split,index,reason,score", "line 3"),
         (["train,1,nan"], "split,row,reason", "lacks the column index"),
         # a row without its score is not passed over
