@@ -185,8 +185,8 @@ def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
         index = row_number(row["index"])
         if index is None or index >= len(split):
             raise BadInput(
-                f"quarantine {path}, line {number}: no row {row['index'][:20]!r} of split {split.name},"
-                f" which has {len(split):,} patches"
+                f"quarantine {path}, line {number}: no row {row['index'][:20]!r} of split"
+                f" {split.name}, which has {len(split):,} patches"
             )
         suspects.setdefault(index, row["reason"])
     return suspects
