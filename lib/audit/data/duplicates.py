@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.audit import finding
-from lib.audit.copies import Overlaps, compare_patches, join
+from lib.audit.copies import compare_patches, join
 from lib.audit.survey import Survey
 from lib.pcam import PATCH_BYTES
-from lib.progress import Progress
 
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
 
@@ -22,7 +21,7 @@ class Copies:
     (N,) its row there."""
 
     first: np.ndarray
-    overlaps: Overlaps
+    overlaps: np.recarray
     split: np.ndarray
     row: np.ndarray
 
@@ -48,12 +47,11 @@ def find_copies(surveys: list[Survey]) -> Copies:
         )
         numbers = np.flatnonzero(split == name)[lost]
         prints.key[numbers], prints.codes[numbers] = 0, -1
-    with Progress(0, "compare", "candidate pairs") as progress:
-        first, overlaps = compare_patches(prints, read, progress.add)
+    first, overlaps = compare_patches(prints, read)
     return Copies(first, overlaps, split, row)
 
 
-def describe_copy(overlap: Overlaps) -> str:
+def describe_copy(overlap: np.recarray) -> str:
     """What makes the second of one near pair differ from the first, in words."""
     (dy, dx), gain, symmetry = (
         overlap.shift[0].tolist(),
