@@ -116,7 +116,12 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib import batches, rundir, runlog, training
     from lib.calibration import complete_checkpoint
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
-    from lib.device import describe_machine, keep_freed_memory
+    from lib.device import (
+        describe_machine,
+        keep_freed_memory,
+        note_busy_cores,
+        others_busy_s,
+    )
     from lib.groups import groups_digest
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
@@ -126,6 +131,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.ranks import StopFlag
     from lib.seeding import set_determinism
     from lib.trace import Trace
+
+    watched_from, busy_s = time.monotonic(), others_busy_s()
 
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
@@ -154,6 +161,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if not cfg.num_folds:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     weights = training.class_weights(train_rows.labels, cfg, device)
+
+    # a run that goes on keeps its number of threads, and ranks would count each other
+    if device.type == "cpu" and ranks.num == 1 and not run:
+        note_busy_cores(cfg.threads, watched_from, busy_s)
 
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)
