@@ -144,21 +144,9 @@ def constant_alarm(metrics: dict[str, float], labels) -> str:
 def share_interval(num: float, num_total: float) -> tuple[float, float]:
     """95% interval of the share num / num_total (Wilson 1927)."""
     share, weight = num / num_total, Z_95**2 / num_total
+    middle = share + weight / 2
     margin = Z_95 * np.sqrt((share * (1 - share) + weight / 4) / num_total)
-    low, high = share + weight / 2 - margin, share + weight / 2 + margin
-    return float(low / (1 + weight)), float(high / (1 + weight))
-
-
-def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
-    """95% interval of an AUC from the counts of the classes alone.
-
-    The AUC is the share of pairs in the right order. The interval is Wilson's for as many
-    independent pairs as have the variance of Hanley and McNeil (1982).
-    """
-    same_positive = (num_positive - 1) * (1 - auc) / (2 - auc)
-    same_negative = (num_negative - 1) * auc / (1 + auc)
-    num_independent = num_positive * num_negative / (1 + same_positive + same_negative)
-    return share_interval(auc * num_independent, num_independent)
+    return float((middle - margin) / (1 + weight)), float((middle + margin) / (1 + weight))
 
 
 def mean_interval(values) -> dict[str, float]:
@@ -166,10 +154,11 @@ def mean_interval(values) -> dict[str, float]:
     values (N,), N at least 2 (Student 1908).
     """
     num = len(values)
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    mean = float(np.mean(values))
+    deviation = float(np.std(values, ddof=1))
     margin = student_t(num - 1) * deviation / num**0.5
-    interval = {"low": mean - margin, "high": mean + margin}
-    return {"mean": mean, "deviation": deviation, **interval, "num": num}
+    low, high = mean - margin, mean + margin
+    return {"mean": mean, "deviation": deviation, "low": low, "high": high, "num": num}
 
 
 def student_t(num_free: int) -> float:

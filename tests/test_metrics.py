@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from lib.metrics import (
-    auc_interval,
     compute_auc,
     compute_confusion,
     compute_fbeta,
@@ -16,6 +15,7 @@ from lib.metrics import (
     sigmoid,
     student_t,
 )
+from lib.report.handover import auc_interval
 
 
 def draw(num, seed, levels=0):
