@@ -2,6 +2,7 @@
 newer or with code in it.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -159,23 +160,22 @@ def test_a_cut_file_is_refused_wherever_it_was_cut(best, refused, share):
     refused(data[: int(len(data) * share)])
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing(best, fields, tmp_path):
-    data, good = best.read_bytes(), state_sha256(fields)
-    mean = next(name for name in fields["model"] if name.endswith("running_mean"))
-    inside = data.index(fields["model"][mean].numpy().tobytes())  # certainly in a tensor
-    random.seed(0)
-    num_refused = 0
-    for place in (inside, *random.sample(range(len(data)), 29)):
+def test_a_flipped_bit_is_refused_or_changes_nothing(best, fields, tmp_path, refused):
+    data, path = best.read_bytes(), tmp_path / "flipped.pt"
+
+    def flip(place: int) -> None:
         altered = bytearray(data)
-        altered[place] ^= 1 << random.randrange(8)
-        (tmp_path / "flipped.pt").write_bytes(altered)
-        try:
-            same = state_sha256(load_checkpoint(tmp_path / "flipped.pt")) == good
-        except BadInput:
-            num_refused += 1
-        else:
-            assert same and place != inside, f"byte {place} was changed without notice"
-    assert num_refused > 20, "most of the file is content"
+        altered[place] ^= 4
+        path.write_bytes(altered)
+
+    mean = next(name for name in fields["model"] if name.endswith("running_mean"))
+    flip(data.index(fields["model"][mean].numpy().tobytes()))
+    refused(path)
+    refused(path, load_weights)  # of which others write no checksum
+    for place in random.Random(0).sample(range(len(data)), 30):
+        flip(place)
+        with contextlib.suppress(BadInput):
+            assert state_sha256(load_checkpoint(path)) == state_sha256(fields)
 
 
 class Code:
@@ -212,15 +212,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, refused):
         refused(data)
     refused(tmp_path)
     refused(tmp_path / "none.pt")
-
-
-def test_a_flipped_bit_in_the_weights_of_others_is_noticed(tmp_path, refused):
-    torch.save({"a": torch.arange(500.0)}, tmp_path / "good.pt")
-    data = bytearray((tmp_path / "good.pt").read_bytes())
-    data[data.index(torch.arange(500.0).numpy().tobytes()) + 999] ^= 4
-    (tmp_path / "flipped.pt").write_bytes(data)
-    assert load_weights(tmp_path / "good.pt")["a"][-1] == 499
-    refused(tmp_path / "flipped.pt", load_weights)
 
 
 def test_a_safetensors_file_is_told_what_is_read_instead(tmp_path, refused):
