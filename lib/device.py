@@ -69,19 +69,16 @@ def num_gpus() -> int:
 
 
 def why_no_gpu() -> str:
-    """torch's version and build, and the reason why it can use no GPU."""
-    build = f"torch {torch.__version__}"
-    if torch.version.cuda is None:
-        return f"{build}: it is built without CUDA"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in NO_GPU:
-        return f"{build}: CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    """torch's version, and the reason that it gives why it can use no GPU."""
+    reason = "it finds none"
     try:
         torch.cuda.init()
-        reason = "it finds none"
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(". ")[0]
-    return f"{build}, built for CUDA {torch.version.cuda}: {reason}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in NO_GPU:
+        reason = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    return f"torch {torch.__version__}: {reason}"
 
 
 @functools.cache
@@ -98,7 +95,7 @@ def warn_of_unusable_gpu() -> None:
             evidence = f"{name}={value}"
     if not evidence:
         gpu = _nvidia_smi("name")
-        if gpu.startswith(("unknown", "No devices")):
+        if not gpu or gpu.startswith(("unknown", "No devices")):
             return
         evidence = f"nvidia-smi lists {gpu}"
     say(f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this uses the CPU")
@@ -289,4 +286,4 @@ def _nvidia_smi(field: str) -> str:
         output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
-    return one_line(output.decode(errors="replace"))
+    return output.decode(errors="replace").partition("\n")[0].strip()

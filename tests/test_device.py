@@ -144,14 +144,9 @@ def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
 
 
 @needs_no_gpu
-@pytest.mark.parametrize(
-    "build, visible, reason",
-    [(None, "0", "without CUDA"), ("13.0", "", "CUDA_VISIBLE_DEVICES= hides")],
-)
-def test_the_reason_why_there_is_no_gpu_is_given(build, visible, reason, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", build)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    with pytest.raises(BadInput, match=reason):
+def test_a_variable_that_hides_the_gpus_is_the_reason_why_there_is_none(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(BadInput, match="CUDA_VISIBLE_DEVICES= hides"):
         choose_device("cuda")
 
 
