@@ -9,6 +9,7 @@ lies on the other: a candidate, which the pixels then confirm. A hash of the who
 do: a shift by four pixels changes it as much as another patch does.
 """
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -183,11 +184,12 @@ def find_equal(prints: np.recarray, read: Callable) -> np.ndarray:
     """
     first = np.arange(len(prints))
     _, group, sizes = np.unique(prints.key, return_inverse=True, return_counts=True)
-    seen = {}
+    firsts = {}
     for row in np.flatnonzero((sizes[group] > 1) & (prints.key > 0)):
         patch = read(row[None])
-        view = min(turn(patch, symmetry).tobytes() for symmetry in range(8))
-        first[row] = seen.setdefault(view, row)
+        views = [turn(patch, symmetry).tobytes() for symmetry in range(8)]
+        digest = hashlib.sha256(min(views)).digest()
+        first[row] = firsts.setdefault(digest, row)
     return first
 
 
@@ -309,9 +311,9 @@ def find_overlaps(prints: np.recarray, read: Callable) -> np.recarray:
         Progress(len(candidates), "compare", "candidate pairs") as bar,
         ThreadPoolExecutor(2) as pool,
     ):
-        for part in pool.map(confirm, parts):
-            confirmed.append(part)
-            bar.add(128)
+        for part, overlaps in zip(parts, pool.map(confirm, parts), strict=True):
+            confirmed.append(overlaps)
+            bar.add(len(part))
     return join(confirmed)
 
 
