@@ -182,15 +182,16 @@ def checkpoint_path(ckpt) -> Path:
     the file itself. Raises BadInput for a folder without a best.pt.
     """
     path = Path(ckpt)
-    if not path.exists() and (Path("runs") / ckpt).is_dir():
-        path = Path("runs") / ckpt
+    if not path.exists() and Path("runs", ckpt).is_dir():
+        path = Path("runs", ckpt)
     if not path.is_dir():
         return path
-    if not (path / "best.pt").is_file():
+    best = path / "best.pt"
+    if not best.is_file():
         raise BadInput(
             f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder"
         )
-    return path / "best.pt"
+    return best
 
 
 def load_model(ckpt) -> tuple[nn.Module, Config, dict]:

@@ -146,16 +146,6 @@ def explain(error: Exception) -> str:
     return ""
 
 
-def interrupt_on_stop_signals() -> None:
-    """Let the stop signals that nobody handles raise KeyboardInterrupt, so that open files are
-    tidied up.
-    """
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # not in the main thread
-                signal.signal(number, signal.default_int_handler)
-
-
 def script(main):
     """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever
     happens.
@@ -167,7 +157,10 @@ def script(main):
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
-        interrupt_on_stop_signals()
+        # signals that nobody handles raise KeyboardInterrupt, so that open files are tidied up
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
         try:
             return main(argv)
         except SystemExit as stop:  # argparse leaves this way after --help

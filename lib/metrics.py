@@ -20,12 +20,10 @@ def as_arrays(labels, scores) -> tuple[np.ndarray, np.ndarray]:
 
 def compute_auc(labels, scores) -> float:
     """Area under the ROC curve of scores (N,) against labels (N,): the share of pairs of classes in
-    the right order, ties counted half (Mann-Whitney).
-
-    NaN where a class is missing or a score is NaN.
+    the right order, ties counted half (Mann-Whitney). NaN where a class is missing.
     """
     labels, scores = as_arrays(labels, scores)
-    if labels.all() or not labels.any() or np.isnan(scores).any():
+    if labels.all() or not labels.any():
         return float("nan")
     positives = scores[labels]
     negatives = np.sort(scores[~labels])
@@ -36,10 +34,10 @@ def compute_auc(labels, scores) -> float:
 
 def compute_pr_auc(labels, scores) -> float:
     """Average precision of scores (N,) against labels (N,): precision summed over the steps of
-    recall, without interpolation. NaN without positives, or where a score is NaN.
+    recall, without interpolation. NaN without positives.
     """
     labels, scores = as_arrays(labels, scores)
-    if not labels.any() or np.isnan(scores).any():
+    if not labels.any():
         return float("nan")
     points = curve_points(labels, scores)
     steps = np.diff(points["recall"], prepend=0)
