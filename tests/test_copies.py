@@ -10,7 +10,6 @@ from PIL import Image
 
 from lib.audit import copies
 from lib.augment import eight_views
-from lib.inputs import read_inputs
 from lib.pcam import PATCH_SHAPE
 from lib.prepare.synthetic import draw_slide
 
@@ -138,6 +137,8 @@ def test_groups_are_the_connected_parts_of_a_graph(num):
 
 @real_sample
 def test_real_patches_have_no_near_copies_but_those_that_are_planted():
+    from lib.inputs import read_inputs
+
     blocks = read_inputs([REAL_SAMPLE / "valid.tar"])
     patches = np.concatenate([block.images for block in blocks])
     rng = np.random.default_rng(2)
