@@ -46,12 +46,9 @@ def refused(tmp_path):
         if isinstance(data, bytes):
             path = tmp_path / "bad.pt"
             path.write_bytes(data)
-        with pytest.raises(BadInput) as caught:
+        with pytest.raises(BadInput, match=f"^{path}[^\n]*$") as caught:
             load(path)
-        sentence = str(caught.value)
-        assert str(path) in sentence and "\n" not in sentence
-        assert len(sentence) < 400 + len(str(path))
-        return sentence
+        return str(caught.value)
 
     return check
 
