@@ -44,21 +44,23 @@ def compute_pr_auc(labels, scores) -> float:
     return float((steps * points["precision"]).sum())
 
 
-def curve_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+def curve_points(labels: np.ndarray, scores: np.ndarray, weights=1) -> dict[str, np.ndarray]:
     """threshold, recall, precision and false_positive_rate, float64 (T,) each, at every distinct
-    threshold on scores (N,), strictest first; labels are bool (N,).
+    threshold on scores (N,), strictest first; labels are bool (N,), and each counts `weights` (N,)
+    times.
     """
     order = np.argsort(-scores, kind="stable")
-    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
-    true_positives = np.cumsum(labels[order])[last_of_tie]
-    num_called = np.flatnonzero(last_of_tie) + 1
-    num_positive = labels.sum()
-    num_negative = len(labels) - num_positive
+    labels, scores = labels[order], scores[order]
+    weights = np.broadcast_to(weights, len(order))[order]
+    last_of_tie = np.append(np.diff(scores) != 0, True)
+    true_positives = np.cumsum(weights * labels)[last_of_tie]
+    false_positives = np.cumsum(weights * ~labels)[last_of_tie]
+    num_called = true_positives + false_positives
     return {
-        "threshold": scores[order][last_of_tie],
-        "recall": true_positives / max(1, num_positive),
-        "precision": true_positives / num_called,
-        "false_positive_rate": (num_called - true_positives) / max(1, num_negative),
+        "threshold": scores[last_of_tie],
+        "recall": true_positives / max(1, true_positives[-1]),
+        "precision": true_positives / np.maximum(1, num_called),
+        "false_positive_rate": false_positives / max(1, false_positives[-1]),
     }
 
 

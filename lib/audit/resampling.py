@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.metrics import as_arrays
+from lib.metrics import as_arrays, curve_points
 
 NUM_RESAMPLES = 1_000
 CHUNK = 64  # resamples that are computed at once
@@ -93,20 +93,13 @@ def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> di
     float64 (R, G) each, of rows (N,) weighted by (R, N).
     """
     labels, probs = as_arrays(labels, probs)
-    order = np.argsort(-probs, kind="stable")
-    labels, probs = labels[order], probs[order]
-    tie_ends = np.append(np.flatnonzero(np.diff(probs)), len(probs) - 1)
     recalls, precisions = [], []
     for weight in weights:
-        weight = weight[order].astype(np.float64)
-        tp = np.cumsum(weight * labels)[tie_ends]
-        fp = np.cumsum(weight * ~labels)[tie_ends]
+        points = curve_points(labels, probs, weight)
         # a threshold above all: without it the curve of one tie would be perfect
-        recall = np.append(0.0, tp / max(tp[-1], 1))
-        false_positive_rate = np.append(0.0, fp / max(fp[-1], 1))
+        recall = np.append(0.0, points["recall"])
+        false_positive_rate = np.append(0.0, points["false_positive_rate"])
         recalls.append(np.interp(grid, false_positive_rate, recall))
-        # counts are whole, their products not quite
-        place = np.searchsorted(tp, grid * tp[-1] - 1e-6).clip(max=len(tp) - 1)
-        precision = tp / np.maximum(tp + fp, 1)
-        precisions.append(precision[place])
+        place = np.searchsorted(recall[1:], grid - 1e-9)  # a quotient is not quite that of the grid
+        precisions.append(points["precision"][place.clip(max=len(recall) - 2)])
     return {"recall": np.stack(recalls), "precision": np.stack(precisions)}
