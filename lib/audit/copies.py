@@ -40,7 +40,7 @@ EDGE_PX, STEEP = 2, 8.0
 MOST_GAIN = 0.3
 NEAR_PX = 4  # a copy that lies further off shows other tissue: it overlaps
 
-# the tables are record arrays: `prints.codes` is a column, `prints[rows]` some of the patches
+# tables are record arrays: `prints.codes` is a column, `prints[rows]` are some of the patches
 PRINTS = np.dtype(
     [  # what a patch is known by
         ("key", np.uint64),  # equal for equal patches, 0 for those of one colour
@@ -61,6 +61,8 @@ OVERLAPS = np.dtype(
         ("difference", np.float64),  # mean of what else differs, in levels
     ]
 )
+
+Prints = Overlaps = np.recarray  # (N,) of PRINTS, and of OVERLAPS
 
 RNG = np.random.default_rng(0)
 DIRECTIONS = RNG.standard_normal((len(OFFSETS) ** 2, NUM_CODES * NUM_BITS), np.float32)
@@ -103,7 +105,7 @@ PIXELS = np.arange(SIZE * SIZE).reshape(1, SIZE, SIZE)
 SOURCE = np.concatenate([turn(PIXELS, symmetry) for symmetry in range(8)])
 
 
-def find_prints(counts: np.ndarray, grey: np.ndarray) -> np.recarray:
+def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     """PRINTS (B,) of patches, from the counts of their values int64 (B, 3, 256) and their grey
     planes float32 (96, 96, B).
     """
@@ -168,7 +170,7 @@ def encode(windows: np.ndarray) -> np.ndarray:
     return (signs[: len(windows)] << np.arange(NUM_BITS)).sum(2)
 
 
-def print_patches(patches: np.ndarray) -> np.recarray:
+def print_patches(patches: np.ndarray) -> Prints:
     """PRINTS (N,) of patches uint8 (N, 96, 96, 3)."""
     parts = []
     for start in range(0, len(patches), BLOCK):
@@ -177,7 +179,7 @@ def print_patches(patches: np.ndarray) -> np.recarray:
     return join(parts)
 
 
-def find_equal(prints: np.recarray, read: Callable) -> np.ndarray:
+def find_equal(prints: Prints, read: Callable) -> np.ndarray:
     """For each patch the first that is equal to it up to a symmetry, int64 (N,), itself if there is
     none; those of one colour are not compared. `read` gives patches uint8 (B, 96, 96, 3) by their
     numbers.
@@ -216,7 +218,7 @@ def match_anchors(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.divmod(np.unique(np.concatenate(pairs)), len(codes))
 
 
-def find_candidates(prints: np.recarray) -> np.recarray:
+def find_candidates(prints: Prints) -> Overlaps:
     """OVERLAPS (M,) of patches by their codes alone, not yet measured.
 
     Two patches share the codes of two anchors or more that are turned in the same way, or both
@@ -250,7 +252,7 @@ def find_candidates(prints: np.recarray) -> np.recarray:
     return pairs
 
 
-def measure(pairs: np.recarray, read: Callable, step: int) -> np.recarray:
+def measure(pairs: Overlaps, read: Callable, step: int) -> Overlaps:
     """`pairs` with what the pixels say of them, every `step`th in each direction."""
     axis = np.arange(step // 2, SIZE - EDGE_PX, step)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
@@ -290,10 +292,10 @@ def grey_at(patches: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return colours[rows, pixels] @ np.ones(3, np.float32) / 3
 
 
-def find_overlaps(prints: np.recarray, read: Callable) -> np.recarray:
+def find_overlaps(prints: Prints, read: Callable) -> Overlaps:
     """OVERLAPS (M,) of patches, confirmed by their pixels; `read` gives them as in find_equal."""
 
-    def confirm(pairs: np.recarray) -> np.recarray:
+    def confirm(pairs: Overlaps) -> Overlaps:
         # most candidates are none, which a few pixels show
         pairs = pairs[measure(pairs, read, 8).similarity >= LEAST_ALIKE - 0.15]
         pairs = measure(pairs, read, 4)
@@ -317,7 +319,7 @@ def find_overlaps(prints: np.recarray, read: Callable) -> np.recarray:
     return join(confirmed)
 
 
-def compare_patches(prints: np.recarray, read: Callable) -> tuple[np.ndarray, np.recarray]:
+def compare_patches(prints: Prints, read: Callable) -> tuple[np.ndarray, Overlaps]:
     """For each patch the first equal one, as find_equal gives it, and the overlaps among these
     first ones.
     """
@@ -327,7 +329,7 @@ def compare_patches(prints: np.recarray, read: Callable) -> tuple[np.ndarray, np
     return first, find_overlaps(firsts, read)
 
 
-def link_groups(first: np.ndarray, overlaps: np.recarray) -> np.ndarray:
+def link_groups(first: np.ndarray, overlaps: Overlaps) -> np.ndarray:
     """The smallest number that each patch is linked with, by equality or by overlaps, if only by
     way of others, int64 (N,).
     """

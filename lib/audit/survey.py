@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.audit import finding
-from lib.audit.copies import BLOCK, find_prints, join
+from lib.audit.copies import BLOCK, Prints, find_prints, join
 from lib.command import BadInput, one_line
 from lib.features import compute_features, count_values, grey_planes
 from lib.pcam import (
@@ -54,7 +54,7 @@ class Survey:
     table: dict[str, np.ndarray]
     boxes: np.ndarray
     heat: dict[str, np.ndarray]
-    prints: np.recarray
+    prints: Prints
     read: Callable
 
     def __len__(self) -> int:

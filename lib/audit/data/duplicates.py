@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.audit import finding
-from lib.audit.copies import compare_patches, join
+from lib.audit.copies import Overlaps, compare_patches, join
 from lib.audit.survey import Survey
 from lib.pcam import PATCH_BYTES
 
@@ -21,7 +21,7 @@ class Copies:
     (N,) its row there."""
 
     first: np.ndarray
-    overlaps: np.recarray
+    overlaps: Overlaps
     split: np.ndarray
     row: np.ndarray
 
@@ -51,7 +51,7 @@ def find_copies(surveys: list[Survey]) -> Copies:
     return Copies(first, overlaps, split, row)
 
 
-def describe_copy(overlap: np.recarray) -> str:
+def describe_copy(overlap: Overlaps) -> str:
     """What makes the second of one near pair differ from the first, in words."""
     (dy, dx), gain, symmetry = (
         overlap.shift[0].tolist(),
