@@ -187,7 +187,8 @@ def _parse_number(text: str, kind: type, low, high=math.inf):
         number = math.nan
     is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
     noun = "an integer" if kind is int else "a number"
-    return kind(number) if is_valid else None, f"{noun} from {low} to {high}"
+    bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+    return kind(number) if is_valid else None, f"{noun} {bounds}"
 
 
 def config_from_dict(values: dict, source="config") -> Config:
