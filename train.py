@@ -116,7 +116,12 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib import batches, rundir, runlog, training
     from lib.calibration import complete_checkpoint
     from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
-    from lib.device import describe_machine, keep_freed_memory
+    from lib.device import (
+        describe_machine,
+        keep_freed_memory,
+        note_busy_cores,
+        others_busy_s,
+    )
     from lib.groups import groups_digest
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
@@ -126,6 +131,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.ranks import StopFlag
     from lib.seeding import set_determinism
     from lib.trace import Trace
+
+    watched_from, busy_s = time.monotonic(), others_busy_s()
 
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
@@ -155,6 +162,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     weights = training.class_weights(train_rows.labels, cfg, device)
 
+    # a run that goes on keeps its number of threads, and ranks would count each other
+    if device.type == "cpu" and ranks.num == 1 and not run:
+        note_busy_cores(cfg.threads, watched_from, busy_s)
+
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)
     meta = rundir.environment() | {
@@ -178,8 +189,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
         say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
 
-    own_run = run if ranks.is_first else None
-    log = runlog.RunLog(own_run, progress, args.started_at, batch_size, ranks)
+    log_run = run if ranks.is_first else None
+    log = runlog.RunLog(log_run, progress, args.started_at, batch_size, ranks)
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:
@@ -219,10 +230,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                             if ranks.is_first:
                                 rundir.write_stop(run, "interrupted", step + 1)
                             return EXIT_INTERRUPTED
-                        if (
-                            cfg.checkpoint_every_steps
-                            and (step + 1) % cfg.checkpoint_every_steps == 0
-                        ):
+                        every = cfg.checkpoint_every_steps
+                        if every and (step + 1) % every == 0:
                             save("last.pt")
 
                 # evaluate the averaged weights, where there are any
@@ -232,8 +241,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 eval_s = time.perf_counter() - eval_started_at
                 if not math.isfinite(scores["loss"]):
-                    num_steps = progress["num_steps"]
-                    log.diverged(f"the validation loss after step {num_steps} is {scores['loss']}")
+                    log.diverged(f"the validation loss of epoch {epoch + 1} is {scores['loss']}")
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
                 alarm = constant_alarm(scores, valid_rows.labels)

@@ -35,8 +35,9 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
     the wrong way round, or hardly at all, is left as it is: (1, 0).
     """
     labels, logits = as_arrays(labels, logits)
-    num_positive, num_negative = labels.sum(), (~labels).sum()
-    targets = np.where(labels, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
+    high = (labels.sum() + 1) / (labels.sum() + 2)
+    low = 1 / ((~labels).sum() + 2)
+    targets = np.where(labels, high, low)
     inputs = np.stack([logits, np.full(len(logits), float(with_offset))], 1)
 
     def compute_loss(factors) -> float:
@@ -48,9 +49,8 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
     for _ in range(100):
         probs = sigmoid(inputs @ factors)
         gradient = inputs.T @ (probs - targets)
-        weights = probs * (1 - probs)
-        curvature = (inputs * weights[:, None]).T @ inputs + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
+        weighted = inputs * (probs * (1 - probs))[:, None]
+        step = np.linalg.solve(weighted.T @ inputs + 1e-9 * np.eye(2), gradient)
         loss = compute_loss(factors)
         while compute_loss(factors - step) > loss and np.abs(step).max() > 1e-9:
             step = step / 2
@@ -58,9 +58,9 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
         if np.abs(step).max() < 1e-9:
             break
     slope, offset = factors.tolist()
-    if not 1 / MAX_TEMPERATURE <= slope <= MAX_TEMPERATURE:
-        return 1.0, 0.0
-    return 1 / slope, offset
+    if 1 / MAX_TEMPERATURE <= slope <= MAX_TEMPERATURE:
+        return 1 / slope, offset
+    return 1.0, 0.0
 
 
 def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
@@ -71,24 +71,9 @@ def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
     return logits / calibration["temperature"] + calibration["offset"]
 
 
-def reliability(labels, probs) -> list[dict]:
-    """The bins of equal width over probabilities (N,) that are not empty: low, high, num,
-    mean_probability, positive_share.
-    """
-    labels, probs = as_arrays(labels, probs)
-    place = np.minimum((probs * NUM_BINS).astype(np.int64), NUM_BINS - 1)
-    rows = []
-    for number in np.unique(place).tolist():
-        inside = place == number
-        row = {
-            "low": number / NUM_BINS,
-            "high": (number + 1) / NUM_BINS,
-            "num": int(inside.sum()),
-            "mean_probability": float(probs[inside].mean()),
-            "positive_share": float(labels[inside].mean()),
-        }
-        rows.append(row)
-    return rows
+def find_bins(probs: np.ndarray) -> np.ndarray:
+    """The number of the bin of each probability (N,), of NUM_BINS of equal width."""
+    return np.minimum((probs * NUM_BINS).astype(np.int64), NUM_BINS - 1)
 
 
 def calibration_scores(labels, logits) -> dict[str, float]:
@@ -96,27 +81,23 @@ def calibration_scores(labels, logits) -> dict[str, float]:
     (mean log loss, nats) of logits (N,) against labels (N,).
     """
     labels, logits = as_arrays(labels, logits)
-    probs = sigmoid(logits)
-    total_gap = 0.0
-    for row in reliability(labels, probs):
-        total_gap += row["num"] * abs(row["mean_probability"] - row["positive_share"])
-    brier = float(((probs - labels) ** 2).mean())
-    nll = compute_log_loss(labels, logits)
-    return {"ece": total_gap / len(labels), "brier": brier, "nll": nll}
+    errors = sigmoid(logits) - labels
+    gaps = np.bincount(find_bins(sigmoid(logits)), errors)
+    ece = float(np.abs(gaps).sum() / len(labels))
+    brier = float((errors**2).mean())
+    return {"ece": ece, "brier": brier, "nll": compute_log_loss(labels, logits)}
 
 
 def choose_threshold(
     labels, probs, rule: str, least_recall: float, false_negative_cost: float
 ) -> float:
-    """The threshold on probabilities (N,) that a rule chooses, half-way between two of them. NaN
-    where a class is missing.
+    """The threshold on probabilities (N,) of both classes that a rule chooses, half-way between two
+    of them.
 
     f2: the highest F2. recall: the strictest that finds `least_recall` of the positives. cost: the
     lowest sum of false positives, and of false negatives that cost `false_negative_cost` each.
     """
     labels, probs = as_arrays(labels, probs)
-    if labels.all() or not labels.any():
-        return float("nan")
     points = curve_points(labels, probs)
     hits = points["recall"] * labels.sum()
     misses = labels.sum() - hits
@@ -128,7 +109,7 @@ def choose_threshold(
     else:
         best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))
     thresholds = np.append(points["threshold"], 0.0)
-    return float((thresholds[best] + thresholds[best + 1]) / 2)
+    return float(thresholds[best : best + 2].mean())
 
 
 def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
@@ -137,10 +118,17 @@ def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
     """
     confusion = compute_confusion(labels, np.asarray(probs) >= threshold)
     tp, fp, fn, tn = confusion.values()
-    rates = {}
-    for name, part, rest in (("recall", tp, fn), ("specificity", tn, fp), ("precision", tp, fp)):
-        rates[name] = part / (part + rest) if part + rest else float("nan")
-    return {"threshold": threshold, **confusion, **rates, "f2": compute_fbeta(confusion, 2.0)}
+    with np.errstate(invalid="ignore"):
+        rates = np.array([tp, tn, tp]) / [tp + fn, tn + fp, tp + fp]
+    recall, specificity, precision = rates.tolist()
+    return {
+        "threshold": threshold,
+        **confusion,
+        "recall": recall,
+        "specificity": specificity,
+        "precision": precision,
+        "f2": compute_fbeta(confusion, 2.0),
+    }
 
 
 def fit_calibration(labels, logits, is_chosen: np.ndarray, cfg: Config) -> dict | None:
@@ -150,23 +138,18 @@ def fit_calibration(labels, logits, is_chosen: np.ndarray, cfg: Config) -> dict 
     `before` and `after` hold the calibration scores of the other half, `decision` what the
     threshold gives there.
     """
-    is_judged = ~is_chosen
-    if any(len(np.unique(labels[half])) < 2 for half in (is_chosen, is_judged)):
+    chosen, judged = labels[is_chosen], labels[~is_chosen]
+    if len(np.unique(chosen)) < 2 or len(np.unique(judged)) < 2:
         return None
-    temperature, offset = fit_scaling(labels[is_chosen], logits[is_chosen])
+    temperature, offset = fit_scaling(chosen, logits[is_chosen])
     calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
-    calibrated = calibrate(logits, calibration)
-    probs = sigmoid(calibrated)
-    threshold = choose_threshold(
-        labels[is_chosen],
-        probs[is_chosen],
-        cfg.threshold_rule,
-        cfg.least_recall,
-        cfg.false_negative_cost,
-    )
-    calibration["before"] = calibration_scores(labels[is_judged], logits[is_judged])
-    calibration["after"] = calibration_scores(labels[is_judged], calibrated[is_judged])
-    calibration["decision"] = decision_scores(labels[is_judged], probs[is_judged], threshold)
+    scaled = calibrate(logits, calibration)
+    probs = sigmoid(scaled)
+    rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
+    threshold = choose_threshold(chosen, probs[is_chosen], *rule)
+    calibration["before"] = calibration_scores(judged, logits[~is_chosen])
+    calibration["after"] = calibration_scores(judged, scaled[~is_chosen])
+    calibration["decision"] = decision_scores(judged, probs[~is_chosen], threshold)
     return calibration
 
 
@@ -193,27 +176,25 @@ def complete_checkpoint(
     else:
         half = fold_of_rows(groups, 2)[rows.index]
     calibration = fit_calibration(rows.labels, logits, half == 0, cfg)
-    if calibration is None:
+    summary = summarise(calibration) if calibration else {}
+    if not calibration:
         say(
             "validation cannot be cut into halves with both classes: the threshold stays 0.5,"
             " probabilities are not calibrated"
         )
-    summary = summarise(calibration)
 
     train_features, _ = sample_features(*train)
     valid_features, sampled = sample_features(*valid)
     checkpoint["reference"] = build_reference(train_features, valid_features, groups[sampled])
     checkpoint["calibration"] = calibration
     checkpoint["threshold"] = summary.get("threshold", 0.5)
-    checkpoint["config"] = {**checkpoint["config"], "views": cfg.views}  # those of the calibration
+    checkpoint["config"] |= {"views": cfg.views}  # those of the calibration
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(rows.labels, logits), summary
 
 
-def summarise(calibration: dict | None) -> dict[str, float]:
-    """What summary.json says of a calibration; nothing without one."""
-    if calibration is None:
-        return {}
+def summarise(calibration: dict) -> dict[str, float]:
+    """What summary.json says of a calibration."""
     decision = calibration["decision"]
     return {
         "threshold": decision["threshold"],
@@ -233,6 +214,6 @@ def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (B, 6) of some rows, drawn evenly, and the numbers of these rows,
     int64 (B,).
     """
-    places = np.linspace(0, len(rows) - 1, min(MAX_REFERENCE_ROWS, len(rows)))
-    sampled = rows.index[places.astype(np.int64)]
+    num = min(MAX_REFERENCE_ROWS, len(rows))
+    sampled = rows.index[np.linspace(0, len(rows) - 1, num).astype(np.int64)]
     return measure_features(split.images.read(sampled)), sampled

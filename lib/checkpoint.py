@@ -5,7 +5,6 @@ values alone.
 import hashlib
 import io
 import os
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,29 +15,27 @@ from torch import nn
 from lib.command import BadInput, one_line, say
 from lib.config import ADDED_KEYS, Config, config_from_dict
 from lib.files import atomic_write
-from lib.models import build_model, find_state, fit_state, is_state, logit_layer
+from lib.models import build_model, find_state, fit_state, logit_layer
 
 KIND = "pcam-checkpoint"
 SCHEMA = 3
 PREVIOUS = "previous.pt"  # the last.pt before the newest, while a run goes on
 
-# fields of a checkpoint and their types
-OPTIONAL_DICT = (dict, type(None))
-FIELDS = {
-    "config": dict,
-    "model": dict,  # raw weights after the last step
-    "averaged": OPTIONAL_DICT,  # their moving average, which is evaluated where there is one
-    "optimizer": OPTIONAL_DICT,  # None in best.pt
-    # whether the last layer computes in float32; missing before schema 3: it does not
-    "float32_logits": (bool, type(None)),
-    "progress": dict,  # epoch, step, and the memory of the schedule and of the choice of the best
-    "metrics": dict,  # on validation, of the evaluated weights
-    "data": dict,  # SHA-256 of the data files
-    "preprocessing": dict,  # mean and std of the channels
-    "threshold": float,  # of the decision, on probabilities
-    "calibration": OPTIONAL_DICT,  # temperature, offset, number of views
-    "reference": OPTIONAL_DICT,  # statistics of the training data, to notice other data by
-}
+HEADER = ("kind", "schema", "sha256", "weights_sha256")
+FIELDS = (
+    "config",
+    "model",  # raw weights after the last step
+    "averaged",  # their moving average, which is evaluated; None where there is none
+    "optimizer",  # None in best.pt
+    "float32_logits",  # whether the last layer computes in float32; before schema 3 it does not
+    "progress",  # epoch, step, and the memory of the schedule and of the choice of the best
+    "metrics",  # on validation, of the evaluated weights
+    "data",  # SHA-256 of the data files
+    "preprocessing",  # mean and std of the channels
+    "threshold",  # of the decision, on probabilities
+    "calibration",  # temperature, offset, number of views; or None
+    "reference",  # statistics of the training data, to notice other data by; or None
+)
 
 
 def update_with_tensor(digest, heading: str, tensor: torch.Tensor, end: str = "") -> None:
@@ -110,13 +107,8 @@ def load_pickle_free(path) -> object:
     if not path.is_file():
         what = "is a folder: name a file in it" if path.is_dir() else "does not exist"
         raise BadInput(f"{path} {what}")
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if start[8:] == b"{":  # behind the length of a header in JSON
-        raise BadInput(
-            f"{path} is a safetensors file, which is not read: save its tensors with torch.save as"
-            " a state dict"
-        )
+    if path.suffix == ".safetensors":
+        raise BadInput(f"{path}: save its tensors with torch.save as a state dict, which is read")
     try:
         # torch compares no checksums: a flipped bit would be another weight
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
@@ -124,13 +116,10 @@ def load_pickle_free(path) -> object:
             raise ValueError(f"{damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise BadInput(
-            f"{path} is refused: it is no checkpoint, or it holds code besides tensors and numbers"
-        ) from None
     except Exception as error:  # torch documents none of those that a cut file provokes
         raise BadInput(
-            f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)[:200]})"
+            f"{path} is not a readable checkpoint, it may be cut off or hold code besides tensors"
+            f" and numbers ({one_line(error)[:200]})"
         ) from None
 
 
@@ -140,33 +129,22 @@ def is_own(loaded) -> bool:
 
 
 def load_checkpoint(path) -> dict:
-    """The fields of a checkpoint, and the `weights_sha256` of those that are evaluated. Raises
-    BadInput for a file that is cut, altered, foreign, newer, or that holds code.
+    """The fields of a checkpoint, of any schema as those of the newest, and the `weights_sha256` of
+    the weights that are evaluated. Raises BadInput for a file that is cut, altered, foreign, newer,
+    or that holds code.
     """
     loaded = load_pickle_free(path)
-    if is_own(loaded):
-        return read_fields(loaded, path)
-    advice = "train.py writes best.pt and last.pt"
-    if is_state(find_state(loaded)):
-        advice = (
-            "it holds weights without the config of their model;"
-            f" train.py weights={path} starts from them"
+    if not is_own(loaded):
+        raise BadInput(
+            f"{path} is not a checkpoint of this program, such as best.pt of a run; if it holds a"
+            f" state dict, train.py weights={path} starts from it"
         )
-    raise BadInput(f"{path} is not a checkpoint of this program ({advice})")
-
-
-def read_fields(loaded: dict, path) -> dict:
-    """The fields of this program's checkpoint, of any schema, as those of the newest."""
-    schema, checksum = loaded.get("schema"), loaded.get("sha256")
+    schema, checksum = loaded["schema"], loaded["sha256"]
     if schema not in range(1, SCHEMA + 1):
         raise BadInput(f"{path} has the schema {schema}, this program reads 1 to {SCHEMA}")
-    header = ("kind", "schema", "sha256", "weights_sha256")
-    checkpoint = {name: value for name, value in loaded.items() if name not in header}
+    checkpoint = {name: value for name, value in loaded.items() if name not in HEADER}
     if checksum != state_sha256(checkpoint):
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
-    for name, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise BadInput(f"{path} is damaged: its {name} is missing or of a wrong type")
     checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
     checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
@@ -178,7 +156,7 @@ def load_weights(path) -> object:
     or what others saved, not yet checked.
     """
     loaded = load_pickle_free(path)
-    return evaluated(read_fields(loaded, path)) if is_own(loaded) else find_state(loaded)
+    return evaluated(load_checkpoint(path)) if is_own(loaded) else find_state(loaded)
 
 
 def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
@@ -187,8 +165,8 @@ def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
 
     Raises BadInput when all are damaged.
     """
-    paths = [run / "last.pt", run / PREVIOUS] if run else []
-    paths = [path for path in paths if path.exists()]
+    names = ("last.pt", PREVIOUS) if run else ()
+    paths = [run / name for name in names if (run / name).exists()]
     for path in paths:
         try:
             return load_checkpoint(path), path
@@ -204,15 +182,16 @@ def checkpoint_path(ckpt) -> Path:
     the file itself. Raises BadInput for a folder without a best.pt.
     """
     path = Path(ckpt)
-    if not path.exists() and (Path("runs") / ckpt).is_dir():
-        path = Path("runs") / ckpt
+    if not path.exists() and Path("runs", ckpt).is_dir():
+        path = Path("runs", ckpt)
     if not path.is_dir():
         return path
-    if not (path / "best.pt").is_file():
+    best = path / "best.pt"
+    if not best.is_file():
         raise BadInput(
             f"{path} has no best.pt: no epoch of that run was finished, or it is no run folder"
         )
-    return path / "best.pt"
+    return best
 
 
 def load_model(ckpt) -> tuple[nn.Module, Config, dict]:

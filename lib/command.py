@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -35,7 +34,7 @@ def probability(text: str) -> float:
     """An argument that must lie between 0 and 1."""
     value = float(text)
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise ValueError
     return value
 
 
@@ -43,7 +42,7 @@ def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+        raise ValueError
     return value
 
 
@@ -94,11 +93,9 @@ def print_result(result: dict) -> None:
     """
     try:
         print(json.dumps(without_nan(result)), flush=True)
-    except OSError as error:
+    except OSError:
         # or the interpreter would fail once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        if not isinstance(error, BrokenPipeError):
-            say(f"warning: the result could not be printed ({one_line(error)})")
 
 
 def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeout_s=None) -> dict:
@@ -110,20 +107,18 @@ def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeo
     `codes`, or runs longer than `timeout_s` seconds.
     """
     command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": None if shows_progress else subprocess.PIPE}
+    options = {"text": True, "errors": "replace", "timeout": timeout_s}
+    stderr = None if shows_progress else subprocess.PIPE
     try:
-        ended = subprocess.run(
-            command, **pipes, text=True, errors="replace", timeout=timeout_s, check=False
-        )
+        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, **options)
+        result = json.loads(ended.stdout.strip().rpartition("\n")[2])
     except subprocess.TimeoutExpired:
         raise BadInput(f"{name} did not end within {timeout_s} s") from None
-    try:
-        result = json.loads(ended.stdout.strip().rpartition("\n")[2])
     except ValueError:
         result = {}
     if ended.returncode not in codes or not result:
-        error = result.get("error") or last_line(ended.stderr or "").removeprefix("error: ")
-        raise BadInput(error)
+        last_words = last_line(ended.stderr or "").removeprefix("error: ")
+        raise BadInput(result.get("error") or last_words)
     return result
 
 
@@ -145,21 +140,10 @@ def explain(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno is not None:
         sentence = one_line(error.strerror or error).lower()
         return f"{sentence}: {error.filename}" if error.filename else sentence
-    if isinstance(error, (MemoryError, RuntimeError)) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         remedy = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
         return f"not enough memory ({one_line(error)[:200]}); {remedy}"
     return ""
-
-
-def interrupt_on_stop_signals() -> None:
-    """Let the stop signals that nobody handles raise KeyboardInterrupt, so that open files are
-    tidied up.
-    """
-    if threading.current_thread() is not threading.main_thread():  # no other may
-        return
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
 
 
 def script(main):
@@ -173,7 +157,10 @@ def script(main):
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
-        interrupt_on_stop_signals()
+        # signals that nobody handles raise KeyboardInterrupt, so that open files are tidied up
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
         try:
             return main(argv)
         except SystemExit as stop:  # argparse leaves this way after --help

@@ -14,11 +14,10 @@ from typing import Annotated, Literal
 
 import yaml
 
-from lib.command import BadInput, nearest, one_line
+from lib.command import REPOSITORY, BadInput, nearest, one_line
 from lib.files import file_digest
 
-DEFAULT_PATH = Path(__file__).resolve().parent.parent / "config.yaml"
-MAX_INTEGER = 2**53  # a float holds every integer up to this one
+DEFAULT_PATH = REPOSITORY / "config.yaml"
 BOOLEANS = {
     "true": True,
     "True": True,
@@ -160,45 +159,36 @@ ADDED_KEYS = {"threshold_rule": "f2", "least_recall": 0.95, "false_negative_cost
 def coerce(key: str, value, hint):
     """`value` as the type `hint`. Raises BadInput, which names `key`, where it is not one.
 
-    YAML reads `1e-3` as text, and a shell passes nothing but text: text is parsed.
+    YAML reads `1e-3` as text, and a shell passes nothing but text: all is parsed from text.
     """
-    value = "" if value is None else value
+    text = "" if value is None else str(value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return tuple(coerce(key, item, arguments[0]) for item in _split_items(value))
+    if hint is str:
+        return text
+    if origin is tuple:  # `256,128`, `[256, 128]` or a list from YAML
+        words = re.findall(r"[^][,'\s]+", text)
+        return tuple(coerce(key, word, arguments[0]) for word in words)
     if origin is Annotated:
-        result, allowed = _parse_number(value, *arguments)
-    elif hint is str:
-        is_text = type(value) in (str, int, float)  # a bool is none
-        result, allowed = str(value) if is_text else None, "text"
+        result, allowed = _parse_number(text, *arguments)
     else:
         choices = BOOLEANS if hint is bool else {str(choice): choice for choice in arguments}
-        result = choices.get(str(value))
-        allowed = f"one of {', '.join(choices)}{nearest(value, choices)}"
+        result = choices.get(text)
+        allowed = f"one of {', '.join(choices)}{nearest(text, choices)}"
     if result is None:
-        raise BadInput(f"config key {key}: {value!r} is not allowed, it must be {allowed}")
+        raise BadInput(f"config key {key}: {text!r} is not allowed, it must be {allowed}")
     return result
 
 
-def _split_items(value) -> list:
-    """The items of a YAML list, or of text such as `256,128` or `[256, 128]`."""
-    if isinstance(value, str):
-        return value.strip(" []").replace(",", " ").split()
-    return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _parse_number(value, kind: type, low, high=None):
-    """`value` as an int or a float, None where it is not one in these bounds; and what is one."""
-    if high is None:
-        high = MAX_INTEGER if kind is int else math.inf
+def _parse_number(text: str, kind: type, low, high=math.inf):
+    """`text` as an int or a float, None where it is not one in these bounds; and what is one."""
     try:
-        number = float(str(value))  # of True, which is an int to Python, the text is no number
+        number = float(text)
     except ValueError:
         number = math.nan
     is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
-    name = "an integer" if kind is int else "a number"
-    bounds = f"from {low} to {high}" if high < math.inf else f"from {low}"
-    return kind(number) if is_valid else None, f"{name} {bounds}"
+    noun = "an integer" if kind is int else "a number"
+    bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+    return kind(number) if is_valid else None, f"{noun} {bounds}"
 
 
 def config_from_dict(values: dict, source="config") -> Config:
@@ -236,8 +226,7 @@ def _check_together(cfg: Config) -> None:
             f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is"
             " below it"
         )
-    is_name = re.fullmatch(r"[^/\\\0\n]{1,60}", cfg.name)
-    if not is_name or cfg.name != cfg.name.strip():
+    if not re.fullmatch(r"[^/\\\0\n]{1,60}", cfg.name):
         raise BadInput(
             f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a"
             " folder's name"
@@ -251,20 +240,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                problem = f"the key {key!r} stands there twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+                raise ValueError(f"the key {key!r} stands there twice")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file. Raises BadInput where there is none, or a key stands there
-    twice.
-    """
+    """The mapping in a YAML file. Raises BadInput for a file that holds none, or a key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except FileNotFoundError:
-        raise BadInput(f"no configuration at {path}") from None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise BadInput(f"{path} is not valid YAML, line {line}: {error.problem}") from None
@@ -289,7 +273,6 @@ def parse_overrides(pairs) -> dict[str, str]:
     values = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        key = key.strip()
         if not equals:
             raise BadInput(f"{pair!r} is not of the form key=value")
         if key in values:
@@ -317,9 +300,8 @@ def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
     would be another run.
     """
     changed = config_from_dict(cfg.as_dict() | changes, source="command line")
-    before, after = cfg.identity(), changed.identity()
-    for key, value in before.items():
-        if after[key] != value:
+    for key in cfg.identity():
+        if getattr(changed, key) != getattr(cfg, key):
             raise BadInput(
                 f"{key} changes the weights and cannot be changed in a resumed run; these can:"
                 f" {', '.join(cfg.free_keys())}"

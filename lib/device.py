@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from lib.command import BadInput, one_line, say
 from lib.config import Config
 
+MIN_WATCHED_S = 0.2  # the time over which the use of cores by others is measured, at least
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the last one
 
 
@@ -32,14 +34,12 @@ def choose_device(name: str = "auto") -> torch.device:
         return torch.device("cpu")
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
-    if not num_gpus():
-        raise BadInput(
-            f"--device {name}: this machine offers no CUDA device to {why_no_gpu()} (use"
-            " --device cpu)"
-        )
     index = int(name.partition(":")[2] or 0)
     if index >= num_gpus():
-        raise BadInput(f"--device {name}: there are only {num_gpus()} CUDA devices")
+        reason = f"there are only {num_gpus()} CUDA devices"
+        if not num_gpus():
+            reason = f"this machine offers no CUDA device to {why_no_gpu()} (use --device cpu)"
+        raise BadInput(f"--device {name}: {reason}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -69,44 +69,36 @@ def num_gpus() -> int:
 
 
 def why_no_gpu() -> str:
-    """torch's version and build, and the reason why it can use no GPU."""
-    build = f"torch {torch.__version__}"
-    if torch.version.cuda is None:
-        return f"{build}: it is built without CUDA"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible in NO_GPU:
-        return f"{build}: CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    """torch's version, and the reason that it gives why it can use no GPU."""
+    reason = "it finds none"
     try:
         torch.cuda.init()
-        reason = "it finds none"
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(". ")[0]
-    return f"{build}, built for CUDA {torch.version.cuda}: {reason}"
-
-
-def given_gpu() -> str:
-    """What says that this process has a GPU: a variable of its job, or nvidia-smi; empty if nothing
-    does.
-    """
-    for name in ("SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
-        value = os.environ.get(name, "")
-        if value not in NO_GPU and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
-            return f"{name}={value}"
-    gpu = _nvidia_smi("name")
-    return "" if not gpu or gpu.startswith(("unknown", "No devices")) else f"nvidia-smi lists {gpu}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in NO_GPU:
+        reason = f"CUDA_VISIBLE_DEVICES={visible} hides every GPU"
+    return f"torch {torch.__version__}: {reason}"
 
 
 @functools.cache
 def warn_of_unusable_gpu() -> None:
     """Say, once, that torch cannot use the GPU that this process has, and why: the CPU takes hours
-    for what a GPU does.
+    for what a GPU does. A variable of the job or nvidia-smi tells that there is one.
     """
-    evidence = "" if num_gpus() else given_gpu()
-    if evidence:
-        say(
-            f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this computes on"
-            " the CPU"
-        )
+    if num_gpus():
+        return
+    evidence = ""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS"):
+        value = os.environ.get(name, "")
+        if value not in NO_GPU:
+            evidence = f"{name}={value}"
+    if not evidence:
+        gpu = _nvidia_smi("name")
+        if not gpu or gpu.startswith(("unknown", "No devices")):
+            return
+        evidence = f"nvidia-smi lists {gpu}"
+    say(f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this uses the CPU")
 
 
 def keep_freed_memory(keep: bool = True) -> None:
@@ -145,24 +137,29 @@ def control_groups() -> list[Path]:
     return folders
 
 
+def _read_groups(name: str) -> list[list[str]]:
+    """The words of a file in each control group that has one and sets a limit there."""
+    limits = []
+    for folder in control_groups():
+        with contextlib.suppress(OSError):
+            words = (folder / name).read_text().split()
+            if words[0] != "max":
+                limits.append(words)
+    return limits
+
+
 def control_group_limits() -> dict:
     """The processors and the memory that the control groups allow this process; None: no limit.
 
     Slurm limits memory, in version 1 and 2. The quota of processors of version 1 is not read: it
     stands in two files, and containers alone set it.
     """
-    cpus, memory = [], []
-    for folder in control_groups():
-        for name in ("memory.max", "memory.limit_in_bytes"):
-            with contextlib.suppress(OSError, ValueError):  # no such file; `max` is no limit
-                memory.append(int((folder / name).read_text()))
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = (folder / "cpu.max").read_text().split()
-            cpus.append(int(quota) / int(period))
-    num_bytes = min(memory, default=physical_bytes())
+    cpus = [int(quota) / int(period) for quota, period in _read_groups("cpu.max")]
+    limits = _read_groups("memory.max") + _read_groups("memory.limit_in_bytes")
+    memory = min((int(words[0]) for words in limits), default=physical_bytes())
     return {
         "cgroup_cpus": min(cpus, default=None),
-        "cgroup_memory_bytes": num_bytes if num_bytes < physical_bytes() else None,
+        "cgroup_memory_bytes": memory if memory < physical_bytes() else None,
     }
 
 
@@ -195,11 +192,18 @@ def free_device_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
+def affinity() -> set[int]:
+    """The numbers of the processor cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count()))
+
+
 def num_cores() -> int:
     """The processor cores that this process was given: by its affinity mask, its control groups and
     its Slurm task.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = len(affinity())
     quota = int(control_group_limits()["cgroup_cpus"] or cores)
     task = read_count("SLURM_CPUS_PER_TASK", cores)
     return max(min(cores, quota, task), 1)
@@ -215,6 +219,37 @@ def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
         return cfg
     num_processes *= max(read_count("LOCAL_WORLD_SIZE", 1), 1)
     return dataclasses.replace(cfg, threads=max(num_cores() // num_processes, 1))
+
+
+def others_busy_s() -> float:
+    """Seconds for which others have kept the cores of this process busy since the machine started,
+    counted only where the system has a /proc/stat.
+    """
+    names = {f"cpu{core}" for core in affinity()}
+    num_ticks = 0
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/stat").read_text().splitlines():
+            name, *ticks = line.split()
+            if name in names:
+                user, nice, system = ticks[:3]
+                num_ticks += int(user) + int(nice) + int(system)
+    return num_ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+
+def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
+    """Say in one line that others use cores that so many threads are to use, and what is faster.
+
+    `busy_s` is what others_busy_s() gave at `started_at` by time.monotonic().
+    """
+    time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
+    num_busy = (others_busy_s() - busy_s) / (time.monotonic() - started_at)
+    num_all = len(affinity())
+    num_free = max(round(num_all - num_busy), 1)
+    if num_free < min(threads, num_all):
+        say(
+            f"note: others use about {num_busy:.1f} of the {num_all} cores of this run;"
+            f" threads={num_free} is faster then"
+        )
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -247,9 +282,8 @@ def describe_machine(device: torch.device) -> dict:
 def _nvidia_smi(field: str) -> str:
     """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    options = {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        output = subprocess.run(command, timeout=10, check=True, **options)
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
-    return output.stdout.partition("\n")[0].strip()
+    return output.decode(errors="replace").partition("\n")[0].strip()

@@ -20,12 +20,10 @@ def as_arrays(labels, scores) -> tuple[np.ndarray, np.ndarray]:
 
 def compute_auc(labels, scores) -> float:
     """Area under the ROC curve of scores (N,) against labels (N,): the share of pairs of classes in
-    the right order, ties counted half (Mann-Whitney).
-
-    NaN where a class is missing or a score is NaN.
+    the right order, ties counted half (Mann-Whitney). NaN where a class is missing.
     """
     labels, scores = as_arrays(labels, scores)
-    if labels.all() or not labels.any() or np.isnan(scores).any():
+    if labels.all() or not labels.any():
         return float("nan")
     positives = scores[labels]
     negatives = np.sort(scores[~labels])
@@ -36,31 +34,33 @@ def compute_auc(labels, scores) -> float:
 
 def compute_pr_auc(labels, scores) -> float:
     """Average precision of scores (N,) against labels (N,): precision summed over the steps of
-    recall, without interpolation. NaN without positives, or where a score is NaN.
+    recall, without interpolation. NaN without positives.
     """
     labels, scores = as_arrays(labels, scores)
-    if not labels.any() or np.isnan(scores).any():
+    if not labels.any():
         return float("nan")
     points = curve_points(labels, scores)
     steps = np.diff(points["recall"], prepend=0)
     return float((steps * points["precision"]).sum())
 
 
-def curve_points(labels: np.ndarray, scores: np.ndarray) -> dict[str, np.ndarray]:
+def curve_points(labels: np.ndarray, scores: np.ndarray, weights=1) -> dict[str, np.ndarray]:
     """threshold, recall, precision and false_positive_rate, float64 (T,) each, at every distinct
-    threshold on scores (N,), strictest first; labels are bool (N,).
+    threshold on scores (N,), strictest first; labels are bool (N,), and each counts `weights` (N,)
+    times.
     """
     order = np.argsort(-scores, kind="stable")
-    last_of_tie = np.append(np.diff(scores[order]) != 0, True)
-    true_positives = np.cumsum(labels[order])[last_of_tie]
-    num_called = np.flatnonzero(last_of_tie) + 1
-    num_positive = labels.sum()
-    num_negative = len(labels) - num_positive
+    labels, scores = labels[order], scores[order]
+    weights = np.broadcast_to(weights, len(order))[order]
+    last_of_tie = np.append(np.diff(scores) != 0, True)
+    true_positives = np.cumsum(weights * labels)[last_of_tie]
+    false_positives = np.cumsum(weights * ~labels)[last_of_tie]
+    num_called = true_positives + false_positives
     return {
-        "threshold": scores[order][last_of_tie],
-        "recall": true_positives / max(1, num_positive),
-        "precision": true_positives / num_called,
-        "false_positive_rate": (num_called - true_positives) / max(1, num_negative),
+        "threshold": scores[last_of_tie],
+        "recall": true_positives / max(1, true_positives[-1]),
+        "precision": true_positives / np.maximum(1, num_called),
+        "false_positive_rate": false_positives / max(1, false_positives[-1]),
     }
 
 
@@ -144,21 +144,9 @@ def constant_alarm(metrics: dict[str, float], labels) -> str:
 def share_interval(num: float, num_total: float) -> tuple[float, float]:
     """95% interval of the share num / num_total (Wilson 1927)."""
     share, weight = num / num_total, Z_95**2 / num_total
+    middle = share + weight / 2
     margin = Z_95 * np.sqrt((share * (1 - share) + weight / 4) / num_total)
-    low, high = share + weight / 2 - margin, share + weight / 2 + margin
-    return float(low / (1 + weight)), float(high / (1 + weight))
-
-
-def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
-    """95% interval of an AUC from the counts of the classes alone.
-
-    The AUC is the share of pairs in the right order. The interval is Wilson's for as many
-    independent pairs as have the variance of Hanley and McNeil (1982).
-    """
-    same_positive = (num_positive - 1) * (1 - auc) / (2 - auc)
-    same_negative = (num_negative - 1) * auc / (1 + auc)
-    num_independent = num_positive * num_negative / (1 + same_positive + same_negative)
-    return share_interval(auc * num_independent, num_independent)
+    return float((middle - margin) / (1 + weight)), float((middle + margin) / (1 + weight))
 
 
 def mean_interval(values) -> dict[str, float]:
@@ -166,10 +154,11 @@ def mean_interval(values) -> dict[str, float]:
     values (N,), N at least 2 (Student 1908).
     """
     num = len(values)
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    mean = float(np.mean(values))
+    deviation = float(np.std(values, ddof=1))
     margin = student_t(num - 1) * deviation / num**0.5
-    interval = {"low": mean - margin, "high": mean + margin}
-    return {"mean": mean, "deviation": deviation, **interval, "num": num}
+    low, high = mean - margin, mean + margin
+    return {"mean": mean, "deviation": deviation, "low": low, "high": high, "num": num}
 
 
 def student_t(num_free: int) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import draw_patches, make_old, write_pcam
 
-from lib.audit.model import recalibrate
+from lib.audit.model import recalibrate, reliability
 from lib.audit.resampling import (
     at_prevalence,
     draw_weights,
@@ -25,14 +25,14 @@ from lib.calibration import (
     choose_threshold,
     complete_checkpoint,
     decision_scores,
+    fit_calibration,
     fit_scaling,
-    reliability,
 )
 from lib.checkpoint import load_checkpoint, load_model
 from lib.features import NAMES, build_reference, judge_batch, measure_features, patch_scores
 from lib.files import read_json
 from lib.groups import groups_for_halves, write_groups
-from lib.metrics import compute_auc, compute_metrics, curve_points, sigmoid
+from lib.metrics import compute_auc, curve_points, sigmoid
 from lib.predict import predict_rows
 
 CPU = torch.device("cpu")
@@ -50,15 +50,17 @@ def test_temperature_and_offset_are_recovered_and_mend_what_was_bent():
     temperature, offset = fit_scaling(LABELS, bent)
     assert (temperature, offset) == pytest.approx((3, 0.5), rel=0.05)
     before = calibration_scores(LABELS, bent)
-    after = calibration_scores(LABELS, calibrate(bent, {"temperature": temperature, "offset": offset}))  # fmt: skip
+    scaled = calibrate(bent, {"temperature": temperature, "offset": offset})
+    after = calibration_scores(LABELS, scaled)
     assert before["ece"] > 0.1 and after["ece"] < 0.01
     assert all(after[name] < before[name] for name in before)
 
 
 @pytest.mark.parametrize("with_offset", [True, False])
-@pytest.mark.parametrize("logits", [[-30, -2, -1, 1, 2, 30], [30, 2, 1, -1, -2, -30], [0] * 6])
-def test_scaling_stays_finite_where_classes_do_not_overlap(logits, with_offset):
-    temperature, offset = fit_scaling([0, 0, 0, 1, 1, 1], logits, with_offset)
+@pytest.mark.parametrize("sign", [1, -1, 0])
+def test_scaling_stays_finite_where_classes_do_not_overlap(sign, with_offset):
+    logits = np.linspace(-30, 30, 20)
+    temperature, offset = fit_scaling(logits > 0, sign * logits, with_offset)
     assert 0 < temperature <= 100 and np.isfinite(offset)
 
 
@@ -66,7 +68,8 @@ def test_reliability_counts_every_patch_once_and_ece_is_its_weighted_gap():
     rows = reliability(LABELS, sigmoid(LOGITS))
     assert sum(row["num"] for row in rows) == len(LABELS)
     assert all(row["low"] <= row["mean_probability"] <= row["high"] for row in rows)
-    assert calibration_scores([1, 1, 0, 0], np.zeros(4))["ece"] == 0
+    gaps = [row["num"] * abs(row["mean_probability"] - row["positive_share"]) for row in rows]
+    assert calibration_scores(LABELS, LOGITS)["ece"] == pytest.approx(sum(gaps) / len(LABELS))
     expected = {"ece": 0.5, "brier": 0.25, "nll": np.log(2)}
     assert calibration_scores(np.ones(4), np.zeros(4)) == pytest.approx(expected)
 
@@ -86,7 +89,6 @@ def test_each_rule_chooses_the_best_of_all_thresholds():
     threshold = choose("recall")["threshold"]
     stricter = decision_scores(labels, probs, probs[probs > threshold].min() + 1e-9)
     assert choose("recall")["recall"] >= 0.9 > stricter["recall"]
-    assert np.isnan(choose_threshold(np.ones(4), np.arange(4) / 4, "f2", 0.9, 1.0))
 
 
 def patch_source(split) -> PatchSource:
@@ -97,20 +99,16 @@ def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_the
     model, cfg, checkpoint = load_model(quick_run)
     _, (split, rows) = open_train_valid(cfg)
     logits = predict_rows(model, patch_source(split), rows.index, cfg, cfg.views)
-    judged = fold_of_rows(groups_for_halves(split, cfg.data_dir), 2)[rows.index] == 1
-    calibration, threshold = checkpoint["calibration"], checkpoint["threshold"]
-    scaled = calibrate(logits, calibration)
-    probs = sigmoid(scaled)
-    rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
-    chosen = choose_threshold(rows.labels[~judged], probs[~judged], *rule)
-    assert chosen == pytest.approx(threshold)
-    decision = decision_scores(rows.labels[judged], probs[judged], threshold)
-    assert decision == pytest.approx(calibration["decision"])
-    for name, values in (("before", logits), ("after", scaled)):
-        scores = calibration_scores(rows.labels[judged], values[judged])
-        assert scores == pytest.approx(calibration[name], abs=1e-6)
+    is_judged = fold_of_rows(groups_for_halves(split, cfg.data_dir), 2)[rows.index] == 1
+    calibration = checkpoint["calibration"]
+    labels, scaled = rows.labels[is_judged], calibrate(logits, calibration)[is_judged]
+    assert calibration == fit_calibration(rows.labels, logits, ~is_judged, cfg)
+    assert calibration["after"] == pytest.approx(calibration_scores(labels, scaled))
+    decision = decision_scores(labels, sigmoid(scaled), checkpoint["threshold"])
+    assert calibration["decision"] == decision
     summary = read_json(quick_run / "summary.json")
-    assert summary["threshold"] == threshold and summary["half_f2"] == decision["f2"]
+    assert summary["threshold"] == checkpoint["threshold"]
+    assert summary["half_f2"] == decision["f2"]
     assert summary["half_ece"] == calibration["after"]["ece"]
 
 
@@ -131,7 +129,7 @@ def test_without_both_classes_in_both_halves_nothing_is_made_up(ckpt):
     assert after["reference"] and after["weights_sha256"] == before["weights_sha256"]
 
 
-@pytest.mark.parametrize("fold", range(4))
+@pytest.mark.parametrize("fold", [0, 3])
 def test_every_fold_is_calibrated(ckpt, fold, tmp_path):
     """A fold is a stretch of the order that halves are cut from: most of them lie in one half."""
     folder = write_pcam(tmp_path / "data")
@@ -182,11 +180,10 @@ def test_a_batch_that_differs_in_one_feature_is_named_by_it_and_a_small_one_is_g
 
 def test_what_a_decision_means_follows_the_prevalence():
     rare, even = at_prevalence(0.9, 0.9, 0.01), at_prevalence(0.9, 0.9, 0.5)
-    assert rare["precision"] == pytest.approx(0.009 / (0.009 + 0.099))
     assert rare["flagged_share"] == pytest.approx(0.108)
-    assert rare["negative_predictive_value"] > 0.998
+    assert rare["precision"] == pytest.approx(0.009 / 0.108)
+    assert rare["negative_predictive_value"] == pytest.approx(0.891 / 0.892)
     assert even["precision"] == pytest.approx(0.9) and even["f2"] == pytest.approx(0.9)
-    assert even["always_positive_f2"] == pytest.approx(0.8333, abs=1e-4)
     always = at_prevalence(1.0, 0.0, 0.3)
     assert always["f2"] == pytest.approx(always["always_positive_f2"])
     assert np.isnan(always["negative_predictive_value"])
@@ -194,22 +191,24 @@ def test_what_a_decision_means_follows_the_prevalence():
 
 def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weights():
     labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 1)  # many ties
-    weights = np.stack([np.ones(400, np.int64), RNG.integers(0, 4, 400), np.where(labels, 1, 0)])
+    weights = np.stack([np.ones(400, np.int64), RNG.integers(0, 4, 400), labels])
     scores = resampled_scores(labels, probs, 0.4, weights)
-    logits = np.log(np.clip(probs, 1e-9, None) / np.clip(1 - probs, 1e-9, None))
-    assert scores["auc"][0] == pytest.approx(compute_auc(labels, probs))
-    assert scores["f2"][0] == pytest.approx(compute_metrics(labels, logits, 0.4)["f2"])
-    copies = np.repeat(np.arange(400), weights[1])
-    assert scores["auc"][1] == pytest.approx(compute_auc(labels[copies], probs[copies]))
-    assert scores["brier"][1] == pytest.approx(((probs - labels)[copies] ** 2).mean())
+    for number in (0, 1):
+        copies = np.repeat(np.arange(400), weights[number])
+        decision = decision_scores(labels[copies], probs[copies], 0.4)
+        for name in ("f2", "recall", "specificity", "precision"):
+            assert scores[name][number] == pytest.approx(decision[name])
+        auc = compute_auc(labels[copies], probs[copies])
+        assert scores["auc"][number] == pytest.approx(auc)
     assert np.isnan(scores["auc"][2]), "one class alone"
     assert np.isnan(estimate(np.full(10, np.nan))).all()
 
 
 def auc_interval_of(part, groups, seed=0) -> tuple[float, float, float]:
     """The AUC of some rows with its interval, groups (N,) drawn together."""
-    probs = sigmoid(LOGITS[part])
-    return estimate(resampled_scores(LABELS[part], probs, 0.5, draw_weights(groups, 400, seed))["auc"])  # fmt: skip
+    weights = draw_weights(groups, 400, seed)
+    scores = resampled_scores(LABELS[part], sigmoid(LOGITS[part]), 0.5, weights)
+    return estimate(scores["auc"])
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say_and_groups_widen_them():
@@ -228,10 +227,10 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say_and_groups_widen_t
 
 def test_resampled_curves_of_equal_weights_are_the_curves():
     labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
-    grid, points = np.linspace(0, 1, 51), curve_points(labels, probs)
+    grid = np.linspace(0, 1, 51)
     curves = resampled_curves(labels, probs, np.ones((1, 400), np.uint8), grid)
     area = np.trapezoid(curves["recall"][0], grid)
     assert area == pytest.approx(compute_auc(labels, probs), abs=0.01)
-    for recall, precision in zip(grid[1:], curves["precision"][0][1:], strict=True):
-        place = int(np.argmax(points["recall"] >= recall - 1e-9))
-        assert precision == pytest.approx(points["precision"][place])
+    points = curve_points(labels, probs)
+    place = np.searchsorted(points["recall"], grid[1:] - 1e-9)
+    assert curves["precision"][0, 1:] == pytest.approx(points["precision"][place])

@@ -2,6 +2,7 @@
 newer or with code in it.
 """
 
+import contextlib
 import hashlib
 import os
 import pickle
@@ -17,7 +18,6 @@ from lib.checkpoint import (
     SCHEMA,
     load_checkpoint,
     load_model,
-    load_pickle_free,
     load_weights,
     save_checkpoint,
     state_sha256,
@@ -39,31 +39,18 @@ def fields(best):
 
 @pytest.fixture
 def refused(tmp_path):
-    """A function that asserts that bytes, or a path, are refused in one short sentence, and gives
-    it.
-    """
+    """A function that asserts that bytes, or a path, are refused in one short sentence."""
 
     def check(data, load=load_checkpoint) -> str:
         path = data
         if isinstance(data, bytes):
             path = tmp_path / "bad.pt"
             path.write_bytes(data)
-        with pytest.raises(BadInput) as caught:
+        with pytest.raises(BadInput, match=f"^{path}[^\n]*$") as caught:
             load(path)
-        sentence = str(caught.value)
-        assert str(path) in sentence and "\n" not in sentence
-        assert len(sentence) < 400 + len(str(path))
-        return sentence
+        return str(caught.value)
 
     return check
-
-
-def save_raw(path, fields: dict, **header) -> Path:
-    """Write fields of any kind with the checksum that belongs to them."""
-    torch.save(
-        {"kind": KIND, "schema": SCHEMA, "sha256": state_sha256(fields), **header, **fields}, path
-    )
-    return path
 
 
 # ---- what is written
@@ -72,7 +59,7 @@ def save_raw(path, fields: dict, **header) -> Path:
 def test_everything_comes_back_as_it_was_saved(fields, tmp_path):
     save_checkpoint(tmp_path / "again.pt", fields)
     again = load_checkpoint(tmp_path / "again.pt")
-    assert again.keys() == FIELDS.keys() | {"weights_sha256"}
+    assert set(again) == {*FIELDS, "weights_sha256"}
     assert state_sha256(again) == state_sha256(fields)
     assert again["weights_sha256"] == weights_sha256(fields["averaged"])
 
@@ -81,7 +68,7 @@ def test_everything_comes_back_as_it_was_saved(fields, tmp_path):
 def test_torch_opens_it_with_weights_only(quick_run, name):
     checkpoint = torch.load(quick_run / name, weights_only=True)
     assert (checkpoint["kind"], checkpoint["schema"]) == (KIND, SCHEMA)
-    assert FIELDS.keys() <= checkpoint.keys()
+    assert set(FIELDS) <= set(checkpoint)
 
 
 def test_weights_sha256_is_the_documented_digest_of_the_raw_weights(quick_run):
@@ -127,13 +114,25 @@ def test_the_model_comes_back_with_the_averaged_weights_ready_to_predict(quick_r
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_older_schemas_are_read_and_their_last_layer_computes_as_it_did(fields, tmp_path):
+def save_raw(path, fields: dict, schema) -> Path:
+    """Write a checkpoint as a program of another schema did."""
+    header = {"kind": KIND, "schema": schema, "sha256": state_sha256(fields)}
+    torch.save(header | fields, path)
+    return path
+
+
+@pytest.mark.parametrize("schema", range(1, SCHEMA))
+def test_older_schemas_are_read_and_their_last_layer_computes_as_it_did(schema, fields, tmp_path):
     digest = fields.pop("weights_sha256")
     del fields["float32_logits"]
-    for schema in range(1, SCHEMA):
-        path = save_raw(tmp_path / f"{schema}.pt", fields, schema=schema)
-        checkpoint = load_model(path)[2]
-        assert checkpoint["float32_logits"] is False and checkpoint["weights_sha256"] == digest
+    _, _, checkpoint = load_model(save_raw(tmp_path / "old.pt", fields, schema))
+    assert checkpoint["float32_logits"] is False and checkpoint["weights_sha256"] == digest
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, 0, None])
+def test_another_schema_is_refused_with_the_ones_that_are_read(schema, fields, tmp_path, refused):
+    path = save_raw(tmp_path / "newer.pt", fields, schema)
+    assert f"schema {schema}, this program reads 1 to {SCHEMA}" in refused(path)
 
 
 def test_weights_are_those_that_were_evaluated_or_what_others_saved(quick_run, fields, tmp_path):
@@ -152,30 +151,28 @@ def test_a_run_without_a_finished_epoch_has_no_model(tmp_path, refused):
 # ---- what is refused
 
 
-def test_a_cut_file_is_refused_wherever_it_was_cut(best, refused):
+@pytest.mark.parametrize("share", [0, 1e-5, 0.01, 0.5, 0.99])
+def test_a_cut_file_is_refused_wherever_it_was_cut(best, refused, share):
     data = best.read_bytes()
-    for length in (0, 1, 2, 100, 4096, len(data) // 2, len(data) - 1000, len(data) - 1):
-        refused(data[:length])
+    refused(data[: int(len(data) * share)])
 
 
-def test_a_flipped_bit_is_refused_or_changes_nothing(best, fields, tmp_path):
-    data, good = best.read_bytes(), state_sha256(fields)
-    names = [name for name in fields["model"] if name.endswith("running_mean")]
-    inside = data.index(fields["model"][names[0]].numpy().tobytes())  # certainly in a tensor
-    random.seed(0)
-    num_refused = 0
-    for place in (inside, *random.sample(range(len(data)), 29)):
+def test_a_flipped_bit_is_refused_or_changes_nothing(best, fields, tmp_path, refused):
+    data, path = best.read_bytes(), tmp_path / "flipped.pt"
+
+    def flip(place: int) -> None:
         altered = bytearray(data)
-        altered[place] ^= 1 << random.randrange(8)
-        (tmp_path / "flipped.pt").write_bytes(altered)
-        try:
-            same = state_sha256(load_checkpoint(tmp_path / "flipped.pt")) == good
-        except BadInput as error:
-            num_refused += 1
-            assert "\n" not in str(error)
-        else:
-            assert same and place != inside, f"byte {place} was changed without notice"
-    assert num_refused > 20, "most of the file is content"
+        altered[place] ^= 4
+        path.write_bytes(altered)
+
+    mean = next(name for name in fields["model"] if name.endswith("running_mean"))
+    flip(data.index(fields["model"][mean].numpy().tobytes()))
+    refused(path)
+    refused(path, load_weights)  # of which others write no checksum
+    for place in random.Random(0).sample(range(len(data)), 30):
+        flip(place)
+        with contextlib.suppress(BadInput):
+            assert state_sha256(load_checkpoint(path)) == state_sha256(fields)
 
 
 class Code:
@@ -205,46 +202,18 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, refused, fields):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, refused):
-    for number, value in enumerate([[1, 2], {"state_dict": {"a": torch.zeros(2)}}, torch.ones(3)]):
-        torch.save(value, tmp_path / f"{number}.pt")
-        sentence = refused(tmp_path / f"{number}.pt")
-        assert ("weights=" in sentence) == isinstance(value, dict), "weights are of use elsewhere"
+    for value in ([1, 2], {"state_dict": {"a": torch.zeros(2)}}, torch.ones(3)):
+        torch.save(value, tmp_path / "other.pt")
+        assert "train.py weights=" in refused(tmp_path / "other.pt"), "weights are of use there"
     for data in (b"\x89PNG\r\n\x1a\n" + bytes(200), b"hello\n" * 99, b"PK\3\4" * 99, b"\x80\x02."):
         refused(data)
     refused(tmp_path)
     refused(tmp_path / "none.pt")
 
 
-def test_a_flipped_bit_in_the_weights_of_others_is_noticed(tmp_path, refused):
-    torch.save({"a": torch.arange(500.0)}, tmp_path / "good.pt")
-    data = bytearray((tmp_path / "good.pt").read_bytes())
-    data[data.index(torch.arange(500.0).numpy().tobytes()) + 999] ^= 4
-    (tmp_path / "flipped.pt").write_bytes(data)
-    assert load_weights(tmp_path / "good.pt")["a"][-1] == 499
-    refused(tmp_path / "flipped.pt", load_weights)
-
-
-def test_a_safetensors_file_is_called_that(refused):
-    header = b'{"a":{"dtype":"F32","shape":[64],"data_offsets":[0,256]}}'.ljust(128)
-    for size in (len(header), 57):  # a length of 128 begins as a pickle does
-        data = size.to_bytes(8, "little") + header[:size] + bytes(256)
-        assert "safetensors" in refused(data, load_pickle_free)
-
-
-@pytest.mark.parametrize("schema", [SCHEMA + 1, 0, "1", None])
-def test_another_schema_is_refused_with_the_ones_that_are_read(schema, fields, tmp_path, refused):
-    path = save_raw(tmp_path / "newer.pt", fields, schema=schema)
-    assert f"schema {schema}, this program reads 1 to {SCHEMA}" in refused(path)
-
-
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_missing_or_wrong_field_is_named(name, fields, tmp_path, refused):
-    del fields["weights_sha256"]
-    path = save_raw(tmp_path / "wrong.pt", {**fields, name: "text"})
-    assert f"its {name} is" in refused(path)
-    if not isinstance(None, FIELDS[name]):
-        del fields[name]
-        assert f"its {name} is" in refused(save_raw(tmp_path / "lacking.pt", fields))
+def test_a_safetensors_file_is_told_what_is_read_instead(tmp_path, refused):
+    (tmp_path / "model.safetensors").write_bytes(bytes(200))
+    assert "torch.save" in refused(tmp_path / "model.safetensors", load_weights)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from conftest import QUICK, REPOSITORY, draw_patches, make_old, run_script, write_pcam
 
 import train
-from lib import predict, training
+from lib import device, predict, training
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
@@ -430,6 +430,17 @@ def test_a_run_holds_the_number_of_its_threads_and_keeps_it_where_there_are_othe
     named, one, _ = start(tmp_path, pcam_dir)
     assert result["weights_sha256"] == one["weights_sha256"]
     assert read_json(run / "meta.json")["identity"] == read_json(named / "meta.json")["identity"]
+
+
+def test_cores_that_others_use_are_noted_while_the_number_of_threads_can_be_chosen(
+    pcam_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(device, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(device, "others_busy_s", lambda: 2 * time.monotonic())
+    run, _, err = start(tmp_path, pcam_dir, "threads=2", "--until-epoch=1")
+    assert err.count("note: others use about 2.0 of the 2 cores") == 1
+    _, err = resume(run)
+    assert "others use" not in err
 
 
 @pytest.fixture

@@ -31,12 +31,13 @@ from lib.audit.slices import (
 )
 from lib.batches import PatchSource, fold_of_rows, open_train_valid
 from lib.calibration import (
+    NUM_BINS,
     calibrate,
     calibration_scores,
     choose_threshold,
     complete_checkpoint,
+    find_bins,
     fit_scaling,
-    reliability,
 )
 from lib.checkpoint import checkpoint_path, load_model, warn_of_views
 from lib.command import BadInput, without_nan
@@ -45,7 +46,14 @@ from lib.device import choose_device
 from lib.figures import figure_png
 from lib.files import file_digest, write_csv, write_json
 from lib.groups import groups_for_halves
-from lib.metrics import compute_metrics, constant_alarm, constant_baselines, share_interval, sigmoid
+from lib.metrics import (
+    as_arrays,
+    compute_metrics,
+    constant_alarm,
+    constant_baselines,
+    share_interval,
+    sigmoid,
+)
 from lib.pcam import Split, fingerprint, open_split, sole_writer, split_path
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
@@ -328,6 +336,26 @@ def price_thresholds(answers: Answers) -> tuple[list[dict], list[dict]]:
         )
         return rows, [finding("threshold", "warning", measured, "the best, within chance", advice)]
     return rows, [finding("threshold", "note", measured)]
+
+
+def reliability(labels, probs) -> list[dict]:
+    """The bins of equal width over probabilities (N,) that are not empty: low, high, num,
+    mean_probability, positive_share.
+    """
+    labels, probs = as_arrays(labels, probs)
+    bins = find_bins(probs)
+    rows = []
+    for number in np.unique(bins).tolist():
+        inside = bins == number
+        row = {
+            "low": number / NUM_BINS,
+            "high": (number + 1) / NUM_BINS,
+            "num": int(inside.sum()),
+            "mean_probability": float(probs[inside].mean()),
+            "positive_share": float(labels[inside].mean()),
+        }
+        rows.append(row)
+    return rows
 
 
 def check_calibration(

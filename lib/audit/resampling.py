@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib.metrics import as_arrays
+from lib.metrics import as_arrays, curve_points
 
 NUM_RESAMPLES = 1_000
 CHUNK = 64  # resamples that are computed at once
@@ -32,14 +32,12 @@ def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each row counts, uint8 (1 + num, N): once in the first resample, which gives the
     score itself, and in the others as often as its group (N,) is drawn, with replacement.
     """
-    _, group = np.unique(groups, return_inverse=True)
-    num_groups = int(group.max()) + 1
+    names, group = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(seed)
-    equal = np.full(num_groups, 1 / num_groups)
-    weights = np.ones((1 + num, len(group)), np.uint8)
-    for resample in weights[1:]:
-        resample[:] = rng.multinomial(num_groups, equal).astype(np.uint8)[group]
-    return weights
+    equal = np.full(len(names), 1 / len(names))
+    drawn = rng.multinomial(len(names), equal, num).astype(np.uint8)
+    once = np.ones((1, len(group)), np.uint8)
+    return np.concatenate([once, drawn[:, group]])
 
 
 def estimate(values: np.ndarray) -> tuple[float, float, float]:
@@ -48,11 +46,11 @@ def estimate(values: np.ndarray) -> tuple[float, float, float]:
 
     The interval is NaN where more than one value in twenty is not defined.
     """
-    value, resampled = values[0], values[1:]
+    value, resampled = float(values[0]), values[1:]
     if np.isnan(resampled).mean() > 0.05:
-        return float(value), float("nan"), float("nan")
+        return value, float("nan"), float("nan")
     low, high = np.nanquantile(resampled, [0.025, 0.975])
-    return float(value), float(low), float(high)
+    return value, float(low), float(high)
 
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -62,24 +60,26 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
     labels, probs = as_arrays(labels, probs)
     order = np.argsort(probs, kind="stable")
     labels, probs = labels[order], probs[order]
+    called = probs >= threshold
     tie_start = np.searchsorted(probs, probs[labels], "left")
     tie_end = np.searchsorted(probs, probs[labels], "right")
-    called = probs >= threshold
+
     # each sum over rows is a product of the weights with one column
-    columns = np.stack(
-        [labels, ~labels, labels & called, ~labels & called, (probs - labels) ** 2], axis=1
-    ).astype(np.float64)
-    won, sums = [], []
-    for start in range(0, len(weights), CHUNK):
-        weight = weights[start : start + CHUNK, order].astype(np.float64)
+    errors = (probs - labels) ** 2
+    columns = np.stack([labels, ~labels, labels & called, ~labels & called, errors], 1)
+    sums, num_won = [], []
+    for chunk in np.array_split(weights, len(weights) // CHUNK + 1):
+        weight = chunk[:, order].astype(np.float64)
         sums.append(weight @ columns)
-        below = np.cumsum(weight * ~labels, 1)
-        below = np.concatenate([np.zeros((len(weight), 1)), below], 1)  # negatives before each row
-        won.append((weight[:, labels] * (below[:, tie_start] + below[:, tie_end]) / 2).sum(1))
+        num_below = np.cumsum(weight * ~labels, 1)  # negatives up to each row
+        num_below = np.pad(num_below, ((0, 0), (1, 0)))
+        num_below = num_below[:, tie_start] + num_below[:, tie_end]
+        num_won.append((weight[:, labels] * num_below).sum(1) / 2)
+
     positive, negative, tp, fp, squares = np.concatenate(sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
-            "auc": np.concatenate(won) / (positive * negative),
+            "auc": np.concatenate(num_won) / (positive * negative),
             "f2": 5 * tp / (tp + 4 * positive + fp),
             "recall": tp / positive,
             "specificity": 1 - fp / negative,
@@ -93,20 +93,13 @@ def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> di
     float64 (R, G) each, of rows (N,) weighted by (R, N).
     """
     labels, probs = as_arrays(labels, probs)
-    order = np.argsort(-probs, kind="stable")
-    labels, probs = labels[order], probs[order]
-    tie_ends = np.append(np.flatnonzero(np.diff(probs)), len(probs) - 1)
     recalls, precisions = [], []
     for weight in weights:
-        weight = weight[order].astype(np.float64)
-        tp = np.cumsum(weight * labels)[tie_ends]
-        fp = np.cumsum(weight * ~labels)[tie_ends]
+        points = curve_points(labels, probs, weight)
         # a threshold above all: without it the curve of one tie would be perfect
-        recall = np.append(0.0, tp / max(tp[-1], 1))
-        false_positive_rate = np.append(0.0, fp / max(fp[-1], 1))
+        recall = np.append(0.0, points["recall"])
+        false_positive_rate = np.append(0.0, points["false_positive_rate"])
         recalls.append(np.interp(grid, false_positive_rate, recall))
-        # counts are whole, their products not quite
-        place = np.searchsorted(tp, grid * tp[-1] - 1e-6)
-        place = np.minimum(place, len(tp) - 1)
-        precisions.append(tp[place] / np.maximum(tp[place] + fp[place], 1))
+        place = np.searchsorted(recall[1:], grid - 1e-9)  # a quotient is not quite that of the grid
+        precisions.append(points["precision"][place.clip(max=len(recall) - 2)])
     return {"recall": np.stack(recalls), "precision": np.stack(precisions)}

@@ -28,7 +28,7 @@ from lib.files import (
     write_csv,
     write_json,
 )
-from lib.metrics import auc_interval, share_interval, sigmoid
+from lib.metrics import share_interval, sigmoid
 from lib.models import HEADS, num_parameters
 from lib.pcam import open_split
 from lib.predict import predict_batch, ready_to_predict
@@ -263,6 +263,18 @@ def describe_decision(checkpoint: dict) -> str:
         " validation patches."
     )
     return f"{chosen} On the other half: {rates}; expected calibration error {after['ece']:.4f}."
+
+
+def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
+    """95% interval of an AUC from the counts of the classes alone.
+
+    The AUC is the share of pairs in the right order. The interval is Wilson's for as many
+    independent pairs as have the variance of Hanley and McNeil (1982).
+    """
+    same_positive = (num_positive - 1) * (1 - auc) / (2 - auc)
+    same_negative = (num_negative - 1) * auc / (1 + auc)
+    num_independent = num_positive * num_negative / (1 + same_positive + same_negative)
+    return share_interval(auc * num_independent, num_independent)
 
 
 def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:

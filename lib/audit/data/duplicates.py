@@ -10,7 +10,6 @@ from lib.audit import finding
 from lib.audit.copies import Overlaps, compare_patches, join
 from lib.audit.survey import Survey
 from lib.pcam import PATCH_BYTES
-from lib.progress import Progress
 
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
 
@@ -48,8 +47,7 @@ def find_copies(surveys: list[Survey]) -> Copies:
         )
         numbers = np.flatnonzero(split == name)[lost]
         prints.key[numbers], prints.codes[numbers] = 0, -1
-    with Progress(0, "compare", "candidate pairs") as progress:
-        first, overlaps = compare_patches(prints, read, progress.add)
+    first, overlaps = compare_patches(prints, read)
     return Copies(first, overlaps, split, row)
 
 
