@@ -84,32 +84,34 @@ def test_whatever_is_cut_off_the_end_readers_see_only_whole_rows(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ["", "3,", "3,0.25"])
-def test_a_continued_log_has_one_header_and_the_whole_rows_that_are_kept(tmp_path, torn):
+def test_a_continued_log_has_one_header_and_the_whole_rows_up_to_the_last(tmp_path, torn):
     path = tmp_path / "s.csv"
     path.write_text(f"step,loss,old\n1,0.5,x\n2,0.4,x\n3,0.9,x\n{torn}")
     header = ["step", "loss", "lr"]  # one column came later, one is gone
-    log = CsvLog(path, header, keep=lambda row: int(row["step"]) <= 2)
+    log = CsvLog(path, header, 2)
     log.add(loss=0.3, lr=0.1, step=3)
     log.close()
     assert path.read_text() == "step,loss,lr\n1,0.5,\n2,0.4,\n3,0.3,0.1\n"
-    CsvLog(path, header).close()
+    log = CsvLog(path, header, 3)
+    log.close()
     assert path.read_text() == "step,loss,lr\n1,0.5,\n2,0.4,\n3,0.3,0.1\n"
+    assert log.rows == read_csv(path)
 
 
-def test_rows_wait_in_memory_until_their_time_and_a_missing_column_is_a_bug(tmp_path):
-    lazy, eager = (CsvLog(tmp_path / f"{wait_s}.csv", ["a"], flush_s=wait_s) for wait_s in (1e3, 0))
-    for log in (lazy, eager):
-        log.add(a=1)
-        with pytest.raises(KeyError):
-            log.add(b=1)
-    assert (len(read_csv(lazy.path)), len(read_csv(eager.path))) == (0, 1)
-    lazy.flush(sync=True)
-    assert read_csv(lazy.path) == read_csv(eager.path) == [{"a": "1"}]
+def test_rows_wait_in_memory_until_they_are_flushed_or_their_time_comes(tmp_path, monkeypatch):
+    log = CsvLog(tmp_path / "s.csv", ["a"], 0)
+    log.add(a=1)
+    assert read_csv(log.path) == []
+    log.flush(sync=True)
+    assert read_csv(log.path) == [{"a": "1"}]
+    monkeypatch.setattr("lib.files.FLUSH_S", 0)
+    log.add(a=2)
+    assert read_csv(log.path) == [{"a": "1"}, {"a": "2"}]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_names_the_log(tmp_path):
-    log = CsvLog(tmp_path / "s.csv", ["a"])
+    log = CsvLog(tmp_path / "s.csv", ["a"], 0)
     full = os.open("/dev/full", os.O_WRONLY)
     os.dup2(full, log.file.fileno())
     log.add(a=1)
