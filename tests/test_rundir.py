@@ -5,7 +5,6 @@ resumed run starts from.
 import re
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -39,34 +38,27 @@ def open_log(folder, progress) -> runlog.RunLog:
     return log
 
 
-def test_many_processes_at_once_never_share_a_folder(tmp_path):
-    cfg = load_config(overrides=["name=a b'c", "seed=7"])
-    with ThreadPoolExecutor(16) as pool:
-        runs = list(pool.map(lambda _: rundir.create_run(tmp_path / "runs", cfg), range(48)))
-    assert len(set(runs)) == 48
-    assert all(re.fullmatch(r"\d{8}T\d{6}Z-a b'c-s7-[0-9a-f]{4}", run.name) for run in runs)
-    assert all(rundir.read_run_config(run) == cfg for run in runs)
-
-
 def test_a_name_that_is_taken_is_not_used_again(tmp_path, monkeypatch):
     tokens = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
     monkeypatch.setattr(rundir.secrets, "token_hex", lambda _: next(tokens))
-    first, second = (rundir.create_run(tmp_path, load_config()) for _ in range(2))
-    assert first.name != second.name
+    cfg = load_config(overrides=["name=a b'c", "seed=7"])
+    runs = [rundir.create_run(tmp_path / "runs", cfg) for _ in range(2)]
+    for run, token in zip(runs, ("aaaa", "bbbb"), strict=True):
+        assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-a b'c-s7-{token}", run.name)
+        assert rundir.read_run_config(run) == cfg
 
 
 def test_a_run_is_found_by_path_and_by_name_and_a_misspelt_one_gets_a_hint(tmp_path):
     run = rundir.create_run(tmp_path, load_config())
     assert rundir.find_run(run) == rundir.find_run(run.name, tmp_path) == run
-    with pytest.raises(BadInput, match=f"did you mean '{run.name}'"):
-        rundir.find_run(run.name[:-1], tmp_path)
-    with pytest.raises(BadInput, match="no run"):
-        rundir.find_run("x", tmp_path / "nowhere")
-    with pytest.raises(BadInput, match="no config.yaml"):
-        rundir.find_run(tmp_path)
-    # its config.yaml is not a run's: `--resume .` must not write there
-    with pytest.raises(BadInput):
-        rundir.find_run(rundir.REPOSITORY)
+    for name, words in (
+        (run.name[:-1], f"did you mean '{run.name}'"),
+        (tmp_path / "nowhere", "no run"),
+        (tmp_path, "no config.yaml"),
+        (rundir.REPOSITORY, "no run"),  # its config.yaml is not a run's
+    ):
+        with pytest.raises(BadInput, match=words):
+            rundir.find_run(name, tmp_path)
 
 
 def test_meta_says_who_ran_what_and_keeps_what_earlier_starts_said(tmp_path, monkeypatch):
@@ -85,11 +77,10 @@ def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_noth
     monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert rundir.git_state()["commit"] is None
-    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
-    git = ["git", *identity, "-C", str(tmp_path)]
     (tmp_path / "a.py").write_text("one\n")
+    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
     for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *command], check=True)
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
     (tmp_path / "a.py").write_text("two\n")
     (tmp_path / "b.py").write_text("new\n")
     state = rundir.git_state()
@@ -190,30 +181,23 @@ def test_summary_is_what_finishes_a_run(tmp_path):
     assert (stored["val_auc"], stored["val_f2"], stored["wall_s"]) == (0.9, None, 1.5)
 
 
-def test_a_relative_data_folder_is_found_from_where_the_run_was_started(tmp_path, monkeypatch):
-    (tmp_path / "there" / "data").mkdir(parents=True)
-    (tmp_path / "here").mkdir()
-    run = rundir.create_run(tmp_path / "runs", load_config(overrides=["data_dir=data"]))
-    monkeypatch.chdir(tmp_path / "there")
-    rundir.write_meta(run, rundir.environment())
-    monkeypatch.chdir(tmp_path / "here")
-    assert rundir.resume_config(run, []).data_dir == str(tmp_path / "there" / "data")
-
-
-def test_files_that_a_run_names_may_lie_elsewhere_now(tmp_path, monkeypatch):
-    (tmp_path / "there" / "q.csv").parent.mkdir()
-    for path in (tmp_path / "there" / "q.csv", tmp_path / "moved.csv"):
+def test_files_that_a_run_names_are_found_from_where_it_was_started_or_moved(tmp_path, monkeypatch):
+    there, moved = tmp_path / "there", tmp_path / "moved.csv"
+    (there / "data").mkdir(parents=True)
+    for path in (there / "q.csv", moved):
         path.write_text("split,index,reason,score\n")
-    run = rundir.create_run(tmp_path / "runs", load_config(overrides=["quarantine=q.csv"]))
-    monkeypatch.chdir(tmp_path / "there")
-    identity = rundir.read_run_config(run).identity_digest({})
-    rundir.write_meta(run, rundir.environment() | {"identity": identity, "data": {}})
+    cfg = load_config(overrides=["data_dir=data", "quarantine=q.csv"])
+    run = rundir.create_run(tmp_path / "runs", cfg)
+    monkeypatch.chdir(there)
+    identity = {"identity": cfg.identity_digest({}), "data": {}}
+    rundir.write_meta(run, rundir.environment() | identity)
     monkeypatch.chdir(tmp_path)
-    assert rundir.resume_config(run, []).quarantine == str(tmp_path / "there" / "q.csv")
+    cfg = rundir.resume_config(run, [])
+    assert (cfg.data_dir, cfg.quarantine) == (str(there / "data"), str(there / "q.csv"))
     cfg = rundir.resume_config(run, ["quarantine=moved.csv", "views=1"])
     assert cfg.quarantine == "moved.csv" and cfg.views == 1
     rundir.require_same_run(run, cfg, {}, None)
-    (tmp_path / "moved.csv").write_text("split,index,reason,score\ntrain,1,black,1\n")
+    moved.write_text("split,index,reason,score\ntrain,1,black,1\n")
     with pytest.raises(BadInput, match="cannot go on"):
         rundir.require_same_run(run, cfg, {}, None)
 
