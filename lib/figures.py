@@ -70,9 +70,9 @@ MARKED = (  # of the rules for a threshold, on curves
 
 
 def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
-    """A row of axes, each `width` x `height` inches: (figure, list of axes)."""
+    """A row of axes, each `width` x `height` inches: (figure, array of axes)."""
     figure, axes = plt.subplots(1, num_axes, figsize=(width * num_axes, height), squeeze=False)
-    return figure, list(axes[0])
+    return figure, axes[0]
 
 
 def line_style(number: int) -> dict[str, str]:
@@ -89,9 +89,7 @@ def add_legend(figure, axes, num_columns: int = 2) -> None:
 
 def figure_png(figure, source: str = "") -> bytes:
     """A figure as PNG, with what it was drawn from as text in it; the figure is closed."""
-    metadata = {"Software": None}
-    if source:
-        metadata["Source"] = source
+    metadata = {"Software": None, "Source": source or None}
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata=metadata)
     plt.close(figure)
@@ -263,24 +261,20 @@ def plot_parallel(ranges: dict, trials: list[dict], is_promoted: np.ndarray):
 
 
 def plot_reliability(bins: list[dict]):
-    """Share of positives against the mean probability of each bin, and how many patches it holds,
-    for each of the series that `probabilities` names; the constant one is left out.
+    """Share of positives, with its 95% interval, against the mean probability of each bin, for each
+    of the series that `probabilities` names; the constant one is left out.
     """
-    figure, (axes, counts) = new_figure(2, 5.2, 4.0)
-    axes.plot([0, 1], [0, 1], color="black", linestyle=":")
+    figure, (axes,) = new_figure(1, 6, 4.5)
+    axes.plot((0, 1), (0, 1), color="black", linestyle=":")
     names = dict.fromkeys(row["probabilities"] for row in bins)
     names = [name for name in names if not name.startswith("always")]
-    for number, name in enumerate(names):
+    for colour, mark, name in zip(COLOURS, MARKS, names, strict=False):
         rows = [row for row in bins if row["probabilities"] == name]
-        colour, mean = COLOURS[number], column(rows, "mean_probability")
-        shares = column(rows, "positive_share")
+        mean = column(rows, "mean_probability")
         lows, highs = column(rows, "positive_share_low"), column(rows, "positive_share_high")
-        axes.plot(mean, shares, f"{MARKS[number]}-", color=colour, label=name)
         axes.vlines(mean, lows, highs, color=colour)
-        edges = column(rows, "low"), column(rows, "high")
-        counts.hlines(column(rows, "num"), *edges, linewidth=2, color=colour)
-    axes.set(title="reliability", xlabel="mean probability of a bin", ylabel="share of positives")
-    counts.set(title="patches in a bin", xlabel="probability", ylabel="patches", yscale="log")
+        axes.plot(mean, column(rows, "positive_share"), f"{mark}-", color=colour, label=name)
+    axes.set(xlabel="mean probability of a bin", ylabel="share of positives")
     add_legend(figure, axes)
     return figure
 
@@ -296,8 +290,7 @@ def plot_counts(rows: list[dict]):
         if label == -1 and not any(counts):
             continue
         places = np.arange(len(splits)) + 0.28 * (number - 0.5)
-        style = {"color": COLOURS[number], "hatch": ("", "//", "..")[number]}
-        bars = axes.bar(places, counts, 0.26, label=name, edgecolor="white", **style)
+        bars = axes.bar(places, counts, 0.26, label=name)
         axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     axes.set(xticks=range(len(splits)), xticklabels=splits, ylabel="patches")
     axes.legend()

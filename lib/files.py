@@ -207,16 +207,15 @@ def write_csv(path, header, rows) -> None:
 class CsvLog:
     """An append-only CSV, written out at most every FLUSH_S seconds.
 
-    The first column is a counter. Of a file that exists, the rows up to `last` stay, as `rows`.
+    The first column is a counter. Of a file that exists, the rows up to `last` stay.
     """
 
     def __init__(self, path, header, last: int):
         self.path = Path(path)
         rows = read_csv(path) if self.path.exists() else []
-        self.rows = [row for row in rows if int(row[header[0]]) <= last]
+        rows = [row for row in rows if int(row[header[0]]) <= last]
         # a column that came later is empty in the rows before
-        cells = [[row.get(name, "") for name in header] for row in self.rows]
-        write_csv(path, header, cells)
+        write_csv(path, header, [[row.get(name, "") for name in header] for row in rows])
         # a buffer that no two seconds fill, so that readers see whole lines
         self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
         self.writer = csv.DictWriter(self.file, header, lineterminator="\n")

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lib.command import say
-from lib.files import CsvLog
+from lib.files import CsvLog, read_csv
 from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES
 
@@ -86,10 +86,10 @@ class RunLog:
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, progress["num_steps"])
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
-            for row in self.steps.rows:
-                self.earlier_train_s += batch_size / (float(row["images_per_s"]) or math.inf)
-            for row in self.epochs.rows:
-                self.earlier_eval_s += float(row["eval_s"])
+            for row in read_csv(self.steps.path):
+                self.earlier_train_s += batch_size / (float(row["images_per_s"] or 0) or math.inf)
+            for row in read_csv(self.epochs.path):
+                self.earlier_eval_s += float(row["eval_s"] or 0)
         self.pending = collections.deque()  # LoggedSteps that are not read yet
         self.last_step = self.last_done = self.host_values = None
         self.note = ""

@@ -123,22 +123,20 @@ def prediction_blocks(path, threshold: float) -> list:
 
 def read_predictions(path) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """The rows of a predictions.csv that have a probability, labels int (N,), probabilities float
-    (N,).
-
-    Raises BadInput for rows without a label, and for probabilities outside 0 to 1.
+    (N,). Raises BadInput for rows without a label, and for probabilities outside 0 to 1.
     """
     columns = ("source", "index", "probability", "label")
     rows = [row for row in read_edited_csv(path, columns) if row["probability"]]
     try:
-        labels = np.array([int(row["label"]) for row in rows])
-        probs = column(rows, "probability")
+        labels, probs = column(rows, "label"), column(rows, "probability")
     except ValueError as error:
         raise BadInput(f"{path} needs a label and a probability in each row ({error})") from None
-    if not np.isin(labels, (0, 1)).all():
-        raise BadInput(f"{path} holds a label that is neither 0 nor 1")
-    if not rows or not ((probs >= 0) & (probs <= 1)).all():
-        raise BadInput(f"{path} has no row, or a probability outside 0 to 1")
-    return rows, labels, probs
+    is_sound = np.isin(labels, (0, 1)) & (probs >= 0) & (probs <= 1)
+    if not rows or not is_sound.all():
+        raise BadInput(
+            f"{path} has no row, or a label other than 0 and 1, or a probability outside 0 to 1"
+        )
+    return rows, labels.astype(int), probs
 
 
 def read_patch(row: dict) -> np.ndarray:

@@ -83,10 +83,8 @@ def test_a_continued_log_has_one_header_and_the_whole_rows_up_to_the_last(tmp_pa
     log.add(loss=0.3, lr=0.1, step=3)
     log.close()
     assert path.read_text() == "step,loss,lr\n1,0.5,\n2,0.4,\n3,0.3,0.1\n"
-    log = CsvLog(path, header, 3)
-    log.close()
+    CsvLog(path, header, 3).close()
     assert path.read_text() == "step,loss,lr\n1,0.5,\n2,0.4,\n3,0.3,0.1\n"
-    assert log.rows == read_csv(path)
 
 
 def test_rows_wait_in_memory_until_they_are_flushed_or_their_time_comes(tmp_path, monkeypatch):

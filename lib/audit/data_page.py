@@ -9,7 +9,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lib.audit import rank_findings
-from lib.audit.plant import LEAST_POWER, REASONS_OF
 from lib.audit.survey import Survey
 from lib.blocks import Figure, Gallery, Heading, Words, show, table_of, write_page
 from lib.figures import figure_png, new_figure, plot_counts, plot_histograms
@@ -54,22 +53,19 @@ def write_data_page(
     else:
         blocks.append(Words(UNKNOWN_POWER, "note"))
     for finding in ranked:
-        blocks += finding_blocks(finding, surveys, power)
+        blocks += finding_blocks(finding, surveys)
     histograms = figure_png(plot_histograms(feature_histograms(surveys)))
     blocks += [Heading("How the splits look"), Figure("Features by split", histograms)]
     return write_page(path, title, blocks)
 
 
-def finding_blocks(finding: dict, surveys: list[Survey], power: list[dict]) -> list:
-    """One finding: its sentence, the power of its check, pictures or rows, and where in the
-    patch.
-    """
+def finding_blocks(finding: dict, surveys: list[Survey]) -> list:
+    """One finding: its sentence, pictures or rows, and where in the patch."""
     split, rows = finding["split"], finding["rows"]
     blocks = [
         Heading(f"{finding['check']} in {split}" if split else finding["check"]),
         Words(finding["measured"], "alarm" if finding["severity"] == "error" else "note"),
         Words(finding["advice"], "note"),
-        *power_blocks(finding, power),
     ]
     by_name = {survey.name: survey for survey in surveys}
     kind = finding["check"].removeprefix("values: ")
@@ -90,23 +86,6 @@ def finding_blocks(finding: dict, surveys: list[Survey], power: list[dict]) -> l
         blocks.append(Gallery(patches, captions))
     elif rows:
         blocks.append(table_of(rows[:MOST_ROWS]))
-    return blocks
-
-
-def power_blocks(finding: dict, power: list[dict]) -> list[Words]:
-    """How much the check behind a finding found of planted damage."""
-    reasons = {row.get("reason") for row in finding["rows"]} - {None, ""}
-    reasons = reasons or REASONS_OF.get(finding["check"].split()[0], ())
-    blocks = []
-    for row in power:
-        if row["reason"] in reasons:
-            sentence = (
-                f"Planted on a copy of these data ({row['planted']}): {row['found']} of"
-                f" {row['num']} found, {row['false_alarms']} false alarms."
-            )
-            if row["recall"] < LEAST_POWER:
-                sentence += " No power on these data: that nothing is found says nothing."
-            blocks.append(Words(sentence, "note"))
     return blocks
 
 
