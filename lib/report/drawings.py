@@ -58,11 +58,12 @@ def plot_commits(lines: list[str]):
         graph, _, commit = line.partition("\t")
         for place, mark in enumerate(graph):
             if mark in STROKES:
-                ends = place + np.array(STROKES[mark])
+                slant = place % 2  # in a column of commits a stroke goes down
+                ends = place + slant * np.array(STROKES[mark])
                 axes.plot(ends, (row - 0.5, row + 0.5), color="grey", zorder=1)
             if mark == "*":
                 axes.plot(place, row, "o", color=COLOURS[0])
-        style = {"va": "center", "fontsize": 8, "family": "monospace"}
+        style = {"va": "center", "fontsize": 8, "family": "monospace", "parse_math": False}
         axes.text(width, row, commit[:MOST_LETTERS], **style)
     axes.set(ylim=(len(lines) - 0.4, -0.6), xlim=(-0.5, width + 36))
     axes.axis("off")
