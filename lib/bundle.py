@@ -59,7 +59,9 @@ def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
         fits_machine = system == "any" or system.endswith(machine)
         if not (fits_python and fits_machine):
             raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
-        (distribution,) = distributions(path=[str(path)])
+        distribution = next(distributions(path=[str(path)]), None)
+        if not distribution:
+            raise BadInput(f"{path} is not a readable wheel: fetch it again")
         package = {
             "package": distribution.name.lower(),
             "version": distribution.version,
