@@ -173,12 +173,12 @@ def plot_curves(points: list[dict], thresholds: list[dict], prevalence: float):
         axes.plot(x, column(rows, "y"))
     draw_constants(*panels, prevalence)
     marked = [row for row in thresholds if row["rule"] in MARKED]
-    recalls = column(marked, "recall")
-    places = (1 - column(marked, "specificity"), recalls), (recalls, column(marked, "precision"))
-    for axes, (x, y) in zip(panels, places, strict=True):
-        for number, row in enumerate(marked):
-            style = {"color": COLOURS[number + 1], "markersize": 6}
-            axes.plot(x[number], y[number], MARKS[number], label=threshold_name(row), **style)
+    rates = [1 - column(marked, "specificity"), column(marked, "recall")]
+    rates.append(column(marked, "precision"))
+    for number, row in enumerate(marked):
+        style = {"color": COLOURS[number + 1], "markersize": 6, "label": threshold_name(row)}
+        for place, axes in enumerate(panels):  # recall is the height of one, the width of the other
+            axes.plot(rates[place][number], rates[place + 1][number], MARKS[number], **style)
     panels[1].legend(loc="lower left")
     return figure
 
@@ -266,10 +266,11 @@ def plot_reliability(bins: list[dict]):
     """
     figure, (axes,) = new_figure(1, 6, 4.5)
     axes.plot((0, 1), (0, 1), color="black", linestyle=":")
-    names = dict.fromkeys(row["probabilities"] for row in bins)
-    names = [name for name in names if not name.startswith("always")]
-    for colour, mark, name in zip(COLOURS, MARKS, names, strict=False):
-        rows = [row for row in bins if row["probabilities"] == name]
+    rows_of = {}
+    for row in bins:
+        if not row["probabilities"].startswith("always"):
+            rows_of.setdefault(row["probabilities"], []).append(row)
+    for colour, mark, (name, rows) in zip(COLOURS, MARKS, rows_of.items(), strict=False):
         mean = column(rows, "mean_probability")
         lows, highs = column(rows, "positive_share_low"), column(rows, "positive_share_high")
         axes.vlines(mean, lows, highs, color=colour)

@@ -621,7 +621,8 @@ def threshold(e: Evidence) -> list:
     rules, scores = f"{MODEL}/thresholds.csv", f"{MODEL}/scores.json"
     parts = csv_table(e, rules) + table(("score", "value"), [*flat(e.json(scores))], scores)
     rows = [row for row in e.csv(bins) if {"probabilities", "positive_share_low"} <= set(row)]
-    if points := e.csv(curves):
+    points = e.csv(curves)
+    if points:
         prevalence = e.json(scores)["constant_baselines"]["prevalence"]
         title, drawn = "What thresholds mean, with 95% bands", (e.csv(rules), prevalence)
         used = [curves, rules, scores]
