@@ -15,8 +15,10 @@ from PIL import Image
 from lib.config import plain
 from lib.files import atomic_write
 
+MOST_WIDE = 8  # columns of a table in print of full size
 MOST_ROWS = 15  # of a table in Markdown whose every row is in another file
-INLINE = re.compile(r"`([^`]+)`|\*\*([^*]+)\*\*|(https?://[^\s)]+)")
+# the marks that Markdown has within a paragraph, and what they are in HTML
+INLINE = re.compile(r"`(?P<code>[^`]+)`|\*\*(?P<b>[^*]+)\*\*|(?P<a>https?://[^\s)]+)")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
@@ -51,15 +53,8 @@ for (const head of document.querySelectorAll("th")) {
 """
 
 
-class Block:
-    """What every block is: on a terminal its Markdown, unless it says otherwise."""
-
-    def to_text(self) -> str:
-        return self.to_markdown()
-
-
 @dataclass(frozen=True)
-class Heading(Block):
+class Heading:
     """A heading of level 2 or 3; one with an anchor stands in the page's table of contents."""
 
     text: str
@@ -75,7 +70,7 @@ class Heading(Block):
 
 
 @dataclass(frozen=True)
-class Words(Block):
+class Words:
     """A paragraph, with `code`, **bold** and links marked as in Markdown.
 
     The kind is "note" for small print, "alarm" for what must not be overlooked, or empty.
@@ -89,22 +84,22 @@ class Words(Block):
         return f"{self.text} {cite(self.sources)}".strip()
 
     def to_html(self) -> str:
-        return f'<p class="{self.kind}">{inline(self.to_markdown())}</p>'
+        text = inline(self.to_markdown())
+        return f'<p class="{self.kind}">{text}</p>' if text else ""
 
 
 @dataclass(frozen=True)
-class Table(Block):
+class Table:
     """Rows of values under a header.
 
     `full` names the file that holds every row; where it is given, Markdown shows the first
-    MOST_ROWS. A dense table has small print, for many columns.
+    MOST_ROWS. A table of many columns has small print.
     """
 
     header: list
     rows: list[list]
     sources: tuple[str, ...] = ()
     full: str = ""
-    dense: bool = False
 
     def to_text(self) -> str:
         return text_table(self.header, self.rows)
@@ -113,26 +108,24 @@ class Table(Block):
         shown = self.rows[:MOST_ROWS] if self.full else self.rows
         rule = ["---"] * len(self.header)
         lines = [markdown_row(row) for row in (self.header, rule, *shown)]
-        parts = ["\n".join(lines)]
-        if len(shown) < len(self.rows):
-            parts.append(f"And {len(self.rows) - len(shown)} more, in {self.full}.")
-        if self.sources:
-            parts.append(cite(self.sources))
-        return "\n\n".join(parts)
+        num_more = len(self.rows) - len(shown)
+        more = f"And {num_more} more, in {self.full}." if num_more else ""
+        parts = ["\n".join(lines), more, cite(self.sources)]
+        return "\n\n".join(filter(None, parts))
 
     def to_html(self) -> str:
-        # a heading is aligned as the cell below it
-        kinds = [cell_class(cell) for cell in (self.rows or [self.header])[0]]
-        heads = zip(self.header, kinds, strict=True)
-        head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in heads)
-        body = "".join(html_row(row) for row in self.rows)
-        kind = ' class="dense"' if self.dense else ""
-        table = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        return table + html_note(cite(self.sources))
+        first_row = (self.rows or [self.header])[0]
+        kinds = [cell_class(cell) for cell in first_row]  # a head is aligned as the cell below it
+        head = html_row(self.header, kinds, "th")
+        body = [html_row(row, map(cell_class, row), "td") for row in self.rows]
+        kind = "dense" if len(self.header) > MOST_WIDE else "wide"
+        parts = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
+        note = Words("", "note", self.sources).to_html()
+        return f'<table class="{kind}">{parts}</table>{note}'
 
 
 @dataclass(frozen=True)
-class Figure(Block):
+class Figure:
     """A PNG with a title; `path` is where Markdown finds it, `remark` stands behind the sources."""
 
     title: str
@@ -146,17 +139,16 @@ class Figure(Block):
         return f"![{self.title}]({self.path})\n\n{caption}"
 
     def to_html(self) -> str:
-        caption = f"{self.title}. {cite(self.sources)}"
-        return html_image(self.png, self.title) + html_note(caption)
+        caption = Words(f"{self.title}.", "note", self.sources)
+        return html_image(self.png, self.title) + caption.to_html()
 
 
 @dataclass(frozen=True)
-class Gallery(Block):
-    """Patches uint8 (H, W, 3), each `width` pixels wide; Markdown has their captions alone."""
+class Gallery:
+    """Patches uint8 (H, W, 3) with a caption each; Markdown has the captions alone."""
 
     patches: list[np.ndarray]
     captions: list[str]
-    width: int = 96
 
     def to_markdown(self) -> str:
         return "\n".join(f"- {caption}" for caption in self.captions)
@@ -166,12 +158,13 @@ class Gallery(Block):
         for patch, caption in zip(self.patches, self.captions, strict=True):
             image = html_image(patch_png(patch), caption)
             text = f"<figcaption>{html.escape(caption)}</figcaption>"
-            figures.append(f'<figure style="width:{self.width}px">{image}{text}</figure>')
+            width_px = patch.shape[1]
+            figures.append(f'<figure style="width:{width_px}px">{image}{text}</figure>')
         return f'<div class="gallery">{"".join(figures)}</div>'
 
 
 @dataclass(frozen=True)
-class Code(Block):
+class Code:
     """Text as it stands in a file; `where` says which."""
 
     text: str
@@ -199,32 +192,25 @@ def to_markdown(blocks) -> str:
 def write_page(path, title: str, blocks) -> Path:
     """Write blocks as one HTML page that needs no other file, atomically; gives its path.
 
-    The table of contents stands before the first heading: every heading that has an anchor, under
-    the heading of level 2 above it.
+    It begins with a table of contents where headings have anchors.
     """
-    body, entries, chapter, contents_at = [], [], "", None
+    links, chapter = [], ""
     for block in blocks:
         if isinstance(block, Heading):
-            if contents_at is None:
-                contents_at = len(body)
             if block.level == 2:
                 chapter = block.text
             if block.anchor:
-                label = (
-                    block.text if block.level == 2 or not chapter else f"{chapter}: {block.text}"
-                )
-                link = f'<a href="#{html.escape(block.anchor)}">{html.escape(label)}</a>'
-                entries.append(f"<li>{link}</li>")
-        body.append(block.to_html())
-    if entries:
-        body.insert(contents_at, f"<nav><ul>{''.join(entries)}</ul></nav>")
+                label = html.escape(f"{chapter}: {block.text}")
+                links.append(f'<li><a href="#{html.escape(block.anchor)}">{label}</a></li>')
+    contents = f"<nav><ul>{''.join(links)}</ul></nav>" if links else ""
     title = html.escape(title)
     head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
     with atomic_write(path, "w") as file:
         file.write(f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>\n')
-        file.write(f"<body><h1>{title}</h1>\n")
-        file.write("\n".join(body))
-        file.write(f"\n<script>{SORTING}</script></body></html>\n")
+        file.write(f"<body><h1>{title}</h1>{contents}\n")
+        for block in blocks:
+            file.write(block.to_html() + "\n")
+        file.write(f"<script>{SORTING}</script></body></html>\n")
     return Path(path)
 
 
@@ -234,14 +220,9 @@ def show(value) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int) and not isinstance(value, bool):
+    if type(value) is int:
         return f"{value:,}"
     return str(value)
-
-
-def escape(value) -> str:
-    """A value as HTML text."""
-    return html.escape(show(value))
 
 
 def cite(sources) -> str:
@@ -251,10 +232,10 @@ def cite(sources) -> str:
 
 def text_table(header, rows) -> str:
     """Aligned columns for a terminal; numbers in six digits."""
-    lines = []
-    for row in (header, *rows):
+    lines = [list(header)]
+    for row in rows:
         lines.append([f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
@@ -264,18 +245,17 @@ def markdown_row(cells) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def html_row(cells) -> str:
-    return f"<tr>{''.join(f'<td{cell_class(cell)}>{escape(cell)}</td>' for cell in cells)}</tr>"
+def html_row(cells, kinds, tag: str) -> str:
+    texts = []
+    for cell, kind in zip(cells, kinds, strict=True):
+        texts.append(f'<{tag} class="{kind}">{html.escape(show(cell))}</{tag}>')
+    return f"<tr>{''.join(texts)}</tr>"
 
 
 def cell_class(cell) -> str:
     """Words stand on the left and wrap, numbers on the right."""
-    is_words = isinstance(cell, str) and not re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
-    return ' class="words"' if is_words else ""
-
-
-def html_note(text: str) -> str:
-    return Words(text, "note").to_html() if text else ""
+    is_number = not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
+    return "number" if is_number else "words"
 
 
 def html_image(png: bytes, description: str) -> str:
@@ -293,13 +273,10 @@ def patch_png(patch: np.ndarray) -> bytes:
 
 def inline(text: str) -> str:
     """Text as HTML, with the marks that Markdown has within a paragraph."""
-
-    def replace_mark(match) -> str:
-        code, bold, link = match.groups()
-        if code:
-            return f"<code>{code}</code>"
-        if bold:
-            return f"<b>{bold}</b>"
-        return f'<a href="{link}">{link}</a>'
-
     return INLINE.sub(replace_mark, html.escape(text))
+
+
+def replace_mark(match) -> str:
+    tag, text = match.lastgroup, match[match.lastgroup]
+    link = f' href="{text}"' if tag == "a" else ""
+    return f"<{tag}{link}>{text}</{tag}>"

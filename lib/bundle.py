@@ -2,14 +2,11 @@
 writer and its audit read them.
 """
 
-import re
-import subprocess
-import zipfile
-from email import message_from_bytes
-from email.message import Message
+from importlib.metadata import distributions
 from pathlib import Path
 
 from lib.command import REPOSITORY, BadInput, one_line, run_script
+from lib.rundir import git
 
 SUMS = "SHA256SUMS"  # written last: a folder without it is half a bundle
 RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
@@ -21,9 +18,8 @@ def tracked_files() -> list[str]:
     """Names of the repository's files that git tracks, as they are in the working tree. Raises
     BadInput outside a git repository.
     """
-    command = ["git", "-C", str(REPOSITORY), "ls-files", "-z"]
-    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split("\0")
-    names = [name for name in listed if name and (REPOSITORY / name).is_file()]
+    names = git("ls-files", "-z").split("\0")
+    names = [name for name in names if (REPOSITORY / name).is_file()]
     if not names:
         raise BadInput(f"{REPOSITORY} is no git repository: nothing says which files are its code")
     return names
@@ -39,15 +35,14 @@ def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
     run_script(bundle / "code" / "inference.py", *inputs, *outputs, timeout_s=timeout_s)
 
 
-def read_licence(meta: Message) -> str:
-    """The licence that a wheel's metadata states: its expression, else its classifiers, else the
+def read_licence(meta) -> str:
+    """The licence that a package's metadata states: its expression, else its classifiers, else the
     first line of its text.
     """
-    if meta["License-Expression"]:
-        return meta["License-Expression"]
     classifiers = meta.get_all("Classifier", [])
     names = [text.split(" :: ")[-1] for text in classifiers if text.startswith("License ::")]
-    return "; ".join(names) or one_line(meta["License"] or "not stated")
+    text = one_line(meta["License"] or "not stated")
+    return meta["License-Expression"] or "; ".join(names) or text
 
 
 def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
@@ -64,20 +59,17 @@ def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
         fits_machine = system == "any" or system.endswith(machine)
         if not (fits_python and fits_machine):
             raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
-        with zipfile.ZipFile(path) as wheel:
-            # the metadata of a package that the wheel brings along lies deeper
-            metadata = re.compile(r"[^/]+\.dist-info/METADATA")
-            name = next(filter(metadata.fullmatch, wheel.namelist()))
-            meta = message_from_bytes(wheel.read(name))
-        packages.append(
-            {
-                "package": meta["Name"].lower(),
-                "version": meta["Version"],
-                "licence": read_licence(meta),
-                "wheel": path.name,
-                "bytes": path.stat().st_size,
-            }
-        )
+        distribution = next(distributions(path=[str(path)]), None)
+        if not distribution:
+            raise BadInput(f"{path} is not a readable wheel: fetch it again")
+        package = {
+            "package": distribution.name.lower(),
+            "version": distribution.version,
+            "licence": read_licence(distribution.metadata),
+            "wheel": path.name,
+            "bytes": path.stat().st_size,
+        }
+        packages.append(package)
     lacking = {*NEEDED, "pip"} - {package["package"] for package in packages}
     if lacking:
         raise BadInput(f"{folder} has no wheel of {', '.join(sorted(lacking))}")

@@ -19,6 +19,7 @@ from lib.command import BadInput, one_line, without_nan
 
 # a file's name may be any bytes
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+FLUSH_S = 2.0  # a row of a log waits that long in memory
 
 
 def utc_now() -> str:
@@ -46,17 +47,16 @@ def atomic_write(path, mode="wb"):
     """
     path = Path(path)
     temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
-    options = {} if "b" in mode else TEXT
+    options = {} if mode == "wb" else TEXT
     with errors_name(path, temporary):
         try:
-            with open(temporary, mode.replace("w", "x"), **options) as file:
+            with open(temporary, mode, **options) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            Path(temporary).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
 
@@ -74,20 +74,19 @@ def require_writable(path) -> None:
 
 
 def nearest_folder(path) -> Path:
-    """`path` or the closest folder above it that is there already."""
-    return next(
-        folder for folder in (Path(path), *Path(path).absolute().parents) if folder.is_dir()
-    )
+    """`path` or the closest folder above it that exists."""
+    folder = Path(path).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def require_space(directory, num_bytes: int) -> None:
     """Raise BadInput where fewer than `num_bytes` are free."""
-    free = shutil.disk_usage(nearest_folder(directory)).free
-    if num_bytes > free:
-        raise BadInput(
-            f"{directory}: {num_bytes / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free"
-            " there"
-        )
+    needed_mb = num_bytes / 1e6
+    free_mb = shutil.disk_usage(nearest_folder(directory)).free / 1e6
+    if needed_mb > free_mb:
+        raise BadInput(f"{directory}: {needed_mb:,.1f} MB are needed, {free_mb:,.1f} MB are free")
 
 
 def try_lock(file) -> bool:
@@ -105,12 +104,10 @@ def try_lock(file) -> bool:
 
 def sync_folder(path) -> None:
     """Make renames in a folder durable; file systems that cannot sync a folder are left alone."""
+    folder = os.open(path, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.fsync(folder)
+    os.close(folder)
 
 
 def write_json(path, value) -> None:
@@ -146,11 +143,12 @@ def read_cache(path) -> dict:
 
 
 def write_cache(path, value: dict) -> bool:
-    """Keep `value` where that is possible; False where it is not, and has to be computed anew."""
+    """Store `value` as JSON. Returns False where that is not possible, such as in a read-only
+    folder.
+    """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, "w") as file:
-            file.write(json.dumps(value))
+        write_json(path, value)
     except OSError:
         return False
     return True
@@ -160,11 +158,14 @@ def read_csv(path) -> list[dict[str, str]]:
     """The rows of a CSV file that a program appends to, as dicts of text; a torn last line (no
     newline, or fields missing) is dropped.
     """
-    data = Path(path).read_bytes()
-    whole_lines = data[: data.rfind(b"\n") + 1].decode("utf-8", errors="replace")
-    reader = csv.reader(io.StringIO(whole_lines))
-    header = next(reader, [])
-    return [dict(zip(header, row, strict=True)) for row in reader if len(row) == len(header)]
+    text = Path(path).read_bytes().decode("utf-8", errors="replace")
+    whole_lines = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(whole_lines)) if is_whole(row)]
+
+
+def is_whole(row: dict) -> bool:
+    """Whether a row of csv.DictReader has as many fields as the header."""
+    return None not in row and None not in row.values()
 
 
 def read_edited_csv(path, needed) -> list[dict[str, str]]:
@@ -175,14 +176,15 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             # strict, or an open quote would swallow the rows behind it
             reader = csv.DictReader(file, strict=True)
-            columns, rows = reader.fieldnames or [], list(reader)
+            columns = reader.fieldnames or []
+            rows = list(reader)
     except csv.Error as error:
         raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
-    for column in sorted(needed):
+    for column in needed:
         if column not in columns:
             raise BadInput(f"{path} lacks the column {column}; it has: {', '.join(columns)}")
     for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():  # so DictReader marks what is too much, too little
+        if not is_whole(row):
             raise BadInput(f"{path}: row {number} has not as many fields as the header")
     return rows
 
@@ -203,25 +205,26 @@ def write_csv(path, header, rows) -> None:
 
 
 class CsvLog:
-    """An append-only CSV written out at most every `flush_s` seconds; of an existing one the rows
-    that `keep` wants go on.
+    """An append-only CSV, written out at most every FLUSH_S seconds.
+
+    The first column is a counter. Of a file that exists, the rows up to `last` stay.
     """
 
-    def __init__(self, path, header, flush_s=2.0, keep=lambda _row: True):
-        self.path, self.header, self.flush_s = Path(path), list(header), flush_s
+    def __init__(self, path, header, last: int):
+        self.path = Path(path)
         rows = read_csv(path) if self.path.exists() else []
+        rows = [row for row in rows if int(row[header[0]]) <= last]
         # a column that came later is empty in the rows before
-        table = [[row.get(name, "") for name in self.header] for row in rows if keep(row)]
-        write_csv(path, self.header, table)
+        write_csv(path, header, [[row.get(name, "") for name in header] for row in rows])
         # a buffer that no two seconds fill, so that readers see whole lines
         self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
-        self.writer = csv.writer(self.file, lineterminator="\n")
+        self.writer = csv.DictWriter(self.file, header, lineterminator="\n")
         self.flushed_at = time.monotonic()
 
     def add(self, **row) -> None:
-        """Append one row; every column of the header must be given."""
-        self.writer.writerow([row[name] for name in self.header])
-        if time.monotonic() - self.flushed_at >= self.flush_s:
+        """Append one row. Raises ValueError for a column that is not in the header."""
+        self.writer.writerow(row)
+        if time.monotonic() - self.flushed_at >= FLUSH_S:
             self.flush()
 
     def flush(self, sync: bool = False) -> None:

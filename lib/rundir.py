@@ -2,6 +2,7 @@
 time.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
@@ -33,11 +34,12 @@ JOB_VARIABLES = (
     "SLURM_ARRAY_JOB_ID",
     "SLURM_ARRAY_TASK_ID",
     "SLURM_RESTART_COUNT",
+    "SLURM_JOB_PARTITION",
+    "SLURMD_NODENAME",
 )
 # what was submitted when, as JSON; the rest of meta.json says what ran
 SUBMITTED = "PCAM_SUBMITTED"
-JOB_VARIABLES += ("SLURM_JOB_PARTITION", "SLURMD_NODENAME")
-# environment variables that change what is computed
+# environment variables that change what is computed begin so
 VARIABLES = (
     "OMP_",
     "KMP_",
@@ -51,9 +53,16 @@ VARIABLES = (
     "CUBLAS_",
     "CUDNN_",
     "NCCL_",
+    "NVIDIA_TF32_OVERRIDE",
 )
-VARIABLES += ("NVIDIA_TF32_OVERRIDE",)
-PATCH_BYTES_KEPT = 1 << 20
+# facts of meta.json; where one differs, the same computation may give other bits
+HARDWARE = (
+    ("machine", "device"),
+    ("machine", "gpu"),
+    ("machine", "cpu_capability"),
+    ("versions", "torch"),
+)
+MOST_UNTRACKED = 1000
 
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
 
@@ -64,19 +73,18 @@ def create_run(runs_dir, cfg: Config) -> Path:
     """
     runs_dir = Path(runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     while True:
-        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
         run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
-        try:
+        with contextlib.suppress(FileExistsError):
             run.mkdir()
-        except FileExistsError:
-            continue
-        try:
-            write_config(run, cfg)
-        except BaseException:
-            run.rmdir()  # a run folder without a config is none
-            raise
-        return run
+            break
+    try:
+        write_config(run, cfg)
+    except BaseException:
+        run.rmdir()  # a run folder without a config is none
+        raise
+    return run
 
 
 def write_config(run: Path, cfg: Config) -> None:
@@ -93,18 +101,24 @@ def find_run(name, runs_dir="runs") -> Path:
     """
     for run in (Path(name), Path(runs_dir) / name):
         if run.is_dir():
+            # the repository has a config.yaml, too: `--resume .` must not write there
             if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
                 return run
             raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
-    there = [entry.name for entry in Path(runs_dir).iterdir()] if Path(runs_dir).is_dir() else []
-    raise BadInput(f"no run {name}{nearest(Path(name).name, there)}")
+    names = [entry.name for entry in Path(runs_dir).glob("*")]
+    raise BadInput(f"no run {name}{nearest(Path(name).name, names)}")
 
 
 def read_run_config(run: Path) -> Config:
     """The configuration that a run was started with."""
-    return config_from_dict(
-        ADDED_KEYS | read_yaml(run / "config.yaml"), source=str(run / "config.yaml")
-    )
+    path = run / "config.yaml"
+    return config_from_dict(ADDED_KEYS | read_yaml(path), source=str(path))
+
+
+def read_meta(run: Path) -> dict:
+    """The run's meta.json; empty before its first start."""
+    path = run / "meta.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def resume_config(run: Path, overrides) -> Config:
@@ -115,19 +129,17 @@ def resume_config(run: Path, overrides) -> Config:
     weights file may be named elsewhere: `require_same_run` sees whether its content is the same.
     """
     cfg = read_run_config(run)
-    started_in = Path(
-        read_json(run / "meta.json").get("cwd", "") if (run / "meta.json").is_file() else ""
-    )
     changes = parse_overrides(overrides)
-    moved = {
-        key: changes.pop(key)
-        for key in ("quarantine", "weights")
-        if getattr(cfg, key) and changes.get(key)
-    }
+    started_in = Path(read_meta(run).get("cwd", ""))
+    moved = {}
     for key in ("data_dir", "quarantine", "weights"):
         path = getattr(cfg, key)
-        if path and not Path(path).exists() and (started_in / path).exists():
-            moved = {key: str(started_in / path)} | moved
+        if not path:
+            continue
+        if key != "data_dir" and changes.get(key):
+            moved[key] = changes.pop(key)
+        elif not Path(path).exists() and (started_in / path).exists():
+            moved[key] = str(started_in / path)
     return change_free_keys(dataclasses.replace(cfg, **moved), changes)
 
 
@@ -135,9 +147,9 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str |
     """Raise BadInput if what a run is to go on with is not what it was begun with: its data and
     their groups (SHA-256), its config, a file named there.
     """
-    if not (run / "meta.json").is_file():
+    before = read_meta(run)
+    if not before:
         return
-    before = read_json(run / "meta.json")
     if before.get("data") != data:
         raise BadInput(
             f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
@@ -155,21 +167,14 @@ def say_what_changed(run: Path, meta: dict) -> None:
     """Say where a run goes on with other hardware, or another torch, than at its last start: the
     bits may then be others.
     """
-    if not (run / "meta.json").is_file():
+    before = read_meta(run)
+    if not before:
         return
-    before = read_json(run / "meta.json")
-    for name, place, key in (
-        ("device", "machine", "device"),
-        ("GPU", "machine", "gpu"),
-        ("processor's instruction set", "machine", "cpu_capability"),
-        ("torch", "versions", "torch"),
-    ):
-        old, new = (facts.get(place, {}).get(key) for facts in (before, meta))
+    for place, key in HARDWARE:
+        old, new = before[place].get(key), meta[place].get(key)
         if old != new:
-            say(
-                f"warning: {run} goes on with another {name}, {new or 'none'} instead of"
-                f" {old or 'none'}: other bits may follow"
-            )
+            change = f"another {key}, {new or 'none'} instead of {old or 'none'}"
+            say(f"warning: {run} goes on with {change}: other bits may follow")
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -178,11 +183,11 @@ def hold_run(run: Path, cfg: Config) -> BinaryIO:
 
     Raises BadInput where another process holds it; a file system without locks holds nothing.
     """
-    held = _lock(run)
+    lock = _lock(run)
     if read_run_config(run) != cfg:
         write_config(run, cfg)  # another file, to be locked anew
-        held = _lock(run)
-    return held
+        lock = _lock(run)
+    return lock
 
 
 def _lock(run: Path) -> BinaryIO:
@@ -204,26 +209,26 @@ def is_finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
 
 
+def git(*arguments: str) -> str:
+    """What git says of this repository; empty where it has no answer."""
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    options = {"stderr": subprocess.DEVNULL, "text": True, "errors": "replace"}
+    try:
+        return subprocess.check_output(command, **options, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
 def git_state() -> dict:
     """Commit, uncommitted changes as a patch, and untracked files of this repository; None and
     empty outside of one.
     """
-
-    def git(*arguments):
-        command = ["git", "-C", str(REPOSITORY), *arguments]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, errors="replace", timeout=30, check=True
-            ).stdout
-        except (OSError, subprocess.SubprocessError):
-            return ""
-
     patch = git("diff", "HEAD")
+    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
     return {
         "commit": git("rev-parse", "HEAD").strip() or None,
-        "uncommitted_patch": patch[:PATCH_BYTES_KEPT],
-        "uncommitted_patch_cut": len(patch) > PATCH_BYTES_KEPT,
-        "untracked_files": git("ls-files", "--others", "--exclude-standard").splitlines()[:1000],
+        "uncommitted_patch": patch,
+        "untracked_files": untracked[:MOST_UNTRACKED],
     }
 
 
@@ -244,10 +249,7 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run uses."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+        versions[package] = importlib.metadata.version(package)
     return versions
 
 
@@ -274,13 +276,13 @@ def write_meta(run: Path, meta: dict) -> None:
 
     What a killed process left half-written is removed.
     """
-    path = run / "meta.json"
     for leftover in run.glob(".*.tmp"):
-        leftover.unlink(missing_ok=True)
-    if path.exists():
-        before = read_json(path)
-        meta = meta | {"earlier_starts": [*before.pop("earlier_starts", []), before]}
-    write_json(path, meta)
+        leftover.unlink()
+    before = read_meta(run)
+    if before:
+        earlier = before.pop("earlier_starts", [])
+        meta = meta | {"earlier_starts": [*earlier, before]}
+    write_json(run / "meta.json", meta)
 
 
 def write_stop(run: Path, status: str, step: int) -> None:
@@ -288,7 +290,7 @@ def write_stop(run: Path, status: str, step: int) -> None:
     that was killed cannot.
     """
     stopped = {"status": status, "step": step, "utc": utc_now()}
-    write_json(run / "meta.json", read_json(run / "meta.json") | {"stopped": stopped})
+    write_json(run / "meta.json", read_meta(run) | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {run}")
     print_result({"run": str(run), "status": status, "step": step})
 

@@ -43,31 +43,23 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class LoggedStep:
-    """A step that was made, and what will be known of it when the device has come that far.
+    """A step that was made.
 
-    `values` (2,) on the host become its loss and gradient norm when `done`, an event of a GPU, has
+    `values` (2,) on the host are its loss and gradient norm once `done`, an event of a GPU, has
     passed.
     """
 
-    step: int
-    epoch: int
-    lr: float
+    row: dict  # of steps.csv, as far as it is known at once
     keys: torch.Tensor  # (B,) of its batch
     num_rows: int  # of the split: a key modulo this is a row
     wait_s: float
     host_s: float  # since the step before, on the host's clock
     values: torch.Tensor
-    done: torch.cuda.Event | None = None
-    before: torch.cuda.Event | None = None  # `done` of the step before, in this epoch
+    done: torch.cuda.Event | None
 
     @property
     def is_done(self) -> bool:
         return self.done is None or self.done.query()
-
-    @property
-    def seconds(self) -> float:
-        """Since the step before, on the clock of the device that made it."""
-        return self.before.elapsed_time(self.done) / 1000 if self.before else self.host_s
 
 
 class RunLog:
@@ -76,7 +68,7 @@ class RunLog:
     A step's loss is read after the next step was begun: from a GPU when an event says that it is
     there, so that the GPU never waits for the logging. `progress` is the training state's: it says
     which rows a resumed run keeps, and carries the sum of the epoch's losses. `batch_size` patches
-    make a step, over all ranks.
+    make a step, over all ranks. Of the ranks only the first has a `run` to write to.
     """
 
     def __init__(
@@ -88,96 +80,93 @@ class RunLog:
         ranks: Ranks = ALONE,
     ):
         self.progress, self.batch_size, self.ranks = progress, batch_size, ranks
-        self.earlier_train_s, self.earlier_eval_s = 0.0, 0.0
-        self.logs, kept_step, kept_epoch = (), progress["num_steps"], progress["epoch"]
-        if run:  # ranks after the first note the same, and write nothing
-            self.steps = CsvLog(
-                run / "steps.csv", STEP_COLUMNS, keep=lambda row: int(row["step"]) <= kept_step
-            )
-            self.epochs = CsvLog(
-                run / "epochs.csv", EPOCH_COLUMNS, keep=lambda row: int(row["epoch"]) <= kept_epoch
-            )
+        self.logs = ()
+        self.earlier_train_s = self.earlier_eval_s = 0.0
+        if run:
+            self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, progress["num_steps"])
+            self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
-            rates = (float(row["images_per_s"] or 0) for row in read_csv(self.steps.path))
-            self.earlier_train_s = sum(batch_size / (rate or math.inf) for rate in rates)
-            self.earlier_eval_s = sum(
-                float(row["eval_s"] or 0) for row in read_csv(self.epochs.path)
-            )
+            for row in read_csv(self.steps.path):
+                self.earlier_train_s += batch_size / (float(row["images_per_s"] or 0) or math.inf)
+            for row in read_csv(self.epochs.path):
+                self.earlier_eval_s += float(row["eval_s"] or 0)
         self.pending = collections.deque()  # LoggedSteps that are not read yet
-        self.last_step, self.host_values, self.last_done, self.note = None, None, None, ""
+        self.last_step = self.last_done = self.host_values = None
+        self.note = ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
         self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
 
     def start_epoch(self) -> None:
-        self.epoch_images, self.epoch_started_at, self.last_done = 0, time.perf_counter(), None
-        self.step_started_at = self.epoch_started_at
+        """Start the clocks of an epoch; the steps before are flushed."""
+        self.epoch_images, self.last_done = 0, None
+        self.epoch_started_at = self.step_started_at = time.perf_counter()
 
     def add_step(self, result, batch, lr: float) -> None:
         """Note a step that was just made. Raises Diverged if the loss of an earlier one was not
         finite.
         """
         now = time.perf_counter()
-        host_s, self.step_started_at = now - self.step_started_at, now
+        host_s = now - self.step_started_at
+        self.step_started_at = now
         self.epoch_images += self.batch_size
         if self.first_step_s is None:
-            self.first_step_s = time.monotonic() - self.started_at
+            self.first_step_s = round(time.monotonic() - self.started_at, 3)
         while self.pending and (self.pending[0].is_done or len(self.pending) == MAX_PENDING):
             self._write(self.pending.popleft())
-        number, before = self.progress["num_steps"], self.last_done
-        values, self.last_done = self._to_host(
-            torch.stack([result.loss, result.grad_norm]).detach(), number
-        )
-        position = (number, self.progress["epoch"], lr, batch.keys, batch.num_rows, batch.wait_s)
-        self.pending.append(LoggedStep(*position, host_s, values, self.last_done, before))
+
+        step = self.progress["num_steps"]
+        row = {"step": step, "epoch": self.progress["epoch"] + 1, "lr": lr}
+        values = torch.stack([result.loss, result.grad_norm]).detach()
+        facts = (row, batch.keys, batch.num_rows, batch.wait_s, host_s)
+        self.pending.append(LoggedStep(*facts, *self._to_host(values, step)))
         self.log_s += time.perf_counter() - now
 
     def _to_host(
-        self, values: torch.Tensor, number: int
+        self, values: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """Values (2,) as they will be on the host, and the event after which they are."""
-        if values.device.type != "cuda":
+        if not values.is_cuda:
             return values, None
         if self.host_values is None:
             self.host_values = torch.empty(MAX_PENDING + 1, 2, pin_memory=True)
-        host = self.host_values[number % len(self.host_values)]
+        host = self.host_values[step % len(self.host_values)]
         host.copy_(values, non_blocking=True)
         done = torch.cuda.Event(enable_timing=True)
         done.record()
         return host, done
 
     def _write(self, logged: LoggedStep) -> None:
+        seconds = logged.host_s
         if logged.done:
             logged.done.synchronize()
+            if self.last_done:  # the clock of the GPU, which is behind the host
+                seconds = self.last_done.elapsed_time(logged.done) / 1000
+            self.last_done = logged.done
         loss, grad_norm = logged.values.tolist()
         self.last_step = logged
         if not math.isfinite(loss):
-            self.pending.clear()
-            self.diverged(f"the loss of step {logged.step} is {loss}")
-        seconds = logged.seconds
-        self.train_s, self.wait_s = self.train_s + seconds, self.wait_s + logged.wait_s
+            self.diverged(f"the loss of step {logged.row['step']} is {loss}")
+        self.train_s += seconds
+        self.wait_s += logged.wait_s
         self.num_images += self.batch_size
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
-        if not self.logs:
-            return
-        self.steps.add(
-            step=logged.step,
-            epoch=logged.epoch + 1,
-            loss=loss,
-            lr=logged.lr,
-            grad_norm=grad_norm,
-            images_per_s=round(self.batch_size / seconds, 1),
-            wait_share=round(logged.wait_s / seconds, 5),
-        )
+        if self.logs:
+            self.steps.add(
+                **logged.row,
+                loss=loss,
+                grad_norm=grad_norm,
+                images_per_s=round(self.batch_size / seconds, 1),
+                wait_share=round(logged.wait_s / seconds, 5),
+            )
 
     def diverged(self, what: str):
         """Raise Diverged, with the last step that was read; all ranks do at the same step."""
-        step, rows = self.progress["num_steps"], []
-        if self.last_step:
-            step = self.last_step.step
-            keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part
-            rows = sorted((keys % self.last_step.num_rows).tolist())
-        raise Diverged(step, what, rows)
+        if not self.last_step:
+            raise Diverged(self.progress["num_steps"], what, [])
+        keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part
+        rows = sorted((keys % self.last_step.num_rows).tolist())
+        raise Diverged(self.last_step.row["step"], what, rows)
 
     def flush(self) -> None:
         """Wait for the device, and put every row on disk. Raises Diverged as add_step does."""
@@ -194,13 +183,16 @@ class RunLog:
         """Note an epoch's evaluation, beside what constants score, and tell the person who
         waits.
         """
+        epoch = self.progress["epoch"] + 1
         train_s = time.perf_counter() - self.epoch_started_at - eval_s
+        images_per_s = self.epoch_images / train_s
+        train_loss = self.progress["loss_sum"] / steps_per_epoch
+        self.progress["loss_sum"] = 0.0
         self.eval_s += eval_s
-        train_loss, self.progress["loss_sum"] = self.progress["loss_sum"] / steps_per_epoch, 0.0
         if not self.logs:
             return
         self.epochs.add(
-            epoch=self.progress["epoch"] + 1,
+            epoch=epoch,
             step=self.progress["num_steps"],
             train_loss=train_loss,
             is_best=int(is_best),
@@ -208,37 +200,39 @@ class RunLog:
             **{name: baselines[name] for name in BASELINES},
             train_s=round(train_s, 3),
             eval_s=round(eval_s, 3),
-            images_per_s=round(self.epoch_images / train_s, 1),
+            images_per_s=round(images_per_s, 1),
         )
         say(
-            f"epoch {self.progress['epoch'] + 1}: train loss {train_loss:.4f}, valid loss"
-            f" {scores['loss']:.4f}, AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f}"
-            f" (constant {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f}"
-            f" (constant {baselines['majority_accuracy']:.4f}), {self.epoch_images / train_s:,.0f}"
-            f" images/s{', best' if is_best else ''}"
+            f"epoch {epoch}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f},"
+            f" AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+            f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+            f" {baselines['majority_accuracy']:.4f}), {images_per_s:,.0f} images/s"
+            f"{', best' if is_best else ''}"
         )
 
     def times(self) -> dict[str, float]:
         """Where the time went: of a resumed run with that of earlier processes, for the steps that
         count. Rates and shares, these of the training time, are the last process's."""
+
+        def per_train_s(value: float, digits: int) -> float | None:
+            return round(value / self.train_s, digits) if self.train_s else None
+
         earlier_s = self.earlier_train_s + self.earlier_eval_s
         return {
             "wall_s": round(earlier_s + time.monotonic() - self.started_at, 3),
-            "first_step_s": self.first_step_s and round(self.first_step_s, 3),
+            "first_step_s": self.first_step_s,
             "train_s": round(self.earlier_train_s + self.train_s, 3),
             "eval_s": round(self.earlier_eval_s + self.eval_s, 3),
-            "images_per_s": round(self.num_images / self.train_s, 1) if self.train_s else None,
-            "wait_share": round(self.wait_s / self.train_s, 5) if self.train_s else None,
-            "log_share": round(self.log_s / self.train_s, 5) if self.train_s else None,
+            "images_per_s": per_train_s(self.num_images, 1),
+            "wait_share": per_train_s(self.wait_s, 5),
+            "log_share": per_train_s(self.log_s, 5),
         }
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
+        errors = (OSError,) if kind else ()  # the first error is the one to report
         for log in self.logs:
-            if kind is None:
+            with contextlib.suppress(*errors):
                 log.close()
-            else:
-                with contextlib.suppress(OSError):  # the first error is the one to report
-                    log.close()

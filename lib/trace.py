@@ -56,18 +56,22 @@ def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
     device = batch.images.device
 
     def of_all_ranks(tensors: dict) -> dict[str, torch.Tensor]:
-        parts = {name: ranks.gather(tensor.to(device)) for name, tensor in tensors.items()}
-        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+        return {
+            name: torch.cat(ranks.gather(tensor.to(device))) for name, tensor in tensors.items()
+        }
 
-    generators = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    # as the last rank left them, which computed the last shard
-    rng = {name: ranks.gather(words.to(device))[-1] for name, words in generators.items()}
+    def of_last_rank(words: torch.Tensor) -> torch.Tensor:
+        return ranks.gather(words.to(device))[-1]
+
+    # generators as the last rank left them, which computed the last shard
     _, words, *position = np.random.get_state()
-    rng["numpy"] = repr((words.tobytes(), *position))
-    rng["python"] = repr(random.getstate())
-
+    rng = {
+        "torch": of_last_rank(torch.get_rng_state()),
+        "numpy": repr((words.tobytes(), *position)),
+        "python": repr(random.getstate()),
+    }
+    if device.type == "cuda":
+        rng["cuda"] = of_last_rank(torch.cuda.get_rng_state(device))
     parameters = dict(state.model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
     return {
@@ -104,7 +108,7 @@ class Trace:
             return
         values = step_values(self.state, batch, result, self.ranks)
         if self.ranks.is_first:
-            self.flush(to_disk=False)
+            self._wait()
             on_gpu = device.type == "cuda"
             copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
             self.job = self.hasher.submit(self._write, step, values, copied, device)
@@ -116,23 +120,23 @@ class Trace:
             if copied:
                 copied.synchronize()
             for quantity, parts in values.items():
-                digests = {
-                    f"{quantity}.{name}": state_sha256(value) for name, value in parts.items()
-                }
+                digests = {}
+                for name, value in parts.items():
+                    digests[f"{quantity}.{name}"] = state_sha256(value)
                 row[quantity] = state_sha256(digests)  # of the digests of its tensors
                 row.update(digests)
         if not self.log:
-            self.log = CsvLog(self.run / "trace.csv", row, keep=self._is_before_start)
+            self.log = CsvLog(self.run / "trace.csv", list(row), self.start_step)
         self.log.add(**row)
 
-    def _is_before_start(self, row: dict[str, str]) -> bool:
-        return int(row["step"]) <= self.start_step
-
-    def flush(self, to_disk: bool = True) -> None:
-        """Wait until every row is hashed and, with `to_disk`, written. Raises hashing's error."""
+    def _wait(self) -> None:
         if self.job:
             self.job.result()
-        if self.log and to_disk:
+
+    def flush(self) -> None:
+        """Wait until every row is hashed and written. Raises hashing's error."""
+        self._wait()
+        if self.log:
             self.log.flush()
 
     def keep(self, checkpoint: Path) -> None:
@@ -149,6 +153,6 @@ class Trace:
         return self
 
     def __exit__(self, kind, *_):
-        # of two errors the first is the one to report
-        with self.hasher, contextlib.suppress(Exception) if kind else contextlib.nullcontext():
+        errors = (Exception,) if kind else ()  # the first error is the one to report
+        with self.hasher, contextlib.suppress(*errors):
             self.flush()

@@ -3,6 +3,7 @@ findings, not crashes.
 """
 
 import json
+import re
 
 import h5py
 import numpy as np
@@ -385,10 +386,9 @@ def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
             and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0"
         ), power[kind]
     assert "exchanged label" not in power, "which was not asked for"
-    assert (
-        "Planted on a copy of these data (leaked): 6 of 6 found"
-        in (tmp_path / "out/audit.html").read_text()
-    )
+    page = (tmp_path / "out/audit.html").read_text()
+    cells = re.search(r">leaked</td><td[^>]*>(\d+)</td><td[^>]*>(\d+)</td>", page)
+    assert cells.groups() == (power["leaked"]["num"], power["leaked"]["found"])
 
 
 def test_a_check_without_power_on_these_data_says_so(tmp_path):

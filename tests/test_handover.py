@@ -293,7 +293,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is(quick_run, wheels,
     write_wheel(other, "extra", tag="cp39-cp39-any")
     refused("is not for Python", wheels=other)
     (other / "extra-1.0-cp39-cp39-any.whl").unlink()
-    (other / "numpy-1.0-py3-none-any.whl").unlink()
+    numpy = other / "numpy-1.0-py3-none-any.whl"
+    numpy.write_bytes(b"PK")
+    refused("is not a readable wheel", wheels=other)
+    numpy.unlink()
     refused("has no wheel of numpy", wheels=other)
 
 

@@ -23,6 +23,7 @@ import sweep
 import train
 from lib.command import BadInput
 from lib.config import read_yaml
+from lib.figures import JUDGED
 from lib.files import read_csv, read_json, write_csv, write_json
 from lib.metrics import compute_confusion
 from lib.report import evidence, journal
@@ -154,8 +155,8 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
     confusion = compute_confusion(labels, probs >= 0.3)
     write_csv(
         folder / "thresholds.csv",
-        ("rule", "threshold", *confusion),
-        [["recall", 0.3, *confusion.values()]],
+        ("rule", "threshold", "recall", "specificity", "precision", *confusion),
+        [["one half", 0.3, 0.9, 0.5, 0.6, *confusion.values()]],
     )
     wrong = [
         ["valid", row["index"], row["label"], row["probability"]]
@@ -163,17 +164,18 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
         if row["label"] != row["prediction"]
     ]
     write_csv(folder / "errors.csv", ("split", "index", "label", "probability"), wrong)
-    slices = [
-        ["eosin", "below 0.1", 30, 0.8, 0.7, 0.9, "auc"],
-        ["eosin", "0.1 or more", 34, 0.9, 0.85, 0.95, ""],
-    ]
-    write_csv(
-        folder / "slices.csv",
-        ("feature", "slice", "num", "auc", "auc_low", "auc_high", "confirmed"),
-        slices,
-    )
-    overall = {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}}
-    write_json(folder / "scores.json", {"checkpoint": {"threshold": 0.3}, "global": overall})
+    columns = ["feature", "slice", "num", "found", "confirmed"]
+    slices = [["eosin", "below 0.1", 30, "auc", "auc"], ["eosin", "0.1 or more", 34, "", ""]]
+    overall = {}
+    for name in JUDGED:
+        columns += [name, f"{name}_low", f"{name}_high"]
+        slices = [[*row, 0.8, 0.7, 0.9] for row in slices]
+        overall[name] = {"value": 0.85, "low": 0.8, "high": 0.9}
+    write_csv(folder / "slices.csv", columns, slices)
+    scores = {"checkpoint": {"threshold": 0.3}, "constant_baselines": {"prevalence": 0.5}}
+    write_json(folder / "scores.json", scores | {"global": overall})
+    curves = [[curve, x, x, 0.0, 1.0] for curve in ("roc", "pr") for x in (0.0, 0.5, 1.0)]
+    write_csv(folder / "curves.csv", ("curve", "x", "y", "low", "high"), curves)
     Image.new("RGB", (40, 40), "purple").save(folder / "errors.png")
 
 
@@ -366,7 +368,7 @@ def test_what_was_measured_is_shown(made):
             "intensity",
             "search",
         ),
-        *("decisions", "reliability", "slices", "scaling", "commits"),
+        *("decisions", "thresholds", "reliability", "slices", "scaling", "commits"),
     }
     assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, (
         "precisions beside each other"

@@ -39,30 +39,24 @@ def test_rate_and_time_left_follow_from_what_is_done(wait):
     assert "left" not in unknown and "%" not in unknown
 
 
+def work(wait, stream, label: str, seconds: float) -> str:
+    """What a stream gets of 1,000 patches that take so many seconds each."""
+    with Progress(1000, label, stream=stream) as bar:
+        for _ in range(1000):
+            wait(seconds)
+            bar.add()
+    return stream.getvalue()
+
+
 def test_a_log_gets_a_line_every_so_often_and_short_work_none(wait):
     stream = stream_to(False)
-    for label, seconds in (("short", 0.2), ("long", progress.LINE_EVERY_S / 10)):
-        with Progress(100, label, stream=stream) as bar:
-            for _ in range(100):
-                wait(seconds)
-                bar.add()
-    lines = stream.getvalue().splitlines()
-    assert (
-        9 <= len(lines) <= 11
-        and all(line.startswith("long: ") for line in lines)
-        and "100/100" in lines[-1]
-    )
-    assert "\r" not in stream.getvalue() and "\033" not in stream.getvalue()
+    assert work(wait, stream, "short", 0.02) == ""
+    lines = work(wait, stream, "long", progress.LINE_EVERY_S / 100).splitlines()
+    assert 9 <= len(lines) <= 11 and all(line.startswith("long: ") for line in lines)
+    assert "1,000/1,000" in lines[-1] and "\033" not in stream.getvalue()
 
 
 def test_a_terminal_gets_one_line_overwritten_in_place(wait):
-    stream = stream_to(True)
-    with Progress(1000, "live", stream=stream) as bar:
-        for _ in range(1000):
-            wait(progress.BAR_EVERY_S / 100)
-            bar.add()
-    assert (
-        stream.getvalue().count("\n") == 1
-        and "1,000/1,000" in stream.getvalue().rpartition("\r")[2]
-    )
-    assert 9 <= stream.getvalue().count("\r") <= 12, "no more often than the eye follows"
+    text = work(wait, stream_to(True), "live", progress.BAR_EVERY_S / 100)
+    assert text.count("\n") == 1 and "1,000/1,000" in text.rpartition("\r")[2]
+    assert 9 <= text.count("\r") <= 12, "no more often than the eye follows"

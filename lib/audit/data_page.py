@@ -9,24 +9,26 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lib.audit import rank_findings
-from lib.audit.plant import LEAST_POWER, REASONS_OF
 from lib.audit.survey import Survey
-from lib.blocks import Figure, Gallery, Heading, Table, Words, show, table_of, write_page
+from lib.blocks import Figure, Gallery, Heading, Words, show, table_of, write_page
 from lib.figures import figure_png, new_figure, plot_counts, plot_histograms
 
 MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
 NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
 PIXELS_AN_INCH, CAPTION_PX, LETTER_PX = 71, 28, 5  # in that gallery
 COLUMNS = ("severity", "check", "split", "count", "measured", "advice")
-POWER = ("planted", "in", "found", "recall", "false alarms", "found on the clean copy")
+POWER = ("planted", "num", "found", "recall", "false_alarms", "on_clean")
 PLACES = ("top", "bottom", "left", "right", "height", "width")  # of a block in a patch
-FRAME = (0, 158, 115)  # of an outline, RGB
+FRAME, FRAME_PX = (0, 158, 115), 2  # of an outline: RGB, and how far outside of the block
 UNITS = {
     "brightness": "0 to 255",
     "saturation": "0 to 1",
     "haematoxylin": "optical density",
     "sharpness": "ratio",
 }
+UNKNOWN_POWER = (
+    "The power of these checks on these data is not measured: audit.py data ... --plant does."
+)
 
 
 def write_data_page(
@@ -36,8 +38,8 @@ def write_data_page(
     counts = []
     for survey in surveys:
         for label in (0, 1, -1):
-            num = int((survey.labels == label).sum())
-            counts.append({"split": survey.name, "label": label, "count": num})
+            count = int((survey.labels == label).sum())
+            counts.append({"split": survey.name, "label": label, "count": count})
     ranked = rank_findings(findings)
     blocks = [
         Heading("What there is"),
@@ -46,37 +48,25 @@ def write_data_page(
         table_of(ranked, COLUMNS),
     ]
     if power:
-        keys = ("planted", "num", "found", "recall", "false_alarms", "on_clean")
-        rows = [[row[key] for key in keys] for row in power]
         blocks.append(Heading("How much of planted damage is found, on a copy of these data"))
-        blocks.append(Table(POWER, rows))
+        blocks.append(table_of(power, POWER))
     else:
-        blocks.append(
-            Words(
-                "The power of these checks on these data is not measured: audit.py data ... --plant"
-                " does.",
-                "note",
-            )
-        )
+        blocks.append(Words(UNKNOWN_POWER, "note"))
     for finding in ranked:
-        blocks += finding_blocks(finding, surveys, power)
+        blocks += finding_blocks(finding, surveys)
     histograms = figure_png(plot_histograms(feature_histograms(surveys)))
     blocks += [Heading("How the splits look"), Figure("Features by split", histograms)]
     return write_page(path, title, blocks)
 
 
-def finding_blocks(finding: dict, surveys: list[Survey], power: list[dict]) -> list:
-    """One finding: its sentence, the power of its check, pictures or rows, and where in the
-    patch.
-    """
+def finding_blocks(finding: dict, surveys: list[Survey]) -> list:
+    """One finding: its sentence, pictures or rows, and where in the patch."""
     split, rows = finding["split"], finding["rows"]
     blocks = [
         Heading(f"{finding['check']} in {split}" if split else finding["check"]),
         Words(finding["measured"], "alarm" if finding["severity"] == "error" else "note"),
+        Words(finding["advice"], "note"),
     ]
-    if finding["advice"]:
-        blocks.append(Words(finding["advice"], "note"))
-    blocks += power_blocks(finding, power)
     by_name = {survey.name: survey for survey in surveys}
     kind = finding["check"].removeprefix("values: ")
     if kind in ("nan", "range"):
@@ -86,30 +76,16 @@ def finding_blocks(finding: dict, surveys: list[Survey], power: list[dict]) -> l
     if pictured:
         patches, captions = [], []
         for row in thin_out(pictured, MOST_PICTURES):
-            for side, index, caption in sides(row):
-                patches.append(outline(by_name[side].read([index])[0], row))
-                captions.append(caption)
+            patches.append(read_patch(by_name, row))
+            captions.append(describe_row(row))
+            if "of" in row:  # the patch that it is a copy of
+                split_of, _, index = str(row["of"]).rpartition(" ")
+                place = {"split": split_of or row["split"], "index": int(index)}
+                patches.append(read_patch(by_name, row | place))
+                captions.append(f"of {place['split']} {index}")
         blocks.append(Gallery(patches, captions))
     elif rows:
         blocks.append(table_of(rows[:MOST_ROWS]))
-    return blocks
-
-
-def power_blocks(finding: dict, power: list[dict]) -> list[Words]:
-    """How much the check behind a finding found of planted damage."""
-    reasons = {row["reason"] for row in finding["rows"] if row.get("reason")}
-    reasons = reasons or REASONS_OF.get(finding["check"].split()[0], ())
-    blocks = []
-    for row in sorted(power, key=lambda row: row["reason"]):
-        if row["reason"] not in reasons:
-            continue
-        sentence = (
-            f"Planted on a copy of these data ({row['planted']}): {row['found']} of {row['num']}"
-            f" found, {row['false_alarms']} false alarms."
-        )
-        if row["recall"] < LEAST_POWER:
-            sentence += " No power on these data: that nothing is found says nothing."
-        blocks.append(Words(sentence, "note"))
     return blocks
 
 
@@ -119,28 +95,29 @@ def thin_out(rows: list, most: int) -> list:
     return rows[::step]
 
 
-def sides(row: dict):
-    """The patches that a row speaks of, (split, index, caption): its own, and the one that it is a
-    copy of.
-    """
+def read_patch(surveys: dict[str, Survey], row: dict) -> np.ndarray:
+    """The patch uint8 (96, 96, 3) that a row names, with a frame around the block that it names."""
+    (patch,) = surveys[row["split"]].read([row["index"]])
+    return outline(patch, row)
+
+
+def describe_row(row: dict) -> str:
+    """What a row says of a patch."""
     skipped = ("split", "index", "of", "reason", *PLACES)
-    facts = ", ".join(f"{name} {show(value)}" for name, value in row.items() if name not in skipped)
-    yield row["split"], row["index"], f"{row['split']} {row['index']}: {facts}"
-    if "of" in row:
-        split, _, index = str(row["of"]).rpartition(" ")
-        split = split or row["split"]
-        yield split, int(index), f"of {split} {index}"
+    facts = [f"{name} {show(value)}" for name, value in row.items() if name not in skipped]
+    return f"{row['split']} {row['index']}: {', '.join(facts)}"
 
 
 def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     """The patch with a frame around the block that a row names, just outside of it."""
     if "top" not in row:
         return patch
+    top, left = row["top"], row["left"]
+    bottom = row.get("bottom", top + row.get("height", 1) - 1)
+    right = row.get("right", left + row.get("width", 1) - 1)
     last = len(patch) - 1
-    bottom = row.get("bottom", row["top"] + row.get("height", 1) - 1)
-    right = row.get("right", row["left"] + row.get("width", 1) - 1)
-    top, left = max(row["top"] - 2, 0), max(row["left"] - 2, 0)
-    bottom, right = min(bottom + 2, last), min(right + 2, last)
+    top, bottom = np.clip((top - FRAME_PX, bottom + FRAME_PX), 0, last)
+    left, right = np.clip((left - FRAME_PX, right + FRAME_PX), 0, last)
     patch = patch.copy()
     patch[[top, bottom], left : right + 1] = FRAME
     patch[top : bottom + 1, [left, right]] = FRAME
@@ -159,13 +136,12 @@ def feature_histograms(surveys: list[Survey]) -> list[dict]:
         values = {survey.name: survey.table[name][survey.intact] for survey in surveys}
         low, high = np.quantile(np.concatenate(list(values.values())), (0.002, 0.998))
         edges = np.linspace(low, high, NUM_BINS + 1)
+        ends = edges.round(5).tolist()
         for split, column in values.items():
             counts, _ = np.histogram(column, edges)
             for place, num in enumerate(counts.tolist()):
-                start, end = edges[place : place + 2].tolist()
                 row = {"split": split, "feature": name, "unit": unit}
-                row |= {"low": round(start, 5), "high": round(end, 5), "num": num}
-                rows.append(row)
+                rows.append(row | {"low": ends[place], "high": ends[place + 1], "num": num})
     return rows
 
 
@@ -179,25 +155,23 @@ def plot_suspects(surveys: list[Survey], findings: list[dict]):
     patches, captions = [], []
     for reason, rows in by_reason.items():
         for row in thin_out(rows, NUM_SUSPECTS):
-            patches.append(outline(by_name[row["split"]].read([row["index"]])[0], row))
+            patches.append(read_patch(by_name, row))
             captions.append(f"{reason} {row['split']} {row['index']}")
     return plot_gallery(patches, captions) if patches else None
 
 
 def plot_gallery(patches: list[np.ndarray], captions: list[str], num_columns: int = 8):
-    """Pictures uint8 (H, W, 3) of one size in rows, each with a caption below."""
+    """Pictures uint8 (H, W, 3) of one size in rows, each with a caption above."""
     num_rows = -(-len(patches) // num_columns)
     height, width, _ = patches[0].shape
-    size = (width * num_columns / PIXELS_AN_INCH, (height + CAPTION_PX) * num_rows / PIXELS_AN_INCH)
-    figure, panels = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
-    for axes in panels.flat:
+    size_px = np.array([width * num_columns, (height + CAPTION_PX) * num_rows])
+    figure = plt.figure(figsize=size_px / PIXELS_AN_INCH)
+    for place, (patch, caption) in enumerate(zip(patches, captions, strict=True)):
+        axes = figure.add_subplot(num_rows, num_columns, place + 1)
+        # framed, or nobody would see white ones
+        axes.imshow(np.pad(patch, ((1, 1), (1, 1), (0, 0)), constant_values=190))
+        axes.set_title(textwrap.fill(caption, width // LETTER_PX), fontsize=7)
         axes.axis("off")
-    for axes, patch, caption in zip(panels.flat, patches, captions, strict=False):
-        # or nobody would see white ones
-        framed = np.pad(patch, ((1, 1), (1, 1), (0, 0)), constant_values=190)
-        axes.imshow(framed)
-        text = "\n".join(textwrap.wrap(caption, width // LETTER_PX)[:3])
-        axes.text(0.5, -0.04, text, fontsize=7, ha="center", va="top", transform=axes.transAxes)
     return figure
 
 

@@ -1,14 +1,14 @@
-"""What reports draw of several runs, of slices and of a repository's history."""
-
-import math
+"""What reports draw of several runs, and of a repository's history."""
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lib.figures import COLOURS, MARKS, add_legend, column, line_style, new_figure
+from lib.figures import COLOURS, add_legend, column, line_style, new_figure
 
 MOST_POINTS = 150  # of a line, where several are drawn together
-MOST_LETTERS = 90  # of a commit's subject
+MOST_LETTERS = 100  # of a commit
+# of git's graph: columns that a stroke leads from and to, beside its own
+STROKES = {"*": (0, 0), "|": (0, 0), "/": (1, -1), "\\": (-1, 1)}
 
 
 def block_means(values: np.ndarray) -> np.ndarray:
@@ -32,76 +32,39 @@ def plot_runs(tables: dict[tuple[str, str], list[dict]], curves, with_mean: bool
         lines = []
         for number, run in enumerate(runs):
             rows = tables.get((run, file), [])
-            line = column(rows, x), column(rows, name)
+            line = [column(rows, x), column(rows, name)]
             lines.append(line)
-            drawn = line if with_mean else map(block_means, line)
-            axes.plot(*drawn, linewidth=0.8, label=run, **line_style(number))
+            if not with_mean:
+                line = map(block_means, line)
+            axes.plot(*line, linewidth=0.8, label=run, **line_style(number))
         if with_mean:
             length = min(len(values) for _, values in lines)
             mean = np.mean([values[:length] for _, values in lines], 0)
-            positions = block_means(lines[0][0][:length])
-            axes.plot(positions, block_means(mean), color="black", linewidth=2, label="mean")
+            line = map(block_means, (lines[0][0][:length], mean))
+            axes.plot(*line, color="black", linewidth=2, label="mean")
         axes.set(title=title, xlabel=x, yscale=scale)
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     add_legend(figure, panels[0], num_columns=4)
     return figure
 
 
-def plot_intervals(names: list[str], values, lows, highs, overall: float, title: str):
-    """A score as a dot with its interval for each name, beside the overall one."""
-    figure, (axes,) = new_figure(1, 7.5, 1.2 + 0.26 * len(names))
-    places = np.arange(len(names))[::-1]
-    axes.hlines(places, lows, highs, color=COLOURS[0])
-    axes.plot(values, places, "o", color=COLOURS[0], label="slice, with its interval")
-    if math.isfinite(overall):
-        axes.axvline(overall, color="black", linestyle="--", label="all of them")
-    axes.set(yticks=places, yticklabels=names, xlabel=title, ylim=(-0.7, len(names) - 0.3))
-    add_legend(figure, axes)
-    return figure
-
-
-def assign_lanes(commits: list[tuple[str, list[str], str]]) -> dict[str, int]:
-    """A lane for each commit, the newest first: its first parent goes on in it, further ones take
-    the next free.
+def plot_commits(lines: list[str]):
+    """The lines of `git log --graph`: the strokes of its graph drawn and, behind a tab, the commit
+    beside them.
     """
-    waiting = []  # of each lane, the commit that comes next in it
-    lane_of = {}
-    for name, parents, _ in commits:
-        lane = waiting.index(name) if name in waiting else len(waiting)
-        lane_of[name] = lane
-        waiting = [None if other == name else other for other in waiting]
-        if lane == len(waiting):
-            waiting.append(None)
-        for number, parent in enumerate(parents):
-            if parent in waiting:
-                continue
-            free = lane
-            if number:
-                free = waiting.index(None) if None in waiting else len(waiting)
-            waiting[free : free + 1] = [parent]
-    return lane_of
-
-
-def plot_commits(commits: list[tuple[str, list[str], str]]):
-    """Commits (name, names of parents, subject), the newest first, as a graph: a lane for each line
-    of development.
-    """
-    figure, (axes,) = new_figure(1, 10, 0.5 + 0.3 * len(commits))
-    lane_of = assign_lanes(commits)
-    row_of = {name: row for row, (name, _, _) in enumerate(commits)}
-    last_lane = max(lane_of.values())
-    for row, (name, parents, subject) in enumerate(commits):
-        lane = lane_of[name]
-        for number, parent in enumerate(parents):
-            parent_row, parent_lane = row_of.get(parent, len(commits)), lane_of.get(parent, lane)
-            between = parent_lane if number else lane
-            lanes = [lane, between, between, parent_lane]
-            rows = [row, row + 0.5, max(parent_row - 0.5, row + 0.5), parent_row]
-            axes.plot(lanes, rows, color="grey", zorder=1)
-        kind = 1 if len(parents) > 1 else 0
-        axes.plot(lane, row, MARKS[kind], color=COLOURS[kind], zorder=2)
-        text = f"{name}  {subject[:MOST_LETTERS]}"
-        axes.text(last_lane + 0.6, row, text, va="center", fontsize=8, family="monospace")
-    axes.set(ylim=(len(commits) - 0.4, -0.6), xlim=(-0.5, last_lane + 12))
+    figure, (axes,) = new_figure(1, 10, 0.5 + 0.28 * len(lines))
+    width = max(len(line.partition("\t")[0]) for line in lines)
+    for row, line in enumerate(lines):
+        graph, _, commit = line.partition("\t")
+        for place, mark in enumerate(graph):
+            if mark in STROKES:
+                slant = place % 2  # in a column of commits a stroke goes down
+                ends = place + slant * np.array(STROKES[mark])
+                axes.plot(ends, (row - 0.5, row + 0.5), color="grey", zorder=1)
+            if mark == "*":
+                axes.plot(place, row, "o", color=COLOURS[0])
+        style = {"va": "center", "fontsize": 8, "family": "monospace", "parse_math": False}
+        axes.text(width, row, commit[:MOST_LETTERS], **style)
+    axes.set(ylim=(len(lines) - 0.4, -0.6), xlim=(-0.5, width + 36))
     axes.axis("off")
     return figure

@@ -186,17 +186,6 @@ def indentation(line: str) -> int:
     return len(line) - len(line.lstrip()) if line.strip() else 1 << 16
 
 
-def commits(commit: str, num: int) -> list[tuple[str, list[str], str]]:
-    """The last commits up to `commit`, the newest first: name, names of parents, subject."""
-    lines = git(
-        "log", f"-{num}", "--topo-order", "--abbrev=10", "--format=%h%x09%p%x09%s", commit, "--"
-    ).splitlines()
-    return [
-        (name, parents.split(), subject)
-        for name, parents, subject in (line.split("\t", 2) for line in lines)
-    ]
-
-
 def find_conflict(commit: str) -> str:
     """The newest merge that was stopped by two changes of one place, and how it was resolved; empty
     where there is none.

@@ -10,9 +10,8 @@ from lib import figures
 from lib.blocks import Code, Table, Words, table_of
 from lib.command import BadInput, one_line
 from lib.config import plain
-from lib.metrics import compute_confusion
 from lib.report import drawings
-from lib.report.evidence import CHAMPION, KEPT, Evidence, commits, find_code, git, read_code
+from lib.report.evidence import CHAMPION, KEPT, Evidence, find_code, git, read_code
 from lib.report.parts import Drawing
 from lib.report.runs import GRADIENTS, average_scores, read_run
 from lib.runpage import SHOWN_SCORES
@@ -499,7 +498,8 @@ def tracked(e: Evidence) -> list:
         files += [f"{run}/{name}" for name in ("config.yaml", "meta.json", "summary.json")]
     header = ("run", "commit", "config", "environment", "job", "AUC", "F2", "final weights")
     title = "The champion, epoch by epoch, one view, beside constant answers"
-    drawn = picture("champion", title, [epochs], figures.plot_epochs, e.csv(epochs))
+    panels = "epoch", figures.EPOCH_PANELS
+    drawn = picture("champion", title, [epochs], figures.plot_columns, e.csv(epochs), *panels)
     listed = csv_table(e, f"{KEPT}/runs.csv")
     told = [
         Words(
@@ -560,14 +560,9 @@ def trials(e: Evidence) -> list:
     if not rung:
         return []
     scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
-    axes = [
-        figures.parameter_axis(
-            plan["ranges"][key], [plan["trials"][trial][key] for trial in scores]
-        )
-        for key in keys
-    ]
-    points, labels = np.array([each[0] for each in axes]).T, [each[2] for each in axes]
-    shown = points, labels, keys, np.array([*scores.values()]), np.isin([*scores], rung["trials"])
+    scored = [plan["trials"][trial] | {"AUC": score} for trial, score in scores.items()]
+    is_promoted = np.isin([*scores], rung["trials"])
+    shown = plan["ranges"], scored, is_promoted
     drawn = picture("search", "The search", used, figures.plot_parallel, *shown)
     rows = [
         [trial, *plan["trials"][trial].values(), score, plain(trial in rung["trials"])]
@@ -616,32 +611,22 @@ def champion(e: Evidence) -> list:
             f"The champion on {len(rows):,} patches of validation, calibrated, at its threshold"
             f" {at:.3g}"
         )
-        used = [name, *e.names(f"{MODEL}/scores.json"), *e.names(f"{MODEL}/thresholds.csv")]
-        drawn = (labels, probs, at, compute_confusion(labels, probs >= at), thresholds(e))
-        parts += picture("decisions", title, used, figures.plot_decisions, *drawn)
+        used = [name, *e.names(f"{MODEL}/scores.json")]
+        parts += picture("decisions", title, used, figures.plot_decisions, labels, probs, at)
     return parts
 
 
-def thresholds(e: Evidence) -> list[tuple[str, float]]:
-    """Thresholds that the audit of the model chose, each by its rule."""
-    rows = [
-        (row.get("rule"), number(row.get("threshold"))) for row in e.csv(f"{MODEL}/thresholds.csv")
-    ]
-    constant = ("stored in the checkpoint", "always positive", "always negative")
-    found = {
-        rule: value
-        for rule, value in rows
-        if rule and rule not in constant and isinstance(value, float)
-    }
-    return [(f"{rule}: {value:.3g}", value) for rule, value in found.items()]
-
-
 def threshold(e: Evidence) -> list:
-    bins, scores = f"{MODEL}/reliability.csv", [*flat(e.json(f"{MODEL}/scores.json"))]
-    parts = csv_table(e, f"{MODEL}/thresholds.csv") + table(
-        ("score", "value"), scores, f"{MODEL}/scores.json"
-    )
+    bins, curves = f"{MODEL}/reliability.csv", f"{MODEL}/curves.csv"
+    rules, scores = f"{MODEL}/thresholds.csv", f"{MODEL}/scores.json"
+    parts = csv_table(e, rules) + table(("score", "value"), [*flat(e.json(scores))], scores)
     rows = [row for row in e.csv(bins) if {"probabilities", "positive_share_low"} <= set(row)]
+    points = e.csv(curves)
+    if points:
+        prevalence = e.json(scores)["constant_baselines"]["prevalence"]
+        title, drawn = "What thresholds mean, with 95% bands", (e.csv(rules), prevalence)
+        used = [curves, rules, scores]
+        parts += picture("thresholds", title, used, figures.plot_curves, points, *drawn)
     return parts + picture("reliability", "Reliability", [bins], figures.plot_reliability, rows)
 
 
@@ -678,21 +663,13 @@ def errors(e: Evidence) -> list:
 
 def slices(e: Evidence) -> list:
     name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
-    parts, rows = csv_table(e, name), [row for row in e.csv(name) if row.get("auc")]
-    if rows:
-        names = [
-            f"{row['feature']} {row['slice']}".replace("_", " ") + " *" * bool(row["confirmed"])
-            for row in rows
-        ]
-        values = [figures.column(rows, key) for key in ("auc", "auc_low", "auc_high")]
-        overall = e.json(scores).get("global", {}).get("auc", {})
-        title = (
-            "ROC-AUC by slice, with 95% intervals; *: confirmed to be worse, by AUC, recall or"
-            " specificity"
-        )
-        drawn = (names, *values, overall.get("value", float("nan")), "ROC-AUC")
-        parts += picture("slices", title, [name, scores], drawings.plot_intervals, *drawn)
-    return parts
+    rows, overall = e.csv(name), e.json(scores).get("global", {})
+    title = (
+        "Scores by slice, with 95% intervals, beside those of all patches (dotted); orange:"
+        " confirmed to be worse, yellow: worse on one half"
+    )
+    drawn = picture("slices", title, [name, scores], figures.plot_slices, rows, overall)
+    return csv_table(e, name) + drawn
 
 
 def global_score(e: Evidence) -> list:
@@ -732,14 +709,12 @@ def conflict(e: Evidence) -> list:
 
 
 def graph(e: Evidence) -> list:
-    log, text = (
-        commits(e.commit, NUM_COMMITS),
-        git("log", "--graph", f"-{NUM_COMMITS}", "--format=%h %s", e.commit, "--"),
-    )
-    title = f"The last {len(log)} commits up to {e.commit[:10]}"
-    return picture("commits", title, [], drawings.plot_commits, log) + [
-        Code(text.rstrip(), "git log --graph")
-    ] * bool(log)
+    log = git("log", "--graph", f"-{NUM_COMMITS}", "--format=%x09%h  %s", e.commit, "--").rstrip()
+    if not log:
+        return []
+    title = f"The last {NUM_COMMITS} commits up to {e.commit[:10]}"
+    drawn = picture("commits", title, [], drawings.plot_commits, log.splitlines())
+    return [*drawn, Code(log.replace("\t", " "), "git log --graph")]
 
 
 # 8: benchmark

@@ -2,14 +2,15 @@
 failed.
 """
 
-from dataclasses import dataclass, field
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from lib.blocks import Figure, Heading, Table, Words, write_page
+from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
 from lib.figures import (
     COLOURS,
+    column,
     figure_png,
     label_positions,
     new_figure,
@@ -19,101 +20,88 @@ from lib.figures import (
 from lib.metrics import mean_interval
 from lib.sweep import search
 
-
-@dataclass
-class Trials:
-    """What has become of the trials of a search."""
-
-    texts: dict[str, list[list[str]]]  # of each trial, by rung: a score or a reason a seed
-    first_scores: dict[str, list[float]] = field(default_factory=dict)  # after the first rung
-    spent: list[tuple[int, float]] = field(default_factory=list)  # epochs of all so far, score
-    rung_ends: list[int] = field(default_factory=list)  # epochs of all
-    num_epochs: int = 0
+NUM_GROUPS = 3  # of trials by the value of a parameter, unless it is a choice
 
 
 def write_sweep_page(sweep, champion: dict | None = None) -> Path:
     """Write SWEEP/sweep.html; gives its path."""
-    plan = sweep.plan
-    trials = read_trials(sweep)
+    plan, outcomes = sweep.plan, read_outcomes(sweep)
     full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
+    num_epochs = outcomes[-1]["spent"]
     facts = (
         f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs; plan"
-        f" SHA-256 {plan['sha256']}. {trials.num_epochs} epochs were trained,"
-        f" {trials.num_epochs / full:.0%} of what every trial to its end would take ({full})."
+        f" SHA-256 {plan['sha256']}. {num_epochs} epochs were trained, {num_epochs / full:.0%} of"
+        f" what every trial to its end would take ({full})."
     )
     blocks = [Words(facts, "note")]
     if champion:
         blocks += champion_blocks(champion, plan["champion_seeds"])
-    blocks += figure_blocks(sweep, trials, full)
-    names = [f"AUC after {num} epoch{'s' if num > 1 else ''}" for num in plan["rungs"]]
-    rows = []
-    for trial, by_rung in trials.texts.items():
-        scores = ["; ".join(texts) or "-" for texts in by_rung]
-        rows.append([trial, *plan["trials"][trial].values(), *scores])
-    blocks += [Heading("Trials"), Table(["trial", *plan["ranges"], *names], rows)]
+    blocks += figure_blocks(sweep, outcomes, full)
+    blocks += [Heading("Trials"), trial_table(plan, outcomes)]
     return write_page(sweep.folder / "sweep.html", f"Search {sweep.folder.name}", blocks)
 
 
-def read_trials(sweep) -> Trials:
-    """The outcome of every row of every rung that has begun, the champion's seeds aside."""
-    plan = sweep.plan
-    trials = Trials({trial: [[] for _ in plan["rungs"]] for trial in plan["trials"]})
+def read_outcomes(sweep) -> list[dict]:
+    """The outcome of every row of every rung that has begun, the champion's seeds aside.
+
+    `spent` counts the epochs of all rows so far; without a `score` there is the `reason`.
+    """
+    outcomes, spent, epochs_before = [], 0, 0
     last_rung = min(sweep.newest_rung(), sweep.num_rungs - 1)
     for rung in range(last_rung + 1):
-        epochs_before = plan["rungs"][rung - 1] if rung else 0
         for row in sweep.rows(rung):
             outcome = search.outcome(sweep, row)
-            trials.num_epochs += max(0, outcome["num_epochs"] - epochs_before)
-            score = outcome.get("score")
-            text = outcome.get("reason", "-") if score is None else show_score(score)
-            trials.texts[row.trial][rung].append(text)
-            if score is not None:
-                trials.spent.append((trials.num_epochs, score))
-                if rung == 0:
-                    trials.first_scores.setdefault(row.trial, []).append(score)
-        trials.rung_ends.append(trials.num_epochs)
-    return trials
+            spent += max(0, outcome["num_epochs"] - epochs_before)
+            outcomes.append(outcome | {"trial": row.trial, "rung": rung, "spent": spent})
+        epochs_before = sweep.plan["rungs"][rung]
+    return outcomes
 
 
-def show_score(score: float) -> str:
-    return f"{score:.4f}"
+def trial_table(plan: dict, outcomes: list[dict]) -> Table:
+    """Every trial with its parameters and, after each rung, a score or a reason for each seed."""
+    texts = defaultdict(list)
+    for row in outcomes:
+        text = f"{row['score']:.4f}" if "score" in row else row.get("reason", "-")
+        texts[row["trial"], row["rung"]].append(text)
+    rows = []
+    for trial, values in plan["trials"].items():
+        scores = ["; ".join(texts[trial, rung]) for rung in range(len(plan["rungs"]))]
+        rows.append([trial, *values.values(), *scores])
+    names = [f"AUC after {num} epoch{'s' if num > 1 else ''}" for num in plan["rungs"]]
+    return Table(["trial", *plan["ranges"], *names], rows)
 
 
 def champion_blocks(champion: dict, num_seeds: int) -> list:
     """The finalists, best first, over fresh seeds."""
-    rows = []
-    for finalist in champion["finalists"]:
-        scores = [show_score(finalist[name]) for name in ("mean", "low", "high")]
-        rows.append([finalist["trial"], *scores, Path(finalist["run"]).name])
     note = (
-        f"Over {num_seeds} fresh seeds; intervals by t over seeds. Epochs were chosen on the same"
-        " patches."
+        f"AUC on validation over {num_seeds} fresh seeds, its 95% interval by t over seeds, and"
+        " the best run. Epochs were chosen on the same patches."
     )
     return [
         Heading("Champion"),
         Words(champion["note"], "alarm"),
-        Table(("trial", "mean AUC on validation", "95% from", "to", "its best run"), rows),
+        table_of(champion["finalists"], ("trial", "mean", "low", "high", "run")),
         Words(note, "note"),
     ]
 
 
-def figure_blocks(sweep, trials: Trials, full: int) -> list:
-    """Three plots of all trials after their first rung, and of what they have cost."""
-    plan, names, scored = sweep.plan, list(sweep.plan["ranges"]), trials.first_scores
-    points, groups, labels = [], [], []
-    for name in names:
-        values = [plan["trials"][trial][name] for trial in scored]
-        places, group, texts = parameter_axis(plan["ranges"][name], values)
-        points.append(places)
-        groups.append(group)
-        labels.append(texts)
-    points, groups = np.array(points).T, np.array(groups).T
-    means = np.array([np.mean(scores) for scores in scored.values()])
-    is_promoted = np.isin(list(scored), sweep.promoted(0))
+def figure_blocks(sweep, outcomes: list[dict], full: int) -> list:
+    """Plots of all trials after their first rung, and of what they have cost."""
+    scored = [row for row in outcomes if "score" in row]
+    first_scores = defaultdict(list)
+    for row in scored:
+        if row["rung"] == 0:
+            first_scores[row["trial"]].append(row["score"])
+    trials = []
+    for trial, scores in first_scores.items():
+        trials.append(sweep.plan["trials"][trial] | {"AUC": np.mean(scores)})
+    is_promoted = np.isin(list(first_scores), sweep.promoted(0))
+    ranges = sweep.plan["ranges"]
+    rung_ends = {row["rung"]: row["spent"] for row in outcomes}.values()
     figures = {
-        "Every trial": plot_parallel(points, labels, names, means, is_promoted),
-        "Each parameter alone": plot_marginals(points, labels, names, means, groups),
-        "Best against budget": plot_budget(*np.array(trials.spent).T, trials.rung_ends, full),
+        "Every trial": plot_parallel(ranges, trials, is_promoted),
+        "Each parameter alone": plot_marginals(ranges, trials),
+        "Best against budget": plot_budget(scored, rung_ends, full),
     }
     blocks = []
     for title, figure in figures.items():
@@ -121,37 +109,40 @@ def figure_blocks(sweep, trials: Trials, full: int) -> list:
     return blocks
 
 
-def plot_marginals(points, labels: list[list[str]], names: list[str], scores, groups):
-    """Score against each parameter alone: trials as dots, and the mean with its interval in each
+def plot_marginals(ranges: dict, trials: list[dict]):
+    """AUC against each parameter alone: trials as dots, and the mean with its interval in each
     group.
-
-    `points` (N, D) lie from 0 to 1, `groups` are int (N, D), `scores` float (N,).
     """
-    figure, panels = new_figure(len(names), 3.0)
-    for number, (axes, name, texts) in enumerate(zip(panels, names, labels, strict=True)):
-        places, group = points[:, number], groups[:, number]
-        axes.plot(places, scores, "o", alpha=0.5)
-        for value in np.unique(group):
-            inside = group == value
+    figure, panels = new_figure(len(ranges), 3.0)
+    scores = column(trials, "AUC")
+    for axes, (name, spec) in zip(panels, ranges.items(), strict=True):
+        points, labels = parameter_axis(spec, [trial[name] for trial in trials])
+        groups = points
+        if "choice" not in spec:
+            groups = np.minimum(np.floor(points * NUM_GROUPS), NUM_GROUPS - 1)
+        axes.plot(points, scores, "o", alpha=0.5)
+        for group in np.unique(groups):
+            inside = groups == group
             if inside.sum() > 1:
                 spread = mean_interval(scores[inside])
                 reach = spread["high"] - spread["mean"]
-                place = places[inside].mean()
+                place = points[inside].mean()
                 axes.errorbar(place, spread["mean"], reach, fmt="s", color=COLOURS[1])
-        axes.set_xticks(label_positions(texts), texts)
+        axes.set_xticks(label_positions(labels), labels)
         axes.set_xlabel(name)
     panels[0].set_ylabel("AUC after the first rung")
     return figure
 
 
-def plot_budget(budgets: np.ndarray, scores: np.ndarray, rung_ends: list[float], full: float):
+def plot_budget(scored: list[dict], rung_ends, full: float):
     """The best score so far against the epochs spent so far, beside what all trials to the end
     would have cost.
     """
     figure, (axes,) = new_figure(1, 6.4)
+    spent, scores = column(scored, "spent"), column(scored, "score")
     best = np.maximum.accumulate(scores)
-    axes.plot(budgets, scores, "o", alpha=0.5, label="a trial")
-    axes.step(budgets, best, where="post", color=COLOURS[1], label="best so far")
+    axes.plot(spent, scores, "o", alpha=0.5, label="a trial")
+    axes.step(spent, best, where="post", color=COLOURS[1], label="best so far")
     for end in rung_ends:
         axes.axvline(end, color="black", linestyle=":", linewidth=0.8)
     axes.axvline(full, color=COLOURS[2], label="every trial to its end")
