@@ -252,7 +252,7 @@ def test_weights_are_found_as_others_save_them(form):
 
 @pytest.mark.parametrize("num_cells", [2, 4, 6])
 def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_cells):
-    model = build("cnn", cnn_width=8)
+    model = build("cnn", cnn_width=8).eval()
     model.features, means = torch.nn.Identity(), []
     model.head.register_forward_pre_hook(lambda _, args: means.append(args[0]))
     x = torch.zeros(1, 32, num_cells, num_cells)
