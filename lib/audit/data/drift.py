@@ -43,15 +43,13 @@ def check_drift(surveys: list[Survey]) -> list[dict]:
 
 def feature_matrix(survey: Survey) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (N, 6) of the intact patches of a split, at most MOST_ROWS of them, drawn
-    evenly, and the slide of each, or a name of its own."""
+    evenly, and the slide of each, or a name of its own; no two splits share a name."""
     rows = survey.intact
-    rows = rows[np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(np.int64)]
-    slides = (
-        np.char.add(f"{survey.name} ", rows.astype(str))
-        if survey.slides is None
-        else survey.slides[rows]
-    )
-    return np.stack([survey.table[name][rows] for name in NAMES], 1).astype(np.float64), slides
+    places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(np.int64)
+    rows = rows[places]
+    features = np.stack([survey.table[name][rows] for name in NAMES], 1).astype(np.float64)
+    names = rows if survey.slides is None else survey.slides[rows]
+    return features, np.char.add(f"{survey.name} ", names.astype(str))
 
 
 def compare_splits(train: Survey, other: Survey) -> dict:
