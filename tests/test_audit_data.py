@@ -132,6 +132,7 @@ def test_a_leak_is_named_on_both_sides(tmp_path):
         path.unlink()
     with h5py.File(split_path(folder, "train", "x")) as file:
         patches[[1, 2]] = file["x"][[5, 6]]
+    known[[1, 2]] = open_split(folder, "train").labels[[5, 6]]
     patches[2] = patches[2].transpose(1, 0, 2)
     with SplitWriter(folder, "valid", 64) as writer:
         writer.add(patches, known)
@@ -169,6 +170,38 @@ def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
         assert len(sides) >= 8 and sides <= {
             (row, f"valid {row}") for row in range(first, first + 10)
         }
+
+
+def test_copies_inside_a_split_are_found_where_an_equal_one_stands_in_another(tmp_path):
+    patches, known = draw_patches(40, 3)
+    train, valid = patches[:20], patches[20:].copy()
+    valid[4] = train[7]
+    shifted = np.pad(train[7], ((2, 2), (2, 2), (0, 0)), "edge")[3:99, 2:98]
+    valid[9] = shifted  # a near copy of valid's row 4
+    labels = known[20:].copy()
+    labels[4] = 1 - known[7]
+    write_float(tmp_path / "data", train, known[:20])
+    write_float(tmp_path / "data", valid, labels, split="valid")
+    checks = ("duplicates", "leakage")
+    _, findings, quarantine = audit(tmp_path / "data", tmp_path / "out", checks)
+    (near,) = of_check(findings, "near duplicates")
+    assert near["split"] == "valid"
+    assert {frozenset((row["index"], row["of"])) for row in near["rows"]} == {frozenset((4, 9))}
+    (conflict,) = of_check(findings, "label conflicts")
+    sides = {(row["split"], row["index"], row["of"]) for row in conflict["rows"]}
+    assert sides == {("train", 7, "valid 4"), ("valid", 4, "train 7")}
+    listed = {(row["split"], row["index"]) for row in quarantine if row["reason"] == "label"}
+    assert listed == {("train", "7"), ("valid", "4")}
+
+
+def test_a_planted_leak_counts_as_found_by_its_side_in_train():
+    truth = [{"split": "valid", "index": 3, "kind": "leaked", "of": 11}]
+    listed = [{"split": "train", "index": "11", "reason": "leak"}]
+    (power,) = [row for row in plant.measure_power(truth, listed, []) if row["planted"] == "leaked"]
+    assert (power["found"], power["false_alarms"]) == (1, 0)
+    listed[0]["split"] = "valid"
+    (power,) = [row for row in plant.measure_power(truth, listed, []) if row["planted"] == "leaked"]
+    assert (power["found"], power["false_alarms"]) == (0, 1)
 
 
 def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
