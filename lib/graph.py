@@ -24,18 +24,10 @@ class StepGraph:
         if reason:
             self._say_reason()
 
-    def run(
-        self,
-        step: Callable,
-        tensors: tuple[torch.Tensor, ...],
-        numbers: tuple[torch.Tensor, ...],
-        shape: tuple,
-        optimizer,
-    ):
-        """What `step(*tensors, *numbers)` returns. The tensors of a step are as large as those of
-        every other step of the same `shape`.
+    def run(self, step: Callable, inputs: tuple[torch.Tensor, ...], shape: tuple, optimizer):
+        """What `step(*inputs)` returns. The inputs of a step are as large as those of every other
+        step of the same `shape`.
         """
-        inputs = (*tensors, *numbers)
         if self.reason:
             return step(*inputs)
         if shape != self.shape:

@@ -93,34 +93,28 @@ def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> list[torch.Tensor]:
-    """For each matrix (rows, columns), in blocks of at most MAX_ROWS of its shorter side: `scale`
-    times a nearly orthogonal matrix of the same singular vectors.
+    """For each matrix (rows, columns), in blocks of at most MAX_ROWS rows: `scale` times a nearly
+    orthogonal matrix of the same singular vectors.
 
     An iteration multiplies a matrix X from the left by a polynomial of its Gram matrix X X^T. So
     the Gram matrices of all blocks are iterated together, in float32, and X itself is needed twice.
-    A matrix of more rows than columns moves by sqrt(rows / columns) as much, as in Jordan's Muon.
+    A block of more rows than columns moves by sqrt(rows / columns) as much, as in Jordan's Muon.
     """
-    blocks = [as_blocks(matrix if wide(matrix) else matrix.T) for matrix in matrices]
+    blocks = [as_blocks(matrix) for matrix in matrices]
     size = max(block.shape[1] for block in blocks)
     grams = []
     for block in blocks:
         margin = size - block.shape[1]
         grams.append(pad(product(block, block.mT), (0, margin, 0, margin)))
     factors = scale * iterate(torch.cat(grams))
-    steps = []
     parts = factors.split([len(block) for block in blocks])
+    steps = []
     for matrix, block, factor in zip(matrices, blocks, parts, strict=True):
-        rows = block.shape[1]
-        step = product(factor[:, :rows, :rows], block).flatten(0, 1)  # (rows, columns) or more
-        step = step[: min(matrix.shape)]
-        if not wide(matrix):
-            step = step.T * math.sqrt(matrix.shape[0] / matrix.shape[1])
-        steps.append(step)
+        _, num_rows, num_columns = block.shape
+        factor = factor[:, :num_rows, :num_rows] * max(1.0, num_rows / num_columns) ** 0.5
+        step = product(factor, block).flatten(0, 1)
+        steps.append(step[: len(matrix)])
     return steps
-
-
-def wide(matrix: torch.Tensor) -> bool:
-    return matrix.shape[0] <= matrix.shape[1]
 
 
 def as_blocks(matrix: torch.Tensor) -> torch.Tensor:

@@ -189,15 +189,15 @@ def training_step(
         return StepResult(loss, grad_norm, draws)
 
     state.model.train()
-    tensors = (batch.images, batch.labels, batch.keys)
     position = draw_position(cfg, progress["epoch"])
-    numbers = (position, lr, 1 - average_decay(cfg, progress["num_steps"] + 1))
-    numbers = on_gpu(numbers, batch.images.device)
+    averaging = 1 - average_decay(cfg, progress["num_steps"] + 1)
+    numbers = on_gpu((position, lr, averaging), batch.images.device)
+    inputs = (batch.images, batch.labels, batch.keys, *numbers)
     if state.graph:
         shape = (crop, len(batch.keys))
-        result = state.graph.run(step, tensors, numbers, shape, state.optimizer)
+        result = state.graph.run(step, inputs, shape, state.optimizer)
     else:
-        result = step(*tensors, *numbers)
+        result = step(*inputs)
     progress["step"] += 1
     progress["num_steps"] += 1
     return result

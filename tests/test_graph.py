@@ -21,7 +21,7 @@ def double(value):
 
 def test_a_step_that_may_not_be_captured_is_made_plainly_and_says_why(optimizer, capsys):
     graph = StepGraph("dropout draws")
-    assert graph.run(double, (torch.ones(1),), (), (64,), optimizer) == 2
+    assert graph.run(double, (torch.ones(1),), (64,), optimizer) == 2
     assert "not captured as a CUDA graph: dropout draws" in capsys.readouterr().err
 
 
@@ -29,7 +29,7 @@ def test_a_step_that_may_not_be_captured_is_made_plainly_and_says_why(optimizer,
 def test_a_capture_that_fails_goes_on_plainly_and_says_so_once(optimizer, capsys):
     graph = StepGraph()
     for number in range(1, 5):
-        doubled = graph.run(double, (torch.full((1,), number),), (), (64,), optimizer)
+        doubled = graph.run(double, (torch.full((1,), number),), (64,), optimizer)
         assert doubled == 2 * number
     assert capsys.readouterr().err.count("not captured as a CUDA graph: ") == 1
     adamw = optimizer.adamw.param_groups
