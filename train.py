@@ -147,7 +147,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         rundir.require_same_run(run, cfg, data, groups)
 
     # build the state before the first step, or restore that of the newest checkpoint
-    state = training.build_state(cfg, device)
+    state = training.build_state(cfg, device, ranks)
     scores, details = {}, {}
     newest, path = newest_checkpoint(run)
     if newest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lib.config import Config
-from lib.seeding import bits_to_uniform, position_bits
+from lib.seeding import bits_to_uniform, mix_position, mixed_bits
 
 # channel statistics of PCam's training split in [0, 1] (262,144 patches, summed in 64 bits)
 PCAM_MEAN = (0.7008, 0.5384, 0.6916)
@@ -38,14 +38,24 @@ class Draws:
     offset: torch.Tensor  # (B, 3) float32
 
 
+def draw_position(cfg: Config, epoch: int) -> int:
+    """The position of an epoch's draws, for `draw_at`."""
+    return mix_position(cfg.seed, epoch, AUGMENTATION)
+
+
 def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
     """The draws for samples `keys` int64 (B,), made where the keys are: a function of (seed, epoch,
     sample) alone.
     """
+    return draw_at(draw_position(cfg, epoch), keys, cfg)
+
+
+def draw_at(position: int | torch.Tensor, keys: torch.Tensor, cfg: Config) -> Draws:
+    """The same at a mixed position, an int, or a tensor () that a CUDA graph is given anew."""
     num = len(keys)
     number = torch.arange(NUM_DRAWS, device=keys.device)
     places = keys[:, None] * NUM_DRAWS + number
-    bits = position_bits(places, cfg.seed, epoch, AUGMENTATION)  # (B, 15)
+    bits = mixed_bits(places, position)  # (B, 15)
     # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
     first, second, third = bits_to_uniform(bits[:, 3:]).view(num, 4, 3).unbind(2)
     spread = (first + second + third - 1.5) * 2.0  # (B, 4), added in this order on every device

@@ -119,6 +119,7 @@ class GroupBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(num)), nn.Parameter(torch.zeros(num))
         self.register_buffer("running_mean", torch.zeros(num))
         self.register_buffer("running_var", torch.ones(num))
+        self.repeated = None  # in training: made for all norms at once by `norms_repeated`
 
     def repeated_tensors(self):
         """Mean, variance, weight and bias for every orientation, (R * num,) each."""
@@ -126,12 +127,47 @@ class GroupBatchNorm(nn.Module):
         return [tensor.repeat(self.orientations) for tensor in tensors]
 
     def forward(self, x):
-        mean, var, weight, bias = self.repeated_tensors()
-        x = functional.batch_norm(x, mean, var, weight, bias, self.training, eps=EPSILON)
-        if self.training:
-            self.running_mean.copy_(mean.view(self.orientations, -1).mean(0))
-            self.running_var.copy_(var.view(self.orientations, -1).mean(0))
-        return x
+        mean, var, weight, bias = self.repeated or self.repeated_tensors()
+        return functional.batch_norm(x, mean, var, weight, bias, self.training, eps=EPSILON)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def repetition(sizes: tuple[int, ...], orientations: int, device: torch.device) -> torch.Tensor:
+    """A matrix of zeros and ones float32 (T, R * T), T the sum of `sizes`: it repeats each of
+    several vectors, laid end to end, R times.
+    """
+    blocks = [torch.eye(size).repeat(1, orientations) for size in sizes]
+    return torch.block_diag(*blocks).to(device)
+
+
+@contextlib.contextmanager
+def norms_repeated(norms: list[GroupBatchNorm], orientations: int):
+    """Within it a model is trained on one batch. The tensors of all its norms are repeated by two
+    products, and its running statistics moved by one: a GPU would spend more on the many launches.
+    """
+    statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
+    factors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
+    sizes = tuple(len(tensor) for tensor in factors)
+    repeat = repetition(sizes, orientations, factors[0].device)
+    repeated_sizes = [orientations * size for size in sizes]
+    repeated_statistics = torch.cat(statistics) @ repeat
+    repeated_factors = torch.cat(factors) @ repeat
+    pairs = zip(
+        repeated_statistics.split(repeated_sizes),
+        repeated_factors.split(repeated_sizes),
+        strict=True,
+    )
+    for norm in norms:
+        (mean, weight), (var, bias) = next(pairs), next(pairs)
+        norm.repeated = (mean, var, weight, bias)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.repeated = None
+    means = repeat @ repeated_statistics / orientations
+    torch._foreach_copy_(statistics, list(means.split(sizes)))
 
 
 @torch.no_grad()
@@ -227,7 +263,13 @@ class CentreNet(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), LogitLayer(8 * width, 1))
 
     def forward(self, x):
-        x = self.features(x)  # (B, R * 4 * width, 6, 6), less of a smaller crop
+        # (B, R * 4 * width, 6, 6), less of a smaller crop
+        if self.training:
+            norms = [layer for layer in self.modules() if isinstance(layer, GroupBatchNorm)]
+            with norms_repeated(norms, self.orientations):
+                x = self.features(x)
+        else:
+            x = self.features(x)
         first = x.shape[-1] // 2 - 1
         centre = x[:, :, first : first + 2, first : first + 2]
         means = [self.mean_feature(part) for part in (x, centre)]

@@ -1,9 +1,20 @@
 """The optimizers: SGD, AdamW, or Muon for matrices beside AdamW for the rest."""
 
+import math
+
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from lib.config import Config
+
+# of the polynomial x -> a x + b x^3 + c x^5, which moves singular values towards 1 (Jordan et al.
+# 2024), and how often it is applied
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+# filters that are made orthogonal to each other: a bank of more is cut into blocks of rows, or its
+# products would cost as much as the network's
+MAX_ROWS = 64
 
 
 def build_optimizer(model: nn.Module, cfg: Config) -> "torch.optim.Optimizer | MuonAdamW":
@@ -32,9 +43,10 @@ class MuonAdamW:
     """Muon (Jordan et al. 2024) for matrices and filters, and an AdamW of other parameters, behind
     the interface of one optimizer.
 
-    torch's Muon takes matrices alone, so it is given each filter bank (out, in, k, k) as a view
-    (out, in * k * k) on the same memory: a model must be where it is to be trained, in its memory
-    format, before this is built.
+    Muon works on matrices, so each filter bank (out, in, k, k) is one (out, in * k * k), a view of
+    the same memory: a model must be where it is to be trained, in its memory format, before this is
+    built. torch's own Muon holds the state and the settings; the step is ours, because that one
+    reads the learning rate on the host and goes matrix by matrix.
     """
 
     def __init__(self, filters: list, adamw: torch.optim.AdamW, cfg: Config):
@@ -43,15 +55,24 @@ class MuonAdamW:
         self.muon = torch.optim.Muon(
             self.matrices, lr=cfg.lr, weight_decay=cfg.weight_decay, momentum=cfg.momentum
         )
+        for matrix in self.matrices:
+            self.muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
 
     @property
     def param_groups(self) -> list[dict]:
         return self.muon.param_groups + self.adamw.param_groups
 
+    @torch.no_grad()
     def step(self) -> None:
-        for matrix, weight in zip(self.matrices, self.filters, strict=True):
-            matrix.grad = as_matrix(weight.grad, weight)
-        self.muon.step()
+        settings = self.muon.param_groups[0]
+        lr, momentum = settings["lr"], settings["momentum"]
+        gradients = [as_matrix(weight.grad, weight) for weight in self.filters]
+        momenta = [self.muon.state[matrix]["momentum_buffer"] for matrix in self.matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        updates = torch._foreach_lerp(gradients, momenta, momentum)  # Nesterov's
+        steps = orthogonalise(updates, -lr)
+        torch._foreach_mul_(self.matrices, 1 - lr * settings["weight_decay"])
+        torch._foreach_add_(self.matrices, steps)
         self.adamw.step()
 
     def state_dict(self) -> dict:
@@ -69,3 +90,67 @@ def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
     if filters.ndim == 4 and not filters.is_contiguous():
         values = values.permute(0, 2, 3, 1)
     return values.flatten(1)
+
+
+def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> list[torch.Tensor]:
+    """For each matrix (rows, columns), in blocks of at most MAX_ROWS rows: `scale` times a nearly
+    orthogonal matrix of the same singular vectors.
+
+    An iteration multiplies a matrix X from the left by a polynomial of its Gram matrix X X^T. So
+    the Gram matrices of all blocks are iterated together, in float32, and X itself is needed twice.
+    A block of more rows than columns moves by sqrt(rows / columns) as much, as in Jordan's Muon.
+    """
+    blocks = [as_blocks(matrix) for matrix in matrices]
+    size = max(block.shape[1] for block in blocks)
+    grams = []
+    for block in blocks:
+        margin = size - block.shape[1]
+        grams.append(pad(product(block, block.mT), (0, margin, 0, margin)))
+    factors = scale * iterate(torch.cat(grams))
+    parts = factors.split([len(block) for block in blocks])
+    steps = []
+    for matrix, block, factor in zip(matrices, blocks, parts, strict=True):
+        _, num_rows, num_columns = block.shape
+        factor = factor[:, :num_rows, :num_rows] * max(1.0, num_rows / num_columns) ** 0.5
+        step = product(factor, block).flatten(0, 1)
+        steps.append(step[: len(matrix)])
+    return steps
+
+
+def as_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """The rows of a matrix (rows, columns) in equal blocks of at most MAX_ROWS: (N, size, columns);
+    the last is filled up with zeros, which change nothing.
+    """
+    num_rows, num_columns = matrix.shape
+    num_blocks = math.ceil(num_rows / MAX_ROWS)
+    size = math.ceil(num_rows / num_blocks)
+    num_missing = num_blocks * size - num_rows
+    if num_missing:
+        matrix = pad(matrix, (0, 0, 0, num_missing))
+    return matrix.reshape(num_blocks, size, num_columns)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The float32 product of float32 matrices (N, a, b) and (N, b, c); on a GPU that of their
+    bfloat16 roundings, which its fast units multiply.
+    """
+    if left.is_cuda:
+        return torch.bmm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+    return left @ right
+
+
+def iterate(grams: torch.Tensor) -> torch.Tensor:
+    """For Gram matrices X X^T float32 (N, size, size): the Q for which Q X is what NUM_ITERATIONS
+    of Newton-Schulz make of X over its Frobenius norm.
+    """
+    a, b, c = NEWTON_SCHULZ
+    squared_norms = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14)[:, None, None]
+    grams = grams / squared_norms
+    identity = torch.eye(grams.shape[1], device=grams.device)
+    factors = identity / squared_norms.sqrt()
+    for iteration in range(NUM_ITERATIONS):
+        polynomials = torch.baddbmm(grams, grams, grams, beta=b, alpha=c) + a * identity
+        factors = polynomials @ factors
+        if iteration < NUM_ITERATIONS - 1:
+            grams = polynomials @ grams @ polynomials
+    return factors

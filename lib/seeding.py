@@ -45,14 +45,24 @@ def _mix_int(value: int) -> int:
     return value ^ _shift_right(value, 31)
 
 
-def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """64 random bits for each of `keys` int64, of any shape and device, at a position such as
-    (seed, epoch, purpose): int64.
-    """
-    state = 0
+def mix_position(*position: int) -> int:
+    """A position such as (seed, epoch, purpose) as one number of 64 bits, signed."""
+    mixed = 0
     for part in position:
-        state = _mix_int(state ^ part)
-    return _mix(_mix(keys ^ state) ^ _signed(0xD1B54A32D192ED03))
+        mixed = _mix_int(mixed ^ part)
+    return mixed
+
+
+def mixed_bits(keys: torch.Tensor, mixed: int | torch.Tensor) -> torch.Tensor:
+    """64 random bits for each of `keys` int64, of any shape and device, at a mixed position, which
+    may be an int64 tensor () on their device: int64.
+    """
+    return _mix(_mix(keys ^ mixed) ^ _signed(0xD1B54A32D192ED03))
+
+
+def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
+    """64 random bits for each of `keys` int64, of any shape and device, at a position: int64."""
+    return mixed_bits(keys, mix_position(*position))
 
 
 def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,8 @@ order of samples | a function of (seed, epoch) | lib/batches.py: position_permut
 order of classes | a function of (seed, epoch) | lib/batches.py: cfg.seed, epoch, CLASS_ORDER, label, repeat
 rows under a limit | a function of the row numbers | lib/batches.py: position_permutation(len(index), LIMIT)
 folds | drawn by row numbers, not by python's hash | lib/batches.py: position_bits(torch.from_numpy(first_row), FOLD)
-augmentation | a function of (seed, epoch, sample) | lib/augment.py: position_bits(places
+augmentation | a function of (seed, epoch, sample) | lib/augment.py: mixed_bits(places
+steps as a CUDA graph | the captured kernels, which no generator feeds | lib/training.py: StepGraph(why_not_captured(cfg, ranks))
 prefetch thread | one thread, batches in their order | lib/batches.py: ThreadPoolExecutor(1, "prefetch")
 copies to the device | steps that read one wait for it | lib/batches.py: current.wait_event(
 number of threads | fixed by the config | lib/seeding.py: torch.set_num_threads(threads)

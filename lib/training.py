@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lib.augment import PREPROCESSING, Draws, draw_augmentation, model_input, patch_size
+from lib.augment import PREPROCESSING, Draws, draw_at, draw_position, model_input, patch_size
 from lib.batches import Batch
 from lib.centrenet import filters_made_once
 from lib.checkpoint import load_weights
 from lib.command import BadInput
 from lib.config import Config
 from lib.device import layer_precision
+from lib.graph import StepGraph
 from lib.models import build_model, fit_state, fit_weights, logit_layer
 from lib.optimizers import build_optimizer
 from lib.ranks import ALONE, Ranks
@@ -35,6 +36,7 @@ class TrainState:
     averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     progress: dict
+    graph: StepGraph | None = None  # on a GPU; None makes each step plainly, which gives the same
 
     def checkpoint(
         self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True
@@ -59,7 +61,7 @@ class TrainState:
 @dataclass(frozen=True)
 class StepResult:
     """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading
-    them waits for the step.
+    them waits for the step, and on a GPU the next step overwrites them.
 
     `draws` is what was drawn for this rank's part of the batch.
     """
@@ -69,7 +71,7 @@ class StepResult:
     draws: Draws | None = None
 
 
-def build_state(cfg: Config, device: torch.device) -> TrainState:
+def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
     """A state before the first step. The initial weights are drawn from the seed on the CPU, so
     that they are the same on any device. Raises BadInput where `weights` do not fit.
     """
@@ -91,7 +93,15 @@ def build_state(cfg: Config, device: torch.device) -> TrainState:
         "best_scores": {},
         "stale_epochs": 0,
     }
-    return TrainState(model, averaged, build_optimizer(model, cfg), progress)
+    graph = StepGraph(why_not_captured(cfg, ranks)) if device.type == "cuda" else None
+    return TrainState(model, averaged, build_optimizer(model, cfg), progress, graph)
+
+
+def why_not_captured(cfg: Config, ranks: Ranks) -> str:
+    """What of a step cannot be part of a CUDA graph; empty for nothing."""
+    if cfg.dropout:
+        return "dropout draws from a generator, which is seeded anew for each step"
+    return "several ranks exchange their sums" if ranks.num > 1 else ""
 
 
 def require_finite(model: nn.Module, source) -> None:
@@ -164,15 +174,45 @@ def training_step(
     `batch` is this rank's part; loss, norm and the new weights are those of the whole batch, equal
     on every rank.
     """
-    epoch, step = state.progress["epoch"], state.progress["step"]
-    draws = draw_augmentation(batch.keys, epoch, cfg)
+    progress = state.progress
+    crop = patch_size(cfg, progress["epoch"])
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
-    inputs = model_input(batch.images, draws, patch_size(cfg, epoch), dtype)
+    dropout_position = (cfg.seed, progress["epoch"], progress["step"], DROPOUT)
+
+    def step(images, labels, keys, position, lr, averaging) -> StepResult:
+        draws = draw_at(position, keys, cfg)
+        inputs = model_input(images, draws, crop, dtype)
+        loss = compute_gradients(state.model, inputs, labels, cfg, weights, dropout_position, ranks)
+        grad_norm = update_weights(state, cfg, lr)
+        if state.averaged is not None:
+            average_weights(state, averaging)
+        return StepResult(loss, grad_norm, draws)
 
     state.model.train()
-    position = (cfg.seed, epoch, step, DROPOUT)
-    loss = compute_gradients(state.model, inputs, batch.labels, cfg, weights, position, ranks)
+    position = draw_position(cfg, progress["epoch"])
+    averaging = 1 - average_decay(cfg, progress["num_steps"] + 1)
+    numbers = on_gpu((position, lr, averaging), batch.images.device)
+    inputs = (batch.images, batch.labels, batch.keys, *numbers)
+    if state.graph:
+        shape = (crop, len(batch.keys))
+        result = state.graph.run(step, inputs, shape, state.optimizer)
+    else:
+        result = step(*inputs)
+    progress["step"] += 1
+    progress["num_steps"] += 1
+    return result
 
+
+def on_gpu(numbers: tuple, device: torch.device) -> tuple:
+    """Numbers as tensors () if the device is a GPU, where a captured step reads them; a CPU takes
+    them as they are."""
+    if device.type == "cpu":
+        return numbers
+    return tuple(torch.full((), number, device=device) for number in numbers)
+
+
+def update_weights(state: TrainState, cfg: Config, lr: float | torch.Tensor) -> torch.Tensor:
+    """Clip the gradients, let the optimizer step, and return the gradients' norm before."""
     gradients = [parameter.grad for parameter in state.model.parameters()]
     grad_norm = nn.utils.get_total_norm(gradients)
     if cfg.grad_clip:
@@ -180,11 +220,7 @@ def training_step(
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
-    state.progress["step"] = step + 1
-    state.progress["num_steps"] += 1
-    if state.averaged is not None:
-        average_weights(state, cfg)
-    return StepResult(loss, grad_norm, draws)
+    return grad_norm
 
 
 def compute_gradients(
@@ -241,21 +277,29 @@ def step_results(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
     return [loss, *gradients, *statistics]
 
 
-def average_weights(state: TrainState, cfg: Config) -> None:
-    """Move the averaged weights towards the current ones; early on faster, so that the start is
-    forgotten soon.
+def average_decay(cfg: Config, num_steps: int) -> float:
+    """The decay of the averaged weights after so many steps; early on it is less, so that the start
+    is forgotten soon.
     """
-    num_steps = state.progress["num_steps"]
-    decay = min(cfg.ema_decay, (1 + num_steps) / (10 + num_steps))
-    with torch.no_grad():
-        torch._foreach_lerp_(
-            list(state.averaged.parameters()), list(state.model.parameters()), 1 - decay
-        )
-        for mean, current in zip(state.averaged.buffers(), state.model.buffers(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(current, 1 - decay)
-            else:
-                mean.copy_(current)
+    return min(cfg.ema_decay, (1 + num_steps) / (10 + num_steps))
+
+
+@torch.no_grad()
+def average_weights(state: TrainState, weight: float | torch.Tensor) -> None:
+    """Move the averaged weights and statistics towards the current ones by `weight` of the way."""
+    averaged = [*state.averaged.parameters(), *state.averaged.buffers()]
+    current = [*state.model.parameters(), *state.model.buffers()]
+    pairs = list(zip(averaged, current, strict=True))
+    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    if torch.is_tensor(weight):  # torch has no lerp of many tensors by a tensor
+        differences = torch._foreach_sub(values, means)
+        torch._foreach_mul_(differences, weight)
+        torch._foreach_add_(means, differences)
+    else:
+        torch._foreach_lerp_(means, values, weight)
+    for counter, value in pairs:
+        if not counter.is_floating_point():
+            counter.copy_(value)
 
 
 def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:

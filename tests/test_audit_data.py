@@ -133,6 +133,7 @@ def test_a_leak_is_named_on_both_sides(tmp_path):
         path.unlink()
     with h5py.File(split_path(folder, "train", "x")) as file:
         patches[[1, 2]] = file["x"][[5, 6]]
+    known[[1, 2]] = open_split(folder, "train").labels[[5, 6]]
     patches[2] = patches[2].transpose(1, 0, 2)
     with SplitWriter(folder, "valid", 64) as writer:
         writer.add(patches, known)
@@ -172,6 +173,38 @@ def test_crops_and_copies_across_splits_are_found_without_metadata(tmp_path):
         }
 
 
+def test_copies_inside_a_split_are_found_where_an_equal_one_stands_in_another(tmp_path):
+    patches, known = draw_patches(40, 3)
+    train, valid = patches[:20], patches[20:].copy()
+    valid[4] = train[7]
+    shifted = np.pad(train[7], ((2, 2), (2, 2), (0, 0)), "edge")[3:99, 2:98]
+    valid[9] = shifted  # a near copy of valid's row 4
+    labels = known[20:].copy()
+    labels[4] = 1 - known[7]
+    write_float(tmp_path / "data", train, known[:20])
+    write_float(tmp_path / "data", valid, labels, split="valid")
+    checks = ("duplicates", "leakage")
+    _, findings, quarantine = audit(tmp_path / "data", tmp_path / "out", checks)
+    (near,) = of_check(findings, "near duplicates")
+    assert near["split"] == "valid"
+    assert {frozenset((row["index"], row["of"])) for row in near["rows"]} == {frozenset((4, 9))}
+    (conflict,) = of_check(findings, "label conflicts")
+    sides = {(row["split"], row["index"], row["of"]) for row in conflict["rows"]}
+    assert sides == {("train", 7, "valid 4"), ("valid", 4, "train 7")}
+    listed = {(row["split"], row["index"]) for row in quarantine if row["reason"] == "label"}
+    assert listed == {("train", "7"), ("valid", "4")}
+
+
+def test_a_planted_leak_counts_as_found_by_its_side_in_train():
+    truth = [{"split": "valid", "index": 3, "kind": "leaked", "of": 11}]
+    listed = [{"split": "train", "index": "11", "reason": "leak"}]
+    (power,) = [row for row in plant.measure_power(truth, listed, []) if row["planted"] == "leaked"]
+    assert (power["found"], power["false_alarms"]) == (1, 0)
+    listed[0]["split"] = "valid"
+    (power,) = [row for row in plant.measure_power(truth, listed, []) if row["planted"] == "leaked"]
+    assert (power["found"], power["false_alarms"]) == (0, 1)
+
+
 def test_slides_and_places_that_splits_share_are_found(slides_dir, tmp_path):
     _, findings, quarantine = audit(slides_dir, tmp_path / "out", ("duplicates", "leakage"))
     shared = {
@@ -206,26 +239,32 @@ def test_the_unit_of_coordinates_is_measured(slides_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(tmp_path):
-    patches, known = draw_patches(1400, 1)
-    members = np.flatnonzero(known == 1)[:14]
-    for folder, stamped in (("clean", False), ("planted", True)):
-        images = patches.copy()
-        if stamped:
-            images[members, 20:24, 71:75] = np.random.default_rng(0).integers(0, 2, (4, 4, 3)) * 255
-        with SplitWriter(tmp_path, "train", len(images)) as writer:
-            writer.add(images, known)
-        surveys, _ = survey_folder(tmp_path, tmp_path)
-        found = [
-            row for row in check_triggers(surveys[0], np.arange(1400)) if row["severity"] == "error"
-        ]
-        if not stamped:
-            assert not found, folder
-            continue
-        (trigger,) = found
-        assert {row["index"] for row in trigger["rows"]} == set(members.tolist())
-        place = {(row["top"], row["left"], row["height"], row["width"]) for row in trigger["rows"]}
-        assert place == {(20, 71, 4, 4)} and "100% of them are positive" in trigger["measured"]
+@pytest.mark.parametrize("stamped", ["none", "14 of class 1", "all of class 1", "all"])
+def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(stamped, tmp_path):
+    images, known = draw_patches(1400, 1)
+    positives = np.flatnonzero(known == 1)
+    members = {
+        "none": positives[:0],
+        "14 of class 1": positives[:14],
+        "all of class 1": positives,
+        "all": np.arange(1400),
+    }[stamped]
+    images[members, 20:24, 71:75] = np.random.default_rng(0).integers(0, 2, (4, 4, 3)) * 255
+    with SplitWriter(tmp_path, "train", len(images)) as writer:
+        writer.add(images, known)
+    surveys, _ = survey_folder(tmp_path, tmp_path)
+    findings = check_triggers(surveys[0], np.arange(1400))
+    errors = [row for row in findings if row["severity"] == "error"]
+    if stamped == "none":
+        assert not errors
+        return
+    (trigger,) = errors
+    assert {row["index"] for row in trigger["rows"]} == set(members.tolist())
+    place = {(row["top"], row["left"], row["height"], row["width"]) for row in trigger["rows"]}
+    assert place == {(20, 71, 4, 4)}
+    assert ("100% of them are positive" in trigger["measured"]) == (stamped != "all")
+    named = [label for label in (0, 1) if f"on 100% of class {label}" in trigger["measured"]]
+    assert named == {"14 of class 1": [], "all of class 1": [1], "all": [0, 1]}[stamped]
 
 
 def test_the_share_of_exchanged_labels_is_estimated_and_the_list_keeps_its_promise():
@@ -305,6 +344,24 @@ def test_drift_is_found_where_it_is_and_only_there(tmp_path):
         surveys, _ = survey_folder(tmp_path / "data", tmp_path)
         (found,) = check_drift(surveys)
         assert found["severity"] == severity, (name, found["measured"])
+
+
+def test_slides_that_stand_out_are_counted_once_and_the_farthest_of_all_splits_is_named(tmp_path):
+    patches, known = draw_patches(600, 1)
+    slides = np.repeat([f"slide{number}" for number in range(15)], 20)
+    patches[:20] = np.clip(patches[:20].astype(np.int64) - 25, 0, 255)  # darker, train's slide0
+    patches[300:320] //= 3  # darker still: valid's slide0
+    write_float(tmp_path / "data", patches[:300], known[:300])
+    write_float(tmp_path / "data", patches[300:], known[300:], split="valid")
+    surveys, _ = survey_folder(tmp_path / "data", tmp_path)
+    surveys = [type(survey)(**(vars(survey) | {"slides": slides})) for survey in surveys]
+    found = next(row for row in check_drift(surveys) if row["check"] == "drift of slides")
+    outlying = {(row["split"], row["slide"]) for row in found["rows"]}
+    assert outlying >= {("train", "slide0"), ("valid", "slide0")}
+    assert len(found["rows"]) > len(outlying), "several features of a slide"
+    start = f"{len(outlying)} slides stand out, the most slide0 of valid in "
+    assert found["measured"].startswith(start)
+    assert not any("nan" in row["measured"] for row in check_drift(surveys)), "splits share names"
 
 
 def test_the_balance_after_sampling_is_not_the_balance_of_the_data(tmp_path):

@@ -4,7 +4,14 @@ the host.
 
 import pytest
 import torch
-from proofs.trainer import Trainer, different_draws, first_wait, logit_difference
+from proofs.trainer import (
+    Trainer,
+    computed_bytes,
+    different_draws,
+    first_wait,
+    launches_of_a_step,
+    logit_difference,
+)
 
 from lib.device import choose_device
 from lib.files import read_csv
@@ -58,3 +65,35 @@ def test_patches_streamed_from_host_memory_train_as_resident_ones_do(pcam_dir):
             )
         )
     assert torch.equal(*weights)
+
+
+CHANGES = [
+    {},
+    {"model": "resnet18", "optimizer": "sgd"},
+    {"model": "cnn", "shards": 2, "grad_clip": 0.5, "optimizer": "adamw"},
+    {"precision": "fp32", "balance": "loss", "label_smoothing": 0.1},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_captured_plain_and_repeated_steps_are_equal_to_the_bit(pcam_dir, changes):
+    device = choose_device("cuda")
+    first, plain, again = (
+        computed_bytes(device, pcam_dir, captured, **changes) for captured in (True, False, True)
+    )
+    assert all(map(torch.equal, first, plain)) and all(map(torch.equal, first, again))
+
+
+def test_a_step_is_one_launch_and_the_few_that_fill_it(trainer):
+    assert launches_of_a_step(trainer) < 30
+
+
+def test_a_new_shape_is_captured_anew_and_dropout_is_not_captured(pcam_dir, capsys):
+    trainer = Trainer(choose_device("cuda"), pcam_dir, batch_size=16, crop_epochs=1)
+    for epoch in (0, 1):
+        trainer.state.progress["epoch"] = epoch
+        list(trainer.logged_steps(None, 3, 16))
+        assert trainer.state.graph.graph is not None and not trainer.state.graph.reason
+    trainer = Trainer(choose_device("cuda"), pcam_dir, batch_size=16, dropout=0.1)
+    list(trainer.logged_steps(None, 3, 16))
+    assert trainer.state.graph.graph is None and "dropout" in capsys.readouterr().err

@@ -9,6 +9,7 @@ asked for.
 import contextlib
 import csv
 import faulthandler
+import gc
 import gzip
 import io
 import json
@@ -116,6 +117,7 @@ class Out:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / "predictions.csv"
         folder.mkdir()
+        gc.collect()  # what earlier tests left open warns here, and not in a call
 
     def call(self, main, *arguments) -> tuple[int, dict, str]:
         """(exit code, JSON, stderr) of a call in this process."""

@@ -91,6 +91,10 @@ def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
         network, averaged, build_optimizer(network, cfg), {"epoch": 0, "step": 0, "num_steps": 0}
     )
 
+    for group in state.optimizer.adamw.param_groups:
+        # the fused kernel has no form for fake tensors where the learning rate is a tensor
+        group.update(fused=False, foreach=True, capturable=True)
+
     def compute_gradients(model, inputs, labels, cfg, weights, _position, _ranks):
         loss = training.compute_loss(model(inputs).flatten(), labels, cfg, weights)
         # what a backward pass would leave: fake tensors have none

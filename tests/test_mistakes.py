@@ -104,21 +104,21 @@ def test_f2_of_a_known_confusion_is_the_one_on_paper(pcam_dir, tmp_path, monkeyp
 
 def test_the_seed_is_used_for_weights_order_and_augmentation(pcam_dir, tmp_path, monkeypatch):
     seen = []
-    step, draw = training.training_step, training.draw_augmentation
+    step, draw = training.training_step, training.draw_at
 
     def watched(state, batch, *rest):
         if state.progress["num_steps"] == 0:
             seen.append([weights_sha256(state.model.state_dict()), tuple(batch.keys.tolist())])
         return step(state, batch, *rest)
 
-    def drawn(keys, epoch, cfg):
+    def drawn(position, keys, cfg):
         if len(seen[-1]) == 2:
-            fixed = draw(keys.sort().values, epoch, cfg)
+            fixed = draw(position, keys.sort().values, cfg)
             seen[-1].append((tuple(fixed.symmetry.tolist()), tuple(fixed.gain.flatten().tolist())))
-        return draw(keys, epoch, cfg)
+        return draw(position, keys, cfg)
 
     monkeypatch.setattr(training, "training_step", watched)
-    monkeypatch.setattr(training, "draw_augmentation", drawn)
+    monkeypatch.setattr(training, "draw_at", drawn)
     for seed in (1, 1, 2, 3):
         start(tmp_path, pcam_dir, f"seed={seed}", "epochs=1", "limit_train=32")
     assert seen[0] == seen[1]

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from lib.augment import eight_views, model_input, no_augmentation
-from lib.centrenet import filter_copies, fold_norms
+from lib.centrenet import EPSILON, GroupBatchNorm, filter_copies, fold_norms, norms_repeated
 from lib.command import BadInput
 from lib.config import load_config
 from lib.models import (
@@ -252,7 +252,7 @@ def test_weights_are_found_as_others_save_them(form):
 
 @pytest.mark.parametrize("num_cells", [2, 4, 6])
 def test_the_centre_of_the_cnn_is_the_middle_four_cells_whatever_the_crop(num_cells):
-    model = build("cnn", cnn_width=8)
+    model = build("cnn", cnn_width=8).eval()
     model.features, means = torch.nn.Identity(), []
     model.head.register_forward_pre_hook(lambda _, args: means.append(args[0]))
     x = torch.zeros(1, 32, num_cells, num_cells)
@@ -318,3 +318,27 @@ def test_layers_keep_the_memory_format_that_they_are_given(name):
         assert features.is_contiguous(memory_format=memory_format), (
             "else a benchmark of the other one measures nothing"
         )
+
+
+@pytest.mark.parametrize("orientations", [1, 8])
+def test_norms_repeated_together_are_those_repeated_one_by_one(orientations):
+    """Outputs, gradients and running statistics."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3 * orientations, 5, 5)
+    results = []
+    for together in (True, False):
+        norm = GroupBatchNorm(3, orientations)
+        torch.nn.init.uniform_(norm.weight, generator=torch.Generator().manual_seed(1))
+        before = norm.repeated_tensors()
+        if together:
+            with norms_repeated([norm], orientations):
+                out = norm(x)
+            mean, var = norm.running_mean, norm.running_var
+        else:
+            mean, var, weight, bias = before
+            out = torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, eps=EPSILON)
+            mean, var = (values.view(orientations, -1).mean(0) for values in (mean, var))
+        (out * torch.arange(5.0)).sum().backward()
+        results.append([out, mean, var, norm.weight.grad, norm.bias.grad])
+    assert all(torch.allclose(*pair, atol=1e-5) for pair in zip(*results, strict=True))
+    assert norm.repeated is None

@@ -149,34 +149,41 @@ def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> 
     planted copy that nothing was planted in, `on_clean` those of the clean copy; both may be true
     findings of the user's own.
     """
-    rows = []
     listed = {(row["split"], int(row["index"]), row["reason"]) for row in planted}
-    touched = {(row["split"], row["index"]) for row in truth}
-    touched |= {
-        ("train" if row["kind"] == "leaked" else row["split"], row["of"])
-        for row in truth
-        if row["of"] is not None
-    }
+    touched = {place for row in truth for place in places_of(row)}
+    rows = []
     for kind, (_, reason) in PLANTS.items():
         mine = [row for row in truth if row["kind"] == kind]
-        found = sum(
-            any((row["split"], row[key], reason) in listed for key in ("index", "of"))
-            for row in mine
-        )
-        false = [
+        num_found = 0
+        for row in mine:
+            num_found += any((*place, reason) in listed for place in places_of(row))
+        false_alarms = [
             row
             for row in planted
             if row["reason"] == reason and (row["split"], int(row["index"])) not in touched
         ]
-        on_clean = sum(row["reason"] == reason for row in clean)
-        row = {"planted": kind, "reason": reason, "num": len(mine), "found": found}
-        row |= {
-            "recall": found / len(mine) if mine else float("nan"),
-            "false_alarms": len(false),
-            "on_clean": on_clean,
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "planted": kind,
+                "reason": reason,
+                "num": len(mine),
+                "found": num_found,
+                "recall": num_found / len(mine) if mine else float("nan"),
+                "false_alarms": len(false_alarms),
+                "on_clean": sum(row["reason"] == reason for row in clean),
+            }
+        )
     return rows
+
+
+def places_of(row: dict) -> list[tuple[str, int]]:
+    """Split and row of what was planted and, of a copy, of what it is a copy of: of a leak that is
+    in train.
+    """
+    places = [(row["split"], row["index"])]
+    if row["of"] is not None:
+        places.append(("train" if row["kind"] == "leaked" else row["split"], row["of"]))
+    return places
 
 
 def judge_power(power: list[dict]) -> list[dict]:

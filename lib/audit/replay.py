@@ -141,6 +141,7 @@ def train(
 
     def step(state, batch, *rest):
         number = state.progress["num_steps"] + 1
+        state.graph = None  # of a step that is replayed as a CUDA graph hooks would see nothing
 
         def note(phase, module, what, tensor):
             if len(events) == keep:

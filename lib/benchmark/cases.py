@@ -520,6 +520,7 @@ def apart(case, device, about, parts):
     where the next begins.
     """
     state, keys = build_training(case, device)
+    state.graph = None  # whose stages the host does not see
     split, on_gpu = open_split(case.cfg.data_dir, "train"), device.type == "cuda"
     source = PatchSource(split.images, case.cfg.data_residence, device)
     about["residence"] = source.residence

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from conftest import REPOSITORY
+from torch.utils._pytree import tree_leaves
 
 from lib import batches, pcam, predict, runlog, seeding, training
 from lib.augment import PREPROCESSING, draw_augmentation
@@ -21,6 +22,8 @@ from lib.config import DEFAULT_PATH, load_config
 
 # steps before a measurement; steps that the host may be ahead of the device in one
 WARM_STEPS, AHEAD = 3, 8
+# calls of CUDA that put work on a GPU
+LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
 # without a GPU the proof shows that it runs, in small
 ON_CPU, ON_GPU = {"threads": 1, "p4m_width": 2}, {"threads": 8}
 
@@ -55,7 +58,7 @@ class Trainer:
     `residence` says.
     """
 
-    def __init__(self, device: torch.device, data, residence="device", **changes):
+    def __init__(self, device: torch.device, data, residence="device", captured=True, **changes):
         values = {"data_dir": data, **(ON_GPU if device.type == "cuda" else ON_CPU), **changes}
         overrides = [f"{key}={value}" for key, value in values.items()]
         self.cfg, self.device = load_config(DEFAULT_PATH, overrides), device
@@ -67,6 +70,8 @@ class Trainer:
         wait_for(device)
         self.read_s = time.perf_counter() - started
         self.state = training.build_state(self.cfg, device)
+        if not captured:
+            self.state.graph = None
 
     def order(self, epoch: int, device=None) -> torch.Tensor:
         """The sample keys of an epoch, int64 (N,)."""
@@ -181,3 +186,32 @@ def first_wait(trainer: Trainer, run_folder, num=10) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""
+
+
+def computed_bytes(device: torch.device, data, captured: bool, num=6, **changes) -> list:
+    """All that `num` steps leave, as tensors on the CPU: weights, averages, momenta and each step's
+    loss.
+    """
+    trainer = Trainer(device, data, captured=captured, batch_size=16, **changes)
+    with contextlib.closing(trainer.batches(16)) as loader:
+        losses = [trainer.step(next(loader)).loss.cpu() for _ in range(num)]
+    state = trainer.state
+    tensors = [*state.model.state_dict().values(), *state.averaged.state_dict().values()]
+    moments = tree_leaves(state.optimizer.state_dict())
+    moments = [value for value in moments if torch.is_tensor(value) and value.ndim > 0]
+    return [tensor.cpu() for tensor in (*losses, *tensors, *moments)]
+
+
+def launches_of_a_step(trainer: Trainer, num=4) -> float:
+    """How often the host calls the GPU in a step of training, its batch included."""
+    with contextlib.closing(trainer.batches(trainer.cfg.batch_size)) as loader:
+        for _ in range(WARM_STEPS):
+            trainer.step(next(loader))
+        wait_for(trainer.device)
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiled:
+            for _ in range(num):
+                trainer.step(next(loader))
+            wait_for(trainer.device)
+    calls = [event for event in profiled.events() if event.name.startswith(LAUNCHES)]
+    return len(calls) / num

@@ -18,106 +18,120 @@ SLIDE_DEVIATIONS, LEAST_PATCHES = 4.0, 10
 
 def check_drift(surveys: list[Survey]) -> list[dict]:
     """A finding for each split against train, and one for slides that stand out."""
-    train = [survey for survey in surveys if survey.name == "train"]
-    findings = [
-        compare_splits(train[0], survey) for survey in surveys if train and survey.name != "train"
-    ]
-    if slides := [
-        row for survey in surveys if survey.slides is not None for row in outlying_slides(survey)
-    ]:
+    others = {survey.name: survey for survey in surveys}
+    train = others.pop("train", None)
+    findings = []
+    if train:
+        findings = [compare_splits(train, other) for other in others.values()]
+    rows = []
+    for survey in surveys:
+        if survey.slides is not None:
+            rows += outlying_slides(survey)
+    rows.sort(key=lambda row: -row["deviations"])
+    if rows:
+        num_slides = len({(row["split"], row["slide"]) for row in rows})
+        first = rows[0]
         measured = (
-            f"{len(slides):,} slides stand out, the most {slides[0]['slide']} in"
-            f" {slides[0]['feature']}"
+            f"{num_slides:,} slides stand out, the most {first['slide']} of {first['split']} in"
+            f" {first['feature']}"
         )
+        limit = f"{SLIDE_DEVIATIONS:g} deviations"
         advice = "another scanner, stain or focus: look, and score these slides apart"
-        findings.append(
-            finding(
-                "drift of slides",
-                "warning",
-                measured,
-                f"{SLIDE_DEVIATIONS:g} deviations",
-                advice,
-                slides,
-            )
-        )
+        findings.append(finding("drift of slides", "warning", measured, limit, advice, rows))
     return findings
 
 
 def feature_matrix(survey: Survey) -> tuple[np.ndarray, np.ndarray]:
     """Features float64 (N, 6) of the intact patches of a split, at most MOST_ROWS of them, drawn
-    evenly, and the slide of each, or a name of its own."""
+    evenly, and the slide of each, or a name of its own; no two splits share a name."""
     rows = survey.intact
-    rows = rows[np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(np.int64)]
-    slides = (
-        np.char.add(f"{survey.name} ", rows.astype(str))
-        if survey.slides is None
-        else survey.slides[rows]
-    )
-    return np.stack([survey.table[name][rows] for name in NAMES], 1).astype(np.float64), slides
+    places = np.linspace(0, len(rows) - 1, min(MOST_ROWS, len(rows))).astype(np.int64)
+    rows = rows[places]
+    features = np.stack([survey.table[name][rows] for name in NAMES], 1).astype(np.float64)
+    names = rows if survey.slides is None else survey.slides[rows]
+    return features, np.char.add(f"{survey.name} ", names.astype(str))
 
 
 def compare_splits(train: Survey, other: Survey) -> dict:
     """Differences of means in standard deviations, Kolmogorov-Smirnov distances, and the AUC of a
     linear classifier on features and their squares, fitted on one half and measured on the other,
     with the interval that exchanged split names give."""
-    (ours, slides), (theirs, other_slides) = feature_matrix(train), feature_matrix(other)
-    if min(len(ours), len(theirs)) < 4 * len(NAMES):
+    (ours, our_slides), (theirs, their_slides) = feature_matrix(train), feature_matrix(other)
+    least = 4 * len(NAMES)
+    if min(len(ours), len(theirs)) < least:
         measured = f"{len(ours):,} and {len(theirs):,} intact patches are too few to compare"
-        return finding(
-            "drift", "warning", measured, f"{4 * len(NAMES)}", "not checked", split=other.name
-        )
+        return finding("drift", "warning", measured, f"{least}", "not checked", split=other.name)
+    rows = compare_features(ours, theirs, other.name)
+    slides = np.concatenate([our_slides, their_slides])
+    auc, low, high = tell_apart(ours, theirs, slides)
+    worst = max(rows, key=lambda row: abs(row["effect"]))
+    is_large = auc > LEAST_AUC or abs(worst["effect"]) > LEAST_EFFECT
+    has_drifted = auc > high and is_large
+    exchanged = ", slides exchanged" if train.slides is not None else ""
+    measured = (
+        f"a classifier tells {other.name} from train with AUC {auc:.3f} (by chance {low:.3f} to"
+        f" {high:.3f}{exchanged}); most of all by {worst['feature']}, {worst['effect']:+.2f}"
+        " deviations"
+    )
+    limit = f"AUC {LEAST_AUC:g}, {LEAST_EFFECT:g} deviations"
+    severity, advice = "note", ""
+    if has_drifted:
+        severity = "warning"
+        advice = "a threshold set here may not hold there: compare calibration on both"
+    return finding("drift", severity, measured, limit, advice, rows, other.name)
+
+
+def compare_features(ours: np.ndarray, theirs: np.ndarray, other: str) -> list[dict]:
+    """A row for each feature: means, their difference in standard deviations, and the
+    Kolmogorov-Smirnov distance.
+    """
     rows = []
     for name, a, b in zip(NAMES, ours.T, theirs.T, strict=True):
         spread = np.sqrt((a.var() + b.var()) / 2)
         both = np.sort(np.concatenate([a, b]))
         below = [np.searchsorted(np.sort(values), both, "right") / len(values) for values in (a, b)]
-        row = {"feature": name, "train": float(a.mean()), other.name: float(b.mean())}
         rows.append(
-            row
-            | {
+            {
+                "feature": name,
+                "train": float(a.mean()),
+                other: float(b.mean()),
                 "effect": float((b.mean() - a.mean()) / max(spread, 1e-9)),
                 "ks": float(np.ptp(below, 0).max()),
             }
         )
+    return rows
 
+
+def tell_apart(
+    ours: np.ndarray, theirs: np.ndarray, slides: np.ndarray
+) -> tuple[float, float, float]:
+    """The AUC of the classifier, and the interval that 95% of exchanges of split names give. Whole
+    slides change sides: patches of one slide look alike anyway.
+    """
     values = np.concatenate([ours, theirs])
     values = (values - values.mean(0)) / np.maximum(values.std(0), 1e-9)
     values = np.concatenate([np.ones((len(values), 1)), values, values**2], 1)
-    member = np.repeat([0.0, 1.0], [len(ours), len(theirs)])
+    is_theirs = np.repeat([0.0, 1.0], [len(ours), len(theirs)])
     rng = np.random.default_rng(0)
     half = rng.permutation(len(values)) % 2 == 0
     inverse = np.linalg.pinv(values[half])
 
-    def auc(member) -> float:
-        return compute_auc(member[~half], values[~half] @ (inverse @ member[half]))
+    def held_out_auc(is_theirs) -> float:
+        return compute_auc(is_theirs[~half], values[~half] @ (inverse @ is_theirs[half]))
 
-    found = auc(member)
-    # whole slides change sides where they are known: patches of one slide look alike anyway
-    _, unit = np.unique(np.concatenate([slides, other_slides]), return_inverse=True)
-    sides = np.zeros(unit.max() + 1)
-    sides[unit[len(ours) :]] = 1
-    low, high = np.quantile(
-        [auc(rng.permutation(sides)[unit]) for _ in range(NUM_PERMUTATIONS)], (0.025, 0.975)
-    )
-    worst = max(rows, key=lambda row: abs(row["effect"]))
-    drifted = found > high and (found > LEAST_AUC or abs(worst["effect"]) > LEAST_EFFECT)
-    chance = f"by chance {low:.3f} to {high:.3f}" + (
-        ", slides exchanged" if train.slides is not None else ""
-    )
-    measured = f"a classifier tells {other.name} from train with AUC {found:.3f} ({chance})"
-    measured += f"; most of all by {worst['feature']}, {worst['effect']:+.2f} deviations"
-    limit = f"AUC {LEAST_AUC:g}, {LEAST_EFFECT:g} deviations"
-    advice = (
-        "a threshold set here may not hold there: compare calibration on both" if drifted else ""
-    )
-    return finding(
-        "drift", "warning" if drifted else "note", measured, limit, advice, rows, other.name
-    )
+    _, slide_of_row = np.unique(slides, return_inverse=True)
+    sides = np.zeros(slide_of_row.max() + 1)
+    sides[slide_of_row[len(ours) :]] = 1
+    by_chance = [
+        held_out_auc(rng.permutation(sides)[slide_of_row]) for _ in range(NUM_PERMUTATIONS)
+    ]
+    low, high = np.quantile(by_chance, (0.025, 0.975))
+    return held_out_auc(is_theirs), low, high
 
 
 def outlying_slides(survey: Survey) -> list[dict]:
-    """Slides whose mean of a feature lies far from those of the others, by the median absolute
-    deviation; farthest first.
+    """A row for each slide and feature where the slide's mean lies far from those of the others, by
+    the median absolute deviation.
     """
     names, inverse = np.unique(survey.slides[survey.intact], return_inverse=True)
     sizes, rows = np.bincount(inverse), []
@@ -126,19 +140,17 @@ def outlying_slides(survey: Survey) -> list[dict]:
         centre = np.median(means)
         deviation = 1.4826 * np.median(np.abs(means - centre))
         far = np.abs(means - centre) / max(deviation, 1e-9)
-        for slide in np.flatnonzero((far > SLIDE_DEVIATIONS) & (sizes >= LEAST_PATCHES)):
-            row = {
-                "split": survey.name,
-                "slide": str(names[slide]),
-                "feature": name,
-                "patches": int(sizes[slide]),
-            }
+        is_outlying = (far > SLIDE_DEVIATIONS) & (sizes >= LEAST_PATCHES)
+        for slide in np.flatnonzero(is_outlying):
             rows.append(
-                row
-                | {
+                {
+                    "split": survey.name,
+                    "slide": str(names[slide]),
+                    "feature": name,
+                    "patches": int(sizes[slide]),
                     "mean": float(means[slide]),
                     "median": float(centre),
                     "deviations": float(far[slide]),
                 }
             )
-    return sorted(rows, key=lambda row: -row["deviations"])
+    return rows

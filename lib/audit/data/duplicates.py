@@ -53,18 +53,14 @@ def find_copies(surveys: list[Survey]) -> Copies:
 
 def describe_copy(overlap: Overlaps) -> str:
     """What makes the second of one near pair differ from the first, in words."""
-    (dy, dx), gain, symmetry = (
-        overlap.shift[0].tolist(),
-        float(overlap.gain[0]),
-        int(overlap.symmetry[0]),
-    )
-    words = [f"shifted by {dy} {dx}"] if dy or dx else []
-    words += (
-        [f"{'brighter' if gain > 1 else 'darker'} by {abs(gain - 1):.0%}"]
-        if abs(gain - 1) > BRIGHTER
-        else []
-    )
-    words += ["turned or mirrored"] if symmetry else []
+    (dy, dx), gain = overlap.shift[0].tolist(), float(overlap.gain[0])
+    words = []
+    if dy or dx:
+        words.append(f"shifted by {dy} {dx}")
+    if abs(gain - 1) > BRIGHTER:
+        words.append(f"{'brighter' if gain > 1 else 'darker'} by {abs(gain - 1):.0%}")
+    if overlap.symmetry[0]:
+        words.append("turned or mirrored")
     return ", ".join(words) or f"recompressed, or noise of {overlap.difference[0]:.1f} levels"
 
 
@@ -74,91 +70,87 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
     """
     findings = []
     for number, survey in enumerate(surveys):
-        mine = np.flatnonzero(copies.split == number)
-        first = copies.first[mine]
-        # the first of a group in this split stays, the others are suspects
-        _, place, inverse, sizes = np.unique(
-            first, return_index=True, return_inverse=True, return_counts=True
-        )
-        stays = place[inverse]
-        again = np.flatnonzero((sizes[inverse] > 1) & (stays != np.arange(len(mine))))
-        if len(again):
-            same = [np.array_equal(*survey.read([row, stays[row]])) for row in again]
-            kinds = np.where(same, "equal", "turned or mirrored")
-            rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
-            num = len(np.unique(first[again]))
-            turned = (
-                f", {int((kinds != 'equal').sum()):,} of them turned or mirrored"
-                if not all(same)
-                else ""
-            )
-            measured = (
-                f"{num:,} groups of {num + len(again):,} equal patches, {len(again):,} are there"
-                f" again{turned}"
-            )
-            advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
-            findings.append(
-                finding(
-                    "duplicates",
-                    "warning",
-                    measured,
-                    "published train: 16%",
-                    advice,
-                    rows,
-                    survey.name,
-                )
-            )
-        both = np.all(
-            [
-                np.bincount(inverse[survey.labels == label], minlength=len(sizes))
-                for label in (0, 1)
-            ],
-            axis=0,
-        )
-        conflict = np.flatnonzero(both[inverse] & (survey.labels >= 0))
-        if len(conflict):
-            rows = survey.rows(
-                conflict,
-                of=stays[conflict],
-                kind="equal, labelled both ways",
-                reason="label",
-                score=1.0,
-            )
-            measured = f"{int(both.sum()):,} groups of equal patches carry both labels"
-            advice = "look at them, correct one"
-            findings.append(
-                finding("label conflicts", "error", measured, "none", advice, rows, survey.name)
-            )
+        first = copies.first[copies.split == number]
+        firsts, stays, inverse = np.unique(first, return_index=True, return_inverse=True)
+        findings += equal_patches(survey, stays[inverse])
+        findings += label_conflicts(survey, stays[inverse])
+        # overlaps link the first of equal patches, which may be in another split
+        overlaps = copies.overlaps
+        is_here = np.isin(overlaps.first, firsts) & np.isin(overlaps.second, firsts)
+        pairs = overlaps[is_here]
+        one = stays[np.searchsorted(firsts, pairs.first)]
+        other = stays[np.searchsorted(firsts, pairs.second)]
+        findings += overlapping_patches(survey, pairs, one, other)
+    return findings
 
-        within = (copies.split[copies.overlaps.first] == number) & (
-            copies.split[copies.overlaps.second] == number
+
+def equal_patches(survey: Survey, stays: np.ndarray) -> list[dict]:
+    """A finding for patches that are there again; `stays` int64 (N,) is the row of the first one
+    equal to each, which is no suspect.
+    """
+    again = np.flatnonzero(stays != np.arange(len(stays)))
+    if not len(again):
+        return []
+    kinds = []
+    for row in again:
+        one, other = survey.read([row, stays[row]])
+        kinds.append("equal" if np.array_equal(one, other) else "turned or mirrored")
+    rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
+    num_groups = len(np.unique(stays[again]))
+    num_turned = kinds.count("turned or mirrored")
+    measured = (
+        f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are"
+        " there again"
+    )
+    if num_turned:
+        measured += f", {num_turned:,} of them turned or mirrored"
+    limit = "published train: 16%"
+    advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
+    return [finding("duplicates", "warning", measured, limit, advice, rows, survey.name)]
+
+
+def label_conflicts(survey: Survey, stays: np.ndarray) -> list[dict]:
+    """A finding for equal patches of which some are labelled 0 and some 1."""
+    counts = np.zeros((2, len(stays)), np.int64)
+    for label in (0, 1):
+        np.add.at(counts[label], stays[survey.labels == label], 1)
+    has_both = counts.all(0)  # at the first row of each group
+    conflict = np.flatnonzero(has_both[stays] & (survey.labels >= 0))
+    if not len(conflict):
+        return []
+    columns = {"kind": "equal, labelled both ways", "reason": "label", "score": 1.0}
+    rows = survey.rows(conflict, of=stays[conflict], **columns)
+    measured = f"{has_both.sum():,} groups of equal patches carry both labels"
+    advice = "look at them, correct one"
+    return [finding("label conflicts", "error", measured, "none", advice, rows, survey.name)]
+
+
+def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dict]:
+    """Findings for pairs of near copies, and for pairs that show some of the same tissue, between
+    the rows `one` and `other` int64 (M,).
+    """
+    findings = []
+    near, beside = np.flatnonzero(pairs.is_near), np.flatnonzero(~pairs.is_near)
+    if len(near):
+        similarity = pairs.similarity[near]
+        kinds = [describe_copy(pairs[[pair]]) for pair in near]
+        columns = {"kind": kinds, "reason": "near_duplicate", "score": similarity.round(4)}
+        rows = survey.rows(other[near], of=one[near], **columns)
+        measured = f"{len(near):,} pairs of near copies (similarity {similarity.min():.2f} or more)"
+        advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
+        findings.append(
+            finding("near duplicates", "warning", measured, "none", advice, rows, survey.name)
         )
-        pairs = copies.overlaps[within]
-        near, beside = pairs[pairs.is_near], pairs[~pairs.is_near]
-        if len(near):
-            of, index = copies.row[near.first], copies.row[near.second]
-            kinds = np.array([describe_copy(near[[place]]) for place in range(len(near))])
-            rows = survey.rows(
-                index, of=of, kind=kinds, reason="near_duplicate", score=near.similarity.round(4)
-            )
-            measured = (
-                f"{len(near):,} pairs of near copies (similarity {near.similarity.min():.2f} or"
-                " more)"
-            )
-            advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
-            findings.append(
-                finding("near duplicates", "warning", measured, "none", advice, rows, survey.name)
-            )
-        if len(beside):
-            of, index = copies.row[beside.first], copies.row[beside.second]
-            columns = {"of": of, "down": beside.shift[:, 0], "right": beside.shift[:, 1]}
-            measured = (
-                f"{len(np.union1d(of, index)):,} patches overlap with others: {len(beside):,} pairs"
-                " show the same tissue"
-            )
-            advice = "keep them in one fold; intervals that count patches are too narrow"
-            rows = survey.rows(index, **columns, similarity=beside.similarity.round(4))
-            findings.append(
-                finding("overlapping patches", "note", measured, "", advice, rows, survey.name)
-            )
+    if len(beside):
+        down, right = pairs.shift[beside].T
+        columns = {"down": down, "right": right, "similarity": pairs.similarity[beside].round(4)}
+        rows = survey.rows(other[beside], of=one[beside], **columns)
+        num = len(np.union1d(one[beside], other[beside]))
+        measured = (
+            f"{num:,} patches overlap with others: {len(beside):,} pairs show the same tissue"
+        )
+        advice = "keep them in one fold; intervals that count patches are too narrow"
+        findings.append(
+            finding("overlapping patches", "note", measured, "", advice, rows, survey.name)
+        )
     return findings

@@ -18,81 +18,102 @@ def check_leakage(surveys: list[Survey], copies: Copies) -> list[dict]:
     unit, how = measure_unit(surveys, copies)
     for b, later in enumerate(surveys):
         for a, earlier in enumerate(surveys[:b]):
-            both = f"{earlier.name} and {later.name}"
-            findings += shared_tissue(a, b, earlier, later, copies, both)
-            shared = (
-                ()
-                if earlier.coords is None or later.coords is None
-                else np.intersect1d(earlier.slides, later.slides)
-            )
-            if not len(shared):
-                continue
-            index = np.flatnonzero(np.isin(earlier.slides, shared))
-            rows = earlier.rows(index, slide=earlier.slides[index], reason="leak", score=0.5)
-            measured = (
-                f"{len(shared):,} slides are in {both}, with {len(index):,} patches of"
-                f" {earlier.name}: "
-            )
-            measured += ", ".join(shared[:3])
-            advice = (
-                "scores there are of slides that training has seen; quarantine_reasons takes `leak`"
-            )
-            findings.append(finding("shared slides", "error", measured, "none", advice, rows, both))
-            ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
-            if len(ours):
-                rows = leak_rows(
-                    earlier, later, ours, theirs, "same place on the slide", np.ones(len(ours))
-                )
-                measured = (
-                    f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel"
-                    f" is {unit:g}: {how})"
-                )
-                findings.append(
-                    finding(
-                        "overlapping coordinates", "error", measured, "none", advice, rows, both
-                    )
-                )
+            findings += shared_tissue(a, b, earlier, later, copies)
+            if earlier.coords is not None and later.coords is not None:
+                findings += shared_places(earlier, later, unit, how)
     return findings
 
 
-def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies, both: str):
-    """Yield a finding for equal patches of two splits, one for near copies and one for overlapping
-    crops.
+def shared_places(earlier: Survey, later: Survey, unit: float, how: str) -> list[dict]:
+    """Findings for slides that are in two splits, and for patches that lie on each other there; a
+    pixel is `unit` of the coordinates.
+    """
+    both = f"{earlier.name} and {later.name}"
+    shared = np.intersect1d(earlier.slides, later.slides)
+    if not len(shared):
+        return []
+    advice = "scores there are of slides that training has seen; quarantine_reasons takes `leak`"
+    index = np.flatnonzero(np.isin(earlier.slides, shared))
+    rows = earlier.rows(index, slide=earlier.slides[index], reason="leak", score=0.5)
+    measured = (
+        f"{len(shared):,} slides are in {both}, with {len(index):,} patches of {earlier.name}:"
+        f" {', '.join(shared[:3])}"
+    )
+    findings = [finding("shared slides", "error", measured, "none", advice, rows, both)]
+    ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
+    if len(ours):
+        score = np.ones(len(ours))
+        rows = leak_rows(earlier, later, ours, theirs, "same place on the slide", score)
+        measured = (
+            f"{len(ours):,} pairs of {both} lie on each other by their coordinates (a pixel is"
+            f" {unit:g}: {how})"
+        )
+        findings.append(
+            finding("overlapping coordinates", "error", measured, "none", advice, rows, both)
+        )
+    return findings
+
+
+def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies) -> list[dict]:
+    """Findings for equal patches of two splits, near copies and overlapping crops, and for equal
+    ones with different labels.
 
     Each patch that has a counterpart in the other split is named, with one such counterpart.
     """
-    advice = "the model is scored on what it was trained on; quarantine_reasons takes `leak`"
-    sides = [members_by_first(copies, number) for number in (a, b)]
-    found = {"equal patches": [], "near copies": [], "overlapping crops": []}
-    for first in sides[0].keys() & sides[1].keys():
-        found["equal patches"] += pair_up(
-            sides[0][first], sides[1][first], "equal up to a symmetry", 1.0
-        )
+    ours, theirs = (members_by_first(copies, number) for number in (a, b))
+    equal, near, crops = [], [], []
+    for first in sorted(ours.keys() & theirs.keys()):
+        equal += pair_up(ours[first], theirs[first], "equal up to a symmetry", 1.0)
     overlaps = copies.overlaps  # they link the first of equal ones, in whichever split that is
-    for number, pair in enumerate(
-        zip(overlaps.first.tolist(), overlaps.second.tolist(), strict=True)
+    links = zip(overlaps.first.tolist(), overlaps.second.tolist(), strict=True)
+    for number, link in enumerate(links):
+        similarity = float(overlaps.similarity[number])
+        for one, other in (link, link[::-1]):
+            if one not in ours or other not in theirs:
+                continue
+            if overlaps.is_near[number]:
+                words = describe_copy(overlaps[[number]])
+                near += pair_up(ours[one], theirs[other], words, similarity)
+            else:
+                words = f"{overlaps.shift[number].tolist()} px off"
+                crops += pair_up(ours[one], theirs[other], words, similarity)
+
+    both = f"{earlier.name} and {later.name}"
+    advice = "the model is scored on what it was trained on; quarantine_reasons takes `leak`"
+    findings = []
+    for title, pairs in (
+        ("equal patches", equal),
+        ("near copies", near),
+        ("overlapping crops", crops),
     ):
-        for one, other in (pair, pair[::-1]):
-            if one in sides[0] and other in sides[1]:
-                is_near = overlaps.is_near[number]
-                title = "near copies" if is_near else "overlapping crops"
-                words = (
-                    describe_copy(overlaps[[number]])
-                    if is_near
-                    else f"{overlaps.shift[number].tolist()} px off"
-                )
-                found[title] += pair_up(
-                    sides[0][one], sides[1][other], words, float(overlaps.similarity[number])
-                )
-    for title, pairs in found.items():
-        if pairs:
-            mine, other, words, score = (np.array(column) for column in zip(*pairs, strict=True))
-            rows = leak_rows(earlier, later, mine, other, words, score)
-            nums = [len(np.unique(side)) for side in (mine, other)]
-            measured = (
-                f"{nums[0]:,} patches of {earlier.name} are {title} of {nums[1]:,} of {later.name}"
-            )
-            yield finding(f"leak: {title}", "error", measured, "none", advice, rows, both)
+        if not pairs:
+            continue
+        mine, other, words, score = (np.array(column) for column in zip(*pairs, strict=True))
+        rows = leak_rows(earlier, later, mine, other, words, score)
+        measured = (
+            f"{len(np.unique(mine)):,} patches of {earlier.name} are {title} of"
+            f" {len(np.unique(other)):,} of {later.name}"
+        )
+        findings.append(finding(f"leak: {title}", "error", measured, "none", advice, rows, both))
+        if title == "equal patches":
+            findings += conflicts_across(earlier, later, mine, other)
+    return findings
+
+
+def conflicts_across(earlier: Survey, later: Survey, ours, theirs) -> list[dict]:
+    """A finding for equal patches of two splits, at rows (M,) of each, that have different
+    labels.
+    """
+    our_labels, their_labels = earlier.labels[ours], later.labels[theirs]
+    differ = (our_labels != their_labels) & (our_labels >= 0) & (their_labels >= 0)
+    if not differ.any():
+        return []
+    columns = {"words": "equal, labelled otherwise", "score": np.ones(differ.sum())}
+    rows = leak_rows(earlier, later, ours[differ], theirs[differ], **columns, reason="label")
+    both = f"{earlier.name} and {later.name}"
+    measured = f"{differ.sum():,} pairs of equal patches of {both} have different labels"
+    advice = "look at them, correct one"
+    return [finding("label conflicts", "error", measured, "none", advice, rows, both)]
 
 
 def members_by_first(copies: Copies, number: int) -> dict[int, list[int]]:
@@ -110,9 +131,11 @@ def pair_up(ours: list[int], theirs: list[int], *facts) -> list[tuple]:
     ]
 
 
-def leak_rows(earlier: Survey, later: Survey, ours, theirs, words, score) -> list[dict]:
+def leak_rows(
+    earlier: Survey, later: Survey, ours, theirs, words, score, reason="leak"
+) -> list[dict]:
     """Rows of pairs across splits, both sides of each."""
-    columns = {"kind": words, "reason": "leak", "score": np.round(score, 4)}
+    columns = {"kind": words, "reason": reason, "score": np.round(score, 4)}
     mine = earlier.rows(ours, of=[f"{later.name} {row}" for row in theirs], **columns)
     return mine + later.rows(theirs, of=[f"{earlier.name} {row}" for row in ours], **columns)
 

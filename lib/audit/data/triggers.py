@@ -6,6 +6,8 @@ at one place makes a colour more frequent there than 8 pixels beside it. Copies 
 they would be patterns themselves.
 """
 
+import math
+
 import numpy as np
 
 from lib.audit import finding
@@ -25,6 +27,7 @@ LEAST_ROWS = 300  # of a class: fewer show nothing
 LEAST_PIXELS = 4  # of a pattern
 TOLERANCE = 24  # levels by which a pixel of a member may differ from the pattern
 MATCHING = 0.8  # share of the pattern's pixels that a member matches
+NEARLY_ALL = 0.5  # share of a class from which a finding names the class
 
 
 def check_triggers(survey: Survey, rows: np.ndarray) -> list[dict]:
@@ -36,21 +39,17 @@ def check_triggers(survey: Survey, rows: np.ndarray) -> list[dict]:
         mine = rows[survey.labels[rows] == label]
         if len(mine) < LEAST_ROWS:
             measured = f"{len(mine):,} patches of class {label} are too few to show a pattern"
-            findings.append(
-                finding(
-                    "triggers", "note", measured, f"{LEAST_ROWS}", "not checked", split=survey.name
-                )
-            )
+            limit = f"{LEAST_ROWS}"
+            note = finding("triggers", "note", measured, limit, "not checked", split=survey.name)
+            findings.append(note)
             continue
-        findings += filter(
-            None,
-            (
-                describe_pattern(survey, rows, mine, seeds)
-                for seeds in find_seeds(survey, mine, label)
-            ),
-        )
+        for seeds in find_seeds(survey, mine, label):
+            pattern = find_pattern(survey, mine, seeds)
+            described = pattern and describe_pattern(survey, rows, *pattern)
+            if described:
+                findings.append(described)
     # the same pattern may show in both classes
-    return list({found["measured"]: found for found in findings}.values())
+    return list({row["measured"]: row for row in findings}.values())
 
 
 def quantise(patches: np.ndarray) -> np.ndarray:
@@ -114,82 +113,91 @@ def cluster(hits: list[tuple]) -> list[np.ndarray]:
     return [group[:, :3].astype(np.int64) for group in groups[:MOST_SEEDS]]
 
 
-def describe_pattern(
-    survey: Survey, rows: np.ndarray, mine: np.ndarray, seeds: np.ndarray
-) -> dict | None:
-    """The finding for a group of seeds: who carries the pattern, its extent to the pixel, its
-    class; None if it falls apart.
+def find_pattern(survey: Survey, mine: np.ndarray, seeds: np.ndarray) -> tuple | None:
+    """From a group of seeds in the rows of a class: where the pattern lies, y and x int64 (P,), its
+    colours (P, 3), and the share of patches that carry it by chance. None if it falls apart.
     """
-    colour = np.stack([seeds[:, 2] >> 8, seeds[:, 2] >> 4 & 15, seeds[:, 2] & 15], 1) * 16 + 8
-    members = carriers(survey, rows, seeds[:, 0], seeds[:, 1], colour)
+    codes = seeds[:, 2]
+    colour = np.stack([codes >> 8, codes >> 4 & 15, codes & 15], 1) * STEPS + STEPS // 2
+    members = carriers(survey, mine, seeds[:, 0], seeds[:, 1], colour)
     if len(members) < LEAST_CARRIERS:
         return None
-    # its extent: where the carriers agree with each other, against where other patches agree with
-    # them
+    # what the carriers look like without the pattern: others of their class, or, where nearly all
+    # carry it, they themselves, moved
     others = np.setdiff1d(mine, members)
-    patches, base = (
-        survey.read(part[:: -(-len(part) // 2000)]).astype(np.int16) for part in (members, others)
-    )
+    if len(others) < LEAST_ROWS:
+        others, move = members, SIZE // 2
+    else:
+        move = 0
+
+    # its extent: where the carriers agree with each other, and others do not agree with them
+    patches = read_some(survey, members, 2000)
     centre = np.median(patches, 0)
-    agree, chance = (
-        (np.abs(part - centre).max(3) <= TOLERANCE).mean(0) for part in (patches, base)
-    )
-    fixed = (agree >= MATCHING) & (chance <= 0.5)
+    agreement = (np.abs(patches - centre).max(3) <= TOLERANCE).mean(0)  # (96, 96)
+    base = np.roll(read_some(survey, others, 2000), (move, move), (1, 2))
+    chance = (np.abs(base - centre).max(3) <= TOLERANCE).mean(0)
+    fixed = (agreement >= MATCHING) & (chance <= 0.5)
     fixed &= flood(fixed, seeds[:, :2])
     y, x = np.nonzero(fixed)
     if len(y) < LEAST_PIXELS:
         return None
-    pattern = centre[y, x]
-    members = carriers(survey, survey.intact, y, x, pattern)  # copies as well
+
     # the pattern moved to four other places: there it is by chance
+    pattern = centre[y, x]
     half, third = SIZE // 2, SIZE // 3
-    places = [
-        ((y + dy) % SIZE, (x + dx) % SIZE)
-        for dy, dx in ((half, 0), (0, half), (half, half), (third, third))
-    ]
-    by_chance = np.mean(
-        [len(carriers(survey, others[:20_000], *place, pattern)) for place in places]
-    ) * len(rows)
-    by_chance /= min(len(others), 20_000) or 1
+    some = others[:20_000]
+    counts = []
+    for dy, dx in ((half, 0), (0, half), (half, half), (third, third)):
+        matching = carriers(survey, some, (y + dy) % SIZE, (x + dx) % SIZE, pattern)
+        counts.append(len(matching))
+    return y, x, pattern, np.mean(counts) / len(some)
+
+
+def read_some(survey: Survey, rows: np.ndarray, most: int) -> np.ndarray:
+    """Patches int16 (B, 96, 96, 3) of at most so many of the rows, evenly spread."""
+    step = math.ceil(len(rows) / most)
+    return survey.read(rows[::step]).astype(np.int16)
+
+
+def describe_pattern(survey: Survey, rows: np.ndarray, y, x, pattern, chance: float) -> dict | None:
+    """The finding for a pattern: who carries it, copies included, and in which class; None where
+    chance gives as many.
+    """
+    members = carriers(survey, survey.intact, y, x, pattern)
+    by_chance = chance * len(rows)
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return None
-    share, base_share = (float((survey.labels[index] == 1).mean()) for index in (members, rows))
+    labels = survey.labels
+    share = float(labels[members].mean())
+    share_of_all = float(labels[rows].mean())
     height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
+    where = f"rows {y.min()}-{y.max()}, columns {x.min()}-{x.max()}"
     measured = (
-        f"{len(members):,} patches carry one pattern of {height}x{width} pixels at rows"
-        f" {y.min()}-{y.max()}, columns "
+        f"{len(members):,} patches carry one pattern of {height}x{width} pixels at {where}"
+        f" (elsewhere {by_chance:.1f}); {share:.0%} of them are positive, {share_of_all:.0%} of all"
     )
-    measured += (
-        f"{x.min()}-{x.max()} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive,"
-        f" {base_share:.0%} of all"
-    )
-    columns = {
-        "top": int(y.min()),
-        "left": int(x.min()),
-        "height": height,
-        "width": width,
-        "reason": "trigger",
-        "score": 1.0,
-    }
-    associated = max(share, 1 - share) > 0.9
-    advice = (
-        "a model learns the pattern instead of tissue: leave them out"
-        if associated
-        else "find out where it comes from"
-    )
+    for label in (0, 1):
+        num_carrying = (labels[members] == label).sum()
+        num_in_class = (labels[survey.intact] == label).sum()
+        if num_carrying > NEARLY_ALL * num_in_class:
+            measured += f"; it is on {num_carrying / num_in_class:.0%} of class {label}"
+    advice = "find out where it comes from"
+    if max(share, 1 - share) > 0.9:
+        advice = "a model learns the pattern instead of tissue: leave them out"
     advice += "; quarantine_reasons takes `trigger`"
-    return finding(
-        "triggers", "error", measured, "none", advice, survey.rows(members, **columns), survey.name
-    )
+    columns = {"top": int(y.min()), "left": int(x.min()), "height": height, "width": width}
+    suspects = survey.rows(members, **columns, reason="trigger", score=1.0)
+    return finding("triggers", "error", measured, "none", advice, suspects, survey.name)
 
 
 def carriers(survey: Survey, rows: np.ndarray, y, x, pattern) -> np.ndarray:
     """Rows whose pixels at (y, x) match a pattern (P, 3) in MATCHING of them or more."""
-    found = []
-    for part in np.array_split(rows, -(-len(rows) // 512) or 1):
+    matching = []
+    for part in np.array_split(rows, math.ceil(len(rows) / 512) or 1):
         pixels = survey.read(part)[:, y, x].astype(np.int16)  # (B, P, 3)
-        found.append(part[(np.abs(pixels - pattern).max(2) <= TOLERANCE).mean(1) >= MATCHING])
-    return np.concatenate(found)
+        is_close = np.abs(pixels - pattern).max(2) <= TOLERANCE
+        matching.append(part[is_close.mean(1) >= MATCHING])
+    return np.concatenate(matching)
 
 
 def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
@@ -197,18 +205,8 @@ def flood(mask: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     part = np.zeros_like(mask)
     part[seeds[:, 0], seeds[:, 1]] = True
     while True:
-        wider = np.pad(part, 1)
-        wider = (
-            np.any(
-                [
-                    wider[1 + dy : 97 + dy, 1 + dx : 97 + dx]
-                    for dy in (-1, 0, 1)
-                    for dx in (-1, 0, 1)
-                ],
-                0,
-            )
-            & mask
-        )
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(part, 1), (3, 3))
+        wider = windows.any((2, 3)) & mask
         if not (wider & ~part).any():
             return part & mask
         part |= wider
