@@ -33,7 +33,7 @@ def parse(argv) -> argparse.Namespace:
         "--config",
         default="",
         metavar="F",
-        help="YAML file that holds every key (default: config.yaml)",
+        help="YAML file whose keys are put over those of config.yaml",
     )
     parser.add_argument(
         "--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)"
@@ -115,7 +115,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """
     from lib import batches, rundir, runlog, training
     from lib.calibration import complete_checkpoint
-    from lib.checkpoint import PREVIOUS, newest_checkpoint, save_checkpoint, weights_sha256
+    from lib.checkpoint import (
+        PREVIOUS,
+        SCHEMA,
+        newest_checkpoint,
+        save_checkpoint,
+        weights_sha256,
+    )
     from lib.device import (
         describe_machine,
         keep_freed_memory,
@@ -181,6 +187,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         "start_step": progress["num_steps"],
         "num_ranks": ranks.num,
     }
+    meta["versions"]["schema"] = SCHEMA  # with another one a step gives other bits
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
         lock = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)

@@ -18,7 +18,7 @@ from lib.files import atomic_write
 from lib.models import build_model, find_state, fit_state, logit_layer
 
 KIND = "pcam-checkpoint"
-SCHEMA = 3
+SCHEMA = 4  # since 4 Muon works in blocks, and sums of batch norms have another order: other bits
 PREVIOUS = "previous.pt"  # the last.pt before the newest, while a run goes on
 
 HEADER = ("kind", "schema", "sha256", "weights_sha256")

@@ -282,10 +282,12 @@ def parse_overrides(pairs) -> dict[str, str]:
 
 
 def load_config(path=DEFAULT_PATH, overrides=()) -> Config:
-    """The configuration in the YAML file at `path`, with `key=value` overrides put over it."""
+    """The configuration in config.yaml, with what the YAML file at `path` says put over it, and
+    `key=value` overrides over both.
+    """
     changes = parse_overrides(overrides)
     refuse_unknown(changes, "command line")
-    return config_from_dict(read_yaml(path) | changes, source=str(path))
+    return config_from_dict(read_yaml(DEFAULT_PATH) | read_yaml(path) | changes, source=str(path))
 
 
 def dump_config(cfg: Config) -> str:

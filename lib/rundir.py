@@ -61,6 +61,7 @@ HARDWARE = (
     ("machine", "gpu"),
     ("machine", "cpu_capability"),
     ("versions", "torch"),
+    ("versions", "schema"),
 )
 MOST_UNTRACKED = 1000
 

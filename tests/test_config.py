@@ -45,6 +45,22 @@ def test_config_yaml_has_each_key_in_its_order_with_a_comment_and_the_code_has_n
     assert [line for line in LINES if not re.search(r" # \S", line)] == []
 
 
+def test_what_a_file_leaves_out_is_as_in_config_yaml(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("batch_size: 128\nlr: 1e-3\n")
+    expected = dataclasses.replace(load_config(), batch_size=128, lr=1e-3, seed=7)
+    assert load_config(path, ["seed=7"]) == expected
+    path.write_text("batchsize: 128\n")
+    with pytest.raises(BadInput, match="unknown key 'batchsize', did you mean 'batch_size'"):
+        load_config(path)
+
+
+def test_the_config_for_a_gpu_changes_what_it_names():
+    path = REPOSITORY / "config-gpu.yaml"
+    changed, default = load_config(path), load_config()
+    assert changed.batch_size > default.batch_size and changed.model == default.model
+
+
 def test_a_missing_key_is_named():
     values = load_config().as_dict()
     del values["momentum"]
