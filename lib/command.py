@@ -34,7 +34,7 @@ def probability(text: str) -> float:
     """An argument that must lie between 0 and 1."""
     value = float(text)
     if not 0 <= value <= 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
@@ -42,7 +42,7 @@ def positive(text: str) -> int:
     """An argument that counts something."""
     value = int(text)
     if value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
     return value
 
 
