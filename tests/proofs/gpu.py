@@ -586,6 +586,23 @@ def batch_sizes(ctx):
         yield figure(f"train {' '.join(changes)}{f' ({rule})' if rule else ''}", told)
 
 
+@section(100, cuda_only=True)
+def recipes(ctx):
+    """config.yaml and config-gpu.yaml, three seeds each, three trainings at a time"""
+    data, runs = ctx.patches(), ctx.scratch / "recipes"
+    jobs = list(itertools.product(("config-gpu.yaml", "config.yaml"), (1, 2, 3)))
+
+    def train(config, seed) -> dict:
+        where = ("--device", "cuda", "--runs", runs, "--config", config)
+        return run("train.py", *where, f"data_dir={data}", f"seed={seed}", "threads=4")
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(train, *zip(*jobs, strict=True)))
+    for (config, seed), result in zip(jobs, results, strict=True):
+        told = f"{result['status']}, val_auc {result.get('val_auc') or 0:.4f}"
+        yield figure(f"train --config {config} seed={seed}", told)
+
+
 # Carrying them out
 
 
