@@ -205,14 +205,6 @@ def test_a_file_that_is_wrong_twice_fails_by_name_and_leaves_nothing_of_it(
     assert left == [split_path("", "train", part).name for part in ("meta", "y")]
 
 
-def test_the_unpacked_sum_is_checked_too(tmp_path, published, fetch):
-    packed_md5, _ = published[1]["train"]["x"]
-    official = {"train": published[1]["train"] | {"x": (packed_md5, "0" * 32)}}
-    with pytest.raises(WrongContent, match="unpacked is not the published 0000"):
-        fetch(splits=("train",), official=official)
-    assert not split_path(tmp_path, "train", "x").exists() and not any(tmp_path.glob(".*"))
-
-
 def test_what_cannot_work_is_refused_at_once_and_what_may_pass_after_some_tries(
     tmp_path, server, published, fetch
 ):

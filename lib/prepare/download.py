@@ -3,11 +3,10 @@ before its MD5 is right.
 """
 
 import gzip
-import hashlib
 import http.client
+import shutil
 import time
 import urllib.request
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,19 +37,19 @@ class Cut(Exception):
 
 
 class Wanted(NamedTuple):
-    """A file to fetch: its official path, its MD5 packed (None: published as it is) and unpacked,
-    about its size.
+    """A file to fetch: its official path, whether it is published packed, its MD5 as published,
+    about its size unpacked.
     """
 
     path: Path
-    packed_md5: str | None
+    is_packed: bool
     md5: str
     num_bytes: int
 
     @property
     def name(self) -> str:
         """As it is published."""
-        return self.path.name + (".gz" if self.packed_md5 else "")
+        return f"{self.path.name}.gz" if self.is_packed else self.path.name
 
 
 def download(
@@ -90,10 +89,10 @@ def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
     files = []
     # small files first: a wrong server shows at once
     for part, row_bytes in (("meta", 80), ("y", 1), ("x", PATCH_BYTES)):
-        path, sums = split_path(directory, split, part), published[part]
-        packed_md5, md5 = (None, sums) if part == "meta" else sums
+        path, is_packed = split_path(directory, split, part), part != "meta"
+        packed_md5, md5 = published[part] if is_packed else (published[part], published[part])
         if not path.exists():
-            files.append(Wanted(path, packed_md5, md5, published["rows"] * row_bytes))
+            files.append(Wanted(path, is_packed, packed_md5, published["rows"] * row_bytes))
         elif file_digest(path, "md5") != md5:
             raise BadInput(
                 f"{path} is there and is not the published file; move it away, or choose another"
@@ -121,25 +120,15 @@ def bring(file: Wanted, url: str, timeout_s: float, backoff_s: float) -> None:
 
 def unpack(part: Path, file: Wanted) -> str:
     """Give a whole transfer its official name, unpacked. Gives what is wrong with it, or ''."""
-    expected, md5 = file.packed_md5 or file.md5, file_digest(part, "md5")
-    if md5 != expected:
-        return f"MD5 {md5} is not the published {expected}"
-    if not file.packed_md5:
+    md5 = file_digest(part, "md5")
+    if md5 != file.md5:
+        return f"MD5 {md5} is not the published {file.md5}"
+    if file.is_packed:
+        say(f"unpack {file.name}")
+        with atomic_write(file.path) as target, gzip.open(part) as unpacked:
+            shutil.copyfileobj(unpacked, target, BLOCK_BYTES)
+    else:
         part.rename(file.path)
-        return ""
-    digest = hashlib.md5(usedforsecurity=False)
-    progress = Progress(0, f"unpack {file.path.name}", "bytes")
-    try:
-        with atomic_write(file.path) as target, gzip.open(part) as unpacked, progress:
-            while block := unpacked.read(BLOCK_BYTES):
-                target.write(block)
-                digest.update(block)
-                progress.add(len(block))
-            md5 = digest.hexdigest()
-            if md5 != file.md5:
-                raise EOFError(f"MD5 {md5} unpacked is not the published {file.md5}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        return one_line(error)
     return ""
 
 
@@ -161,9 +150,10 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
                 return
             except Cut as cut:
                 size = part.stat().st_size
-                num_failures = num_failures + 1 if size <= furthest else 1
-                furthest = max(furthest, size)
-                if num_failures >= NUM_TRIES:
+                if size > furthest:
+                    furthest, num_failures = size, 0
+                num_failures += 1
+                if num_failures == NUM_TRIES:
                     raise BadInput(
                         f"{url} cannot be fetched: {cut}; {size:,} bytes are kept for the next run"
                     ) from None

@@ -82,9 +82,9 @@ class SyntheticPlan:
         if share > 1:
             raise BadInput("planted rates, those of duplicates taken twice, add up to more than 1")
 
-    def rate(self, kind: str) -> float:
-        """The rate planted for a kind, 0 where none is."""
-        return self.plant.get(kind, 0.0)
+    def rng(self, split: str, *position: int):
+        """Random numbers that depend on the seed, the split and a position alone."""
+        return np.random.default_rng((self.seed, SPLITS.index(split), *position))
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,7 @@ def _blur(values: np.ndarray, passes: int) -> np.ndarray:
     for axis in (-1, -2) * passes:
         source = np.moveaxis(values, axis, 0)
         target = source.copy("K")
-        np.add(source[2:], source[:-2], out=target[1:-1])
-        target[1:-1] += source[1:-1]
-        target[1:-1] *= np.float32(1 / 3)
+        target[1:-1] = (source[2:] + source[:-2] + source[1:-1]) * np.float32(1 / 3)
         values = np.moveaxis(target, 0, axis)
     return values
 
@@ -478,8 +476,8 @@ def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple
 
 def _draw_block(plan, split, start, source, number, num, num_positive):
     """One slide's patches with what is planted in them, as generate_split yields them."""
-    slide = draw_slide(plan.seed, source, number, plan.rate("blurred_scanner"))
-    rng = np.random.default_rng((plan.seed, SPLITS.index(split), start, 1))
+    slide = draw_slide(plan.seed, source, number, plan.plant.get("blurred_scanner", 0))
+    rng = plan.rng(split, start, 1)
     images, labels, coords = cut_patches(slide, num, rng, num_positive)
     images = images.astype(plan.dtype, copy=False)
     truth = _plant(plan, split, start, slide, images, labels, coords, rng)
@@ -499,12 +497,13 @@ def _schedule(plan, split):
     """What to cut from which slide: (first row, the slide's own split, its number, patches,
     positives) for each block.
     """
-    rng, total = np.random.default_rng((plan.seed, SPLITS.index(split), 0, 2)), plan.sizes[split]
+    rng, total = plan.rng(split, 0, 2), plan.sizes[split]
     starts = range(0, total, PATCHES_PER_SLIDE)
     sizes = [min(PATCHES_PER_SLIDE, total - start) for start in starts]
     skew = plan.plant.get("class_skew", 1) if split == "train" else 1
     positives_left = round(total / (1 + skew))
     places_left = sum(size for number, size in enumerate(sizes) if is_tumour_slide(number))
+    shared_share = plan.plant.get("shared_slides", 0)
     train_slides = range(-(-plan.sizes.get("train", 0) // PATCHES_PER_SLIDE))
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
         tumour, source, num_positive = is_tumour_slide(number), (split, number), 0
@@ -513,7 +512,7 @@ def _schedule(plan, split):
             positives_left -= num_positive
             places_left -= size
         alike = [slide for slide in train_slides if is_tumour_slide(slide) == tumour]
-        if split != "train" and alike and rng.random() < plan.rate("shared_slides"):
+        if split != "train" and alike and rng.random() < shared_share:
             source = ("train", int(rng.choice(alike)))
         yield start, *source, size, num_positive
 

@@ -75,7 +75,8 @@ def fill_folder(
             write_json(directory / JOURNAL_FILE, journal | {"finished": True})
         except BadInput:  # the source has to change, and is another one then
             written = [*directory.glob("camelyonpatch_*"), directory / JOURNAL_FILE]
-            for path in [*written, directory / table[0]] if table else written:
+            written += [directory / name for name in table[:1]]
+            for path in written:
                 path.unlink(missing_ok=True)
             raise
     return splits
