@@ -143,12 +143,12 @@ def run_repack(args) -> int:
     from lib.prepare.repack import LOSSES_FILE, repack
 
     result = repack(args.source, args.to, args.allow_loss)
-    losses = []
+    rows = []
     for split, facts in result["splits"].items():
-        for kind, lost in facts["losses"].items():
-            losses.append((split, kind, lost["values"], lost["patches"]))
-    if losses:
-        say_table(("split", "loss", "values", "patches"), losses)
+        for kind, loss in facts["losses"].items():
+            rows.append((split, kind, loss["values"], loss["patches"]))
+    if rows:
+        say_table(("split", "loss", "values", "patches"), rows)
     if not result["written"]:
         say(
             "nothing was written: uint8 cannot hold these values. --allow-loss writes it, with the"
@@ -156,7 +156,7 @@ def run_repack(args) -> int:
         )
         print_result(result)
         return EXIT_FINDING
-    say(f"rows that lost something: {Path(args.to, LOSSES_FILE)}" if losses else "nothing was lost")
+    say(f"rows that lost something: {Path(args.to, LOSSES_FILE)}" if rows else "nothing was lost")
     return conclude(args.to, result)
 
 
@@ -216,8 +216,7 @@ def conclude(directory, result: dict) -> int:
 
 def report(rows: list[dict], findings: list[str], result: dict) -> int:
     """Tables and findings for the person, the JSON object for the script; gives the exit code."""
-    columns = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    say_table(columns, [[row.get(name, "-") for name in columns] for row in rows])
+    say_table(COLUMNS, [[row.get(name) for name in COLUMNS] for row in rows])
     splits = {}
     for row in rows:
         split, layout = row.pop("split"), row["layout"]
@@ -232,12 +231,16 @@ def report(rows: list[dict], findings: list[str], result: dict) -> int:
 
 def say_table(header, rows) -> None:
     """A table with the numbers on the right."""
-    cells = [header]
-    for row in rows:
-        cells.append([f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row])
+    cells = [header, *([format_cell(cell) for cell in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         say("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def format_cell(cell) -> str:
+    if cell is None:
+        return "-"
+    return cell if isinstance(cell, str) else f"{cell:,}"
 
 
 @script

@@ -127,7 +127,7 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     os.mkfifo(source / "train" / "0" / "f.png")
     (source / "again").symlink_to(source)  # a folder above is not entered once more
     result = import_images(source, tmp_path / "out")
-    reasons = {"not an image": 2, "no label": 1, "zip archive, to be unpacked first": 1}
+    reasons = {"not an image": 2, "no label": 1, "zip: unpack it first": 1}
     assert result["skipped"] == reasons and result["splits"]["train"]["patches"] == NUM["train"]
 
 

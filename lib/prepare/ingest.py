@@ -112,7 +112,7 @@ def index_source(path: Path, files, valid_share: float):
             progress.add()
             if file.size is None or not is_image(PurePosixPath(file.name).name):
                 is_zip = file.name.lower().endswith(".zip")
-                skipped["zip archive, to be unpacked first" if is_zip else "not an image"] += 1
+                skipped["zip: unpack it first" if is_zip else "not an image"] += 1
                 continue
             place = table.get(file.name.rpartition(".")[0]) if table else place_by_folder(file)
             if place is None:
