@@ -127,8 +127,9 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     os.mkfifo(source / "train" / "0" / "f.png")
     (source / "again").symlink_to(source)  # a folder above is not entered once more
     result = import_images(source, tmp_path / "out")
-    reasons = {"not an image": 2, "no label": 1, "zip: unpack it first": 1}
-    assert result["skipped"] == reasons and result["splits"]["train"]["patches"] == NUM["train"]
+    reasons = ["no label", *(f"not an image: .{ending}" for ending in ("md", "png", "zip"))]
+    assert result["skipped"] == dict.fromkeys(reasons, 1)
+    assert result["splits"]["train"]["patches"] == NUM["train"]
 
 
 # tables: Kaggle's histopathologic-cancer-detection and Camelyon17-WILDS
@@ -148,7 +149,7 @@ def test_kaggle_keeps_the_order_of_its_csv_and_the_hold_out_is_a_function_of_the
     source, patches, labels = write_kaggle(tmp_path / "in")
     result = import_images(source, tmp_path / "out", valid_share=0.3)
     train, valid = (open_split(tmp_path / "out", name) for name in ("train", "valid"))
-    assert result["skipped"] == {"no label": 1, "not an image": 1}
+    assert result["skipped"] == {"no label": 1, "not an image: .csv": 1}
     assert len(train) + len(valid) == 60 and 8 <= len(valid) <= 28
     row_of = {patch.tobytes(): row for row, patch in enumerate(patches)}
     for split in (train, valid):
@@ -194,7 +195,7 @@ def test_wilds_gets_the_splits_of_its_benchmark_and_its_slides(tmp_path):
         np.testing.assert_array_equal(split.images.mapped[0], PATCHES["train"][0][row])
     meta = read_meta(split_path(tmp_path / "out", "test", "meta"))
     assert (meta[0]["coord_y"], meta[0]["coord_x"]) == ("3328", "288")
-    (reason,) = set(result["skipped"]) - {"not an image"}
+    (reason,) = set(result["skipped"]) - {"not an image: .csv"}
     assert "id_val" in reason and result["skipped"][reason] == 1
 
 
@@ -241,6 +242,7 @@ BAD_SOURCES = {
     "did you mean 'valid'": tree_with("val/0/1.png", encode(PATCH)),
     "the folder 'tumour' must be a label": tree_with("train/tumour/1.png", encode(PATCH)),
     "has no images as SPLIT": lambda tmp: write_tree(tmp / "in", {"images/1.png": encode(PATCH)}),
+    "not an image: .h5.*read by repack": lambda tmp: write_tree(tmp / "in", {"x.h5": b""}),
     "it is empty": lambda tmp: tmp,
     "no file or folder": lambda tmp: tmp / "nowhere",
     "climbs out": tar_with("train/0/../../../1.png"),

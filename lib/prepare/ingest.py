@@ -110,9 +110,9 @@ def index_source(path: Path, files, valid_share: float):
     with Progress(0, f"look through {path.name}", "files") as progress:
         for file in files:
             progress.add()
-            if file.size is None or not is_image(PurePosixPath(file.name).name):
-                is_zip = file.name.lower().endswith(".zip")
-                skipped["zip: unpack it first" if is_zip else "not an image"] += 1
+            name = PurePosixPath(file.name)
+            if file.size is None or not is_image(name.name):
+                skipped[f"not an image: {name.suffix or name.name}"] += 1
                 continue
             place = table.get(file.name.rpartition(".")[0]) if table else place_by_folder(file)
             if place is None:
@@ -140,7 +140,8 @@ def index_source(path: Path, files, valid_share: float):
         reasons = [f"{count:,} files skipped ({reason})" for reason, count in skipped.items()]
         raise BadInput(
             f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1), and no"
-            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'}"
+            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'}; unpack zips"
+            " first, HDF5 is read by repack"
         )
     for rows in images.values():
         rows.sort(key=lambda image: (image[0].order, image[0].label, image[1].name))
