@@ -34,6 +34,7 @@ SLIDE_PX, GRID = 1184, 12
 PATCHES_PER_SLIDE = 120
 TILES = (32, 37)  # their product is SLIDE_PX
 MARGIN_PX = 24  # by so much may the largest nucleus hang over the edge of the slide
+CANVAS_PX, GRID_PX = SLIDE_PX + 2 * MARGIN_PX, GRID * PATCH_PX
 TRUTH_TABLE = ("truth.csv", "split", "index", "kind", "detail")
 # optical density in R, G, B of haematoxylin and of eosin: two laboratories, one brownish, one
 # violet
@@ -161,7 +162,8 @@ def _blur(values: np.ndarray, passes: int) -> np.ndarray:
     for axis in (-1, -2) * passes:
         source = np.moveaxis(values, axis, 0)
         target = source.copy("K")
-        target[1:-1] = (source[2:] + source[:-2] + source[1:-1]) * np.float32(1 / 3)
+        total = source[2:] + source[:-2] + source[1:-1]
+        target[1:-1] = total * np.float32(1 / 3)
         values = np.moveaxis(target, 0, axis)
     return values
 
@@ -180,7 +182,8 @@ def _nucleus_bank(
     radii = radius * np.exp(spread * rng.standard_normal(a_nucleus))
     radii = np.clip(radii, 0.6 * radius, min(1.7 * radius, 10)).astype(np.float32)
     half = int(np.ceil(radii.max() * aspect**0.5 * (1 + irregular)))
-    pixels = np.indices((2 * half + 1, 2 * half + 1), np.float32)[:, None] - half
+    side = 2 * half + 1
+    pixels = np.indices((side, side), np.float32)[:, None] - half
     y, x = pixels + rng.random((2, *a_nucleus), dtype=np.float32) - 0.5
     if angle is None:
         angle = rng.uniform(0, np.pi, num)
@@ -206,7 +209,8 @@ def _nucleus_bank(
     density = 1 - vesicular * np.clip(1.1 - rho**3, 0, 1) + clumping * grain
     for _ in range(nucleoli):
         x, y = (rng.random((2, *a_nucleus), dtype=np.float32) - 0.5) * radii
-        spot = np.exp(((z.real - x) ** 2 + (z.imag - y) ** 2) / -1.6)
+        squared = (z.real - x) ** 2 + (z.imag - y) ** 2
+        spot = np.exp(squared / -1.6)
         density += spot * rng.choice(np.float32([0, 0.9]), a_nucleus)
     inside = np.clip((1 - rho) * radii / 0.8 + 0.5, 0, 1)
     return np.clip(density, 0.1, 2) * inside
@@ -216,29 +220,31 @@ def _place(rng, pitch: float, chance: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Points (y, x) of a jittered hexagonal grid `pitch` px apart, each kept with the probability
     `chance` has there.
     """
-    row, column = np.mgrid[0 : SLIDE_PX / pitch / 0.87, 0 : SLIDE_PX / pitch].astype(np.float32)
-    points = np.stack([row * 0.87, column + row % 2 / 2]) + rng.normal(0, 0.17, (2, *row.shape))
-    y, x = np.clip(points.reshape(2, -1) * pitch, 1, SLIDE_PX - 2).astype(np.int32)
-    keep = rng.random(len(y), dtype=np.float32) < chance[y, x]
-    return y[keep], x[keep]
+    num = SLIDE_PX / pitch
+    row, column = np.mgrid[0 : num / 0.87, 0:num].astype(np.float32)
+    grid = np.stack([row * 0.87, column + row % 2 / 2])
+    points = (grid + rng.normal(0, 0.17, grid.shape)) * pitch
+    y, x = np.clip(points, 1, SLIDE_PX - 2).astype(np.int32).reshape(2, -1)
+    is_placed = rng.random(len(y), dtype=np.float32) < chance[y, x]
+    return y[is_placed], x[is_placed]
 
 
 def _stamp(canvas, rng, bank, points, gain: float, spread: float, which=None) -> None:
     """Lay a nucleus of the bank on the padded canvas at each point; where nuclei meet, the denser
     one shows.
     """
-    (y, x), side, width = points, bank.shape[1], canvas.shape[1]
+    (y, x), side = points, bank.shape[1]
     if which is None:
         which = rng.integers(0, len(bank), len(y))
     used = np.flatnonzero(bank.max(0))  # the corners of the square are empty in every nucleus
     row, column = np.divmod(used, side)
     corner = MARGIN_PX - side // 2
-    window = (row + corner) * width + column + corner
+    window = (row + corner) * CANVAS_PX + column + corner
     values = bank.reshape(len(bank), -1)[:, used][which]
     normal = rng.standard_normal((len(y), 1), dtype=np.float32)
     values *= np.float32(gain) * np.exp(np.float32(spread) * normal)
-    pixels = (y * width + x)[:, None] + window
-    np.maximum.at(canvas.reshape(-1), pixels.reshape(-1), values.reshape(-1))
+    pixels = (y * CANVAS_PX + x)[:, None] + window
+    np.maximum.at(canvas.reshape(-1), pixels, values)
 
 
 def _fat_walls(rng, pitch: float) -> np.ndarray:
@@ -246,15 +252,16 @@ def _fat_walls(rng, pitch: float) -> np.ndarray:
     Voronoi tessellation.
     """
     num, step = int(SLIDE_PX / pitch) + 3, 8  # drawn coarsely: `step` divides SLIDE_PX
-    cells = np.mgrid[0:num, 0:num] + rng.uniform(0, 0.85, (2, num, num)) - 1
+    jitter = rng.uniform(0, 0.85, (2, num, num))
+    cells = np.mgrid[0:num, 0:num] + jitter - 1
     seeds = cells.astype(np.float32) * np.float32(pitch)
     pixels = np.mgrid[0:SLIDE_PX:step, 0:SLIDE_PX:step].astype(np.float32)
     row, column = (pixels / pitch).astype(np.int32)
     distances = []
     for dy, dx in np.ndindex(3, 3):
-        seed = seeds[:, np.clip(row + dy, 0, num - 1), np.clip(column + dx, 0, num - 1)]
-        away = pixels - seed
-        distances.append(np.sqrt(away[0] ** 2 + away[1] ** 2))
+        cell = np.clip(row + dy, 0, num - 1), np.clip(column + dx, 0, num - 1)
+        y, x = pixels - seeds[:, *cell]
+        distances.append(np.sqrt(y**2 + x**2))
     first, second = np.partition(distances, 1, axis=0)[:2]
     return _interpolate(np.pad((second - first) / 2, (1, 3), mode="edge"), step)
 
@@ -272,17 +279,20 @@ def _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase) -> np.ndarray:
     """Haematoxylin of all nuclei, (SLIDE_PX, SLIDE_PX) float32."""
     u = rng.uniform
     epithelium = nest + benign
-    canvas = np.zeros((SLIDE_PX + 2 * MARGIN_PX, SLIDE_PX + 2 * MARGIN_PX), np.float32)
+    canvas = np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
     bank = _nucleus_bank(rng, 192, u(3.3, 4.0), 0.1, 1.4, 0.06, 0.15, 0.2)
-    chance = 0.03 + (0.92 * crowd * (1 - 0.7 * loose)) * (1 - epithelium) + u(0, 0.25) * epithelium
+    in_stroma = 0.92 * crowd * (1 - 0.7 * loose)
+    chance = 0.03 + in_stroma * (1 - epithelium) + u(0, 0.25) * epithelium
     _stamp(canvas, rng, bank, _place(rng, u(6.9, 8.4), chance), u(1.2, 2.4), 0.2)  # lymphocytes
 
     # spindles lie along the fibres
     angle = np.arange(96) * np.pi / 96
     bank = _nucleus_bank(rng, 96, 4.0, 0.15, 4.0, 0.05, 0.2, 0.15, angle=angle)
     y, x = _place(rng, 18, (1 - epithelium) * (1 - crowd) * 0.4)
-    along = np.arctan2(phase[y, x + 1] - phase[y, x - 1], phase[y - 1, x] - phase[y + 1, x])
-    which = (along * (96 / np.pi)).astype(np.int32) % 96
+    rise_x = phase[y, x + 1] - phase[y, x - 1]
+    rise_y = phase[y - 1, x] - phase[y + 1, x]
+    along = np.arctan2(rise_x, rise_y) * (96 / np.pi)
+    which = along.astype(np.int32) % 96
     _stamp(canvas, rng, bank, (y, x), 1.1, 0.25, which)
 
     radius = u(4.0, 5.0)
@@ -312,16 +322,20 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
     # collagen is stripes along the level lines of a smooth field, loose in places; in others
     # lymphocytes crowd
-    x, lean = np.arange(SLIDE_PX, dtype=np.float32), u(0, np.pi)
+    lean = u(0, np.pi)
+    x = np.arange(SLIDE_PX, dtype=np.float32)
     phase = 4 * math.cos(lean) * x + 4 * math.sin(lean) * x[:, None]
-    phase = phase + 220 * _smooth_field(rng, 110) + 35 * _smooth_field(rng, 20)
+    phase = phase + 220 * _smooth_field(rng, 110)
+    phase = phase + 35 * _smooth_field(rng, 20)
     stripes = np.interp(np.arange(8192), np.arange(0, 8193, 12), rng.standard_normal(683))
     fibre = stripes.astype(np.float32)[phase.astype(np.int32) & 8191]
     loose = _soft_step(_rough_field(rng, 120, 0.3, 30), u(0.05, 0.3), 0.6)
     crowd = _soft_step(_rough_field(rng, u(80, 200), 0.3, 25), u(0.45, 0.95), 0.4)
     gaps = np.clip(_smooth_field(rng, u(6, 9)) + 0.5 * grain - u(-0.5, 1), 0, 1)
     patchy = 0.15 * _smooth_field(rng, 14) + 0.14 * grain
-    stroma = u(0.4, 0.6) + 0.16 * fibre + patchy - u(0.2, 0.6) * loose - u(0.2, 0.9) * crowd * gaps
+    stroma = u(0.4, 0.6) + 0.16 * fibre + patchy
+    stroma = stroma - u(0.2, 0.6) * loose
+    stroma = stroma - u(0.2, 0.9) * crowd * gaps
     cytoplasm = u(0.4, 0.75) + patchy - u(0, 0.6) * gaps
     eosin = np.maximum(stroma + (cytoplasm - stroma) * epithelium, 0)
     haematoxylin = eosin * (u(0.05, 0.2) + u(0, 0.25) * epithelium + u(0, 0.2) * crowd)
@@ -336,7 +350,9 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     fat = _soft_step(_rough_field(rng, 130, 0.2, 30), u(0, 0.35), 0.05) * (1 - nest)
     fat *= np.clip((_fat_walls(rng, u(45, 80)) - u(2.0, 3.6)) / 1.5, 0, 1)
     tissue = 1 - np.maximum(air, fat)
-    tissue *= 1 + u(0, 1.3) * np.clip(1.5 - 25 * np.abs(_smooth_field(rng, 300) - u(-2, 2)), 0, 1)
+    thickness = u(0, 1.3)
+    distance = np.abs(_smooth_field(rng, 300) - u(-2, 2))
+    tissue *= 1 + thickness * np.clip(1.5 - 25 * distance, 0, 1)
     return haematoxylin * tissue, eosin * tissue, (nest > 0.5) & (air < 0.5)
 
 
@@ -362,11 +378,13 @@ def _scan(rng, haematoxylin, eosin, laboratory: int, blurred: bool) -> np.ndarra
     focus = np.minimum(focus + np.float32(rng.uniform(low, high)), 1)
     image = np.empty((SLIDE_PX, SLIDE_PX, 3), np.uint8)
     for channel in range(3):
-        light = haematoxylin * -vectors[0, channel] - eosin * vectors[1, channel]
-        light = np.exp(light) * white[channel]
+        density = haematoxylin * -vectors[0, channel]
+        density -= eosin * vectors[1, channel]
+        light = np.exp(density) * white[channel]
         soft = _blur(light, 6 if blurred else 2)
         light = soft if blurred else light + focus * (soft - light)
-        image[..., channel] = np.clip(light + noise[channel : channel + SLIDE_PX], 0, 255)
+        light += noise[channel : channel + SLIDE_PX]
+        image[..., channel] = np.clip(light, 0, 255)
     return image
 
 
@@ -409,8 +427,8 @@ def cut_patches(
     wanted = (num - num_positive, num_positive)
     places = [np.empty((0, 2), np.int64)] * 2  # of negative and of positive patches
     for _ in range(64):
-        y, x = offset = rng.integers(0, SLIDE_PX - GRID * PATCH_PX + 1, 2)
-        region = slide.mask[y : y + GRID * PATCH_PX, x : x + GRID * PATCH_PX]
+        y, x = offset = rng.integers(0, SLIDE_PX - GRID_PX + 1, 2)
+        region = slide.mask[y : y + GRID_PX, x : x + GRID_PX]
         centres = region.reshape(GRID, PATCH_PX, GRID, PATCH_PX)[:, CENTRE, :, CENTRE]
         is_positive = centres.any((1, 3))
         for label in (0, 1):
@@ -434,7 +452,8 @@ def _copy_patch(kind, slide, image, yx, rng):
         step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
         is_outside = (yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX)
         step = np.where(is_outside, -step, step)
-        return _cut(slide.image, yx + step), yx + step, f"by {step[0]} {step[1]}"
+        yx = yx + step
+        return _cut(slide.image, yx), yx, f"by {step[0]} {step[1]}"
     copied, words = alter_patch(kind, image, rng)
     return copied, yx, words
 
@@ -538,7 +557,8 @@ def write_synthetic(plan: SyntheticPlan, directory) -> dict:
     directory, began_s = Path(directory), time.perf_counter()
     read_journal(directory)
     sizes = {split: num for split, num in plan.sizes.items() if num}
-    storage, patch_bytes = {"dtype": plan.dtype}, PATCH_BYTES * np.dtype(plan.dtype).itemsize
+    storage = {"dtype": plan.dtype}
+    patch_bytes = PATCH_BYTES * np.dtype(plan.dtype).itemsize
     if plan.compression:
         chunk = (min(32, *sizes.values()), *PATCH_SHAPE)
         storage |= {"chunks": chunk, "compression": "gzip"}
