@@ -29,11 +29,9 @@ class WrongContent(Exception):
 
 
 class Cut(Exception):
-    """A transfer ended early or could not begin; another try, after `wait_s`, may get further."""
-
-    def __init__(self, why, wait_s=0.0):
-        super().__init__(why)
-        self.wait_s = wait_s
+    """A transfer ended early or could not begin; another try may get further. Its arguments: why,
+    and the seconds to wait that the server asks for, or 0.
+    """
 
 
 class Wanted(NamedTuple):
@@ -149,16 +147,17 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
                         progress.add(len(block))
                 return
             except Cut as cut:
+                why, asked_s = cut.args
                 size = part.stat().st_size
                 if size > furthest:
                     furthest, num_failures = size, 0
                 num_failures += 1
                 if num_failures == NUM_TRIES:
                     raise BadInput(
-                        f"{url} cannot be fetched: {cut}; {size:,} bytes are kept for the next run"
+                        f"{url} cannot be fetched: {why}; {size:,} bytes are kept for the next run"
                     ) from None
-                wait_s = cut.wait_s or min(LONGEST_WAIT_S, backoff_s * 2 ** (num_failures - 1))
-                say(f"{part.name}: {cut} at {size:,} bytes, going on in {wait_s:.0f} s")
+                wait_s = asked_s or min(LONGEST_WAIT_S, backoff_s * 2 ** (num_failures - 1))
+                say(f"{part.name}: {why} at {size:,} bytes, going on in {wait_s:.0f} s")
                 time.sleep(wait_s)
 
 
@@ -179,7 +178,7 @@ def stream(url: str, start: int, timeout_s: float):
                 yield offset, total, block
                 offset += len(block)
             if total is not None and offset < total:
-                raise Cut("the connection was cut")
+                raise Cut("the connection was cut", 0)
     except (OSError, http.client.HTTPException) as error:
         code = getattr(error, "code", 500)  # what is no answer of the server may pass
         if code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
