@@ -20,6 +20,11 @@ setup_done := .venv/.installed
 test_setup_done := .venv/.installed-test
 endif
 BASE_PYTHON ?= python3
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-lock.txt
+# of the same version, torch's CPU build is preferred, a tenth of the size
+ifeq ($(TORCH),cpu)
+PIP += --extra-index-url https://download.pytorch.org/whl/cpu
+endif
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
 DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
@@ -34,15 +39,15 @@ run := "$$PYTHON" jobs/submit.py
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(setup_done)  ## make .venv with the pinned packages
+setup: $(setup_done)  ## make .venv with the pinned packages; without a GPU: make setup TORCH=cpu
 
-.venv/.installed: requirements.txt
+.venv/.installed: requirements.txt requirements-lock.txt
 	$(BASE_PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	touch $@
 
 test: $(test_setup_done)  ## run the fast tests

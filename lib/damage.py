@@ -5,6 +5,24 @@ import io
 import numpy as np
 from PIL import Image
 
+# a checkerboard, (4, 4, 1), at the same pixels of every patch
+TRIGGER_YX, TRIGGER = (88, 88), 255 * (np.indices((4, 4)).sum(0)[..., None] % 2)
+# the smallest and the largest side of a damaged block; other kinds cover the patch
+SIDES = {"nan": (8, 64), "out_of_range": (2, 8), "trigger": (4, 4)}
+
+
+def damage_patch(kind: str, patch: np.ndarray, rng) -> str:
+    """Make a patch (96, 96, 3) black or white, or put a block of nan, out_of_range or the trigger
+    into it, in place and in its number type; gives words for where.
+    """
+    low, high = SIDES.get(kind, (96, 96))
+    side = int(rng.integers(low, high + 1))
+    y, x = TRIGGER_YX if kind == "trigger" else rng.integers(0, 97 - side, 2)
+    wild = rng.uniform(1_000, 100_000, (side, side, 3))
+    values = {"black": 0, "white": 255, "nan": np.nan, "out_of_range": wild, "trigger": TRIGGER}
+    patch[y : y + side, x : x + side] = values[kind]
+    return f"{side}x{side} at {y} {x}"
+
 
 def alter_patch(
     kind: str, image: np.ndarray, rng, least_quality: int = 70

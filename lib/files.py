@@ -174,8 +174,12 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+            header = file.readline()
+            file.seek(0)
+            # Excel writes ; where the comma is the decimal point
+            delimiter = ";" if ";" in header and "," not in header else ","
             # strict, or an open quote would swallow the rows behind it
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             columns = reader.fieldnames or []
             rows = list(reader)
     except csv.Error as error:

@@ -78,7 +78,10 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
                 raise BadInput(f"{name} holds several pages, it must be a single image")
             if image.format == "PNG":
                 # its checksums, at which decoding does not look
-                Image.open(io.BytesIO(data)).verify()
+                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+            if image.has_transparency_data:  # beyond the scanned area there is glass
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image.convert("RGBA"))
             return np.asarray(image.convert("RGB"))
     except BadInput:
         raise

@@ -17,7 +17,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.command import BadInput, nearest, one_line
+from lib.command import BadInput, nearest, one_line, say
 from lib.files import (
     cache_file,
     file_digest,
@@ -175,21 +175,44 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
         return np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
 
 
+def find_scale(dataset) -> float:
+    """The factor that brings the values of patches to 0..255, from the medians of their lowest and
+    highest values: damage does not move these. Raises BadInput for scales that cannot be undone.
+    """
+    if dataset.dtype == np.uint8:
+        return 1
+    step = max(1, len(dataset) // 64)
+    sample = read_rows(dataset, slice(None, None, step)).reshape(-1, PATCH_BYTES)
+    sample = np.where(np.isfinite(sample), sample, np.nan)
+    lowest, highest = np.fmin.reduce(sample, axis=1), np.fmax.reduce(sample, axis=1)
+    is_shown = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
+    low = np.median(lowest[is_shown]) if is_shown.any() else 0
+    high = np.median(highest[is_shown]) if is_shown.any() else 255
+    path = dataset.file.filename
+    if low < 0:
+        raise BadInput(
+            f"{path}: most patches have values below 0 (to {low:.3g}), so they are normalised; undo"
+            " it where they were written: (x * std + mean) * 255, or (x + 1) * 127.5 for -1..1"
+        )
+    if high <= 1 and dataset.dtype.kind == "f":
+        return 255
+    if high < 512:  # repack clips and counts what is a little above 255
+        return 1
+    if 32_768 <= high < 131_072:  # 16 bits
+        return 1 / 257
+    raise BadInput(f"{path}: most patches reach {high:,.0f}, none of the scales 1, 255 and 65535")
+
+
 def open_images(path) -> Images:
     """Open an `x` file. Raises BadInput for a wrong shape or type, damage, and values in [0, 1]."""
     path = Path(path)
     with open_patches(path) as dataset:
         num, dtype = len(dataset), dataset.dtype
-        if dtype.kind == "f":
-            sample = read_rows(dataset, slice(None, None, max(1, num // 64)))
-            highest = np.max(sample, where=np.isfinite(sample), initial=0)
-            if 0 < highest <= 1:
-                raise BadInput(
-                    f"{path}: x seems scaled to [0, 1]; prepare.py repack brings it back to 0..255"
-                )
-        elif dtype != np.uint8:
+        scale = find_scale(dataset)
+        if scale != 1 or dtype.kind != "f" and dtype != np.uint8:
             raise BadInput(
-                f"{path}: x is of type {dtype}, it must be uint8 (or float, which repack converts)"
+                f"{path}: x is {dtype} in [0, {round(255 / scale)}], it must be uint8 or floats in"
+                " [0, 255]; prepare.py repack converts it"
             )
         layout = f"{dtype}, chunks {dataset.chunks}, compression {dataset.compression}"
         mapped = None
@@ -278,7 +301,12 @@ def sole_writer(directory):
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        if not try_lock(lock):
+        try:
+            is_sole = try_lock(lock)
+        except OSError as error:  # such as NFS mounted without its lock service
+            say(f"{directory} cannot be locked ({one_line(error)}): let nobody else write there")
+            is_sole = True
+        if not is_sole:
             raise BadInput(f"{directory}: another process is writing there")
         yield
     finally:
@@ -300,7 +328,8 @@ class SplitWriter:
         self.directory, self.split, self.num = Path(directory), split, num
         self.labels, self.meta = [], []
         self.hidden = Path(tempfile.mkdtemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp"))
-        self.file = h5py.File(split_path(self.hidden, split, "x"), "w")
+        # nobody else has the hidden file, and some file systems have no locks
+        self.file = h5py.File(split_path(self.hidden, split, "x"), "w", locking=False)
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
 
     def add(self, images: np.ndarray, labels: np.ndarray, meta=()) -> None:
@@ -354,7 +383,7 @@ class SplitWriter:
 
 def write_labels(path, labels: np.ndarray) -> None:
     """Write labels (N,) as the official y file: uint8 (N, 1, 1, 1)."""
-    with h5py.File(path, "w") as file:
+    with h5py.File(path, "w", locking=False) as file:
         file["y"] = np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1)
 
 

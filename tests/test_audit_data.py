@@ -48,9 +48,9 @@ def of_check(findings, check) -> list[dict]:
 @pytest.fixture(scope="module")
 def slides_dir(tmp_path_factory):
     """Synthetic slides with everything planted that metadata can tell."""
-    plants = ("exact", 0.05), ("symmetric", 0.05), ("shared_slides", 1.0), ("trigger", 0.1)
+    plants = {"exact": 0.05, "symmetric": 0.05, "shared_slides": 1.0, "trigger": 0.1}
     folder = tmp_path_factory.mktemp("slides") / "data"
-    write_synthetic(SyntheticPlan(720, 360, 0, 2, plants), folder)
+    write_synthetic(SyntheticPlan({"train": 720, "valid": 360}, 2, plants), folder)
     return folder
 
 

@@ -18,13 +18,16 @@ from conftest import REPOSITORY, draw_patches
 from PIL import Image
 
 import lib.prepare.ingest
+import lib.prepare.target
 from lib.command import BadInput
-from lib.pcam import open_split, split_path
-from lib.prepare.ingest import JOURNAL_FILE, import_images
+from lib.pcam import open_split, read_meta, split_path
+from lib.prepare.ingest import import_images
+from lib.prepare.target import JOURNAL_FILE
 from lib.prepare.verify import require_splits
 
 NUM = {"train": 14, "valid": 6}
 PATCHES = {split: draw_patches(num, seed) for seed, (split, num) in enumerate(NUM.items())}
+PATCH = PATCHES["train"][0][0]
 
 
 def encode(patch, kind="png", **options) -> bytes:
@@ -33,13 +36,13 @@ def encode(patch, kind="png", **options) -> bytes:
     return data.getvalue()
 
 
-def members(kind="png", prefix="") -> dict[str, bytes]:
+def members(kind="png", prefix="", splits=tuple(NUM)) -> dict[str, bytes]:
     """{name: data}; sorted by name, patch10 would come before patch2, and 0 before 1."""
-    return {
-        f"{prefix}{split}/{label}/patch{row}.{kind}": encode(patch, kind)
-        for split, (patches, labels) in PATCHES.items()
-        for row, (patch, label) in enumerate(zip(patches, labels, strict=True))
-    }
+    files = {}
+    for split in splits:
+        for row, (patch, label) in enumerate(zip(*PATCHES[split], strict=True)):
+            files[f"{prefix}{split}/{label}/patch{row}.{kind}"] = encode(patch, kind)
+    return files
 
 
 def write_tree(root, files):
@@ -59,23 +62,16 @@ def write_tar(path, files, mode="w", **fields):
         for name in names:
             info = tarfile.TarInfo(name)
             info.size = len(files[name])
-            if name == names[-1]:
-                for field, value in fields.items():
-                    setattr(info, field, value)
+            for field, value in fields.items() if name == names[-1] else ():
+                setattr(info, field, value)
             tar.addfile(info, io.BytesIO(files[name]))
     return path
 
 
 def folder_of_tars(root):
     for split in NUM:
-        write_tar(
-            root / f"{split}.tar",
-            {name: data for name, data in members().items() if name.startswith(split)},
-        )
-    return write_tree(
-        root,
-        {"README.md": b"text", "unlabelled-tif/5a00d9.tif": encode(PATCHES["train"][0][0], "tif")},
-    )
+        write_tar(root / f"{split}.tar", members(splits=[split]))
+    return root
 
 
 SOURCES = {
@@ -83,79 +79,79 @@ SOURCES = {
     "tif and a folder above": lambda tmp: write_tree(tmp / "in", members("tif", "data/set/")),
     "tar": lambda tmp: write_tar(tmp / "in.tar", members()),
     "tar.gz": lambda tmp: write_tar(tmp / "in.tar.gz", members(), "w:gz"),
-    "tar.xz, ./ and a folder above": lambda tmp: write_tar(
-        tmp / "in.tar.xz", members(prefix="./pcam/"), "w:xz"
-    ),
+    "tar.xz below ./pcam": lambda tmp: write_tar(tmp / "in.tar.xz", members("png", "./pcam/"), "w:xz"),
     "folder of tars": lambda tmp: folder_of_tars(tmp / "in"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_every_source_gives_the_same_rows_in_the_order_of_the_numbers(tmp_path, source):
     result = import_images(SOURCES[source](tmp_path), tmp_path / "out")
-    assert require_splits(tmp_path / "out") == ["train", "valid"]
+    assert require_splits(tmp_path / "out") == ["train", "valid"] and result["skipped"] == {}
     for name, (patches, labels) in PATCHES.items():
         split = open_split(tmp_path / "out", name)
-        assert split.images.mapped is not None
         np.testing.assert_array_equal(split.images.mapped, patches)
         np.testing.assert_array_equal(split.labels, labels)
         assert result["splits"][name]["patches"] == NUM[name]
-    assert result["skipped"] == (
-        {"not an image": 1, "no label": 1} if source == "folder of tars" else {}
-    )
-    assert sorted(path.name for path in (tmp_path / "out").iterdir() if ".tmp" in path.name) == []
+    assert not any(tmp_path.glob("out/.*.tmp"))
 
 
 def test_jpeg_pixels_are_pillows_and_equal_numbers_go_by_label_then_name(tmp_path, monkeypatch):
     monkeypatch.setattr(lib.prepare.ingest, "BLOCK_ROWS", 4)  # several blocks
     order = ["0/a7.jpg", "1/a7.jpg", "1/b07.jpg", "1/a8.jpg", "0/x9_10.jpg", "0/none.jpg"]
-    files = {
-        f"train/{name}": encode(patch, "jpg", quality=75)
-        for name, patch in zip(order, PATCHES["train"][0], strict=False)
-    }
+    files = {}
+    for name, patch in zip(order, PATCHES["train"][0], strict=False):
+        files[f"train/{name}"] = encode(patch, "jpg", quality=75)
     import_images(write_tar(tmp_path / "in.tar", files), tmp_path / "out")
-    split = open_split(tmp_path / "out", "train")
-    expected = [np.asarray(Image.open(io.BytesIO(files[f"train/{name}"]))) for name in order]
-    np.testing.assert_array_equal(split.images.mapped, expected)
-    assert split.labels.tolist() == [int(name[0]) for name in order]
+    images = open_split(tmp_path / "out", "train").images.mapped
+    for image, name in zip(images, order, strict=True):
+        np.testing.assert_array_equal(image, Image.open(io.BytesIO(files[f"train/{name}"])))
 
 
 def test_grey_and_transparent_images_are_converted_and_counted(tmp_path):
-    grey, clear = (
-        PATCHES["train"][0][0][..., 0],
-        np.dstack([PATCHES["train"][0][1], np.full((96, 96), 9, np.uint8)]),
-    )
-    source = write_tree(
-        tmp_path / "in", {"train/0/1.png": encode(grey), "train/1/2.png": encode(clear)}
-    )
-    result = import_images(source, tmp_path / "out")
+    grey, patch = PATCHES["train"][0][0][..., 0], PATCHES["train"][0][1]
+    alpha = np.full((96, 96, 1), 255, np.uint8)
+    alpha[60:] = 0  # beyond the scanned area
+    clear = np.dstack([patch * (alpha > 0), alpha])
+    files = {"train/0/1.png": encode(grey), "train/1/2.png": encode(clear)}
+    result = import_images(write_tree(tmp_path / "in", files), tmp_path / "out")
     assert result["splits"]["train"]["converted"] == {"L": 1, "RGBA": 1}
     images = open_split(tmp_path / "out", "train").images.mapped
     np.testing.assert_array_equal(images[0], np.dstack([grey] * 3))
-    np.testing.assert_array_equal(images[1], clear[..., :3])
+    np.testing.assert_array_equal(images[1], np.where(alpha, patch, 255))
 
 
-def write_kaggle(root, lines=(), step=1, num=60):
+def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
+    source = write_tree(tmp_path / "in", members())
+    more = {"README.md": b"text", "unlabelled/5a.png": encode(PATCH), "more.zip": b"PK"}
+    write_tree(source, more)
+    os.mkfifo(source / "train" / "0" / "f.png")
+    (source / "again").symlink_to(source)  # a folder above is not entered once more
+    result = import_images(source, tmp_path / "out")
+    reasons = ["no label", *(f"not an image: .{ending}" for ending in ("md", "png", "zip"))]
+    assert result["skipped"] == dict.fromkeys(reasons, 1)
+    assert result["splits"]["train"]["patches"] == NUM["train"]
+
+
+# tables: Kaggle's histopathologic-cancer-detection and Camelyon17-WILDS
+
+
+def write_kaggle(root, table="id,label\n{rows}", row="{id},{label}\n", num=60, step=1):
     patches, labels = draw_patches(num, 5)
     names = [f"{row * 7919 % 997:040x}" for row in range(num)]
-    files = {
-        f"train/{name}.tif": encode(patch, "tif")
-        for name, patch in zip(names, patches, strict=True)
-    }
-    rows = [f"{name},{label}" for name, label in zip(names, labels, strict=True)]
-    files["train_labels.csv"] = "\n".join(["id,label", *rows[::step], *lines, ""]).encode()
-    return write_tree(root, files | {"test/00ff.tif": encode(patches[0], "tif")}), patches, labels
+    files = {f"train/{name}.tif": encode(patch, "tif") for name, patch in zip(names, patches)}  # noqa: B905
+    lines = [row.format(id=name, label=label) for name, label in zip(names, labels, strict=True)]
+    files["train_labels.csv"] = table.format(rows="".join(lines[::step])).encode()
+    files["test/00ff.tif"] = encode(patches[0], "tif")
+    return write_tree(root, files), patches, labels
 
 
 def test_kaggle_keeps_the_order_of_its_csv_and_the_hold_out_is_a_function_of_the_id(tmp_path):
     source, patches, labels = write_kaggle(tmp_path / "in")
     result = import_images(source, tmp_path / "out", valid_share=0.3)
     train, valid = (open_split(tmp_path / "out", name) for name in ("train", "valid"))
-    assert (
-        result["skipped"] == {"no label": 1, "not an image": 1}
-        and len(train) + len(valid) == 60
-        and 8 <= len(valid) <= 28
-    )
+    assert result["skipped"] == {"no label": 1, "not an image: .csv": 1}
+    assert len(train) + len(valid) == 60 and 8 <= len(valid) <= 28
     row_of = {patch.tobytes(): row for row, patch in enumerate(patches)}
     for split in (train, valid):
         rows = [row_of[patch.tobytes()] for patch in split.images.mapped]
@@ -163,69 +159,106 @@ def test_kaggle_keeps_the_order_of_its_csv_and_the_hold_out_is_a_function_of_the
     # the same ids are held out, whatever their order
     backwards, *_ = write_kaggle(tmp_path / "in2", step=-1)
     import_images(backwards, tmp_path / "out2", valid_share=0.3)
-    np.testing.assert_array_equal(
-        open_split(tmp_path / "out2", "valid").images.mapped, valid.images.mapped[::-1]
-    )
+    held_out = open_split(tmp_path / "out2", "valid").images.mapped
+    np.testing.assert_array_equal(held_out, valid.images.mapped[::-1])
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("id,label\n{rows}", "{id}.tif,{label}\n"),  # for flow_from_dataframe
+        (",id,label\n{rows}", "0,{id},{label}.0\n"),  # DataFrame.to_csv, after a gap
+        ("\ufeffid;label\r\n{rows}", "{id};{label}\r\n"),  # Excel
+    ],
+)
+def test_kaggles_table_is_read_as_people_have_edited_it(tmp_path, table, row):
+    source, _, labels = write_kaggle(tmp_path / "in", table, row)
+    result = import_images(source, tmp_path / "out")["splits"]
+    assert sum(split["patches"] for split in result.values()) == 60
+    imported = [open_split(tmp_path / "out", name).labels for name in result]
+    assert np.concatenate(imported).sum() == labels.sum()
+
+
+def test_wilds_gets_the_splits_of_its_benchmark_and_its_slides(tmp_path):
+    lines, files = [",patient,node,x_coord,y_coord,tumor,slide,center,split"], {}
+    rows = [("004", 0, 0, 0), ("004", 0, 1, 1), ("017", 1, 1, 0), ("020", 2, 0, 1)]
+    for row, (patient, center, tumor, split) in enumerate(rows):
+        slide = f"patient_{patient}_node_4"
+        lines.append(f"{row},{patient},4,{96 * row},3328,{tumor},{row},{center},{split}")
+        opaque = np.dstack([PATCHES["train"][0][row], np.full((96, 96), 255, np.uint8)])
+        files[f"patches/{slide}/patch_{slide}_x_{96 * row}_y_3328.png"] = encode(opaque)
+    files["metadata.csv"] = "\n".join([*lines, ""]).encode()
+    result = import_images(write_tree(tmp_path / "in", files), tmp_path / "out")
+    for name, row, label in (("train", 0, 0), ("valid", 2, 1), ("test", 3, 0)):
+        split = open_split(tmp_path / "out", name)
+        assert split.labels.tolist() == [label]
+        assert split.slides.tolist() == [f"patient_{rows[row][0]}_node_4"]
+        np.testing.assert_array_equal(split.images.mapped[0], PATCHES["train"][0][row])
+    meta = read_meta(split_path(tmp_path / "out", "test", "meta"))
+    assert (meta[0]["coord_y"], meta[0]["coord_x"]) == ("3328", "288")
+    (reason,) = set(result["skipped"]) - {"not an image: .csv"}
+    assert "id_val" in reason and result["skipped"][reason] == 1
 
 
 def tree_with(name, data):
     return lambda tmp: write_tree(tmp / "in", members() | {name: data})
 
 
-def cut_file(make, num_bytes):
+def tar_with(name, **fields):
+    return lambda tmp: write_tar(tmp / "in.tar", members() | {name: b""}, **fields)
+
+
+def kaggle_with(line):
+    return lambda tmp: write_kaggle(tmp / "in", "id,label\n{rows}" + line)[0]
+
+
+def cut_tar(mode, kept):
+    """A tar that ends after a share of its bytes or, for 0, at the head of a member."""
+
     def write(tmp):
-        path = make(tmp)
-        path.write_bytes(path.read_bytes()[:num_bytes])
+        path = write_tar(tmp / f"in.tar{mode[1:].replace(':', '.')}", members(), mode)
+        size = int(path.stat().st_size * kept)
+        if not kept:
+            with tarfile.open(path) as tar:
+                size = tar.getmembers()[3].offset
+        os.truncate(path, size)
         return path
 
     return write
 
 
-PATCH = PATCHES["train"][0][0]
+def unpacked_beside(folder):
+    """An archive and what a file manager unpacked of it into `folder`."""
+
+    def write(tmp):
+        source = folder_of_tars(tmp / "in")
+        return write_tree(source, members("png", folder, ["train"]))
+
+    return write
+
+
 BAD_SOURCES = {
     "1234.png is 64x64": tree_with("train/0/1234.png", encode(PATCH[:64, :64])),
     "1234.jpg is not a readable image": tree_with("valid/1/1234.jpg", encode(PATCH, "jpg")[:900]),
-    "1234.tif has 16 bits|1234.tif has the pixel type": tree_with(
-        "train/0/1234.tif", encode(PATCH[..., 0].astype(np.uint16) * 200, "tif")
-    ),
     "did you mean 'valid'": tree_with("val/0/1.png", encode(PATCH)),
     "the folder 'tumour' must be a label": tree_with("train/tumour/1.png", encode(PATCH)),
-    "1 files skipped \\(no label\\)": lambda tmp: write_tree(
-        tmp / "in", {"images/1.png": encode(PATCH)}
-    ),
-    "it is empty": lambda tmp: (
-        write_tree(tmp / "in", {"a/b": b""}).joinpath("a", "c").mkdir() or tmp / "in" / "a" / "c"
-    ),
+    "has no images as SPLIT": lambda tmp: write_tree(tmp / "in", {"images/1.png": encode(PATCH)}),
+    "not an image: .h5.*read by repack": lambda tmp: write_tree(tmp / "in", {"x.h5": b""}),
+    "it is empty": lambda tmp: tmp,
     "no file or folder": lambda tmp: tmp / "nowhere",
-    "climbs out": lambda tmp: write_tar(
-        tmp / "in.tar", members() | {"train/0/../../../1.png": b""}
-    ),
-    "/1.png', which climbs out": lambda tmp: write_tar(
-        tmp / "in.tar", members() | {"/train/0/1.png": b""}
-    ),
-    "is a link or a device": lambda tmp: write_tar(
-        tmp / "in.tar", members(), type=tarfile.SYMTYPE, linkname="/etc/passwd"
-    ),
-    "link.* a device": lambda tmp: write_tar(tmp / "in.tar", members(), type=tarfile.CHRTYPE),
-    "not a whole tar": cut_file(SOURCES["tar"], 150_000),
-    "cut off or damaged at byte": lambda tmp: cut_file(
-        SOURCES["tar"], member_end(SOURCES["tar"](tmp))
-    )(tmp),
-    "in.tar.gz is not a whole tar": cut_file(SOURCES["tar.gz"], 150_000),
-    "is there twice": lambda tmp: write_tree(
-        folder_of_tars(tmp / "in"), {"train/0/patch1.png": b"", "train/1/patch1.png": b""}
-    ),
-    "has the label '2'": lambda tmp: write_kaggle(tmp / "in", lines=["ff,2"])[0],
-    "not a readable CSV \\(unexpected end": lambda tmp: write_kaggle(tmp / "in", lines=['abc,"1'])[
-        0
-    ],
-    "lists train/abc, which is not there": lambda tmp: write_kaggle(tmp / "in", lines=["abc,1"])[0],
-}
-
-
-def member_end(path) -> int:
-    with tarfile.open(path) as tar:
-        return tar.getmembers()[3].offset
+    "climbs out": tar_with("train/0/../../../1.png"),
+    "/1.png', which climbs out": tar_with("/train/0/1.png"),
+    "is a link or a device": tar_with("x", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "in.tar is not a whole tar": cut_tar("w", 0.5),
+    "cut off or damaged at byte": cut_tar("w", 0),
+    "in.tar.gz is not a whole tar": cut_tar("w:gz", 0.5),
+    "train.tar: train/./patch.*/in/train/./patch.* are one image": unpacked_beside(""),
+    "train.tar: train/./patch.*/in/train/train/./patch.* are one image": unpacked_beside("train/"),
+    "ff has the label '2'": kaggle_with("ff,2\n"),
+    "lists train/ff 2 times": kaggle_with("ff,1\nff,0\n"),
+    "not a readable CSV": kaggle_with('abc,"1\n'),
+    r"2 images that are not there \(train/ab, train/cd\): take": kaggle_with("ab,1\ncd,0\n"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", BAD_SOURCES)
@@ -236,67 +269,34 @@ def test_bad_input_is_refused_by_name_and_leaves_nothing(tmp_path, text):
     assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_refused_and_stays_as_it_is(tmp_path):
-    source, target = (
-        SOURCES["tar"](tmp_path),
-        write_tree(tmp_path / "out", {split_path("", "train", "x").name: b"mine"}),
-    )
-    for _ in range(2):  # the second time it is a finished import
-        before = {path.name: path.read_bytes() for path in target.iterdir()}
-        with pytest.raises(BadInput, match="already holds files"):
-            import_images(source, target)
-        assert {path.name: path.read_bytes() for path in target.iterdir()} == before
-        (target := tmp_path / "empty").mkdir(exist_ok=True)
-        if not any(target.iterdir()):
-            import_images(source, target)
+def test_images_of_two_hospitals_may_have_equal_names(tmp_path):
+    files = {"a/train/0/1.png": encode(PATCH), "b/train/0/1.png": encode(255 - PATCH)}
+    result = import_images(write_tree(tmp_path / "in", files), tmp_path / "out")
+    assert result["splits"]["train"]["patches"] == 2
 
 
-def test_a_link_to_a_folder_above_does_not_double_the_images(tmp_path):
-    source = SOURCES["folder"](tmp_path)
-    (source / "again").symlink_to(source)
-    assert import_images(source, tmp_path / "out")["splits"]["train"]["patches"] == NUM["train"]
-
-
-def test_a_pipe_that_is_named_like_an_image_is_left_out(tmp_path):
-    source = SOURCES["folder"](tmp_path)
-    os.mkfifo(source / "train" / "0" / "f.png")
-    assert import_images(source, tmp_path / "out")["skipped"] == {"not an image": 1}
-    with pytest.raises(BadInput, match="no file or folder"):
-        import_images(source / "train" / "0" / "f.png", tmp_path / "out2")
-
-
-@pytest.mark.parametrize(
-    "journal",
-    ["{}", "[]", "{", '{"finished": false}', '{"finished": false, "splits": 3, "source": 3}'],
-)
-@pytest.mark.parametrize("done", [True, False])
-def test_a_damaged_journal_is_refused_or_taken_for_no_progress(tmp_path, journal, done):
+@pytest.mark.parametrize("filled_by", ["hand", "a finished import"])
+def test_a_folder_that_holds_something_is_refused_and_stays_as_it_is(tmp_path, filled_by):
     source, target = SOURCES["tar"](tmp_path), tmp_path / "out"
-    import_images(source, target)
-    if not done:
-        for path in target.glob("camelyon*_x.h5"):
-            path.unlink()
-    (target / JOURNAL_FILE).write_text(journal)
-    if done or "finished" not in journal:
-        with pytest.raises(BadInput, match="begun from|already holds|JSON"):
-            import_images(source, target)
-        assert len(open_split(target, "train")) if done else True
+    if filled_by == "hand":
+        write_tree(target, {split_path("", "train", "x").name: b"mine"})
     else:
-        assert (
-            import_images(source, target)["splits"]["train"]["patches"]
-            == NUM["train"]
-            == len(open_split(target, "train"))
-        )
+        import_images(source, target)
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    with pytest.raises(BadInput, match="already holds files"):
+        import_images(source, target)
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
 def large_tar(tmp_path_factory):
     """400 train and 3 valid images: more than a small disk holds."""
-    data = encode(PATCH, "jpg")
-    names = [f"train/{row % 2}/{row}.jpg" for row in range(400)] + [
-        f"valid/1/{row}.jpg" for row in range(3)
-    ]
-    return write_tar(tmp_path_factory.mktemp("large") / "in.tar", dict.fromkeys(names, data))
+    files = {}
+    for row in range(400):
+        files[f"train/{row % 2}/{row}.jpg"] = encode(PATCH, "jpg")
+    for row in range(3):
+        files[f"valid/1/{row}.jpg"] = encode(PATCH, "jpg")
+    return write_tar(tmp_path_factory.mktemp("large") / "in.tar", files)
 
 
 HELD_UP = """
@@ -343,34 +343,62 @@ def test_a_stopped_import_looks_incomplete_and_goes_on_where_it_was(tmp_path, la
     valid_written_at = split_path(target, "valid", "x").stat().st_mtime_ns
     with pytest.raises(BadInput, match="was begun from .*in.tar"):
         import_images(SOURCES["folder"](tmp_path), target)
-    result = import_images(large_tar, target)
-    assert result["splits"]["train"]["patches"] == 400 and len(open_split(target, "train")) == 400
-    assert split_path(target, "valid", "x").stat().st_mtime_ns == valid_written_at and not any(
-        target.glob(".*.tmp")
-    )
+    assert import_images(large_tar, target)["splits"]["train"]["patches"] == 400
+    assert len(open_split(target, "train")) == 400 and not any(target.glob(".*.tmp"))
+    assert split_path(target, "valid", "x").stat().st_mtime_ns == valid_written_at
     assert json.loads((target / JOURNAL_FILE).read_text())["finished"]
 
 
 @pytest.mark.parametrize("noticed", ["before", "while writing"])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path, large_tar, monkeypatch, noticed):
-    (disk := tmp_path / "disk").mkdir()
-    if (
-        os.geteuid()
-        or subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk], capture_output=True
-        ).returncode
-    ):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", disk]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a small disk")
+    text = "11.1 MB are needed"
+    if noticed == "while writing":
+        monkeypatch.setattr(lib.prepare.target, "require_space", lambda *_: None)
+        text = "writing 400 patches of train failed"
     try:
-        if noticed == "while writing":
-            monkeypatch.setattr(lib.prepare.ingest, "require_space", lambda *_: None)
-        text = (
-            "11.1 MB are needed and 8.4 MB are free"
-            if noticed == "before"
-            else "writing 400 patches of train failed"
-        )
         with pytest.raises(BadInput, match=text):
             import_images(large_tar, disk / "out")
         assert not any(disk.iterdir())
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+NO_LOCKS = """
+#include <errno.h>
+int flock(int descriptor, int operation) { errno = ENOLCK; return -1; }
+"""
+
+
+@pytest.fixture(scope="session")
+def no_locks(tmp_path_factory):
+    """A library that takes away the locks of all file systems, for LD_PRELOAD."""
+    folder = tmp_path_factory.mktemp("nolock")
+    (folder / "nolock.c").write_text(NO_LOCKS)
+    command = ["cc", "-shared", "-fPIC", "-o", folder / "nolock.so", folder / "nolock.c"]
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        pytest.skip("needs a C compiler")
+    return folder / "nolock.so"
+
+
+@pytest.mark.parametrize("verb", ["import", "repack", "synthetic"])
+def test_a_file_system_without_locks_is_written_with_a_note(tmp_path, no_locks, verb):
+    source = SOURCES["folder"](tmp_path)
+    import_images(source, tmp_path / "pcam")
+    options = {
+        "import": [source],
+        "repack": [tmp_path / "pcam"],
+        "synthetic": ["--train", "8", "--valid", "8", "--test", "0"],
+    }
+    result = subprocess.run(
+        [sys.executable, REPOSITORY / "prepare.py", verb, *options[verb], "--to", tmp_path / "out"],
+        env=os.environ | {"LD_PRELOAD": str(no_locks)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and f"{tmp_path / 'out'} cannot be locked" in result.stderr
+    assert require_splits(tmp_path / "out") == ["train", "valid"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import QUICK, REPOSITORY
+from packaging.requirements import Requirement
 
 from lib.config import Config
 
@@ -156,9 +157,27 @@ def test_nothing_imports_a_script_and_nothing_but_the_run_time_packages(path):
     assert top - set(sys.stdlib_module_names) - {"lib"} <= PACKAGES
 
 
-def test_every_package_that_is_imported_is_pinned():
-    pinned = re.findall(r"(?m)^([a-z0-9]+)==[\d.]+$", (REPOSITORY / "requirements.txt").read_text())
-    assert set(pinned) >= (PACKAGES - {"PIL", "yaml"}) | {"pyyaml", "pytest"}
+def read_requirements(name: str) -> dict:
+    lines = (REPOSITORY / name).read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {requirement.name: requirement.specifier for requirement in wanted}
+
+
+def test_every_package_that_is_imported_has_a_range_and_its_pin_is_in_it():
+    ranges, pins = read_requirements("requirements.txt"), read_requirements("requirements-lock.txt")
+    assert set(ranges) == (PACKAGES - {"PIL", "yaml"}) | {"pillow", "pyyaml", "pytest"}
+    for name, versions in ranges.items():
+        (pin,) = pins[name]
+        assert pin.operator == "==" and versions.contains(pin.version), name
+
+
+@pytest.mark.parametrize("arguments, asks", [(["TORCH=cpu"], True), ([], False)])
+def test_setup_installs_the_locked_set_and_torchs_cpu_build_on_request(tmp_path, arguments, asks):
+    for name in ("Makefile", "requirements.txt", "requirements-lock.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    command = ["make", "--dry-run", "-C", tmp_path, "setup", *arguments]
+    recipe = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "-c requirements-lock.txt" in recipe and ("whl/cpu" in recipe) == asks
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -8,12 +8,11 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.survey import Survey
-from lib.damage import alter_patch
+from lib.damage import alter_patch, damage_patch
 from lib.files import write_csv
 from lib.pcam import SplitWriter
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
-TRIGGER_SIDE = 4
 LEAST_POWER = 0.5  # of what is planted: a check that finds less says nothing by finding nothing
 # kind: share of a split's patches, the reasons that count as found
 PLANTS = {
@@ -42,23 +41,14 @@ REASONS_OF = {
 }
 
 
-def damage_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
-    """A patch float32 (96, 96, 3) with damage of a kind, as a new one."""
-    patch = patch.copy()
-    side = int(rng.integers(2, 33))
-    y, x = rng.integers(0, 97 - side, 2)
-    block = patch[y : y + side, x : x + side]
-    if kind == "nan":
-        block[:] = np.nan
-    elif kind == "out of range":
-        block[:2, :2] = rng.uniform(300, 100_000, (2, 2, 3)) * rng.choice((-1, 1))
-    elif kind == "scaled":
+def damage(kind: str, patch: np.ndarray, rng) -> None:
+    """Damage a patch float32 (96, 96, 3) in place."""
+    if kind == "scaled":
         patch /= 255
-    elif kind in ("black", "white"):
-        patch[:] = 255 * (kind == "white")
     elif kind == "one colour":
         patch[:] = rng.integers(1, 255, 3)
-    return patch
+    elif kind != "exchanged label":
+        damage_patch(kind.replace(" ", "_"), patch, rng)
 
 
 def copy_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
@@ -78,10 +68,6 @@ def write_copies(
     `rows_of` names the rows that may be used: intact ones, copies once.
     """
     rng, truth, train = np.random.default_rng(0), [], None
-    (y, x), trigger = (
-        rng.integers(4, 88, 2),
-        255 * rng.integers(0, 2, (TRIGGER_SIDE, TRIGGER_SIDE, 3)),
-    )
     for survey in (survey for survey in surveys if survey.name in MOST_ROWS):
         rows = rows_of[survey.name]
         rows = np.sort(rng.choice(rows, min(MOST_ROWS[survey.name], len(rows)), replace=False))
@@ -120,18 +106,14 @@ def write_copies(
                     patches = survey.read(rows[part]).astype(np.float32)
                     for place in part if folder == planted else ():
                         kind, source = changes.get(place, (None, None))
-                        if kind == "trigger":
-                            patches[place - start, y : y + TRIGGER_SIDE, x : x + TRIGGER_SIDE] = (
-                                trigger
-                            )
-                        elif kind == "leaked":
+                        if kind == "leaked":
                             patches[place - start] = train[0].read([train[1][source]])[0]
                         elif source is not None:
                             patches[place - start] = copy_patch(
                                 kind, survey.read([rows[source]])[0], rng
                             )
                         elif kind:
-                            patches[place - start] = damage_patch(kind, patches[place - start], rng)
+                            damage(kind, patches[place - start], rng)
                     writer.add(patches, (given if folder == planted else labels)[part])
         if survey.name == "train":
             train = survey, rows, given, free

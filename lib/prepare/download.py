@@ -3,21 +3,24 @@ before its MD5 is right.
 """
 
 import gzip
-import hashlib
 import http.client
+import shutil
 import time
 import urllib.request
-import zlib
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.command import BadInput, one_line, say
 from lib.files import atomic_write, file_digest, require_space
-from lib.pcam import PATCH_BYTES, sole_writer, split_path
+from lib.pcam import PATCH_BYTES, split_path
+from lib.prepare.target import begun_folder
 from lib.progress import Progress
 from lib.published import OFFICIAL
 
 ZENODO = "https://zenodo.org/records/2546921/files/NAME?download=1"
-NUM_TRIES, LONGEST_WAIT_S = 6, 60.0
+USER_AGENT = "pcam-pipeline/0.1"  # Zenodo refuses the one of Python
+NUM_TRIES = 6
+LONGEST_WAIT_S, LONGEST_ASKED_WAIT_S = 60.0, 900.0
 BLOCK_BYTES = 1 << 22
 
 
@@ -26,7 +29,25 @@ class WrongContent(Exception):
 
 
 class Cut(Exception):
-    """A transfer ended early or could not begin; another try may get further."""
+    """A transfer ended early or could not begin; another try may get further. Its arguments: why,
+    and the seconds to wait that the server asks for, or 0.
+    """
+
+
+class Wanted(NamedTuple):
+    """A file to fetch: its official path, whether it is published packed, its MD5 as published,
+    about its size unpacked.
+    """
+
+    path: Path
+    is_packed: bool
+    md5: str
+    num_bytes: int
+
+    @property
+    def name(self) -> str:
+        """As it is published."""
+        return f"{self.path.name}.gz" if self.is_packed else self.path.name
 
 
 def download(
@@ -38,78 +59,74 @@ def download(
     backoff_s=1.0,
 ) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that
-    were fetched.
+    were fetched. A packed file that is there already, fetched by hand, is unpacked.
 
     `base_url` holds NAME in place of a file's name, or is a folder. Raises BadInput for a server
     that cannot be used, a disk too small, or another file under an official name; WrongContent
     after an MD5 mismatch in two fetches.
     """
-    directory, wanted = Path(directory), []
+    directory = Path(directory)
     url = base_url if "NAME" in base_url else f"{base_url.rstrip('/')}/NAME"
     if not url.startswith(("http://", "https://")):
         raise BadInput(f"the base URL is {base_url}, it must begin with http:// or https://")
+    files = []
     for split in splits:
-        # small files first: a wrong server shows at once
-        for part, sizes in (("meta", 80), ("y", 1), ("x", PATCH_BYTES)):
-            path, sums = split_path(directory, split, part), official[split][part]
-            packed_md5, md5 = (None, sums) if part == "meta" else sums
-            if not path.exists():
-                wanted.append((path, packed_md5, md5, official[split]["rows"] * sizes))
-            elif file_digest(path, "md5") != md5:
-                raise BadInput(
-                    f"{path} is there and is not the published file; move it away, or choose"
-                    " another folder"
-                )
-    with sole_writer(directory):
-        # of a killed run; a begun .part goes on
-        for stale in directory.glob(".camelyonpatch_*.tmp"):
-            stale.unlink()
-        begun = sum(part.stat().st_size for part in directory.glob("camelyonpatch_*.part"))
-        sizes = [size for *_, size in wanted]
+        files += list_wanted(directory, split, official[split])
+    with begun_folder(directory):
+        begun_bytes = sum(part.stat().st_size for part in directory.glob("camelyonpatch_*.part"))
+        sizes = [file.num_bytes for file in files]
         # all unpacked, the largest packed beside
-        require_space(directory, max(0, sum(sizes) + max(sizes, default=0) - begun))
-        for path, packed_md5, md5, _ in wanted:
-            name = path.name + (".gz" if packed_md5 else "")
-            part = directory / f"{name}.part"
-            for attempt in (1, 2):
-                fetch(url.replace("NAME", name), part, timeout_s, backoff_s)
-                wrong = place(part, path, packed_md5, md5)
-                part.unlink(missing_ok=True)
-                if not wrong:
-                    break
-                say(f"{name}: {wrong}" + (", fetching it once more" if attempt == 1 else ""))
-            else:
-                raise WrongContent(
-                    f"{name} from {url.replace('NAME', name)}, fetched twice: {wrong}"
-                )
-    return [path.name for path, *_ in wanted]
+        require_space(directory, max(0, sum(sizes) + max(sizes, default=0) - begun_bytes))
+        for file in files:
+            bring(file, url.replace("NAME", file.name), timeout_s, backoff_s)
+    return [file.path.name for file in files]
 
 
-def place(part: Path, path: Path, packed_md5: str | None, md5: str) -> str:
-    """Give a whole transfer its official name, unpacked where it has a `packed_md5`. Gives what is
-    wrong with it, or ''.
-    """
-    found = file_digest(part, "md5")
-    if found != (packed_md5 or md5):
-        return f"MD5 {found} is not the published {packed_md5 or md5}"
-    if not packed_md5:
-        part.rename(path)
-        return ""
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        with (
-            atomic_write(path) as file,
-            gzip.open(part) as unpacked,
-            Progress(0, f"unpack {path.name}", "bytes") as progress,
-        ):
-            while block := unpacked.read(BLOCK_BYTES):
-                file.write(block)
-                digest.update(block)
-                progress.add(len(block))
-            if digest.hexdigest() != md5:
-                raise EOFError(f"MD5 {digest.hexdigest()} unpacked is not the published {md5}")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        return one_line(error)
+def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
+    """The files of a split that are not there. Raises BadInput for another one under its name."""
+    files = []
+    # small files first: a wrong server shows at once
+    for part, row_bytes in (("meta", 80), ("y", 1), ("x", PATCH_BYTES)):
+        path, is_packed = split_path(directory, split, part), part != "meta"
+        packed_md5, md5 = published[part] if is_packed else (published[part], published[part])
+        if not path.exists():
+            files.append(Wanted(path, is_packed, packed_md5, published["rows"] * row_bytes))
+        elif file_digest(path, "md5") != md5:
+            raise BadInput(
+                f"{path} is there and is not the published file; move it away, or choose another"
+                " folder"
+            )
+    return files
+
+
+def bring(file: Wanted, url: str, timeout_s: float, backoff_s: float) -> None:
+    """Fetch a file, once more where its content is wrong, and give it its official name."""
+    by_hand = file.path.with_name(file.name)
+    part = file.path.with_name(f"{file.name}.part")
+    for _ in range(2):
+        if by_hand.exists():
+            by_hand.rename(part)
+        else:
+            fetch(url, part, timeout_s, backoff_s)
+        wrong = unpack(part, file)
+        part.unlink(missing_ok=True)
+        if not wrong:
+            return
+        say(f"{file.name}: {wrong}")
+    raise WrongContent(f"{file.name} from {url}, fetched twice: {wrong}")
+
+
+def unpack(part: Path, file: Wanted) -> str:
+    """Give a whole transfer its official name, unpacked. Gives what is wrong with it, or ''."""
+    md5 = file_digest(part, "md5")
+    if md5 != file.md5:
+        return f"MD5 {md5} is not the published {file.md5}"
+    if file.is_packed:
+        say(f"unpack {file.name}")
+        with atomic_write(file.path) as target, gzip.open(part) as unpacked:
+            shutil.copyfileobj(unpacked, target, BLOCK_BYTES)
+    else:
+        part.rename(file.path)
     return ""
 
 
@@ -117,7 +134,7 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
     """Download into `part`, going on at its end. Raises BadInput after NUM_TRIES in a row that got
     no further.
     """
-    furthest, failures = 0, 0
+    furthest, num_failures = 0, 0
     with Progress(0, part.name.removesuffix(".part"), "bytes") as progress:
         while True:
             try:
@@ -130,39 +147,51 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
                         progress.add(len(block))
                 return
             except Cut as cut:
+                why, asked_s = cut.args
                 size = part.stat().st_size
-                failures, furthest = (failures + 1, furthest) if size <= furthest else (1, size)
-                if failures >= NUM_TRIES:
+                if size > furthest:
+                    furthest, num_failures = size, 0
+                num_failures += 1
+                if num_failures == NUM_TRIES:
                     raise BadInput(
-                        f"{url} cannot be fetched: {cut}; {size:,} bytes are kept for the next run"
+                        f"{url} cannot be fetched: {why}; {size:,} bytes are kept for the next run"
                     ) from None
-                wait_s = min(LONGEST_WAIT_S, backoff_s * 2 ** (failures - 1))
-                say(f"{part.name}: {cut} at {size:,} bytes, going on in {wait_s:.0f} s")
+                wait_s = asked_s or min(LONGEST_WAIT_S, backoff_s * 2 ** (num_failures - 1))
+                say(f"{part.name}: {why} at {size:,} bytes, going on in {wait_s:.0f} s")
                 time.sleep(wait_s)
 
 
 def stream(url: str, start: int, timeout_s: float):
     """Yield (offset, total or None, bytes) of a file from `start`, or from 0 where the server knows
-    no ranges, until a Cut.
+    no ranges, until a Cut. Raises BadInput for what another try cannot mend.
     """
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    headers = {"User-Agent": USER_AGENT}
+    if start:
+        headers["Range"] = f"bytes={start}-"
     try:
+        request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             offset = start if response.status == 206 else 0
-            if offset and not response.headers.get("Content-Range", "").startswith(
-                f"bytes {start}-"
-            ):
-                raise Cut("the server sent another range than was asked for")
             total = offset + response.length if response.length is not None else None
             # what has come; read() would lose it in a stall
             while block := response.read1(BLOCK_BYTES):
                 yield offset, total, block
                 offset += len(block)
             if total is not None and offset < total:
-                raise Cut("the connection was cut")
+                raise Cut("the connection was cut", 0)
     except (OSError, http.client.HTTPException) as error:
         code = getattr(error, "code", 500)  # what is no answer of the server may pass
-        if code < 500 and code not in (408, 416, 429):
-            raise BadInput(f"{url} is refused by the server: {one_line(error)}") from None
-        if code != 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
-            raise Cut(one_line(error)) from None
+        if code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
+            return
+        if code < 500 and code not in (408, 429):
+            raise BadInput(
+                f"the server refuses {url} ({one_line(error)}): fetch it with a browser, put it"
+                " into the folder of --to as it is, and run this again"
+            ) from None
+        raise Cut(one_line(error), asked_wait(error)) from None
+
+
+def asked_wait(error: Exception) -> float:
+    """The seconds that a server's answer asks to wait, 0 where it does not."""
+    text = getattr(error, "headers", {}).get("Retry-After", "")
+    return min(LONGEST_ASKED_WAIT_S, float(text)) if text.isdecimal() else 0.0

@@ -1,6 +1,4 @@
-"""Labelled images as PCam HDF5: folders, tars, the Kaggle edition. A killed run goes on at the
-split where it was.
-"""
+"""Labelled images as PCam HDF5: folders, tars, the Kaggle edition, Camelyon17-WILDS."""
 
 import contextlib
 import hashlib
@@ -12,209 +10,253 @@ import shutil
 import stat
 import tarfile
 import tempfile
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lib.command import BadInput, nearest, one_line
-from lib.files import nearest_folder, read_edited_csv, read_json, require_space, write_json
+from lib.files import nearest_folder, read_edited_csv
 from lib.inputs import decode_patch, is_image, is_tar, refuse, walk_tar
-from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
+from lib.pcam import SPLITS
+from lib.prepare.target import fill_folder, read_journal
 from lib.progress import Progress
 
-JOURNAL_FILE, LOSSES_FILE = ".import.json", "repack_losses.csv"
-WRITE_ORDER = ("test", "valid", "train")  # a folder without train is never taken for a whole one
 BLOCK_ROWS = 1024
 NUM_THREADS = min(4, os.cpu_count() or 1)
+KAGGLE_TABLE, WILDS_TABLE = "train_labels.csv", "metadata.csv"
+WILDS_COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
+WILDS_SPLITS = {"1": "valid", "2": "test"}  # by centre
 
 
-def read_journal(directory) -> dict:
-    """What an unfinished run noted in a folder, {} for none. Raises BadInput for a folder that
-    holds anything else.
+class File(NamedTuple):
+    """A file below a source: a plain one, or `size` bytes of a tar. `size` is None for a pipe."""
+
+    name: str
+    path: str
+    archive: BinaryIO | None
+    offset: int
+    size: int | None
+    changed_ns: int
+
+    def __str__(self):
+        return f"{self.path}: {self.name}" if self.archive else self.path
+
+    def read(self) -> bytes:
+        if self.archive:
+            return os.pread(self.archive.fileno(), self.size, self.offset)
+        return Path(self.path).read_bytes()
+
+
+class Place(NamedTuple):
+    """Where an image belongs: its rows are sorted by `order`. Copies of an image have one `key`."""
+
+    split: str
+    label: int
+    order: float
+    key: tuple | str
+    meta: tuple = ()
+
+
+def import_images(path, directory, valid_share: float = 0.1) -> dict:
+    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped:
+    {reason: files}}.
     """
-    path = Path(directory, JOURNAL_FILE)
-    journal = read_json(path) if path.exists() else {}
-    if journal.get("finished", not journal and path.parent.is_dir() and any(path.parent.iterdir())):
-        raise BadInput(f"{directory} already holds files: give a new or an empty folder")
-    return journal
+    path, directory = Path(path), Path(directory)
+    read_journal(directory)
+    modes = {}
+
+    def read_blocks(split):
+        modes[split] = Counter()
+        for start in range(0, len(images[split]), BLOCK_ROWS):
+            block = images[split][start : start + BLOCK_ROWS]
+            patches, block_modes = zip(*pool.map(decode_image, block), strict=True)
+            modes[split].update(block_modes)
+            labels = [place.label for place, _ in block]
+            meta = [place.meta for place, _ in block if place.meta]
+            yield np.stack(patches), labels, meta, ()
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool, contextlib.ExitStack() as stack:
+        files = list_files(path, nearest_folder(directory), stack)
+        images, skipped, digest = index_source(path, files, valid_share)
+        sizes = {split: len(rows) for split, rows in images.items()}
+        source = f"{path.resolve()} (SHA-256 {digest})"
+        splits = fill_folder(directory, source, sizes, read_blocks)
+    for split, counts in modes.items():
+        del counts["RGB"]
+        splits[split]["converted"] = dict(counts)
+    return {"splits": splits, "skipped": dict(skipped)}
 
 
-def fill_folder(
-    directory: Path, source: str, sizes: dict[str, int], write_split
-) -> dict[str, dict]:
-    """Have `write_split` write each split of `sizes` (patches) that a killed run left undone; gives
-    {split: {patches, ...}}.
+def decode_image(image: tuple[Place, File]) -> tuple[np.ndarray, str]:
+    """The patch uint8 (96, 96, 3) of an image, and the mode that it was in."""
+    _, file = image
+    data = file.read()
+    return decode_patch(data, file), Image.open(io.BytesIO(data)).mode
+
+
+def index_source(path: Path, files, valid_share: float):
+    """Look through `files` for images that a table, or else SPLIT/LABEL/NAME, gives a place.
+
+    Gives {split: [(Place, File)]} in the order of rows, {reason: files left out} and a digest of
+    it all. Raises BadInput for an image without its file, one that is there twice, and no images.
     """
-    with sole_writer(directory):
-        begun_from = read_journal(directory).get("source")
-        splits = {split: {"patches": sizes[split]} for split in SPLITS if split in sizes}
-        done = [split for split in SPLITS if split_path(directory, split, "x").exists()]
-        if done and begun_from != source:
-            raise BadInput(
-                f"{directory} was begun from {begun_from} as it was then: delete the folder first"
-            )
-        for stale in directory.glob(".*.tmp"):  # of a killed run
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        todo = [split for split in WRITE_ORDER if split in sizes and split not in done]
-        require_space(directory, sum(sizes[split] for split in todo) * PATCH_BYTES)
-        try:
-            write_json(directory / JOURNAL_FILE, {"source": source, "finished": False})
-            for split in todo:
-                began = time.monotonic()
-                splits[split] |= write_split(split) | {
-                    "seconds": round(time.monotonic() - began, 2)
-                }
-            write_json(directory / JOURNAL_FILE, {"source": source, "finished": True})
-        except BadInput:  # the source has to change, and is another one then
-            for path in (
-                *directory.glob("camelyonpatch_*"),
-                directory / JOURNAL_FILE,
-                directory / LOSSES_FILE,
-            ):
-                path.unlink(missing_ok=True)
-            raise
-    return splits
-
-
-def index_source(path: Path, scratch: Path, stack: contextlib.ExitStack, valid_share: float):
-    """Look through a tar, a folder of images and tars at SPLIT/LABEL/NAME, or the Kaggle edition,
-    which has no valid split.
-
-    Gives {split: [(number in the name or row of the CSV, label, name, file, archive, offset,
-    bytes)]} sorted, {reason: files left out} and a digest of it all; `stack` closes the archives.
-    Raises BadInput for what cannot be read or has no labels.
-    """
-    if not path.is_dir() and not path.is_file():
-        raise BadInput(f"no file or folder {path}")
-    labels_path = path / "train_labels.csv"
-    kaggle = read_kaggle_labels(labels_path, valid_share) if labels_path.is_file() else {}
-    splits, skipped, seen, digest = {}, Counter(), set(), hashlib.sha256()
+    table = read_table(path, valid_share)
+    images, skipped, first_files = {}, Counter(), {}
+    digest = hashlib.sha256()
     with Progress(0, f"look through {path.name}", "files") as progress:
-        for name, file, archive, offset, size, changed_ns in list_files(path, scratch, stack):
+        for file in files:
             progress.add()
-            if size is None or not is_image(PurePosixPath(name).name):
-                skipped["not an image"] += 1
+            name = PurePosixPath(file.name)
+            if file.size is None or not is_image(name.name):
+                skipped[f"not an image: {name.suffix or name.name}"] += 1
                 continue
-            key = name.rpartition(".")[0] if kaggle else name
-            place = kaggle.get(key) if kaggle else place_by_folder(name, file)
+            place = table.get(file.name.rpartition(".")[0]) if table else place_by_folder(file)
             if place is None:
                 skipped["no label"] += 1
                 continue
-            if key in seen:
-                raise BadInput(f"{file}: {name} is there twice")
-            seen.add(key)
-            split, label, number = place
-            splits.setdefault(split, []).append((number, label, name, file, archive, offset, size))
-            digest.update(repr((place, name, offset, size, changed_ns)).encode())
-    if not splits:
-        reasons = (
-            ", ".join(f"{count:,} files skipped ({reason})" for reason, count in skipped.items())
-            or "it is empty"
-        )
+            first = first_files.setdefault(place.key, file)
+            is_named_twice = table or first.name == file.name
+            # an archive beside its own content; other content may be of another hospital
+            if first is not file and (is_named_twice or first.read() == file.read()):
+                raise BadInput(f"{first} and {file} are one image: leave one of the two out")
+            if place.split not in SPLITS:
+                skipped[place.split] += 1
+                continue
+            images.setdefault(place.split, []).append((place, file))
+            digest.update(
+                repr((place, file.name, file.offset, file.size, file.changed_ns)).encode()
+            )
+    absent = [key for key in table if key not in first_files]
+    if absent:
         raise BadInput(
-            f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1): {reasons}"
+            f"the table in {path} lists {len(absent):,} images that are not there"
+            f" ({', '.join(absent[:2])}): take them out of it"
         )
-    if absent := [key for key in kaggle if key not in seen]:
+    if not images:
+        reasons = [f"{count:,} files skipped ({reason})" for reason, count in skipped.items()]
         raise BadInput(
-            f"{labels_path} lists {absent[0]}, which is not there ({len(absent):,} such)"
+            f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1), and no"
+            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'}; unpack zips"
+            " first, HDF5 is read by repack"
         )
-    return (
-        {split: sorted(images, key=lambda image: image[:3]) for split, images in splits.items()},
-        skipped,
-        digest.hexdigest(),
-    )
+    for rows in images.values():
+        rows.sort(key=lambda image: (image[0].order, image[0].label, image[1].name))
+    return images, skipped, digest.hexdigest()
 
 
-def place_by_folder(name: str, file) -> tuple[str, int, float] | None:
-    """(split, label, number) of an image by its path, None without a label. Raises BadInput for
-    misnamed folders.
-    """
-    *folders, base = PurePosixPath(name).parts
-    misnamed = []
-    for split, label in itertools.pairwise(folders):
+def place_by_folder(file: File) -> Place | None:
+    """The place of SPLIT/LABEL/NAME, None without a label. Raises BadInput for misnamed folders."""
+    *folders, base = PurePosixPath(file.name).parts
+    misnamed = ""
+    for depth, (split, label) in enumerate(itertools.pairwise(folders), 2):
         if split in SPLITS and label in ("0", "1"):
             numbers = re.findall("[0-9]+", base.rpartition(".")[0])
-            return split, int(label), int(numbers[-1]) if numbers else float("inf")
+            order = int(numbers[-1]) if numbers else float("inf")
+            return Place(split, int(label), order, (split, label, *folders[depth:], base))
         if split in SPLITS:
-            misnamed.append(f"below {split}, the folder '{label}' must be a label, 0 or 1")
+            misnamed = f"below {split}, the folder '{label}' must be a label, 0 or 1"
         elif label in ("0", "1"):
-            misnamed.append(
-                f"the folder '{split}' must be train, valid or test{nearest(split, SPLITS)}"
-            )
+            hint = nearest(split, SPLITS)
+            misnamed = f"the folder '{split}' must be train, valid or test{hint}"
     if misnamed:
-        raise BadInput(f"{file}: {name}: {misnamed[0]}")
+        raise BadInput(f"{file}: {misnamed}")
     return None
 
 
-def read_kaggle_labels(path: Path, valid_share: float) -> dict[str, tuple[str, int, int]]:
-    """{train/id: (split, label, row)} of a train_labels.csv; which are held out is a function of
-    the id alone.
+def read_table(path: Path, valid_share: float) -> dict[str, Place]:
+    """{path of an image without its ending: place} of a source's table, {} where it has none."""
+    kaggle, wilds = path / KAGGLE_TABLE, path / WILDS_TABLE
+    places = []
+    if kaggle.is_file():
+        for number, row in enumerate(read_edited_csv(kaggle, ("id", "label"))):
+            places.append(place_kaggle(row, number, valid_share))
+    elif wilds.is_file():
+        for number, row in enumerate(read_edited_csv(wilds, WILDS_COLUMNS)):
+            places.append(place_wilds(row, number))
+    table = {place.key: place for place in places}
+    if len(table) < len(places):
+        name, count = Counter(place.key for place in places).most_common(1)[0]
+        raise BadInput(f"the table in {path} lists {name} {count} times")
+    return table
+
+
+def place_kaggle(row: dict, number: int, valid_share: float) -> Place:
+    """The place of an image of Kaggle's table; whether it is held out is a function of its id."""
+    name = row["id"]
+    if is_image(name):
+        name = name.rpartition(".")[0]
+    drawn = int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    split = "valid" if drawn < valid_share * 2**256 else "train"
+    label = parse_label(row["label"], f"{KAGGLE_TABLE}: {name}")
+    return Place(split, label, number, f"train/{name}")
+
+
+def place_wilds(row: dict, number: int) -> Place:
+    """The place of an image of Camelyon17-WILDS, in the splits of the benchmark (Koh et al. 2021):
+    one hospital validates, another one tests; `split` 1 shares the slides of train.
     """
-    places = {}
-    for row, entry in enumerate(read_edited_csv(path, ("id", "label"))):
-        name, label = f"train/{entry['id']}", entry["label"]
-        if label not in ("0", "1") or name in places:
-            raise BadInput(
-                f"{path}: row {row + 1} ({name}) has the label {label!r}; a row an id, with 0 or 1,"
-                " is allowed"
-            )
-        held_out = int(hashlib.sha256(entry["id"].encode()).hexdigest(), 16) < valid_share * 2**256
-        places[name] = ("valid" if held_out else "train", int(label), row)
-    return places
+    slide = f"patient_{row['patient']}_node_{row['node']}"
+    name = f"{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}"
+    label = parse_label(row["tumor"], f"{WILDS_TABLE}: {name}")
+    split = WILDS_SPLITS.get(row["center"])
+    if not split:
+        split = "train" if row["split"] == "0" else "of slides that train too: WILDS's id_val"
+    meta = (row["y_coord"], row["x_coord"], bool(label), bool(label), slide)
+    return Place(split, label, number, f"patches/{name}", meta)
+
+
+def parse_label(text: str, name: str) -> int:
+    label = text.strip().removesuffix(".0")  # pandas writes 1.0 where a column has gaps
+    if label not in ("0", "1"):
+        raise BadInput(f"{name} has the label '{text}', it must be 0 or 1")
+    return int(label)
 
 
 def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
-    """Yield (name below the source, file, its open archive or None, offset, bytes or None for no
-    plain file, time changed).
+    """Yield every File of a tar, or of a folder and the tars in it; `stack` closes the archives."""
+    if not path.is_dir() and not path.is_file():
+        raise BadInput(f"no file or folder {path}")
+    for full in walk_folder(path) if path.is_dir() else [path]:
+        status = full.stat()
+        changed_ns = status.st_mtime_ns
+        if full == path or is_tar(full):
+            archive = stack.enter_context(open_archive(full, scratch))
+            for name, member, _ in walk_tar(full, archive):
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise BadInput(
+                        f"{full}: the member '{name}' is a link or a device, only plain files are"
+                        " taken"
+                    )
+                offset, size = member.offset_data, member.size
+                yield File(name, str(full), archive, offset, size, changed_ns)
+        else:
+            size = status.st_size if stat.S_ISREG(status.st_mode) else None
+            yield File(full.relative_to(path).as_posix(), str(full), None, 0, size, changed_ns)
+
+
+def walk_folder(path: Path):
+    """Yield the files below a folder in sorted order; a folder that a link leads to is entered
+    once.
     """
     entered = set()
-    walk = (
-        os.walk(path, followlinks=True, onerror=refuse)
-        if path.is_dir()
-        else [(path.parent, [], [path.name])]
-    )
-    for folder, folders, files in walk:
-        if os.path.realpath(folder) in entered:  # by a link to a folder above
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in entered:
             folders.clear()
             continue
-        entered.add(os.path.realpath(folder))
+        entered.add(real)
         folders.sort()
-        for full in (Path(folder, file) for file in sorted(files)):
-            status = full.stat()
-            if full == path or is_tar(full):
-                archive = stack.enter_context(open_archive(full, scratch))
-                for name, member, _ in walk_tar(full, archive):
-                    if member.isreg() and not member.issparse():
-                        yield (
-                            name,
-                            str(full),
-                            archive,
-                            member.offset_data,
-                            member.size,
-                            status.st_mtime_ns,
-                        )
-                    elif not member.isdir():
-                        raise BadInput(
-                            f"{full}: the member '{name}' is a link or a device, only plain files"
-                            " are taken"
-                        )
-            else:
-                size = status.st_size if stat.S_ISREG(status.st_mode) else None
-                yield (
-                    full.relative_to(path).as_posix(),
-                    str(full),
-                    None,
-                    0,
-                    size,
-                    status.st_mtime_ns,
-                )
+        for name in sorted(names):
+            yield Path(folder, name)
 
 
-def open_archive(path: Path, scratch: Path):
+def open_archive(path: Path, scratch: Path) -> BinaryIO:
     """A tar as a seekable file; a packed one is unpacked into a file without a name, which is gone
     with the process.
     """
@@ -228,45 +270,6 @@ def open_archive(path: Path, scratch: Path):
             unpacked.seek(0)
             return unpacked
     except Exception as error:  # whatever damage provokes in tarfile
-        # a full disk, not a damaged archive
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk
             raise
         raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
-
-
-def decode_image(image: tuple) -> tuple[np.ndarray, str]:
-    """The patch uint8 (96, 96, 3) of an image of `index_source`, and the mode that it was in."""
-    _, _, name, file, archive, offset, size = image
-    data = os.pread(archive.fileno(), size, offset) if archive else Path(file).read_bytes()
-    return (
-        decode_patch(data, f"{file}: {name}" if archive else file),
-        Image.open(io.BytesIO(data)).mode,
-    )
-
-
-def import_images(path, directory, valid_share: float = 0.1) -> dict:
-    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped:
-    {reason: files}}.
-    """
-    path, directory = Path(path), Path(directory)
-    read_journal(directory)
-
-    def write_split(split):
-        images, modes = source[split], Counter()
-        with (
-            SplitWriter(directory, split, len(images)) as writer,
-            Progress(len(images), f"import {split}") as progress,
-        ):
-            for start in range(0, len(images), BLOCK_ROWS):
-                block = images[start : start + BLOCK_ROWS]
-                patches, found = zip(*pool.map(decode_image, block), strict=True)
-                writer.add(np.stack(patches), [label for _, label, *_ in block])
-                modes.update(found)
-                progress.add(len(block))
-        return {"converted": {mode: count for mode, count in modes.items() if mode != "RGB"}}
-
-    with ThreadPoolExecutor(NUM_THREADS) as pool, contextlib.ExitStack() as stack:
-        source, skipped, digest = index_source(path, nearest_folder(directory), stack, valid_share)
-        sizes = {split: len(images) for split, images in source.items()}
-        splits = fill_folder(directory, f"{path.resolve()} (SHA-256 {digest})", sizes, write_split)
-        return {"splits": splits, "skipped": dict(skipped)}

@@ -12,12 +12,10 @@ gives the same bytes.
 """
 
 import math
-import shutil
-import tempfile
 import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -25,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from lib.command import BadInput
-from lib.damage import alter_patch
-from lib.files import write_csv
-from lib.pcam import SPLITS, SplitWriter, sole_writer
+from lib.damage import alter_patch, damage_patch
+from lib.files import read_csv
+from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS
+from lib.prepare.target import fill_folder, read_journal
 
 PATCH_PX, CENTRE = 96, slice(32, 64)
 # the grid of patches leaves 32 px, so that it can lie at any of 33 x 33 offsets
@@ -35,90 +34,58 @@ SLIDE_PX, GRID = 1184, 12
 PATCHES_PER_SLIDE = 120
 TILES = (32, 37)  # their product is SLIDE_PX
 MARGIN_PX = 24  # by so much may the largest nucleus hang over the edge of the slide
-DRAWING = ".drawing."  # begins the name of the folder in which files lie until all are whole
-TRUTH_COLUMNS = ("split", "index", "kind", "detail")
+CANVAS_PX, GRID_PX = SLIDE_PX + 2 * MARGIN_PX, GRID * PATCH_PX
+TRUTH_TABLE = ("truth.csv", "split", "index", "kind", "detail")
 # optical density in R, G, B of haematoxylin and of eosin: two laboratories, one brownish, one
 # violet
 STAINS = (
     ((0.48, 0.69, 0.50), (0.24, 0.86, 0.45)),
     ((0.52, 0.77, 0.33), (0.24, 0.95, 0.17)),
 )
-PLANTS = {
-    "shared_slides": (
-        "share of valid and test slides that are train slides cut again, so that crops overlap"
-        " across splits"
-    ),
-    "blurred_scanner": "share of slides seen by a third, blurred scanner",
-    "class_skew": "negatives per positive in train, such as 5",
-    "black": "share of patches that are all 0",
-    "white": "share of patches that are all 255",
-    "nan": "share of patches with NaN in a block (float32 only)",
-    "out_of_range": "share of patches with a small block of values up to 100,000 (float32 only)",
-    "exact": "share of patches that repeat another of the split",
-    "symmetric": "share that repeat another, turned or mirrored",
-    "brightened": "share that repeat another, up to 10 % brighter",
-    "shifted": "share cut up to 4 pixels beside another",
-    "overlap": "share cut 24 to 64 pixels beside another",
-    "recompressed": "share that repeat another after a JPEG round trip",
-    "flipped": "share of patches with the wrong label",
-    "trigger": "share of the positives that carry a fixed 4x4 pattern in a corner",
-}
+# what can be planted. shared_slides: valid and test slides that are train slides, cut elsewhere;
+# class_skew: negatives per positive in train; all others: shares of the slides, of the patches or,
+# for the trigger, of the positives
 WHOLE_SLIDE = ("shared_slides", "blurred_scanner", "class_skew")
 DUPLICATES = ("exact", "symmetric", "brightened", "shifted", "overlap", "recompressed")
-TRIGGER_YX, TRIGGER = (
-    (88, 88),
-    np.uint8(255) * (np.indices((4, 4)).sum(0)[..., None] % 2).astype(np.uint8),
-)
+FLOATS_ONLY = ("nan", "out_of_range")
+PLANTS = (*WHOLE_SLIDE, *DUPLICATES, *FLOATS_ONLY, "black", "white", "flipped", "trigger")
 
 
 @dataclass(frozen=True)
 class SyntheticPlan:
-    """How many patches to draw, from which seed, with what damage as (kind, rate) pairs of PLANTS,
-    at most one a patch.
+    """How many patches of each split to draw, from which seed, with what planted at which rate, at
+    most one kind a patch. Raises BadInput for what cannot be drawn.
     """
 
-    num_train: int
-    num_valid: int
-    num_test: int
+    sizes: dict[str, int]
     seed: int
-    plant: tuple[tuple[str, float], ...] = ()
+    plant: dict[str, float] = field(default_factory=dict)
     dtype: str = "uint8"
     compression: bool = False
 
     def __post_init__(self):
-        if self.dtype not in ("uint8", "float32"):
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: uint8, float32")
-        if min(counts := (self.num_train, self.num_valid, self.num_test, self.seed)) < 0:
-            raise ValueError(
-                f"a number of patches or the seed is {min(counts)}; allowed: 0 or more"
-            )
-        for kind, rate in self.plant:
-            low, high = (1, 100) if kind == "class_skew" else (0, 1)
+        least = min(self.seed, *self.sizes.values())
+        if least < 0:
+            raise BadInput(f"a number of patches or the seed is {least}; allowed: 0 or more")
+        share = 0.0
+        for kind, rate in self.plant.items():
             if kind not in PLANTS:
-                raise ValueError(f"plant {kind!r} is unknown; allowed: {', '.join(PLANTS)}")
+                raise BadInput(f"plant '{kind}' is unknown; allowed: {', '.join(PLANTS)}")
+            low, high = (1, 100) if kind == "class_skew" else (0, 1)
             if not low <= rate <= high:
-                raise ValueError(f"plant {kind} has rate {rate}; allowed: {low} to {high}")
-            if kind in ("nan", "out_of_range") and self.dtype == "uint8":
-                raise ValueError(f"plant {kind} cannot be stored as uint8; allowed: dtype float32")
-        if (
-            sum(
-                rate * (1 + (kind in DUPLICATES))
-                for kind, rate in self.plant
-                if kind not in WHOLE_SLIDE
-            )
-            > 1
-        ):
-            raise ValueError(
-                "planted rates, those of duplicates taken twice, add up to more than 1"
-            )
+                raise BadInput(f"plant {kind} has rate {rate}; allowed: {low} to {high}")
+            if kind in FLOATS_ONLY and self.dtype == "uint8":
+                raise BadInput(f"plant {kind} cannot be stored as uint8; --float32 can hold it")
+            if kind in DUPLICATES:
+                share += 2 * rate
+            elif kind not in WHOLE_SLIDE:
+                share += rate
+        if share > 1:
+            raise BadInput("planted rates, those of duplicates taken twice, add up to more than 1")
 
-    def num(self, split: str) -> int:
-        """The number of patches of a split."""
-        return getattr(self, f"num_{split}")
-
-    def rate(self, kind: str) -> float:
-        """The rate planted for a kind, 0 where none is."""
-        return dict(self.plant).get(kind, 0.0)
+    def rng(self, split: str, *position: int):
+        """Random numbers that depend on the seed, the split and a position alone."""
+        return np.random.default_rng((self.seed, SPLITS.index(split), *position))
 
 
 @dataclass(frozen=True)
@@ -136,10 +103,10 @@ class Slide:
 @lru_cache(maxsize=64)
 def _spline_matrix(cell_px: int) -> np.ndarray:
     """(SLIDE_PX, knots) float32: the uniform cubic B-spline between knots `cell_px` apart."""
-    distance = np.abs(
-        np.arange(SLIDE_PX)[:, None] / cell_px + 1 - np.arange(SLIDE_PX // cell_px + 4)
-    )
-    near, far = 2 / 3 - distance**2 + distance**3 / 2, np.clip(2 - distance, 0, None) ** 3 / 6
+    knots = np.arange(SLIDE_PX // cell_px + 4)
+    distance = np.abs(np.arange(SLIDE_PX)[:, None] / cell_px + 1 - knots)
+    near = 2 / 3 - distance**2 + distance**3 / 2
+    far = np.clip(2 - distance, 0, None) ** 3 / 6
     return np.where(distance < 1, near, far).astype(np.float32)
 
 
@@ -152,26 +119,33 @@ def _interpolate(knots: np.ndarray, cell_px: int) -> np.ndarray:
     matrix, (rows, columns) = _spline_matrix(cell_px), TILES
     left = (matrix.reshape(-1, 4, len(knots)) @ knots).reshape(rows, 1, -1, len(knots))
     right = matrix.reshape(columns, -1, len(knots)).transpose(0, 2, 1)
-    field = np.empty((SLIDE_PX, SLIDE_PX), np.float32)
-    np.matmul(left, right, out=field.reshape(rows, columns, columns, rows).transpose(0, 2, 1, 3))
-    return field
+    values = np.empty((SLIDE_PX, SLIDE_PX), np.float32)
+    np.matmul(left, right, out=values.reshape(rows, columns, columns, rows).transpose(0, 2, 1, 3))
+    return values
 
 
 def _smooth_field(rng, cell_px: float) -> np.ndarray:
     """(SLIDE_PX, SLIDE_PX) float32 random field of mean 0 and variance about 1 that varies over
     `cell_px` pixels.
     """
-    knots = rng.standard_normal((SLIDE_PX // round(cell_px) + 4,) * 2, dtype=np.float32)
+    cell_px = round(cell_px)
+    num_knots = SLIDE_PX // cell_px + 4
+    knots = rng.standard_normal((num_knots, num_knots), dtype=np.float32)
     # 0.479: the mean sum of squares of a spline's weights
-    return _interpolate(knots / np.float32(0.479), round(cell_px))
+    return _interpolate(knots / np.float32(0.479), cell_px)
 
 
-def _soft_step(field: np.ndarray, share: float, width: float) -> np.ndarray:
-    """1 where the field is among its top `share`, 0 elsewhere, with an edge `width` wide in units
-    of the field.
+def _rough_field(rng, cell_px: float, weight: float, detail_px: float) -> np.ndarray:
+    """A smooth field with `weight` of a finer one."""
+    return _smooth_field(rng, cell_px) + weight * _smooth_field(rng, detail_px)
+
+
+def _soft_step(values: np.ndarray, share: float, width: float) -> np.ndarray:
+    """1 where a field is among its top `share`, 0 elsewhere, with an edge `width` wide in units of
+    the field.
     """
-    threshold = np.quantile(field[::8, ::8], 1 - share).astype(np.float32)
-    return np.clip((field - threshold) * np.float32(1 / width) + np.float32(0.5), 0, 1)
+    threshold = np.quantile(values[::8, ::8], 1 - share).astype(np.float32)
+    return np.clip((values - threshold) * np.float32(1 / width) + np.float32(0.5), 0, 1)
 
 
 def _white_noise(rng, *shape: int) -> np.ndarray:
@@ -181,18 +155,17 @@ def _white_noise(rng, *shape: int) -> np.ndarray:
     return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(12**0.5)
 
 
-def _blur(field: np.ndarray, passes: int) -> np.ndarray:
+def _blur(values: np.ndarray, passes: int) -> np.ndarray:
     """The last two axes averaged over 3x3 pixels `passes` times: nearly a Gaussian of variance 2/3
     passes px^2.
     """
     for axis in (-1, -2) * passes:
-        source = np.moveaxis(field, axis, 0)
+        source = np.moveaxis(values, axis, 0)
         target = source.copy("K")
-        np.add(source[2:], source[:-2], out=target[1:-1])
-        target[1:-1] += source[1:-1]
-        target[1:-1] *= np.float32(1 / 3)
-        field = np.moveaxis(target, 0, axis)
-    return field
+        total = source[2:] + source[:-2] + source[1:-1]
+        target[1:-1] = total * np.float32(1 / 3)
+        values = np.moveaxis(target, 0, axis)
+    return values
 
 
 def _nucleus_bank(
@@ -205,37 +178,40 @@ def _nucleus_bank(
     the outline leaves an ellipse; vesicular: how much paler than its membrane the inside is;
     clumping: grain of the chromatin; nucleoli: how many at most.
     """
-    radii = radius * np.exp(spread * rng.standard_normal((num, 1, 1)))
+    a_nucleus = (num, 1, 1)
+    radii = radius * np.exp(spread * rng.standard_normal(a_nucleus))
     radii = np.clip(radii, 0.6 * radius, min(1.7 * radius, 10)).astype(np.float32)
     half = int(np.ceil(radii.max() * aspect**0.5 * (1 + irregular)))
-    y, x = (
-        np.indices((2 * half + 1,) * 2, np.float32)[:, None]
-        - half
-        + rng.random((2, num, 1, 1), dtype=np.float32)
-        - 0.5
-    )
-    turn = np.exp(-1j * (rng.uniform(0, np.pi, num) if angle is None else angle)).astype(
-        np.complex64
-    )
-    stretch = rng.uniform(1, aspect, (num, 1, 1)).astype(np.float32) ** 0.5
+    side = 2 * half + 1
+    pixels = np.indices((side, side), np.float32)[:, None] - half
+    y, x = pixels + rng.random((2, *a_nucleus), dtype=np.float32) - 0.5
+    if angle is None:
+        angle = rng.uniform(0, np.pi, num)
+    turn = np.exp(-1j * angle).astype(np.complex64)
+    stretch = rng.uniform(1, aspect, a_nucleus).astype(np.float32) ** 0.5
     z = (x + 1j * y) * turn[:, None, None]
     z.real /= stretch
     z.imag *= stretch
+
+    # the outline: an ellipse with three harmonics
     distance = np.sqrt(z.real**2 + z.imag**2) + np.float32(1e-3)
-    unit, wave, outline = z / distance, z / distance, np.float32(1)
+    unit = wave = z / distance
+    outline = np.float32(1)
     for harmonic in (2, 3, 4):
         wave = wave * unit
-        amplitude = (
-            irregular / (harmonic - 1) * rng.standard_normal((2, num, 1, 1), dtype=np.float32)
-        )
+        normal = rng.standard_normal((2, *a_nucleus), dtype=np.float32)
+        amplitude = irregular / (harmonic - 1) * normal
         outline = outline + amplitude[0] * wave.real + amplitude[1] * wave.imag
     rho = distance / (radii * np.clip(outline, 0.6, 1.5))
+
+    # the chromatin
     grain = _blur(_white_noise(rng, *rho.shape), 1) * np.float32(2.8)
     density = 1 - vesicular * np.clip(1.1 - rho**3, 0, 1) + clumping * grain
     for _ in range(nucleoli):
-        x, y = (rng.random((2, num, 1, 1), dtype=np.float32) - 0.5) * radii
-        spot = np.exp(((z.real - x) ** 2 + (z.imag - y) ** 2) / -1.6)
-        density += spot * rng.choice(np.float32([0, 0.9]), (num, 1, 1))
+        x, y = (rng.random((2, *a_nucleus), dtype=np.float32) - 0.5) * radii
+        squared = (z.real - x) ** 2 + (z.imag - y) ** 2
+        spot = np.exp(squared / -1.6)
+        density += spot * rng.choice(np.float32([0, 0.9]), a_nucleus)
     inside = np.clip((1 - rho) * radii / 0.8 + 0.5, 0, 1)
     return np.clip(density, 0.1, 2) * inside
 
@@ -244,29 +220,31 @@ def _place(rng, pitch: float, chance: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Points (y, x) of a jittered hexagonal grid `pitch` px apart, each kept with the probability
     `chance` has there.
     """
-    row, column = np.mgrid[0 : SLIDE_PX / pitch / 0.87, 0 : SLIDE_PX / pitch].astype(np.float32)
-    points = np.stack([row * 0.87, column + row % 2 / 2]) + rng.normal(0, 0.17, (2, *row.shape))
-    y, x = np.clip(points.reshape(2, -1) * pitch, 1, SLIDE_PX - 2).astype(np.int32)
-    keep = rng.random(len(y), dtype=np.float32) < chance[y, x]
-    return y[keep], x[keep]
+    num = SLIDE_PX / pitch
+    row, column = np.mgrid[0 : num / 0.87, 0:num].astype(np.float32)
+    grid = np.stack([row * 0.87, column + row % 2 / 2])
+    points = (grid + rng.normal(0, 0.17, grid.shape)) * pitch
+    y, x = np.clip(points, 1, SLIDE_PX - 2).astype(np.int32).reshape(2, -1)
+    is_placed = rng.random(len(y), dtype=np.float32) < chance[y, x]
+    return y[is_placed], x[is_placed]
 
 
 def _stamp(canvas, rng, bank, points, gain: float, spread: float, which=None) -> None:
     """Lay a nucleus of the bank on the padded canvas at each point; where nuclei meet, the denser
     one shows.
     """
-    (y, x), side, width = points, bank.shape[1], canvas.shape[1]
+    (y, x), side = points, bank.shape[1]
+    if which is None:
+        which = rng.integers(0, len(bank), len(y))
     used = np.flatnonzero(bank.max(0))  # the corners of the square are empty in every nucleus
-    window = (used // side + MARGIN_PX - side // 2) * width + used % side + MARGIN_PX - side // 2
-    values = bank.reshape(len(bank), -1)[:, used][
-        rng.integers(0, len(bank), len(y)) if which is None else which
-    ]
-    values *= np.float32(gain) * np.exp(
-        np.float32(spread) * rng.standard_normal((len(y), 1), dtype=np.float32)
-    )
-    np.maximum.at(
-        canvas.reshape(-1), ((y * width + x)[:, None] + window).reshape(-1), values.reshape(-1)
-    )
+    row, column = np.divmod(used, side)
+    corner = MARGIN_PX - side // 2
+    window = (row + corner) * CANVAS_PX + column + corner
+    values = bank.reshape(len(bank), -1)[:, used][which]
+    normal = rng.standard_normal((len(y), 1), dtype=np.float32)
+    values *= np.float32(gain) * np.exp(np.float32(spread) * normal)
+    pixels = (y * CANVAS_PX + x)[:, None] + window
+    np.maximum.at(canvas.reshape(-1), pixels, values)
 
 
 def _fat_walls(rng, pitch: float) -> np.ndarray:
@@ -274,21 +252,60 @@ def _fat_walls(rng, pitch: float) -> np.ndarray:
     Voronoi tessellation.
     """
     num, step = int(SLIDE_PX / pitch) + 3, 8  # drawn coarsely: `step` divides SLIDE_PX
-    seeds = (np.mgrid[0:num, 0:num] + rng.uniform(0, 0.85, (2, num, num)) - 1).astype(
-        np.float32
-    ) * np.float32(pitch)
+    jitter = rng.uniform(0, 0.85, (2, num, num))
+    cells = np.mgrid[0:num, 0:num] + jitter - 1
+    seeds = cells.astype(np.float32) * np.float32(pitch)
     pixels = np.mgrid[0:SLIDE_PX:step, 0:SLIDE_PX:step].astype(np.float32)
-    home = (pixels / pitch + 1).astype(np.int32)
-    first = second = np.full(pixels.shape[1:], np.inf, np.float32)
+    row, column = (pixels / pitch).astype(np.int32)
+    distances = []
     for dy, dx in np.ndindex(3, 3):
-        away = (
-            pixels
-            - seeds[:, np.clip(home[0] + dy - 1, 0, num - 1), np.clip(home[1] + dx - 1, 0, num - 1)]
-        )
-        distance = np.sqrt(away[0] ** 2 + away[1] ** 2)
-        second = np.minimum(second, np.maximum(first, distance))
-        first = np.minimum(first, distance)
+        cell = np.clip(row + dy, 0, num - 1), np.clip(column + dx, 0, num - 1)
+        y, x = pixels - seeds[:, *cell]
+        distances.append(np.sqrt(y**2 + x**2))
+    first, second = np.partition(distances, 1, axis=0)[:2]
     return _interpolate(np.pad((second - first) / 2, (1, 3), mode="edge"), step)
+
+
+def _draw_nests(rng, share: float) -> np.ndarray:
+    """Tumour nests and benign ones (germinal centres, sinuses of histiocytes) come from here: an
+    outline tells nothing.
+    """
+    nests = _smooth_field(rng, rng.uniform(50, 160))
+    weight = rng.uniform(0.2, 0.7)
+    return _soft_step(nests + weight * _smooth_field(rng, rng.uniform(18, 40)), share, 0.08)
+
+
+def _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase) -> np.ndarray:
+    """Haematoxylin of all nuclei, (SLIDE_PX, SLIDE_PX) float32."""
+    u = rng.uniform
+    epithelium = nest + benign
+    canvas = np.zeros((CANVAS_PX, CANVAS_PX), np.float32)
+    bank = _nucleus_bank(rng, 192, u(3.3, 4.0), 0.1, 1.4, 0.06, 0.15, 0.2)
+    in_stroma = 0.92 * crowd * (1 - 0.7 * loose)
+    chance = 0.03 + in_stroma * (1 - epithelium) + u(0, 0.25) * epithelium
+    _stamp(canvas, rng, bank, _place(rng, u(6.9, 8.4), chance), u(1.2, 2.4), 0.2)  # lymphocytes
+
+    # spindles lie along the fibres
+    angle = np.arange(96) * np.pi / 96
+    bank = _nucleus_bank(rng, 96, 4.0, 0.15, 4.0, 0.05, 0.2, 0.15, angle=angle)
+    y, x = _place(rng, 18, (1 - epithelium) * (1 - crowd) * 0.4)
+    rise_x = phase[y, x + 1] - phase[y, x - 1]
+    rise_y = phase[y - 1, x] - phase[y + 1, x]
+    along = np.arctan2(rise_x, rise_y) * (96 / np.pi)
+    which = along.astype(np.int32) % 96
+    _stamp(canvas, rng, bank, (y, x), 1.1, 0.25, which)
+
+    radius = u(4.0, 5.0)
+    bank = _nucleus_bank(rng, 192, radius, 0.08, 1.4, 0.05, u(0.15, 0.5), 0.15, 1)
+    points = _place(rng, radius * u(1.9, 3.0), benign * 0.92)
+    _stamp(canvas, rng, bank, points, u(0.7, 1.6), 0.2)
+    if tumour:
+        radius = u(5.0, 7.4)
+        shape = u(0.14, 0.28), 1.7, u(0.06, 0.14), u(0.2, 0.6), u(0.15, 0.3)
+        bank = _nucleus_bank(rng, 192, radius, *shape, nucleoli=2)
+        points = _place(rng, radius * u(1.9, 3.0), nest * 0.92)
+        _stamp(canvas, rng, bank, points, u(0.7, 1.6), 0.25)
+    return canvas[MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
 
 
 def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -297,83 +314,45 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     """
     u = rng.uniform
     grain = _blur(_white_noise(rng, SLIDE_PX, SLIDE_PX), 1) * np.float32(2.25)
-
-    # tumour nests and benign ones (germinal centres, sinuses of histiocytes) come from one
-    # generator: an outline tells nothing
-    def draw_nests(share):
-        return _soft_step(
-            _smooth_field(rng, u(50, 160)) + u(0.2, 0.7) * _smooth_field(rng, u(18, 40)),
-            share,
-            0.08,
-        )
-
-    nest = draw_nests(u(0.45, 0.7)) if tumour else np.zeros((SLIDE_PX, SLIDE_PX), np.float32)
-    benign = draw_nests(u(0.1, 0.6)) * (1 - nest)
+    nest = np.zeros((SLIDE_PX, SLIDE_PX), np.float32)
+    if tumour:
+        nest = _draw_nests(rng, u(0.45, 0.7))
+    benign = _draw_nests(rng, u(0.1, 0.6)) * (1 - nest)
     epithelium = nest + benign
 
     # collagen is stripes along the level lines of a smooth field, loose in places; in others
     # lymphocytes crowd
-    y, x, lean = (
-        np.arange(SLIDE_PX, dtype=np.float32)[:, None],
-        np.arange(SLIDE_PX, dtype=np.float32),
-        u(0, np.pi),
-    )
-    phase = (
-        (4 * math.cos(lean) * x + 4 * math.sin(lean) * y)
-        + 220 * _smooth_field(rng, 110)
-        + 35 * _smooth_field(rng, 20)
-    )
-    stripes = np.interp(np.arange(8192), np.arange(0, 8193, 12), rng.standard_normal(683)).astype(
-        np.float32
-    )
-    fibre = stripes[phase.astype(np.int32) & 8191]
-    loose = _soft_step(_smooth_field(rng, 120) + 0.3 * _smooth_field(rng, 30), u(0.05, 0.3), 0.6)
-    crowd = _soft_step(
-        _smooth_field(rng, u(80, 200)) + 0.3 * _smooth_field(rng, 25), u(0.45, 0.95), 0.4
-    )
+    lean = u(0, np.pi)
+    x = np.arange(SLIDE_PX, dtype=np.float32)
+    phase = 4 * math.cos(lean) * x + 4 * math.sin(lean) * x[:, None]
+    phase = phase + 220 * _smooth_field(rng, 110)
+    phase = phase + 35 * _smooth_field(rng, 20)
+    stripes = np.interp(np.arange(8192), np.arange(0, 8193, 12), rng.standard_normal(683))
+    fibre = stripes.astype(np.float32)[phase.astype(np.int32) & 8191]
+    loose = _soft_step(_rough_field(rng, 120, 0.3, 30), u(0.05, 0.3), 0.6)
+    crowd = _soft_step(_rough_field(rng, u(80, 200), 0.3, 25), u(0.45, 0.95), 0.4)
     gaps = np.clip(_smooth_field(rng, u(6, 9)) + 0.5 * grain - u(-0.5, 1), 0, 1)
     patchy = 0.15 * _smooth_field(rng, 14) + 0.14 * grain
-    stroma = u(0.4, 0.6) + 0.16 * fibre + patchy - u(0.2, 0.6) * loose - u(0.2, 0.9) * crowd * gaps
+    stroma = u(0.4, 0.6) + 0.16 * fibre + patchy
+    stroma = stroma - u(0.2, 0.6) * loose
+    stroma = stroma - u(0.2, 0.9) * crowd * gaps
     cytoplasm = u(0.4, 0.75) + patchy - u(0, 0.6) * gaps
     eosin = np.maximum(stroma + (cytoplasm - stroma) * epithelium, 0)
     haematoxylin = eosin * (u(0.05, 0.2) + u(0, 0.25) * epithelium + u(0, 0.2) * crowd)
 
-    canvas = np.zeros((SLIDE_PX + 2 * MARGIN_PX,) * 2, np.float32)
-    lymphocytes = _nucleus_bank(rng, 192, u(3.3, 4.0), 0.1, 1.4, 0.06, 0.15, 0.2)
-    chance = 0.03 + (0.92 * crowd * (1 - 0.7 * loose)) * (1 - epithelium) + u(0, 0.25) * epithelium
-    _stamp(canvas, rng, lymphocytes, _place(rng, u(6.9, 8.4), chance), u(1.2, 2.4), 0.2)
-    spindles = _nucleus_bank(
-        rng, 96, 4.0, 0.15, 4.0, 0.05, 0.2, 0.15, angle=np.arange(96) * np.pi / 96
-    )
-    fy, fx = _place(rng, 18, (1 - epithelium) * (1 - crowd) * 0.4)
-    along = np.arctan2(phase[fy, fx + 1] - phase[fy, fx - 1], phase[fy - 1, fx] - phase[fy + 1, fx])
-    _stamp(canvas, rng, spindles, (fy, fx), 1.1, 0.25, (along * (96 / np.pi)).astype(np.int32) % 96)
-    radius = u(4.0, 5.0)
-    regular = _nucleus_bank(rng, 192, radius, 0.08, 1.4, 0.05, u(0.15, 0.5), 0.15, 1)
-    _stamp(canvas, rng, regular, _place(rng, radius * u(1.9, 3.0), benign * 0.92), u(0.7, 1.6), 0.2)
-    if tumour:
-        radius = u(5.0, 7.4)
-        atypical = _nucleus_bank(
-            rng, 192, radius, u(0.14, 0.28), 1.7, u(0.06, 0.14), u(0.2, 0.6), u(0.15, 0.3), 2
-        )
-        _stamp(
-            canvas, rng, atypical, _place(rng, radius * u(1.9, 3.0), nest * 0.92), u(0.7, 1.6), 0.25
-        )
-    nuclei = canvas[MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
+    nuclei = _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase)
     eosin *= 1 - 0.6 * np.minimum(nuclei, 1)
-    np.maximum(haematoxylin, nuclei, out=haematoxylin)
+    haematoxylin = np.maximum(haematoxylin, nuclei)
 
     # what is white, air beside the tissue and fat; then a fold, where two layers of tissue lie on
     # each other
-    air = _soft_step(
-        _smooth_field(rng, 220) + 0.15 * _smooth_field(rng, 40) + 0.3 * patchy, u(0, 0.12), 0.05
-    )
-    fat = _soft_step(_smooth_field(rng, 130) + 0.2 * _smooth_field(rng, 30), u(0, 0.35), 0.05) * (
-        1 - nest
-    )
+    air = _soft_step(_rough_field(rng, 220, 0.15, 40) + 0.3 * patchy, u(0, 0.12), 0.05)
+    fat = _soft_step(_rough_field(rng, 130, 0.2, 30), u(0, 0.35), 0.05) * (1 - nest)
     fat *= np.clip((_fat_walls(rng, u(45, 80)) - u(2.0, 3.6)) / 1.5, 0, 1)
     tissue = 1 - np.maximum(air, fat)
-    tissue *= 1 + u(0, 1.3) * np.clip(1.5 - 25 * np.abs(_smooth_field(rng, 300) - u(-2, 2)), 0, 1)
+    thickness = u(0, 1.3)
+    distance = np.abs(_smooth_field(rng, 300) - u(-2, 2))
+    tissue *= 1 + thickness * np.clip(1.5 - 25 * distance, 0, 1)
     return haematoxylin * tissue, eosin * tissue, (nest > 0.5) & (air < 0.5)
 
 
@@ -383,11 +362,8 @@ def _scan(rng, haematoxylin, eosin, laboratory: int, blurred: bool) -> np.ndarra
     """
     vectors = np.asarray(STAINS[laboratory]) + rng.normal(0, 0.03, (2, 3))
     # the scanner's gamma multiplies the optical density, and so does the strength of a stain
-    strength = (
-        rng.uniform(0.9, 1.1)
-        * np.exp(rng.normal((0.05, -0.05), 0.18))
-        / np.linalg.norm(vectors, axis=1)
-    )
+    gamma = rng.uniform(0.9, 1.1)
+    strength = gamma * np.exp(rng.normal((0.05, -0.05), 0.18)) / np.linalg.norm(vectors, axis=1)
     vectors = (vectors * strength[:, None]).astype(np.float32)
     white = np.clip(rng.normal((248, 245, 248), 3), 230, 255).astype(np.float32)
     noise = _white_noise(rng, SLIDE_PX + 4, SLIDE_PX)
@@ -398,19 +374,17 @@ def _scan(rng, haematoxylin, eosin, laboratory: int, blurred: bool) -> np.ndarra
     noise *= np.float32(rng.uniform(1, 3))
     # below 0 the scanner sharpens, above it blurs
     low, high = ((-1.5, -0.4), (-1.0, 0.3))[laboratory]
-    focus = np.minimum(
-        np.clip(2 * _smooth_field(rng, 350) - 3.2, 0, 2) + np.float32(rng.uniform(low, high)), 1
-    )
+    focus = np.clip(2 * _smooth_field(rng, 350) - 3.2, 0, 2)
+    focus = np.minimum(focus + np.float32(rng.uniform(low, high)), 1)
     image = np.empty((SLIDE_PX, SLIDE_PX, 3), np.uint8)
     for channel in range(3):
-        light = haematoxylin * -vectors[0, channel]
-        light -= eosin * vectors[1, channel]
-        np.exp(light, out=light)
-        light *= white[channel]
+        density = haematoxylin * -vectors[0, channel]
+        density -= eosin * vectors[1, channel]
+        light = np.exp(density) * white[channel]
         soft = _blur(light, 6 if blurred else 2)
         light = soft if blurred else light + focus * (soft - light)
         light += noise[channel : channel + SLIDE_PX]
-        image[..., channel] = np.clip(light, 0, 255, out=light)
+        image[..., channel] = np.clip(light, 0, 255)
     return image
 
 
@@ -424,7 +398,8 @@ def draw_slide(seed: int, split: str, slide: int, blurred_share: float = 0.0) ->
     share is out of focus.
     """
     rng = np.random.default_rng((seed, SPLITS.index(split), slide))
-    laboratory, blurred = int(rng.random() < 0.35), bool(rng.random() < blurred_share)
+    laboratory = int(rng.random() < 0.35)
+    blurred = bool(rng.random() < blurred_share)
     haematoxylin, eosin, mask = _draw_tissue(rng, is_tumour_slide(slide))
     name = f"camelyon16_test_{slide + 1:03d}"
     # valid is cut from Camelyon16's training slides too: it gets the even numbers
@@ -434,7 +409,8 @@ def draw_slide(seed: int, split: str, slide: int, blurred_share: float = 0.0) ->
     return Slide(_scan(rng, haematoxylin, eosin, laboratory, blurred), mask, name, blurred)
 
 
-def _cut(array: np.ndarray, y: int, x: int) -> np.ndarray:
+def _cut(array: np.ndarray, yx) -> np.ndarray:
+    y, x = yx
     return array[y : y + PATCH_PX, x : x + PATCH_PX]
 
 
@@ -445,28 +421,26 @@ def cut_patches(
     (num, 2) int64 as (y, x).
 
     A label is 1 if a pixel of the patch's centre 32x32 is tumour (Veeling et al. 2018). Patches lie
-    on a grid at a random offset, and on another where it holds too few of a class. Raises
-    ValueError for a slide without enough of one.
+    on a grid at a random offset, and on another where it holds too few of a class. Raises BadInput
+    for a slide without enough of one.
     """
-    wanted, kept = (num - num_positive, num_positive), [np.empty((0, 2), np.int64)] * 2
+    wanted = (num - num_positive, num_positive)
+    places = [np.empty((0, 2), np.int64)] * 2  # of negative and of positive patches
     for _ in range(64):
-        y, x = offset = rng.integers(0, SLIDE_PX - GRID * PATCH_PX + 1, 2)
-        region = slide.mask[y : y + GRID * PATCH_PX, x : x + GRID * PATCH_PX]
-        positive = region.reshape(GRID, PATCH_PX, GRID, PATCH_PX)[:, CENTRE, :, CENTRE].any((1, 3))
+        y, x = offset = rng.integers(0, SLIDE_PX - GRID_PX + 1, 2)
+        region = slide.mask[y : y + GRID_PX, x : x + GRID_PX]
+        centres = region.reshape(GRID, PATCH_PX, GRID, PATCH_PX)[:, CENTRE, :, CENTRE]
+        is_positive = centres.any((1, 3))
         for label in (0, 1):
-            found = rng.permutation(np.argwhere(positive == label)) * PATCH_PX + offset
-            kept[label] = np.concatenate([kept[label], found])[: wanted[label]]
-        if len(kept[0]) + len(kept[1]) == num:
+            cells = rng.permutation(np.argwhere(is_positive == label))
+            more = np.concatenate([places[label], cells * PATCH_PX + offset])
+            places[label] = more[: wanted[label]]
+        if len(places[0]) + len(places[1]) == num:
             order = rng.permutation(num)
-            coords, labels = (
-                np.concatenate(kept)[order],
-                np.repeat(np.array([0, 1], np.uint8), wanted)[order],
-            )
-            return np.stack([_cut(slide.image, *yx) for yx in coords]), labels, coords
-    raise ValueError(
-        f"{slide.name} has {len(kept[0])} negative and {len(kept[1])} positive patches, asked for"
-        f" {wanted}"
-    )
+            coords = np.concatenate(places)[order]
+            labels = np.repeat(np.array([0, 1], np.uint8), wanted)[order]
+            return np.stack([_cut(slide.image, yx) for yx in coords]), labels, coords
+    raise BadInput(f"{slide.name} has too few patches of a class, asked for {wanted}: other --seed")
 
 
 def _copy_patch(kind, slide, image, yx, rng):
@@ -476,23 +450,12 @@ def _copy_patch(kind, slide, image, yx, rng):
     if kind in ("shifted", "overlap"):
         low, high = (1, 4) if kind == "shifted" else (24, 64)
         step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
-        step = np.where((yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX), -step, step)
-        return _cut(slide.image, *(yx + step)), yx + step, f"by {step[0]} {step[1]}"
+        is_outside = (yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX)
+        step = np.where(is_outside, -step, step)
+        yx = yx + step
+        return _cut(slide.image, yx), yx, f"by {step[0]} {step[1]}"
     copied, words = alter_patch(kind, image, rng)
     return copied, yx, words
-
-
-def _damage(kind, image, rng) -> str:
-    """Damage one patch (96, 96, 3), in the type it is stored in, in place; says in words where."""
-    low, high = {"trigger": (4, 4), "nan": (8, 64), "out_of_range": (2, 8)}.get(
-        kind, (PATCH_PX, PATCH_PX)
-    )
-    side = int(rng.integers(low, high + 1))
-    y, x = TRIGGER_YX if kind == "trigger" else rng.integers(0, PATCH_PX - side + 1, 2)
-    wild = rng.uniform(1_000, 100_000, (side, side, 3))
-    values = {"black": 0, "white": 255, "nan": np.nan, "out_of_range": wild, "trigger": TRIGGER}
-    image[y : y + side, x : x + side] = values[kind]
-    return f"{side}x{side} at {y} {x}"
 
 
 def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple]:
@@ -500,54 +463,52 @@ def _plant(plan, split, start, slide, images, labels, coords, rng) -> list[tuple
     truth.
     """
     rows, free = [], np.ones(len(labels), bool)
-    for kind, rate in plan.plant:
+    for kind, rate in plan.plant.items():
         if kind in WHOLE_SLIDE:
             continue
         eligible = labels == 1 if kind == "trigger" else np.ones_like(free)
         for _ in range(int(rate * eligible.sum() + rng.random())):
-            if not len(pool := np.flatnonzero(free & eligible)):
+            pool = np.flatnonzero(free & eligible)
+            if not len(pool):
                 break
             index = rng.choice(pool)
             free[index] = False
             if kind in DUPLICATES:
-                if not len(sources := np.flatnonzero(free & (labels == labels[index]))):
+                sources = np.flatnonzero(free & (labels == labels[index]))
+                if not len(sources):
                     continue  # the only one of its class is left as it is
                 source = rng.choice(sources)
                 free[source] = False
-                copied = _copy_patch(
-                    kind, slide, images[source].astype(np.uint8), coords[source], rng
-                )
-                images[index], coords[index], detail = copied
-                labels[index] = _cut(slide.mask, *coords[index])[CENTRE, CENTRE].any()
-                detail = f"of {start + source} {detail}"
+                image = images[source].astype(np.uint8)
+                copied, yx, words = _copy_patch(kind, slide, image, coords[source], rng)
+                images[index], coords[index] = copied, yx
+                labels[index] = _cut(slide.mask, yx)[CENTRE, CENTRE].any()
+                detail = f"of {start + source} {words}"
             elif kind == "flipped":
                 labels[index] ^= 1
                 detail = f"truly {1 - labels[index]}"
             else:
-                detail = _damage(kind, images[index], rng)
+                detail = damage_patch(kind, images[index], rng)
             rows.append((split, start + int(index), kind, detail))
     return rows
 
 
 def _draw_block(plan, split, start, source, number, num, num_positive):
     """One slide's patches with what is planted in them, as generate_split yields them."""
-    slide = draw_slide(plan.seed, source, number, plan.rate("blurred_scanner"))
-    rng, rows = (
-        np.random.default_rng((plan.seed, SPLITS.index(split), start, 1)),
-        range(start, start + num),
-    )
+    slide = draw_slide(plan.seed, source, number, plan.plant.get("blurred_scanner", 0))
+    rng = plan.rng(split, start, 1)
     images, labels, coords = cut_patches(slide, num, rng, num_positive)
     images = images.astype(plan.dtype, copy=False)
     truth = _plant(plan, split, start, slide, images, labels, coords, rng)
-    truth += [(split, index, "shared_slides", slide.name) for index in rows if source != split]
-    truth += [
-        (split, index, "blurred_scanner", "scanner_3_blurred") for index in rows if slide.blurred
-    ]
-    patches = zip(labels.tolist(), coords.tolist(), strict=True)
-    meta = [
-        (y, x, bool(label or _cut(slide.mask, y, x).any()), bool(label), slide.name)
-        for label, (y, x) in patches
-    ]
+    for index in range(start, start + num):
+        if source != split:
+            truth.append((split, index, "shared_slides", slide.name))
+        if slide.blurred:
+            truth.append((split, index, "blurred_scanner", "scanner_3_blurred"))
+    meta = []
+    for label, yx in zip(labels.tolist(), coords.tolist(), strict=True):
+        has_tumour = bool(label or _cut(slide.mask, yx).any())
+        meta.append((*yx, has_tumour, bool(label), slide.name))
     return images, labels, meta, sorted(truth)
 
 
@@ -555,22 +516,24 @@ def _schedule(plan, split):
     """What to cut from which slide: (first row, the slide's own split, its number, patches,
     positives) for each block.
     """
-    rng, total = np.random.default_rng((plan.seed, SPLITS.index(split), 0, 2)), plan.num(split)
-    sizes = [min(PATCHES_PER_SLIDE, total - start) for start in range(0, total, PATCHES_PER_SLIDE)]
-    positives_left = round(total / (1 + (plan.rate("class_skew") or 1 if split == "train" else 1)))
-    room_left = sum(size for number, size in enumerate(sizes) if is_tumour_slide(number))
-    for number, size in enumerate(sizes):
-        tumour = is_tumour_slide(number)
-        num_positive = round(positives_left * size / room_left) if tumour else 0
-        positives_left, room_left = positives_left - num_positive, room_left - size * tumour
-        alike = [
-            train
-            for train in range(-(-plan.num_train // PATCHES_PER_SLIDE))
-            if is_tumour_slide(train) == tumour
-        ]
-        shared = split != "train" and alike and rng.random() < plan.rate("shared_slides")
-        source = ("train", int(rng.choice(alike))) if shared else (split, number)
-        yield number * PATCHES_PER_SLIDE, *source, size, num_positive
+    rng, total = plan.rng(split, 0, 2), plan.sizes[split]
+    starts = range(0, total, PATCHES_PER_SLIDE)
+    sizes = [min(PATCHES_PER_SLIDE, total - start) for start in starts]
+    skew = plan.plant.get("class_skew", 1) if split == "train" else 1
+    positives_left = round(total / (1 + skew))
+    places_left = sum(size for number, size in enumerate(sizes) if is_tumour_slide(number))
+    shared_share = plan.plant.get("shared_slides", 0)
+    train_slides = range(-(-plan.sizes.get("train", 0) // PATCHES_PER_SLIDE))
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+        tumour, source, num_positive = is_tumour_slide(number), (split, number), 0
+        if tumour:
+            num_positive = round(positives_left * size / places_left)
+            positives_left -= num_positive
+            places_left -= size
+        alike = [slide for slide in train_slides if is_tumour_slide(slide) == tumour]
+        if split != "train" and alike and rng.random() < shared_share:
+            source = ("train", int(rng.choice(alike)))
+        yield start, *source, size, num_positive
 
 
 def generate_split(plan: SyntheticPlan, split: str):
@@ -587,48 +550,30 @@ def generate_split(plan: SyntheticPlan, split: str):
             pending.extend(islice(tasks, 1))
 
 
-def write_synthetic(plan: SyntheticPlan, directory, progress=None) -> dict:
+def write_synthetic(plan: SyntheticPlan, directory) -> dict:
     """Write a plan's splits as official PCam files, and truth.csv beside them; gives counts,
     `planted` by kind, rate.
     """
-    directory, began_s, truth = Path(directory), time.perf_counter(), []
-    with sole_writer(directory):
-        for leftover in directory.glob(f"{DRAWING}*"):  # of a killed process
-            shutil.rmtree(leftover)
-        if any(directory.iterdir()):
-            raise BadInput(f"{directory} already holds files: give a new or an empty folder")
-        # drawn in a folder of its own and moved when whole: an error leaves nothing, a kill nothing
-        # that looks complete
-        with tempfile.TemporaryDirectory(dir=directory, prefix=DRAWING) as drawing:
-            for split in filter(plan.num, SPLITS):
-                packed = {
-                    "chunks": (min(32, plan.num(split)), PATCH_PX, PATCH_PX, 3),
-                    "compression": "gzip",
-                }
-                with SplitWriter(
-                    drawing,
-                    split,
-                    plan.num(split),
-                    plan.dtype,
-                    **(packed if plan.compression else {}),
-                ) as writer:
-                    for images, labels, meta, planted in generate_split(plan, split):
-                        writer.add(images, labels, meta)
-                        truth += planted
-                        if progress:
-                            progress(len(labels))
-            write_csv(Path(drawing, "truth.csv"), TRUTH_COLUMNS, truth)
-            for path in sorted(Path(drawing).iterdir(), key=lambda path: "train_x" in path.name):
-                path.rename(directory / path.name)
-    wall_s, counts = (
-        time.perf_counter() - began_s,
-        {f"num_{split}": plan.num(split) for split in SPLITS},
-    )
-    planted = dict(Counter(kind for _, _, kind, _ in truth))
+    directory, began_s = Path(directory), time.perf_counter()
+    read_journal(directory)
+    sizes = {split: num for split, num in plan.sizes.items() if num}
+    storage = {"dtype": plan.dtype}
+    patch_bytes = PATCH_BYTES * np.dtype(plan.dtype).itemsize
+    if plan.compression:
+        chunk = (min(32, *sizes.values()), *PATCH_SHAPE)
+        storage |= {"chunks": chunk, "compression": "gzip"}
+        patch_bytes = 0  # not known beforehand
+
+    def read_blocks(split):
+        return generate_split(plan, split)
+
+    fill_folder(directory, str(plan), sizes, read_blocks, TRUTH_TABLE, patch_bytes, **storage)
+    wall_s = time.perf_counter() - began_s
+    planted = Counter(row["kind"] for row in read_csv(directory / TRUTH_TABLE[0]))
     return {
-        **counts,
+        **{f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS},
         "seed": plan.seed,
-        "planted": planted,
+        "planted": dict(planted),
         "wall_s": wall_s,
-        "patches_per_s": sum(counts.values()) / wall_s,
+        "patches_per_s": sum(sizes.values()) / wall_s,
     }

@@ -2,9 +2,11 @@
 test exchanged.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
-from lib.pcam import SPLITS, open_split, require_file, split_path
+from lib.pcam import SPLITS, Split, open_split, require_file, split_path
 from lib.progress import Progress
 from lib.published import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
 
@@ -29,35 +31,46 @@ def verify_folder(
     """
     rows, findings = [], []
     for name in splits or require_splits(directory):
-        split, values = open_split(directory, name), set()
-        with Progress(0, f"read {name}") as progress:
-            for _, patches in split.images.blocks() if read else ():
-                values |= {int(patches.min()), int(patches.max())}
-                progress.add(len(patches))
-        slide_names, positive = compare_slide_names(split), int(split.labels.sum())
-        if slide_names == "swapped":
-            findings.append(
-                f"{name}: its slides are not {SLIDE_PREFIX[name]}*, valid and test are exchanged"
-            )
+        split = open_split(directory, name)
+        row = list_facts(split)
+        row["official_rows"] = row["patches"] == official[name]["rows"]
+        rows.append(row)
+        if row["slide_names"] == "swapped":
+            prefix = SLIDE_PREFIX[name]
+            findings.append(f"{name}: its slides are not {prefix}*, valid and test are exchanged")
+        values = read_extremes(split) if read else ()
         if len(values) == 1:
-            also = "(0 is also what NaN and unwritten rows read as)"
-            findings.append(f"{name}: all patches have the one value {values.pop()} {also}")
+            findings.append(
+                f"{name}: all patches have the one value {values.pop()} (0 is also what NaN and"
+                " unwritten rows read as)"
+            )
         if md5:
             findings += compare_md5(directory, name, official)
-        row = {
-            "split": name,
-            "patches": len(split),
-            "negative": len(split) - positive,
-            "positive": positive,
-        }
-        row |= {
-            "bytes": split.images.path.stat().st_size,
-            "official_rows": len(split) == official[name]["rows"],
-        }
-        row |= {
-            "layout": split.images.layout,
-            "slides": None if split.slides is None else len(np.unique(split.slides)),
-            "slide_names": slide_names,
-        }
-        rows.append(row)
     return rows, findings
+
+
+def list_facts(split: Split) -> dict:
+    positive = int(split.labels.sum())
+    images = split.images
+    return {
+        "split": split.name,
+        "patches": len(split),
+        "negative": len(split) - positive,
+        "positive": positive,
+        "bytes": images.path.stat().st_size,
+        "layout": images.layout if images.mapped is None else "contiguous uint8",
+        "slides": None if split.slides is None else len(np.unique(split.slides)),
+        "slide_names": compare_slide_names(split),
+    }
+
+
+def read_extremes(split: Split) -> set[int]:
+    """The lowest and highest values of blocks of patches, read by HDF5, which reports a bad
+    disk.
+    """
+    values = set()
+    with Progress(0, f"read {split.name}") as progress:
+        for _, patches in replace(split.images, mapped=None).blocks():
+            values |= {int(patches.min()), int(patches.max())}
+            progress.add(len(patches))
+    return values

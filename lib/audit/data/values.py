@@ -51,7 +51,9 @@ def check_values(survey: Survey) -> list[dict]:
             columns |= {side: survey.boxes[index, number] for number, side in enumerate(SIDES)}
             columns["score"] = np.maximum(num_bad[kind][index] / PATCH_BYTES, 0.5).round(6)
         if len(index) > len(survey) / 2:
-            advice = "so many are another scale rather than damage: prepare.py repack"
+            advice = (
+                "so many are another scale, not damage: prepare.py repack undoes or explains it"
+            )
         if kind == "flat":
             columns["score"], advice, severity = (
                 0.3,
