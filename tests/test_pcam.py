@@ -117,7 +117,7 @@ DAMAGES = {
     "label 2": (write("y", np.array([0, 1, 2, 0, 1, 1, 0, 3])), ["row 2", "label 2", "2 such"]),
     "text labels": (write("y", [b"tumor"] * 8), ["numbers"]),
     "short meta": (lambda path: path("meta").write_text(META), ["meta", "7", "8"]),
-    "foreign meta": (lambda path: path("meta").write_text("a,b\n1,2\n"), ["meta", "coord_x"]),
+    "foreign meta": (lambda path: path("meta").write_text("a,b\n1,2\n"), ["meta", "coord_y"]),
 }
 
 
