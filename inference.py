@@ -74,10 +74,10 @@ def main(argv=None) -> int:
     from lib.calibration import calibrate
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
-    from lib.features import farthest_features, judge_batch, measure_features, patch_scores
-    from lib.inputs import read_inputs
+    from lib.features import farthest_features, judge_batch, patch_scores
+    from lib.inputs import list_blocks
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
-    from lib.predict import predict_batch, ready_to_predict
+    from lib.predict import block_size, predict_blocks, ready_to_predict
     from lib.progress import Progress
     from lib.seeding import set_determinism
 
@@ -93,61 +93,57 @@ def main(argv=None) -> int:
     calibration, reference = checkpoint["calibration"], checkpoint["reference"]
     warn_of_views(calibration, views)
 
-    # predict block by block, in the order of the inputs
+    # predict block by block, in the order of the inputs; logits leave the device once
     started_at = time.monotonic()
-    sources, indices, labels, errors, logits, features = [], [], [], [], [], []
+    blocks = list_blocks(args.inputs, args.split, block_size(device))
+    predicted = predict_blocks(model, blocks, cfg.precision, views, checkpoint["preprocessing"])
+    rows, features, logits = [], [], []
     with Progress(0, "predicting") as bar:
-        for block in read_inputs(args.inputs, args.split):
-            images = torch.from_numpy(np.ascontiguousarray(block.images)).to(device)
-            raw = predict_batch(model, images, cfg.precision, views, checkpoint["preprocessing"])
-            logits.append(calibrate(raw.cpu().numpy(), calibration))
-            if reference:
-                features.append(measure_features(block.images))
-            sources += block.sources
-            indices += block.indices
-            labels += block.labels
-            errors += block.errors
-            bar.add(len(images))
+        for block, block_features, block_logits in predicted:
+            rows += block.rows
+            features.append(block_features)
+            logits.append(block_logits)
+            bar.add(len(block.rows))
+    features = np.concatenate(features)
+    logits = calibrate(torch.cat(logits).cpu().numpy(), calibration)
 
-    failed = [error for error in errors if error]
-    if len(failed) == len(errors):
-        raise BadInput(f"none of {len(errors)} inputs could be read; the first: {failed[0]}")
-    is_read = np.array([not error for error in errors])
-    is_labelled = is_read & np.array([label is not None for label in labels])
-    logits = np.concatenate(logits)
+    failed = [row.error for row in rows if row.error]
+    if len(failed) == len(rows):
+        raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
     is_number = np.isfinite(logits)
     if not is_number.all():
-        source = sources[is_number.argmin()]
+        source = rows[is_number.argmin()].source
         raise BadInput(
             f"{args.ckpt} answers {source} with no number: its weights are damaged or diverged"
         )
     probs = sigmoid(logits)
     is_positive = probs >= threshold
+    is_read = np.array([not row.error for row in rows])
+    is_labelled = is_read & np.array([row.label is not None for row in rows])
 
     # write a column for each thing that is known of the inputs
     columns = {
-        "source": sources,
-        "index": indices,
-        "probability": blank_failed([f"{prob:.9g}" for prob in probs], errors),
-        "prediction": blank_failed(is_positive.astype(int).tolist(), errors),
+        "source": [row.source for row in rows],
+        "index": [row.index for row in rows],
+        "probability": np.where(is_read, [f"{prob:.9g}" for prob in probs], ""),
+        "prediction": np.where(is_read, is_positive.astype(int), ""),
     }
     if is_labelled.any():
-        columns["label"] = ["" if label is None else label for label in labels]
+        columns["label"] = ["" if row.label is None else row.label for row in rows]
     if reference:
-        features = np.concatenate(features)
         scores = patch_scores(features, reference)
-        unlike = np.where(scores > reference["limit"], farthest_features(features, reference), "")
-        columns["drift"] = blank_failed([f"{score:.4g}" for score in scores], errors)
-        columns["unlike"] = blank_failed(unlike.tolist(), errors)
+        is_unlike = is_read & (scores > reference["limit"])
+        columns["drift"] = np.where(is_read, [f"{score:.4g}" for score in scores], "")
+        columns["unlike"] = np.where(is_unlike, farthest_features(features, reference), "")
     if failed:
-        columns["error"] = [error or "" for error in errors]
+        columns["error"] = [row.error or "" for row in rows]
     write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
 
     # report
     num_positive = int(is_positive[is_read].sum())
     result = {
         "predictions": args.out,
-        "num": len(errors),
+        "num": len(rows),
         "num_failed": len(failed),
         "threshold": threshold,
         "views": views,
@@ -157,8 +153,8 @@ def main(argv=None) -> int:
         "weights_sha256": checkpoint["weights_sha256"],
     }
     say(
-        f"{args.out}: {len(errors):,} patches, {num_positive:,} called positive at"
-        f" {threshold:g}, {views} view(s)"
+        f"{args.out}: {len(rows):,} patches, {num_positive:,} called positive at {threshold:g},"
+        f" {views} view(s)"
     )
     for error in failed[:MAX_SAID]:
         say(f"not read: {printable(error)}")
@@ -166,7 +162,7 @@ def main(argv=None) -> int:
         result["drift"] = judge_batch(features[is_read], reference)
         warn_of_drift(result["drift"])
     if is_labelled.any():
-        truth = np.array(labels)[is_labelled].astype(int)
+        truth = np.array([row.label for row in rows])[is_labelled].astype(int)
         result["scores"] = compute_metrics(truth, logits[is_labelled], threshold)
         result["constant_baselines"] = constant_baselines(truth)
         say_scores(result["scores"], result["constant_baselines"])
@@ -184,11 +180,6 @@ def require_output_file(out: str) -> None:
     if path.exists() and not (path.is_file() and path.suffix.lower() == ".csv"):
         raise BadInput(f"--out {out} is there and is no CSV file: name a .csv file")
     require_writable(out)
-
-
-def blank_failed(cells: list, errors: list[str | None]) -> list:
-    """The cells of a column, those of inputs that could not be read empty."""
-    return ["" if error else cell for cell, error in zip(cells, errors, strict=True)]
 
 
 def warn_of_drift(drift: dict) -> None:

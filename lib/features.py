@@ -1,24 +1,19 @@
 """What patches look like in a few numbers, and whether other patches look like the training data.
 
-Brightness, contrast, saturation, stain and sharpness; tissue and nuclei.
+Brightness, contrast, saturation, stain and sharpness.
 """
-
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from lib.device import num_cores
 from lib.pcam import PATCH_SHAPE
 
 # optical densities in R, G, B of haematoxylin, eosin and what is left (Ruifrok and Johnston 2001);
 # rows of unit length
 STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 UNMIX = np.linalg.inv(STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True))
-DENSITY = -np.log10((np.arange(256) + 1) / 256)
+DENSITY = -np.log10((np.arange(256) + 1) / 256)  # of a value in 0..255
 NAMES = ("brightness", "contrast", "saturation", "haematoxylin", "eosin", "sharpness")
-MIN_TISSUE_DENSITY = 0.15  # optical density of a pixel with tissue (Macenko et al. 2009)
-# pixels between the middles of two nuclei; how much denser than around, in haematoxylin
-NUCLEUS_PX, MIN_NUCLEUS_DENSITY = 7, 0.06
+NUM_PIXELS = PATCH_SHAPE[0] * PATCH_SHAPE[1]
 BLOCK = 64  # patches measured at a time
 
 MAX_REFERENCE_ROWS = 4_000  # of a split, drawn evenly: enough for means and quantiles
@@ -32,9 +27,9 @@ def count_values(patches: np.ndarray) -> np.ndarray:
     """How often each value occurs in each channel of patches uint8 (B, 96, 96, 3): int64 (B, 3,
     256).
     """
-    planes = patches.transpose(0, 3, 1, 2).reshape(-1, PATCH_SHAPE[0] * PATCH_SHAPE[1])
-    counts = np.array([np.bincount(plane, minlength=256) for plane in planes], np.int64)
-    return counts.reshape(-1, 3, 256)
+    planes = patches.transpose(0, 3, 1, 2).reshape(-1, NUM_PIXELS)
+    counts = [np.bincount(plane, minlength=256) for plane in planes]
+    return np.array(counts, np.int64).reshape(-1, 3, 256)
 
 
 def grey_planes(patches: np.ndarray) -> np.ndarray:
@@ -42,31 +37,9 @@ def grey_planes(patches: np.ndarray) -> np.ndarray:
     pixels run along B.
     """
     # no matrix product: BLAS would start threads of its own
-    grey = np.add(patches[..., 0], patches[..., 1], dtype=np.uint16)
-    grey += patches[..., 2]
-    return np.ascontiguousarray(grey.transpose(1, 2, 0)) / np.float32(3)
-
-
-def mean_around(values: np.ndarray, step: int) -> np.ndarray:
-    """(H, W, B) averaged over 3x3 pixels that lie `step` apart; the result is 2 `step` smaller."""
-    rows = values[: -2 * step] + values[step:-step] + values[2 * step :]
-    rows = rows[:, : -2 * step] + rows[:, step:-step] + rows[:, 2 * step :]
-    return np.multiply(rows, np.float32(1 / 9), out=rows)
-
-
-def extreme_around(values: np.ndarray, extreme, window: int) -> np.ndarray:
-    """The extreme of `window` x `window` pixels (an odd number) around each of (H, W, B); outside
-    there is nothing.
-    """
-    margin = window // 2
-    values = np.pad(values, ((margin, margin), (margin, margin), (0, 0)), "edge")
-    reach = 1
-    while reach < window:  # doubled each time
-        step = min(reach, window - reach)
-        values = extreme(values[:-step], values[step:])
-        values = extreme(values[:, :-step], values[:, step:])
-        reach += step
-    return values
+    total = np.add(patches[..., 0], patches[..., 1], dtype=np.uint16)
+    total += patches[..., 2]
+    return np.ascontiguousarray(total.transpose(1, 2, 0)) / np.float32(3)
 
 
 def colour_statistics(counts: np.ndarray) -> np.ndarray:
@@ -74,44 +47,23 @@ def colour_statistics(counts: np.ndarray) -> np.ndarray:
     of what is left, from the value counts (B, 3, 256) of patches: all that they say of colour
     without saying where.
     """
-    values, num = np.arange(256.0), PATCH_SHAPE[0] * PATCH_SHAPE[1]
-    mean = counts @ values / num
-    variance = counts @ values**2 / num - mean**2
+    values = np.arange(256.0)
+    mean = counts @ values / NUM_PIXELS
+    variance = counts @ values**2 / NUM_PIXELS - mean**2
     deviation = np.sqrt(np.maximum(variance, 0))
-    stains = counts @ DENSITY / num @ UNMIX
+    stains = counts @ DENSITY / NUM_PIXELS @ UNMIX
     return np.concatenate([mean, deviation, stains], 1)
-
-
-def compute_tissue(patches: np.ndarray) -> dict[str, np.ndarray]:
-    """float32 (B,) by name, of patches uint8 (B, 96, 96, 3).
-
-    `tissue_share` is the share of pixels that are denser than glass in some channel.
-    `nuclear_density` counts blobs of haematoxylin that stand out from what lies around them, in the
-    manner of Al-Kofahi et al. 2010: unmix the stains, then take the maxima of a Laplacian of a
-    Gaussian, here a difference of boxes.
-    """
-    tissue = (DENSITY[patches.min(3)] > MIN_TISSUE_DENSITY).mean((1, 2))
-    density, weights = DENSITY.astype(np.float32), UNMIX[:, 0].astype(np.float32)
-    stain = sum(density[patches[..., channel]] * weights[channel] for channel in range(3))
-    fine = mean_around(mean_around(mean_around(stain.transpose(1, 2, 0), 1), 1), 1)  # (90, 90, B)
-    blob = fine[8:-8, 8:-8] - mean_around(mean_around(fine, 4), 4)
-    is_highest = blob == extreme_around(blob, np.maximum, NUCLEUS_PX)
-    peaks = is_highest & (blob > MIN_NUCLEUS_DENSITY)
-    return {
-        "tissue_share": tissue.astype(np.float32),
-        "nuclear_density": peaks.sum((0, 1), dtype=np.float32),
-    }
 
 
 def mean_difference(grey: np.ndarray, step: int) -> np.ndarray:
     """The mean difference of pixels `step` apart, down plus right, (B,), of grey planes (96, 96,
     B).
     """
-    total = 0
-    for part in (grey[step:] - grey[:-step], grey[:, step:] - grey[:, :-step]):
-        np.abs(part, out=part)  # in place: new memory would cost more than the arithmetic
-        total = total + part.mean((0, 1))
-    return total
+    down = grey[step:] - grey[:-step]
+    np.abs(down, out=down)  # in place: new memory would cost more than the arithmetic
+    right = grey[:, step:] - grey[:, :-step]
+    np.abs(right, out=right)
+    return down.mean((0, 1)) + right.mean((0, 1))
 
 
 def compute_features(
@@ -128,17 +80,21 @@ def compute_features(
     And `deviation`, the largest of a channel, by which a patch is flat.
     """
     mean, deviation, stains = np.split(colour_statistics(counts), 3, 1)  # (B, 3) each
-    red, green, blue = (patches[..., channel] for channel in range(3))
+    # max(3) would take ten times as long
+    red, green, blue = np.moveaxis(patches, 3, 0)
     highest = np.maximum(np.maximum(red, green), blue)
-    spread = highest - np.minimum(np.minimum(red, green), blue)
-    saturation = spread / np.maximum(highest, 1).astype(np.float32)
+    lowest = np.minimum(np.minimum(red, green), blue)
+    divisor = np.maximum(highest, 1).astype(np.float32)
+    saturation = (highest - lowest) / divisor
+    fine = mean_difference(grey, 1)
+    coarse = np.maximum(mean_difference(grey, 2), 1e-3)
     features = {
         "brightness": mean.mean(1),
         "contrast": deviation.mean(1),
         "saturation": saturation.mean((1, 2)),
         "haematoxylin": stains[:, 0],
         "eosin": stains[:, 1],
-        "sharpness": mean_difference(grey, 1) / np.maximum(mean_difference(grey, 2), 1e-3),
+        "sharpness": fine / coarse,
         "deviation": deviation.max(1),
     }
     return {name: values.astype(np.float32) for name, values in features.items()}
@@ -146,14 +102,12 @@ def compute_features(
 
 def measure_features(patches: np.ndarray) -> np.ndarray:
     """Features float64 (B, 6), columns as NAMES, of patches uint8 (B, 96, 96, 3)."""
-
-    def measure(start: int) -> np.ndarray:
+    parts = []
+    for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
         features = compute_features(part, count_values(part), grey_planes(part))
-        return np.stack([features[name] for name in NAMES], 1).astype(np.float64)
-
-    with ThreadPoolExecutor(num_cores()) as pool:
-        return np.concatenate(list(pool.map(measure, range(0, len(patches), BLOCK))))
+        parts.append(np.stack([features[name] for name in NAMES], 1))
+    return np.concatenate(parts).astype(np.float64)
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:
@@ -163,43 +117,47 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     One limit is that of a single patch's score, one that of a batch's shift. `groups` (M,), slides
     where they are known, say how much the mean of a batch from elsewhere may differ.
     """
+    mean = train.mean(0)
     deviation = np.maximum(train.std(0), 1e-6)
-    correlation = np.corrcoef(((train - train.mean(0)) / deviation).T) + 1e-3 * np.eye(len(NAMES))
+    away = (train - mean) / deviation
+    correlation = np.corrcoef(away.T)
+    correlation += 1e-3 * np.eye(len(NAMES))
     reference = {
-        "mean": train.mean(0).tolist(),
+        "mean": mean.tolist(),
         "deviation": deviation.tolist(),
         "inverse_correlation": np.linalg.inv(correlation).tolist(),
         "num": len(train),
     }
-    reference["limit"] = float(np.quantile(patch_scores(valid, reference), CERTAINTY))
+    scores = patch_scores(valid, reference)
+    reference["limit"] = float(np.quantile(scores, CERTAINTY))
     parts = [valid]
     names, sizes = np.unique(groups, return_counts=True)
     if len(names) < len(valid) / 10:  # slides, not groups of a few copies
-        parts += [valid[groups == name] for name in names[sizes >= 2 * len(NAMES)]]
-    shift = max(np.abs(feature_shifts(part, reference)).max() for part in parts)
-    reference["shift_limit"] = float(MAX_SHIFT + shift)
+        large = names[sizes >= 2 * len(NAMES)]
+        parts += [valid[groups == name] for name in large]
+    shifts = [away_from(part.mean(0), reference) for part in parts]
+    reference["shift_limit"] = float(MAX_SHIFT + np.abs(shifts).max())
     return reference
 
 
-def feature_shifts(features: np.ndarray, reference: dict) -> np.ndarray:
-    """How far the means of features (B, 6) lie from the training data's, in training deviations,
-    (6,).
-    """
-    return (features.mean(0) - reference["mean"]) / reference["deviation"]
+def away_from(features: np.ndarray, reference: dict) -> np.ndarray:
+    """How far features (..., 6) lie from the training data's mean, in training deviations."""
+    return (features - reference["mean"]) / reference["deviation"]
 
 
 def patch_scores(features: np.ndarray, reference: dict) -> np.ndarray:
     """Distance float64 (B,) of each patch from the training data's mean, in deviations over all
     features (Mahalanobis 1936).
     """
-    away = (features - reference["mean"]) / reference["deviation"]
+    away = away_from(features, reference)
     inverse = np.array(reference["inverse_correlation"])
-    return np.sqrt(np.einsum("bi,ij,bj->b", away, inverse, away) / len(NAMES))
+    squares = np.einsum("bi,ij,bj->b", away, inverse, away)
+    return np.sqrt(squares / len(NAMES))
 
 
 def farthest_features(features: np.ndarray, reference: dict) -> np.ndarray:
     """The name of the feature by which each patch differs most, (B,)."""
-    away = np.abs(features - reference["mean"]) / reference["deviation"]
+    away = np.abs(away_from(features, reference))
     return np.array(NAMES)[away.argmax(1)]
 
 
@@ -211,15 +169,17 @@ def judge_batch(features: np.ndarray, reference: dict) -> dict:
     one.
     """
     num = len(features)
-    shifts = feature_shifts(features, reference)
+    shifts = away_from(features.mean(0), reference)
     worst = int(np.abs(shifts).argmax())
-    shift_limit = reference["shift_limit"] + CHANCE / np.sqrt(num)
-    share_beyond = float((patch_scores(features, reference) > reference["limit"]).mean())
-    share_limit = 20 * (1 - CERTAINTY) + CHANCE * np.sqrt(0.02 / num)
+    shift = float(shifts[worst])
+    shift_limit = float(reference["shift_limit"] + CHANCE / np.sqrt(num))
+    is_beyond = patch_scores(features, reference) > reference["limit"]
+    share_beyond = float(is_beyond.mean())
+    share_limit = float(20 * (1 - CERTAINTY) + CHANCE * np.sqrt(0.02 / num))
     return {
-        "shift": float(shifts[worst]),
+        "shift": shift,
         "feature": NAMES[worst],
-        "shift_limit": float(shift_limit),
+        "shift_limit": shift_limit,
         "share_beyond": share_beyond,
-        "drifted": bool(abs(shifts[worst]) > shift_limit or share_beyond > share_limit),
+        "drifted": abs(shift) > shift_limit or share_beyond > share_limit,
     }

@@ -8,16 +8,16 @@ import logging
 import os
 import tarfile
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lib.command import BadInput, one_line
-from lib.pcam import PATCH_SHAPE, SPLITS, open_images, open_split, split_path, to_uint8
+from lib.pcam import PATCH_SHAPE, SPLITS, Images, open_images, open_split, split_path, to_uint8
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -26,25 +26,29 @@ FORMATS = ("PNG", "JPEG", "TIFF")
 # what Pillow turns into 8-bit RGB without a choice to make
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 MAX_BYTES = 1 << 20  # of a file that is read: a patch has less, and a slide is refused unread
-NUM_DECODERS = 2
-BLOCK = 256
+READ_ROWS = 256  # of HDF5 at a time
 
 # what Pillow finds wrong with a file is the reason in its row, not a line on stderr
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
 
 
-@dataclass(frozen=True)
-class Block:
-    """Consecutive inputs: where each comes from, its patch uint8 (B, 96, 96, 3), label if known,
-    reason if unreadable.
+class Row(NamedTuple):
+    """Where a patch comes from, its label if known, and why it could not be read if so."""
+
+    source: str
+    index: int = 0
+    label: int | None = None
+    error: str | None = None
+
+
+class Block(NamedTuple):
+    """Consecutive inputs: a Row each, and their patches uint8 (B, 96, 96, 3), black ones for those
+    that cannot be read.
     """
 
-    sources: list[str]
-    indices: list[int]
+    rows: list[Row]
     images: np.ndarray
-    labels: list[int | None]
-    errors: list[str | None]
 
 
 def decode_patch(data: bytes | Path, name) -> np.ndarray:
@@ -52,10 +56,10 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
     no PNG, JPEG or TIFF, of another size, one of several pages, or not 8 bits a channel.
     """
     try:
-        if isinstance(data, Path):
+        if isinstance(data, Path) and not data.is_fifo():  # to open a named pipe would block
             with data.open("rb") as file:
                 data = file.read(MAX_BYTES)
-        if not data:
+        if not data or isinstance(data, Path):
             raise BadInput(f"{name} is empty, or no plain file")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.size != PATCH_SHAPE[:2]:
@@ -63,17 +67,18 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
                     f"{name} is {image.width}x{image.height} pixels, it must be 96x96"
                     " (cut patches at 0.97 um a pixel, do not scale)"
                 )
-            # Pillow drops the lower bits of such RGB in silence
-            if any(";16" in str(tile[3]) for tile in image.tile):
-                raise BadInput(f"{name} has 16 bits a channel, it must be 8")
-            if image.mode not in EXACT_MODES:
+            raw_mode = str(image.tile[0][3])  # of RGB;16B Pillow drops the lower bits in silence
+            if ";16" in raw_mode or image.mode not in EXACT_MODES:
                 allowed = ", ".join(EXACT_MODES)
-                raise BadInput(f"{name} has the pixel type {image.mode}, allowed are {allowed}")
+                raise BadInput(
+                    f"{name} has the pixel type {image.mode} ({raw_mode}), allowed are {allowed}"
+                    " with 8 bits a channel"
+                )
             if getattr(image, "n_frames", 1) > 1:
                 raise BadInput(f"{name} holds several pages, it must be a single image")
             if image.format == "PNG":
                 # its checksums, at which decoding does not look
-                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
+                Image.open(io.BytesIO(data)).verify()
             return np.asarray(image.convert("RGB"))
     except BadInput:
         raise
@@ -95,9 +100,9 @@ def refuse(error: OSError):
     raise error
 
 
-def walk_tar(path: Path, archive=None, load=False):
-    """Yield (name, member, bytes or None) of what is in a tar in its order; `load` reads the images
-    among it.
+def walk_tar(path: Path, archive=None):
+    """Yield (name, member, bytes or None) of what is in a tar in its order. The bytes of the images
+    are read unless an open `archive` is given.
 
     Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of
     the folder.
@@ -112,7 +117,7 @@ def walk_tar(path: Path, archive=None, load=False):
                         f"{path} holds the path '{name}', which climbs out of its folder: the whole"
                         " tar is refused"
                     )
-                if load and member.isfile() and is_image(name.name):
+                if archive is None and member.isfile() and is_image(name.name):
                     data = tar.extractfile(member).read(MAX_BYTES)
                 yield str(name), member, data
             # tarfile takes a cut or damage between members for the end, which is a block of zeros
@@ -125,90 +130,97 @@ def walk_tar(path: Path, archive=None, load=False):
         raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
 
 
-def read_inputs(paths, split: str = "") -> Iterator[Block]:
-    """Yield blocks over the inputs in the order given, folders in sorted order. Raises BadInput for
-    what is not there.
+def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], Block]]:
+    """Yield, for each `size` inputs in the order given, folders in sorted order, the function that
+    decodes them, in any thread. Raises BadInput for what is not there.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
         if not path.exists():
             raise BadInput(f"no such input: {path}")
+    items = _list_inputs(paths, split)
+    block = list(itertools.islice(items, size))
+    while block:
+        yield partial(_decode_block, block)
+        block = list(itertools.islice(items, size))
+
+
+def _list_inputs(paths: list[Path], split: str):
+    """Yield (Row, patch as it is stored: an array, an encoded image, or its file)."""
     for path in paths:
-        if path.is_dir() and any(path.glob("camelyonpatch_level_2_split_*")):
-            yield from _pcam_blocks(path, split)
-        elif path.suffix.lower() in (".h5", ".hdf5") and not path.is_dir():
-            yield from _array_blocks(open_images(path))
-        else:
-            yield from _image_blocks(path)
+        num = 0
+        for item in _list_input(path, split):
+            num += 1
+            yield item
+        if not num:
+            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
 
-def _pcam_blocks(folder: Path, split: str) -> Iterator[Block]:
+def _list_input(path: Path, split: str):
+    if path.is_dir() and any(path.glob("camelyonpatch_level_2_split_*")):
+        return _list_split(path, split)
+    if path.suffix.lower() in (".h5", ".hdf5") and not path.is_dir():
+        return _list_array(open_images(path))
+    if path.is_dir():
+        return _list_folder(path)
+    if is_tar(path):
+        return _list_tar(path)
+    if is_image(path.name):
+        return [(Row(str(path)), path)]
+    raise BadInput(
+        f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and tars of"
+        " images"
+    )
+
+
+def _list_split(folder: Path, split: str):
     splits = [name for name in SPLITS if split_path(folder, name, "x").exists()]
     if split not in splits:
         choices = ", ".join(splits) or "none, it has no x file"
         raise BadInput(f"{folder} is a PCam folder: choose --split from {choices}")
-    if not split_path(folder, split, "y").exists():
-        return _array_blocks(open_images(split_path(folder, split, "x")))
-    opened = open_split(folder, split)
-    return _array_blocks(opened.images, opened.labels.tolist())
+    labels = None
+    if split_path(folder, split, "y").exists():
+        labels = open_split(folder, split).labels.tolist()
+    return _list_array(open_images(split_path(folder, split, "x")), labels)
 
 
-def _array_blocks(images, labels=None) -> Iterator[Block]:
-    labels = labels or [None] * images.num
-    for start, stored in images.stored_blocks(BLOCK):
-        rows = range(start, start + len(stored))
-        errors = [None] * len(rows)
-        if stored.dtype != np.uint8:
-            is_sound = ((stored > -1) & (stored < 256)).all(axis=(1, 2, 3))  # NaN is neither
-            for place in np.flatnonzero(~is_sound):
-                errors[place] = (
-                    f"{images.path} holds NaN, or values below 0 or above 255, in row"
-                    f" {rows[place]:,}"
-                )
-        sources = [str(images.path)] * len(rows)
-        yield Block(sources, list(rows), to_uint8(stored), labels[start : rows.stop], errors)
+def _list_array(images: Images, labels: list[int] | None = None):
+    for start, stored in images.stored_blocks(READ_ROWS):
+        for index, patch in enumerate(stored, start):
+            yield Row(str(images.path), index, labels[index] if labels else None), patch
 
 
-def _list_images(path: Path) -> Iterator[tuple[str, Path | bytes]]:
-    """Yield (name, file or its bytes) of an image, or of the images in a folder or tar."""
-    if path.is_dir():
-        files = []
-        for parent, _, names in os.walk(path, onerror=refuse):
-            files += [Path(parent, name) for name in names if is_image(name)]
-        yield from ((str(file), file) for file in sorted(files))
-    elif is_tar(path):
-        for name, member, data in walk_tar(path, load=True):
-            if is_image(PurePosixPath(name).name) and not member.isdir():
-                yield f"{path}/{name}", data or b""
-    elif is_image(path.name):
-        yield str(path), path
-    else:
+def _list_folder(folder: Path):
+    files = []
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        files += [Path(parent, name) for name in names if is_image(name)]
+    return [(Row(str(file)), file) for file in sorted(files)]
+
+
+def _list_tar(path: Path):
+    for name, member, data in walk_tar(path):
+        if is_image(PurePosixPath(name).name) and not member.isdir():
+            yield Row(f"{path}/{name}"), data or b""
+
+
+def _decode_block(items: list[tuple]) -> Block:
+    rows, patches = [], []
+    for row, stored in items:
+        try:
+            patch = _decode(stored, row)
+        except BadInput as error:
+            patch = np.zeros(PATCH_SHAPE, np.uint8)
+            row = row._replace(error=str(error))
+        rows.append(row)
+        patches.append(patch)
+    return Block(rows, np.stack(patches))
+
+
+def _decode(stored, row: Row) -> np.ndarray:
+    if not isinstance(stored, np.ndarray):
+        return decode_patch(stored, row.source)
+    if stored.dtype != np.uint8 and not ((stored > -1) & (stored < 256)).all():  # NaN is neither
         raise BadInput(
-            f"{path}: unknown kind of input; allowed are PCam folders, .h5, images, folders and"
-            " tars of images"
+            f"{row.source} holds NaN, or values below 0 or above 255, in row {row.index:,}"
         )
-
-
-def _image_blocks(path: Path) -> Iterator[Block]:
-    """Blocks of encoded images, decoded by a few threads: Pillow lets go of the interpreter while
-    it decodes.
-    """
-    images = _list_images(path)
-    with ThreadPoolExecutor(NUM_DECODERS) as pool:
-        items = list(itertools.islice(images, BLOCK))
-        if not items:
-            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-        while items:
-            patches, errors = zip(*pool.map(_decode, items), strict=True)
-            num, sources = len(items), [name for name, _ in items]
-            yield Block(sources, [0] * num, np.stack(patches), [None] * num, list(errors))
-            items = list(itertools.islice(images, BLOCK))
-
-
-def _decode(item: tuple[str, Path | bytes]) -> tuple[np.ndarray, str | None]:
-    """The patch of (name, file or its bytes), or a black one and the reason."""
-    name, data = item
-    try:
-        return decode_patch(data, name), None
-    except BadInput as error:
-        return np.zeros(PATCH_SHAPE, np.uint8), str(error)
+    return to_uint8(stored)

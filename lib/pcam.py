@@ -6,6 +6,7 @@ uint8 (N, 1, 1, 1).
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -42,14 +43,14 @@ def split_path(directory, split: str, part: str) -> Path:
     the folder where there is one.
     """
     original, copy = json.loads(os.environ.get(DATA_COPY, "[null, null]"))
-    if original and os.path.realpath(directory) == original:
+    if os.path.realpath(directory) == original:
         directory = copy
     suffix = "csv" if part == "meta" else "h5"
     return Path(directory, f"camelyonpatch_level_2_split_{split}_{part}.{suffix}")
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file. Raises BadInput that names the closest thing that is there."""
+    """`path` if it is a file. Raises BadInput that names the closest file that is there."""
     if path.is_file():
         return path
     folder = path.parent
@@ -59,43 +60,29 @@ def require_file(path: Path) -> Path:
             " data_dir= names another)"
         )
     names = os.listdir(folder)
+    hint = nearest(path.name, names)
     if f"{path.name}.gz" in names:
-        raise BadInput(
-            f"{path.name}.gz in {folder} is still packed: gunzip it, or use prepare.py download"
-        )
-    raise BadInput(f"no file {path.name} in {folder}{nearest(path.name, names)}")
-
-
-def require_splits(directory) -> list[str]:
-    """The splits of a PCam folder. Raises BadInput when one lacks a file; the test split may be
-    missing whole.
-    """
-    has_test = any(split_path(directory, "test", part).exists() for part in "xy")
-    splits = list(SPLITS if has_test else SPLITS[:2])
-    for split in splits:
-        require_file(split_path(directory, split, "x"))
-        require_file(split_path(directory, split, "y"))
-    return splits
+        hint = f", gunzip {path.name}.gz"
+    raise BadInput(f"no file {path.name} in {folder}{hint}")
 
 
 @contextlib.contextmanager
 def open_dataset(path, key: str):
-    """Yield the h5py dataset `key` of a file. Raises BadInput for a file that is not HDF5, is cut
-    off, or lacks the key.
+    """Yield the h5py dataset `key` of a file. Raises BadInput for a file that HDF5 cannot read or
+    that lacks the key.
     """
     path = require_file(Path(path))
     try:
         file = h5py.File(path, "r", locking=False)
-        names, dataset = list(file), file.get(key)
-        is_dataset = isinstance(dataset, h5py.Dataset) and dataset.dtype is not None
+        names = list(file)
+        dataset = file.get(key)
     except Exception as error:  # whatever damage provokes in HDF5
-        what = "cut off" if "truncated" in str(error) else "not a readable HDF5 file"
-        size = f"{path.stat().st_size:,} bytes"
-        raise BadInput(f"{path} is {what} ({size}; {one_line(error)}): fetch it again") from None
+        raise BadInput(
+            f"{path} cannot be read as HDF5 ({one_line(error)}): fetch it again"
+        ) from None
     with file:
-        if not is_dataset:
-            content = ", ".join(names) or "nothing"
-            raise BadInput(f"{path} has no dataset '{key}'; it has: {content}")
+        if not isinstance(dataset, h5py.Dataset):
+            raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(names)}")
         yield dataset
 
 
@@ -105,11 +92,10 @@ def open_patches(path):
     other.
     """
     with open_dataset(path, "x") as dataset:
-        shape = dataset.shape or (0,)  # an empty or scalar dataset has none
-        if not shape[0] or shape[1:] != PATCH_SHAPE or dataset.dtype.kind not in "uif":
+        shape, dtype = dataset.shape, dataset.dtype
+        if not dataset.size or shape[1:] != PATCH_SHAPE or dtype.kind not in "uif":
             raise BadInput(
-                f"{path}: x is {dataset.dtype} {dataset.shape}, it must be numbers of shape"
-                " (N, 96, 96, 3), N > 0"
+                f"{path}: x is {dtype} {shape}, it must be numbers of shape (N, 96, 96, 3), N > 0"
             )
         yield dataset
 
@@ -130,8 +116,8 @@ def read_rows(dataset, rows) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Images:
-    """The `x` of a split. `mapped` is a uint8 (N, 96, 96, 3) array over the file itself, or None
-    when it has to be decoded.
+    """The `x` of a split. `mapped` is a uint8 (N, 96, 96, 3) array over the file itself where that
+    is contiguous uint8, else None: each patch has to be decoded.
     """
 
     path: Path
@@ -167,14 +153,11 @@ class Images:
 
     def stored_blocks(self, num_rows: int = 1024):
         """Yield (first row, (B, 96, 96, 3) of the type that is stored) over the whole split in
-        order.
+        order. HDF5 reads them, which reports a bad disk where a mapped page kills the process.
         """
-        with contextlib.ExitStack() as stack:
-            patches = self.mapped
-            if patches is None:
-                patches = stack.enter_context(open_patches(self.path))
+        with open_patches(self.path) as dataset:
             for start in range(0, self.num, num_rows):
-                yield start, read_rows(patches, slice(start, start + num_rows))
+                yield start, read_rows(dataset, slice(start, start + num_rows))
 
     def blocks(self, num_rows: int = 1024):
         """Yield (first row, uint8 (B, 96, 96, 3)) over the whole split in order."""
@@ -192,27 +175,11 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
         return np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
 
 
-def map_dataset(dataset) -> np.ndarray | None:
-    """A contiguous uint8 dataset as a private copy-on-write array over the file's own pages; None
-    for any other layout.
-    """
-    offset = dataset.id.get_offset()  # None where the values do not lie in one piece
-    if offset is None or dataset.dtype != np.uint8:
-        return None
-    path = dataset.file.filename
-    if offset + dataset.size > os.path.getsize(path):
-        return None
-    mapped = np.memmap(path, np.uint8, mode="c", offset=offset, shape=dataset.shape)
-    # a wrong offset would give plausible noise: compare with what HDF5 itself reads
-    is_same = all(np.array_equal(mapped[row], read_rows(dataset, row)) for row in (0, -1))
-    return mapped.view(np.ndarray) if is_same else None
-
-
 def open_images(path) -> Images:
     """Open an `x` file. Raises BadInput for a wrong shape or type, damage, and values in [0, 1]."""
     path = Path(path)
     with open_patches(path) as dataset:
-        num, dtype = dataset.shape[0], dataset.dtype
+        num, dtype = len(dataset), dataset.dtype
         if dtype.kind == "f":
             sample = read_rows(dataset, slice(None, None, max(1, num // 64)))
             highest = np.max(sample, where=np.isfinite(sample), initial=0)
@@ -224,11 +191,14 @@ def open_images(path) -> Images:
             raise BadInput(
                 f"{path}: x is of type {dtype}, it must be uint8 (or float, which repack converts)"
             )
-        mapped = map_dataset(dataset)
-        if mapped is not None:
-            return Images(path, num, mapped, "mapped", dataset.id.get_offset())
         layout = f"{dtype}, chunks {dataset.chunks}, compression {dataset.compression}"
-        return Images(path, num, None, layout)
+        mapped = None
+        offset = dataset.id.get_offset()  # None where the values do not lie in one piece
+        if dtype == np.uint8 and offset is not None:
+            layout = "contiguous uint8"
+            # private copy-on-write pages: what is written there does not reach the file
+            mapped = np.memmap(path, np.uint8, "c", offset, dataset.shape).view(np.ndarray)
+        return Images(path, num, mapped, layout, offset)
 
 
 def read_label_values(path) -> np.ndarray:
@@ -275,20 +245,22 @@ def open_split(directory, split: str) -> Split:
     """Open a split of a PCam folder. Raises BadInput where its files are missing, malformed or do
     not belong together.
     """
-    labels = read_labels(split_path(directory, split, "y"))
+    y_path = split_path(directory, split, "y")
+    meta_path = split_path(directory, split, "meta")
     images = open_images(split_path(directory, split, "x"))
-    if len(labels) != images.num:
-        raise BadInput(
-            f"{directory}: split {split} has {images.num:,} patches in x but {len(labels):,} labels"
-            " in y"
-        )
-    meta_path, slides = split_path(directory, split, "meta"), None
+    labels = read_labels(y_path)
+    require_rows(y_path, labels, images.num)
+    slides = None
     if meta_path.exists():
-        rows = read_meta(meta_path)
-        if len(rows) != images.num:
-            raise BadInput(f"{meta_path} has {len(rows):,} rows for {images.num:,} patches")
-        slides = np.array([row["wsi"] for row in rows])
+        slides = np.array([row["wsi"] for row in read_meta(meta_path)])
+        require_rows(meta_path, slides, images.num)
     return Split(split, images, labels, slides)
+
+
+def require_rows(path, column, num: int) -> None:
+    """Raise BadInput unless a file's column has a row for each of `num` patches."""
+    if len(column) != num:
+        raise BadInput(f"{path} has {len(column):,} rows for {num:,} patches")
 
 
 def read_meta(path) -> list[dict[str, str]]:
@@ -298,8 +270,8 @@ def read_meta(path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def sole_writer(directory):
-    """Hold a folder for this process, made for it if missing. Raises BadInput where another process
-    is writing there.
+    """Hold a folder for this process; one that is missing is made, and stays if something is put in
+    it. Raises BadInput where another process is writing there.
     """
     directory = Path(directory)
     is_new = not directory.exists()
@@ -312,7 +284,7 @@ def sole_writer(directory):
     finally:
         os.close(lock)
         if is_new:
-            with contextlib.suppress(OSError):  # a folder that holds something stays
+            with contextlib.suppress(OSError):  # of a folder that is not empty
                 directory.rmdir()
 
 
@@ -325,8 +297,8 @@ class SplitWriter:
     """
 
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
-        self.directory, self.split, self.num, self.num_done = Path(directory), split, num, 0
-        self.labels, self.meta = np.empty(num, np.uint8), []
+        self.directory, self.split, self.num = Path(directory), split, num
+        self.labels, self.meta = [], []
         self.hidden = Path(tempfile.mkdtemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp"))
         self.file = h5py.File(split_path(self.hidden, split, "x"), "w")
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
@@ -335,23 +307,21 @@ class SplitWriter:
         """Append patches (B, 96, 96, 3), labels (B,) and, optionally, B meta rows (tuples as
         META_COLUMNS[1:]).
         """
-        rows = slice(self.num_done, self.num_done + len(images))
-        assert images.dtype == self.x.dtype and rows.stop <= self.num, (images.dtype, rows)
+        assert images.dtype == self.x.dtype, images.dtype
+        start = len(self.labels)
         with self._full_disk_named():
-            self.x[rows] = images
-        self.labels[rows] = labels
+            self.x[start : start + len(images)] = images
+        self.labels.extend(labels)
         self.meta.extend(meta)
-        self.num_done = rows.stop
 
     @contextlib.contextmanager
     def _full_disk_named(self):
         try:
             yield
         except (OSError, RuntimeError) as error:  # h5py raises either for a full disk
-            free_mb = shutil.disk_usage(self.directory).free / 1e6
             raise BadInput(
-                f"{self.directory}: writing {self.num:,} patches of {self.split} failed,"
-                f" {free_mb:,.0f} MB are free there ({one_line(error)})"
+                f"{self.directory}: writing {self.num:,} patches of {self.split} failed"
+                f" ({one_line(error)}); is the disk full?"
             ) from None
 
     def __enter__(self):
@@ -360,25 +330,26 @@ class SplitWriter:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                self._finish()
+                with self._full_disk_named():
+                    self._publish()
         finally:
             with contextlib.suppress(Exception):  # the first error is the one to report
                 self.file.close()
             shutil.rmtree(self.hidden, ignore_errors=True)
 
-    def _finish(self) -> None:
-        assert self.num_done == self.num and len(self.meta) in (0, self.num), self.num_done
-        with self._full_disk_named():
-            self.file.close()
-            write_labels(split_path(self.hidden, self.split, "y"), self.labels)
-            if self.meta:
-                write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
-            # x last: its presence says that all is there
-            for path in sorted(self.hidden.iterdir(), key=lambda path: path.name.endswith("_x.h5")):
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-                path.rename(self.directory / path.name)
-            sync_folder(self.directory)
+    def _publish(self) -> None:
+        assert len(self.labels) == self.num, len(self.labels)
+        self.file.close()
+        write_labels(split_path(self.hidden, self.split, "y"), self.labels)
+        if self.meta:
+            write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
+        x_path = split_path(self.hidden, self.split, "x")
+        others = [path for path in self.hidden.iterdir() if path != x_path]
+        for path in [*others, x_path]:  # x last: its presence says that all is there
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+            path.rename(self.directory / path.name)
+        sync_folder(self.directory)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
@@ -397,15 +368,15 @@ def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
     the user's cache where that is read-only, so that 7 GB are hashed once.
     """
     store = Path(directory, FINGERPRINT_FILE)
-    digests = read_cache(cache_file(store)) | read_cache(store)
-    num_cached, fingerprints = len(digests), {}
-    for split in splits:
-        for path in (split_path(directory, split, "x"), split_path(directory, split, "y")):
-            status = require_file(path).stat()
-            key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
-            if key not in digests:
-                digests[key] = file_digest(path)
-            fingerprints[path.name] = digests[key]
-    if len(digests) > num_cached:
-        write_cache(store, digests) or write_cache(cache_file(store), digests)
+    user_store = cache_file(store)
+    digests = read_cache(user_store) | read_cache(store)
+    fingerprints = {}
+    for split, part in itertools.product(splits, "xy"):
+        path = require_file(split_path(directory, split, part))
+        status = path.stat()
+        key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
+        if key not in digests:
+            digests[key] = file_digest(path)
+            write_cache(store, digests) or write_cache(user_store, digests)
+        fingerprints[path.name] = digests[key]
     return fingerprints

@@ -2,6 +2,10 @@
 (test-time augmentation).
 """
 
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,15 +15,24 @@ from lib.batches import PatchSource, Rows, load_batches
 from lib.centrenet import fold_norms
 from lib.config import Config
 from lib.device import layer_precision
+from lib.features import measure_features
+from lib.inputs import Block
 from lib.metrics import compute_metrics
 from lib.ranks import ALONE, Ranks
 
 CPU_BATCH = 64  # patches whose layers still lie in a core's cache
+GPU_BATCH = 256  # patches that keep a GPU busy while the next ones are on their way
+MAX_WORKERS = 16  # blocks at a time: each takes memory for its layers
 
 
 def input_dtype(precision: str) -> torch.dtype:
     """The type in which patches enter a model."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def block_size(device: torch.device) -> int:
+    """How many patches `predict_blocks` is to be given in a block."""
+    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
@@ -51,6 +64,54 @@ def predict_batch(
         with layer_precision(images.device, precision):
             logits += model(view).float().flatten()
     return logits / views
+
+
+def predict_blocks(
+    model: nn.Module,
+    blocks: Iterable[Callable[[], Block]],
+    precision: str,
+    views: int,
+    preprocessing: dict,
+) -> Iterator[tuple[Block, np.ndarray, torch.Tensor]]:
+    """Yield each block of `lib.inputs.list_blocks` decoded, with its features float64 (B, 6) and
+    its logits float32 (B,) on the model's device, for which nothing has waited.
+
+    Blocks are decoded and measured by threads, as many as torch computes with, and a few at a time
+    are in memory. On a CPU each thread also predicts its block, alone: threads that share a batch
+    wait for each other, the more so where somebody else uses the cores.
+    """
+    device = next(model.parameters()).device
+    on_gpu = device.type == "cuda"
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(device, non_blocking=True)
+        return predict_batch(model, images, precision, views, preprocessing)
+
+    def work(decode: Callable[[], Block]) -> tuple[Block, np.ndarray, torch.Tensor]:
+        block = decode()
+        features = measure_features(block.images)
+        images = torch.from_numpy(block.images)
+        return block, features, images.pin_memory() if on_gpu else predict(images)
+
+    num_threads = torch.get_num_threads()
+    num_workers = min(num_threads, MAX_WORKERS)
+    share = num_threads // num_workers
+    with ThreadPoolExecutor(num_workers, "predict", torch.set_num_threads, (share,)) as pool:
+        for block, features, result in map_ahead(pool, work, blocks, 2 * num_workers):
+            yield block, features, predict(result) if on_gpu else result
+
+
+def map_ahead(pool, function: Callable, items: Iterable, num_ahead: int) -> Iterator:
+    """Yield `function` of each item in their order, computed by the threads of a pool; `num_ahead`
+    items or results are in memory.
+    """
+    pending = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == num_ahead:
+            yield pending.popleft().result()
+    for future in pending:
+        yield future.result()
 
 
 def predict_rows(

@@ -12,7 +12,7 @@ from lib.command import BadInput
 from lib.config import plain
 from lib.figures import figure_png, plot_decisions, plot_epochs, plot_steps
 from lib.files import read_csv, read_edited_csv, read_json, row_number
-from lib.inputs import is_image, read_inputs
+from lib.inputs import is_image, list_blocks
 from lib.metrics import compute_confusion, compute_metrics, constant_baselines
 from lib.pcam import open_images
 from lib.rundir import read_run_config
@@ -152,7 +152,8 @@ def read_patch(row: dict) -> np.ndarray:
         return images.read([index])[0]
     if not is_image(Path(source).name) or Path(source).is_dir():
         raise BadInput(f"the source {source!r} is no HDF5 file and no image")
-    block = next(read_inputs([source]))
-    if block.errors[0]:
-        raise BadInput(block.errors[0])
-    return block.images[0]
+    decode = next(list_blocks([source]))
+    rows, images = decode()
+    if rows[0].error:
+        raise BadInput(rows[0].error)
+    return images[0]

@@ -15,7 +15,7 @@ from proofs import row, run, run_parts
 
 from lib.command import Parser, say, script
 from lib.files import read_csv, read_json
-from lib.pcam import require_splits
+from lib.prepare.verify import require_splits
 
 QUICK_CHECKS = "files,values,balance,duplicates,leakage,drift"
 EXACT = ("nan", "range", "black", "white", "constant", "scaled")

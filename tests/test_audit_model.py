@@ -28,11 +28,12 @@ from lib.audit.shortcut import (
     probe_views,
 )
 from lib.audit.slices import conclude, measure_slices, split_answers
+from lib.audit.tissue import compute_tissue
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows
 from lib.calibration import calibration_scores, choose_threshold
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
-from lib.features import DENSITY, UNMIX, colour_statistics, compute_tissue, count_values
+from lib.features import DENSITY, UNMIX, colour_statistics, count_values
 from lib.files import read_csv
 from lib.groups import groups_for_halves, write_groups
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid

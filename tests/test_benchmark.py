@@ -296,13 +296,25 @@ def test_training_is_timed_on_the_very_step_and_inference_on_the_very_prediction
     pcam_dir, monkeypatch
 ):
     calls = []
-    step, predict = training.training_step, cases.predict_batch
+    step, predict, predict_blocks = (
+        training.training_step,
+        cases.predict_batch,
+        cases.predict_blocks,
+    )
     monkeypatch.setattr(
         training, "training_step", lambda *given: calls.append("step") or step(*given)
     )
     monkeypatch.setattr(
         cases, "predict_batch", lambda *given: calls.append("predict") or predict(*given)
     )
+    monkeypatch.setattr(
+        cases, "predict_blocks", lambda *given: calls.append("blocks") or predict_blocks(*given)
+    )
+    stream, _, _ = start(case_of(pcam_dir, "end_to_end"))
+    next(stream), next(stream)
+    assert calls == ["blocks"]
+    calls.clear()
+    stream.close()
     for kind, calls_a_batch in (("train", ["step"]), ("apart", ["step"]), ("infer", ["predict"])):
         stream, _, _ = start(case_of(pcam_dir, kind))
         next(stream), next(stream)

@@ -136,10 +136,10 @@ def test_groups_are_the_connected_parts_of_a_graph():
 
 @real_sample
 def test_real_patches_have_no_near_copies_but_those_that_are_planted():
-    from lib.inputs import read_inputs
+    from lib.inputs import list_blocks
 
-    blocks = read_inputs([REAL_SAMPLE / "valid.tar"])
-    patches = np.concatenate([block.images for block in blocks])
+    blocks = list_blocks([REAL_SAMPLE / "valid.tar"])
+    patches = np.concatenate([decode().images for decode in blocks])
     rng = np.random.default_rng(2)
     sources = rng.choice(np.flatnonzero(patches.std((1, 2)).max(1) > 6), 200, replace=False)
     kinds = [CHANGES[kind] for kind in CHANGES]

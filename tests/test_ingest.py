@@ -19,8 +19,9 @@ from PIL import Image
 
 import lib.prepare.ingest
 from lib.command import BadInput
-from lib.pcam import open_split, require_splits, split_path
+from lib.pcam import open_split, split_path
 from lib.prepare.ingest import JOURNAL_FILE, import_images
+from lib.prepare.verify import require_splits
 
 NUM = {"train": 14, "valid": 6}
 PATCHES = {split: draw_patches(num, seed) for seed, (split, num) in enumerate(NUM.items())}
@@ -95,7 +96,7 @@ def test_every_source_gives_the_same_rows_in_the_order_of_the_numbers(tmp_path, 
     assert require_splits(tmp_path / "out") == ["train", "valid"]
     for name, (patches, labels) in PATCHES.items():
         split = open_split(tmp_path / "out", name)
-        assert split.images.layout == "mapped"
+        assert split.images.mapped is not None
         np.testing.assert_array_equal(split.images.mapped, patches)
         np.testing.assert_array_equal(split.labels, labels)
         assert result["splits"][name]["patches"] == NUM[name]

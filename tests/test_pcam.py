@@ -29,48 +29,40 @@ from lib.pcam import (
 )
 
 IMAGES, LABELS = draw_patches(40, 3)
+GZIP = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
 LAYOUTS = {
     "contiguous": {},
     "user block": {"userblock": 4096},
-    "chunked": {"chunks": (8, 96, 96, 3)},
     "odd chunks": {"chunks": (16, 12, 12, 1)},
-    "gzip": {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1},
+    "gzip": GZIP,
     "float32": {"dtype": np.float32},
-    "float64 gzip": {
-        "dtype": np.float64,
-        "chunks": (8, 96, 96, 3),
-        "compression": "gzip",
-        "compression_opts": 1,
-    },
+    "float64 gzip": {"dtype": np.float64, **GZIP},
 }
 
 
-def write_h5(path, values, key="x", userblock=0, libver=None, **options):
-    with h5py.File(path, "w", userblock_size=userblock, libver=libver) as file:
+def write_h5(path, values, key="x", userblock=0, **options):
+    with h5py.File(path, "w", userblock_size=userblock) as file:
         file.create_dataset(key, data=values, **options)
     return path
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("libver", ["earliest", "latest"])
-def test_every_layout_reads_as_h5py_does_in_any_order_and_in_blocks(tmp_path, layout, libver):
-    images = open_images(write_h5(tmp_path / "x.h5", IMAGES, libver=libver, **LAYOUTS[layout]))
-    assert (images.mapped is not None) == (layout in ("contiguous", "user block")), images.layout
+def test_every_layout_reads_in_any_order_and_in_blocks(tmp_path, layout):
+    images = open_images(write_h5(tmp_path / "x.h5", IMAGES, **LAYOUTS[layout]))
+    assert (images.mapped is not None) == (layout in ("contiguous", "user block"))
     rows = [39, 0, 7, 7, 12, 39, 1]
-    with h5py.File(tmp_path / "x.h5") as file:
-        expected = np.stack([file["x"][row] for row in rows])
-    assert images.read(rows).dtype == np.uint8 and np.array_equal(images.read(rows), expected)
+    patches = images.read(rows)
+    assert patches.dtype == np.uint8 and np.array_equal(patches, IMAGES[rows])
     starts, blocks = zip(*images.blocks(16), strict=True)
     assert starts == (0, 16, 32) and np.array_equal(np.concatenate(blocks), IMAGES)
     assert images.read([]).shape == (0, 96, 96, 3) and images.num == 40
 
 
 def test_nothing_done_to_the_patches_reaches_the_file(tmp_path):
-    digest = file_digest(write_h5(tmp_path / "x.h5", IMAGES))
-    open_images(tmp_path / "x.h5").mapped[:] = 7
-    assert file_digest(tmp_path / "x.h5") == digest and np.array_equal(
-        open_images(tmp_path / "x.h5").mapped, IMAGES
-    )
+    path = write_h5(tmp_path / "x.h5", IMAGES)
+    digest = file_digest(path)
+    open_images(path).mapped[:] = 7
+    assert file_digest(path) == digest
 
 
 def test_damage_in_floats_reads_as_documented(tmp_path):
@@ -114,25 +106,18 @@ DAMAGES = {
     "misnamed": (rename_x(X_NAME.replace("train", "trian")), [X_NAME, "trian"]),
     "still packed": (rename_x(X_NAME + ".gz"), [X_NAME + ".gz", "gunzip"]),
     "shorter y": (write("y", np.zeros((7, 1, 1, 1))), ["train", "8", "7"]),
-    "other size": (write("x", IMAGES[:8, :32, :32]), [X_NAME, "(8, 32, 32, 3)", "(N, 96, 96, 3)"]),
-    "channels first": (write("x", IMAGES[:8].transpose(0, 3, 1, 2)), [X_NAME, "(8, 3, 96, 96)"]),
+    "channels first": (write("x", IMAGES[:8].transpose(0, 3, 1, 2)), [X_NAME, "(N, 96, 96, 3)"]),
     "int64": (write("x", IMAGES[:8].astype(np.int64)), [X_NAME, "int64", "uint8"]),
     "scaled": (write("x", IMAGES[:8] / np.float32(255)), [X_NAME, "[0, 1]", "repack"]),
     "empty split": (write("x", IMAGES[:0]), [X_NAME, "(0, 96, 96, 3)"]),
     "no dataset": (lambda path: write_h5(path("x"), 3, "images"), [X_NAME, "'x'", "images"]),
-    "a scalar": (write("x", 3), [X_NAME, "()"]),
-    "empty file": (cut("x", 0), [X_NAME]),
-    "cut half": (cut("x", 0.5), [X_NAME, "cut off"]),
-    "cut last byte": (cut("x", 0.99999), [X_NAME, "cut off"]),
+    "cut half": (cut("x", 0.5), [X_NAME, "truncated"]),
     "not HDF5": (lambda path: path("x").write_text("hello"), [X_NAME]),
     "bad chunk": (corrupt_chunk, [X_NAME, "row 0"]),
     "label 2": (write("y", np.array([0, 1, 2, 0, 1, 1, 0, 3])), ["row 2", "label 2", "2 such"]),
-    "label nan": (write("y", np.array([0.5, np.nan] * 4)), ["8 such"]),
-    "two columns": (write("y", np.zeros((8, 2))), ["(8, 2)"]),
     "text labels": (write("y", [b"tumor"] * 8), ["numbers"]),
     "short meta": (lambda path: path("meta").write_text(META), ["meta", "7", "8"]),
     "foreign meta": (lambda path: path("meta").write_text("a,b\n1,2\n"), ["meta", "coord_x"]),
-    "torn meta": (lambda path: path("meta").write_text(META + "7,1,2\n"), ["meta"]),
 }
 
 
@@ -142,21 +127,10 @@ def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, dama
     apply, words = DAMAGES[damage]
     apply(lambda part: split_path(folder, "train", part))
     with pytest.raises(BadInput) as refusal:
-        pcam.require_splits(folder)
         open_split(folder, "train").images.read(np.arange(8))
     sentence = str(refusal.value)
     assert all(word in sentence for word in [str(folder), *words]), sentence
     assert "\n" not in sentence
-
-
-def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
-    folder = write_pcam(tmp_path, 8, 4)
-    assert pcam.require_splits(folder) == ["train", "valid"]
-    write_labels(split_path(folder, "test", "y"), LABELS[:4])
-    with pytest.raises(BadInput, match="split_test_x"):
-        pcam.require_splits(folder)
-    write_h5(split_path(folder, "test", "x"), IMAGES[:4])
-    assert pcam.require_splits(folder) == ["train", "valid", "test"]
 
 
 def test_labels_of_any_number_type_and_shape_become_uint8(tmp_path):
@@ -172,11 +146,7 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
             writer.add(IMAGES[rows], LABELS[rows], meta[rows])
         assert not list(tmp_path.glob("camelyon*")), "nothing official before the end"
     split = open_split(tmp_path, "valid")
-    assert (
-        np.array_equal(split.images.mapped, IMAGES)
-        and np.array_equal(split.labels, LABELS)
-        and len(split) == 40
-    )
+    assert np.array_equal(split.images.mapped, IMAGES) and np.array_equal(split.labels, LABELS)
     assert split.slides.tolist() == [row[4] for row in meta]
     paths = {name: split_path(tmp_path, "valid", name) for name in ("x", "y", "meta")}
     assert [row["coord_y"] for row in read_meta(paths["meta"])] == ["3", "5"] * 20
@@ -185,7 +155,7 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
     assert set(tmp_path.iterdir()) == set(paths.values()), "nothing else is left"
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt, AssertionError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError])
 def test_a_writer_that_fails_leaves_nothing(tmp_path, error):
     with pytest.raises(error), SplitWriter(tmp_path, "train", 20) as writer:
         writer.add(IMAGES[:10], LABELS[:10])
@@ -207,22 +177,18 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-@pytest.mark.parametrize(
-    "what, num, spare_pages", [("patches", 40, 0), ("labels", 30, 0), ("meta", 30, 1)]
-)
+@pytest.mark.parametrize("part, num, spare_pages", [("patches", 40, 0), ("meta", 30, 1)])
 def test_a_full_disk_is_refused_by_name_and_leaves_nothing(
-    small_disk, capsys, what, num, spare_pages
+    small_disk, capsys, part, num, spare_pages
 ):
     @script
     def write(_argv=None):
         with SplitWriter(small_disk, "train", num) as writer:
-            writer.add(
-                IMAGES[:num], LABELS[:num], [(0, 0, 1, 1, "slide")] * num if what == "meta" else ()
-            )
+            meta = [(0, 0, 1, 1, "slide")] * num if part == "meta" else ()
+            writer.add(IMAGES[:num], LABELS[:num], meta)
             writer.file.flush()
-            (small_disk / "filler").write_bytes(
-                bytes(shutil.disk_usage(small_disk).free - 4096 * spare_pages)
-            )
+            free_bytes = shutil.disk_usage(small_disk).free - 4096 * spare_pages
+            (small_disk / "filler").write_bytes(bytes(free_bytes))
 
     assert write() == 2
     sentence = capsys.readouterr().err
@@ -230,42 +196,32 @@ def test_a_full_disk_is_refused_by_name_and_leaves_nothing(
     assert set(os.listdir(small_disk)) <= {"filler"}
 
 
-def test_the_fingerprint_is_the_files_sha256_and_notices_a_change(tmp_path, monkeypatch):
-    folder = write_pcam(tmp_path, 8, 4)
-    paths = [split_path(folder, split, name) for split in ("train", "valid") for name in "xy"]
-    found = fingerprint(folder)
-    assert found == {path.name: file_digest(path) for path in paths}
-    with monkeypatch.context() as patch:
-        patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
-        assert (
-            fingerprint(folder) == found and fingerprint(folder, ["valid"]).items() <= found.items()
-        )
-    write_labels(paths[3], 1 - open_split(folder, "valid").labels)  # the same size
-    changed = fingerprint(folder)
-    assert [name for name in found if found[name] != changed[name]] == [paths[3].name]
-    for text in (
-        "",
-        "[]",
-        "{",
-        f'{{"{paths[3].name}": 3}}',
-        f'{{"{paths[3].name}": {{"stamp": null}}}}',
-    ):
-        (folder / pcam.FINGERPRINT_FILE).write_text(text)
-        assert fingerprint(folder) == changed, "a damaged store is not believed"
-
-
-def test_the_fingerprint_of_data_that_cannot_be_written_is_kept_by_the_user(tmp_path, monkeypatch):
+@pytest.mark.parametrize("store", ["beside the data", "of the user", "nowhere"])
+def test_the_fingerprint_is_the_files_sha256_kept_where_it_can_be(tmp_path, monkeypatch, store):
     folder = write_pcam(tmp_path / "data", 8, 4)
-    (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    found = fingerprint(folder)
-    assert found == {path.name: file_digest(path) for path in folder.glob("*.h5")}
-    with monkeypatch.context() as patch:
-        patch.setattr(pcam, "file_digest", lambda *_, **__: pytest.fail("hashed again"))
-        assert fingerprint(folder) == found
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be kept either
-    assert fingerprint(folder) == found
+    if store != "beside the data":
+        (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
+    if store == "nowhere":
+        (tmp_path / "cache").write_text("")
+    digests = fingerprint(folder)
+    assert digests == {path.name: file_digest(path) for path in folder.glob("*.h5")}
+    if store != "nowhere":
+        monkeypatch.setattr(pcam, "file_digest", lambda *_: pytest.fail("hashed again"))
+    assert fingerprint(folder) == digests
+    assert fingerprint(folder, ["valid"]).items() <= digests.items()
+
+
+def test_the_fingerprint_notices_a_change_and_believes_no_damaged_store(tmp_path):
+    folder = write_pcam(tmp_path, 8, 4)
+    y_path = split_path(folder, "valid", "y")
+    before = fingerprint(folder)
+    write_labels(y_path, 1 - open_split(folder, "valid").labels)  # the same size
+    changed = fingerprint(folder)
+    assert [name for name in before if before[name] != changed[name]] == [y_path.name]
+    for text in ("", "[]", f'{{"{y_path.name}": 3}}'):
+        (folder / pcam.FINGERPRINT_FILE).write_text(text)
+        assert fingerprint(folder) == changed
 
 
 def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
@@ -276,10 +232,8 @@ def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
         assert len(dataset) == len(ours)
         for row in range(0, len(ours), 7):
             image, label = dataset[row]
-            assert (
-                np.array_equal(np.asarray(image), ours.images.mapped[row])
-                and label == ours.labels[row]
-            )
+            assert np.array_equal(np.asarray(image), ours.images.mapped[row])
+            assert label == ours.labels[row]
 
 
 def test_a_copied_folder_is_read_where_the_copy_is(tmp_path, monkeypatch):

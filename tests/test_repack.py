@@ -16,7 +16,6 @@ from lib.files import read_csv
 from lib.pcam import (
     META_COLUMNS,
     open_split,
-    require_splits,
     split_path,
     to_uint8,
     write_labels,
@@ -24,6 +23,7 @@ from lib.pcam import (
 )
 from lib.prepare.ingest import LOSSES_FILE
 from lib.prepare.repack import repack
+from lib.prepare.verify import require_splits
 
 IMAGES, LABELS = draw_patches(40, 3)
 CHUNKS = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
@@ -84,7 +84,7 @@ def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source
     assert result["splits"]["train"]["scaled_by"] == factor
     for name, expected in (("train", IMAGES), ("valid", IMAGES[:16])):
         split = open_split(tmp_path / "out", name)
-        assert split.images.layout == "mapped"
+        assert split.images.mapped is not None
         np.testing.assert_array_equal(split.images.mapped, expected)
     assert split_path(tmp_path / "out", "train", "mask").read_bytes() == b"mask"
     assert tuple(read_csv(split_path(tmp_path / "out", "train", "meta"))[3]) == META_COLUMNS

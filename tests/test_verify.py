@@ -7,8 +7,8 @@ from conftest import draw_patches, write_pcam
 
 from lib.command import BadInput
 from lib.files import file_digest
-from lib.pcam import SplitWriter, open_images, split_path, write_meta
-from lib.prepare.verify import verify_folder
+from lib.pcam import SplitWriter, open_images, split_path, write_labels, write_meta
+from lib.prepare.verify import require_splits, verify_folder
 from lib.published import OFFICIAL
 
 CAMELYON = {
@@ -34,6 +34,16 @@ def test_the_facts_of_a_folder(tmp_path):
         "layout": "contiguous uint8", "slides": 1, "slide_names": "match",
     }  # fmt: skip
     assert rows[1]["slide_names"] == "unknown" and rows[1]["slides"] is None
+
+
+def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
+    folder = write_pcam(tmp_path, 8, 4)
+    assert require_splits(folder) == ["train", "valid"]
+    write_labels(split_path(folder, "test", "y"), [0, 1, 0, 1])
+    with pytest.raises(BadInput, match="split_test_x"):
+        require_splits(folder)
+    split_path(folder, "test", "x").symlink_to(split_path(folder, "valid", "x"))
+    assert require_splits(folder) == ["train", "valid", "test"]
 
 
 def test_exchanged_splits_are_found_by_their_slides(tmp_path):

@@ -16,7 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from lib.features import count_values, extreme_around, grey_planes, mean_around
+from lib.audit.tissue import extreme_around, mean_around
+from lib.features import count_values, grey_planes
 from lib.pcam import PATCH_SHAPE
 from lib.progress import Progress
 

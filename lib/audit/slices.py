@@ -14,12 +14,12 @@ import numpy as np
 
 from lib.audit.copies import BLOCK
 from lib.audit.resampling import draw_weights, estimate, resampled_scores
+from lib.audit.tissue import compute_tissue
 from lib.batches import fold_of_rows
 from lib.features import (
     NAMES,
     colour_statistics,
     compute_features,
-    compute_tissue,
     count_values,
     grey_planes,
 )

@@ -36,10 +36,11 @@ from lib.benchmark.timing import OUT_OF_MEMORY, Case, measure
 from lib.command import BadInput, is_out_of_memory, nearest, one_line
 from lib.config import Config
 from lib.device import choose_device, keep_freed_memory, num_cores
+from lib.inputs import list_blocks
 from lib.models import build_model
 from lib.optimizers import build_optimizer
 from lib.pcam import PATCH_BYTES, PATCH_SHAPE, open_split, split_path
-from lib.predict import predict_batch, ready_to_predict
+from lib.predict import block_size, predict_batch, predict_blocks, ready_to_predict
 from lib.runlog import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
@@ -166,6 +167,9 @@ def plan_model(
     cases += [
         Case(verb, name, verb, dataclasses.replace(at, **keys)) for name, keys in changed.items()
     ]
+    if verb == "infer":
+        whole_blocks = dataclasses.replace(at, batch_size=block_size(device))
+        cases.append(Case(verb, "end_to_end", "end_to_end", whole_blocks))
     return [
         *cases,
         Case(verb, "nchw", verb, at, channels_last=False),
@@ -454,13 +458,26 @@ def alter(model: torch.nn.Module, case: Case) -> torch.nn.Module:
 
 
 def infer(case, device, about, _parts):
-    """Logits on the host, as inference.py asks for them: one view of patches in file order."""
+    """Logits on the host: one view of patches in file order, the model alone."""
     seed_everything(case.cfg.seed)
     model = alter(ready_to_predict(build_model(case.cfg).to(device), case.cfg.precision), case)
     batches = open_batches(dataclasses.replace(case, order="sequential"), device, about)
     yield 0
     for batch in batches:
         yield len(predict_batch(model, batch.images, case.cfg.precision, 1, PREPROCESSING).cpu())
+
+
+def end_to_end(case, device, about, _parts):
+    """What inference.py does to an HDF5 file: read, decode and measure patches, predict them."""
+    seed_everything(case.cfg.seed)
+    model = alter(ready_to_predict(build_model(case.cfg).to(device), case.cfg.precision), case)
+    path = split_path(case.cfg.data_dir, "train", "x")
+    passes = (list_blocks([path], size=case.cfg.batch_size) for _ in itertools.count())
+    blocks = itertools.chain.from_iterable(passes)
+    about["residence"] = "disk"
+    yield 0
+    for block, _, _ in predict_blocks(model, blocks, case.cfg.precision, 1, PREPROCESSING):
+        yield len(block.rows)
 
 
 def build_training(case: Case, device: torch.device) -> tuple[training.TrainState, torch.Tensor]:
@@ -633,6 +650,7 @@ KINDS = (
     matrix_product,
     read,
     infer,
+    end_to_end,
     train,
     apart,
     plain,

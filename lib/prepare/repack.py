@@ -12,6 +12,7 @@ from lib.command import BadInput
 from lib.files import read_csv, write_csv
 from lib.pcam import SplitWriter, open_patches, read_labels, read_rows, split_path
 from lib.prepare.ingest import LOSSES_FILE, fill_folder, read_journal
+from lib.prepare.verify import require_splits
 from lib.progress import Progress
 
 LOSSES_HEADER = ("split", "row", "kind", "num_values", "lowest", "highest")
@@ -30,7 +31,7 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
     """
     path, directory = Path(path), Path(directory)
     read_journal(directory)
-    plans = {split: plan_repack(path, split) for split in pcam.require_splits(path)}
+    plans = {split: plan_repack(path, split) for split in require_splits(path)}
     if not allow_loss:
         counted = {
             split: summarise_losses(convert_split(path, split, factor), factor)
