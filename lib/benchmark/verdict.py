@@ -1,178 +1,174 @@
-"""What the rows of a benchmark say: which stage is the bottleneck and how far the machine's limit
-is, and whether two runs differ by more than their noise."""
+"""What the rows of a benchmark say: which stage is the bottleneck, how near the machine's limit it
+is and what to do, and whether two runs differ by more than their noise.
+"""
 
-import math
 from pathlib import Path
 
-from lib.benchmark.timing import KEY
+from lib.benchmark.rounds import KEY
 from lib.command import BadInput
+from lib.config import Config
 from lib.files import read_json
 
-# what a person can do something about, and the stages that it is made of
+# what a person can do something about: its stages, and in words: its name, its limit, the remedy
 GROUPS = {
-    "disk": ("read",),
     "loader": ("gather",),
-    "transfer": ("transfer", "augment"),
+    "disk": ("read",),
+    "augment": ("augment",),
     "model": ("forward", "backward", "optimiser"),
     "logging": ("logging",),
 }
-NAMES = {group: f"the {group}" for group in GROUPS}
-NAMES |= {"transfer": "turning bytes into the model's input", "model": "the model's computing"}
-# ways in which the repeats of two sides can be ordered: apart by chance in at most 5%
-LEAST_ORDERS = 40
-UNEXPLAINED = 1.25  # by this factor the pipeline may leave what its stages predict
-NEEDED_COLUMNS = {*KEY, "low", "high", "num_repeats", "status"}
-NEEDED = ("gather", "transfer", "forward", "backward", "optimiser")
+NAMES = {
+    "disk": "the disk",
+    "loader": "the loader",
+    "augment": "turning bytes into the model's input",
+    "model": "the model's computing",
+    "logging": "the logging",
+}
+LIMITS = {
+    "disk": "reading the file in order",
+    "loader": "a copy of memory",
+    "model": "the fastest matrix product measured here",
+}
+ADVICE = {
+    "disk": "copy the data to the node's own disk (STAGE_DATA=1) or read them once"
+    " (data_residence=host)",
+    "loader": "keep the patches in memory (data_residence=host, on a GPU device)",
+    "augment": "train on the centre of the patch for more epochs (crop, crop_epochs)",
+    "model": "a GPU, a smaller model or a centre crop for more epochs (crop, crop_epochs); a faster"
+    " disk or loader changes nothing",
+    "logging": "put the run folder on a faster disk (--runs)",
+}
+MIN_REPEATS = 3  # of each side, or no difference is told
 
 
 def judge(rows: list[dict]) -> dict:
-    """The verdict on training, computed from the stages timed apart: {first_epoch, later_epochs,
-    sentence}.
+    """The verdict: `sentences` on batch 1, the best batch, the bottleneck (`sentence` alone) and
+    what to do; and {first_epoch, later_epochs}, what the bottleneck was judged by.
 
-    In the first epoch the file is cold; later ones find it in memory. `sentence` alone, where a
-    stage has no number.
+    In the first epoch the file is cold; later ones find it in memory.
     """
-    stages = {row["case"]: row for row in rows if row["what"] == "stage"}
-    if lacking := [name for name in NEEDED if not stages.get(name, {}).get("images_per_s")]:
-        return {
-            "sentence": (
-                f"No verdict: the stage {lacking[0]} has no number (train and all measure it,"
-                " --cases only if named)."
-            )
-        }
-    limits = [row for row in rows if row["what"] == "limit" or row["case"] == "read"]
-    verdict = {"later_epochs": judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)}
-    told = f"From memory, {verdict['later_epochs']['sentence']}."
-    if stages.get("read", {}).get("images_per_s"):
-        verdict["first_epoch"] = judge_epoch(
-            stages, limits, stages.get("overlapped_cold"), is_cold=True
-        )
-        told = f"In the first epoch, from a cold file, {verdict['first_epoch']['sentence']}. {told}"
-    if marked := [
-        name for name, row in stages.items() if row.get("status") in ("noisy", "unsteady")
-    ]:
-        told += f" Noisy or unsteady: {', '.join(marked)}."
-    return verdict | {"sentence": told}
+    measured = [row for row in rows if row["images_per_s"]]
+    scaling = {}
+    for row in measured:
+        if row["case"] == "default":
+            scaling.setdefault(f"{row['what']} {row['model']}", []).append(row)
+    at_one, best = [], []
+    for name, series in scaling.items():
+        fastest = max(series, key=lambda row: row["images_per_s"])
+        best.append(f"{name} {fastest['batch_size']} ({fastest['images_per_s']:,.4g})")
+        at_one += [f"{name} {row['images_per_s']:,.4g}" for row in series if row["batch_size"] == 1]
+    verdict = judge_training(measured)
+    remedy = "`benchmark.py train` tells"
+    if "later_epochs" in verdict:
+        remedy = ADVICE[verdict["later_epochs"]["bottleneck"]]
+    verdict["sentences"] = [
+        f"Images/s at batch 1: {', '.join(at_one) or 'not measured'}.",
+        f"Best batch, and its images/s: {', '.join(best) or 'not measured'}.",
+        verdict["sentence"],
+        f"What to do: {remedy}.",
+    ]
+    return verdict
 
 
-def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_cold: bool) -> dict:
+def judge_training(measured: list[dict]) -> dict:
+    """The bottleneck of training, from rows with a rate: {sentence, first_epoch, later_epochs},
+    the first one alone where a stage is lacking.
+    """
+    stages = {row["case"]: row for row in measured if row["what"] == "stage"}
+    if "apart" not in stages:
+        return {"sentence": "Bottleneck: not measured."}
+    whole = {}
+    for row in measured:
+        is_same = all(row[name] == stages["apart"][name] for name in ("model", "batch_size"))
+        if (row["what"], row["case"]) == ("train", "default") and is_same:
+            whole = row
+    later = judge_epoch(stages, whole, is_cold=False)
+    sentence = f"From memory, {later['sentence']}."
+    verdict = {"later_epochs": later}
+    if "read" in stages:
+        first = judge_epoch(stages, stages.get("overlapped_cold", {}), is_cold=True)
+        cache = stages["read"]["cache"]  # cold, or eviction requested
+        sentence = f"In the first epoch ({cache} file), {first['sentence']}. {sentence}"
+        verdict = {"first_epoch": first, "later_epochs": later}
+    marked = [name for name, row in stages.items() if row["status"] != "ok"]
+    if marked:
+        sentence += f" Noisy or unsteady: {', '.join(marked)}."
+    return {"sentence": sentence, **verdict}
+
+
+def judge_epoch(stages: dict, whole: dict, is_cold: bool) -> dict:
     """The group of stages that a batch waits for, in the lane that takes longest: what loads in the
     background, or the rest.
 
-    `expected_s` is what the stages predict for a batch, `overlapped_s` what the real pipeline took.
+    `expected_s` is what the stages predict for a batch, `overlapped_s` what the pipeline took.
     """
-    some, names = (
-        stages["gather"],
-        [name for group in GROUPS.values() for name in group if is_cold or name != "read"],
-    )
-    rates = {name: stages[name]["images_per_s"] for name in names if name in stages}
-    seconds = {name: some["batch_size"] / rate for name, rate in rates.items() if rate}
-    on_gpu, background = some["gpu"] != "none", ()
-    # as PatchSource.can_stall
-    if some["residence"] == "disk" or (some["residence"] == "host" and on_gpu):
-        background = ("gather", *(["transfer"] if on_gpu else []))
-        # else the file is read before the first step
-        background += ("read",) if some["residence"] == "disk" else ()
-    lanes = [
-        {name: seconds[name] for name in seconds if (name in background) == ahead}
-        for ahead in (True, False)
-    ]
+    apart = stages["apart"]
+    size, background = apart["batch_size"], ()
+    if apart["residence"] == "disk":  # as PatchSource.can_stall
+        background = ("read", "gather")
+    elif apart["residence"] == "host" and apart["gpu"] != "none":
+        background = ("gather",)
+    stage_s, lanes = {}, ({}, {})
+    for group, names in GROUPS.items():
+        for name in names:
+            if name in stages and (is_cold or name != "read"):
+                stage_s[name] = size / stages[name]["images_per_s"]
+                if name == "read":  # from a cold file into a batch
+                    stage_s[name] = max(0.0, stage_s[name] - stage_s["gather"])
+                lane = lanes[name in background]
+                lane[group] = lane.get(group, 0.0) + stage_s[name]
     lane = max(lanes, key=lambda lane: sum(lane.values()))
-    group_s = {group: sum(lane.get(part, 0.0) for part in parts) for group, parts in GROUPS.items()}
-    bottleneck = max(group_s, key=group_s.get)
+    bottleneck = max(lane, key=lane.get)
     expected_s = sum(lane.values())
-    measured = overlapped and overlapped["images_per_s"]
-    rate = measured or some["batch_size"] / expected_s
-    limit, words = find_limit(bottleneck, limits, stages.get("overlapped"))
     sentence = (
-        f"{NAMES[bottleneck]} is the bottleneck: {group_s[bottleneck] * 1e3:.4g} of"
-        f" {expected_s * 1e3:.4g} ms a batch"
+        f"{NAMES[bottleneck]} is the bottleneck: {1e3 * lane[bottleneck]:.4g} of"
+        f" {1e3 * expected_s:.4g} ms a batch of {size}"
     )
-    sentence += f" of {some['batch_size']}, {rate:,.0f} images/s{'' if measured else ' expected'}"
-    if measured and not 1 / UNEXPLAINED <= rate * expected_s / some["batch_size"] <= UNEXPLAINED:
-        sentence += f", where the stages alone predict {some['batch_size'] / expected_s:,.0f}"
-    if limit:
-        sentence += (
-            f"; the machine's limit for it ({words}) is {limit:,.0f} images/s, {limit / rate:.1f}"
-            " times that"
-        )
-    found = {
+    rate = whole.get("images_per_s")
+    if rate:
+        sentence += f"; all overlapped, {1e3 * size / rate:.4g} ms ({rate:,.0f} images/s)"
+    limited = whole if bottleneck == "model" else stages[GROUPS[bottleneck][0]]
+    share = limited.get("share_of_peak")
+    if share:
+        sentence += f"; {share:.0%} of {LIMITS[bottleneck]}"
+    return {
         "bottleneck": bottleneck,
         "sentence": sentence,
-        "stage_s": seconds,
+        "stage_s": stage_s,
         "expected_s": expected_s,
+        "overlapped_s": size / rate if rate else None,
+        "share_of_peak": share,
     }
-    found |= {
-        "overlapped_s": some["batch_size"] / measured if measured else None,
-        "images_per_s": rate,
-    }
-    return found | {"limit_s": some["batch_size"] / limit if limit else None, "limit": words}
 
 
-def find_limit(
-    bottleneck: str, limits: list[dict], overlapped: dict | None
-) -> tuple[float | None, str]:
-    """Images per second that the machine would allow where the bottleneck is, and what was measured
-    to know it.
-    """
-    if bottleneck == "model":
-        alike, flops = ("case", "precision", "threads"), (overlapped or {}).get("flops_per_image")
-        wanted = ["matrix_product", *((overlapped or {}).get(name) for name in alike[1:])]
-        found = [row["flops_per_s"] for row in limits if [row[name] for name in alike] == wanted]
-        return (found[0] / flops if found and found[0] and flops else None), "matrix product"
-    rates = {row["case"]: row["images_per_s"] for row in limits if row["images_per_s"]}
-    # in order is not the faster way on every disk
-    ways = {
-        "disk": sorted(("sequential_read", "read"), key=lambda name: -rates.get(name, 0.0)),
-        "loader": ["memory_copy"],
-    }
-    ways["transfer"] = ["copy_to_device", "memory_copy"]
-    name = next((name for name in ways.get(bottleneck, []) if name in rates), "")
-    return rates.get(name), name.replace("_", " ")
-
-
-def headline(rows: list[dict], what: str, model: str, batch_size: int) -> dict:
+def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     """What the script's last line says at a glance, None where there is no number: images per
     second of the model, or of the loader and how often torchvision's with its best number of
-    workers."""
-    rows = [
-        row
-        for row in rows
-        if row["batch_size"] == batch_size and row["cache"] == "warm" and row["images_per_s"]
-    ]
-    default = {
-        row["what"]: row["images_per_s"]
-        for row in rows
-        if row["case"] == "default" and row["model"] == model
-    }
+    workers.
+    """
+    cells, torchvision = {}, []
+    wanted = (cfg.model, batch_size, "warm")
+    for row in rows:
+        if (row["model"], row["batch_size"], row["cache"]) == wanted:
+            cells[row["what"], row["case"], row["precision"]] = row
+            if row["case"].startswith("torchvision"):
+                torchvision.append(row["images_per_s"] or 0.0)
+    result = {}
+    for verb in ("infer", "train"):
+        default = cells.get((verb, "default", cfg.precision), {})
+        result[f"{verb}_images_per_s"] = default.get("images_per_s")
     if what in ("infer", "train"):
-        return {"images_per_s": default.get(what)}
-    rates = {
-        (row["case"], row["precision"]): row["images_per_s"]
-        for row in rows
-        if row["what"] == "loader"
+        return {"images_per_s": result[f"{what}_images_per_s"]}
+    ready = cells.get(("loader", "ready", "fp32"), {})
+    raw = cells.get(("loader", "raw", "fp32"), {})
+    return {
+        "images_per_s": ready.get("images_per_s"),
+        "torchvision_images_per_s": max(torchvision, default=None),
+        "ratio": ready.get("factor"),
+        "raw_images_per_s": raw.get("images_per_s"),
+        "ratio_raw": raw.get("factor"),
+        **result,
     }
-    # the best was measured again and again, the others once
-    tried = [
-        (row["num_repeats"], row["images_per_s"])
-        for row in rows
-        if row["case"].startswith("torchvision")
-    ]
-    plain, ready, raw = (
-        max(tried, default=(0, None))[1],
-        rates.get(("ready", "fp32")),
-        rates.get(("raw", "fp32")),
-    )
-    found = {"images_per_s": ready, "torchvision_images_per_s": plain, "raw_images_per_s": raw}
-    found |= {
-        name: rate / plain if rate and plain else None
-        for name, rate in (("ratio", ready), ("ratio_raw", raw))
-    }
-    return found | (
-        {f"{verb}_images_per_s": default.get(verb) for verb in ("infer", "train")}
-        if what == "all"
-        else {}
-    )
 
 
 def read_rows(path) -> list[dict]:
@@ -183,47 +179,35 @@ def read_rows(path) -> list[dict]:
         raise BadInput(
             f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)"
         )
-    rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and row.keys() >= NEEDED_COLUMNS for row in rows
-    ):
-        raise BadInput(f"{path} is no benchmark: it has no rows of one")
-    for row in rows:
-        numbers = [row.get(name) for name in ("images_per_s", "flops_per_s", "low", "high")]
-        keyed = isinstance(row["num_repeats"], int) and not any(
-            isinstance(row[name], (list, dict)) for name in KEY
-        )
-        if not keyed or not all(
-            value is None or isinstance(value, (int, float)) for value in numbers
-        ):
-            raise BadInput(f"{path} is damaged: a row has a rate, or a name, of a wrong type")
-    return rows
+    try:
+        return [row | {"key": tuple(row[name] for name in KEY)} for row in read_json(path)["rows"]]
+    except (TypeError, KeyError):
+        raise BadInput(f"{path} is no benchmark: it has no rows of one") from None
 
 
 def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
     """For each row of both: the ratio of rates after / before, its interval, and whether it exceeds
-    the noise.
+    the noise: the two intervals lie apart, each of three repeats or more.
 
-    It does where the two intervals lie apart. With six repeats each, all of one side then beat all
-    of the other, which chance alone brings about in 2 of 924 cases (Mann and Whitney 1947); of
-    fewer than four nothing is told.
+    Chance alone sets the intervals of three repeats apart in about 1% of pairs.
     """
-    known, compared = {tuple(row[name] for name in KEY): row for row in before}, []
+    rows_before = {row["key"]: row for row in before}
+    compared = []
     for row in after:
-        if (other := known.get(tuple(row[name] for name in KEY))) is None:
+        other = rows_before.get(row["key"])
+        if not other:
             continue
-        old, new = (each.get("images_per_s") or each.get("flops_per_s") for each in (other, row))
-        found = {name: row[name] for name in KEY} | {
-            "before": old,
-            "after": new,
-            "ratio": new / old if old and new else None,
-        }
-        found |= dict.fromkeys(("low", "high", "exceeds"))
-        orders = math.comb(other["num_repeats"] + row["num_repeats"], row["num_repeats"])
-        if old and new and orders >= LEAST_ORDERS and other["low"] and row["low"]:
-            found |= {"low": row["low"] / other["high"], "high": row["high"] / other["low"]}
-            found["exceeds"] = not found["low"] <= 1 <= found["high"]
-        compared.append(found | {"status": f"{other['status']}, {row['status']}"})
+        old, new = (side["images_per_s"] or side["flops_per_s"] for side in (other, row))
+        comparison = {name: row[name] for name in KEY}
+        comparison |= {"before": old, "after": new, "ratio": None, "low": None, "high": None}
+        comparison |= {"status": f"{other['status']}, {row['status']}", "B is": "cannot be told"}
+        if old and new and min(other["num_repeats"], row["num_repeats"]) >= MIN_REPEATS:
+            low, high = row["low"] / other["high"], row["high"] / other["low"]
+            comparison |= {"ratio": new / old, "low": low, "high": high}
+            comparison["B is"] = "within the noise"
+            if not low <= 1 <= high:
+                comparison["B is"] = "faster" if low > 1 else "slower"
+        compared.append(comparison)
     if not compared:
         raise BadInput(
             "the two benchmarks have no row in common: compare runs of one model, batch size and"

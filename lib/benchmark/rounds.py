@@ -1,0 +1,254 @@
+"""All cases in turn, round after round, in a process per model; and a row of each case with its
+interval over the rounds.
+"""
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import subprocess
+
+import numpy as np
+
+from lib.benchmark.cases import OUT_OF_MEMORY, time_case
+from lib.benchmark.plan import Case
+from lib.benchmark.timing import rate_of_repeat
+from lib.progress import Progress
+
+MAX_CASE_S = 1800.0
+NOISE_SHARE = 0.05  # of the cores, used by others while a case is timed
+# Student's t for 95%, of 2, 3, ... repeats
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# what a row is of, what was measured, where and when
+KEY = [
+    "what",
+    "case",
+    "model",
+    "batch_size",
+    "precision",
+    "channels_last",
+    "compile",
+    "deterministic",
+    "threads",
+    "cache",
+]
+MEASURED = [
+    "images_per_s",
+    "low",
+    "high",
+    "factor",
+    "p50_s",
+    "p90_s",
+    "p99_s",
+    "num_repeats",
+    "num_batches",
+    "warmup_batches",
+    "startup_s",
+    "first_batch_s",
+    "flops_per_image",
+    "flops_per_s",
+    "share_of_peak",
+    "memory_bytes",
+    "energy_j_per_image",
+    "residence",
+    "others_share",
+    "status",
+    "note",
+]
+JOB = ["partition", "node_type", "job_id", "gpu", "date", "commit", "versions"]
+COLUMNS = (*KEY, *MEASURED, *JOB)
+
+
+def work(pipe, cache_dir: str) -> None:
+    """In a process of its own: answer each case that comes through `pipe`, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark to heed
+    # the first round compiles, later ones find what it has compiled
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(time_case(*pipe.recv()))
+
+
+class Worker:
+    """A process that times cases one after another. A new one goes on where it failed or died."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir, self.process = str(cache_dir), None
+
+    def time(self, case: Case, seconds: float) -> dict:
+        """What a case measured, or a status and a note that say why nothing was."""
+        if not self.process:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, other_end = context.Pipe()
+            self.process = context.Process(target=work, args=(other_end, self.cache_dir))
+            self.process.start()
+            other_end.close()  # so that the end of the process is the end of the pipe
+        self.pipe.send((case, seconds))
+        outcome = {"status": "error", "note": f"no result within {MAX_CASE_S:.0f} s"}
+        try:
+            if self.pipe.poll(MAX_CASE_S):
+                outcome = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            outcome["note"] = f"its process ended with exit code {self.process.exitcode}"
+            if self.process.exitcode == -signal.SIGKILL:
+                note = "killed, as the kernel and Slurm do where memory runs out"
+                outcome = {"status": OUT_OF_MEMORY, "note": note}
+        if "status" in outcome:
+            self.close()
+        return outcome
+
+    def close(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, cache_dir, keep):
+    """Time all cases in turn, so that what drifts hits them alike; `keep()` is called after each
+    round and when interrupted.
+
+    `results` gets {case: [the outcome of each repeat]}. A case that failed is not tried again.
+    """
+    try:
+        with Progress(repeats * len(cases), "benchmark", "measurements") as progress:
+            for _ in range(repeats):
+                for _, group in itertools.groupby(cases, lambda case: case.process):
+                    with contextlib.closing(Worker(cache_dir)) as worker:
+                        for case in group:
+                            if not find_failure(results.get(case, [])):
+                                outcome = worker.time(case, seconds)
+                                results.setdefault(case, []).append(outcome)
+                            progress.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
+                keep()
+    except KeyboardInterrupt:
+        if results:
+            keep()
+        raise
+
+
+def find_failure(outcomes: list[dict]) -> dict | None:
+    return next((outcome for outcome in outcomes if "status" in outcome), None)
+
+
+def mean_interval(rates: list[float]) -> tuple[float, float | None, float | None]:
+    """The geometric mean of rates and its 95% interval, Student's of the logarithms; one rate has
+    none.
+    """
+    mean = statistics.geometric_mean(rates)
+    if len(rates) == 1:
+        return mean, None, None
+    deviation = statistics.stdev(map(math.log, rates))
+    factor = math.exp(T_95[len(rates) - 2] * deviation / math.sqrt(len(rates)))
+    return mean, mean / factor, mean * factor
+
+
+def describe_job(machine: dict, about: dict) -> dict:
+    """What every row carries of where and when it was measured."""
+    job = about["job"]
+    node_type = machine["cpu"]
+    if "SLURMD_NODENAME" in os.environ:  # a shell of salloc is on no node
+        command = ["scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]]
+        with contextlib.suppress(OSError):
+            answer = subprocess.run(command, capture_output=True, text=True).stdout
+            features = answer.partition("ActiveFeatures=")[2].partition(" ")[0]
+            node_type = features if features not in ("", "(null)") else node_type
+    changes = " with changes" if about["uncommitted_patch"] else ""
+    return {
+        "partition": job.get("SLURM_JOB_PARTITION", "none"),
+        "node_type": node_type,
+        "job_id": job.get("SLURM_JOB_ID", "none"),
+        "gpu": machine.get("gpu", "none"),
+        "date": about["started_utc"][:10],
+        "commit": (about["commit"] or "none")[:10] + changes,
+        "versions": " ".join(itertools.chain(*about["versions"].items())),
+    }
+
+
+def build_rows(results: dict, job: dict) -> list[dict]:
+    """A row for each case, and for each stage of one that tells its stages apart."""
+    rows = []
+    for case, outcomes in results.items():
+        rows.append(build_row(case, case.name, outcomes, job))
+        for stage in outcomes[0].get("parts", ()):
+            of_stage = []
+            for outcome in outcomes:
+                parts = outcome.get("parts", {})
+                of_stage.append(outcome | {"samples": parts[stage]} if stage in parts else outcome)
+            rows.append(build_row(case, stage, of_stage, job))
+    for row in rows:
+        rate = row["images_per_s"]
+        reference, limit = find_reference(row, rows), find_limit(row, rows)
+        row["factor"] = rate / reference if rate and reference else None
+        row["share_of_peak"] = rate / limit if rate and limit else None
+    return rows
+
+
+def build_row(case: Case, name: str, outcomes: list[dict], job: dict) -> dict:
+    """A row of `COLUMNS`. A case that failed, in whichever repeat, has no number."""
+    fields = vars(case.cfg) | vars(case) | {"case": name, "num_repeats": len(outcomes)} | job
+    row = {column: fields.get(column) for column in COLUMNS}
+    failure = find_failure(outcomes)
+    if failure:
+        return row | failure
+    rate, row["low"], row["high"] = mean_interval([rate_of_repeat(outcome) for outcome in outcomes])
+    row["flops_per_s" if case.kind == "matrix_product" else "images_per_s"] = rate
+    samples = np.concatenate([outcome["samples"] for outcome in outcomes])
+    row["p50_s"], row["p90_s"], row["p99_s"] = np.quantile(samples, [0.5, 0.9, 0.99]).tolist()
+    row["num_batches"] = len(samples)
+    row["residence"] = outcomes[0]["residence"]
+    row["flops_per_image"] = outcomes[0].get("flops_per_image")
+    columns = ["others_share", "startup_s", "first_batch_s", "warmup_batches", "memory_bytes"]
+    columns.append("cache")  # one `eviction requested` stands for all `cold`
+    for column in columns:
+        row[column] = max(outcome[column] for outcome in outcomes)
+    power_w = statistics.fmean(outcome["power_w"] for outcome in outcomes)
+    if power_w > 0 and row["images_per_s"]:
+        row["energy_j_per_image"] = power_w / rate
+    row["status"], notes = "ok", [outcome["note"] for outcome in outcomes]
+    if row["others_share"] > NOISE_SHARE:
+        row["status"] = "noisy"
+        notes.append(f"others used up to {row['others_share']:.0%} of the cores")
+    if not all(outcome["steady"] for outcome in outcomes):
+        row["status"] = "unsteady"
+        notes.append("not every repeat became steady")
+    row["note"] = "; ".join(dict.fromkeys(filter(None, notes)))
+    return row
+
+
+def find_reference(row: dict, rows: list[dict]) -> float | None:
+    """The rate that a row is a factor of: a model's smallest batch, the default of a variant, or
+    torchvision's best, from a file as warm, of the loader.
+    """
+    alike = {}
+    for other in rows:
+        is_default = other["case"] == "default" or other["case"].startswith("torchvision")
+        is_alike = all(other[name] == row[name] for name in ("what", "model", "cache"))
+        if is_default and is_alike and other["images_per_s"]:
+            size = other["batch_size"]
+            alike[size] = max(other["images_per_s"], alike.get(size, 0.0))
+    return alike.get(min(alike, default=None) if row["case"] == "default" else row["batch_size"])
+
+
+def find_limit(row: dict, rows: list[dict]) -> float | None:
+    """The images/s that the machine does at most: of a matrix product where FLOPs were counted, of
+    a copy of memory, or of a file read in order.
+    """
+    names = {"gather": "memory_copy", "read": "sequential_read"}
+    name = "memory_copy" if row["what"] == "loader" else names.get(row["case"])
+    for other in rows:
+        is_same = other["precision"] == row["precision"] and other["flops_per_s"]
+        if row["flops_per_image"] and is_same:
+            return other["flops_per_s"] / row["flops_per_image"]
+        if other["case"] == name:
+            return other["images_per_s"]
+    return None
+
+
+def estimate_s(cases: list[Case], seconds: float, repeats: int) -> float:
+    """Roughly how long all of it takes: a large batch on a CPU is what takes longest."""
+    return repeats * len(cases) * 3 * seconds
