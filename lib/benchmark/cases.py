@@ -1,8 +1,8 @@
 """What a benchmark times: ways to a batch, inference, the step of training and its stages, and what
 the machine does at most.
 
-Each is a generator of (case, device, about). It yields 0 when all is built, then after each batch
-how many images that held, or FLOPs of a product. What it learns of itself goes into `about`.
+Each is a generator of (case, device, about): it yields after each batch how many images that held,
+or FLOPs of a product. What it learns of itself goes into `about`.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import ctypes
 import functools
 import gc
 import itertools
+import mmap
 import os
 import tempfile
 import time
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, conv2d, pad
+from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import PCAM
-from torchvision.transforms.functional import to_tensor
+from torchvision.transforms import functional as transforms
 
 from lib import training
 from lib.augment import (
@@ -80,28 +81,21 @@ def time_case(case: Case, seconds: float) -> dict:
 
 
 def time_built(case: Case, seconds: float) -> dict:
-    """Build a case, bring the file's pages into the state that it asks for, and measure."""
+    """Bring the file's pages into the state that a case asks for, build it, and measure."""
     device = choose_device(case.device)
     set_determinism(case.cfg.deterministic, case.cfg.threads)
     keep_freed_memory(case.keep_memory)
-    if case.cache == "cold":
-        open_source.cache_clear()  # a page that is mapped cannot be dropped
     forget_memory(device)
-    wait = functools.partial(finish, device)
     about = {"residence": None, "note": "", "cache": case.cache, "parts": {}}
-    built_at = time.perf_counter()
+    prepare_pages(split_path(case.cfg.data_dir, "train", "x"), about)
+    wait = functools.partial(finish, device)
     with contextlib.closing(TIMED[case.kind](case, device, about)) as batches:
-        next(batches)
-        about["startup_s"] = time.perf_counter() - built_at
-        if about["residence"] == "disk":
-            prepare_pages(split_path(case.cfg.data_dir, "train", "x"), about)
-        about["first_batch_s"] = sum(take(batches, 0, 1, wait)[1])
+        about["first_batch_s"] = sum(take(batches, 0, 1, wait)[1])  # with building it
         busy_s, energy_j, started_at = others_busy_s(), read_energy_j(), time.monotonic()
         about |= measure(batches, seconds, wait, is_endless=case.cache == "warm")
+        about["power_w"] = (read_energy_j() - energy_j) / (time.monotonic() - started_at)
         if device.type == "cuda":
             about["power_w"] = gpu_power_w(device)
-        else:
-            about["power_w"] = (read_energy_j() - energy_j) / (time.monotonic() - started_at)
         about["memory_bytes"] = peak_memory_bytes(device)
     about["others_share"] = share_of_others(busy_s, started_at)
     for stage_s in about["parts"].values():
@@ -155,25 +149,27 @@ def resident_share(path) -> float:
     user may not write, since the kernel then does not tell.
     """
     mapped = np.memmap(path, np.uint8, "r")
-    pages = np.zeros(-(-len(mapped) // os.sysconf("SC_PAGE_SIZE")), np.uint8)
-    start, size = ctypes.c_void_p(mapped.ctypes.data), ctypes.c_size_t(len(mapped))
-    target = ctypes.c_void_p(pages.ctypes.data)
-    return 1.0 if ctypes.CDLL(None).mincore(start, size, target) else float((pages & 1).mean())
+    pages = np.ones(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
+    address, target = (ctypes.c_void_p(array.ctypes.data) for array in (mapped, pages))
+    ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), target)
+    return float((pages & 1).mean())
 
 
 def prepare_pages(path: Path, about: dict) -> None:
     """Drop a file from the page cache, or read it in, and note where that had no full effect."""
+    is_cold = about["cache"] == "cold"
     with open(path, "rb", buffering=0) as file:
-        if about["cache"] == "cold":
+        if is_cold:
+            open_source.cache_clear()  # a page that is mapped cannot be dropped
+            gc.collect()
             with contextlib.suppress(OSError):
-                os.fsync(file.fileno())  # a page that waits to be written cannot be dropped
+                os.fsync(file.fileno())  # nor one that waits to be written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif resident_share(path) < WARM_SHARE:
             while file.read(1 << 24):
                 pass
     share = resident_share(path)
-    is_cold = about["cache"] == "cold"
-    if (is_cold and share > COLD_SHARE) or (not is_cold and share < WARM_SHARE):
+    if share > COLD_SHARE if is_cold else share < WARM_SHARE:
         about["note"] = f"the page cache holds {share:.0%} of the file"
         about["cache"] = EVICTION_REQUESTED if is_cold else "warm"
 
@@ -191,18 +187,15 @@ def open_batches(case: Case, device: torch.device, about: dict, keys=None, prefe
     """
     split, source = open_source(case.cfg.data_dir, case.cfg.data_residence, device)
     about["residence"] = source.residence
-    batches = cut_batches(case, order_of(case, len(split)) if keys is None else keys)
-
-    def stream():
-        while True:
-            for batch in load_batches(source, split.labels, batches, prefetch):
-                yield batch
-                while case.resident:
-                    yield batch
-            if case.cache == "cold":
-                return
-
-    return stream()
+    if keys is None:
+        keys = order_of(case, len(split))
+    size, is_endless = case.cfg.batch_size, case.cache == "warm"
+    if is_endless:  # a short split over and over, without a new start
+        keys = keys.repeat(-(-MIN_BATCHES * size // len(keys)))
+    batches = keys[: len(keys) // size * size].split(size)
+    yield from load_batches(source, split.labels, batches, prefetch)
+    while is_endless:
+        yield from load_batches(source, split.labels, batches, prefetch)
 
 
 def order_of(case: Case, num: int) -> torch.Tensor:
@@ -211,27 +204,15 @@ def order_of(case: Case, num: int) -> torch.Tensor:
     return position_permutation(num, case.cfg.seed)
 
 
-def cut_batches(case: Case, keys: torch.Tensor) -> list[torch.Tensor]:
-    """Whole batches of keys; of a split that is short, and need not be cold, over and over."""
-    size = case.cfg.batch_size
-    if case.cache == "warm":
-        keys = keys.repeat(-(-MIN_BATCHES * size // len(keys)))
-    return list(keys[: len(keys) // size * size].split(size))
-
-
 def raw(case, device, about):
     """uint8 batches in host memory."""
-    batches = open_batches(case, device, about)
-    yield 0
-    for batch in batches:
+    for batch in open_batches(case, device, about):
         yield len(batch.keys)
 
 
 def ready(case, device, about):
     """Batches as the model takes them: augmented, normalised, of the case's precision."""
-    batches = open_batches(case, device, about)
-    yield 0
-    for batch in batches:
+    for batch in open_batches(case, device, about):
         make_input(case.cfg, batch)
         finish(device)
         yield len(batch.keys)
@@ -243,38 +224,33 @@ def make_input(cfg: Config, batch) -> torch.Tensor:
     return model_input(batch.images, draws, dtype=DTYPES[cfg.precision])
 
 
-def copy(case, device, _about):
-    """The bytes of a batch from one place in memory to another, or to the GPU: what no loader can
-    beat.
-    """
-    on_gpu = device.type == "cuda"
-    patches = torch.zeros(NUM_COPIED, *PATCH_SHAPE, dtype=torch.uint8, pin_memory=on_gpu)
-    target = torch.empty(case.cfg.batch_size, *PATCH_SHAPE, dtype=torch.uint8, device=device)
-    yield 0
+def copy(case, *_):
+    """The bytes of patches from one place in memory to another: what no loader can beat."""
+    patches = torch.zeros(NUM_COPIED, *PATCH_SHAPE, dtype=torch.uint8)
+    target = torch.empty_like(patches[: case.cfg.batch_size])
     for part in itertools.cycle(patches.split(case.cfg.batch_size)):
-        target[: len(part)].copy_(part, non_blocking=True)
-        finish(device)
+        target[: len(part)].copy_(part)
         yield len(part)
 
 
 def matrix_product(case, device, about):
     """Products in the case's precision, of the shape that is the fastest here."""
-    fastest, num_flops = None, 0
-    best_rate = 0.0
+    rates = {}
     for product in list_products(DTYPES[case.cfg.precision], device):
-        with FlopCounterMode(display=False) as counter:
-            product()
-        amount, samples = take(repeat(product, counter.get_total_flops(), device), PROBE_S, 3)
-        rate = amount / sum(samples)
-        if rate > best_rate:
-            best_rate, fastest, num_flops = rate, product, counter.get_total_flops()
+        stream = repeat(product, device)
+        next(stream)
+        amount, samples = take(stream, PROBE_S, 3)
+        rates[product] = amount / sum(samples)
+    fastest = max(rates, key=rates.get)
     shape = tuple(fastest.args[0].shape)
     about["note"] = f"the fastest of several shapes: {fastest.func.__name__} of {shape}"
-    yield 0
-    yield from repeat(fastest, num_flops, device)
+    yield from repeat(fastest, device)
 
 
-def repeat(product, num_flops: int, device: torch.device):
+def repeat(product, device: torch.device):
+    with FlopCounterMode(display=False) as counter:
+        product()
+    num_flops = counter.get_total_flops()
     while True:
         product()
         finish(device)
@@ -313,19 +289,15 @@ def build_predictor(case: Case, device: torch.device) -> torch.nn.Module:
 def infer(case, device, about):
     """Logits on the host: one view of patches in file order, the model alone."""
     model = build_predictor(case, device)
-    batches = open_batches(replace(case, order="sequential"), device, about)
-    yield 0
-    for batch in batches:
+    for batch in open_batches(replace(case, order="sequential"), device, about):
         predict_batch(model, batch.images, case.cfg.precision, 1, PREPROCESSING).cpu()
         yield len(batch.keys)
 
 
-def end_to_end(case, device, about):
+def end_to_end(case, device, _about):
     """What inference.py does to an HDF5 file: read, decode and measure patches, predict them."""
     model = build_predictor(case, device)
     path = split_path(case.cfg.data_dir, "train", "x")
-    about["residence"] = "disk"
-    yield 0
     while True:
         blocks = list_blocks([path], size=case.cfg.batch_size)
         for block, _, _ in predict_blocks(model, blocks, case.cfg.precision, 1, PREPROCESSING):
@@ -357,14 +329,15 @@ def logged(state, batch_size: int):
 def train(case, device, about):
     """The loop of train.py: batches, the very step, its row of the log."""
     state, keys = build_training(case, device)
-    batches = open_batches(case, device, about, keys)
     # the first one: a batch over and over must not diverge
     lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
     with logged(state, case.cfg.batch_size) as log:
-        yield 0
-        for batch in batches:
-            log.add_step(training.training_step(state, batch, case.cfg, lr), batch, lr)
-            yield len(batch.keys)
+        for batch in open_batches(case, device, about, keys):
+            while True:
+                log.add_step(training.training_step(state, batch, case.cfg, lr), batch, lr)
+                yield len(batch.keys)
+                if not case.resident:
+                    break
 
 
 def apart(case, device, about):
@@ -375,16 +348,17 @@ def apart(case, device, about):
     state.graph = None  # whose stages the host does not see
     batches = open_batches(case, device, about, keys, prefetch=False)
     lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
-    stage_s, optimizer_step = {}, state.optimizer.step
+    stage_s, optimizer_step = dict.fromkeys(STAGES, 0.0), state.optimizer.step
+    ended_at = 0.0
 
     def end(stage: str) -> None:
+        nonlocal ended_at
         finish(device)
-        now = time.perf_counter()
-        stage_s[stage] = stage_s.get(stage, 0.0) + now - stage_s["ended_at"]
-        stage_s["ended_at"] = now
+        started_at, ended_at = ended_at, time.perf_counter()
+        stage_s[stage] += ended_at - started_at
 
     def before_forward(*_):
-        if "forward" in stage_s:  # of the shard before
+        if stage_s["forward"]:  # of the shard before
             end("backward")
 
     def optimise():
@@ -395,10 +369,9 @@ def apart(case, device, about):
     state.model.register_forward_hook(lambda *_: end("forward"))
     state.optimizer.step = optimise
     with logged(state, case.cfg.batch_size) as log:
-        yield 0
         while True:
-            stage_s.clear()
-            stage_s["ended_at"] = time.perf_counter()
+            stage_s.update(dict.fromkeys(STAGES, 0.0))
+            ended_at = time.perf_counter()
             batch = next(batches)
             end("gather")
             make_input(case.cfg, batch)
@@ -408,20 +381,17 @@ def apart(case, device, about):
             log.add_step(result, batch, lr)
             end("logging")
             stage_s["forward"] -= stage_s["augment"]  # the step makes its input itself, once more
-            for stage in STAGES:
-                about["parts"].setdefault(stage, []).append(round(stage_s[stage], 9))
+            for stage, seconds in stage_s.items():
+                about["parts"].setdefault(stage, []).append(round(seconds, 9))
             yield len(batch.keys)
 
 
-def plain(case, device, about):
+def plain(case, device, _about):
     """Training the plain way: float32, NCHW, torchvision's PCAM in a DataLoader."""
     seed_everything(case.cfg.seed)
     model = build_model(case.cfg).to(device, memory_format=torch.contiguous_format).train()
     optimizer = build_optimizer(model, case.cfg)
-    batches = torchvision_batches(case)
-    about["residence"] = "disk"
-    yield 0
-    for images, labels in batches:
+    for images, labels in torchvision_batches(case):
         logits = model(images.to(device)).flatten()
         loss = binary_cross_entropy_with_logits(logits, labels.to(device).float().flatten())
         model.zero_grad()
@@ -431,12 +401,9 @@ def plain(case, device, about):
         yield len(images)
 
 
-def torchvision(case, _device, about):
+def torchvision(case, *_):
     """Batches ready for the model by torchvision's PCAM and a DataLoader."""
-    batches = torchvision_batches(case)
-    about["residence"] = "disk"
-    yield 0
-    for images, _ in batches:
+    for images, _ in torchvision_batches(case):
         yield len(images)
 
 
@@ -449,38 +416,29 @@ def torchvision_batches(case: Case):
         Path(root, "pcam").symlink_to(folder.resolve())
         transform = functools.partial(plain_transform, case.cfg)
         dataset = PCAM(root, split="train", transform=transform)
-        if len(dataset) < case.cfg.batch_size:
-            raise BadInput(
-                f"a split of {len(dataset):,} patches is less than a batch of {case.cfg.batch_size}"
-            )
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            case.cfg.batch_size,
-            shuffle=case.order == "random",
-            drop_last=True,
-            num_workers=case.num_workers,
-        )
-        while True:
+        size = case.cfg.batch_size
+        if len(dataset) < size:
+            raise BadInput(f"a split of {len(dataset):,} patches is less than a batch of {size}")
+        options = {"num_workers": case.num_workers, "shuffle": case.order == "random"}
+        loader = torch.utils.data.DataLoader(dataset, size, drop_last=True, **options)
+        yield from loader
+        while case.cache == "warm":
             yield from loader
-            if case.cache == "cold":
-                return
 
 
 def plain_transform(cfg: Config, image) -> torch.Tensor:
     """An image as the model takes it, augmented like ours, patch by patch: float32 (3, 96, 96)."""
-    patch = to_tensor(image)  # (3, 96, 96) in [0, 1]
+    patch = transforms.to_tensor(image)  # (3, 96, 96) in [0, 1]
     if cfg.symmetries:
         flip_x, flip_y, transpose = torch.rand(3) < 0.5
-        patch = patch.flip(2) if flip_x else patch
-        patch = patch.flip(1) if flip_y else patch
-        patch = patch.transpose(1, 2) if transpose else patch
+        patch = transforms.hflip(patch) if flip_x else patch
+        patch = transforms.vflip(patch) if flip_y else patch
+        patch = patch.mT if transpose else patch
     y, x = torch.randint(2 * cfg.shift + 1, (2,)).tolist()
-    padded = pad(patch[None], [cfg.shift] * 4, mode="replicate")
-    patch = padded[0, :, y : y + 96, x : x + 96]
+    patch = transforms.pad(patch, cfg.shift, padding_mode="edge")[:, y : y + 96, x : x + 96]
     gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
     offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
-    mean, std = torch.tensor([PCAM_MEAN, PCAM_STD]).view(2, 3, 1, 1)
-    return (patch * gain + offset - mean) / std
+    return transforms.normalize(patch * gain + offset, PCAM_MEAN, PCAM_STD)
 
 
 KINDS = (

@@ -92,25 +92,15 @@ def draw(rows: list[dict], verdict: dict) -> dict:
     for row in rows:
         rate = row["images_per_s"]
         if row["case"] == "default" and rate:
-            name = f"{row['what']}, {row['model']}, {row['precision']}"
             spot = (row["batch_size"], rate, row["low"] or rate, row["high"] or rate)
-            points.setdefault(name, []).append(spot)
+            points.setdefault(f"{row['what']}, {row['model']}", []).append(spot)
     if points:
         figures["scaling"] = plot_scaling(points)
     if "later_epochs" in verdict:
-        figures["stages"] = plot_stages(verdict)
+        epoch = verdict["later_epochs"]
+        figures["stages"], (axes,) = new_figure(1, 5.0, 3.8)
+        for stage, seconds in epoch["stage_s"].items():
+            is_bottleneck = GROUPS[stage] == epoch["bottleneck"]
+            axes.barh(stage, 1e3 * seconds, color=COLOURS[is_bottleneck])
+        axes.set(xlabel="ms a batch, from memory")
     return figures
-
-
-def plot_stages(verdict: dict):
-    """Milliseconds of each stage of a batch, the bottleneck's in orange."""
-    epoch = verdict.get("first_epoch", verdict["later_epochs"])
-    slowest = GROUPS[verdict["later_epochs"]["bottleneck"]]
-    figure, (axes,) = new_figure(1, 5.0, 3.8)
-    for stage, seconds in epoch["stage_s"].items():
-        axes.barh(stage, 1e3 * seconds, color=COLOURS[stage in slowest])
-    if epoch["overlapped_s"]:
-        axes.barh("all, overlapped", 1e3 * epoch["overlapped_s"], color=COLOURS[0])
-    axes.invert_yaxis()
-    axes.set(xlabel="ms a batch")
-    return figure

@@ -137,9 +137,7 @@ def plan_model(default: Case, sizes: list[int]) -> list[Case]:
 
 
 def plan_training(apart: Case, cfg: Config) -> list[Case]:
-    """What `train` has besides: techniques, the plain way, the stages, and how fast a file is read
-    in order.
-    """
+    """What `train` has besides: techniques, the plain way, and the stages."""
     default = apart.vary(what="train", kind="train")
     plain = default.vary(kind="plain", precision="fp32", channels_last=False)
     cases = [
@@ -151,16 +149,9 @@ def plan_training(apart: Case, cfg: Config) -> list[Case]:
     ]
     if cfg.crop < 96 and cfg.crop_epochs:
         cases.append(default.vary(name=f"centre_{cfg.crop}", crop_epochs=cfg.epochs))
-    device = torch.device(apart.device)
     images = open_split(cfg.data_dir, "train").images
-    is_on_disk = choose_residence(images, cfg.data_residence, device) == "disk"
-    read = apart.vary(kind="raw", data_residence="disk", cache="cold", device="cpu")
-    if is_on_disk:
-        cases.append(read.vary(name="read"))
-        cases.append(default.vary(what="stage", name="overlapped_cold", cache="cold"))
-        cases.append(read.vary(what="limit", name="sequential_read", order="sequential"))
-    else:  # all of it is read once before the first step
-        cases.append(read.vary(name="read", order="sequential"))
-    if device.type == "cuda":
-        cases.append(apart.vary(what="limit", name="copy_to_device", kind="copy"))
-    return cases
+    residence = choose_residence(images, cfg.data_residence, torch.device(apart.device))
+    # else all of it is read once, before the first step
+    order = "random" if residence == "disk" else "sequential"
+    read = apart.vary(name="read", kind="raw", order=order, cache="cold", device="cpu")
+    return [*cases, read.vary(data_residence="disk")]

@@ -19,6 +19,8 @@ from lib.benchmark.timing import rate_of_repeat
 from lib.progress import Progress
 
 MAX_CASE_S = 1800.0
+# roughly: a process and a case, before they measure; images/s of the large model on a core
+START_S, CASE_S, CORE_RATES = 6.0, 0.5, {"infer": 300, "train": 75}
 NOISE_SHARE = 0.05  # of the cores, used by others while a case is timed
 # Student's t for 95%, of 2, 3, ... repeats
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -46,7 +48,6 @@ MEASURED = [
     "num_repeats",
     "num_batches",
     "warmup_batches",
-    "startup_s",
     "first_batch_s",
     "flops_per_image",
     "flops_per_s",
@@ -121,14 +122,20 @@ def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, ca
                     with contextlib.closing(Worker(cache_dir)) as worker:
                         for case in group:
                             if not find_failure(results.get(case, [])):
-                                outcome = worker.time(case, seconds)
-                                results.setdefault(case, []).append(outcome)
+                                add_outcome(results, case, worker.time(case, seconds))
                             progress.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
                 keep()
     except KeyboardInterrupt:
         if results:
             keep()
         raise
+
+
+def add_outcome(results: dict, case: Case, outcome: dict) -> None:
+    """Append the outcome of a repeat, and that of each stage, as if it were a case."""
+    results.setdefault(case, []).append(outcome)
+    for stage, samples in outcome.pop("parts", {}).items():
+        add_outcome(results, case.vary(name=stage), outcome | {"samples": samples})
 
 
 def find_failure(outcomes: list[dict]) -> dict | None:
@@ -170,16 +177,8 @@ def describe_job(machine: dict, about: dict) -> dict:
 
 
 def build_rows(results: dict, job: dict) -> list[dict]:
-    """A row for each case, and for each stage of one that tells its stages apart."""
-    rows = []
-    for case, outcomes in results.items():
-        rows.append(build_row(case, case.name, outcomes, job))
-        for stage in outcomes[0].get("parts", ()):
-            of_stage = []
-            for outcome in outcomes:
-                parts = outcome.get("parts", {})
-                of_stage.append(outcome | {"samples": parts[stage]} if stage in parts else outcome)
-            rows.append(build_row(case, stage, of_stage, job))
+    """A row for each case."""
+    rows = [build_row(case, outcomes, job) for case, outcomes in results.items()]
     for row in rows:
         rate = row["images_per_s"]
         reference, limit = find_reference(row, rows), find_limit(row, rows)
@@ -188,9 +187,9 @@ def build_rows(results: dict, job: dict) -> list[dict]:
     return rows
 
 
-def build_row(case: Case, name: str, outcomes: list[dict], job: dict) -> dict:
+def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:
     """A row of `COLUMNS`. A case that failed, in whichever repeat, has no number."""
-    fields = vars(case.cfg) | vars(case) | {"case": name, "num_repeats": len(outcomes)} | job
+    fields = vars(case.cfg) | vars(case) | {"case": case.name, "num_repeats": len(outcomes)} | job
     row = {column: fields.get(column) for column in COLUMNS}
     failure = find_failure(outcomes)
     if failure:
@@ -202,7 +201,7 @@ def build_row(case: Case, name: str, outcomes: list[dict], job: dict) -> dict:
     row["num_batches"] = len(samples)
     row["residence"] = outcomes[0]["residence"]
     row["flops_per_image"] = outcomes[0].get("flops_per_image")
-    columns = ["others_share", "startup_s", "first_batch_s", "warmup_batches", "memory_bytes"]
+    columns = ["others_share", "first_batch_s", "warmup_batches", "memory_bytes"]
     columns.append("cache")  # one `eviction requested` stands for all `cold`
     for column in columns:
         row[column] = max(outcome[column] for outcome in outcomes)
@@ -226,9 +225,9 @@ def find_reference(row: dict, rows: list[dict]) -> float | None:
     """
     alike = {}
     for other in rows:
-        is_default = other["case"] == "default" or other["case"].startswith("torchvision")
+        is_reference = other["case"].startswith(("default", "torchvision"))
         is_alike = all(other[name] == row[name] for name in ("what", "model", "cache"))
-        if is_default and is_alike and other["images_per_s"]:
+        if is_reference and is_alike and other["images_per_s"]:
             size = other["batch_size"]
             alike[size] = max(other["images_per_s"], alike.get(size, 0.0))
     return alike.get(min(alike, default=None) if row["case"] == "default" else row["batch_size"])
@@ -236,19 +235,22 @@ def find_reference(row: dict, rows: list[dict]) -> float | None:
 
 def find_limit(row: dict, rows: list[dict]) -> float | None:
     """The images/s that the machine does at most: of a matrix product where FLOPs were counted, of
-    a copy of memory, or of a file read in order.
+    a copy of memory in the loader.
     """
-    names = {"gather": "memory_copy", "read": "sequential_read"}
-    name = "memory_copy" if row["what"] == "loader" else names.get(row["case"])
     for other in rows:
-        is_same = other["precision"] == row["precision"] and other["flops_per_s"]
-        if row["flops_per_image"] and is_same:
+        is_product = other["flops_per_s"] and other["precision"] == row["precision"]
+        if row["flops_per_image"] and is_product:
             return other["flops_per_s"] / row["flops_per_image"]
-        if other["case"] == name:
+        if row["what"] == "loader" and other["case"] == "memory_copy":
             return other["images_per_s"]
     return None
 
 
 def estimate_s(cases: list[Case], seconds: float, repeats: int) -> float:
-    """Roughly how long all of it takes: a large batch on a CPU is what takes longest."""
-    return repeats * len(cases) * 3 * seconds
+    """Roughly how long all of it takes. On a CPU large batches of the large model do."""
+    round_s = START_S * len({case.process for case in cases})
+    for case in cases:
+        round_s += CASE_S + 2 * seconds
+        if case.device == "cpu" and case.kind in CORE_RATES:
+            round_s += 6 * case.cfg.batch_size / (CORE_RATES[case.kind] * case.cfg.threads)
+    return repeats * round_s
