@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,7 +56,6 @@ from lib.predict import predict_batch, predict_blocks, ready_to_predict
 from lib.runlog import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
-STAGES = ("gather", "augment", "forward", "backward", "optimiser", "logging")
 OUT_OF_MEMORY = "out of memory"
 EVICTION_REQUESTED = "eviction requested"  # of a file that the page cache may still hold
 MIN_BATCHES = 1000  # of an epoch that is gone through again and again
@@ -137,11 +137,19 @@ def count_flops(case: Case) -> float:
     """
     size = patch_size(case.cfg, 0) if case.kind == "train" else 96
     model, images = build_model(case.cfg), torch.zeros(case.cfg.batch_size, 3, size, size)
-    with FlopCounterMode(display=False) as counter:
+
+    def compute():
         logits = model(images)
         if case.kind == "train":
             logits.sum().backward()
-    return counter.get_total_flops() / len(images)
+
+    return flops_of(compute) / len(images)
+
+
+def flops_of(function: Callable) -> float:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 def resident_share(path) -> float:
@@ -247,10 +255,8 @@ def matrix_product(case, device, about):
     yield from repeat(fastest, device)
 
 
-def repeat(product, device: torch.device):
-    with FlopCounterMode(display=False) as counter:
-        product()
-    num_flops = counter.get_total_flops()
+def repeat(product: Callable, device: torch.device):
+    num_flops = flops_of(product)
     while True:
         product()
         finish(device)
@@ -348,29 +354,24 @@ def apart(case, device, about):
     state.graph = None  # whose stages the host does not see
     batches = open_batches(case, device, about, keys, prefetch=False)
     lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
-    stage_s, optimizer_step = dict.fromkeys(STAGES, 0.0), state.optimizer.step
-    ended_at = 0.0
+    optimizer_step = state.optimizer.step
+    stage_s, ended_at = {}, 0.0
 
     def end(stage: str) -> None:
         nonlocal ended_at
         finish(device)
         started_at, ended_at = ended_at, time.perf_counter()
-        stage_s[stage] += ended_at - started_at
-
-    def before_forward(*_):
-        if stage_s["forward"]:  # of the shard before
-            end("backward")
+        stage_s[stage] = stage_s.get(stage, 0.0) + ended_at - started_at
 
     def optimise():
-        end("backward")  # with the norm of the gradients
+        end("backward")  # of the last shard, with the norm of the gradients
         optimizer_step()
 
-    state.model.register_forward_pre_hook(before_forward)
     state.model.register_forward_hook(lambda *_: end("forward"))
     state.optimizer.step = optimise
     with logged(state, case.cfg.batch_size) as log:
         while True:
-            stage_s.update(dict.fromkeys(STAGES, 0.0))
+            stage_s.clear()
             ended_at = time.perf_counter()
             batch = next(batches)
             end("gather")

@@ -66,6 +66,8 @@ COLUMNS = (*KEY, *MEASURED, *JOB)
 def work(pipe, cache_dir: str) -> None:
     """In a process of its own: answer each case that comes through `pipe`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark to heed
+    # a DataLoader starts its workers as it would outside
+    multiprocessing.set_start_method("fork", force=True)
     # the first round compiles, later ones find what it has compiled
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
     with contextlib.suppress(EOFError):
@@ -164,14 +166,16 @@ def describe_job(machine: dict, about: dict) -> dict:
             answer = subprocess.run(command, capture_output=True, text=True).stdout
             features = answer.partition("ActiveFeatures=")[2].partition(" ")[0]
             node_type = features if features not in ("", "(null)") else node_type
-    changes = " with changes" if about["uncommitted_patch"] else ""
+    commit = (about["commit"] or "none")[:10]
+    if about["uncommitted_patch"]:
+        commit += " with changes"
     return {
         "partition": job.get("SLURM_JOB_PARTITION", "none"),
         "node_type": node_type,
         "job_id": job.get("SLURM_JOB_ID", "none"),
         "gpu": machine.get("gpu", "none"),
         "date": about["started_utc"][:10],
-        "commit": (about["commit"] or "none")[:10] + changes,
+        "commit": commit,
         "versions": " ".join(itertools.chain(*about["versions"].items())),
     }
 
