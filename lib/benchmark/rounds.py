@@ -10,6 +10,7 @@ import os
 import signal
 import statistics
 import subprocess
+import tempfile
 
 import numpy as np
 
@@ -66,6 +67,7 @@ COLUMNS = (*KEY, *MEASURED, *JOB)
 def work(pipe, cache_dir: str) -> None:
     """In a process of its own: answer each case that comes through `pipe`, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark to heed
+    tempfile.tempdir = cache_dir  # so that nothing stays of a process that is killed
     # a DataLoader starts its workers as it would outside
     multiprocessing.set_start_method("fork", force=True)
     # the first round compiles, later ones find what it has compiled
