@@ -438,7 +438,7 @@ def test_a_shortened_call_measures_what_it_names_and_its_page_begins_with_that(
     assert run_benchmark(tmp_path, pcam_dir, *arguments, *small) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["case"] for row in result["rows"]] == names
-    starts = ["# Benchmark", "Images/s at batch 1: ", "Best batch: ", "Bottleneck: not", "What to"]
+    starts = ["# Benchmark", "Batch 1: ", "Best batch: ", "Bottleneck: not", "What to"]
     page = (tmp_path / "benchmark.md").read_text().split("\n\n")
     for paragraph, words in zip(page, starts, strict=False):
         assert paragraph.startswith(words), paragraph

@@ -234,7 +234,7 @@ def make_input(cfg: Config, batch) -> torch.Tensor:
 
 def copy(case, *_):
     """The bytes of patches from one place in memory to another: what no loader can beat."""
-    patches = torch.zeros(NUM_COPIED, *PATCH_SHAPE, dtype=torch.uint8)
+    patches = torch.ones(NUM_COPIED, *PATCH_SHAPE, dtype=torch.uint8)
     target = torch.empty_like(patches[: case.cfg.batch_size])
     for part in itertools.cycle(patches.split(case.cfg.batch_size)):
         target[: len(part)].copy_(part)

@@ -31,8 +31,8 @@ ADVICE = {
     "disk": "copy the data to the node's own disk (STAGE_DATA=1) or read them once"
     " (data_residence=host)",
     "augment": "train on the centre of the patch for more epochs (crop, crop_epochs)",
-    "model": "a GPU, a smaller model or a centre crop for more epochs (crop, crop_epochs); a faster"
-    " disk or loader changes nothing",
+    "model": "a faster processor or GPU, a smaller model, or a centre crop for more epochs (crop,"
+    " crop_epochs); a faster disk or loader changes nothing",
     "logging": "put the run folder on a faster disk (--runs)",
 }
 MIN_REPEATS = 3  # of each side, or no difference is told
@@ -46,8 +46,8 @@ def judge(rows: list[dict]) -> dict:
     """
     rows = [row for row in rows if row["images_per_s"]]
     scaling = [row for row in rows if row["case"] == "default"]
-    by_rate = sorted(scaling, key=lambda row: row["images_per_s"])
-    best = {(row["what"], row["model"]): row for row in by_rate}
+    scaling.sort(key=lambda row: (row["what"], row["model"], row["images_per_s"]))
+    best = {(row["what"], row["model"]): row for row in scaling}  # the last one, the fastest
     at_one = [row for row in scaling if row["batch_size"] == 1]
     stages = {row["case"]: row for row in rows if row["what"] == "stage"}
     epochs, sentence, remedy = {}, "Bottleneck: not measured.", "`benchmark.py train` tells"
@@ -58,7 +58,7 @@ def judge(rows: list[dict]) -> dict:
         sentence = describe_bottleneck(epochs, stages, scaling)
         remedy = ADVICE[epochs["later_epochs"]["bottleneck"]]
     sentences = [
-        f"Images/s at batch 1: {list_rates(at_one)}.",
+        f"Batch 1: {list_rates(at_one)}.",
         f"Best batch: {list_rates(best.values())}.",
         sentence,
         f"What to do: {remedy}.",
@@ -70,7 +70,7 @@ def list_rates(rows) -> str:
     """Rows in words."""
     rates = []
     for row in rows:
-        rate = f"{row['images_per_s']:,.4g}"
+        rate = f"{row['images_per_s']:,.4g} images/s"
         rates.append(f"{row['what']} {row['model']} {rate} at {row['batch_size']}")
     return ", ".join(rates) or "not measured"
 
