@@ -70,15 +70,13 @@ def plan_cases(
         cases += plan_training(Case("stage", "apart", "apart", at, device=str(device)), cfg)
     if what != "infer":
         cases.append(Case("limit", "memory_copy", "copy", at))
-    for precision in dict.fromkeys(
-        case.cfg.precision for case in cases if case.what in ("infer", "train")
-    ):
-        limit = Case("limit", "matrix_product", "matrix_product", at, device=str(device))
-        cases.append(limit.vary(precision=precision))
-    known = {case.name for case in cases}
+    precisions = {case.cfg.precision for case in cases if case.what in ("infer", "train")}
+    limit = Case("limit", "matrix_product", "matrix_product", at, device=str(device))
+    cases += [limit.vary(precision=precision) for precision in sorted(precisions)]
+    all_names = {case.name for case in cases}
     for name in names:
-        if name not in known:
-            hint = f"{nearest(name, known)} ({', '.join(sorted(known))})"
+        if name not in all_names:
+            hint = f"{nearest(name, all_names)} ({', '.join(sorted(all_names))})"
             raise BadInput(f"--cases {name}: {what} has no such case{hint}")
     chosen = [case for case in cases if not names or case.name in names]
     # cold ones last: the file is read into memory once for all others

@@ -40,7 +40,7 @@ SLOW_S, SLOW_BYTES_PER_S = 1.0, 250_000  # a batch more; a second at most: 1.8 s
 OVERHEAD, NUM_BATCHES = 0.02, 200  # asked for: at most; batches in a run of the loop
 AGREE = 0.9  # asked for: of the intervals
 MAX_JOB_S = 3600.0
-STAGES = "default,apart,read,overlapped_cold"
+STAGES = "default,apart,read"
 # the bottleneck of the first epoch and of later ones, where a part is slowed
 EXPECTED = {
     "loader": ("loader", "loader"),
