@@ -1,178 +1,153 @@
-"""What the rows of a benchmark say: which stage is the bottleneck and how far the machine's limit
-is, and whether two runs differ by more than their noise."""
+"""What the rows of a benchmark say: which stage is the bottleneck, how near the machine's limit it
+is and what to do, and whether two runs differ by more than their noise.
+"""
 
-import math
 from pathlib import Path
 
-from lib.benchmark.timing import KEY
+from lib.benchmark.rounds import KEY
 from lib.command import BadInput
+from lib.config import Config
 from lib.files import read_json
 
-# what a person can do something about, and the stages that it is made of
+# what a person can do something about, by the stage: its name, its limit, the remedy
 GROUPS = {
-    "disk": ("read",),
-    "loader": ("gather",),
-    "transfer": ("transfer", "augment"),
-    "model": ("forward", "backward", "optimiser"),
-    "logging": ("logging",),
+    "gather": "loader",
+    "read": "disk",
+    "augment": "augment",
+    "forward": "model",
+    "backward": "model",
+    "optimiser": "model",
+    "logging": "logging",
 }
-NAMES = {group: f"the {group}" for group in GROUPS}
-NAMES |= {"transfer": "turning bytes into the model's input", "model": "the model's computing"}
-# ways in which the repeats of two sides can be ordered: apart by chance in at most 5%
-LEAST_ORDERS = 40
-UNEXPLAINED = 1.25  # by this factor the pipeline may leave what its stages predict
-NEEDED_COLUMNS = {*KEY, "low", "high", "num_repeats", "status"}
-NEEDED = ("gather", "transfer", "forward", "backward", "optimiser")
+NAMES = {
+    "loader": "the loader",
+    "disk": "the disk",
+    "augment": "turning bytes into the model's input",
+    "model": "the model's computing",
+    "logging": "the logging",
+}
+ADVICE = {
+    "loader": "keep the patches in memory (data_residence=host, on a GPU device)",
+    "disk": "copy the data to the node's own disk (STAGE_DATA=1) or read them once"
+    " (data_residence=host)",
+    "augment": "train on the centre of the patch for more epochs (crop, crop_epochs)",
+    "model": "a faster processor or GPU, a smaller model, or a centre crop for more epochs (crop,"
+    " crop_epochs); a faster disk or loader changes nothing",
+    "logging": "put the run folder on a faster disk (--runs)",
+}
+MIN_REPEATS = 3  # of each side, or no difference is told
 
 
 def judge(rows: list[dict]) -> dict:
-    """The verdict on training, computed from the stages timed apart: {first_epoch, later_epochs,
-    sentence}.
+    """The verdict: `sentences` on batch 1, the best batch, the bottleneck (`sentence` alone) and
+    what to do; and {first_epoch, later_epochs}, what the bottleneck was judged by.
 
-    In the first epoch the file is cold; later ones find it in memory. `sentence` alone, where a
-    stage has no number.
+    In the first epoch the file is cold; later ones find it in memory.
     """
+    rows = [row for row in rows if row["images_per_s"]]
+    scaling = [row for row in rows if row["case"] == "default"]
+    scaling.sort(key=lambda row: (row["what"], row["model"], row["images_per_s"]))
+    best = {(row["what"], row["model"]): row for row in scaling}  # the last one, the fastest
+    at_one = [row for row in scaling if row["batch_size"] == 1]
     stages = {row["case"]: row for row in rows if row["what"] == "stage"}
-    if lacking := [name for name in NEEDED if not stages.get(name, {}).get("images_per_s")]:
-        return {
-            "sentence": (
-                f"No verdict: the stage {lacking[0]} has no number (train and all measure it,"
-                " --cases only if named)."
-            )
-        }
-    limits = [row for row in rows if row["what"] == "limit" or row["case"] == "read"]
-    verdict = {"later_epochs": judge_epoch(stages, limits, stages.get("overlapped"), is_cold=False)}
-    told = f"From memory, {verdict['later_epochs']['sentence']}."
-    if stages.get("read", {}).get("images_per_s"):
-        verdict["first_epoch"] = judge_epoch(
-            stages, limits, stages.get("overlapped_cold"), is_cold=True
-        )
-        told = f"In the first epoch, from a cold file, {verdict['first_epoch']['sentence']}. {told}"
-    if marked := [
-        name for name, row in stages.items() if row.get("status") in ("noisy", "unsteady")
-    ]:
-        told += f" Noisy or unsteady: {', '.join(marked)}."
-    return verdict | {"sentence": told}
-
-
-def judge_epoch(stages: dict, limits: list[dict], overlapped: dict | None, is_cold: bool) -> dict:
-    """The group of stages that a batch waits for, in the lane that takes longest: what loads in the
-    background, or the rest.
-
-    `expected_s` is what the stages predict for a batch, `overlapped_s` what the real pipeline took.
-    """
-    some, names = (
-        stages["gather"],
-        [name for group in GROUPS.values() for name in group if is_cold or name != "read"],
-    )
-    rates = {name: stages[name]["images_per_s"] for name in names if name in stages}
-    seconds = {name: some["batch_size"] / rate for name, rate in rates.items() if rate}
-    on_gpu, background = some["gpu"] != "none", ()
-    # as PatchSource.can_stall
-    if some["residence"] == "disk" or (some["residence"] == "host" and on_gpu):
-        background = ("gather", *(["transfer"] if on_gpu else []))
-        # else the file is read before the first step
-        background += ("read",) if some["residence"] == "disk" else ()
-    lanes = [
-        {name: seconds[name] for name in seconds if (name in background) == ahead}
-        for ahead in (True, False)
+    epochs, sentence, remedy = {}, "Bottleneck: not measured.", "`benchmark.py train` tells"
+    if "apart" in stages:
+        if "read" in stages:
+            epochs["first_epoch"] = judge_epoch(stages)
+        epochs["later_epochs"] = judge_epoch({**stages, "read": None})
+        sentence = describe_bottleneck(epochs, stages, scaling)
+        remedy = ADVICE[epochs["later_epochs"]["bottleneck"]]
+    sentences = [
+        f"Batch 1: {list_rates(at_one)}.",
+        f"Best batch: {list_rates(best.values())}.",
+        sentence,
+        f"What to do: {remedy}.",
     ]
-    lane = max(lanes, key=lambda lane: sum(lane.values()))
-    group_s = {group: sum(lane.get(part, 0.0) for part in parts) for group, parts in GROUPS.items()}
-    bottleneck = max(group_s, key=group_s.get)
-    expected_s = sum(lane.values())
-    measured = overlapped and overlapped["images_per_s"]
-    rate = measured or some["batch_size"] / expected_s
-    limit, words = find_limit(bottleneck, limits, stages.get("overlapped"))
-    sentence = (
-        f"{NAMES[bottleneck]} is the bottleneck: {group_s[bottleneck] * 1e3:.4g} of"
-        f" {expected_s * 1e3:.4g} ms a batch"
-    )
-    sentence += f" of {some['batch_size']}, {rate:,.0f} images/s{'' if measured else ' expected'}"
-    if measured and not 1 / UNEXPLAINED <= rate * expected_s / some["batch_size"] <= UNEXPLAINED:
-        sentence += f", where the stages alone predict {some['batch_size'] / expected_s:,.0f}"
-    if limit:
-        sentence += (
-            f"; the machine's limit for it ({words}) is {limit:,.0f} images/s, {limit / rate:.1f}"
-            " times that"
-        )
-    found = {
-        "bottleneck": bottleneck,
-        "sentence": sentence,
-        "stage_s": seconds,
-        "expected_s": expected_s,
-    }
-    found |= {
-        "overlapped_s": some["batch_size"] / measured if measured else None,
-        "images_per_s": rate,
-    }
-    return found | {"limit_s": some["batch_size"] / limit if limit else None, "limit": words}
+    return {"sentence": sentence, "sentences": sentences, **epochs}
 
 
-def find_limit(
-    bottleneck: str, limits: list[dict], overlapped: dict | None
-) -> tuple[float | None, str]:
-    """Images per second that the machine would allow where the bottleneck is, and what was measured
-    to know it.
+def list_rates(rows) -> str:
+    """Rows in words."""
+    rates = []
+    for row in rows:
+        rate = f"{row['images_per_s']:,.4g} images/s"
+        rates.append(f"{row['what']} {row['model']} {rate} at {row['batch_size']}")
+    return ", ".join(rates) or "not measured"
+
+
+def judge_epoch(stages: dict) -> dict:
+    """The group of stages that a batch waits for, in the lane that takes longest: what loads in the
+    background, or the rest. All seconds are of a batch.
     """
-    if bottleneck == "model":
-        alike, flops = ("case", "precision", "threads"), (overlapped or {}).get("flops_per_image")
-        wanted = ["matrix_product", *((overlapped or {}).get(name) for name in alike[1:])]
-        found = [row["flops_per_s"] for row in limits if [row[name] for name in alike] == wanted]
-        return (found[0] / flops if found and found[0] and flops else None), "matrix product"
-    rates = {row["case"]: row["images_per_s"] for row in limits if row["images_per_s"]}
-    # in order is not the faster way on every disk
-    ways = {
-        "disk": sorted(("sequential_read", "read"), key=lambda name: -rates.get(name, 0.0)),
-        "loader": ["memory_copy"],
+    apart = stages["apart"]
+    background = ()
+    if apart["residence"] == "disk":  # as PatchSource.can_stall
+        background = ("read", "gather")
+    elif apart["residence"] == "host" and apart["gpu"] != "none":
+        background = ("gather",)
+    stage_s, lanes = {}, ({}, {})
+    for stage, group in GROUPS.items():
+        if stages.get(stage):
+            stage_s[stage] = apart["batch_size"] / stages[stage]["images_per_s"]
+            if stage == "read":  # from a cold file into a batch
+                stage_s[stage] = max(0.0, stage_s[stage] - stage_s["gather"])
+            lane = lanes[stage in background]
+            lane[group] = lane.get(group, 0.0) + stage_s[stage]
+    lane = max(lanes, key=lambda lane: sum(lane.values()))
+    bottleneck = max(lane, key=lane.get)
+    expected_s = sum(lane.values())
+    return {
+        "bottleneck": bottleneck,
+        "bottleneck_s": lane[bottleneck],
+        "expected_s": expected_s,
+        "stage_s": stage_s,
     }
-    ways["transfer"] = ["copy_to_device", "memory_copy"]
-    name = next((name for name in ways.get(bottleneck, []) if name in rates), "")
-    return rates.get(name), name.replace("_", " ")
 
 
-def headline(rows: list[dict], what: str, model: str, batch_size: int) -> dict:
+def describe_bottleneck(epochs: dict, stages: dict, scaling: list[dict]) -> str:
+    """The bottlenecks in words, and beside them what a whole step took, with nothing apart."""
+    apart = stages["apart"]
+    sentences = []
+    for name, epoch in epochs.items():
+        file = f"{stages['read']['cache']} file" if name == "first_epoch" else "from memory"
+        sentences.append(
+            f"Bottleneck of the {name.replace('_', ' ')} ({file}): {NAMES[epoch['bottleneck']]},"
+            f" {1e3 * epoch['bottleneck_s']:.4g} of {1e3 * epoch['expected_s']:.4g} ms a batch of"
+            f" {apart['batch_size']}."
+        )
+    for row in scaling:
+        is_alike = all(row[name] == apart[name] for name in ("model", "batch_size"))
+        if row["what"] == "train" and is_alike:
+            step_ms = 1e3 * apart["batch_size"] / row["images_per_s"]
+            share = row["share_of_peak"]
+            limit = f", {share:.0%} of the fastest matrix product measured here" if share else ""
+            sentences.append(f"All of it overlapped takes {step_ms:.4g} ms{limit}.")
+    marked = [name for name, row in stages.items() if row["status"] != "ok"]
+    if marked:
+        sentences.append(f"Noisy or unsteady: {', '.join(marked)}.")
+    return " ".join(sentences)
+
+
+def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     """What the script's last line says at a glance, None where there is no number: images per
     second of the model, or of the loader and how often torchvision's with its best number of
-    workers."""
-    rows = [
-        row
-        for row in rows
-        if row["batch_size"] == batch_size and row["cache"] == "warm" and row["images_per_s"]
-    ]
-    default = {
-        row["what"]: row["images_per_s"]
-        for row in rows
-        if row["case"] == "default" and row["model"] == model
-    }
+    workers.
+    """
+    cells = {}
+    for row in rows:
+        if (row["model"], row["batch_size"], row["cache"]) == (cfg.model, batch_size, "warm"):
+            cells[row["what"], row["case"], row["precision"]] = row
     if what in ("infer", "train"):
-        return {"images_per_s": default.get(what)}
-    rates = {
-        (row["case"], row["precision"]): row["images_per_s"]
-        for row in rows
-        if row["what"] == "loader"
+        default = cells.get((what, "default", cfg.precision), {})
+        return {"images_per_s": default.get("images_per_s")}
+    raw, ready = (cells.get(("loader", name, "fp32"), {}) for name in ("raw", "ready"))
+    rate, ratio = ready.get("images_per_s"), ready.get("factor")
+    return {
+        "images_per_s": rate,
+        "torchvision_images_per_s": rate / ratio if ratio else None,
+        "ratio": ratio,
+        "ratio_raw": raw.get("factor"),
     }
-    # the best was measured again and again, the others once
-    tried = [
-        (row["num_repeats"], row["images_per_s"])
-        for row in rows
-        if row["case"].startswith("torchvision")
-    ]
-    plain, ready, raw = (
-        max(tried, default=(0, None))[1],
-        rates.get(("ready", "fp32")),
-        rates.get(("raw", "fp32")),
-    )
-    found = {"images_per_s": ready, "torchvision_images_per_s": plain, "raw_images_per_s": raw}
-    found |= {
-        name: rate / plain if rate and plain else None
-        for name, rate in (("ratio", ready), ("ratio_raw", raw))
-    }
-    return found | (
-        {f"{verb}_images_per_s": default.get(verb) for verb in ("infer", "train")}
-        if what == "all"
-        else {}
-    )
 
 
 def read_rows(path) -> list[dict]:
@@ -183,50 +158,33 @@ def read_rows(path) -> list[dict]:
         raise BadInput(
             f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)"
         )
-    rows = read_json(path).get("rows")
-    if not isinstance(rows, list) or not all(
-        isinstance(row, dict) and row.keys() >= NEEDED_COLUMNS for row in rows
-    ):
-        raise BadInput(f"{path} is no benchmark: it has no rows of one")
-    for row in rows:
-        numbers = [row.get(name) for name in ("images_per_s", "flops_per_s", "low", "high")]
-        keyed = isinstance(row["num_repeats"], int) and not any(
-            isinstance(row[name], (list, dict)) for name in KEY
-        )
-        if not keyed or not all(
-            value is None or isinstance(value, (int, float)) for value in numbers
-        ):
-            raise BadInput(f"{path} is damaged: a row has a rate, or a name, of a wrong type")
-    return rows
+    try:
+        return [row | {"key": tuple(row[name] for name in KEY)} for row in read_json(path)["rows"]]
+    except (TypeError, KeyError):
+        raise BadInput(f"{path} is no benchmark: it has no rows of one") from None
 
 
 def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
     """For each row of both: the ratio of rates after / before, its interval, and whether it exceeds
-    the noise.
+    the noise: the two intervals lie apart, each of three repeats or more.
 
-    It does where the two intervals lie apart. With six repeats each, all of one side then beat all
-    of the other, which chance alone brings about in 2 of 924 cases (Mann and Whitney 1947); of
-    fewer than four nothing is told.
+    Chance alone sets the intervals of three repeats apart in about 1% of pairs.
     """
-    known, compared = {tuple(row[name] for name in KEY): row for row in before}, []
+    rows_before = {row["key"]: row for row in before}
+    compared = []
     for row in after:
-        if (other := known.get(tuple(row[name] for name in KEY))) is None:
+        if row["key"] not in rows_before:
             continue
-        old, new = (each.get("images_per_s") or each.get("flops_per_s") for each in (other, row))
-        found = {name: row[name] for name in KEY} | {
-            "before": old,
-            "after": new,
-            "ratio": new / old if old and new else None,
-        }
-        found |= dict.fromkeys(("low", "high", "exceeds"))
-        orders = math.comb(other["num_repeats"] + row["num_repeats"], row["num_repeats"])
-        if old and new and orders >= LEAST_ORDERS and other["low"] and row["low"]:
-            found |= {"low": row["low"] / other["high"], "high": row["high"] / other["low"]}
-            found["exceeds"] = not found["low"] <= 1 <= found["high"]
-        compared.append(found | {"status": f"{other['status']}, {row['status']}"})
+        other = rows_before[row["key"]]
+        old, new = (side["images_per_s"] or side["flops_per_s"] for side in (other, row))
+        comparison = {name: row[name] for name in KEY}
+        comparison |= {"before": old, "after": new, "ratio": None, "low": None, "high": None}
+        comparison |= {"status": f"{other['status']}, {row['status']}", "B is": "cannot be told"}
+        if old and new and min(other["num_repeats"], row["num_repeats"]) >= MIN_REPEATS:
+            low, high = row["low"] / other["high"], row["high"] / other["low"]
+            answer = "faster" if low > 1 else "slower" if high < 1 else "within the noise"
+            comparison |= {"ratio": new / old, "low": low, "high": high, "B is": answer}
+        compared.append(comparison)
     if not compared:
-        raise BadInput(
-            "the two benchmarks have no row in common: compare runs of one model, batch size and"
-            " variant"
-        )
+        raise BadInput("the two benchmarks have no row in common: compare alike ones")
     return compared
