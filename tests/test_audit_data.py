@@ -110,6 +110,26 @@ def test_the_account_of_the_size_adds_up(tmp_path):
     assert len(of_check(findings, "size")) == 2
 
 
+def test_a_split_of_which_no_row_can_be_read_is_a_finding(tmp_path):
+    patches, known = draw_patches(64, 0)
+    packed = {"chunks": (16, 96, 96, 3), "compression": "gzip"}
+    write_float(tmp_path / "data", patches[:32], known[:32], **packed)
+    write_float(tmp_path / "data", patches[32:], known[32:], split="valid")
+    path = split_path(tmp_path / "data", "train", "x")
+    with h5py.File(path) as file:
+        ids = file["x"].id
+        chunks = [ids.get_chunk_info(number) for number in range(ids.get_num_chunks())]
+        places = [chunk.byte_offset for chunk in chunks]
+    with open(path, "r+b") as file:
+        for place in places:
+            file.seek(place)
+            file.write(bytes(100))
+    _, findings, quarantine = audit(tmp_path / "data", tmp_path / "out", QUICK_CHECKS)
+    assert sum(row["split"] == "train" for row in quarantine) == 32
+    (size,) = [row for row in of_check(findings, "size") if row["split"] == "train"]
+    assert "repacked" not in size["measured"]
+
+
 @pytest.mark.slow
 def test_copies_in_a_packed_file_are_found_as_in_a_plain_one(tmp_path):
     patches, known = draw_patches(64, 0)

@@ -83,49 +83,47 @@ def account_for_size(survey: Survey, work) -> dict:
     file; what repacking gives.
     """
     layout, num = survey.layout, len(survey)
-    ratio, overhead = (
-        layout_bytes(survey) / max(layout["stored_bytes"], 1),
-        layout["file_bytes"] - layout["stored_bytes"],
-    )
+    ratio = layout_bytes(survey) / max(layout["stored_bytes"], 1)
+    overhead = layout["file_bytes"] - layout["stored_bytes"]
     official = OFFICIAL[survey.name]["rows"]
     measured = (
         f"{layout['file_bytes']:,} bytes = {num:,} rows x 27,648 values x {layout['itemsize']}"
-        f" bytes / {ratio:.2f} by "
-    )
-    measured += (
-        f"compression + {overhead:,}; official: {official * PATCH_BYTES:,} = {official:,} x"
-        " 27,648 x 1"
+        f" bytes / {ratio:.2f} by compression + {overhead:,}; official:"
+        f" {official * PATCH_BYTES:,} = {official:,} x 27,648 x 1"
     )
     factors = {
         "rows": (num, official),
         "values a patch": (PATCH_BYTES, PATCH_BYTES),
         "bytes a value": (layout["itemsize"], 1),
+        "compression": (round(ratio, 3), 1.0),
+        "overhead, bytes": (overhead, 2048),
     }
-    factors |= {"compression": (round(ratio, 3), 1.0), "overhead, bytes": (overhead, 2048)}
     rows = [
         {"factor": factor, "here": here, "official": published}
         for factor, (here, published) in factors.items()
     ]
     if layout["offset"] is not None and layout["dtype"] == "uint8":
         return finding("size", "note", measured, rows=rows, split=survey.name)
-    before, after, packed_bytes = measure_repacking(survey, work)
-    saved = layout["file_bytes"] - packed_bytes
-    measured += (
-        f"; repacked as contiguous uint8: {packed_bytes:,} bytes"
-        f" ({saved / layout['file_bytes']:+.0%} saved)"
-    )
-    measured += f", single patches at random {after:,.0f}/s instead of {before:,.0f}/s"
-    rows += [{"factor": "random patches a second", "here": round(before), "official": round(after)}]
-    return finding(
-        "size", "warning", measured, advice="prepare.py repack", rows=rows, split=survey.name
-    )
+    is_readable = survey.damage != DAMAGE.index("unreadable")
+    if is_readable.any():
+        readable = np.flatnonzero(is_readable)[:TRIED_ROWS]
+        before, after, packed_bytes = measure_repacking(survey, readable, work)
+        saved = layout["file_bytes"] - packed_bytes
+        measured += (
+            f"; repacked as contiguous uint8: {packed_bytes:,} bytes"
+            f" ({saved / layout['file_bytes']:+.0%} saved), single patches at random {after:,.0f}/s"
+            f" instead of {before:,.0f}/s"
+        )
+        rate = {"here": round(before), "repacked": round(after)}
+        rows.append({"factor": "random patches a second", **rate})
+    advice = "prepare.py repack"
+    return finding("size", "warning", measured, advice=advice, rows=rows, split=survey.name)
 
 
-def measure_repacking(survey: Survey, work) -> tuple[float, float, int]:
-    """Patches a second read singly at random from the file as it is and from a repacked part, and
-    bytes of all repacked.
+def measure_repacking(survey: Survey, rows, work) -> tuple[float, float, int]:
+    """Patches a second read singly at random from the file as it is and from a repacked part, its
+    `rows` int64 (N,), and bytes of all repacked.
     """
-    rows = np.flatnonzero(survey.damage != DAMAGE.index("unreadable"))[:TRIED_ROWS]
     wanted = np.random.default_rng(0).choice(rows, min(READ_AT_RANDOM, len(rows)), replace=False)
     with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as folder:
         with SplitWriter(folder, survey.name, len(rows)) as writer:
