@@ -45,7 +45,7 @@ SPACE = {
         "weight_decay": {"range": [0.0, 0.1]},
     },
 }
-TIMED = "default,fp32,apart,read,sequential_read,memory_copy,matrix_product"
+TIMED = "default,fp32,apart,read,memory_copy,matrix_product"
 # how much is drawn and learnt: a test asks for less
 SIZES = {"train": 2000, "valid": 800, "damaged": 1200}
 TRAINING = ["epochs=3", "crop_epochs=2", "warmup_epochs=1"]

@@ -65,7 +65,6 @@ COLUMNS = (*KEY, *MEASURED, *JOB)
 
 def work(pipe, cache_dir: str) -> None:
     """In a process of its own: answer each case that comes through `pipe`, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark to heed
     tempfile.tempdir = cache_dir  # so that nothing stays of a process that is killed
     # a DataLoader starts its workers as it would outside
     multiprocessing.set_start_method("fork", force=True)
@@ -88,7 +87,10 @@ class Worker:
             context = multiprocessing.get_context("spawn")
             self.pipe, other_end = context.Pipe()
             self.process = context.Process(target=work, args=(other_end, self.cache_dir))
+            # Ctrl-C is for the benchmark to heed: the new process inherits that it ignores it
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
             self.process.start()
+            signal.signal(signal.SIGINT, handler)
             other_end.close()  # so that the end of the process is the end of the pipe
         try:
             self.pipe.send((case, seconds))

@@ -63,6 +63,10 @@ def judge(rows: list[dict]) -> dict:
         sentence,
         f"What to do: {remedy}.",
     ]
+    for row in rows:
+        if (row["case"], row["precision"]) == ("ready", "fp32") and row["factor"]:
+            rate = f"{row['images_per_s']:,.0f} patches/s ready for the model"
+            sentences.append(f"Loader: {rate}, {row['factor']:.3g} times torchvision's best.")
     return {"sentence": sentence, "sentences": sentences, **epochs}
 
 
