@@ -22,7 +22,7 @@ from lib.command import (
 )
 from lib.files import require_writable, write_csv
 
-MAX_SAID = 5  # inputs that could not be read
+MAX_ERRORS_SHOWN = 5  # inputs that could not be read
 
 
 def parse(argv) -> argparse.Namespace:
@@ -93,7 +93,8 @@ def main(argv=None) -> int:
     calibration, reference = checkpoint["calibration"], checkpoint["reference"]
     warn_of_views(calibration, views)
 
-    # predict block by block, in the order of the inputs; logits leave the device once
+    # predict block by block, in the order of the inputs; the logits stay on the device until all
+    # are there
     started_at = time.monotonic()
     blocks = list_blocks(args.inputs, args.split, block_size(device))
     predicted = predict_blocks(model, blocks, cfg.precision, views, checkpoint["preprocessing"])
@@ -121,7 +122,7 @@ def main(argv=None) -> int:
     is_read = np.array([not row.error for row in rows])
     is_labelled = is_read & np.array([row.label is not None for row in rows])
 
-    # write a column for each thing that is known of the inputs
+    # write a row for each input; some columns are left out where nothing is known
     columns = {
         "source": [row.source for row in rows],
         "index": [row.index for row in rows],
@@ -131,9 +132,10 @@ def main(argv=None) -> int:
     if is_labelled.any():
         columns["label"] = ["" if row.label is None else row.label for row in rows]
     if reference:
-        scores = patch_scores(features, reference)
-        is_unlike = is_read & (scores > reference["limit"])
-        columns["drift"] = np.where(is_read, [f"{score:.4g}" for score in scores], "")
+        distances = patch_scores(features, reference)  # from the training data
+        is_unlike = is_read & (distances > reference["limit"])
+        texts = [f"{distance:.4g}" for distance in distances]
+        columns["drift"] = np.where(is_read, texts, "")
         columns["unlike"] = np.where(is_unlike, farthest_features(features, reference), "")
     if failed:
         columns["error"] = [row.error or "" for row in rows]
@@ -156,7 +158,7 @@ def main(argv=None) -> int:
         f"{args.out}: {len(rows):,} patches, {num_positive:,} called positive at {threshold:g},"
         f" {views} view(s)"
     )
-    for error in failed[:MAX_SAID]:
+    for error in failed[:MAX_ERRORS_SHOWN]:
         say(f"not read: {printable(error)}")
     if reference:
         result["drift"] = judge_batch(features[is_read], reference)
@@ -171,8 +173,8 @@ def main(argv=None) -> int:
 
 
 def require_output_file(out: str) -> None:
-    """Raise BadInput, or the OSError of the attempt, where predictions cannot be written to `out`
-    or would replace something else, such as an input.
+    """Raise BadInput or OSError where `out` cannot be written, and BadInput where it would replace
+    a file that is no CSV, such as an input.
     """
     path = Path(out)
     if not path.absolute().parent.is_dir():

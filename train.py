@@ -100,8 +100,8 @@ def start(cfg, args, run: Path | None = None) -> int:
     device = choose_device(args.device)
     threads = resolve_threads(cfg).threads
     with join_ranks(device, cfg.shards) as ranks:
-        # the least, where nodes give their ranks unlike numbers: at another one a rank would
-        # compute other bits
+        # all ranks use the smallest number that one of them was given: with unequal numbers of
+        # threads their bits would differ
         threads = int(min(ranks.gather(torch.tensor(threads, device=device))))
         cfg = dataclasses.replace(cfg, threads=threads)
         exit_code = train(cfg, args, run, device, ranks)
@@ -138,6 +138,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.seeding import set_determinism
     from lib.trace import Trace
 
+    # how busy others keep the cores is measured from here on, while the data are opened
     watched_from, busy_s = time.monotonic(), others_busy_s()
 
     # open the data; whatever can be refused is refused before a folder is made
@@ -155,9 +156,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     # build the state before the first step, or restore that of the newest checkpoint
     state = training.build_state(cfg, device, ranks)
     scores, details = {}, {}
-    newest, path = newest_checkpoint(run)
+    newest, newest_path = newest_checkpoint(run)
     if newest:
-        training.restore_state(state, newest, path)
+        training.restore_state(state, newest, newest_path)
         scores = newest["metrics"]
     progress = state.progress
 
@@ -166,9 +167,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     valid_source = train_source
     if not cfg.num_folds:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
-    weights = training.class_weights(train_rows.labels, cfg, device)
+    loss_weights = training.class_weights(train_rows.labels, cfg, device)
 
-    # a run that goes on keeps its number of threads, and ranks would count each other
+    # a resumed run cannot change its number of threads, and ranks would count each other as others
     if device.type == "cpu" and ranks.num == 1 and not run:
         note_busy_cores(cfg.threads, watched_from, busy_s)
 
@@ -190,7 +191,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     meta["versions"]["schema"] = SCHEMA  # with another one a step gives other bits
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
-        lock = rundir.hold_run(run, cfg)  # noqa: F841 (until this function ends)
+        lock = rundir.hold_run(run, cfg)  # noqa: F841 (held until this function ends)
         rundir.say_what_changed(run, meta)
         rundir.write_meta(run, meta)
         say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
@@ -201,12 +202,13 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:
-        log.flush()  # first the rows that lead up to it, so that a resumed run lacks none
+        # first the rows of the steps before it, so that a resumed run lacks none
+        log.flush()
         trace.flush()
         if not training.is_finite(state):
-            log.diverged("a weight is no longer a finite number")
+            log.raise_diverged("a weight is no longer a finite number")
         if ranks.is_first:
-            is_last = name == "last.pt"  # the other, best.pt, is for prediction
+            is_last = name == "last.pt"  # the other one, best.pt, is for prediction alone
             checkpoint = state.checkpoint(cfg, scores, data, with_optimizer=is_last)
             save_checkpoint(run / name, checkpoint, keep_previous=is_last)
             if is_last:
@@ -226,12 +228,12 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                     for batch in batches.load_batches(train_source, train_split.labels, own_keys):
                         step, lr_scale = progress["num_steps"], progress["lr_scale"]
                         lr = training.learning_rate(cfg, step, steps_per_epoch, lr_scale)
-                        result = training.training_step(state, batch, cfg, lr, weights, ranks)
+                        result = training.training_step(state, batch, cfg, lr, loss_weights, ranks)
                         log.add_step(result, batch, lr)
                         trace.add(batch, result)
                         bar.add(batch_size, log.note)
 
-                        # stop where a signal asks for it, all ranks after the same step
+                        # stop if a signal has asked for it, all ranks after the same step
                         if ranks.any(stop, step + 1):
                             save("last.pt")
                             if ranks.is_first:
@@ -248,7 +250,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 eval_s = time.perf_counter() - eval_started_at
                 if not math.isfinite(scores["loss"]):
-                    log.diverged(f"the validation loss of epoch {epoch + 1} is {scores['loss']}")
+                    loss = scores["loss"]
+                    log.raise_diverged(f"the validation loss of epoch {epoch + 1} is {loss}")
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
                 alarm = constant_alarm(scores, valid_rows.labels)
@@ -292,7 +295,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
 
 def write_page(run: Path, summary: dict) -> None:
-    """Write RUN/report.html; a run that is done is not lost to a page that cannot be drawn."""
+    """Write RUN/report.html. Where that fails it prints a warning: the run itself is complete."""
     try:
         from lib.runpage import write_run_page  # matplotlib takes a second to import
 

@@ -1,4 +1,4 @@
-"""From uint8 patches to what the model sees: augmented by (seed, epoch, sample), normalised,
+"""From uint8 patches to the input of the model: augmented by (seed, epoch, sample), normalised,
 channels last.
 """
 
@@ -16,57 +16,60 @@ PCAM_STD = (0.2350, 0.2774, 0.2129)
 PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
 
 CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
-# pixels in y and x by which each of eight views is shifted once it is turned: what a strided
-# network says depends on where its grid lies, and most of all on patches that were JPEG before
+# pixels in y and x by which each of the eight views is shifted after it is turned. The answer of a
+# strided network depends on where its grid lies, most of all for patches that were JPEG before
 VIEW_SHIFT = (1, 3)
-AUGMENTATION = 1  # purpose of a draw
-# numbers drawn for a sample: symmetry, shift in y and x, and three for brightness and for each
-# channel's gain
+# the bits of a symmetry's number, 0 to 7; it transposes after it flips
+FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4
+AUGMENTATION = 1  # purpose of a draw, as part of its position
+# numbers drawn for a sample: 1 for the symmetry, 2 for the shift in y and x, 3 for brightness and 3
+# for the gain of each channel
 NUM_DRAWS = 15
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What was drawn for a batch: geometry as integers, colour as a gain and an offset per sample
-    and channel.
+    """The augmentation drawn for a batch: geometry as integers, colour as a gain and an offset for
+    each sample and channel.
     """
 
-    # (B,) int64 in 0..7: bit 0 flips x, bit 1 flips y, bit 2 transposes afterwards
-    symmetry: torch.Tensor
+    symmetry: torch.Tensor  # (B,) int64 in 0..7, bits FLIP_X, FLIP_Y and TRANSPOSE
     shift: torch.Tensor  # (B, 2) int64, pixels in y and x
     gain: torch.Tensor  # (B, 3) float32, of intensities in [0, 1]
     offset: torch.Tensor  # (B, 3) float32
 
 
 def draw_position(cfg: Config, epoch: int) -> int:
-    """The position of an epoch's draws, for `draw_at`."""
+    """The position of an epoch's draws as one number, for `draw_at`."""
     return mix_position(cfg.seed, epoch, AUGMENTATION)
 
 
 def draw_augmentation(keys: torch.Tensor, epoch: int, cfg: Config) -> Draws:
-    """The draws for samples `keys` int64 (B,), made where the keys are: a function of (seed, epoch,
+    """The draws for samples `keys` int64 (B,), on the keys' device: a function of (seed, epoch,
     sample) alone.
     """
     return draw_at(draw_position(cfg, epoch), keys, cfg)
 
 
 def draw_at(position: int | torch.Tensor, keys: torch.Tensor, cfg: Config) -> Draws:
-    """The same at a mixed position, an int, or a tensor () that a CUDA graph is given anew."""
+    """`draw_augmentation` at a position of `draw_position`: an int, or a tensor () that is an input
+    of a CUDA graph.
+    """
     num = len(keys)
     number = torch.arange(NUM_DRAWS, device=keys.device)
     places = keys[:, None] * NUM_DRAWS + number
     bits = mixed_bits(places, position)  # (B, 15)
-    # mean 0, deviation 1, bounded: the sum of 3 uniforms is close to normal without its tails
+    # mean 0, deviation 1: the sum of 3 uniform numbers is close to normal, but has bounds
     first, second, third = bits_to_uniform(bits[:, 3:]).view(num, 4, 3).unbind(2)
     spread = (first + second + third - 1.5) * 2.0  # (B, 4), added in this order on every device
     gain = 1 + cfg.stain_jitter * spread[:, 1:]
+    # a gain leaves white (1.0) as it is: stains get stronger or weaker, the background stays
+    offset = (1 - gain) + cfg.brightness_jitter * spread[:, :1]
     return Draws(
         bits[:, 0] & (7 if cfg.symmetries else 0),
         (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
         gain,
-        # light passes through: white (1.0) stays white under a gain, so stains grow or fade while
-        # the background holds
-        (1 - gain) + cfg.brightness_jitter * spread[:, :1],
+        offset,
     )
 
 
@@ -80,56 +83,53 @@ def no_augmentation(num: int, device="cpu") -> Draws:
 
 def eight_views(images: torch.Tensor, shift=VIEW_SHIFT):
     """Yield patches (B, S, S, C) of any type in each of the eight symmetries, then moved by `shift`
-    pixels (y, x).
-
-    The edge is repeated where a shift leaves the patch. Each view is one copy, the same for all
-    patches.
+    pixels (y, x). Where a shift leaves the patch the edge is repeated.
     """
     size, margin = images.shape[1], max(shift)
     reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
     wide = images.index_select(1, reads).index_select(2, reads)
     for symmetry in range(8):
-        y, x = shift[::-1] if symmetry & 4 else shift  # as it is before the symmetry
-        top = margin + (y if symmetry & 2 else -y)
-        left = margin + (x if symmetry & 1 else -x)
+        y, x = shift[::-1] if symmetry & TRANSPOSE else shift  # as it is before the symmetry
+        top = margin + (y if symmetry & FLIP_Y else -y)
+        left = margin + (x if symmetry & FLIP_X else -x)
         view = wide[:, top : top + size, left : left + size]
-        view = view.flip([axis for axis, bit in ((2, 1), (1, 2)) if symmetry & bit])
-        yield (view.transpose(1, 2) if symmetry & 4 else view).contiguous()
+        view = view.flip([axis for axis, bit in ((2, FLIP_X), (1, FLIP_Y)) if symmetry & bit])
+        if symmetry & TRANSPOSE:
+            view = view.transpose(1, 2)
+        yield view.contiguous()
 
 
 def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Tensor:
     """Flip, transpose, shift and crop patches uint8 (B, 96, 96, 3) to the centre (B, crop, crop,
-    3); draws lie where they do.
+    3). The draws are on the device of the patches.
 
-    The edge is repeated where a shift leaves the patch. One gather of whole pixels serves all:
-    output pixel (i, j) reads row[i] + column[j] of its patch, which with x and y exchanged is a
-    transposition.
+    Where a shift leaves the patch the edge is repeated. All is one gather of whole pixels: output
+    pixel (i, j) reads pixel along_rows[i] + along_columns[j] of the batch.
     """
     num, size, device = len(images), images.shape[1], images.device
-    # a GPU is not asked: the answer would wait for all steps before
+    # only on a CPU: a GPU would answer after all steps that it has been given
     if crop == size and device.type == "cpu" and not draws.symmetry.any() and not draws.shift.any():
         return images
-    ramp = torch.arange(crop, device=device) + (size - crop) // 2
+    centre = torch.arange(crop, device=device) + (size - crop) // 2
 
     def source(axis, flip_bit):  # (B, crop): where each output position reads along an axis
-        flipped = torch.where(
-            (draws.symmetry >> flip_bit & 1).bool()[:, None], size - 1 - ramp, ramp
-        )
+        flips = (draws.symmetry & flip_bit).bool()[:, None]
+        flipped = torch.where(flips, size - 1 - centre, centre)
         return (flipped - draws.shift[:, axis, None]).clamp(0, size - 1)
 
-    y, x = source(0, 1) * size, source(1, 0)
-    transposed = (draws.symmetry >> 2).bool()[:, None]
-    first = torch.arange(num, device=device)[:, None] * size * size
-    along_rows = (torch.where(transposed, x, y) + first).int()
-    along_columns = torch.where(transposed, y, x).int()
+    y, x = source(0, FLIP_Y) * size, source(1, FLIP_X)
+    transposes = (draws.symmetry & TRANSPOSE).bool()[:, None]
+    first_pixel = torch.arange(num, device=device)[:, None] * size * size  # of each patch
+    along_rows = (torch.where(transposes, x, y) + first_pixel).int()
+    along_columns = torch.where(transposes, y, x).int()
     index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * crop * crop,)
     return torch.index_select(images.reshape(-1, 3), 0, index).view(num, crop, crop, 3)
 
 
 @functools.cache
 def on_device(values: tuple, device: torch.device) -> torch.Tensor:
-    """Constants as a tensor on a device, copied there once: each copy to a GPU waits for its
-    steps.
+    """Constants as a tensor on a device, copied there once: each copy to a GPU waits for the steps
+    that it was given.
     """
     return torch.tensor(values, device=device)
 
@@ -137,14 +137,14 @@ def on_device(values: tuple, device: torch.device) -> torch.Tensor:
 def normalise(
     images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32
 ) -> torch.Tensor:
-    """uint8 (B, 96, 96, 3) with drawn gain and offset, minus `mean`, over `std`: (B, 3, 96, 96)
-    `dtype`, channels last.
+    """Patches uint8 (B, 96, 96, 3) with the drawn gain and offset, minus `mean`, over `std`:
+    (B, 3, 96, 96) `dtype`, channels last.
     """
     num, height, width, num_channels = images.shape
     mean, std = on_device((tuple(mean), tuple(std)), images.device)
     factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
-    # a row of a patch is 288 numbers R G B R G B ...: with the factors repeated likewise the inner
-    # loop is long and plain
+    # a row of a patch is 288 numbers R G B R G B ...; with factors repeated in the same way one
+    # long loop serves a row
     scale, bias = factors.repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
@@ -158,14 +158,14 @@ def normalise(
 def model_input(
     images: torch.Tensor, draws: Draws, crop: int = 96, dtype=torch.float32
 ) -> torch.Tensor:
-    """Patches uint8 (B, 96, 96, 3) as the model learns from them: (B, 3, crop, crop) `dtype`,
-    channels last.
+    """The input of a model in training, of patches uint8 (B, 96, 96, 3): (B, 3, crop, crop)
+    `dtype`, channels last.
     """
     return normalise(move_pixels(images, draws, crop), draws, dtype=dtype)
 
 
 def patch_size(cfg: Config, epoch: int) -> int:
-    """How many pixels of the centre an epoch (from 0) learns from: little context first, which is
-    fast, then all of it.
+    """The side, in pixels, of the centre that an epoch (from 0) learns from: at first a crop, which
+    is fast, then the whole patch.
     """
     return cfg.crop if epoch < cfg.crop_epochs and cfg.model != "mlp" else 96

@@ -1,8 +1,9 @@
 """Which patches make up a batch, and how they get from the file to the device while the model is
-busy with the last one.
+busy with the batch before.
 """
 
 import contextlib
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,17 +22,17 @@ from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
-# `auto` never takes more memory than this for a split: the rest of the machine may be somebody
-# else's
+# most host memory that `auto` takes for a split: others may need the rest of the machine
 HOST_BYTES = 1 << 30
-NUM_BUFFERS = 3  # one with the model, one ready, one being filled
-ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104  # purposes of a draw
+NUM_BUFFERS = 3  # one that the model uses, one ready, one being filled
+# part of a position in lib/seeding.py: the purpose of a draw, so that no two purposes share bits
+ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Part of a split: row numbers int64 (N,) in file order, their labels uint8 (N,), and what was
-    left out {reason: count}.
+    """Part of a split: row numbers int64 (N,) in file order, their labels uint8 (N,), and how many
+    suspect rows were left out, {reason: count}.
     """
 
     index: np.ndarray
@@ -42,7 +43,7 @@ class Rows:
         return len(self.index)
 
     def describe(self) -> dict:
-        """For meta.json: counts as they are in the data, whatever a sampler makes of them."""
+        """Counts for meta.json, of the data as they are: a sampler may repeat some rows."""
         counts = np.bincount(self.labels, minlength=2).tolist()
         return {
             "num": len(self),
@@ -54,14 +55,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,), which say what to
-    draw, on one device.
+    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,) on one device. A key
+    tells for which sample the augmentation is drawn.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     keys: torch.Tensor
-    num_rows: int  # of the split: a key modulo this is a row
+    num_rows: int  # of the split: a key modulo this is the number of a row
     wait_s: float = 0.0
 
 
@@ -100,25 +101,24 @@ class PatchSource:
         if self.residence == "host":
             torch.index_select(self.rows, 0, rows, out=target)
         else:
-            # may stall on a page: in the background, and there one thread that keeps out of the way
+            # may wait for the disk, so it runs in the background; np.take keeps to that one thread
             self.images.will_need(rows.numpy())
             np.take(self.rows.numpy(), rows.numpy(), axis=0, out=target.numpy(), mode="clip")
         return out
 
     @property
     def can_stall(self) -> bool:
-        """Whether a gather may wait for a disk or a transfer. From host memory to a CPU it is a
-        short copy, with all threads.
+        """Whether a gather may wait for a disk or a transfer, so that a background thread pays.
 
-        That copy made by a background thread, whose OpenMP threads compete with the model's, cost a
-        third of the throughput on two cores.
+        From host memory to a CPU a gather is a short copy by all threads. In the background its
+        OpenMP threads compete with the model's, which cost a third of the throughput on two cores.
         """
         return self.residence == "disk" or (self.residence == "host" and self.device.type == "cuda")
 
 
 def choose_residence(images: Images, residence: str, device: torch.device) -> str:
-    """`disk`, `host` or `device`; `auto` takes the fastest that leaves at least half of the free
-    memory.
+    """`disk`, `host` or `device`. `auto` means the fastest of these that takes at most half of the
+    free memory.
     """
     if residence == "device" and device.type == "cpu":
         return "host"
@@ -130,8 +130,8 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
 
 
 def read_whole(images: Images, device: torch.device) -> torch.Tensor:
-    """All patches uint8 (N, 96, 96, 3) on the device, read once in file order: what a networked
-    disk is fast at.
+    """All patches uint8 (N, 96, 96, 3) on the device, read in file order, at which a networked disk
+    is fast.
     """
     patches = torch.empty((images.num, *PATCH_SHAPE), dtype=torch.uint8, device=device)
     with Progress(images.num, f"reading {images.path.name}") as progress:
@@ -142,17 +142,17 @@ def read_whole(images: Images, device: torch.device) -> torch.Tensor:
 
 
 def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
-    """The rows of a split that a run uses: its folds, without quarantined samples, up to the limit.
+    """The rows of a split that a run uses: its folds, without quarantined rows, up to the limit.
 
-    With folds, `held_out` takes the fold itself, else its complement. Raises BadInput when nothing,
-    or one class, is left, and for folds where nothing tells which rows belong together.
+    With folds, `held_out` selects the config's fold, else all others. Raises BadInput where less
+    than two classes are left, and for folds of a split whose groups are not known.
     """
     index, left_out = np.arange(len(split)), {}
     if cfg.num_folds:
         groups = groups_for_folds(split, cfg.data_dir)
         in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
         index = index[in_fold if held_out else ~in_fold]
-    # validation keeps all, so that scores with and without stay comparable
+    # validation keeps quarantined rows, so that scores with and without a quarantine compare
     if cfg.quarantine and not held_out:
         suspects = read_quarantine(cfg.quarantine, split, cfg.quarantine_reasons)
         is_suspect = np.isin(index, list(suspects))
@@ -161,7 +161,7 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     is_training = split.name == "train" and not held_out
     limit = cfg.limit_train if is_training else cfg.limit_valid
     if limit:
-        # a random part, so that a file sorted by class or slide still gives a fair one
+        # drawn at random, so that a file sorted by class or slide gives a fair part, too
         order = position_permutation(len(index), LIMIT).numpy()
         index = np.sort(index[order[:limit]])
     labels = split.labels[index]
@@ -197,8 +197,8 @@ def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
     _, first_row, group, sizes = np.unique(
         names, return_index=True, return_inverse=True, return_counts=True
     )
-    # groups in an order drawn by their first rows, dealt out by the number of rows before them:
-    # folds of near-equal size
+    # The groups get a random order, drawn by the number of each group's first row. A group goes
+    # to the fold that its number of rows before it falls into: folds have nearly equal sizes.
     order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()
     rows_before = np.empty_like(sizes)
     rows_before[order] = np.cumsum(sizes[order]) - sizes[order]
@@ -206,7 +206,7 @@ def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
 
 
 def open_train_valid(cfg: Config) -> tuple[tuple[Split, Rows], tuple[Split, Rows]]:
-    """The split and rows to train on, and those to validate on. Raises BadInput for data that
+    """(split, rows) to train on, and (split, rows) to validate on. Raises BadInput for data that
     cannot be used.
     """
     train = open_split(cfg.data_dir, "train")
@@ -227,20 +227,23 @@ def fit_batch_size(cfg: Config, num_rows: int) -> int:
 def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu") -> torch.Tensor:
     """Sample keys of an epoch, int64 (N,) on `device`, a function of (seed, epoch).
 
-    A key is row + repeat * num_total: with `balance: sampler` the smaller class comes up several
-    times an epoch, and each time something else is drawn for it.
+    A key is row + repeat * num_total. With `balance: sampler` rows of the smaller class come up
+    several times in an epoch; each repeat has its own key, and so its own augmentation.
     """
     index = torch.from_numpy(rows.index).to(device)
     if cfg.balance != "sampler":
         return index[position_permutation(len(index), cfg.seed, epoch, ORDER, device=device)]
-    share, parts = len(index) // 2, []
+    num_per_class = len(index) // 2
+    parts = []
     for label in (0, 1):
         members = index[torch.from_numpy(np.flatnonzero(rows.labels == label)).to(device)]
         num = len(members)
-        for repeat in range(-(-share // num)):
+        num_repeats = math.ceil(num_per_class / num)
+        for repeat in range(num_repeats):
             position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
             order = position_permutation(num, *position, device=device)
-            parts.append(members[order][: share - repeat * num] + repeat * num_total)
+            num_missing = num_per_class - repeat * num
+            parts.append(members[order][:num_missing] + repeat * num_total)
     keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
@@ -248,12 +251,12 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
 def load_batches(
     source: PatchSource, labels: np.ndarray, batches: list[torch.Tensor], prefetch=None
 ) -> Iterator[Batch]:
-    """Yield a Batch for each of `batches`, lists of sample keys int64 (B,) on any device.
+    """Yield a Batch for each of `batches`, the sample keys int64 (B,) of a batch on any device.
 
-    What does not lie on the device is gathered by a background thread, if that can pay, into one of
-    a few reused buffers: a batch is valid until the next one is asked for. `wait_s` is the time
-    that the caller spent waiting for it. An error in the thread is raised here. Nothing waits for a
-    GPU.
+    Patches that are not on the device are gathered into a few buffers, which are reused: a batch is
+    valid until the next one is asked for. With `prefetch`, by default where a gather can stall, a
+    background thread does so; its errors are raised here. `wait_s` is the time that the caller
+    waited for the batch. The host never waits for a GPU.
     """
     if not batches:
         return
@@ -261,40 +264,40 @@ def load_batches(
         prefetch = source.can_stall
     num, device = len(source), source.device
     sizes = [len(keys) for keys in batches]
-    keys = torch.cat(batches)  # of all batches, which cross to the device together
+    keys = torch.cat(batches)  # one copy to the device for all batches
     targets = torch.from_numpy(np.ascontiguousarray(labels)).float().to(device)
     device_keys = keys.to(device).split(sizes)
     if source.residence == "device":
-        gathered = ((source.gather(part % num), 0.0) for part in device_keys)
+        gathered = ((source.gather(batch_keys % num), 0.0) for batch_keys in device_keys)
     else:
         gathered = gather_ahead(source, (keys % num).cpu().split(sizes), prefetch)
     with contextlib.closing(gathered):
-        for part, (images, wait_s) in zip(device_keys, gathered, strict=True):
-            yield Batch(images, targets[part % num], part, num, wait_s)
+        for batch_keys, (images, wait_s) in zip(device_keys, gathered, strict=True):
+            yield Batch(images, targets[batch_keys % num], batch_keys, num, wait_s)
 
 
 def gather_ahead(
     source: PatchSource, batches, prefetch: bool
 ) -> Iterator[tuple[torch.Tensor, float]]:
-    """Yield the patches of each of `batches`, row numbers int64 (B,), on the device, and the
-    seconds waited for them.
+    """Yield (patches on the device, seconds that the caller waited for them) for each of `batches`,
+    row numbers int64 (B,).
     """
     on_gpu = source.device.type == "cuda"
     shape = (NUM_BUFFERS, max(len(rows) for rows in batches), *PATCH_SHAPE)
     buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
-    copies = [None] * NUM_BUFFERS  # of each buffer to the GPU, as events
-    # or copies would queue behind the model's steps
+    copied = [None] * NUM_BUFFERS  # for each buffer, the event after which the GPU has its patches
+    # a stream of its own, or copies would queue behind the model's steps
     stream = torch.cuda.Stream(source.device) if on_gpu else None
 
     def fill(number: int) -> torch.Tensor:
-        rows, place = batches[number], number % NUM_BUFFERS
-        if copies[place]:
-            copies[place].synchronize()  # what the buffer held has to have left it
-        images = source.gather(rows, buffers[place, : len(rows)])
+        rows, buffer = batches[number], number % NUM_BUFFERS
+        if copied[buffer]:
+            copied[buffer].synchronize()  # the patches that it held have to be on the GPU
+        images = source.gather(rows, buffers[buffer, : len(rows)])
         if on_gpu:
             with torch.cuda.stream(stream):
                 images = images.to(source.device, non_blocking=True)
-                copies[place] = stream.record_event()
+                copied[buffer] = stream.record_event()
         return images
 
     numbers = range(len(batches))
@@ -305,15 +308,16 @@ def gather_ahead(
             images = next(filled)
             if on_gpu:
                 current = torch.cuda.current_stream(source.device)
-                current.wait_event(copies[number % NUM_BUFFERS])
-                # its memory is not handed out again before the model is done with it
+                current.wait_event(copied[number % NUM_BUFFERS])
+                # torch keeps the memory of `images` until the model has used it
                 images.record_stream(current)
             yield images, time.perf_counter() - started_at
 
 
 def map_ahead(pool, function: Callable, items: Iterable, num_ahead: int) -> Iterator:
-    """Yield `function` of each item in their order, computed by the threads of a pool. When a
-    result is asked for, so many items are at work, waiting, or with the caller.
+    """Yield the results of `function` for each item, in order, computed by the threads of a pool.
+
+    At most `num_ahead` results are being computed, waiting, or in use by the caller.
     """
     pending = deque()
     for item in items:

@@ -1,8 +1,8 @@
-"""CentreNet, and the layers that let it turn with its input: the eight symmetries of a patch get
-one logit.
+"""CentreNet, and the layers that make its answer the same for all eight symmetries of a patch.
 
-Channels are (R, num): R = 8 orientations of each feature (Cohen and Welling 2016; Veeling et al.
-2018 on PCam itself), or R = 1, which makes a plain network of the same shape.
+The channels of a tensor are (R, num): R = 8 orientations of each feature (Cohen and Welling 2016;
+Veeling et al. 2018, for PCam), or R = 1, which makes a plain network of the same shape. H is the
+number of orientations of a layer's input: R, or 1 for the colours of a patch.
 """
 
 import contextlib
@@ -22,15 +22,17 @@ EPSILON = 1e-5  # of batch norm
 
 
 def symmetry_reads(size: int) -> torch.Tensor:
-    """Where each symmetry of the square reads a grid of size x size, int64 (8, size^2). Their order
-    is that of lib/augment.py.
+    """For each symmetry of the square, the cell of a grid of size x size that each cell of the
+    result is read from: int64 (8, size^2). The symmetries are numbered as in lib/augment.py.
     """
     grid = torch.arange(size * size).view(1, size, size, 1)
     return torch.stack([view.flatten() for view in eight_views(grid, shift=(0, 0))])
 
 
 def orientation_reads() -> torch.Tensor:
-    """Which orientation of a filter becomes orientation h of its copy g: g^-1 h, int64 (8, 8)."""
+    """The orientation of a filter that becomes orientation h of its copy g: g^-1 h, int64 (8, 8) at
+    (g, h).
+    """
     reads = symmetry_reads(3)  # enough cells to tell the symmetries apart
     composed = reads[:, reads]  # (8, 8, 9): h after g, at (h, g)
     is_equal = (composed[:, :, None] == reads).all(-1)
@@ -42,11 +44,11 @@ def orientation_reads() -> torch.Tensor:
 @functools.cache
 @torch.inference_mode(False)  # a constant of inference mode could not be trained with afterwards
 def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tensor:
-    """A matrix of zeros and ones float32 (H * size^2, 8 * H * size^2): from a filter of H
-    orientations to its eight copies.
+    """A matrix of zeros and ones float32 (H * size^2, 8 * H * size^2). Multiplied by it, a filter
+    of H orientations becomes its eight copies.
 
-    As a product it is exact, and so is its gradient, on any device. H is 8, or 1 for a filter that
-    reads plain channels.
+    The product only moves values, so it is exact on any device, and so is its gradient. H is 1 for
+    a `lifting` filter, which reads plain channels, else 8.
     """
     reads = symmetry_reads(size)[:, None]  # (8, 1, size^2)
     if not lifting:
@@ -57,11 +59,11 @@ def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tenso
 
 
 class GroupConv(nn.Module):
-    """A convolution whose filters are applied in R orientations; its weight is a matrix (num_out,
+    """A convolution whose filters are applied in R orientations. Its weight is a matrix (num_out,
     num_in * H * size^2).
 
-    The first one is `lifting`: it reads plain channels (H = 1), the others R. Strided on grids of
-    even sides it needs an even `size`, or the samples are not those of the turned grid.
+    The first one of a network is `lifting`: it reads plain channels (H = 1). With a stride, on a
+    grid of even sides, `size` must be even, or a turned grid is sampled at other places.
     """
 
     def __init__(self, num_in, num_out, size, orientations, lifting=False, **geometry):
@@ -72,10 +74,10 @@ class GroupConv(nn.Module):
         num_weights = num_in * (1 if lifting else orientations) * size * size
         self.weight = nn.Parameter(torch.empty(num_out, num_weights))
         nn.init.kaiming_normal_(self.weight)
-        self.filters = None  # made once of the weight by `filters_made_once`
+        self.filters = None  # set within `filters_made_once`
 
     def make_filters(self):
-        """The weight as filters (R * num_out, H * num_in, size, size), each in R orientations."""
+        """The weight as filters (R * num_out, H * num_in, size, size): R turned copies of each."""
         filters, num_in, num_out, size = self.weight, self.num_in, self.num_out, self.size
         if self.orientations > 1:
             copies = filter_copies(size, self.lifting, filters.device)
@@ -93,8 +95,8 @@ class GroupConv(nn.Module):
 
 @contextlib.contextmanager
 def filters_made_once(model: nn.Module, dtype: torch.dtype):
-    """Within it the weights of a model stay as they are: its filters, of `dtype`, are made once for
-    many passes.
+    """Make the filters of a model once, in `dtype`, for all passes within the block. The weights
+    must not change there.
     """
     convs = [module for module in model.modules() if isinstance(module, GroupConv)]
     for conv in convs:
@@ -107,10 +109,10 @@ def filters_made_once(model: nn.Module, dtype: torch.dtype):
 
 
 class GroupBatchNorm(nn.Module):
-    """Batch norm whose factors and running statistics the orientations of a feature share.
+    """Batch norm whose factors and running statistics are shared by the orientations of a feature.
 
-    In training each orientation is normalised by its own batch, which differs little and saves a
-    third of the time.
+    In training each orientation is normalised by its own statistics of the batch. These differ
+    little from common ones, and save a third of the time.
     """
 
     def __init__(self, num: int, orientations: int):
@@ -119,10 +121,10 @@ class GroupBatchNorm(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(num)), nn.Parameter(torch.zeros(num))
         self.register_buffer("running_mean", torch.zeros(num))
         self.register_buffer("running_var", torch.ones(num))
-        self.repeated = None  # in training: made for all norms at once by `norms_repeated`
+        self.repeated = None  # set within `norms_repeated`, in training
 
     def repeated_tensors(self):
-        """Mean, variance, weight and bias for every orientation, (R * num,) each."""
+        """Mean, variance, weight and bias, repeated for each orientation: (R * num,) each."""
         tensors = (self.running_mean, self.running_var, self.weight, self.bias)
         return [tensor.repeat(self.orientations) for tensor in tensors]
 
@@ -134,8 +136,8 @@ class GroupBatchNorm(nn.Module):
 @functools.cache
 @torch.inference_mode(False)
 def repetition(sizes: tuple[int, ...], orientations: int, device: torch.device) -> torch.Tensor:
-    """A matrix of zeros and ones float32 (T, R * T), T the sum of `sizes`: it repeats each of
-    several vectors, laid end to end, R times.
+    """A matrix of zeros and ones float32 (T, R * T), T the sum of `sizes`. Vectors of these sizes,
+    laid end to end and multiplied by it, are each repeated R times.
     """
     blocks = [torch.eye(size).repeat(1, orientations) for size in sizes]
     return torch.block_diag(*blocks).to(device)
@@ -143,8 +145,10 @@ def repetition(sizes: tuple[int, ...], orientations: int, device: torch.device) 
 
 @contextlib.contextmanager
 def norms_repeated(norms: list[GroupBatchNorm], orientations: int):
-    """Within it a model is trained on one batch. The tensors of all its norms are repeated by two
-    products, and its running statistics moved by one: a GPU would spend more on the many launches.
+    """Repeat the tensors of all norms of a model for one batch of training within the block, and
+    set their running statistics after it.
+
+    That takes three products in all. Done norm by norm, a GPU would spend more time on launches.
     """
     statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
     factors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
@@ -152,15 +156,11 @@ def norms_repeated(norms: list[GroupBatchNorm], orientations: int):
     repeat = repetition(sizes, orientations, factors[0].device)
     repeated_sizes = [orientations * size for size in sizes]
     repeated_statistics = torch.cat(statistics) @ repeat
-    repeated_factors = torch.cat(factors) @ repeat
-    pairs = zip(
-        repeated_statistics.split(repeated_sizes),
-        repeated_factors.split(repeated_sizes),
-        strict=True,
-    )
-    for norm in norms:
-        (mean, weight), (var, bias) = next(pairs), next(pairs)
-        norm.repeated = (mean, var, weight, bias)
+    repeated_factors = (torch.cat(factors) @ repeat).split(repeated_sizes)
+    views = repeated_statistics.split(repeated_sizes)  # batch norm moves them in place
+    for number, norm in enumerate(norms):
+        own = slice(2 * number, 2 * number + 2)  # a mean and a variance; a weight and a bias
+        norm.repeated = (*views[own], *repeated_factors[own])
     try:
         yield
     finally:
@@ -172,8 +172,8 @@ def norms_repeated(norms: list[GroupBatchNorm], orientations: int):
 
 @torch.no_grad()
 def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a model for prediction alone, equal up to rounding and faster: batch norms and
-    orientations of filters become plain convolutions of `dtype`.
+    """A copy of a model for prediction alone: equal up to rounding, and faster. Each convolution
+    and its batch norm become one plain convolution of `dtype`.
     """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
@@ -183,7 +183,7 @@ def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 plain = fold_group_norm(conv, norm)
             elif isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d):
                 plain = fuse_conv_bn_eval(conv, norm)
-            else:  # DenseNet has norms after a pool or a block, too
+            else:  # no norm, or, in DenseNet, one after a pool or a block
                 continue
             setattr(parent, conv_name, plain.to(dtype, memory_format=torch.channels_last))
             setattr(parent, norm_name, nn.Identity())
@@ -191,12 +191,12 @@ def fold_norms(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def fold_group_norm(conv: GroupConv, norm: GroupBatchNorm) -> nn.Conv2d:
-    """A plain convolution that computes what a GroupConv and its batch norm do in evaluation."""
+    """A plain convolution that gives what a GroupConv and its batch norm give in evaluation."""
     mean, var, weight, bias = norm.repeated_tensors()
     filters = conv.make_filters()
     filters, bias = fuse_conv_bn_weights(filters, None, mean, var, EPSILON, weight, bias)
     num_out, num_in, size, _ = filters.shape
-    # device meta: both tensors are replaced
+    # on the device meta, without memory: both tensors are replaced
     plain = nn.Conv2d(num_in, num_out, size, **conv.geometry, device="meta")
     plain.weight, plain.bias = filters, bias
     return plain
@@ -209,8 +209,8 @@ def conv_norm(num_in: int, num_out: int, size: int, orientations: int, **geometr
 
 
 class Residual(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al. 2016); the last scale starts at zero, so
-    that it starts as identity.
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016). The weight of the last norm starts
+    at zero, so at first the layer only passes on its input.
     """
 
     def __init__(self, num: int, orientations: int):
@@ -228,7 +228,7 @@ class LogitLayer(nn.Linear):
     """The last layer of every model. It computes in float32 whatever the precision of the others:
     bfloat16 has steps of 0.03 at a logit of 4, which makes ties."""
 
-    # False for a model of a checkpoint before schema 3, which was trained without
+    # False for the model of a checkpoint before schema 3, which was not trained so
     is_float32 = True
 
     def forward(self, x):
@@ -239,12 +239,12 @@ class LogitLayer(nn.Linear):
 
 
 class CentreNet(nn.Module):
-    """A small residual network that looks at the whole patch and, apart from it, at the centre that
-    decides the label.
+    """A small residual network that averages its features twice: over the whole patch, and over the
+    centre, which decides the label.
 
-    `width` features of each orientation in the first stage. The features (B, R * 4 * width, 6, 6)
-    are averaged over the orientations, and over the patch and over the middle 2 x 2 cells, which
-    are the centre 32 x 32 pixels.
+    The first stage has `width` features in each orientation. The last features (B, R * 4 * width,
+    6, 6) are averaged over the orientations, and over all cells or the middle 2 x 2 cells, which
+    are the 32 x 32 pixels in the centre.
     """
 
     def __init__(self, width: int, orientations: int, dropout: float):
@@ -263,18 +263,18 @@ class CentreNet(nn.Module):
         self.head = nn.Sequential(nn.Dropout(dropout), LogitLayer(8 * width, 1))
 
     def forward(self, x):
-        # (B, R * 4 * width, 6, 6), less of a smaller crop
         if self.training:
             norms = [layer for layer in self.modules() if isinstance(layer, GroupBatchNorm)]
             with norms_repeated(norms, self.orientations):
                 x = self.features(x)
         else:
             x = self.features(x)
+        # (B, R * 4 * width, 6, 6), or fewer cells for a smaller crop
         first = x.shape[-1] // 2 - 1
         centre = x[:, :, first : first + 2, first : first + 2]
         means = [self.mean_feature(part) for part in (x, centre)]
         return self.head(torch.cat(means, 1))  # (B, 8 * width) to (B, 1)
 
     def mean_feature(self, x):
-        """The mean over cells and orientations (B, 4 * width)."""
+        """The mean over cells and orientations: (B, 4 * width)."""
         return x.mean((2, 3)).view(len(x), self.orientations, -1).mean(1)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Ctrl-C; preemption, scancel; the time limit ahead
+# sent by Ctrl-C; at preemption or by scancel; before the time limit
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -59,7 +59,7 @@ def one_line(error) -> str:
 
 
 def last_line(text: str) -> str:
-    """The last words of a program, which is where its error stands."""
+    """The last line of a program's output, where its error stands."""
     return one_line(text.strip().rpartition("\n")[2] or "it says nothing")
 
 
@@ -77,61 +77,61 @@ def nearest(name, allowed) -> str:
 
 
 def say(text) -> None:
-    """A line for the person at the terminal; stdout is kept for the result."""
-    with contextlib.suppress(OSError):  # a terminal that has gone away changes no outcome
+    """Print a line on stderr for the person at the terminal; stdout is kept for the result."""
+    with contextlib.suppress(OSError):  # a terminal that was closed does not end the program
         print(text, file=sys.stderr, flush=True)
 
 
 def without_nan(value):
-    """`value` as JSON gives it back, with None for NaN and infinity, for which it has no word."""
+    """`value` as JSON gives it back, with None for NaN and infinity, which JSON does not have."""
     return json.loads(json.dumps(value), parse_constant=lambda _word: None)
 
 
 def print_result(result: dict) -> None:
-    """Print `result` as the last line of stdout. A reader that has gone away does not change what
-    happened.
-    """
+    """Print `result` as the last line of stdout. A pipe that its reader has closed is no error."""
     try:
         print(json.dumps(without_nan(result)), flush=True)
     except OSError:
-        # or the interpreter would fail once more at its end
+        # stdout leads nowhere from here on, or the interpreter would fail when it flushes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeout_s=None) -> dict:
-    """The JSON object that a Python program prints last; `name` is its path, absolute or below the
-    repository.
+    """Run a Python program and return the JSON object that it prints last. `name` is the program's
+    path, absolute or below the repository.
 
     With `shows_progress` the program writes to this process's stderr. No .pyc is written beside it.
-    Raises BadInput with the program's last words where it prints no object, ends with none of
-    `codes`, or runs longer than `timeout_s` seconds.
+    Raises BadInput with the last line of the program's stderr where it prints no object or its exit
+    code is not among `codes`, and where it runs longer than `timeout_s` seconds.
     """
     command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
     options = {"text": True, "errors": "replace", "timeout": timeout_s}
     stderr = None if shows_progress else subprocess.PIPE
     try:
-        ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, **options)
-        result = json.loads(ended.stdout.strip().rpartition("\n")[2])
+        completed = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, **options)
+        result = json.loads(completed.stdout.strip().rpartition("\n")[2])
     except subprocess.TimeoutExpired:
         raise BadInput(f"{name} did not end within {timeout_s} s") from None
     except ValueError:
         result = {}
-    if ended.returncode not in codes or not result:
-        last_words = last_line(ended.stderr or "").removeprefix("error: ")
+    if completed.returncode not in codes or not result:
+        last_words = last_line(completed.stderr or "").removeprefix("error: ")
         raise BadInput(result.get("error") or last_words)
     return result
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory, the machine's or a GPU's, has run out. torch says so in the words of a
-    RuntimeError.
+    """Whether the memory of the machine or of a GPU has run out. torch raises a RuntimeError for
+    both, which only its text tells from others.
     """
     words = ("allocate memory", "enough memory", "out of memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def explain(error: Exception) -> str:
-    """The sentence for bad input and for what the machine refuses; empty for a bug."""
+    """An error as one sentence for the user: bad input, or what the system refuses. Empty for a
+    bug.
+    """
     if isinstance(error, BadInput):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib."):
@@ -147,12 +147,11 @@ def explain(error: Exception) -> str:
 
 
 def script(main):
-    """Wrap `main(argv=None) -> int` so that it returns an exit code of the contract whatever
-    happens.
+    """Wrap `main(argv=None) -> int` so that errors become exit codes.
 
     BadInput and the operating system's refusals (a full disk, a missing permission) become one
     sentence on stderr and 2. Ctrl-C, and the signals that Slurm sends before it kills, become 130.
-    Anything else is a bug and keeps its traceback.
+    Any other error is a bug and keeps its traceback.
     """
 
     @functools.wraps(main)

@@ -29,7 +29,7 @@ BOOLEANS = {
     "0": False,
 }
 
-# a type, its lowest value and, where there is one, its highest: both are allowed
+# Annotated[type, lowest, highest]: both bounds are allowed values, and the highest may be missing
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
@@ -76,7 +76,8 @@ class Config:
     weights: str
 
     symmetries: bool
-    crop: Literal[32, 64, 96]  # so that the centre 32 pixels are whole cells of the model
+    # with these the 32 pixels in the centre are whole cells of the model's last grid
+    crop: Literal[32, 64, 96]
     crop_epochs: Natural
     shift: Annotated[int, 0, 48]
     stain_jitter: NonNegative
@@ -115,10 +116,11 @@ class Config:
 
     def free_keys(self) -> list[str]:
         """The keys that do not change the weights of this run."""
-        # the batch size of evaluation moves the last digits of the score
+        # where training follows the validation score, the last digits of the score matter, and
+        # they depend on eval_batch_size
         follows_score = self.schedule == "plateau" or self.early_stop_epochs
-        fixed = ("eval_batch_size",) if follows_score else ()
-        return [key for key in FREE_KEYS if key not in fixed]
+        not_free = ("eval_batch_size",) if follows_score else ()
+        return [key for key in FREE_KEYS if key not in not_free]
 
     def identity(self) -> dict:
         """The keys that change the weights, with their values."""
@@ -126,13 +128,13 @@ class Config:
         return {key: value for key, value in self.as_dict().items() if key not in free}
 
     def identity_digest(self, data: dict[str, str], groups: str | None = None) -> str:
-        """Hex digest of the identity keys, the data's fingerprint and, with folds, the SHA-256 of
-        groups.csv: equal digests promise equal weights.
+        """SHA-256 of the identity keys, the data's fingerprint and, with folds, `groups`, which is
+        the SHA-256 of groups.csv. Equal digests promise equal weights.
         """
         values = self.identity()
         if self.num_folds and groups:
             values["groups"] = groups
-        for key in ("quarantine", "weights"):  # what is in the file counts, not where it lies
+        for key in ("quarantine", "weights"):  # the file's content counts, not its path
             if values[key]:
                 values[key] = file_digest(values[key])
         text = json.dumps([values, data], sort_keys=True)
@@ -140,7 +142,7 @@ class Config:
 
 
 HINTS = typing.get_type_hints(Config, include_extras=True)
-# these do not change the weights; the fingerprint of the data stands in for data_dir
+# keys that do not change the weights; the identity has the data's fingerprint in place of data_dir
 FREE_KEYS = (
     "name",
     "data_dir",
@@ -157,9 +159,9 @@ ADDED_KEYS = {"threshold_rule": "f2", "least_recall": 0.95, "false_negative_cost
 
 
 def coerce(key: str, value, hint):
-    """`value` as the type `hint`. Raises BadInput, which names `key`, where it is not one.
+    """`value` as the type `hint`. Raises BadInput that names `key` where it cannot be one.
 
-    YAML reads `1e-3` as text, and a shell passes nothing but text: all is parsed from text.
+    Every value is parsed from its text: YAML reads `1e-3` as text, and a shell passes only text.
     """
     text = "" if value is None else str(value)
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
@@ -180,7 +182,9 @@ def coerce(key: str, value, hint):
 
 
 def _parse_number(text: str, kind: type, low, high=math.inf):
-    """`text` as an int or a float, None where it is not one in these bounds; and what is one."""
+    """(number, words for what is allowed): an int or float, None where `text` is not one from
+    `low` to `high`.
+    """
     try:
         number = float(text)
     except ValueError:
@@ -207,15 +211,17 @@ def config_from_dict(values: dict, source="config") -> Config:
 
 
 def refuse_unknown(keys, source) -> None:
-    """Raise BadInput for the first key that no configuration has, with the nearest that it has."""
+    """Raise BadInput for the first key that Config does not have, with the nearest that it has."""
     for key in keys:
         if key not in HINTS:
-            hint = nearest(key, HINTS) or f" (allowed: {', '.join(HINTS)})"
-            raise BadInput(f"{source}: unknown key {key!r}{hint}")
+            suggestion = nearest(key, HINTS) or f" (allowed: {', '.join(HINTS)})"
+            raise BadInput(f"{source}: unknown key {key!r}{suggestion}")
 
 
 def _check_together(cfg: Config) -> None:
-    """Raise BadInput for values that their types allow and the program does not."""
+    """Raise BadInput for values that each type allows but that do not fit together, and for a name
+    that no folder can have.
+    """
     if cfg.shards.bit_count() != 1 or cfg.batch_size % cfg.shards:
         raise BadInput(
             f"batch_size {cfg.batch_size} must be a multiple of shards, which is {cfg.shards} and"
@@ -234,7 +240,9 @@ def _check_together(cfg: Config) -> None:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Of a key that stands twice, SafeLoader keeps the last in silence; here it is an error."""
+    """A SafeLoader that raises ValueError for a key that stands twice, of which SafeLoader would
+    keep the last.
+    """
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value]
@@ -252,7 +260,7 @@ def read_yaml(path) -> dict:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise BadInput(f"{path} is not valid YAML, line {line}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:  # no text, or a date that is none
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or an impossible date
         raise BadInput(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
@@ -282,8 +290,8 @@ def parse_overrides(pairs) -> dict[str, str]:
 
 
 def load_config(path=DEFAULT_PATH, overrides=()) -> Config:
-    """The configuration in config.yaml, with what the YAML file at `path` says put over it, and
-    `key=value` overrides over both.
+    """The configuration of config.yaml. The YAML file at `path` replaces some of its values, and
+    the `key=value` overrides replace values of both.
     """
     changes = parse_overrides(overrides)
     refuse_unknown(changes, "command line")
@@ -291,14 +299,14 @@ def load_config(path=DEFAULT_PATH, overrides=()) -> Config:
 
 
 def dump_config(cfg: Config) -> str:
-    """The configuration as YAML that `load_config` reads back to an equal one."""
+    """The configuration as YAML, from which `load_config` builds an equal one."""
     return yaml.safe_dump(
         cfg.as_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True
     )
 
 
 def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
-    """`cfg` with keys changed that do not change the weights. Raises BadInput for any other: that
+    """`cfg` with changes of its free keys. Raises BadInput for a key that changes the weights: that
     would be another run.
     """
     changed = config_from_dict(cfg.as_dict() | changes, source="command line")

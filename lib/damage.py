@@ -1,4 +1,6 @@
-"""What is done to a patch so that an audit has something to find."""
+"""Alterations of a patch, with which synthetic data and planted copies give an audit something to
+find.
+"""
 
 import io
 
@@ -27,8 +29,8 @@ def damage_patch(kind: str, patch: np.ndarray, rng) -> str:
 def alter_patch(
     kind: str, image: np.ndarray, rng, least_quality: int = 70
 ) -> tuple[np.ndarray, str]:
-    """A patch uint8 (96, 96, 3) symmetric, brightened, recompressed or, as any other kind, the
-    same: (copy, words for it).
+    """(altered copy, words for it) of a patch uint8 (96, 96, 3). The kinds are symmetric,
+    brightened and recompressed; any other kind leaves the patch as it is.
     """
     if kind == "symmetric":
         turns, is_mirrored = divmod(int(rng.integers(1, 8)), 2)
@@ -41,7 +43,8 @@ def alter_patch(
         brighter = np.minimum(image * factor + 0.5, 255)
         return brighter.astype(np.uint8), f"times {factor:.3f}"
     if kind == "recompressed":
-        buffer, quality = io.BytesIO(), int(rng.integers(least_quality, 96))
+        buffer = io.BytesIO()
+        quality = int(rng.integers(least_quality, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         return np.asarray(Image.open(buffer)), f"quality {quality}"
     return image, "same bytes"

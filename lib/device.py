@@ -17,13 +17,13 @@ import torch
 from lib.command import BadInput, one_line, say
 from lib.config import Config
 
-MIN_WATCHED_S = 0.2  # the time over which the use of cores by others is measured, at least
+MIN_WATCHED_S = 0.2  # the use of cores by others is measured over at least this time
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the last one
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device `cpu`, `cuda` or `cuda:N`. `auto` takes a GPU if there is one, each rank of a
-    machine its own. Raises BadInput for a device that is not there.
+    """The device `cpu`, `cuda` or `cuda:N`. `auto` is a GPU if there is one, another for each rank
+    of a machine. Raises BadInput for a device that is not there.
     """
     if name == "auto":
         local_rank = read_count("LOCAL_RANK", read_count("SLURM_LOCALID", 0))
@@ -55,8 +55,8 @@ def read_count(name: str, default: int) -> int:
 
 
 def device_of_rank(local_rank: int, num_gpus: int) -> str:
-    """The name of the device of a process that is number 0, 1, ... on its machine: GPUs in turn,
-    shared if they are fewer.
+    """The name of the device for process number `local_rank` of its machine. Processes take the
+    GPUs in turn, and share them if there are fewer GPUs.
     """
     return f"cuda:{local_rank % num_gpus}" if num_gpus else "cpu"
 
@@ -69,7 +69,7 @@ def num_gpus() -> int:
 
 
 def why_no_gpu() -> str:
-    """torch's version, and the reason that it gives why it can use no GPU."""
+    """torch's version, and why torch can use no GPU: `torch VERSION: REASON`."""
     reason = "it finds none"
     try:
         torch.cuda.init()
@@ -83,8 +83,8 @@ def why_no_gpu() -> str:
 
 @functools.cache
 def warn_of_unusable_gpu() -> None:
-    """Say, once, that torch cannot use the GPU that this process has, and why: the CPU takes hours
-    for what a GPU does. A variable of the job or nvidia-smi tells that there is one.
+    """Warn, once, that torch cannot use the GPU that this process has, and why: a CPU takes hours
+    for what a GPU does in minutes. The job's variables or nvidia-smi tell that there is a GPU.
     """
     if num_gpus():
         return
@@ -102,13 +102,13 @@ def warn_of_unusable_gpu() -> None:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Whether the C library keeps what a step frees for the next one (glibc's mallopt).
+    """Let the C library keep memory that a step frees for the next step, or not (glibc's mallopt).
 
-    By default it hands large blocks back, so that the kernel has to clear the pages of every
-    activation anew. `memory_returned` of benchmark.py train measures what that costs. A platform
-    with another C library is left as it is.
+    By default glibc returns large blocks to the kernel, which then clears the pages of every
+    activation anew. `memory_returned` of benchmark.py train measures what that costs. Another C
+    library is left as it is.
     """
-    m_trim_threshold, m_mmap_max = -1, -4
+    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h; without `keep`, glibc's defaults
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(m_mmap_max, 0 if keep else 65536)
@@ -116,8 +116,8 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def layer_precision(device: torch.device, precision: str):
-    """The context in which layers compute: autocast to bfloat16 or, which no config offers,
-    float16; or plain float32.
+    """The context in which layers compute: autocast for `bf16` and for `fp16`, which only
+    benchmark.py uses, or none for `fp32`.
     """
     if precision == "fp32":
         return contextlib.nullcontext()
@@ -125,8 +125,8 @@ def layer_precision(device: torch.device, precision: str):
 
 
 def control_groups() -> list[Path]:
-    """Folders of this process's control groups and of all above them: a job's limit may stand above
-    the group of its step.
+    """The folders of this process's control groups and all folders above them: a job's limit may
+    be set above the group of its step.
     """
     folders = []
     with contextlib.suppress(OSError):
@@ -137,8 +137,8 @@ def control_groups() -> list[Path]:
     return folders
 
 
-def _read_groups(name: str) -> list[list[str]]:
-    """The words of a file in each control group that has one and sets a limit there."""
+def _read_limits(name: str) -> list[list[str]]:
+    """The words of the file `name` of each control group that sets a limit in it."""
     limits = []
     for folder in control_groups():
         with contextlib.suppress(OSError):
@@ -149,13 +149,13 @@ def _read_groups(name: str) -> list[list[str]]:
 
 
 def control_group_limits() -> dict:
-    """The processors and the memory that the control groups allow this process; None: no limit.
+    """The processors and the memory that control groups allow this process; None means no limit.
 
-    Slurm limits memory, in version 1 and 2. The quota of processors of version 1 is not read: it
-    stands in two files, and containers alone set it.
+    The memory limit is read of versions 1 and 2, both of which Slurm sets. The processor quota of
+    version 1 is not read: only containers set it.
     """
-    cpus = [int(quota) / int(period) for quota, period in _read_groups("cpu.max")]
-    limits = _read_groups("memory.max") + _read_groups("memory.limit_in_bytes")
+    cpus = [int(quota) / int(period) for quota, period in _read_limits("cpu.max")]
+    limits = _read_limits("memory.max") + _read_limits("memory.limit_in_bytes")
     memory = min((int(words[0]) for words in limits), default=physical_bytes())
     return {
         "cgroup_cpus": min(cpus, default=None),
@@ -164,13 +164,13 @@ def control_group_limits() -> dict:
 
 
 def physical_bytes() -> int:
-    """The memory of this machine."""
+    """The memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_limit_bytes() -> int:
-    """Memory that this process may take at most: what the machine has available, or what the
-    control groups allow.
+    """The bytes that this process may take at most: what the machine has available, or less where
+    the control groups allow less.
     """
     available = _proc_field("meminfo", "MemAvailable")  # such as `16315340 kB`
     num_bytes = int(available.split()[0]) * 1024 if available else physical_bytes()
@@ -188,7 +188,7 @@ def _proc_field(file: str, name: str) -> str:
 
 
 def free_device_bytes(device: torch.device) -> int:
-    """Free memory of a CUDA device, 0 for the CPU."""
+    """The bytes of free memory of a CUDA device; 0 for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
@@ -210,10 +210,10 @@ def num_cores() -> int:
 
 
 def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
-    """`cfg` with `threads: 0` replaced by the cores for each of so many processes, and of
-    torchrun's ranks on this machine.
+    """`cfg` with `threads: 0` replaced by the number of cores for each process.
 
-    A rank that srun starts has cores of its own.
+    The cores are shared by `num_processes`, times the ranks that torchrun started on this machine.
+    A rank that srun started has cores of its own.
     """
     if cfg.threads:
         return cfg
@@ -222,8 +222,8 @@ def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
 
 
 def others_busy_s() -> float:
-    """Seconds for which others have kept the cores of this process busy since the machine started,
-    counted only where the system has a /proc/stat.
+    """The seconds for which other processes have kept the cores of this process busy since the
+    machine started. A system without /proc/stat counts none.
     """
     names = {f"cpu{core}" for core in affinity()}
     num_ticks = 0
@@ -237,9 +237,10 @@ def others_busy_s() -> float:
 
 
 def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
-    """Say in one line that others use cores that so many threads are to use, and what is faster.
+    """Print a note where other processes use some of the cores that `threads` threads need, and
+    name a number of threads that is faster.
 
-    `busy_s` is what others_busy_s() gave at `started_at` by time.monotonic().
+    `busy_s` is the result of others_busy_s() at `started_at`, a time of time.monotonic().
     """
     time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
     num_busy = (others_busy_s() - busy_s) / (time.monotonic() - started_at)

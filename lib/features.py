@@ -1,26 +1,24 @@
-"""What patches look like in a few numbers, and whether other patches look like the training data.
-
-Brightness, contrast, saturation, stain and sharpness.
+"""Six features of a patch (brightness, contrast, saturation, two stains, sharpness), and whether
+patches look like the training data by them.
 """
 
 import numpy as np
 
 from lib.pcam import PATCH_SHAPE
 
-# optical densities in R, G, B of haematoxylin, eosin and what is left (Ruifrok and Johnston 2001);
-# rows of unit length
+# optical densities in R, G, B of haematoxylin, eosin and the rest (Ruifrok and Johnston 2001)
 STAINS = np.array([[0.650, 0.704, 0.286], [0.072, 0.990, 0.105], [0.268, 0.570, 0.776]])
 UNMIX = np.linalg.inv(STAINS / np.linalg.norm(STAINS, axis=1, keepdims=True))
-DENSITY = -np.log10((np.arange(256) + 1) / 256)  # of a value in 0..255
+DENSITY = -np.log10((np.arange(256) + 1) / 256)  # optical density of each value in 0..255
 NAMES = ("brightness", "contrast", "saturation", "haematoxylin", "eosin", "sharpness")
 NUM_PIXELS = PATCH_SHAPE[0] * PATCH_SHAPE[1]
 BLOCK = 64  # patches measured at a time
 
 MAX_REFERENCE_ROWS = 4_000  # of a split, drawn evenly: enough for means and quantiles
 CERTAINTY = 0.999  # share of the validation patches that lie within the limit of a single patch
-# training deviations by which the mean of a batch may lie beside that of any part of validation
+# training deviations by which a feature's mean may shift more than in any part of validation
 MAX_SHIFT = 0.35
-CHANCE = 3.0  # standard errors that are granted to the mean of a small batch
+CHANCE = 3.0  # standard errors by which the mean of a small batch may differ by chance
 
 
 def count_values(patches: np.ndarray) -> np.ndarray:
@@ -33,8 +31,8 @@ def count_values(patches: np.ndarray) -> np.ndarray:
 
 
 def grey_planes(patches: np.ndarray) -> np.ndarray:
-    """The mean of the channels of patches uint8 (B, 96, 96, 3), float32 (96, 96, B): loops over
-    pixels run along B.
+    """The mean of the channels of patches uint8 (B, 96, 96, 3), float32 (96, 96, B). B comes last,
+    so that numpy's inner loops are long.
     """
     # no matrix product: BLAS would start threads of its own
     total = np.add(patches[..., 0], patches[..., 1], dtype=np.uint16)
@@ -43,9 +41,10 @@ def grey_planes(patches: np.ndarray) -> np.ndarray:
 
 
 def colour_statistics(counts: np.ndarray) -> np.ndarray:
-    """float64 (B, 9): mean and deviation of each channel, and mean concentration of each stain and
-    of what is left, from the value counts (B, 3, 256) of patches: all that they say of colour
-    without saying where.
+    """Colour statistics float64 (B, 9) of patches, from their value counts (B, 3, 256).
+
+    Three columns each: the means of the channels, their deviations, and the mean concentrations of
+    haematoxylin, eosin and the rest.
     """
     values = np.arange(256.0)
     mean = counts @ values / NUM_PIXELS
@@ -56,8 +55,8 @@ def colour_statistics(counts: np.ndarray) -> np.ndarray:
 
 
 def mean_difference(grey: np.ndarray, step: int) -> np.ndarray:
-    """The mean difference of pixels `step` apart, down plus right, (B,), of grey planes (96, 96,
-    B).
+    """The mean absolute difference of pixels `step` apart, down plus right, (B,), of grey planes
+    (96, 96, B).
     """
     down = grey[step:] - grey[:-step]
     np.abs(down, out=down)  # in place: new memory would cost more than the arithmetic
@@ -69,18 +68,19 @@ def mean_difference(grey: np.ndarray, step: int) -> np.ndarray:
 def compute_features(
     patches: np.ndarray, counts: np.ndarray, grey: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """float32 (B,) by NAMES, of patches with their value counts and grey planes.
+    """{feature: float32 (B,)} of patches, their value counts and their grey planes.
 
-    - brightness, and contrast (the mean of the channels' deviations), in 0..255
-    - saturation (Smith 1978) in 0..1
-    - haematoxylin, eosin: mean concentration in optical density
-    - sharpness: the mean difference of neighbours over that of pixels two apart, which blurring
-      brings down to a half
-
-    And `deviation`, the largest of a channel, by which a patch is flat.
+    - brightness: the mean of all values, in 0..255
+    - contrast: the mean of the channels' deviations, in 0..255
+    - saturation (Smith 1978), in 0..1
+    - haematoxylin, eosin: mean concentrations, in optical density
+    - sharpness: the mean difference of neighbours over that of pixels two apart; blurring brings it
+      down to a half
+    - deviation: the largest of the channels' deviations. It is none of NAMES; audits find flat
+      patches by it.
     """
     mean, deviation, stains = np.split(colour_statistics(counts), 3, 1)  # (B, 3) each
-    # max(3) would take ten times as long
+    # patches.max(3) takes ten times as long
     red, green, blue = np.moveaxis(patches, 3, 0)
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
@@ -111,11 +111,11 @@ def measure_features(patches: np.ndarray) -> np.ndarray:
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:
-    """Reference statistics as plain values: mean and covariance of the features (N, 6) of training
-    patches, and two limits set on validation patches (M, 6).
+    """Reference statistics as plain values: mean, deviation and correlation of the features (N, 6)
+    of training patches, and two limits set on validation patches (M, 6).
 
-    One limit is that of a single patch's score, one that of a batch's shift. `groups` (M,), slides
-    where they are known, say how much the mean of a batch from elsewhere may differ.
+    `limit` is that of a single patch's score. `shift_limit` is that of the mean of a batch, which
+    is about as far away as the mean of one of the `groups` (M,), such as slides, may be.
     """
     mean = train.mean(0)
     deviation = np.maximum(train.std(0), 1e-6)
@@ -132,7 +132,7 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     reference["limit"] = float(np.quantile(scores, CERTAINTY))
     parts = [valid]
     names, sizes = np.unique(groups, return_counts=True)
-    if len(names) < len(valid) / 10:  # slides, not groups of a few copies
+    if len(names) < len(valid) / 10:  # groups of many rows, such as slides, not of a few copies
         large = names[sizes >= 2 * len(NAMES)]
         parts += [valid[groups == name] for name in large]
     shifts = [away_from(part.mean(0), reference) for part in parts]
@@ -141,13 +141,13 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
 
 
 def away_from(features: np.ndarray, reference: dict) -> np.ndarray:
-    """How far features (..., 6) lie from the training data's mean, in training deviations."""
+    """Features (..., 6) minus the training data's mean, in training deviations."""
     return (features - reference["mean"]) / reference["deviation"]
 
 
 def patch_scores(features: np.ndarray, reference: dict) -> np.ndarray:
-    """Distance float64 (B,) of each patch from the training data's mean, in deviations over all
-    features (Mahalanobis 1936).
+    """The distance float64 (B,) of each patch from the training data's mean over all features, in
+    deviations (Mahalanobis 1936).
     """
     away = away_from(features, reference)
     inverse = np.array(reference["inverse_correlation"])
@@ -164,9 +164,9 @@ def farthest_features(features: np.ndarray, reference: dict) -> np.ndarray:
 def judge_batch(features: np.ndarray, reference: dict) -> dict:
     """Whether a batch of patches looks like the training data.
 
-    Two things are held against a limit that grants chance to few patches: the largest shift of a
-    feature's mean, in training deviations, and the share of patches beyond the limit of a single
-    one.
+    `shift` is the largest shift of a feature's mean, in training deviations; `share_beyond` is the
+    share of patches beyond the limit of a single patch. The batch has drifted if either is above
+    its limit. The limits are wider for few patches, which differ by chance.
     """
     num = len(features)
     shifts = away_from(features.mean(0), reference)

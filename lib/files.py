@@ -1,5 +1,5 @@
-"""Files that survive a crash: JSON replaced whole, CSV appended by rows, and readers that forgive a
-torn last line.
+"""Files that survive a crash: JSON replaced as a whole, CSV appended row by row, and readers that
+drop a torn last line.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from types import SimpleNamespace
 
 from lib.command import BadInput, one_line, without_nan
 
-# a file's name may be any bytes
+# surrogateescape: the name of a file, which may be any bytes, is written as it is
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-FLUSH_S = 2.0  # a row of a log waits that long in memory
+FLUSH_S = 2.0  # the first row after this time writes out all rows that wait in memory
 
 
 def utc_now() -> str:
-    """Now, to the second, as it stands in every file that says when."""
+    """The current time, to the second, in the one format that all files use."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 @contextlib.contextmanager
 def errors_name(path, temporary=None):
-    """In the block, an OSError of a file without a name, or of `temporary`, gets the name `path`:
-    a full disk is reported on a descriptor.
+    """Put the file name `path` into an OSError from the block that names no file, such as that of
+    a full disk, or that names the file `temporary`.
     """
     try:
         yield
@@ -42,8 +42,8 @@ def errors_name(path, temporary=None):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Yield a file beside `path` that is synced and takes its name when the block ends well (Pillai
-    et al., OSDI 2014).
+    """Yield a temporary file beside `path`. When the block ends without an error the file is synced
+    and renamed to `path` (Pillai et al., OSDI 2014).
     """
     path = Path(path)
     temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
@@ -62,12 +62,12 @@ def atomic_write(path, mode="wb"):
 
 
 class _Withdrawn(Exception):
-    """Ends an `atomic_write` that was only tried."""
+    """Ends an `atomic_write` that was only a try."""
 
 
 def require_writable(path) -> None:
-    """Raise the OSError that `atomic_write` would end with where a file cannot be made beside
-    `path`; nothing stays there.
+    """Raise the OSError of `atomic_write` where it cannot make a file beside `path`; no file stays
+    there.
     """
     with contextlib.suppress(_Withdrawn), atomic_write(path):
         raise _Withdrawn
@@ -90,10 +90,10 @@ def require_space(directory, num_bytes: int) -> None:
 
 
 def try_lock(file) -> bool:
-    """Lock an open file, or its descriptor, for this process: False where another one has it.
+    """Lock an open file, or its descriptor, for this process. False if another process holds it.
 
-    The kernel lets go of it when every process that has it open is gone, however they ended. Raises
-    OSError where the file system has no locks.
+    The kernel releases the lock when no process has the file open any more, however they ended.
+    Raises OSError where the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +128,9 @@ def read_json(path) -> dict:
 
 
 def cache_file(path) -> Path:
-    """Where this user keeps what was computed from `path`, whose folder may be read-only."""
+    """The file of the user's cache for what was computed from `path`, whose folder may be
+    read-only.
+    """
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
     return Path(folder, "pcam", f"{name}.json")
@@ -178,7 +180,7 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
             file.seek(0)
             # Excel writes ; where the comma is the decimal point
             delimiter = ";" if ";" in header and "," not in header else ","
-            # strict, or an open quote would swallow the rows behind it
+            # strict, or a quote that is not closed would take the next rows into its cell
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             columns = reader.fieldnames or []
             rows = list(reader)
@@ -194,8 +196,8 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
 
 
 def row_number(text: str) -> int | None:
-    """The row that a cell names, None for anything else: isdigit takes a superscript for a digit,
-    int does not.
+    """The row number in a cell, None for any other text. isdigit would accept superscripts, which
+    int refuses.
     """
     return int(text) if text.isdecimal() and len(text) < 19 else None
 
@@ -203,7 +205,8 @@ def row_number(text: str) -> int | None:
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        # the writer quotes the characters of its line end: a file's name, in a cell, may hold both
+        # csv quotes a cell with a character of its line end. With this line end that includes \r,
+        # which a file's name may hold; the lines in the file end with \n alone
         lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
         csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
 
@@ -211,16 +214,16 @@ def write_csv(path, header, rows) -> None:
 class CsvLog:
     """An append-only CSV, written out at most every FLUSH_S seconds.
 
-    The first column is a counter. Of a file that exists, the rows up to `last` stay.
+    The first column is a counter. Rows of an existing file stay if their counter is at most `last`.
     """
 
     def __init__(self, path, header, last: int):
         self.path = Path(path)
         rows = read_csv(path) if self.path.exists() else []
         rows = [row for row in rows if int(row[header[0]]) <= last]
-        # a column that came later is empty in the rows before
+        # rows of an older program may lack a column: it is empty there
         write_csv(path, header, [[row.get(name, "") for name in header] for row in rows])
-        # a buffer that no two seconds fill, so that readers see whole lines
+        # the buffer is larger than what FLUSH_S seconds write: only whole lines reach the file
         self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
         self.writer = csv.DictWriter(self.file, header, lineterminator="\n")
         self.flushed_at = time.monotonic()
@@ -247,6 +250,6 @@ class CsvLog:
 def file_digest(path, kind="sha256") -> str:
     """Hex digest of a file."""
     with open(path, "rb") as file:
-        # md5 is a checksum here: a machine in FIPS mode would refuse it as a protection
+        # a machine in FIPS mode allows md5 only as a plain checksum, which it is here
         digest = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
     return digest.hexdigest()

@@ -11,27 +11,28 @@ from lib.command import is_out_of_memory, one_line, say
 
 
 class StepGraph:
-    """Steps of one shape as a CUDA graph. The first of a shape is made plainly, which picks
-    algorithms and makes constants; the second is captured, and from then on it is replayed. All
-    give the same bits.
+    """Runs steps of one shape as a CUDA graph.
 
-    What a replay returns is overwritten by the next one.
+    The first step of a shape runs without a graph, which chooses algorithms and makes constants.
+    The second is captured, and from then on the graph is replayed. All give the same bits. The next
+    replay overwrites what a replay returned.
     """
 
     def __init__(self, reason: str = ""):
-        self.reason = reason  # why steps are made plainly; empty: they are captured
+        self.reason = reason  # why steps run without a graph; empty if they are captured
         self.shape = self.graph = self.inputs = self.result = None
         if reason:
             self._say_reason()
 
     def run(self, step: Callable, inputs: tuple[torch.Tensor, ...], shape: tuple, optimizer):
-        """What `step(*inputs)` returns. The inputs of a step are as large as those of every other
-        step of the same `shape`.
+        """What `step(*inputs)` returns. Steps of the same `shape` must have inputs of the same
+        sizes.
         """
         if self.reason:
             return step(*inputs)
         if shape != self.shape:
-            self.shape, self.graph, self.result = shape, None, None  # its memory is free again
+            # the memory of the last shape's graph is free again
+            self.shape, self.graph, self.result = shape, None, None
             return step(*inputs)
         if self.graph is None:
             try:
@@ -48,10 +49,10 @@ class StepGraph:
         return self.result
 
     def _capture(self, step: Callable, inputs: tuple[torch.Tensor, ...], optimizer) -> None:
-        """Record the kernels of a step; none of them runs."""
+        """Record the kernels of a step without running them."""
         self.inputs = [value.clone() for value in inputs]
         self.graph = torch.cuda.CUDAGraph()
-        # a thread that loads the next batch may use the GPU meanwhile
+        # thread_local: the thread that loads the next batch may use the GPU meanwhile
         recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
         with capturable(optimizer), recording:
             self.result = step(*self.inputs)
@@ -62,7 +63,7 @@ class StepGraph:
 
 @contextlib.contextmanager
 def capturable(optimizer) -> Iterator[None]:
-    """Within it AdamW lets itself be captured; outside it would warn of it."""
+    """Let AdamW be captured within the block. Set outside of it, the flag makes AdamW warn."""
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     for group in groups:
         group["capturable"] = True

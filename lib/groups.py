@@ -1,5 +1,6 @@
-"""Which rows of a split must stay in one fold: its slides or, where it has no slide names, the
-groups of copies and of overlapping patches that `audit.py data DIR --checks groups` has written.
+"""Groups: rows of a split that must stay in one fold. A group is a slide or, where a split has no
+slide names, patches that are copies or overlap, from the groups.csv of `audit.py data DIR --checks
+groups`.
 """
 
 import functools
@@ -18,9 +19,8 @@ COLUMNS = ("split", "index", "group")
 
 
 def group_of_rows(split: Split, directory) -> np.ndarray | None:
-    """The name of the group of each row, (N,): slides, else those of groups.csv; None without both.
-
-    Raises BadInput for a groups.csv that does not fit the split.
+    """The name of the group of each row, (N,): its slide, else its group in groups.csv. None where
+    there are neither. Raises BadInput for a groups.csv that does not fit the split.
     """
     if split.slides is not None:
         return split.slides
@@ -29,7 +29,7 @@ def group_of_rows(split: Split, directory) -> np.ndarray | None:
 
 
 def groups_for_folds(split: Split, directory) -> np.ndarray:
-    """The group of each row, (N,). Raises BadInput where neither slides nor groups.csv tell it."""
+    """The group of each row, (N,). Raises BadInput where neither slides nor groups.csv exist."""
     groups = group_of_rows(split, directory)
     if groups is None:
         raise BadInput(
@@ -40,8 +40,8 @@ def groups_for_folds(split: Split, directory) -> np.ndarray:
 
 
 def groups_for_halves(split: Split, directory) -> np.ndarray:
-    """The group of each row, (N,): each row by itself, and a line that says so, where neither
-    slides nor groups.csv tell it.
+    """The group of each row, (N,). Where there are neither slides nor groups.csv, a note is printed
+    and each row is a group of its own.
     """
     groups = group_of_rows(split, directory)
     if groups is None:
@@ -58,8 +58,8 @@ def groups_command(directory) -> str:
 
 
 def find_groups(split: Split, directory) -> Path | None:
-    """The file that tells the groups of a split: of the folder, else of the cache; None where there
-    is none, or the split has slide names.
+    """The groups.csv of a split, in the folder or else in the user's cache. None where there is no
+    such file, and where the split has slide names.
     """
     if split.slides is not None:
         return None
@@ -70,8 +70,8 @@ def find_groups(split: Split, directory) -> Path | None:
 
 
 def groups_digest(split: Split, directory) -> str | None:
-    """SHA-256 of the file that tells the groups of a split, or None. Raises BadInput where the file
-    does not fit.
+    """SHA-256 of the groups.csv of a split, None without one. Raises BadInput where it does not fit
+    the split.
     """
     path = find_groups(split, directory)
     if path is None:
@@ -83,8 +83,8 @@ def groups_digest(split: Split, directory) -> str | None:
 def read_groups(path, split: Split, directory) -> np.ndarray:
     """The name of the group of each row of a split, str (N,), from a groups.csv.
 
-    Raises BadInput where it does not list each row once. Patches that were replaced by as many
-    others are not noticed, but by the name of a cached file.
+    Raises BadInput where it does not list each row once. It does not notice that patches were
+    replaced by as many others; the name of a cached file, a digest of the patches, would.
     """
     try:
         return _parse_groups(path, file_digest(path), split.name, len(split))
@@ -92,7 +92,9 @@ def read_groups(path, split: Split, directory) -> np.ndarray:
         raise BadInput(f"{error}; `{groups_command(directory)}` writes it anew") from None
 
 
-@functools.lru_cache(maxsize=4)  # a training asks three times, a full-size file has 262,144 rows
+# a training asks three times, and a file may have 262,144 rows; `_digest` is in the cache's key so
+# that a file that was written anew is read anew
+@functools.lru_cache(maxsize=4)
 def _parse_groups(path, _digest, name: str, num: int) -> np.ndarray:
     rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == name]
     index = [row_number(row["index"]) for row in rows]
@@ -103,11 +105,11 @@ def _parse_groups(path, _digest, name: str, num: int) -> np.ndarray:
 
 
 def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
-    """Write the group of each row, (N,) by the name of its split, to DIR/groups.csv or, where a
-    folder cannot be written, to this user's cache.
+    """Write {split: group of each row (N,)} to DIR/groups.csv or, where that folder cannot be
+    written, to the user's cache.
 
-    Raises OSError where neither can be written, and where a file stays in DIR that goes before the
-    cache.
+    Raises OSError where neither can be written, and where DIR has an old groups.csv, which readers
+    would prefer to the cache.
     """
     path = Path(directory, FILE_NAME)
     rows = []
@@ -125,6 +127,6 @@ def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
 
 
 def _cached_path(directory, split: str) -> Path:
-    """One file a split, named by the SHA-256 of its patches: it cannot be of other ones."""
+    """The file in the cache for a split, named by the SHA-256 of the split's patches."""
     digest = fingerprint(directory, [split])[split_path(directory, split, "x").name]
     return cache_file(directory).with_name(f"groups-{digest}.csv")

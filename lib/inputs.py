@@ -1,5 +1,5 @@
-"""Whatever a person points at, as patches in order: HDF5, images, folders and tars of images.
-Nothing is unpacked to disk.
+"""The inputs of a prediction or an import, as patches in order: HDF5, images, folders and tars of
+images. Nothing is unpacked to disk.
 """
 
 import io
@@ -21,20 +21,20 @@ from lib.pcam import PATCH_SHAPE, SPLITS, Images, open_images, open_split, split
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-# of the many that Pillow knows; for some of those it starts another program
+# the only ones that Pillow may open; for some others it starts another program
 FORMATS = ("PNG", "JPEG", "TIFF")
-# what Pillow turns into 8-bit RGB without a choice to make
+# pixel types that become 8-bit RGB in one way only
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-MAX_BYTES = 1 << 20  # of a file that is read: a patch has less, and a slide is refused unread
-READ_ROWS = 256  # of HDF5 at a time
+MAX_BYTES = 1 << 20  # read of an image at most: a patch has less, and a slide is not read whole
+READ_ROWS = 256  # read of HDF5 at a time
 
-# what Pillow finds wrong with a file is the reason in its row, not a line on stderr
+# Pillow's remarks on a file become the error in its row; they are not printed as well
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
 
 
 class Row(NamedTuple):
-    """Where a patch comes from, its label if known, and why it could not be read if so."""
+    """Where a patch comes from, its label where known, and its error where it cannot be read."""
 
     source: str
     index: int = 0
@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive inputs: a Row each, and their patches uint8 (B, 96, 96, 3), black ones for those
-    that cannot be read.
+    """Consecutive inputs: a Row for each, and their patches uint8 (B, 96, 96, 3). A patch that
+    cannot be read is black.
     """
 
     rows: list[Row]
@@ -52,11 +52,13 @@ class Block(NamedTuple):
 
 
 def decode_patch(data: bytes | Path, name) -> np.ndarray:
-    """An encoded image, or such a file, as uint8 (96, 96, 3). Raises BadInput if it is unreadable,
-    no PNG, JPEG or TIFF, of another size, one of several pages, or not 8 bits a channel.
+    """The bytes of an image, or an image file, as uint8 (96, 96, 3); errors call it `name`.
+
+    Raises BadInput unless it is a readable PNG, JPEG or TIFF of 96 x 96 pixels, a single page, with
+    8 bits a channel.
     """
     try:
-        if isinstance(data, Path) and not data.is_fifo():  # to open a named pipe would block
+        if isinstance(data, Path) and not data.is_fifo():  # opening a named pipe would block
             with data.open("rb") as file:
                 data = file.read(MAX_BYTES)
         if not data or isinstance(data, Path):
@@ -67,7 +69,8 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
                     f"{name} is {image.width}x{image.height} pixels, it must be 96x96"
                     " (cut patches at 0.97 um a pixel, do not scale)"
                 )
-            raw_mode = str(image.tile[0][3])  # of RGB;16B Pillow drops the lower bits in silence
+            # Pillow drops the lower bits of RGB;16B in silence
+            raw_mode = str(image.tile[0][3])
             if ";16" in raw_mode or image.mode not in EXACT_MODES:
                 allowed = ", ".join(EXACT_MODES)
                 raise BadInput(
@@ -77,7 +80,7 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
             if getattr(image, "n_frames", 1) > 1:
                 raise BadInput(f"{name} holds several pages, it must be a single image")
             if image.format == "PNG":
-                # its checksums, at which decoding does not look
+                # compares the checksums, which decoding does not
                 Image.open(io.BytesIO(data), formats=["PNG"]).verify()
             if image.has_transparency_data:  # beyond the scanned area there is glass
                 white = Image.new("RGBA", image.size, "white")
@@ -86,7 +89,7 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
-        why = one_line(error).partition(" <")[0]  # a memory address follows
+        why = one_line(error).partition(" <")[0]  # without the memory address that follows
         raise BadInput(f"{name} is not a readable image (PNG, JPEG or TIFF): {why}") from None
 
 
@@ -99,21 +102,21 @@ def is_tar(path: Path) -> bool:
 
 
 def refuse(error: OSError):
-    """For os.walk, which would leave out a folder that cannot be entered."""
+    """Raise an error of os.walk, which would else leave out a folder that it cannot enter."""
     raise error
 
 
 def walk_tar(path: Path, archive=None):
-    """Yield (name, member, bytes or None) of what is in a tar in its order. The bytes of the images
-    are read unless an open `archive` is given.
+    """Yield (name, member, data) of each member of a tar, in its order. `data` is the bytes of
+    an image. It is None for other members, and always where an open file `archive` is given.
 
-    Raises BadInput for a tar that is damaged or cut off, and for a member that would climb out of
+    Raises BadInput for a tar that is damaged or cut off, and for a member whose path climbs out of
     the folder.
     """
     try:
         with tarfile.open(path, fileobj=archive) as tar:
             for member in iter(tar.next, None):
-                tar.members.clear()  # tarfile would keep 1.5 KB of every member
+                tar.members.clear()  # or tarfile keeps 1.5 KB for every member
                 name, data = PurePosixPath(member.name), None
                 if name.is_absolute() or ".." in name.parts:
                     raise BadInput(
@@ -123,7 +126,8 @@ def walk_tar(path: Path, archive=None):
                 if archive is None and member.isfile() and is_image(name.name):
                     data = tar.extractfile(member).read(MAX_BYTES)
                 yield str(name), member, data
-            # tarfile takes a cut or damage between members for the end, which is a block of zeros
+            # tarfile takes a cut or damage between members for the end; the true end is a block of
+            # zeros
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):
                 raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}")
@@ -134,8 +138,11 @@ def walk_tar(path: Path, archive=None):
 
 
 def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], Block]]:
-    """Yield, for each `size` inputs in the order given, folders in sorted order, the function that
-    decodes them, in any thread. Raises BadInput for what is not there.
+    """Yield a function for each `size` consecutive inputs, which decodes them and returns their
+    Block. Any thread may call it.
+
+    Inputs come in the order of `paths`, the files of a folder in sorted order. Raises BadInput for
+    a path that does not exist.
     """
     paths = [Path(path) for path in paths]
     for path in paths:
@@ -149,13 +156,15 @@ def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], 
 
 
 def _list_inputs(paths: list[Path], split: str):
-    """Yield (Row, patch as it is stored: an array, an encoded image, or its file)."""
+    """Yield (Row, stored patch) of every input. A stored patch is an array, the bytes of an image,
+    or the path of an image.
+    """
     for path in paths:
-        num = 0
+        is_empty = True
         for item in _list_input(path, split):
-            num += 1
+            is_empty = False
             yield item
-        if not num:
+        if is_empty:
             raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
 

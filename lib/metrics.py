@@ -4,7 +4,7 @@ is NaN, never a made-up number.
 
 import numpy as np
 
-Z_95 = 1.959964  # 95% of a normal distribution lie within this many standard deviations
+Z_95 = 1.959964  # standard deviations within which 95% of a normal distribution lie
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -19,8 +19,9 @@ def as_arrays(labels, scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compute_auc(labels, scores) -> float:
-    """Area under the ROC curve of scores (N,) against labels (N,): the share of pairs of classes in
-    the right order, ties counted half (Mann-Whitney). NaN where a class is missing.
+    """Area under the ROC curve of scores (N,) against labels (N,): the share of pairs of a positive
+    and a negative that are in the right order. A tie counts half (Mann-Whitney). NaN where a class
+    is missing.
     """
     labels, scores = as_arrays(labels, scores)
     if labels.all() or not labels.any():
@@ -45,9 +46,10 @@ def compute_pr_auc(labels, scores) -> float:
 
 
 def curve_points(labels: np.ndarray, scores: np.ndarray, weights=1) -> dict[str, np.ndarray]:
-    """threshold, recall, precision and false_positive_rate, float64 (T,) each, at every distinct
-    threshold on scores (N,), strictest first; labels are bool (N,), and each counts `weights` (N,)
-    times.
+    """threshold, recall, precision and false_positive_rate, float64 (T,) each: a point for each
+    distinct score of scores (N,), the strictest threshold first.
+
+    Labels are bool (N,). A row counts `weights` (N,) times.
     """
     order = np.argsort(-scores, kind="stable")
     labels, scores = labels[order], scores[order]
@@ -109,8 +111,8 @@ def compute_log_loss(labels: np.ndarray, logits: np.ndarray) -> float:
 
 
 def constant_baselines(labels) -> dict[str, float]:
-    """The scores of models that never look at labels (N,): always positive, always negative, always
-    the prevalence. A score below these is worse than none.
+    """The scores, against labels (N,), of models that answer every patch alike: always positive,
+    always negative, or the prevalence as probability. A model below these is worse than none.
     """
     labels = np.asarray(labels, bool)
     prevalence = float(labels.mean())
@@ -150,8 +152,8 @@ def share_interval(num: float, num_total: float) -> tuple[float, float]:
 
 
 def mean_interval(values) -> dict[str, float]:
-    """mean, deviation (of the sample), num, and low and high: the 95% interval of the mean of
-    values (N,), N at least 2 (Student 1908).
+    """mean, sample deviation, num, and low and high of values (N,), N at least 2: low to high is
+    the 95% interval of the mean (Student 1908).
     """
     num = len(values)
     mean = float(np.mean(values))
@@ -162,9 +164,7 @@ def mean_interval(values) -> dict[str, float]:
 
 
 def student_t(num_free: int) -> float:
-    """The t that 95% of Student's distribution with `num_free` degrees of freedom do not exceed in
-    magnitude.
-    """
+    """The t for which -t..t holds 95% of Student's distribution; `num_free` degrees of freedom."""
     # t = sqrt(num_free) tan(angle) turns the density into cos(angle) ** (num_free - 1)
     step = np.pi / 200_000
     angles = np.arange(step / 2, np.pi / 2, step)

@@ -9,11 +9,11 @@ from lib.centrenet import CentreNet, LogitLayer
 from lib.command import BadInput, say
 from lib.config import Config
 
-# torchvision's models and the names of their last layers
+# torchvision's models, each with the name of its last layer
 HEADS = {"resnet18": "fc", "densenet121": "classifier"}
-# keys under which others save a state dict beside other things
+# keys under which other programs save a state dict
 WRAPPERS = ("state_dict", "model_state_dict", "model")
-# of DistributedDataParallel, torch.compile and Lightning
+# before a tensor's name, from DistributedDataParallel, torch.compile and Lightning
 PREFIXES = r"^((module|_orig_mod|model)\.)+"
 
 
@@ -22,12 +22,12 @@ def build_cnn(cfg: Config) -> nn.Module:
 
 
 def build_p4m(cfg: Config) -> nn.Module:
-    """The default. Its eight orientations give in one pass what eight views give cnn."""
+    """The default. Its eight orientations do in one pass what eight views do for cnn."""
     return CentreNet(cfg.p4m_width, 8, cfg.dropout)
 
 
 def build_mlp(cfg: Config) -> nn.Module:
-    """Flattened pixels through hidden layers: the baseline that a convolution has to beat."""
+    """Hidden layers on the flattened pixels: the baseline that a convolution has to beat."""
     num_in = 96 * 96 * 3
     layers = [nn.Flatten()]
     for num_out in cfg.mlp_hidden:
@@ -37,7 +37,7 @@ def build_mlp(cfg: Config) -> nn.Module:
 
 
 def build_torchvision(cfg: Config) -> nn.Module:
-    """torchvision's model of that name from random weights, its last layer with one output."""
+    """torchvision's model of the config's name, with random weights and one output."""
     from torchvision import models
 
     model = getattr(models, cfg.model)(weights=None)
@@ -57,8 +57,8 @@ BUILDERS = {
 
 
 def build_model(cfg: Config) -> nn.Module:
-    """The model that the config names, in float32 and channels last, its weights drawn from torch's
-    generator.
+    """The model that the config names, in float32 and channels last. torch's global generator draws
+    its weights.
     """
     return BUILDERS[cfg.model](cfg).to(memory_format=torch.channels_last)
 
@@ -80,8 +80,8 @@ def is_state(value) -> bool:
 
 
 def find_state(loaded: object) -> object:
-    """The state dict in a file of others, without the prefixes of wrappers. What is no dict is
-    returned as it is.
+    """The state dict in what another program saved, without the prefixes of wrappers. An object
+    that is no dict is returned as it is.
     """
     if not isinstance(loaded, dict):
         return loaded
@@ -99,8 +99,8 @@ def starting_with(prefix: str, state: dict) -> dict:
 
 
 def fit_state(model: nn.Module, state: object, source) -> None:
-    """Put a state dict into a model. Raises BadInput that names the first tensor that does not fit;
-    the model is then unchanged.
+    """Load a state dict into a model. Raises BadInput that names the first tensor that does not
+    fit, and then leaves the model unchanged.
     """
     if not is_state(state):
         raise BadInput(f"{source} does not hold the weights of a model")
@@ -116,11 +116,10 @@ def fit_state(model: nn.Module, state: object, source) -> None:
 
 
 def fit_weights(model: nn.Module, name: str, state: object, source) -> None:
-    """Let the model `name`, its weights drawn, start from a state dict of others. Raises as
-    `fit_state` does.
+    """Load a state dict of another program into the model `name`. Raises as `fit_state` does.
 
-    Of torchvision's models the layers before the last are enough. A last layer that is missing or
-    has other classes stays as drawn.
+    For torchvision's models the layers before the last one are enough: where the last layer is
+    missing, or has another number of classes, the model keeps its own, which was drawn at random.
     """
     if name not in HEADS or not is_state(state):
         fit_state(model, state, source)
@@ -141,8 +140,8 @@ def fit_weights(model: nn.Module, name: str, state: object, source) -> None:
 
 
 def rename_torchvision(name: str, head: str) -> str:
-    """The name in this program of a tensor of torchvision's model. The official file of densenet121
-    has names of an older release.
+    """This program's name for a tensor of torchvision's model. The official file of densenet121 has
+    the names of an older release.
     """
     name = re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
     return re.sub(rf"^{head}\.(weight|bias)$", rf"{head}.1.\1", name)

@@ -1,4 +1,4 @@
-"""The optimizers: SGD, AdamW, or Muon for matrices beside AdamW for the rest."""
+"""The optimizers: SGD, AdamW, or Muon for matrices and filters with AdamW for the rest."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch.nn.functional import pad
 
 from lib.config import Config
 
-# of the polynomial x -> a x + b x^3 + c x^5, which moves singular values towards 1 (Jordan et al.
-# 2024), and how often it is applied
+# a, b, c of the polynomial a x + b x^3 + c x^5, which moves singular values x towards 1 (Jordan et
+# al. 2024), and how often it is applied
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
-# filters that are made orthogonal to each other: a bank of more is cut into blocks of rows, or its
-# products would cost as much as the network's
+# most filters that are made orthogonal to each other. A matrix of more rows is cut into blocks, or
+# the products of its rows would cost as much as the network
 MAX_ROWS = 64
 
 
@@ -24,7 +24,7 @@ def build_optimizer(model: nn.Module, cfg: Config) -> "torch.optim.Optimizer | M
     filters = []
     if cfg.optimizer == "muon":
         filters = [weight for weight in weights if len(weight) > 1]
-        # the weight of the one logit is a vector, nothing to make orthogonal
+        # the weight of the one logit has a single row, with no other to be orthogonal to
         weights = [weight for weight in weights if len(weight) == 1]
     groups = [
         {"params": weights, "weight_decay": cfg.weight_decay},
@@ -40,13 +40,13 @@ def build_optimizer(model: nn.Module, cfg: Config) -> "torch.optim.Optimizer | M
 
 
 class MuonAdamW:
-    """Muon (Jordan et al. 2024) for matrices and filters, and an AdamW of other parameters, behind
-    the interface of one optimizer.
+    """Muon (Jordan et al. 2024) for `filters`, and an AdamW of the other parameters, behind the
+    interface of one optimizer.
 
-    Muon works on matrices, so each filter bank (out, in, k, k) is one (out, in * k * k), a view of
-    the same memory: a model must be where it is to be trained, in its memory format, before this is
-    built. torch's own Muon holds the state and the settings; the step is ours, because that one
-    reads the learning rate on the host and goes matrix by matrix.
+    Muon works on matrices. The filters of a convolution (out, in, k, k) are seen as a matrix (out,
+    in * k * k) of the same memory, so the model must be on its device, and in its memory format,
+    before this is built. torch's own Muon holds the state and the settings. The step is ours, since
+    torch's reads the learning rate on the host and goes matrix by matrix.
     """
 
     def __init__(self, filters: list, adamw: torch.optim.AdamW, cfg: Config):
@@ -84,8 +84,8 @@ class MuonAdamW:
 
 
 def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
-    """Values of filters (out, in, k, k), or gradients, as (out, in * k * k), columns in the order
-    of `filters` in memory.
+    """Filters (out, in, k, k), or their gradients, as a matrix (out, in * k * k). Its columns have
+    the order of `filters` in memory.
     """
     if filters.ndim == 4 and not filters.is_contiguous():
         values = values.permute(0, 2, 3, 1)
@@ -93,12 +93,13 @@ def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
 
 
 def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> list[torch.Tensor]:
-    """For each matrix (rows, columns), in blocks of at most MAX_ROWS rows: `scale` times a nearly
-    orthogonal matrix of the same singular vectors.
+    """For each matrix (rows, columns) the step of Muon: `scale` times a nearly orthogonal matrix of
+    the same singular vectors, in blocks of at most MAX_ROWS rows.
 
-    An iteration multiplies a matrix X from the left by a polynomial of its Gram matrix X X^T. So
-    the Gram matrices of all blocks are iterated together, in float32, and X itself is needed twice.
-    A block of more rows than columns moves by sqrt(rows / columns) as much, as in Jordan's Muon.
+    An iteration multiplies a block X from the left by a polynomial of its Gram matrix X X^T. So the
+    Gram matrices of all blocks are iterated together, in float32, and X is needed only before and
+    after. The step of a block with more rows than columns is sqrt(rows / columns) times as large,
+    as in Jordan's Muon.
     """
     blocks = [as_blocks(matrix) for matrix in matrices]
     size = max(block.shape[1] for block in blocks)
@@ -118,8 +119,8 @@ def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> 
 
 
 def as_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """The rows of a matrix (rows, columns) in equal blocks of at most MAX_ROWS: (N, size, columns);
-    the last is filled up with zeros, which change nothing.
+    """The rows of a matrix (rows, columns) in equal blocks of at most MAX_ROWS: (N, size, columns).
+    The last block is filled up with rows of zeros, which do not change the others.
     """
     num_rows, num_columns = matrix.shape
     num_blocks = math.ceil(num_rows / MAX_ROWS)
@@ -131,8 +132,8 @@ def as_blocks(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The float32 product of float32 matrices (N, a, b) and (N, b, c); on a GPU that of their
-    bfloat16 roundings, which its fast units multiply.
+    """The products, in float32, of float32 matrices (N, a, b) and (N, b, c). A GPU rounds the
+    factors to bfloat16 first, which its tensor cores multiply.
     """
     if left.is_cuda:
         return torch.bmm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
@@ -140,8 +141,8 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def iterate(grams: torch.Tensor) -> torch.Tensor:
-    """For Gram matrices X X^T float32 (N, size, size): the Q for which Q X is what NUM_ITERATIONS
-    of Newton-Schulz make of X over its Frobenius norm.
+    """For Gram matrices X X^T float32 (N, size, size) the factors Q of the same shape: Q X is the
+    result of NUM_ITERATIONS of Newton-Schulz from X over its Frobenius norm.
     """
     a, b, c = NEWTON_SCHULZ
     squared_norms = grams.diagonal(dim1=1, dim2=2).sum(1).clamp(min=1e-14)[:, None, None]

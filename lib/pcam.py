@@ -34,13 +34,14 @@ PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
 FINGERPRINT_FILE = ".pcam-sha256.json"
-# a folder and its copy on the node, as JSON: so no run points at what a job removes
+# environment variable: JSON of [data folder, its copy on the node]. A run names the folder, since
+# its job removes the copy
 DATA_COPY = "PCAM_DATA_COPY"
 
 
 def split_path(directory, split: str, part: str) -> Path:
-    """The official path of a split's `x`, `y`, `mask` (HDF5) or `meta` (CSV), in the job's copy of
-    the folder where there is one.
+    """The official path of the `x`, `y`, `mask` (HDF5) or `meta` (CSV) of a split. It is in the
+    job's copy of the folder where there is one.
     """
     original, copy = json.loads(os.environ.get(DATA_COPY, "[null, null]"))
     if os.path.realpath(directory) == original:
@@ -50,7 +51,7 @@ def split_path(directory, split: str, part: str) -> Path:
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file. Raises BadInput that names the closest file that is there."""
+    """`path` if it is a file. Raises BadInput otherwise, with the file of the nearest name."""
     if path.is_file():
         return path
     folder = path.parent
@@ -88,9 +89,7 @@ def open_dataset(path, key: str):
 
 @contextlib.contextmanager
 def open_patches(path):
-    """Yield the `x` of a file, an h5py dataset of numbers (N, 96, 96, 3). Raises BadInput for any
-    other.
-    """
+    """Yield the dataset `x` of a file. Raises BadInput unless it has numbers (N, 96, 96, 3)."""
     with open_dataset(path, "x") as dataset:
         shape, dtype = dataset.shape, dataset.dtype
         if not dataset.size or shape[1:] != PATCH_SHAPE or dtype.kind not in "uif":
@@ -116,8 +115,8 @@ def read_rows(dataset, rows) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Images:
-    """The `x` of a split. `mapped` is a uint8 (N, 96, 96, 3) array over the file itself where that
-    is contiguous uint8, else None: each patch has to be decoded.
+    """The `x` of a split. A file of contiguous uint8 is mapped into memory: `mapped` is uint8
+    (N, 96, 96, 3). Of any other file `mapped` is None, and each patch has to be decoded.
     """
 
     path: Path
@@ -143,8 +142,8 @@ class Images:
         return patches
 
     def will_need(self, rows: np.ndarray) -> None:
-        """Tell the system which mapped rows come next. A cold disk then gives 20,000 patches a
-        second, page by page 220 to 300.
+        """Tell the system which mapped rows come next. A disk whose pages are not in memory then
+        gives 20,000 patches a second, where single pages on demand give 220 to 300.
         """
         with open(self.path, "rb") as file:
             for row in rows.tolist():
@@ -152,8 +151,8 @@ class Images:
                 os.posix_fadvise(file.fileno(), start, PATCH_BYTES, os.POSIX_FADV_WILLNEED)
 
     def stored_blocks(self, num_rows: int = 1024):
-        """Yield (first row, (B, 96, 96, 3) of the type that is stored) over the whole split in
-        order. HDF5 reads them, which reports a bad disk where a mapped page kills the process.
+        """Yield (first row, patches (B, 96, 96, 3) of the stored type) over the whole split in
+        order. HDF5 reads them: it reports a bad disk, at which a mapped page kills the process.
         """
         with open_patches(self.path) as dataset:
             for start in range(0, self.num, num_rows):
@@ -171,7 +170,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype == np.uint8:
         return values
-    with np.errstate(invalid="ignore"):  # some NaN are remarked upon when they are rounded
+    with np.errstate(invalid="ignore"):  # numpy warns when it rounds some kinds of NaN
         return np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
 
 
@@ -225,8 +224,8 @@ def open_images(path) -> Images:
 
 
 def read_label_values(path) -> np.ndarray:
-    """The numbers in a `y` file as they are, (N,). Raises BadInput where there is not one for each
-    row.
+    """The numbers of a `y` file as stored, (N,). Raises BadInput where it does not have one number
+    for each row.
     """
     with open_dataset(path, "y") as dataset:
         shape, dtype = dataset.shape, dataset.dtype
@@ -293,8 +292,8 @@ def read_meta(path) -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def sole_writer(directory):
-    """Hold a folder for this process; one that is missing is made, and stays if something is put in
-    it. Raises BadInput where another process is writing there.
+    """Lock a folder for this process, as a context manager. A missing folder is made, and removed
+    again if nothing was written into it. Raises BadInput where another process is writing there.
     """
     directory = Path(directory)
     is_new = not directory.exists()
@@ -317,11 +316,11 @@ def sole_writer(directory):
 
 
 class SplitWriter:
-    """Writes a split block by block, as a context manager: it gets its official names when whole,
-    an error leaves nothing.
+    """Writes a split block by block, as a context manager. The files get their official names when
+    all rows are there; an error leaves no file.
 
-    x is contiguous uint8, so that a reader can map it, unless `dtype` and `storage` (as h5py knows
-    it) say otherwise.
+    x is contiguous uint8, which a reader can map. `dtype` and `storage`, the options of h5py's
+    create_dataset, ask for something else.
     """
 
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
@@ -338,13 +337,13 @@ class SplitWriter:
         """
         assert images.dtype == self.x.dtype, images.dtype
         start = len(self.labels)
-        with self._full_disk_named():
+        with self._explain_full_disk():
             self.x[start : start + len(images)] = images
         self.labels.extend(labels)
         self.meta.extend(meta)
 
     @contextlib.contextmanager
-    def _full_disk_named(self):
+    def _explain_full_disk(self):
         try:
             yield
         except (OSError, RuntimeError) as error:  # h5py raises either for a full disk
@@ -359,7 +358,7 @@ class SplitWriter:
     def __exit__(self, kind, *_):
         try:
             if kind is None:
-                with self._full_disk_named():
+                with self._explain_full_disk():
                     self._publish()
         finally:
             with contextlib.suppress(Exception):  # the first error is the one to report
@@ -374,7 +373,7 @@ class SplitWriter:
             write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
         x_path = split_path(self.hidden, self.split, "x")
         others = [path for path in self.hidden.iterdir() if path != x_path]
-        for path in [*others, x_path]:  # x last: its presence says that all is there
+        for path in [*others, x_path]:  # x last: where it is, the others are
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
             path.rename(self.directory / path.name)
@@ -393,8 +392,10 @@ def write_meta(path, rows) -> None:
 
 
 def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
-    """SHA-256 {file name: hex} of each x and y file. The digests are kept beside the data, or in
-    the user's cache where that is read-only, so that 7 GB are hashed once.
+    """SHA-256 of each x and y file, {file name: hex}.
+
+    The digests are stored beside the data, or in the user's cache where that folder is read-only,
+    so that 7 GB are hashed once.
     """
     store = Path(directory, FINGERPRINT_FILE)
     user_store = cache_file(store)
@@ -406,6 +407,8 @@ def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
         key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
         if key not in digests:
             digests[key] = file_digest(path)
-            write_cache(store, digests) or write_cache(user_store, digests)
+            is_stored = write_cache(store, digests)
+            if not is_stored:
+                write_cache(user_store, digests)
         fingerprints[path.name] = digests[key]
     return fingerprints

@@ -1,6 +1,4 @@
-"""How far long work has come: a live bar on a terminal, a plain line every so often in a job
-log.
-"""
+"""The progress of long work: a live bar on a terminal, a plain line now and then in a job log."""
 
 import datetime
 import sys

@@ -1,12 +1,13 @@
-"""PatchCamelyon as it was published: rows, checksums, slide names, and what differs from them."""
+"""PatchCamelyon as it was published: rows, checksums and slide names, and whether files differ."""
 
 import numpy as np
 
 from lib.files import file_digest
 from lib.pcam import Split, split_path
 
-# Zenodo record 2546921: rows, MD5 of the meta CSV, and of x and y packed (.h5.gz) and unpacked
-# (.h5). Tables in which valid and test are exchanged are about; the slide names decide
+# Zenodo record 2546921: number of rows, and MD5 of the meta CSV and of x and y, packed (.h5.gz) and
+# unpacked (.h5). Other published tables have valid and test exchanged; this one agrees with the
+# names of the slides
 OFFICIAL = {
     "train": {"rows": 262_144, "meta": "5a3dd671e465cfd74b5b822125e65b0a",
               "x": ("1571f514728f59376b705fc836ff4b63", "01844da899645b4d6f84946d417ba453"),
@@ -26,8 +27,8 @@ SLIDE_PREFIX = {
 
 
 def compare_slide_names(split: Split) -> str:
-    """`match` where all slides are named as those of the published split, `swapped` where any as
-    another's, or `unknown`.
+    """`match` where all slides have names of this published split, `swapped` where any has one of
+    another split, else `unknown`.
     """
     own = SLIDE_PREFIX[split.name]
     others = tuple({*SLIDE_PREFIX.values()} - {own})
@@ -39,8 +40,8 @@ def compare_slide_names(split: Split) -> str:
 
 
 def compare_md5(directory, split: str, official: dict = OFFICIAL) -> list[str]:
-    """What in a split is not the published file, each as a sentence that says whose the file is if
-    it is another split's.
+    """A sentence for each file of a split that is not the published file. It names the split to
+    which the file belongs, if there is one.
     """
     findings = []
     for part in ("x", "y", "meta"):

@@ -1,4 +1,4 @@
-"""The processes of a run: what they exchange, and the signals that stop them."""
+"""The processes of a run, called ranks: what they exchange, and the signals that stop them."""
 
 import contextlib
 import datetime
@@ -15,17 +15,17 @@ import torch.distributed as dist
 from lib.command import STOP_SIGNALS, BadInput, one_line
 from lib.device import read_count
 
-# steps between two exchanges of whether a rank was told to stop: each makes all wait for the
+# ranks ask each other every so many steps whether one was told to stop: to ask, all wait for the
 # slowest
 ASK_EVERY = 8
-# a rank may wait that long for another, which may be reading data
+# how long a rank waits for another one, which may be reading data
 PATIENCE = datetime.timedelta(minutes=30)
 
 
 @dataclass
 class StopFlag:
-    """Set by Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (time limit ahead). A second Ctrl-C
-    interrupts at once.
+    """True once Ctrl-C, SIGTERM (preemption, scancel) or SIGUSR1 (before the time limit) has come.
+    A second Ctrl-C interrupts at once.
     """
 
     signal: int | None = None
@@ -49,11 +49,11 @@ class StopFlag:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a run. They hold equal weights, share out the shards of each batch, and rank
-    0 writes the files.
+    """The processes of a run. They have equal weights and share out the shards of each batch. The
+    first one writes the files.
 
-    `via_host`: what is on a GPU is exchanged through host memory, because ranks share one, which
-    NCCL refuses.
+    With `via_host` tensors on a GPU are exchanged through host memory: some ranks share a GPU,
+    which NCCL refuses.
     """
 
     rank: int = 0
@@ -65,7 +65,7 @@ class Ranks:
         return self.rank == 0
 
     def part(self, values: torch.Tensor) -> torch.Tensor:
-        """This rank's contiguous part of the samples of a batch (B,): whole shards, in order."""
+        """This rank's part of `values` (B,) of a batch: those of its shards, in order."""
         return values.chunk(self.num)[self.rank]
 
     def shard_range(self, num_shards: int) -> range:
@@ -74,7 +74,7 @@ class Ranks:
         return range(self.rank * num_own, (self.rank + 1) * num_own)
 
     def gather(self, values: torch.Tensor) -> list[torch.Tensor]:
-        """`values` of every rank, of equal shape, in rank order."""
+        """The `values` of every rank, in rank order. All have the same shape."""
         if self.num == 1:
             return [values]
         sent = values.cpu() if self.via_host else values.contiguous()
@@ -83,8 +83,8 @@ class Ranks:
         return [part.to(values.device) for part in gathered]
 
     def any(self, flag: bool, step: int) -> bool:
-        """Whether the flag is up on any rank. All ranks have to leave at the same step, so they
-        exchange it every ASK_EVERY steps.
+        """Whether the flag of any rank is set. All ranks give the same answer: they exchange their
+        flags every ASK_EVERY steps, and at other steps the answer is False.
         """
         if self.num == 1:
             return bool(flag)
@@ -94,12 +94,12 @@ class Ranks:
         return any(flags)
 
     def wait(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         self.gather(torch.zeros(1))
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The sum of every rank's parts, a power of two in all, in one binary tree: ((a+b)+(c+d)),
-        whoever holds what.
+        """The sum of the parts of all ranks, a power of two in all, added as a binary tree
+        ((a+b)+(c+d)). The order does not depend on which rank has a part.
         """
         return _tree(self.gather(_tree(parts)))
 
@@ -123,7 +123,7 @@ def require_equal_shares(num_shards: int, num_ranks: int) -> None:
 
 
 def _first_node() -> str:
-    """The machine of the first task of this job step; srun may have been typed on another."""
+    """The name of the machine that has rank 0, where srun started the ranks."""
     if os.environ.get("SLURM_STEP_NUM_NODES", "1") == "1":
         return "127.0.0.1"
     command = ["scontrol", "show", "hostnames", os.environ["SLURM_STEP_NODELIST"]]
@@ -131,8 +131,8 @@ def _first_node() -> str:
 
 
 def _read_environment() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from torchrun or else srun, and where the ranks
-    meet.
+    """(rank, number of ranks) of this process, from torchrun or else srun. For srun it sets the
+    variables that tell torch.distributed where the ranks meet.
     """
     variables = os.environ
     if "RANK" in variables and "WORLD_SIZE" in variables:
@@ -146,6 +146,7 @@ def _read_environment() -> tuple[int, int]:
 
 
 def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
+    """Whether some of the ranks have the same GPU."""
     own = f"{platform.node()} {torch.cuda.get_device_properties(device).uuid}"
     gpus = [""] * num_ranks
     dist.all_gather_object(gpus, own)  # over the CPU
@@ -153,7 +154,7 @@ def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
 
 
 def meet(rank: int, num: int, device: torch.device) -> Ranks:
-    """The ranks after a first exchange. Raises BadInput where they do not reach each other."""
+    """Ranks that have made a first exchange. Raises BadInput where they do not reach each other."""
     try:
         via_host = device.type == "cuda" and _share_a_gpu(num, device)
         ranks = Ranks(rank, num, via_host)
@@ -167,8 +168,8 @@ def meet(rank: int, num: int, device: torch.device) -> Ranks:
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
-    """Yield this process's Ranks: under torchrun, or srun with more than one task, it is one of
-    several. Raises BadInput where the shards cannot be shared out equally.
+    """Yield the Ranks of this process, one of several under torchrun or srun with more than one
+    task. Raises BadInput where they cannot share out the shards equally.
     """
     rank, num = _read_environment()
     if num == 1:

@@ -145,7 +145,7 @@ class RunLog:
         loss, grad_norm = logged.values.tolist()
         self.last_step = logged
         if not math.isfinite(loss):
-            self.diverged(f"the loss of step {logged.row['step']} is {loss}")
+            self.raise_diverged(f"the loss of step {logged.row['step']} is {loss}")
         self.train_s += seconds
         self.wait_s += logged.wait_s
         self.num_images += self.batch_size
@@ -160,8 +160,8 @@ class RunLog:
                 wait_share=round(logged.wait_s / seconds, 5),
             )
 
-    def diverged(self, what: str):
-        """Raise Diverged, with the last step that was read; all ranks do at the same step."""
+    def raise_diverged(self, what: str):
+        """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
         if not self.last_step:
             raise Diverged(self.progress["num_steps"], what, [])
         keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part

@@ -5,13 +5,15 @@ on what came before.
 import os
 import random
 
-# cuBLAS reads this when CUDA starts; importing this module is early enough, setting it later is not
+# cuBLAS reads this when CUDA starts, so it is set when this module is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
 
+# constants of splitmix64, and one for a second round of it
 _ADD, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_SECOND_ROUND = 0xD1B54A32D192ED03
 _SIGNED = 1 << 63
 
 
@@ -21,13 +23,13 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(values, num_bits: int):
-    """Logical shift; a signed integer's own keeps the sign."""
+    """`values >> num_bits`, filled up with zeros; `>>` repeats the sign of a signed integer."""
     return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 
 def _mix(values: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finaliser (Steele et al., OOPSLA 2014) over int64; integer, so equal on every
-    device.
+    """The finaliser of splitmix64 (Steele et al., OOPSLA 2014) of each int64. Integer arithmetic
+    gives the same on every device.
     """
     values = values + _signed(_ADD)
     values = (values ^ _shift_right(values, 30)) * _signed(_MULTIPLY_1)
@@ -36,8 +38,8 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
 
 
 def _mix_int(value: int) -> int:
-    """The same of one number, which then reaches a GPU as an argument: copying a tensor there would
-    wait for its steps.
+    """`_mix` of one Python int. A GPU gets an int as an argument of a kernel; a tensor would have
+    to be copied to it, which waits for its steps.
     """
     value = _signed(value + _ADD)
     value = _signed((value ^ _shift_right(value, 30)) * _MULTIPLY_1)
@@ -46,28 +48,31 @@ def _mix_int(value: int) -> int:
 
 
 def mix_position(*position: int) -> int:
-    """A position such as (seed, epoch, purpose) as one number of 64 bits, signed."""
+    """A position such as (seed, epoch, purpose) hashed to one signed number of 64 bits."""
     mixed = 0
     for part in position:
         mixed = _mix_int(mixed ^ part)
     return mixed
 
 
-def mixed_bits(keys: torch.Tensor, mixed: int | torch.Tensor) -> torch.Tensor:
-    """64 random bits for each of `keys` int64, of any shape and device, at a mixed position, which
-    may be an int64 tensor () on their device: int64.
+def mixed_bits(keys: torch.Tensor, mixed_position: int | torch.Tensor) -> torch.Tensor:
+    """64 random bits, as int64, for each of `keys` int64, of any shape and device.
+
+    `mixed_position` comes from `mix_position`, as an int or an int64 tensor () on the keys' device.
     """
-    return _mix(_mix(keys ^ mixed) ^ _signed(0xD1B54A32D192ED03))
+    return _mix(_mix(keys ^ mixed_position) ^ _signed(_SECOND_ROUND))
 
 
 def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:
-    """64 random bits for each of `keys` int64, of any shape and device, at a position: int64."""
+    """64 random bits, as int64, for each of `keys` int64 at a position such as (seed, epoch,
+    purpose).
+    """
     return mixed_bits(keys, mix_position(*position))
 
 
 def bits_to_uniform(bits: torch.Tensor) -> torch.Tensor:
-    """64 random bits, as int64, as numbers in [0, 1): float32 of the same shape, multiples of
-    2^-24.
+    """Uniform numbers in [0, 1) made of random `bits` int64: float32 of the same shape, multiples
+    of 2^-24.
     """
     return _shift_right(bits, 40).to(torch.float32) * 2.0**-24
 
@@ -80,29 +85,30 @@ def position_permutation(num: int, *position: int, device="cpu") -> torch.Tensor
 
 
 def position_seed(*position: int) -> int:
-    """A non-negative seed for a generator, from a position."""
+    """A non-negative seed for a generator, as a function of the position."""
     return int(_shift_right(position_bits(torch.zeros(1, dtype=torch.int64), *position), 1))
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch on every device: the initial weights are drawn from these."""
+    """Seed the generators of python, numpy and, on every device, torch, which draws the initial
+    weights.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def set_determinism(deterministic: bool, threads: int | None = None) -> None:
-    """Choose, or not, only algorithms that repeat to the bit on the same machine, with `threads`
-    threads if they are given.
+    """Set the number of threads, if it is given, and whether torch may use only algorithms that
+    repeat to the bit on the same machine.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    # what use_deterministic_algorithms does, but for loading torch's compiler, which takes seconds
+    # as torch.use_deterministic_algorithms, which also loads torch's compiler for some seconds
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
-    # fp32 is float32
+    # no TensorFloat-32: fp32 computes in float32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    # filling every fresh buffer costs time and can only hide reads of uninitialised memory, of
-    # which there are none here
+    # to fill new tensors costs time and matters only to code that reads them before it writes
     torch.utils.deterministic.fill_uninitialized_memory = False

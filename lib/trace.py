@@ -1,5 +1,5 @@
-"""What a run computed, step by step, as SHA-256: two runs are compared to the bit without keeping
-their tensors.
+"""The trace of a run: SHA-256 digests of what each step computed. Two runs are compared by them to
+the bit, without keeping their tensors.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ from lib.checkpoint import state_sha256
 from lib.files import CsvLog
 from lib.ranks import Ranks
 
-# the quantities of a step in the order of cause and effect, and the likely cause where one is the
-# first that differs
+# the quantities of a step in the order in which they are computed, each with the likely cause where
+# it is the first one that differs between two runs
 QUANTITIES = {
     "rows": (
         "the order of the samples or their labels: sampler, quarantine, or the code that draws the"
@@ -50,8 +50,8 @@ def copy_tensors(tensors: dict) -> dict[str, torch.Tensor]:
 
 
 def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
-    """Copies of what a step took and left, {quantity: {name: tensor or text}}, equal on any number
-    of ranks.
+    """Copies of what a step used and changed, {quantity: {name: tensor or text}}. They are the same
+    for any number of ranks.
     """
     device = batch.images.device
 
@@ -60,14 +60,14 @@ def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
             name: torch.cat(ranks.gather(tensor.to(device))) for name, tensor in tensors.items()
         }
 
-    def of_last_rank(words: torch.Tensor) -> torch.Tensor:
-        return ranks.gather(words.to(device))[-1]
+    def of_last_rank(state_bytes: torch.Tensor) -> torch.Tensor:
+        return ranks.gather(state_bytes.to(device))[-1]
 
-    # generators as the last rank left them, which computed the last shard
-    _, words, *position = np.random.get_state()
+    # the generators of the last rank, which computed the last shard
+    _, numbers, *position = np.random.get_state()
     rng = {
         "torch": of_last_rank(torch.get_rng_state()),
-        "numpy": repr((words.tobytes(), *position)),
+        "numpy": repr((numbers.tobytes(), *position)),
         "python": repr(random.getstate()),
     }
     if device.type == "cuda":
@@ -87,22 +87,23 @@ def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
 
 
 class Trace:
-    """trace.csv of a run: a row for every `every`th step, 0 for none. Its checkpoints are kept.
+    """Writes trace.csv of a run, a row for every `every`th step, and keeps the run's checkpoints. 0
+    turns it off.
 
-    A step costs the training loop a copy of its tensors, which the next step overwrites. A
-    background thread hashes them; its error is raised at a later call. All ranks give their parts
-    of a batch to the first, which writes.
+    The training loop only copies the tensors of a step, since the next step overwrites them. A
+    background thread hashes the copies; its errors are raised by a later call. The ranks send their
+    parts of a batch to the first rank, which writes.
     """
 
     def __init__(self, run: Path | None, state, every: int, ranks: Ranks):
         self.run, self.state, self.every, self.ranks = run, state, every, ranks
         self.start_step = state.progress["num_steps"]
         self.hasher = ThreadPoolExecutor(1)
-        self.job = None  # the row that is being hashed
+        self.job = None  # the future of the row that is being hashed
         self.log = None
 
     def add(self, batch, result) -> None:
-        """Take down the step that was just made from `batch`, this rank's part."""
+        """Add a row for the step that was just made from `batch`, this rank's part."""
         step, device = self.state.progress["num_steps"], batch.images.device
         if not self.every or step % self.every:
             return
@@ -140,12 +141,12 @@ class Trace:
             self.log.flush()
 
     def keep(self, checkpoint: Path) -> None:
-        """Keep a checkpoint that the next one will replace, under the number of its step: a second
-        name, no second copy.
+        """Keep a checkpoint, which the next one will replace, under the number of its step. A hard
+        link needs no second copy.
         """
         if self.every:
             (self.run / KEPT).mkdir(exist_ok=True)
-            # without links a replay starts earlier; an existing one is of the same step
+            # OSError: no links here, and a replay starts earlier; or the link is already there
             with contextlib.suppress(OSError):
                 os.link(checkpoint, self.run / KEPT / f"{self.state.progress['num_steps']:08}.pt")
 

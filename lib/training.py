@@ -22,26 +22,26 @@ from lib.optimizers import build_optimizer
 from lib.ranks import ALONE, Ranks
 from lib.seeding import position_seed, seed_everything
 
-DROPOUT = 201  # purpose of a draw
+DROPOUT = 201  # purpose of a draw, as part of its position
 LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass
 class TrainState:
-    """All that a step changes. `progress` holds the position, and the memory of the schedule and of
-    the choice of the best epoch.
+    """All that a step changes. `progress` holds the position in the run, and what the schedule and
+    the choice of the best epoch remember. `averaged` is None without `ema_decay`.
     """
 
     model: nn.Module
     averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     progress: dict
-    graph: StepGraph | None = None  # on a GPU; None makes each step plainly, which gives the same
+    graph: StepGraph | None = None  # on a GPU; without one each step gives the same, but slower
 
     def checkpoint(
         self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True
     ) -> dict:
-        """This state as the fields of an uncalibrated checkpoint; the tensors are not copied."""
+        """The fields of an uncalibrated checkpoint of this state; the tensors are not copied."""
         return {
             "config": cfg.as_dict(),
             "model": dict(self.model.state_dict()),
@@ -60,10 +60,10 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss and global gradient norm (before clipping) of a step, as tensors on the device: reading
-    them waits for the step, and on a GPU the next step overwrites them.
+    """Loss and global gradient norm (before clipping) of a step, as tensors () on the device, and
+    the augmentation drawn for this rank's part of the batch.
 
-    `draws` is what was drawn for this rank's part of the batch.
+    Reading them waits for the step. On a GPU the next step overwrites them.
     """
 
     loss: torch.Tensor
@@ -72,8 +72,8 @@ class StepResult:
 
 
 def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
-    """A state before the first step. The initial weights are drawn from the seed on the CPU, so
-    that they are the same on any device. Raises BadInput where `weights` do not fit.
+    """The state before the first step. Initial weights are drawn on the CPU, so that they are the
+    same on any device. Raises BadInput where the file `weights` of the config does not fit.
     """
     seed_everything(cfg.seed)
     model = build_model(cfg)
@@ -98,21 +98,21 @@ def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> Trai
 
 
 def why_not_captured(cfg: Config, ranks: Ranks) -> str:
-    """What of a step cannot be part of a CUDA graph; empty for nothing."""
+    """Why a step cannot be captured as a CUDA graph; empty if it can."""
     if cfg.dropout:
         return "dropout draws from a generator, which is seeded anew for each step"
     return "several ranks exchange their sums" if ranks.num > 1 else ""
 
 
 def require_finite(model: nn.Module, source) -> None:
-    """Raise BadInput where the weights that a file gave are not all finite numbers."""
+    """Raise BadInput where the weights from the file `source` are not all finite numbers."""
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise BadInput(f"{source}: the tensor {name} holds values that are no finite numbers")
 
 
 def restore_state(state: TrainState, checkpoint: dict, source) -> None:
-    """Put a checkpoint into a state, in place. Raises BadInput if it is of another model or
+    """Load a checkpoint into a state, in place. Raises BadInput if it is of another model or
     optimizer.
     """
     for model, name in ((state.model, "model"), (state.averaged, "averaged")):
@@ -127,8 +127,8 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
 
 
 def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float = 1.0) -> float:
-    """The rate of step 0, 1, ...: a linear warm-up, then the schedule. `lr_scale` is what plateaus
-    have made of it so far.
+    """The learning rate of a step, from 0: a linear warm-up, then the schedule. `lr_scale` is the
+    product of the decays at plateaus so far.
     """
     warmup_steps = cfg.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
@@ -142,8 +142,8 @@ def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float 
 
 
 def class_weights(labels: np.ndarray, cfg: Config, device: torch.device) -> torch.Tensor | None:
-    """Loss weights (2,) that give both classes the same say, mean 1 over the samples; None unless
-    `balance: loss`.
+    """Weights (2,) in the loss that give both classes the same total weight, with mean 1 over the
+    samples. None unless `balance: loss`.
     """
     if cfg.balance != "loss":
         return None
@@ -154,7 +154,7 @@ def class_weights(labels: np.ndarray, cfg: Config, device: torch.device) -> torc
 def compute_loss(
     logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean log loss of float32 logits (B,) against labels (B,) in {0, 1}."""
+    """Mean log loss () of float32 logits (B,) against labels (B,) in {0, 1}, by class `weights`."""
     smoothed = labels * (1 - cfg.label_smoothing) + 0.5 * cfg.label_smoothing
     losses = functional.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
     return (losses if weights is None else losses * weights[labels.long()]).mean()
@@ -168,17 +168,18 @@ def training_step(
     weights: torch.Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> StepResult:
-    """One optimisation step, in place; the same for training, benchmarks and audits. Nothing in it
-    waits for the device.
+    """Make one optimisation step, in place; the same for training, benchmarks and audits. The host
+    never waits for the device here.
 
-    `batch` is this rank's part; loss, norm and the new weights are those of the whole batch, equal
-    on every rank.
+    `batch` is this rank's part, and `weights` are the class weights of the loss. Loss, norm and the
+    new weights are those of the whole batch, equal on every rank.
     """
     progress = state.progress
     crop = patch_size(cfg, progress["epoch"])
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
     dropout_position = (cfg.seed, progress["epoch"], progress["step"], DROPOUT)
 
+    # what changes from step to step is an argument: a CUDA graph replays all else as it was
     def step(images, labels, keys, position, lr, averaging) -> StepResult:
         draws = draw_at(position, keys, cfg)
         inputs = model_input(images, draws, crop, dtype)
@@ -204,15 +205,14 @@ def training_step(
 
 
 def on_gpu(numbers: tuple, device: torch.device) -> tuple:
-    """Numbers as tensors () if the device is a GPU, where a captured step reads them; a CPU takes
-    them as they are."""
+    """Numbers as tensors () on a GPU, where a captured step reads them; unchanged for a CPU."""
     if device.type == "cpu":
         return numbers
     return tuple(torch.full((), number, device=device) for number in numbers)
 
 
 def update_weights(state: TrainState, cfg: Config, lr: float | torch.Tensor) -> torch.Tensor:
-    """Clip the gradients, let the optimizer step, and return the gradients' norm before."""
+    """Clip the gradients, let the optimizer step, and return the norm () before clipping."""
     gradients = [parameter.grad for parameter in state.model.parameters()]
     grad_norm = nn.utils.get_total_norm(gradients)
     if cfg.grad_clip:
@@ -226,20 +226,21 @@ def update_weights(state: TrainState, cfg: Config, lr: float | torch.Tensor) -> 
 def compute_gradients(
     model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE
 ) -> torch.Tensor:
-    """Set the gradients and batch-norm statistics of a batch, cut into `shards` equal parts, and
-    return its loss.
+    """Set the gradients and batch-norm statistics of a batch and return its loss ().
 
-    Each shard starts from the same running statistics and has its own. Losses, gradients and
-    statistics of the shards are added in one binary tree: the sum has the same bits, whichever rank
-    computes a shard.
+    The batch is cut into `shards` equal parts. Each shard starts from the same running statistics.
+    Losses, gradients and statistics of the shards are added in one fixed binary tree, so their mean
+    has the same bits whichever rank computes a shard.
     """
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()] if cfg.shards > 1 else []
+    buffers_before = []
+    if cfg.shards > 1:
+        buffers_before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     shards = ranks.shard_range(cfg.shards)
     input_parts, label_parts = inputs.chunk(len(shards)), labels.chunk(len(shards))
     shard_sums = []
     with filters_made_once(model, inputs.dtype):
         for shard, x, y in zip(shards, input_parts, label_parts, strict=True):
-            for buffer, value in before:
+            for buffer, value in buffers_before:
                 buffer.copy_(value)
             if cfg.dropout:
                 torch.manual_seed(position_seed(*position, shard))
@@ -247,9 +248,10 @@ def compute_gradients(
             loss = backpropagate(model, x, y, cfg, weights, keep_filters=not is_last)
             if cfg.shards == 1:
                 return loss
-            results = step_results(model, loss)
+            results = shard_results(model, loss)
             shard_sums.append(torch.cat([tensor.detach().reshape(-1) for tensor in results]))
     mean = ranks.tree_sum(shard_sums) / cfg.shards
+    # the mean goes where the last shard's results are: into the loss, gradients and statistics
     sizes = [tensor.numel() for tensor in results]
     for tensor, value in zip(results, mean.split(sizes), strict=True):
         tensor.detach().copy_(value.view(tensor.shape))
@@ -257,8 +259,10 @@ def compute_gradients(
 
 
 def backpropagate(model, inputs, labels, cfg: Config, weights, keep_filters: bool) -> torch.Tensor:
-    """Set the gradients of a shard and return its loss. All that the backward pass kept is freed on
-    return, except the filters where the next shard uses them.
+    """Set the gradients of a shard and return its loss ().
+
+    The backward pass frees what the forward pass stored, unless `keep_filters`: the next shard then
+    goes back through the same filters.
     """
     with layer_precision(inputs.device, cfg.precision):
         logits = model(inputs)
@@ -268,9 +272,9 @@ def backpropagate(model, inputs, labels, cfg: Config, weights, keep_filters: boo
     return loss.detach()
 
 
-def step_results(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
-    """Loss, gradients and running statistics: what is averaged over the shards. Counters of batches
-    are not.
+def shard_results(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of a shard that are averaged over the shards: loss, gradients and running
+    statistics. Integer buffers, such as counters of batches, are not.
     """
     gradients = [parameter.grad for parameter in model.parameters()]
     statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
@@ -278,20 +282,20 @@ def step_results(model: nn.Module, loss: torch.Tensor) -> list[torch.Tensor]:
 
 
 def average_decay(cfg: Config, num_steps: int) -> float:
-    """The decay of the averaged weights after so many steps; early on it is less, so that the start
-    is forgotten soon.
+    """The decay of the averaged weights after `num_steps` steps. At first it is smaller, so that
+    the initial weights are soon forgotten.
     """
     return min(cfg.ema_decay, (1 + num_steps) / (10 + num_steps))
 
 
 @torch.no_grad()
 def average_weights(state: TrainState, weight: float | torch.Tensor) -> None:
-    """Move the averaged weights and statistics towards the current ones by `weight` of the way."""
+    """Move the averaged weights and statistics towards the current ones, by the share `weight`."""
     averaged = [*state.averaged.parameters(), *state.averaged.buffers()]
     current = [*state.model.parameters(), *state.model.buffers()]
     pairs = list(zip(averaged, current, strict=True))
     means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-    if torch.is_tensor(weight):  # torch has no lerp of many tensors by a tensor
+    if torch.is_tensor(weight):  # torch has no lerp of many tensors by a weight on the device
         differences = torch._foreach_sub(values, means)
         torch._foreach_mul_(differences, weight)
         torch._foreach_add_(means, differences)
@@ -303,8 +307,8 @@ def average_weights(state: TrainState, weight: float | torch.Tensor) -> None:
 
 
 def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
-    """Update best metric and plateau after an epoch's evaluation; True if this epoch is the best so
-    far.
+    """Update the best metric, and the decay at plateaus, after an epoch's evaluation. True if this
+    epoch is the best so far.
     """
     sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
     value, best = scores[cfg.select_metric], progress["best"]
@@ -326,6 +330,6 @@ def is_finite(state: TrainState) -> bool:
 
 
 def is_over(progress: dict, cfg: Config) -> bool:
-    """Whether all epochs were made, or early stopping has run out of patience."""
+    """Whether all epochs are done, or early stopping ends the run."""
     is_stale = cfg.early_stop_epochs and progress["stale_epochs"] >= cfg.early_stop_epochs
     return bool(is_stale) or progress["epoch"] >= cfg.epochs
