@@ -71,9 +71,9 @@ def parse(argv) -> argparse.Namespace:
     add(
         "--seconds",
         type=float,
-        default=0.5,
+        default=0.4,
         metavar="S",
-        help="measured per case and repeat (default: 0.5)",
+        help="measured per case and repeat (default: 0.4)",
     )
     add(
         "--repeats",

@@ -196,7 +196,9 @@ def open_batches(case: Case, device: torch.device, about: dict, keys=None, prefe
     split, source = open_source(case.cfg.data_dir, case.cfg.data_residence, device)
     about["residence"] = source.residence
     if keys is None:
-        keys = order_of(case, len(split))
+        keys = torch.arange(len(split))
+        if case.order == "random":
+            keys = position_permutation(len(split), case.cfg.seed)
     size, is_endless = case.cfg.batch_size, case.cache == "warm"
     if is_endless:  # a short split over and over, without a new start
         keys = keys.repeat(-(-MIN_BATCHES * size // len(keys)))
@@ -204,12 +206,6 @@ def open_batches(case: Case, device: torch.device, about: dict, keys=None, prefe
     yield from load_batches(source, split.labels, batches, prefetch)
     while is_endless:
         yield from load_batches(source, split.labels, batches, prefetch)
-
-
-def order_of(case: Case, num: int) -> torch.Tensor:
-    if case.order == "sequential":
-        return torch.arange(num)
-    return position_permutation(num, case.cfg.seed)
 
 
 def raw(case, device, about):

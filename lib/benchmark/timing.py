@@ -101,10 +101,10 @@ def share_of_others(busy_s: float, started_at: float) -> float:
     return max(0.0, others_busy_s() - busy_s) / core_s
 
 
-def require_quiet(seconds: float = 1.0) -> None:
+def require_quiet() -> None:
     """Raise BadInput where others already use more of this machine than a measurement can bear."""
     busy_s, started_at = others_busy_s(), time.monotonic()
-    time.sleep(seconds)
+    time.sleep(1.0)
     share = share_of_others(busy_s, started_at)
     if share > MAX_BUSY_SHARE:
         raise BadInput(
