@@ -13,7 +13,7 @@ from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
 from lib.batches import PatchSource, Rows, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
-from lib.device import layer_precision
+from lib.device import input_dtype, layer_precision
 from lib.features import measure_features
 from lib.inputs import Block
 from lib.metrics import compute_metrics
@@ -22,11 +22,6 @@ from lib.ranks import ALONE, Ranks
 CPU_BATCH = 64  # so few patches that their activations stay in a core's cache
 GPU_BATCH = 256  # so many patches that a GPU is busy while the next ones are copied to it
 MAX_WORKERS = 16  # most blocks that are predicted at a time: each needs memory for activations
-
-
-def input_dtype(precision: str) -> torch.dtype:
-    """The type in which patches enter a model."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def block_size(device: torch.device) -> int:
