@@ -120,8 +120,8 @@ class RunLog:
         row = {"step": step, "epoch": self.progress["epoch"] + 1, "lr": lr}
         values = torch.stack([result.loss, result.grad_norm]).detach()
         values, done = self._to_host(values, step)
-        keys, num_rows, wait_s = batch.keys, batch.num_rows, batch.wait_s
-        self.pending.append(LoggedStep(row, keys, num_rows, wait_s, host_s, values, done))
+        facts = (row, batch.keys, batch.num_rows, batch.wait_s, host_s)
+        self.pending.append(LoggedStep(*facts, values, done))
         self.log_s += time.perf_counter() - now
 
     def _to_host(
