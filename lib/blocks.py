@@ -1,5 +1,5 @@
-"""A result as a list of blocks (headings, words, tables, figures, galleries, code), each as text for
-a terminal, as Markdown and as HTML; and one self-contained page of them.
+"""A result as a list of blocks: headings, words, tables, figures, galleries and code. Each block is
+also Markdown and HTML, a table is text for a terminal, and a list of blocks is a page in one file.
 """
 
 import base64
@@ -15,9 +15,9 @@ from PIL import Image
 from lib.config import plain
 from lib.files import atomic_write
 
-MOST_WIDE = 8  # columns of a table in print of full size
-MOST_ROWS = 15  # of a table in Markdown whose every row is in another file
-# the marks that Markdown has within a paragraph, and what they are in HTML
+MOST_WIDE = 8  # a table of more columns has small print
+MOST_ROWS = 15  # rows that Markdown shows of a table which a file has as a whole
+# marks of Markdown within a paragraph; each group is named as its tag in HTML
 INLINE = re.compile(r"`(?P<code>[^`]+)`|\*\*(?P<b>[^*]+)\*\*|(?P<a>https?://[^\s)]+)")
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
@@ -33,8 +33,8 @@ th[aria-sort=descending]::after{content:" \\25bc"}
 nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
 .note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
 """
-# A click on a table's head, or Enter, orders its rows; the next one turns the order around.
-# Numbers are compared as numbers.
+# A click, or Enter, on the head of a column sorts the table by it, a second one in reverse. A column
+# of numbers is sorted by value.
 SORTING = """
 for (const head of document.querySelectorAll("th")) {
   head.tabIndex = 0;
@@ -73,7 +73,7 @@ class Heading:
 class Words:
     """A paragraph, with `code`, **bold** and links marked as in Markdown.
 
-    The kind is "note" for small print, "alarm" for what must not be overlooked, or empty.
+    The kind is "note" for small print, "alarm" for a warning, or empty.
     """
 
     text: str
@@ -92,8 +92,8 @@ class Words:
 class Table:
     """Rows of values under a header.
 
-    `full` names the file that holds every row; where it is given, Markdown shows the first
-    MOST_ROWS. A table of many columns has small print.
+    `full` names a file that holds every row; Markdown then shows only the first MOST_ROWS. A table
+    of many columns has small print.
     """
 
     header: list
@@ -115,7 +115,7 @@ class Table:
 
     def to_html(self) -> str:
         first_row = (self.rows or [self.header])[0]
-        kinds = [cell_class(cell) for cell in first_row]  # a head is aligned as the cell below it
+        kinds = [cell_class(cell) for cell in first_row]  # a head is aligned like the cell below
         head = html_row(self.header, kinds, "th")
         body = [html_row(row, map(cell_class, row), "td") for row in self.rows]
         kind = "dense" if len(self.header) > MOST_WIDE else "wide"
@@ -126,7 +126,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with a title; `path` is where Markdown finds it, `remark` stands behind the sources."""
+    """A PNG with a title. Markdown links to `path`; `remark` follows the sources."""
 
     title: str
     png: bytes = b""
@@ -145,7 +145,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Patches uint8 (H, W, 3) with a caption each; Markdown has the captions alone."""
+    """Patches uint8 (H, W, 3), each with a caption. Markdown shows only the captions."""
 
     patches: list[np.ndarray]
     captions: list[str]
@@ -165,7 +165,7 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it stands in a file; `where` says which."""
+    """Text quoted from a file; `where` names the file."""
 
     text: str
     where: str
@@ -179,20 +179,20 @@ class Code:
 
 
 def table_of(rows: list[dict], columns=(), **options) -> Table:
-    """A Table of rows that are dicts: these columns, or all that any row has."""
+    """A Table of dicts, with the given columns or else those of all rows."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
     return Table(columns, [[row.get(name) for name in columns] for row in rows], **options)
 
 
 def to_markdown(blocks) -> str:
-    """Blocks as one Markdown text, without a line end."""
+    """Blocks as one Markdown text, without a line end at its end."""
     return "\n\n".join(block.to_markdown() for block in blocks)
 
 
 def write_page(path, title: str, blocks) -> Path:
-    """Write blocks as one HTML page that needs no other file, atomically; gives its path.
+    """Write blocks as one HTML page that needs no other file, atomically, and return its path.
 
-    It begins with a table of contents where headings have anchors.
+    The page begins with a table of contents of the headings that have anchors.
     """
     links, chapter = [], ""
     for block in blocks:
@@ -215,7 +215,7 @@ def write_page(path, title: str, blocks) -> Path:
 
 
 def show(value) -> str:
-    """A value as text, numbers in four digits, None as nothing."""
+    """A value as text: floats with four digits, None as an empty text."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -226,12 +226,12 @@ def show(value) -> str:
 
 
 def cite(sources) -> str:
-    """The files that a block comes from, as a sentence; empty without any."""
+    """A sentence that names the files of a block's values; empty without any."""
     return f"From {', '.join(dict.fromkeys(sources))}." if sources else ""
 
 
 def text_table(header, rows) -> str:
-    """Aligned columns for a terminal; numbers in six digits."""
+    """A table in aligned columns for a terminal; floats have six digits."""
     lines = [list(header)]
     for row in rows:
         lines.append([f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row])
@@ -240,7 +240,7 @@ def text_table(header, rows) -> str:
 
 
 def markdown_row(cells) -> str:
-    """A row of a Markdown table; a bar in a cell would end it."""
+    """A row of a Markdown table. A bar in a cell is escaped, as it would end the cell."""
     texts = [show(cell).replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(texts)} |"
 
@@ -253,26 +253,26 @@ def html_row(cells, kinds, tag: str) -> str:
 
 
 def cell_class(cell) -> str:
-    """Words stand on the left and wrap, numbers on the right."""
+    """The CSS class of a cell: `words`, which are on the left and wrap, or `number`."""
     is_number = not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
     return "number" if is_number else "words"
 
 
 def html_image(png: bytes, description: str) -> str:
-    """A PNG inside the page; the description is read out where it cannot be seen."""
+    """A PNG as part of the page; the description is for those who cannot see it."""
     data = base64.b64encode(png).decode()
     return f'<img src="data:image/png;base64,{data}" alt="{html.escape(description)}">'
 
 
 def patch_png(patch: np.ndarray) -> bytes:
-    """A patch uint8 (H, W, 3) as PNG, in its own colours."""
+    """A patch uint8 (H, W, 3) as PNG, without scaling its colours."""
     buffer = io.BytesIO()
     Image.fromarray(patch).save(buffer, format="png")
     return buffer.getvalue()
 
 
 def inline(text: str) -> str:
-    """Text as HTML, with the marks that Markdown has within a paragraph."""
+    """Text as HTML, in which Markdown's marks of INLINE have become tags."""
     return INLINE.sub(replace_mark, html.escape(text))
 
 

@@ -1,5 +1,5 @@
-"""The bundle, a folder that predicts with a run's checkpoint without a network: its files, as its
-writer and its audit read them.
+"""The bundle, a folder that predicts with a run's checkpoint on a machine without a network: what
+report.py handover, which writes it, and audit.py handover both need.
 """
 
 from importlib.metadata import distributions
@@ -10,13 +10,13 @@ from lib.rundir import git
 
 SUMS = "SHA256SUMS"  # written last: a folder without it is half a bundle
 RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
-# packages of a prediction; all others are for training and reports
+# the packages that a prediction needs; others serve training and reports
 NEEDED = ("torch", "numpy", "h5py", "pyyaml", "pillow")
 
 
 def tracked_files() -> list[str]:
-    """Names of the repository's files that git tracks, as they are in the working tree. Raises
-    BadInput outside a git repository.
+    """The names of the files that git tracks and that are in the working tree. Raises BadInput
+    outside a git repository.
     """
     names = git("ls-files", "-z").split("\0")
     names = [name for name in names if (REPOSITORY / name).is_file()]
@@ -26,8 +26,8 @@ def tracked_files() -> list[str]:
 
 
 def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
-    """Have the code in a bundle predict its sample patches on the CPU, into the CSV file `out`.
-    Raises BadInput where it cannot.
+    """Predict a bundle's sample patches with its own code, on the CPU, into the CSV file `out`.
+    Raises BadInput where that fails.
     """
     bundle = bundle.resolve()
     inputs = ("--ckpt", bundle / "model", bundle / "patches")
@@ -36,8 +36,8 @@ def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
 
 
 def read_licence(meta) -> str:
-    """The licence that a package's metadata states: its expression, else its classifiers, else the
-    first line of its text.
+    """The licence in a package's metadata: its licence expression, else its classifiers, else the
+    first line of its licence text.
     """
     classifiers = meta.get_all("Classifier", [])
     names = [text.split(" :: ")[-1] for text in classifiers if text.startswith("License ::")]
@@ -46,7 +46,7 @@ def read_licence(meta) -> str:
 
 
 def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
-    """Package, version, licence, file and size in bytes of each wheel of a folder.
+    """A row for each wheel of a folder: package, version, licence, wheel (its file) and bytes.
 
     Raises BadInput where a package of NEEDED is missing, or where a wheel is not for `python`, such
     as 3.11, on `machine`, such as x86_64.

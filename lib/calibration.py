@@ -1,5 +1,5 @@
-"""Calibrated probabilities and the threshold on them: fitted, judged, and written into a checkpoint
-with the statistics of its training data.
+"""Calibration of the probabilities and the threshold on them: fitted, judged, and written into a
+checkpoint together with the reference statistics of the training data.
 """
 
 import numpy as np
@@ -31,8 +31,8 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
     labels (N,). Without an offset, b is 0 (Guo et al. 2017).
 
     The targets are those of Platt (1999), which keep T finite where the classes do not overlap. The
-    offset mends a model that calls too few or too many patches positive. A model that ranks patches
-    the wrong way round, or hardly at all, is left as it is: (1, 0).
+    offset corrects a model that calls too few or too many patches positive. The result is (1, 0),
+    which changes nothing, for a model that ranks patches in the wrong order, or hardly at all.
     """
     labels, logits = as_arrays(labels, logits)
     high = (labels.sum() + 1) / (labels.sum() + 2)
@@ -45,7 +45,7 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
         return (np.logaddexp(0.0, scaled) - targets * scaled).mean()
 
     # Newton's method, with shorter steps where a whole one does not lower the loss
-    factors = np.array([1.0, 0.0])
+    factors = np.array([1.0, 0.0])  # 1 / T and b
     for _ in range(100):
         probs = sigmoid(inputs @ factors)
         gradient = inputs.T @ (probs - targets)
@@ -91,11 +91,13 @@ def calibration_scores(labels, logits) -> dict[str, float]:
 def choose_threshold(
     labels, probs, rule: str, least_recall: float, false_negative_cost: float
 ) -> float:
-    """The threshold on probabilities (N,) of both classes that a rule chooses, half-way between two
-    of them.
+    """The threshold on probabilities (N,) that a rule chooses, half-way between two of them. The
+    labels must have both classes.
 
-    f2: the highest F2. recall: the strictest that finds `least_recall` of the positives. cost: the
-    lowest sum of false positives, and of false negatives that cost `false_negative_cost` each.
+    - f2: the threshold of the highest F2
+    - recall: the strictest threshold that finds `least_recall` of the positives
+    - cost: the threshold of the lowest cost, where a false positive costs 1 and a false negative
+      `false_negative_cost`
     """
     labels, probs = as_arrays(labels, probs)
     points = curve_points(labels, probs)
@@ -107,14 +109,14 @@ def choose_threshold(
     elif rule == "cost":
         best = np.argmin(false_negative_cost * misses + false_alarms)
     else:
-        best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))
+        best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))  # F2
     thresholds = np.append(points["threshold"], 0.0)
     return float(thresholds[best : best + 2].mean())
 
 
 def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
-    """What a threshold on probabilities (N,) gives: threshold, the counts tp, fp, fn, tn, recall,
-    specificity, precision, f2. NaN where a score is not defined.
+    """The scores of a decision at a threshold on probabilities (N,): threshold, the counts tp, fp,
+    fn, tn, recall, specificity, precision, f2. NaN where a score is not defined.
     """
     confusion = compute_confusion(labels, np.asarray(probs) >= threshold)
     tp, fp, fn, tn = confusion.values()
@@ -131,25 +133,25 @@ def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
     }
 
 
-def fit_calibration(labels, logits, is_chosen: np.ndarray, cfg: Config) -> dict | None:
-    """Temperature, offset and threshold, chosen on the rows where `is_chosen` bool (N,) and judged
-    on the others. None where one of the halves lacks a class.
+def fit_calibration(labels, logits, is_fitted: np.ndarray, cfg: Config) -> dict | None:
+    """Temperature, offset, views and, in `decision`, threshold: fitted to the rows where
+    `is_fitted` bool (N,) and judged on the other rows. None where either half lacks a class.
 
-    `before` and `after` hold the calibration scores of the other half, `decision` what the
-    threshold gives there.
+    `before` and `after` are the calibration scores on the other rows, and `decision` the scores of
+    the threshold there.
     """
-    chosen, judged = labels[is_chosen], labels[~is_chosen]
-    if len(np.unique(chosen)) < 2 or len(np.unique(judged)) < 2:
+    fitted_labels, judged_labels = labels[is_fitted], labels[~is_fitted]
+    if len(np.unique(fitted_labels)) < 2 or len(np.unique(judged_labels)) < 2:
         return None
-    temperature, offset = fit_scaling(chosen, logits[is_chosen])
+    temperature, offset = fit_scaling(fitted_labels, logits[is_fitted])
     calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
     scaled = calibrate(logits, calibration)
     probs = sigmoid(scaled)
     rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
-    threshold = choose_threshold(chosen, probs[is_chosen], *rule)
-    calibration["before"] = calibration_scores(judged, logits[~is_chosen])
-    calibration["after"] = calibration_scores(judged, scaled[~is_chosen])
-    calibration["decision"] = decision_scores(judged, probs[~is_chosen], threshold)
+    threshold = choose_threshold(fitted_labels, probs[is_fitted], *rule)
+    calibration["before"] = calibration_scores(judged_labels, logits[~is_fitted])
+    calibration["after"] = calibration_scores(judged_labels, scaled[~is_fitted])
+    calibration["decision"] = decision_scores(judged_labels, probs[~is_fitted], threshold)
     return calibration
 
 
@@ -161,21 +163,23 @@ def complete_checkpoint(
     cfg: Config,
 ) -> tuple[dict, dict]:
     """Write calibration, threshold and reference statistics into a checkpoint, in place. `source`
-    has the patches of `valid`, on the device that predicts.
+    has the patches of `valid`; its device predicts.
 
-    Calibration and threshold are chosen on one half of the validation rows and judged on the other;
-    slides, or groups of copies, stay whole. Returns the scores of all rows at threshold 0.5, over
-    the views of the config, and for summary.json the threshold and its scores on the other half.
+    Calibration and threshold are fitted to one half of the validation rows and judged on the other.
+    Slides, or groups of copies, stay whole. Returns (scores of all rows at threshold 0.5, over the
+    views of the config; for summary.json the threshold and its scores on the other half).
     """
     model, _, checkpoint = load_model(ckpt)
     split, rows = valid
     logits = predict_rows(model.to(source.device), source, rows.index, cfg, cfg.views)
     groups = groups_for_halves(split, cfg.data_dir)
-    if cfg.num_folds:  # a fold is a stretch of the order that halves are cut from
-        half = fold_of_rows(groups[rows.index], 2)
+    # Halves are cut from the order in which folds are cut. A half of the whole split could hold the
+    # fold as a whole, so the fold alone is cut.
+    if cfg.num_folds:
+        half_of_row = fold_of_rows(groups[rows.index], 2)
     else:
-        half = fold_of_rows(groups, 2)[rows.index]
-    calibration = fit_calibration(rows.labels, logits, half == 0, cfg)
+        half_of_row = fold_of_rows(groups, 2)[rows.index]
+    calibration = fit_calibration(rows.labels, logits, half_of_row == 0, cfg)
     summary = summarise(calibration) if calibration else {}
     if not calibration:
         say(
@@ -188,13 +192,13 @@ def complete_checkpoint(
     checkpoint["reference"] = build_reference(train_features, valid_features, groups[sampled])
     checkpoint["calibration"] = calibration
     checkpoint["threshold"] = summary.get("threshold", 0.5)
-    checkpoint["config"] |= {"views": cfg.views}  # those of the calibration
+    checkpoint["config"] |= {"views": cfg.views}  # the number that the calibration was fitted to
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(rows.labels, logits), summary
 
 
 def summarise(calibration: dict) -> dict[str, float]:
-    """What summary.json says of a calibration."""
+    """The values of a calibration that stand in summary.json."""
     decision = calibration["decision"]
     return {
         "threshold": decision["threshold"],
@@ -211,8 +215,8 @@ def summarise(calibration: dict) -> dict[str, float]:
 
 
 def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-    """Features float64 (B, 6) of some rows, drawn evenly, and the numbers of these rows,
-    int64 (B,).
+    """(features float64 (B, 6), row numbers int64 (B,)) of at most MAX_REFERENCE_ROWS of the rows,
+    evenly spaced.
     """
     num = min(MAX_REFERENCE_ROWS, len(rows))
     sampled = rows.index[np.linspace(0, len(rows) - 1, num).astype(np.int64)]

@@ -1,5 +1,5 @@
-"""Checkpoints: all that the next step, or a prediction elsewhere, depends on, as tensors and plain
-values alone.
+"""Checkpoints: all that the next step, or a prediction elsewhere, depends on. They hold tensors
+and plain values alone.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from lib.files import atomic_write
 from lib.models import build_model, find_state, fit_state, logit_layer
 
 KIND = "pcam-checkpoint"
-SCHEMA = 4  # since 4 Muon works in blocks, and sums of batch norms have another order: other bits
-PREVIOUS = "previous.pt"  # the last.pt before the newest, while a run goes on
+SCHEMA = 4  # from 4 on Muon works in blocks, and batch norms add in another order: other bits
+PREVIOUS = "previous.pt"  # the last.pt before the newest one; removed when the run is over
 
 HEADER = ("kind", "schema", "sha256", "weights_sha256")
 FIELDS = (
@@ -27,19 +27,19 @@ FIELDS = (
     "model",  # raw weights after the last step
     "averaged",  # their moving average, which is evaluated; None where there is none
     "optimizer",  # None in best.pt
-    "float32_logits",  # whether the last layer computes in float32; before schema 3 it does not
-    "progress",  # epoch, step, and the memory of the schedule and of the choice of the best
-    "metrics",  # on validation, of the evaluated weights
+    "float32_logits",  # whether the last layer computes in float32; False before schema 3
+    "progress",  # epoch, step, and what the schedule and the choice of the best epoch remember
+    "metrics",  # scores of the evaluated weights on validation
     "data",  # SHA-256 of the data files
     "preprocessing",  # mean and std of the channels
-    "threshold",  # of the decision, on probabilities
+    "threshold",  # on the probability: from here on a patch is called positive
     "calibration",  # temperature, offset, number of views; or None
-    "reference",  # statistics of the training data, to notice other data by; or None
+    "reference",  # feature statistics of the training data, by which drift is noticed; or None
 )
 
 
 def update_with_tensor(digest, heading: str, tensor: torch.Tensor, end: str = "") -> None:
-    """Add dtype, shape and bytes of a tensor to a digest, behind a heading."""
+    """Add a heading, and dtype, shape and bytes of a tensor, to a digest."""
     tensor = tensor.detach().cpu().contiguous()
     digest.update(f"{heading}{tensor.dtype} {tuple(tensor.shape)}{end}".encode())
     digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -72,14 +72,15 @@ def state_sha256(value, digest=None) -> str:
 
 
 def evaluated(checkpoint: dict) -> dict:
-    """The weights of a checkpoint that are evaluated: the averaged ones, where there are any."""
+    """The weights that are evaluated: the averaged ones where there are any, else the raw ones."""
     return checkpoint["averaged"] or checkpoint["model"]
 
 
 def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None:
-    """Write the fields of a checkpoint atomically, with a schema and a checksum over all of them.
+    """Write the fields of a checkpoint atomically, with their schema and a checksum over them.
 
-    With `keep_previous` the file that was there becomes previous.pt: at any time one is whole.
+    With `keep_previous` an existing file becomes previous.pt, so that one of the two is whole at
+    any time.
     """
     path = Path(path)
     fields = {name: checkpoint[name] for name in FIELDS if name in checkpoint}
@@ -98,10 +99,10 @@ def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None
 
 
 def load_pickle_free(path) -> object:
-    """What torch.save wrote to `path`, as tensors and plain values on the CPU. Code in the file is
-    never run.
+    """The object that torch.save wrote to `path`: tensors and plain values, on the CPU. Code in the
+    file is never run.
 
-    The boundary of all that reads weights: raises BadInput for whatever torch cannot read.
+    All weights are read here. Raises BadInput for any file that torch cannot read so.
     """
     path = Path(path)
     if not path.is_file():
@@ -110,13 +111,13 @@ def load_pickle_free(path) -> object:
     if path.suffix == ".safetensors":
         raise BadInput(f"{path}: save its tensors with torch.save as a state dict, which is read")
     try:
-        # torch compares no checksums: a flipped bit would be another weight
+        # torch does not compare the zip's checksums: with a flipped bit it loads another weight
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
         if damaged:
             raise ValueError(f"{damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch documents none of those that a cut file provokes
+    except Exception as error:  # torch does not document what it raises for a cut file
         raise BadInput(
             f"{path} is not a readable checkpoint, it may be cut off or hold code besides tensors"
             f" and numbers ({one_line(error)[:200]})"
@@ -124,14 +125,15 @@ def load_pickle_free(path) -> object:
 
 
 def is_own(loaded) -> bool:
-    """Whether this program wrote what was loaded."""
+    """Whether a loaded object is a checkpoint of this program."""
     return isinstance(loaded, dict) and loaded.get("kind") == KIND
 
 
 def load_checkpoint(path) -> dict:
-    """The fields of a checkpoint, of any schema as those of the newest, and the `weights_sha256` of
-    the weights that are evaluated. Raises BadInput for a file that is cut, altered, foreign, newer,
-    or that holds code.
+    """The fields of a checkpoint and the `weights_sha256` of its evaluated weights. Fields and
+    config keys that an older schema lacks are filled in.
+
+    Raises BadInput for a file that is cut, altered, foreign, of a newer schema, or that holds code.
     """
     loaded = load_pickle_free(path)
     if not is_own(loaded):
@@ -153,17 +155,17 @@ def load_checkpoint(path) -> dict:
 
 def load_weights(path) -> object:
     """The state dict to start a training from: the evaluated weights of this program's checkpoint,
-    or what others saved, not yet checked.
+    or what another program saved, which is not checked here.
     """
     loaded = load_pickle_free(path)
     return evaluated(load_checkpoint(path)) if is_own(loaded) else find_state(loaded)
 
 
 def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
-    """The checkpoint to resume a run from, and its path: last.pt, or previous.pt, with a warning,
-    where last.pt is damaged. None for a run that is new or has neither.
+    """(checkpoint, path) to resume a run from: last.pt or, with a warning where that is damaged,
+    previous.pt. (None, None) for a run that has neither, and for a new run.
 
-    Raises BadInput when all are damaged.
+    Raises BadInput where all of them are damaged.
     """
     names = ("last.pt", PREVIOUS) if run else ()
     paths = [run / name for name in names if (run / name).exists()]
@@ -178,8 +180,8 @@ def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
 
 
 def checkpoint_path(ckpt) -> Path:
-    """The file that `--ckpt` means: the best.pt of a run, by its folder or its name under runs/, or
-    the file itself. Raises BadInput for a folder without a best.pt.
+    """The file that `--ckpt` names: best.pt of a run folder, which may be given by its name under
+    runs/, or the file itself. Raises BadInput for a folder without a best.pt.
     """
     path = Path(ckpt)
     if not path.exists() and Path("runs", ckpt).is_dir():
@@ -195,7 +197,9 @@ def checkpoint_path(ckpt) -> Path:
 
 
 def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
-    """A model with the weights that were evaluated, ready to predict; its config; its checkpoint.
+    """(model, config, checkpoint) of a run or file. The model has the evaluated weights and is in
+    evaluation mode.
+
     Raises BadInput as `checkpoint_path` and `load_checkpoint` do, and for a config that cannot be
     used.
     """
@@ -213,6 +217,9 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
 
 def warn_of_views(calibration: dict | None, views: int) -> None:
     """Print a warning where a calibration was fitted to another number of views."""
-    fitted = (calibration or {}).get("views", views)
-    if fitted != views:
-        say(f"warning: probabilities and threshold were set for {fitted} view(s), not for {views}")
+    fitted_views = (calibration or {}).get("views", views)
+    if fitted_views != views:
+        say(
+            f"warning: probabilities and threshold were set for {fitted_views} view(s),"
+            f" not for {views}"
+        )

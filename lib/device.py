@@ -115,6 +115,11 @@ def keep_freed_memory(keep: bool = True) -> None:
         mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)
 
 
+def input_dtype(precision: str) -> torch.dtype:
+    """The type in which patches enter a model."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def layer_precision(device: torch.device, precision: str):
     """The context in which layers compute: autocast for `bf16` and for `fp16`, which only
     benchmark.py uses, or none for `fp32`.

@@ -13,29 +13,24 @@ from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
 from lib.batches import PatchSource, Rows, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
-from lib.device import layer_precision
+from lib.device import input_dtype, layer_precision
 from lib.features import measure_features
 from lib.inputs import Block
 from lib.metrics import compute_metrics
 from lib.ranks import ALONE, Ranks
 
-CPU_BATCH = 64  # patches whose layers still lie in a core's cache
-GPU_BATCH = 256  # patches that keep a GPU busy while the next ones are on their way
-MAX_WORKERS = 16  # blocks at a time: each takes memory for its layers
-
-
-def input_dtype(precision: str) -> torch.dtype:
-    """The type in which patches enter a model."""
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+CPU_BATCH = 64  # so few patches that their activations stay in a core's cache
+GPU_BATCH = 256  # so many patches that a GPU is busy while the next ones are copied to it
+MAX_WORKERS = 16  # most blocks that are predicted at a time: each needs memory for activations
 
 
 def block_size(device: torch.device) -> int:
-    """How many patches `predict_blocks` is to be given in a block."""
+    """The number of patches in a block for `predict_blocks`."""
     return GPU_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
-    """A copy of a model that predicts the same, faster, and cannot be trained."""
+    """A copy of a model that predicts the same up to rounding, faster, and cannot be trained."""
     return fold_norms(model, input_dtype(precision))
 
 
@@ -43,8 +38,8 @@ def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
 def predict_batch(
     model: nn.Module, images: torch.Tensor, precision: str, views: int, preprocessing: dict
 ) -> torch.Tensor:
-    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3) on the model's device: of the patches as
-    they are, or with 8 `views` the mean over eight symmetries, each with another shift.
+    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3) on the model's device. With 8 `views`
+    they are the mean over the eight symmetries of a patch, each of them shifted.
     """
     if images.device.type == "cpu" and len(images) > CPU_BATCH:
         parts = images.split(CPU_BATCH)
@@ -55,7 +50,7 @@ def predict_batch(
     plain = no_augmentation(len(images), images.device)
     inputs = normalise(images, plain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
     views_of_inputs = [inputs]
-    if views > 1:  # one view at a time is in memory
+    if views > 1:  # generators, so that one view at a time is in memory
         turned = eight_views(inputs.permute(0, 2, 3, 1))
         views_of_inputs = (view.permute(0, 3, 1, 2) for view in turned)
     logits = torch.zeros(len(images), device=images.device)
@@ -72,12 +67,13 @@ def predict_blocks(
     views: int,
     preprocessing: dict,
 ) -> Iterator[tuple[Block, np.ndarray, torch.Tensor]]:
-    """Yield each block of `lib.inputs.list_blocks` decoded, with its features float64 (B, 6) and
-    its logits float32 (B,) on the model's device, for which nothing has waited.
+    """Yield (block, features float64 (B, 6), logits float32 (B,)) for each of `blocks`, functions
+    from `lib.inputs.list_blocks` that decode a block. The logits are on the model's device, and the
+    host has not waited for them.
 
-    Blocks are decoded and measured by threads, as many as torch computes with, and a few at a time
-    are in memory. On a CPU each thread also predicts its block, alone: threads that share a batch
-    wait for each other, the more so where somebody else uses the cores.
+    As many threads as torch uses decode and measure blocks, a few of which are in memory. On a CPU
+    each thread also predicts its block alone. Threads that share a batch would wait for each other,
+    above all where others use the cores.
     """
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -90,11 +86,12 @@ def predict_blocks(
         block = decode()
         features = measure_features(block.images)
         images = torch.from_numpy(block.images)
+        # the images, for a GPU; on a CPU already the logits
         return block, features, images.pin_memory() if on_gpu else predict(images)
 
     num_threads = torch.get_num_threads()
     num_workers = min(num_threads, MAX_WORKERS)
-    share = num_threads // num_workers
+    share = num_threads // num_workers  # of torch's threads, for each worker
     with ThreadPoolExecutor(num_workers, "predict", torch.set_num_threads, (share,)) as pool:
         for block, features, result in map_ahead(pool, work, blocks, 2 * num_workers):
             yield block, features, predict(result) if on_gpu else result
@@ -103,8 +100,8 @@ def predict_blocks(
 def predict_rows(
     model: nn.Module, source: PatchSource, index: np.ndarray, cfg: Config, views: int
 ) -> np.ndarray:
-    """Logits float32 (N,) of the rows `index` int64 (N,) of a split, in that order, in the config's
-    precision. The model stays as it is.
+    """Logits float32 (N,) of the rows `index` int64 (N,) of a split, in that order and in the
+    config's precision. The model is not changed.
     """
     model = ready_to_predict(model, cfg.precision)
     no_labels = np.zeros(len(source), np.uint8)
@@ -112,16 +109,16 @@ def predict_rows(
     logits = []
     for batch in load_batches(source, no_labels, rows_of_batches):
         logits.append(predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING))
-    return torch.cat(logits).cpu().numpy()  # once: a GPU waits for no batch
+    return torch.cat(logits).cpu().numpy()  # one copy at the end: no batch waits for it
 
 
 def evaluate(
     model: nn.Module, source: PatchSource, rows: Rows, cfg: Config, ranks: Ranks = ALONE
 ) -> dict[str, float]:
-    """The scores of a model on `rows`, one view a patch, at threshold 0.5.
+    """The scores of a model on `rows`, over one view of each patch, at threshold 0.5.
 
-    Each row is predicted by one rank. Ranks take whole batches, so that a row is in the same batch,
-    and gets the same bits, however many ranks there are.
+    Each row is predicted by one rank. Ranks take whole batches, so that a row is in the same batch
+    for any number of ranks, and its logit has the same bits.
     """
     batch_of_row = np.arange(len(rows)) // cfg.eval_batch_size
     is_mine = batch_of_row % ranks.num == ranks.rank
@@ -129,5 +126,5 @@ def evaluate(
     if is_mine.any():
         my_logits = torch.from_numpy(predict_rows(model, source, rows.index[is_mine], cfg, 1))
         logits[torch.from_numpy(is_mine)] = my_logits.to(logits)
-    all_logits = sum(ranks.gather(logits))
+    all_logits = sum(ranks.gather(logits))  # a rank has zeros for the rows of others
     return compute_metrics(rows.labels, all_logits.cpu().numpy())

@@ -1,4 +1,4 @@
-"""The tracker: a run is a folder, made once, written by one process, read by anybody at any
+"""The folder of a run: made once, written by one process at a time, and readable by anybody at any
 time.
 """
 
@@ -37,9 +37,9 @@ JOB_VARIABLES = (
     "SLURM_JOB_PARTITION",
     "SLURMD_NODENAME",
 )
-# what was submitted when, as JSON; the rest of meta.json says what ran
+# environment variable: JSON of what was submitted and when; the rest of meta.json says what ran
 SUBMITTED = "PCAM_SUBMITTED"
-# environment variables that change what is computed begin so
+# prefixes of environment variables that may change what is computed
 VARIABLES = (
     "OMP_",
     "KMP_",
@@ -55,7 +55,7 @@ VARIABLES = (
     "NCCL_",
     "NVIDIA_TF32_OVERRIDE",
 )
-# facts of meta.json; where one differs, the same computation may give other bits
+# places in meta.json of what may change the bits of a computation
 HARDWARE = (
     ("machine", "device"),
     ("machine", "gpu"),
@@ -63,14 +63,14 @@ HARDWARE = (
     ("versions", "torch"),
     ("versions", "schema"),
 )
-MOST_UNTRACKED = 1000
+MAX_UNTRACKED = 1000  # names of untracked files in meta.json
 
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
 
 
 def create_run(runs_dir, cfg: Config) -> Path:
-    """Make a new run folder `<utc>-<name>-s<seed>-<4 hex>` with config.yaml in it. mkdir decides
-    who owns a name.
+    """Make a new run folder `<utc>-<name>-s<seed>-<4 hex>` with config.yaml in it. Of processes
+    that try the same name, mkdir lets one have it.
     """
     runs_dir = Path(runs_dir)
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -83,14 +83,14 @@ def create_run(runs_dir, cfg: Config) -> Path:
     try:
         write_config(run, cfg)
     except BaseException:
-        run.rmdir()  # a run folder without a config is none
+        run.rmdir()  # without a config it is no run
         raise
     return run
 
 
 def write_config(run: Path, cfg: Config) -> None:
-    """Write every key that a run is trained with; a resumed run's keys that are free may be others
-    than before.
+    """Write config.yaml of a run, with every key. In a resumed run the keys that do not change the
+    weights may have other values than before.
     """
     with atomic_write(run / "config.yaml", "w") as file:
         file.write(dump_config(cfg))
@@ -102,7 +102,7 @@ def find_run(name, runs_dir="runs") -> Path:
     """
     for run in (Path(name), Path(runs_dir) / name):
         if run.is_dir():
-            # the repository has a config.yaml, too: `--resume .` must not write there
+            # the repository has a config.yaml, too, and `--resume .` must not write into it
             if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
                 return run
             raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
@@ -111,7 +111,7 @@ def find_run(name, runs_dir="runs") -> Path:
 
 
 def read_run_config(run: Path) -> Config:
-    """The configuration that a run was started with."""
+    """The configuration in a run's config.yaml, as of its last start."""
     path = run / "config.yaml"
     return config_from_dict(ADDED_KEYS | read_yaml(path), source=str(path))
 
@@ -123,11 +123,11 @@ def read_meta(run: Path) -> dict:
 
 
 def resume_config(run: Path, overrides) -> Config:
-    """The configuration to go on with: the run's own, with changes of keys that leave the weights
-    alone.
+    """The configuration to resume a run with: its own, with changes of keys that do not change the
+    weights.
 
-    A relative path is looked for from here, then from where the run was started. A quarantine or
-    weights file may be named elsewhere: `require_same_run` sees whether its content is the same.
+    A relative path is looked up in the working folder, then in the one where the run was started. A
+    quarantine or weights file may have a new path; `require_same_run` compares its content.
     """
     cfg = read_run_config(run)
     changes = parse_overrides(overrides)
@@ -145,8 +145,8 @@ def resume_config(run: Path, overrides) -> Config:
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str | None) -> None:
-    """Raise BadInput if what a run is to go on with is not what it was begun with: its data and
-    their groups (SHA-256), its config, a file named there.
+    """Raise BadInput unless a run is resumed with what it was started with: `data` and `groups`
+    (SHA-256), its config, and the files that the config names.
     """
     before = read_meta(run)
     if not before:
@@ -155,7 +155,7 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str |
         raise BadInput(
             f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
         )
-    # a run that is older than groups.csv had the same groups, and no file of them
+    # a run from before groups.csv existed has no digest of it to compare with
     groups = groups if "groups" in before else None
     if before.get("identity") != cfg.identity_digest(data, groups):
         raise BadInput(
@@ -165,8 +165,8 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str |
 
 
 def say_what_changed(run: Path, meta: dict) -> None:
-    """Say where a run goes on with other hardware, or another torch, than at its last start: the
-    bits may then be others.
+    """Warn where a run is resumed on other hardware, or with another torch, than at its last start:
+    its bits may then be others.
     """
     before = read_meta(run)
     if not before:
@@ -179,14 +179,15 @@ def say_what_changed(run: Path, meta: dict) -> None:
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
-    """Hold a run for this process, until it ends or the file that this gives is closed, and note
-    what it goes on with.
+    """Lock a run for this process, and write the config that it is resumed with. The lock is held
+    until the returned file is closed, or the process ends.
 
-    Raises BadInput where another process holds it; a file system without locks holds nothing.
+    Raises BadInput where another process holds the lock. On a file system without locks a note is
+    printed instead.
     """
     lock = _lock(run)
     if read_run_config(run) != cfg:
-        write_config(run, cfg)  # another file, to be locked anew
+        write_config(run, cfg)  # replaces the file, so the new one has to be locked
         lock = _lock(run)
     return lock
 
@@ -211,7 +212,7 @@ def is_finished(run: Path) -> bool:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this repository; empty where it has no answer."""
+    """The output of a git command in this repository; empty where it fails."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
     options = {"stderr": subprocess.DEVNULL, "text": True, "errors": "replace"}
     try:
@@ -229,21 +230,21 @@ def git_state() -> dict:
     return {
         "commit": git("rev-parse", "HEAD").strip() or None,
         "uncommitted_patch": patch,
-        "untracked_files": untracked[:MOST_UNTRACKED],
+        "untracked_files": untracked[:MAX_UNTRACKED],
     }
 
 
 def process_start(pid: int) -> str:
-    """When a live process of this machine began, in ticks since the boot, which tells it from a
-    later one of its number.
+    """The start of a live process of this machine, in ticks since the boot. It tells the process
+    from a later one with the same number.
 
-    Empty where there is none, or no /proc to ask.
+    Empty where there is no such process, or no /proc.
     """
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
-    return "" if state in "ZX" else fields[18]
+    return "" if state in "ZX" else fields[18]  # Z and X: it has ended
 
 
 def package_versions() -> dict[str, str]:
@@ -255,7 +256,9 @@ def package_versions() -> dict[str, str]:
 
 
 def environment() -> dict:
-    """Who ran what where: argv, commit and patch, versions, environment variables, Slurm job."""
+    """What runs, and where, for meta.json: argv, commit and patch, versions, environment variables,
+    Slurm job.
+    """
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
@@ -273,9 +276,9 @@ def environment() -> dict:
 
 
 def write_meta(run: Path, meta: dict) -> None:
-    """Write meta.json; a resumed run keeps what earlier starts wrote, under `earlier_starts`.
+    """Write meta.json. For a resumed run `earlier_starts` holds what earlier starts wrote.
 
-    What a killed process left half-written is removed.
+    Temporary files that a killed process left behind are removed.
     """
     for leftover in run.glob(".*.tmp"):
         leftover.unlink()
@@ -287,8 +290,8 @@ def write_meta(run: Path, meta: dict) -> None:
 
 
 def write_stop(run: Path, status: str, step: int) -> None:
-    """Note in meta.json that the run was interrupted, or paused as it was asked to, and say so: one
-    that was killed cannot.
+    """Write into meta.json, and print, that a run was interrupted or paused, after which step, and
+    how to resume it. A run that was killed has no such note.
     """
     stopped = {"status": status, "step": step, "utc": utc_now()}
     write_json(run / "meta.json", read_meta(run) | {"stopped": stopped})
@@ -299,7 +302,7 @@ def write_stop(run: Path, status: str, step: int) -> None:
 def build_summary(
     status: str, weights_digest: str, progress: dict, baselines: dict, **details
 ) -> dict:
-    """What summary.json holds. val_* are the scores of best.pt over `views`."""
+    """The content of summary.json. val_* are the scores of best.pt over `views` views."""
     return {
         "status": status,
         "weights_sha256": weights_digest,

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: a row a step, a row an epoch, and where the time went."""
+"""The log of a run while it trains: a row for each step and each epoch, and the time spent."""
 
 import collections
 import contextlib
@@ -14,7 +14,7 @@ from lib.files import CsvLog, read_csv
 from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES
 
-MAX_PENDING = 64  # steps that a GPU may be behind the log of them
+MAX_PENDING = 64  # most steps that wait in memory until a GPU has computed their loss
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
 BASELINES = (
     "always_positive_f2",
@@ -32,8 +32,8 @@ EPOCH_COLUMNS = (
 
 
 class Diverged(Exception):
-    """A loss, score or weight that is not a finite number: after which step, over which rows of the
-    training split.
+    """A loss, score or weight is not a finite number. `step` is the last step that was read, and
+    `rows` are its batch, by their numbers in the training split.
     """
 
     def __init__(self, step: int, what: str, rows: list[int]):
@@ -45,13 +45,13 @@ class Diverged(Exception):
 class LoggedStep:
     """A step that was made.
 
-    `values` (2,) on the host are its loss and gradient norm once `done`, an event of a GPU, has
-    passed.
+    `values` (2,) on the host are its loss and gradient norm. On a GPU they are valid once the event
+    `done` has passed.
     """
 
-    row: dict  # of steps.csv, as far as it is known at once
+    row: dict  # the columns of steps.csv that are known at once
     keys: torch.Tensor  # (B,) of its batch
-    num_rows: int  # of the split: a key modulo this is a row
+    num_rows: int  # of the split: a key modulo this is the number of a row
     wait_s: float
     host_s: float  # since the step before, on the host's clock
     values: torch.Tensor
@@ -63,12 +63,14 @@ class LoggedStep:
 
 
 class RunLog:
-    """steps.csv and epochs.csv of a run, and where its time went.
+    """Writes steps.csv and epochs.csv of a run, and adds up the time spent.
 
-    A step's loss is read after the next step was begun: from a GPU when an event says that it is
-    there, so that the GPU never waits for the logging. `progress` is the training state's: it says
-    which rows a resumed run keeps, and carries the sum of the epoch's losses. `batch_size` patches
-    make a step, over all ranks. Of the ranks only the first has a `run` to write to.
+    The loss of a step is read after the next step was begun. From a GPU it is read when an event
+    says that it is there, so that the GPU never waits for the log.
+
+    `progress` is that of the training state. It says which rows a resumed run keeps, and holds the
+    sum of the epoch's losses. `batch_size` is the number of patches in a step, over all ranks. Only
+    the first rank has a `run` to write to.
     """
 
     def __init__(
@@ -90,19 +92,19 @@ class RunLog:
                 self.earlier_train_s += batch_size / (float(row["images_per_s"] or 0) or math.inf)
             for row in read_csv(self.epochs.path):
                 self.earlier_eval_s += float(row["eval_s"] or 0)
-        self.pending = collections.deque()  # LoggedSteps that are not read yet
+        self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
         self.last_step = self.last_done = self.host_values = None
         self.note = ""
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
-        self.started_at, self.first_step_s = started_at, None  # on the monotonic clock
+        self.started_at, self.first_step_s = started_at, None  # by time.monotonic()
 
     def start_epoch(self) -> None:
-        """Start the clocks of an epoch; the steps before are flushed."""
+        """Start the clocks of an epoch. All steps before it must be flushed."""
         self.epoch_images, self.last_done = 0, None
         self.epoch_started_at = self.step_started_at = time.perf_counter()
 
     def add_step(self, result, batch, lr: float) -> None:
-        """Note a step that was just made. Raises Diverged if the loss of an earlier one was not
+        """Log a step that was just made. Raises Diverged if the loss of an earlier step is not
         finite.
         """
         now = time.perf_counter()
@@ -117,14 +119,15 @@ class RunLog:
         step = self.progress["num_steps"]
         row = {"step": step, "epoch": self.progress["epoch"] + 1, "lr": lr}
         values = torch.stack([result.loss, result.grad_norm]).detach()
+        values, done = self._to_host(values, step)
         facts = (row, batch.keys, batch.num_rows, batch.wait_s, host_s)
-        self.pending.append(LoggedStep(*facts, *self._to_host(values, step)))
+        self.pending.append(LoggedStep(*facts, values, done))
         self.log_s += time.perf_counter() - now
 
     def _to_host(
         self, values: torch.Tensor, step: int
     ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Values (2,) as they will be on the host, and the event after which they are."""
+        """(values (2,) on the host, the event after which they are valid: None on a CPU)."""
         if not values.is_cuda:
             return values, None
         if self.host_values is None:
@@ -139,7 +142,7 @@ class RunLog:
         seconds = logged.host_s
         if logged.done:
             logged.done.synchronize()
-            if self.last_done:  # the clock of the GPU, which is behind the host
+            if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
                 seconds = self.last_done.elapsed_time(logged.done) / 1000
             self.last_done = logged.done
         loss, grad_norm = logged.values.tolist()
@@ -169,20 +172,20 @@ class RunLog:
         raise Diverged(self.last_step.row["step"], what, rows)
 
     def flush(self) -> None:
-        """Wait for the device, and put every row on disk. Raises Diverged as add_step does."""
+        """Wait for the device and write every row to the disk. Raises Diverged as add_step does."""
         started_at = time.perf_counter()
         while self.pending:
             self._write(self.pending.popleft())
         for log in self.logs:
-            log.flush(sync=True)  # as a checkpoint is, which is not to be ahead of its rows
+            # a checkpoint is synced, too, and must not be ahead of its rows
+            log.flush(sync=True)
         self.log_s += time.perf_counter() - started_at
 
     def add_epoch(
         self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float
     ) -> None:
-        """Note an epoch's evaluation, beside what constants score, and tell the person who
-        waits.
-        """
+        """Log the scores of an epoch beside those of constant answers, and print them."""
+
         epoch = self.progress["epoch"] + 1
         train_s = time.perf_counter() - self.epoch_started_at - eval_s
         images_per_s = self.epoch_images / train_s
@@ -211,8 +214,9 @@ class RunLog:
         )
 
     def times(self) -> dict[str, float]:
-        """Where the time went: of a resumed run with that of earlier processes, for the steps that
-        count. Rates and shares, these of the training time, are the last process's."""
+        """The time spent, for summary.json. Seconds include earlier processes of a resumed run, for
+        the steps that were kept. Rates, and shares of the training time, are of this process alone.
+        """
 
         def per_train_s(value: float, digits: int) -> float | None:
             return round(value / self.train_s, digits) if self.train_s else None

@@ -1,5 +1,5 @@
-"""Every source of non-determinism of this program, its control, and the line that controls it,
-found in the source itself.
+"""The sources of non-determinism in this program, each with its control and the statement in the code
+that controls it.
 """
 
 # source | control | file: statement that controls it
@@ -36,10 +36,14 @@ environment | variables recorded, compared by twin | lib/rundir.py: "variables":
 
 
 def locate_sources(read) -> list[dict]:
-    """Each source with its control, the statement that controls it, and `where`: file:line of each
-    place, none where it is lost. `read` gives the text of a file by its name in the repository."""
+    """A row for each source: source, control, file, statement, and `where`, the file:line of each
+    place that has the statement. `where` is empty if the code has lost it.
+
+    `read` gives the text of a file by its name in the repository.
+    """
     rows = []
-    for source, control, place in (line.split(" | ") for line in SOURCES.strip().splitlines()):
+    for entry in SOURCES.strip().splitlines():
+        source, control, place = entry.split(" | ")
         name, statement = place.split(": ", 1)
         lines = read(name).splitlines()
         where = [

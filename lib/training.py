@@ -15,7 +15,7 @@ from lib.centrenet import filters_made_once
 from lib.checkpoint import load_weights
 from lib.command import BadInput
 from lib.config import Config
-from lib.device import layer_precision
+from lib.device import input_dtype, layer_precision
 from lib.graph import StepGraph
 from lib.models import build_model, fit_state, fit_weights, logit_layer
 from lib.optimizers import build_optimizer
@@ -176,7 +176,7 @@ def training_step(
     """
     progress = state.progress
     crop = patch_size(cfg, progress["epoch"])
-    dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32
+    dtype = input_dtype(cfg.precision)
     dropout_position = (cfg.seed, progress["epoch"], progress["step"], DROPOUT)
 
     # what changes from step to step is an argument: a CUDA graph replays all else as it was
@@ -237,20 +237,20 @@ def compute_gradients(
         buffers_before = [(buffer, buffer.clone()) for buffer in model.buffers()]
     shards = ranks.shard_range(cfg.shards)
     input_parts, label_parts = inputs.chunk(len(shards)), labels.chunk(len(shards))
-    shard_sums = []
+    shard_vectors = []  # all results of a shard, laid end to end
     with filters_made_once(model, inputs.dtype):
-        for shard, x, y in zip(shards, input_parts, label_parts, strict=True):
+        for shard, shard_inputs, shard_labels in zip(shards, input_parts, label_parts, strict=True):
             for buffer, value in buffers_before:
                 buffer.copy_(value)
             if cfg.dropout:
                 torch.manual_seed(position_seed(*position, shard))
-            is_last = shard == shards[-1]
-            loss = backpropagate(model, x, y, cfg, weights, keep_filters=not is_last)
+            keep_filters = shard != shards[-1]
+            loss = backpropagate(model, shard_inputs, shard_labels, cfg, weights, keep_filters)
             if cfg.shards == 1:
                 return loss
             results = shard_results(model, loss)
-            shard_sums.append(torch.cat([tensor.detach().reshape(-1) for tensor in results]))
-    mean = ranks.tree_sum(shard_sums) / cfg.shards
+            shard_vectors.append(torch.cat([tensor.detach().reshape(-1) for tensor in results]))
+    mean = ranks.tree_sum(shard_vectors) / cfg.shards
     # the mean goes where the last shard's results are: into the loss, gradients and statistics
     sizes = [tensor.numel() for tensor in results]
     for tensor, value in zip(results, mean.split(sizes), strict=True):
