@@ -6,6 +6,8 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+
 from lib.benchmark.timing import COLUMNS
 from lib.benchmark.verdict import GROUPS
 from lib.blocks import Figure, Heading, Table, Words, table_of, to_markdown
@@ -202,7 +204,7 @@ def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
     """PNGs by name: throughput over batch size, and the stages of a batch beside what the machine
     would allow.
     """
-    from lib.figures import figure_png, plot_scaling
+    from lib.figures import figure_png
 
     points, pictures = {}, {}
     for row in rows:
@@ -216,6 +218,26 @@ def draw(rows: list[dict], verdict: dict) -> dict[str, bytes]:
     if "later_epochs" in verdict:
         pictures["stages"] = figure_png(plot_stages(verdict))
     return pictures
+
+
+def plot_scaling(series: dict[str, list[tuple[float, float, float, float]]]):
+    """Throughput against batch size, a line for each series: (batch size, images per second, low,
+    high).
+    """
+    from lib.figures import MARKS, add_legend, new_figure
+
+    figure, (axes,) = new_figure(1, 7.5, 4.2)
+    sizes = set()
+    for number, (name, points) in enumerate(series.items()):
+        size, rate, low, high = np.array(sorted(points)).T
+        sizes.update(size)
+        mark = MARKS[number % len(MARKS)]
+        axes.errorbar(size, rate, [rate - low, high - rate], marker=mark, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second")
+    axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
+    axes.minorticks_off()
+    add_legend(figure, axes)
+    return figure
 
 
 def plot_stages(verdict: dict):

@@ -191,6 +191,13 @@ def picture(name: str, title: str, sources, plot, data, *rest) -> list[Drawing]:
     )
 
 
+def handed_over(e: Evidence, png: str, title: str, *sources: str) -> list[Drawing]:
+    """A figure that another script has drawn from `sources`, under a name of the journal's own."""
+    folder, name = png.split("/")[-2:]
+    copy = f"{DRAWN}/{folder}-{name}"
+    return [Drawing(copy, title, (png, *sources))] if e.has(png) else []
+
+
 def csv_table(e: Evidence, name: str, rows=None) -> list[Table]:
     """A CSV, or some rows of one, numbers as numbers."""
     rows = e.csv(name) if rows is None else rows
@@ -285,35 +292,25 @@ def sources(e: Evidence) -> list:
 
 
 def twins(e: Evidence) -> list:
-    line, sides = (
-        f"{KEPT}/twin/timeline.csv",
-        [row for found in e.findings("twin", "runs") for row in found["rows"]],
-    )
-    if not (rows := e.csv(line)):
+    line = f"{KEPT}/twin/timeline.csv"
+    rows = e.csv(line)
+    if not rows:
         return []
-    equal = {name: [row[name] == "1" for row in rows] for name in rows[0] if name != "step"}
-    num = sum(map(all, zip(*equal.values(), strict=True)))
-    parts = [
-        Words(
-            f"{num:,} of {len(rows):,} traced steps are equal to the bit in every quantity.",
-            sources=(line,),
-        )
-    ]
-    long = ("commit", "weights_sha256")
-    told = [
-        [str(value)[:12] if name in long else value for name, value in row.items()] for row in sides
-    ]
-    parts += table(sides[0], told, TWIN) + findings(e, "twin")
-    title, steps = (
-        "Twin runs: what was equal to the bit at which step",
-        [int(row["step"]) for row in rows],
-    )
-    parts += picture("twin", title, [line], figures.plot_time_line, equal, steps)
-    return (
-        parts
-        + proofs(e, "assets/reproducibility.json")
-        + proofs(e, "assets/reproducibility_sample.json")
-    )
+    sides = [row for finding in e.findings("twin", "runs") for row in finding["rows"]]
+    num_equal = 0
+    for row in rows:
+        _step, *are_equal = row.values()
+        num_equal += set(are_equal) == {"1"}
+    words = f"{num_equal:,} of {len(rows):,} traced steps are equal to the bit in every quantity."
+    parts = [Words(words, sources=(line,))]
+    for row in sides:
+        for name in ("commit", "weights_sha256"):
+            row[name] = str(row[name])[:12]
+    parts += table(sides[0], [[*row.values()] for row in sides], TWIN) + findings(e, "twin")
+    title = "Twin runs: what was equal to the bit at which step"
+    parts += handed_over(e, f"{KEPT}/twin/timeline.png", title, line)
+    parts += proofs(e, "assets/reproducibility.json")
+    return parts + proofs(e, "assets/reproducibility_sample.json")
 
 
 def counts(e: Evidence) -> list:
@@ -329,17 +326,10 @@ def counts(e: Evidence) -> list:
             rows.append([name.split("/")[-2], split, *cells])
     parts = table(("run", "split", "patches", "negative", "positive", "left out"), rows, *used)
     parts += findings(e, "audit", "balance", "prior shift", "agreement")
-    bars = [
-        row
-        for found in e.findings("audit", "balance")
-        if found["check"] == "balance"
-        for row in found["rows"]
-    ]
-    parts += picture(
-        "class-balance", "Patches per split and class", [AUDIT], figures.plot_counts, bars
-    )
-    bins, title = f"{KEPT}/audit/histograms.csv", "What the intact patches of each split look like"
-    return parts + picture("intensity", title, [bins], figures.plot_histograms, e.csv(bins))
+    drawn = f"{KEPT}/audit"
+    parts += handed_over(e, f"{drawn}/counts.png", "Patches per split and class", AUDIT)
+    title = "What the intact patches of each split look like"
+    return parts + handed_over(e, f"{drawn}/histograms.png", title, f"{drawn}/histograms.csv")
 
 
 def leakage(e: Evidence) -> list:
@@ -556,21 +546,17 @@ def space(e: Evidence) -> list:
 
 
 def trials(e: Evidence) -> list:
-    plan, rung = e.json(PLAN), e.json(f"{SEARCH}/rung-1.json")
+    used = (PLAN, f"{SEARCH}/rung-1.json")
+    plan, rung = map(e.json, used)
     if not rung:
         return []
-    scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
-    scored = [plan["trials"][trial] | {"AUC": score} for trial, score in scores.items()]
-    is_promoted = np.isin([*scores], rung["trials"])
-    shown = plan["ranges"], scored, is_promoted
-    drawn = picture("search", "The search", used, figures.plot_parallel, *shown)
-    rows = [
-        [trial, *plan["trials"][trial].values(), score, plain(trial in rung["trials"])]
-        for trial, score in scores.items()
-    ]
-    return drawn + table(
-        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, full=PAGE
-    )
+    rows = []
+    for trial, score in rung["scores_before"].items():
+        is_promoted = plain(trial in rung["trials"])
+        rows.append([trial, *plan["trials"][trial].values(), score, is_promoted])
+    header = ("trial", *plan["ranges"], "AUC after the first rung", "promoted")
+    drawn = handed_over(e, f"{SEARCH}/trials.png", "The search", *used)
+    return drawn + table(header, rows, *used, full=PAGE)
 
 
 def champion(e: Evidence) -> list:
@@ -617,17 +603,12 @@ def champion(e: Evidence) -> list:
 
 
 def threshold(e: Evidence) -> list:
-    bins, curves = f"{MODEL}/reliability.csv", f"{MODEL}/curves.csv"
     rules, scores = f"{MODEL}/thresholds.csv", f"{MODEL}/scores.json"
     parts = csv_table(e, rules) + table(("score", "value"), [*flat(e.json(scores))], scores)
-    rows = [row for row in e.csv(bins) if {"probabilities", "positive_share_low"} <= set(row)]
-    points = e.csv(curves)
-    if points:
-        prevalence = e.json(scores)["constant_baselines"]["prevalence"]
-        title, drawn = "What thresholds mean, with 95% bands", (e.csv(rules), prevalence)
-        used = [curves, rules, scores]
-        parts += picture("thresholds", title, used, figures.plot_curves, points, *drawn)
-    return parts + picture("reliability", "Reliability", [bins], figures.plot_reliability, rows)
+    title, used = "What thresholds mean, with 95% bands", (f"{MODEL}/curves.csv", rules, scores)
+    parts += handed_over(e, f"{MODEL}/curves.png", title, *used)
+    title = "Reliability; the area of a marker shows how many patches are in its bin"
+    return parts + handed_over(e, f"{MODEL}/reliability.png", title, f"{MODEL}/reliability.csv")
 
 
 def baselines(e: Evidence) -> list:
@@ -663,13 +644,11 @@ def errors(e: Evidence) -> list:
 
 def slices(e: Evidence) -> list:
     name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
-    rows, overall = e.csv(name), e.json(scores).get("global", {})
     title = (
         "Scores by slice, with 95% intervals, beside those of all patches (dotted); orange:"
         " confirmed to be worse, yellow: worse on one half"
     )
-    drawn = picture("slices", title, [name, scores], figures.plot_slices, rows, overall)
-    return csv_table(e, name) + drawn
+    return csv_table(e, name) + handed_over(e, f"{MODEL}/slices.png", title, name, scores)
 
 
 def global_score(e: Evidence) -> list:
@@ -772,25 +751,13 @@ def batch_one(e: Evidence) -> list:
 
 
 def scaling(e: Evidence) -> list:
-    cells, points, keys = [], {}, ("batch_size", "images_per_s", "low", "high")
+    cells, keys = [], ("batch_size", "images_per_s", "low", "high", "factor")
     timed, names = bench_rows(e, case="default")
     for row in timed:
-        name, rate = (
-            f"{row['partition']}: {row['what']}, {row['model']}, {row['precision']}",
-            row.get("images_per_s"),
-        )
-        if rate:
-            points.setdefault(name, []).append([row.get(key) or rate for key in keys])
+        name = f"{row['partition']}: {row['what']}, {row['model']}, {row['precision']}"
         memory_mb = row["memory_bytes"] / 1e6 if row.get("memory_bytes") else None
-        cells.append(
-            [
-                name,
-                *(row.get(key) for key in (*keys, "factor")),
-                memory_mb,
-                row.get("gpu"),
-                row.get("status"),
-            ]
-        )
+        rates = [row.get(key) for key in keys]
+        cells.append([name, *rates, memory_mb, row.get("gpu"), row.get("status")])
     header = (
         "series",
         "batch size",
@@ -802,8 +769,17 @@ def scaling(e: Evidence) -> list:
         "GPU",
         "status",
     )
-    drawn = picture("scaling", "Throughput over batch size", names, figures.plot_scaling, points)
-    return table(header, cells, *names) + drawn
+    parts = table(header, cells, *names)
+    for name in names:
+        parts += bench_picture(e, name, "scaling", "Throughput over batch size")
+    return parts
+
+
+def bench_picture(e: Evidence, name: str, drawn: str, title: str) -> list[Drawing]:
+    """A figure beside a benchmark.json, its partition in the title."""
+    partition = e.json(name)["rows"][0]["partition"]
+    png = f"{name.rpartition('/')[0]}/{drawn}.png"
+    return handed_over(e, png, f"{title}, {partition}", name)
 
 
 def bottleneck(e: Evidence) -> list:
@@ -815,6 +791,9 @@ def bottleneck(e: Evidence) -> list:
         parts += [
             Words(f"{partition}: {verdict.get('sentence', '')}", sources=(name,)),
             *table(("what", "value"), rows, name),
+            *bench_picture(
+                e, name, "stages", "Stages of a batch, and what the machine would allow"
+            ),
         ]
     name = "assets/benchmark_proof.json"
     proved = [
