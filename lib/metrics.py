@@ -44,11 +44,11 @@ def compute_pr_auc(labels, scores) -> float:
     return float((steps * points["precision"]).sum())
 
 
-def curve_points(labels: np.ndarray, scores: np.ndarray, weights=1) -> dict[str, np.ndarray]:
+def curve_points(labels, scores, weights=1) -> dict[str, np.ndarray]:
     """threshold, recall, precision and false_positive_rate, float64 (T,) each, at every distinct
-    threshold on scores (N,), strictest first; labels are bool (N,), and each counts `weights` (N,)
-    times.
+    threshold on scores (N,), strictest first; each of labels (N,) counts `weights` (N,) times.
     """
+    labels, scores = as_arrays(labels, scores)
     order = np.argsort(-scores, kind="stable")
     labels, scores = labels[order], scores[order]
     weights = np.broadcast_to(weights, len(order))[order]
