@@ -327,7 +327,7 @@ def test_what_was_measured_is_shown(made):
         "the size of a damaged edition, and its damage"
     )
     assert (
-        "| thin_course: infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text
+        "| infer | default | cnn | bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text
         and "out of memory" in text
     )
     assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, (
