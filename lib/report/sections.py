@@ -138,13 +138,15 @@ def read_questions() -> dict[str, list[tuple[str, ...]]]:
 def answer(e: Evidence, key: str, target: str, code: str) -> list:
     """All that is known to a question: the team's words, what the files say, and the code."""
     words = (e.said.get("answers") or {}).get(key)
+    parts = [Words(words.strip())] if words else []
     try:
-        found = ANSWERS[key](e) if key in ANSWERS else []
+        measured = ANSWERS[key](e) if key in ANSWERS else []
     except (BadInput, *OF_DAMAGE) as error:
-        found = [Words(f"{CANNOT}: {target or key} ({type(error).__name__}: {one_line(error)})")]
-    if target and not found:
-        found = [missing(target)]
-    return [*([Words(words.strip())] if words else []), *found, *quote(e, code)]
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        measured = [Words(f"{CANNOT}: {target or key} ({reason})")]
+    if target and not measured:
+        measured = [missing(target)]
+    return parts + measured + quote(e, code)
 
 
 def missing(target: str) -> Words:
@@ -295,8 +297,7 @@ def twins(e: Evidence) -> list:
     rows = e.csv(line)
     if not rows:
         return []
-    is_equal = [[*row.values()][1:] for row in rows]  # behind the step, a quantity a column
-    num_equal = sum("0" not in quantities for quantities in is_equal)
+    num_equal = sum("0" not in row.values() for row in rows)  # no step is numbered 0
     words = f"{num_equal:,} of {len(rows):,} traced steps are equal to the bit in every quantity."
     parts = [Words(words, sources=(line,))]
     (finding,) = e.findings("twin", "runs")
@@ -632,11 +633,11 @@ def conflict(e: Evidence) -> list:
     if not e.has(name):
         return [Words("No merge in this repository's history was stopped by a conflict.")]
     text = (e.root / name).read_text(encoding="utf-8").rstrip()
-    told = (
+    words = (
         "The newest one, as `git show --remerge-diff` tells it: what the two sides had made of one"
         " place, and what was kept."
     )
-    return [Words(told, sources=(name,)), Code(text, text.partition("\n")[0])]
+    return [Words(words, sources=(name,)), Code(text, text.partition("\n")[0])]
 
 
 def graph(e: Evidence) -> list:
@@ -656,10 +657,10 @@ def graph(e: Evidence) -> list:
 
 def bench_rows(e: Evidence) -> tuple[list[dict], list[str]]:
     """Rows of the benchmarks, one for each partition, that time a model; and their files."""
-    names, timed = e.names(BENCHMARKS), []
+    names, rows = e.names(BENCHMARKS), []
     for name in names:
-        timed += [row for row in e.json(name)["rows"] if row["what"] in ("infer", "train")]
-    return timed, names
+        rows += e.json(name)["rows"]
+    return [row for row in rows if row["what"] in ("infer", "train")], names
 
 
 def precision(e: Evidence) -> list:
