@@ -126,7 +126,9 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with a title. Markdown links to `path`; `remark` follows the sources."""
+    """A PNG with a title. `path` is where it lies, seen from the page; `remark` follows the
+    sources.
+    """
 
     title: str
     png: bytes = b""
@@ -192,10 +194,14 @@ def to_markdown(blocks) -> str:
 def write_page(path, title: str, blocks) -> Path:
     """Write blocks as one HTML page that needs no other file, atomically, and return its path.
 
-    The page begins with a table of contents of the headings that have anchors.
+    The page begins with a table of contents of the headings that have anchors. Figures that have a
+    path are written there too.
     """
     links, chapter = [], ""
     for block in blocks:
+        if isinstance(block, Figure) and block.path:
+            with atomic_write(Path(path).parent / block.path) as file:
+                file.write(block.png)
         if isinstance(block, Heading):
             if block.level == 2:
                 chapter = block.text

@@ -45,12 +45,13 @@ def compute_pr_auc(labels, scores) -> float:
     return float((steps * points["precision"]).sum())
 
 
-def curve_points(labels: np.ndarray, scores: np.ndarray, weights=1) -> dict[str, np.ndarray]:
+def curve_points(labels, scores, weights=1) -> dict[str, np.ndarray]:
     """threshold, recall, precision and false_positive_rate, float64 (T,) each: a point for each
     distinct score of scores (N,), the strictest threshold first.
 
-    Labels are bool (N,). A row counts `weights` (N,) times.
+    Labels are bool, or 0 and 1, (N,). A row counts `weights` (N,) times.
     """
+    labels, scores = as_arrays(labels, scores)
     order = np.argsort(-scores, kind="stable")
     labels, scores = labels[order], scores[order]
     weights = np.broadcast_to(weights, len(order))[order]

@@ -387,6 +387,12 @@ def test_errors_are_all_errors_the_most_confident_first(audited):
     assert (out / "errors.png").stat().st_size > 1000
 
 
+def test_the_figures_of_the_page_are_files_too(audited):
+    out, _ = audited
+    drawn = {path.stem for path in out.glob("*.png")}
+    assert drawn == {"prices", "curves", "reliability", "slices", "errors"}
+
+
 def halves(split, folder) -> np.ndarray:
     return fold_of_rows(groups_for_halves(split, folder), 2)
 

@@ -73,6 +73,12 @@ def page(tmp_path):
     return Page(write_page(tmp_path / "p.html", NASTY, BLOCKS).read_text())
 
 
+def test_a_figure_with_a_path_lies_beside_the_page_too(tmp_path):
+    write_page(tmp_path / "p.html", NASTY, BLOCKS)
+    assert {path.name for path in tmp_path.iterdir()} == {"p.html", "a.png"}
+    assert (tmp_path / "a.png").read_bytes() == patch_png(PATCH)
+
+
 def test_every_text_of_every_block_is_shown_and_escaped(page):
     assert page.tags.count("script") == 1 and "b" not in page.tags
     assert page.text.count(NASTY) == NUM_TEXTS + NUM_PAGE_TEXTS

@@ -2,7 +2,6 @@
 what disagrees is named.
 """
 
-import itertools
 import json
 import re
 import shutil
@@ -23,7 +22,6 @@ import sweep
 import train
 from lib.command import BadInput
 from lib.config import read_yaml
-from lib.figures import JUDGED
 from lib.files import read_csv, read_json, write_csv, write_json
 from lib.metrics import compute_confusion
 from lib.report import evidence, journal
@@ -120,37 +118,9 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
     predictions.
     """
     rows = read_csv(predictions)
-    labels, probs = (
-        np.array([int(row["label"]) for row in rows]),
-        np.array([float(row["probability"]) for row in rows]),
-    )
-    bins = []
-    for name, low in itertools.product(
-        ("as the model says", "as the checkpoint scales them"), np.linspace(0, 0.8, 5)
-    ):
-        inside = (probs >= low) & (probs < low + 0.2 + 1e-9)
-        if inside.any():
-            share = labels[inside].mean()
-            bins.append(
-                [
-                    name,
-                    low,
-                    low + 0.2,
-                    int(inside.sum()),
-                    probs[inside].mean(),
-                    share,
-                    share - 0.1,
-                    share + 0.1,
-                ]
-            )
-    bins.append(["always the prevalence", 0.4, 0.6, len(rows), 0.5, 0.5, 0.4, 0.6])
+    labels = np.array([int(row["label"]) for row in rows])
+    probs = np.array([float(row["probability"]) for row in rows])
     folder.mkdir(parents=True)
-    header = ("probabilities", "low", "high", "num", "mean_probability")
-    write_csv(
-        folder / "reliability.csv",
-        (*header, "positive_share", "positive_share_low", "positive_share_high"),
-        bins,
-    )
     shutil.copy(predictions, folder)
     confusion = compute_confusion(labels, probs >= 0.3)
     write_csv(
@@ -164,19 +134,19 @@ def write_model_audit(folder: Path, predictions: Path) -> None:
         if row["label"] != row["prediction"]
     ]
     write_csv(folder / "errors.csv", ("split", "index", "label", "probability"), wrong)
-    columns = ["feature", "slice", "num", "found", "confirmed"]
-    slices = [["eosin", "below 0.1", 30, "auc", "auc"], ["eosin", "0.1 or more", 34, "", ""]]
-    overall = {}
-    for name in JUDGED:
-        columns += [name, f"{name}_low", f"{name}_high"]
-        slices = [[*row, 0.8, 0.7, 0.9] for row in slices]
-        overall[name] = {"value": 0.85, "low": 0.8, "high": 0.9}
-    write_csv(folder / "slices.csv", columns, slices)
-    scores = {"checkpoint": {"threshold": 0.3}, "constant_baselines": {"prevalence": 0.5}}
-    write_json(folder / "scores.json", scores | {"global": overall})
-    curves = [[curve, x, x, 0.0, 1.0] for curve in ("roc", "pr") for x in (0.0, 0.5, 1.0)]
-    write_csv(folder / "curves.csv", ("curve", "x", "y", "low", "high"), curves)
-    Image.new("RGB", (40, 40), "purple").save(folder / "errors.png")
+    slices = [["eosin", "below 0.1", 30, 0.8], ["eosin", "0.1 or more", 34, 0.9]]
+    write_csv(folder / "slices.csv", ("feature", "slice", "num", "auc"), slices)
+    overall = {"auc": {"value": 0.85, "low": 0.8, "high": 0.9}}
+    write_json(folder / "scores.json", {"checkpoint": {"threshold": 0.3}, "global": overall})
+    for name in ("curves", "reliability"):
+        write_csv(folder / f"{name}.csv", ("x", "y"), [[0, 1]])
+    draw_stand_ins(folder, "curves", "reliability", "slices", "errors")
+
+
+def draw_stand_ins(folder: Path, *names: str) -> None:
+    """PNGs where another script would have drawn its own."""
+    for number, name in enumerate(names):
+        Image.new("RGB", (40, 40 + number), "purple").save(folder / f"{name}.png")
 
 
 def write_benchmark(path: Path) -> None:
@@ -212,6 +182,7 @@ def write_benchmark(path: Path) -> None:
             "verdict": {"sentence": "The model's computing is the bottleneck.", "limit_s": 0.5},
         },
     )
+    draw_stand_ins(path.parent, "scaling", "stages")
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +289,9 @@ def copy(made, tmp_path):
         shutil.copytree(
             made,
             tmp_path / "clone",
-            ignore=shutil.ignore_patterns("runs", "sweeps", "audit-*", "elsewhere"),
+            ignore=shutil.ignore_patterns(
+                "runs", "sweeps", "audit-data", "audit-twin", "elsewhere"
+            ),
         )
     )
 
@@ -354,22 +327,9 @@ def test_what_was_measured_is_shown(made):
         "the size of a damaged edition, and its damage"
     )
     assert (
-        "| thin_course: infer, cnn, bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text
+        "| infer | default | cnn | bf16 | 512 | 2263 | 2036 | 2489 | 22.63 |" in text
         and "out of memory" in text
     )
-    assert {path.stem for path in made.glob("assets/journal/*.png")} >= {
-        *(
-            "gradient-norm",
-            "learning-rate",
-            "metrics",
-            "champion",
-            "twin",
-            "class-balance",
-            "intensity",
-            "search",
-        ),
-        *("decisions", "thresholds", "reliability", "slices", "scaling", "commits"),
-    }
     assert "| thin_course | infer | p4m | 8 | 141.4 | 141.4 |" in text, (
         "precisions beside each other"
     )
@@ -379,6 +339,24 @@ def test_what_was_measured_is_shown(made):
     assert re.search(
         r"!\[Suspect patches. Drawn patches\]\(assets/evidence/pictures/damage.png\)", text
     )
+
+
+def test_figures_of_other_scripts_are_shown_beside_its_own(made):
+    own = {"gradient-norm", "learning-rate", "metrics", "champion", "decisions", "commits"}
+    copied = {
+        "audit-counts": "audit-data/counts.png",
+        "audit-histograms": "audit-data/histograms.png",
+        "twin-timeline": "audit-twin/timeline.png",
+        "search-trials": "sweeps/tiny/trials.png",
+        "benchmark-scaling": "assets/benchmark/scaling.png",
+        "benchmark-stages": "assets/benchmark/stages.png",
+    }
+    for name in ("curves", "reliability", "slices"):
+        copied[f"model-{name}"] = f"assets/model/{name}.png"
+    shown = {path.stem: path.read_bytes() for path in made.glob("assets/journal/*.png")}
+    assert set(shown) == own | set(copied)
+    for name, source in copied.items():
+        assert shown[name] == (made / source).read_bytes()
 
 
 def test_every_image_is_there_and_every_source_has_its_digest(made):
@@ -498,12 +476,20 @@ ALTERED = {
         ["summary.json", "is not valid JSON"],
     ),
     "a damaged CSV": (
-        lambda root: substitute(root / "assets/evidence/twin/timeline.csv", "step", "stop"),
+        lambda root: substitute(root / "assets/model/errors.csv", "label", "lable"),
         ["a file that it cites is damaged"],
     ),
     "a picture": (
-        lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/twin.png"),
-        ["twin.png", "Twin runs"],
+        lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/metrics.png"),
+        ["metrics.png", "Mean and deviation"],
+    ),
+    "a picture of another script": (
+        lambda root: Image.new("RGB", (9, 9)).save(root / "assets/model/slices.png"),
+        ["model/slices.png", "A slice, how it is isolated"],
+    ),
+    "a copy of a picture": (
+        lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/twin-timeline.png"),
+        ["Picture `", "Twin runs"],
     ),
     "an answer": (lambda root: substitute(root / "journal.yaml", "An?|One", "Another"), [": "]),
     "a line that is gone": (

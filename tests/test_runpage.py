@@ -12,6 +12,7 @@ import inference
 import report
 import train
 from lib.blocks import show
+from lib.figures import plot_decisions
 from lib.files import read_csv, read_json
 from lib.pcam import open_images
 from lib.rundir import read_run_config
@@ -101,3 +102,13 @@ def test_a_run_without_a_finished_epoch_has_no_page(quick_run, tmp_path, refusal
     assert "no finished epoch" in refusal("run", run)
     (run / "summary.json").unlink()
     assert "did not finish" in refusal("run", run)
+
+
+def test_curves_of_decisions_run_from_corner_to_corner_and_hold_the_threshold():
+    labels, probs = np.array([0, 0, 1, 0, 1, 1]), np.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
+    roc, pr, _ = plot_decisions(labels, probs, 0.5).axes
+    _, curve, threshold = (line.get_xydata() for line in roc.lines)
+    assert curve[0].tolist() == [0, 0] and curve[-1].tolist() == [1, 1]
+    np.testing.assert_allclose(threshold, [[1 / 3, 2 / 3]])
+    np.testing.assert_allclose(pr.lines[2].get_xydata(), [[2 / 3, 2 / 3]])
+    assert pr.lines[1].get_xydata()[-1].tolist() == [1, 0.5]

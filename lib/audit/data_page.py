@@ -11,7 +11,7 @@ import numpy as np
 from lib.audit import rank_findings
 from lib.audit.survey import Survey
 from lib.blocks import Figure, Gallery, Heading, Words, show, table_of, write_page
-from lib.figures import figure_png, new_figure, plot_counts, plot_histograms
+from lib.figures import column, figure_png, line_style, new_figure
 
 MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
 NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
@@ -43,7 +43,7 @@ def write_data_page(
     ranked = rank_findings(findings)
     blocks = [
         Heading("What there is"),
-        Figure("Patches per split and class", figure_png(plot_counts(counts))),
+        Figure("Patches per split and class", figure_png(plot_counts(counts)), "counts.png"),
         Heading("What was found"),
         table_of(ranked, COLUMNS),
     ]
@@ -55,7 +55,10 @@ def write_data_page(
     for finding in ranked:
         blocks += finding_blocks(finding, surveys)
     histograms = figure_png(plot_histograms(feature_histograms(surveys)))
-    blocks += [Heading("How the splits look"), Figure("Features by split", histograms)]
+    blocks += [
+        Heading("How the splits look"),
+        Figure("Features by split", histograms, "histograms.png"),
+    ]
     return write_page(path, title, blocks)
 
 
@@ -137,8 +140,8 @@ def feature_histograms(surveys: list[Survey]) -> list[dict]:
         low, high = np.quantile(np.concatenate(list(values.values())), (0.002, 0.998))
         edges = np.linspace(low, high, NUM_BINS + 1)
         ends = edges.round(5).tolist()
-        for split, column in values.items():
-            counts, _ = np.histogram(column, edges)
+        for split, of_split in values.items():
+            counts, _ = np.histogram(of_split, edges)
             for place, num in enumerate(counts.tolist()):
                 row = {"split": split, "feature": name, "unit": unit}
                 rows.append(row | {"low": ends[place], "high": ends[place + 1], "num": num})
@@ -182,4 +185,41 @@ def plot_heat(heat: np.ndarray, kind: str):
     axes.set(title=f"patches with {kind} at a pixel", xlabel="column", ylabel="row")
     axes.grid(False)
     figure.colorbar(image)
+    return figure
+
+
+def plot_counts(rows: list[dict]):
+    """Bars of the patches per split and class: rows of split, label (-1: without one) and count."""
+    figure, (axes,) = new_figure(1, width=7)
+    splits = list(dict.fromkeys(row["split"] for row in rows))
+    count_of = {(row["split"], int(row["label"])): int(row["count"]) for row in rows}
+    names = {0: "negative", 1: "positive", -1: "without label"}
+    for number, (label, name) in enumerate(names.items()):
+        counts = [count_of.get((split, label), 0) for split in splits]
+        if label == -1 and not any(counts):
+            continue
+        places = np.arange(len(splits)) + 0.28 * (number - 0.5)
+        bars = axes.bar(places, counts, 0.26, label=name)
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    axes.set(xticks=range(len(splits)), xticklabels=splits, ylabel="patches")
+    axes.legend()
+    return figure
+
+
+def plot_histograms(rows: list[dict]):
+    """An axes for each feature, a line for each split: rows of split, feature, unit, low, high and
+    num.
+    """
+    units = {row["feature"]: row["unit"] for row in rows}
+    splits = dict.fromkeys(row["split"] for row in rows)
+    figure, panels = new_figure(max(1, len(units)), width=3.4)
+    for axes, (feature, unit) in zip(panels, units.items(), strict=False):
+        for number, split in enumerate(splits):
+            bins = [row for row in rows if (row["split"], row["feature"]) == (split, feature)]
+            num = column(bins, "num")
+            edges = [float(bins[0]["low"]), *column(bins, "high")]
+            axes.stairs(num / max(num.sum(), 1), edges, label=split, **line_style(number))
+        axes.set(title=feature, xlabel=unit)
+        axes.legend()
+    panels[0].set_ylabel("share of the intact patches")
     return figure

@@ -65,7 +65,7 @@ FILES = (
     "findings.json",
     "scores.json",
     "model.html",
-    "errors.png",
+    *(f"{name}.png" for name in ("prices", "curves", "reliability", "slices", "errors")),
     *(f"{name}.csv" for name in TABLES),
 )
 RECALLS, COSTS = (0.9, 0.95, 0.99), (1, 5, 10, 50)

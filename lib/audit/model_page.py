@@ -11,22 +11,18 @@ from matplotlib import colormaps
 
 from lib.audit import rank_findings
 from lib.audit.data_page import outline, plot_gallery
-from lib.blocks import Figure, Gallery, Heading, Table, Words, table_of, write_page
-from lib.figures import (
-    COLOURS,
-    JUDGED,
-    column,
-    figure_png,
-    name_rows,
-    new_figure,
+from lib.audit.model_plots import (
+    TITLES,
     plot_curves,
+    plot_prices,
     plot_reliability,
     plot_slices,
     slice_name,
-    threshold_name,
 )
+from lib.blocks import Figure, Gallery, Heading, Table, Words, table_of, write_page
+from lib.figures import figure_png
 
-NAMES = JUDGED | {"f2": "F2", "precision": "precision"}
+NAMES = TITLES | {"f2": "F2", "precision": "precision"}
 PRICED = ("recall", "specificity", "precision", "f2")
 CALIBRATION = ("probabilities", "temperature", "offset", "ece", "ece_by_chance", "brier", "nll")
 REGIONS = ("as it is", "ring", "centre")  # begin the name of a probe
@@ -133,6 +129,7 @@ def threshold_blocks(scores: dict, tables: dict) -> list:
         decisions.append(decision)
         meanings.append(meaning)
     prices = figure_png(plot_prices(rows))
+    missed = "Tumours missed, and normal patches called tumour, at each threshold"
     prevalence = scores["constant_baselines"]["prevalence"]
     curves = figure_png(plot_curves(tables["curves"], rows, prevalence))
     note = (
@@ -142,8 +139,8 @@ def threshold_blocks(scores: dict, tables: dict) -> list:
     return [
         Words(note, "note"),
         table_of(decisions),
-        Figure("Tumours missed, and normal patches called tumour, at each threshold", prices),
-        Figure("ROC and precision over recall", curves),
+        Figure(missed, prices, "prices.png"),
+        Figure("ROC and precision over recall", curves, "curves.png"),
         Heading("Where tumour is rarer: share flagged, precision, F2", 3),
         table_of(meanings),
         Words("By Bayes' rule from recall and specificity above.", "note"),
@@ -158,7 +155,8 @@ def calibration_blocks(scores: dict, bins: list[dict]) -> list:
     )
     drawn = figure_png(plot_reliability(bins))
     table = table_of(scores["calibration"], CALIBRATION)
-    return [table, Words(note, "note"), Figure("Reliability", drawn)]
+    title = "Reliability; the area of a marker shows how many patches are in its bin"
+    return [table, Words(note, "note"), Figure(title, drawn, "reliability.png")]
 
 
 def slice_blocks(scores: dict, slices: list[dict]) -> list:
@@ -180,7 +178,7 @@ def slice_blocks(scores: dict, slices: list[dict]) -> list:
             "F2": span(row, "f2", ".2f"),
             "always positive": number(row["always_positive_f2"], ".2f"),
         }
-        for name in JUDGED:
+        for name in TITLES:
             cells[NAMES[name]] = span(row, name, ".2f")
         rows.append(cells)
     note = (
@@ -198,12 +196,13 @@ def slice_blocks(scores: dict, slices: list[dict]) -> list:
             f" {len(slides)} are shown."
         )
     dots = figure_png(plot_slices(shown, scores["global"]))
-    return [Words(note, "note"), Figure("Scores by slice", dots), table_of(rows)]
+    drawn = Figure("Scores by slice", dots, "slices.png")
+    return [Words(note, "note"), drawn, table_of(rows)]
 
 
 def lowest_score(row: dict) -> float:
     """The lowest of a slice's scores that are compared; 1 where it has none."""
-    scores = [row[name] for name in JUDGED]
+    scores = [row[name] for name in TITLES]
     return min(np.nan_to_num(scores, nan=1.0))
 
 
@@ -288,27 +287,6 @@ def list_facts(scores: dict) -> list[tuple]:
         counts = f"{half['num']:,} patches, {half['num_positive']:,} positive"
         facts[half["use"]] = f"{counts}, {half['num_groups']:,} {half['groups']}"
     return list(facts.items())
-
-
-def plot_prices(rows: list[dict]):
-    """What each threshold misses, and what it calls in vain, in % and with intervals."""
-    rows = [row for row in rows if not row["rule"].startswith("always")]
-    figure, (axes,) = new_figure(1, 8.5, 0.9 + 0.3 * len(rows))
-    for name, label, colour, offset in (
-        ("recall", "tumours missed", COLOURS[1], -0.14),
-        ("specificity", "normal patches called tumour", COLOURS[0], 0.14),
-    ):
-        places = np.arange(len(rows)) + offset
-        values, lows, highs = (
-            100 - 100 * column(rows, name + end) for end in ("", "_high", "_low")
-        )
-        axes.hlines(places, lows, highs, color=colour)
-        axes.plot(values, places, "o", color=colour, label=label)
-    name_rows(axes, [threshold_name(row) for row in rows])
-    axes.set_xlabel("% of them")
-    axes.set_xlim(left=0)
-    axes.legend()
-    return figure
 
 
 def plot_errors(shown: list[dict], patches: np.ndarray, maps: np.ndarray):

@@ -5,9 +5,10 @@ step.
 from pathlib import Path
 
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
-from lib.figures import column, figure_png, new_figure, plot_time_line
+from lib.figures import COLOURS, column, figure_png, new_figure
 from lib.files import read_csv
 
 
@@ -27,7 +28,7 @@ def write_twin_page(
             blocks.append(table_of(finding["rows"]))
         if finding["check"] == "time line" and steps:
             drawn = figure_png(plot_time_line(equal, steps))
-            blocks.append(Figure("What was equal to the bit, by step", drawn))
+            blocks.append(Figure("What was equal to the bit, by step", drawn, "timeline.png"))
         if finding["check"] == "time line" and is_error:
             growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
             blocks.append(Figure("Differences by step", figure_png(growth)))
@@ -47,4 +48,19 @@ def plot_growth(ours: list[dict], theirs: list[dict]):
             axes.set_yscale("log", nonpositive="mask")
     axes.set(title="relative difference, where there is one", xlabel="step")
     axes.legend()
+    return figure
+
+
+def plot_time_line(equal: dict[str, list[bool]], steps: list[int]):
+    """The grid quantities x steps of two runs: equal to the bit, or not."""
+    figure, (axes,) = new_figure(1, width=11, height=0.9 + 0.28 * len(equal))
+    edges = np.append(0, steps) + steps[0] / 2  # a cell reaches half a step to either side
+    colours = ListedColormap([COLOURS[1], COLOURS[5]])
+    rows = range(len(equal) + 1)
+    axes.pcolormesh(edges, rows, list(equal.values()), cmap=colours, vmin=0, vmax=1)
+    axes.hlines(range(len(equal)), edges[0], edges[-1], color="white", linewidth=2)
+    axes.set(xlabel="step", yticks=np.arange(len(equal)) + 0.5, yticklabels=equal)
+    axes.set_title("blue: equal to the bit, orange: not")
+    axes.invert_yaxis()
+    axes.grid(False)
     return figure

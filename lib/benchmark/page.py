@@ -7,10 +7,12 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
+
 from lib.benchmark.rounds import COLUMNS, JOB
 from lib.benchmark.verdict import GROUPS
 from lib.blocks import Figure, Heading, Table, Words, table_of, to_markdown
-from lib.figures import COLOURS, figure_png, new_figure, plot_scaling
+from lib.figures import COLOURS, MARKS, add_legend, figure_png, new_figure
 from lib.files import atomic_write, write_csv, write_json
 
 METHOD = (
@@ -104,3 +106,21 @@ def draw(rows: list[dict], verdict: dict) -> dict:
             axes.barh(stage, 1e3 * seconds, color=COLOURS[is_bottleneck])
         axes.set(xlabel="ms a batch, from memory")
     return figures
+
+
+def plot_scaling(series: dict[str, list[tuple[float, float, float, float]]]):
+    """Throughput against batch size, a line for each series: (batch size, images per second, low,
+    high).
+    """
+    figure, (axes,) = new_figure(1, 7.5, 4.2)
+    sizes = set()
+    for number, (name, points) in enumerate(series.items()):
+        size, rate, low, high = np.array(sorted(points)).T
+        sizes.update(size)
+        mark = MARKS[number % len(MARKS)]
+        axes.errorbar(size, rate, [rate - low, high - rate], marker=mark, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second")
+    axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
+    axes.minorticks_off()
+    add_legend(figure, axes)
+    return figure

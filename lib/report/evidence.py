@@ -272,16 +272,17 @@ def gather(root: Path, said: dict, commit: str) -> None:
 
     if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
         with replaced(kept / "search") as target:
-            copy_files(search, target, "plan.json", "champion.json", "rung-*.json")
+            copy_files(search, target, "plan.json", "champion.json", "rung-*.json", "trials.png")
             for path in {target / "plan.json", *target.glob("*.json")}:
                 read_json(path)
     if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
         with replaced(kept / "audit") as target:
             gather_findings(audit, target, root)
-            copy_files(audit, target, "histograms.csv", "power.csv")
+            copy_files(audit, target, "histograms.csv", "power.csv", "counts.png", "histograms.png")
     if twin := newest(root, said.get("twin"), "audit-*/twin.html"):
         with replaced(kept / "twin") as target:
             findings = gather_findings(twin, target, root)
+            copy_files(twin, target, "timeline.png")
             folders = [
                 row["folder"]
                 for found in findings

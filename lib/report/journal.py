@@ -55,8 +55,7 @@ def write_journal(root: Path) -> dict:
         raise BadInput(wrong[0])
     drawings = parts_of(sections, Drawing)
     for drawing in drawings:
-        if drawing.draw:
-            draw(drawing, e)
+        write_picture(drawing, e)
     names = {Path(drawing.name).name for drawing in drawings}
     stale = {path.name for path in (root / DRAWN).glob("*.png")} - names
     for name in stale:
@@ -94,16 +93,21 @@ def citation(drawing: Drawing, e: Evidence) -> str:
     return cite(with_digests(e, drawing.sources))
 
 
-def draw(drawing: Drawing, e: Evidence) -> None:
-    """Draw a figure, with what it is drawn from in it; the same bytes are not written again."""
+def write_picture(drawing: Drawing, e: Evidence) -> None:
+    """Copy a picture, or draw it, with what it is drawn from in it; the same bytes are not written
+    again.
+    """
     path = e.root / drawing.name
-    try:
-        png = figure_png(drawing.draw(), source=citation(drawing, e))
-    except OF_DAMAGE as error:
-        raise BadInput(
-            f"{path} cannot be drawn, a file is damaged: {', '.join(drawing.sources)}"
-            f" ({one_line(error)})"
-        ) from None
+    if drawing.draw:
+        try:
+            png = figure_png(drawing.draw(), source=citation(drawing, e))
+        except OF_DAMAGE as error:
+            raise BadInput(
+                f"{path} cannot be drawn, a file is damaged: {', '.join(drawing.sources)}"
+                f" ({one_line(error)})"
+            ) from None
+    else:
+        png = (e.root / drawing.sources[0]).read_bytes()
     if not path.is_file() or path.read_bytes() != png:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:

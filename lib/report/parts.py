@@ -9,7 +9,7 @@ from lib.report.evidence import Evidence
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A picture under assets/: drawn by `draw` from `sources`, or there already."""
+    """A picture under assets/: drawn by `draw` from `sources`, or a copy of the first of them."""
 
     name: str
     title: str

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import figures
 from lib.blocks import Code, Table, Words, table_of
 from lib.command import BadInput, one_line
 from lib.config import plain
-from lib.report import drawings
+from lib.figures import EPOCH_PANELS, column, plot_columns, plot_decisions
+from lib.report.drawings import plot_commits, plot_runs
 from lib.report.evidence import CHAMPION, KEPT, Evidence, find_code, git, read_code
 from lib.report.parts import Drawing
 from lib.report.runs import GRADIENTS, average_scores, read_run
@@ -29,6 +29,8 @@ PLAN, AUDIT, TWIN = (
 )
 BENCHMARKS, SWEEP = "assets/benchmark*/benchmark.json", "sweep SPACE=assets/space.yaml"
 PRECISIONS = ("fp32", "bf16", "fp16")
+BENCH_COLUMNS = ("partition", "node_type", "gpu", "job_id", "what", "case", "model", "precision")
+BENCH_COLUMNS += ("batch_size", "images_per_s", "low", "high", "factor", "memory_bytes", "status")
 NUM_COMMITS, NUM_SPIKES, NUM_ERRORS = 15, 3, 8
 WINDOW, SPIKE = 101, 2.0  # a spike: so many times the median of the steps around it
 SETUP = (
@@ -136,13 +138,15 @@ def read_questions() -> dict[str, list[tuple[str, ...]]]:
 def answer(e: Evidence, key: str, target: str, code: str) -> list:
     """All that is known to a question: the team's words, what the files say, and the code."""
     words = (e.said.get("answers") or {}).get(key)
+    parts = [Words(words.strip())] if words else []
     try:
-        found = ANSWERS[key](e) if key in ANSWERS else []
+        measured = ANSWERS[key](e) if key in ANSWERS else []
     except (BadInput, *OF_DAMAGE) as error:
-        found = [Words(f"{CANNOT}: {target or key} ({type(error).__name__}: {one_line(error)})")]
-    if target and not found:
-        found = [missing(target)]
-    return [*([Words(words.strip())] if words else []), *found, *quote(e, code)]
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        measured = [Words(f"{CANNOT}: {target or key} ({reason})")]
+    if target and not measured:
+        measured = [missing(target)]
+    return parts + measured + quote(e, code)
 
 
 def missing(target: str) -> Words:
@@ -154,25 +158,21 @@ def quote(e: Evidence, code: str) -> list[Code]:
     were made, if they were.
     """
     made = next((e.json(f"{run}/meta.json").get("commit") for run in seeds(e)), None)
-    parts = []
-    for file, _, names in (item.strip().partition(":") for item in code.split(";") if item.strip()):
-        for name in map(str.strip, names.split(",")):
-            for commit in (
-                [made, e.commit]
-                if made and file.startswith(("lib/", "config.yaml"))
-                else [e.commit]
-            ):
-                line, text = find_code(file, read_code(commit, file), name)
+    quotes = []
+    for item in filter(None, code.split(";")):
+        file, _, names = item.strip().partition(":")
+        is_of_runs = made and file.startswith(("lib/", "config.yaml"))
+        for name in names.split(","):
+            for commit in [made, e.commit] if is_of_runs else [e.commit]:
+                line, text = find_code(file, read_code(commit, file), name.strip())
                 if line:
-                    parts.append(
-                        Code(
-                            text,
-                            f"{file}:{line} at"
-                            f" {commit[:10]}{', the commit of the runs' * (commit == made)}",
-                        )
-                    )
+                    remark = ", the commit of the runs" if commit == made else ""
+                    quotes.append(Code(text, f"{file}:{line} at {commit[:10]}{remark}"))
                     break
-    return parts
+    return quotes
+
+
+# shapes that several answers share: nothing where there is nothing
 
 
 # shapes that several answers share: nothing where there is nothing
@@ -180,6 +180,10 @@ def quote(e: Evidence, code: str) -> list[Code]:
 
 def table(header, rows, *sources: str, full: str = "") -> list[Table]:
     return [Table(list(header), rows, sources, full)] if rows else []
+
+
+def table_of_rows(rows, *sources: str, columns=()) -> list[Table]:
+    return [table_of(rows, columns, sources=sources)] if rows else []
 
 
 def picture(name: str, title: str, sources, plot, data, *rest) -> list[Drawing]:
@@ -191,12 +195,17 @@ def picture(name: str, title: str, sources, plot, data, *rest) -> list[Drawing]:
     )
 
 
+def handed_over(e: Evidence, png: str, title: str, *sources: str) -> list[Drawing]:
+    """A figure that another script has drawn from `sources`, under a name of the journal's own."""
+    name = "-".join(png.split("/")[-2:])
+    return [Drawing(f"{DRAWN}/{name}", title, (png, *sources))] if e.has(png) else []
+
+
 def csv_table(e: Evidence, name: str, rows=None) -> list[Table]:
     """A CSV, or some rows of one, numbers as numbers."""
     rows = e.csv(name) if rows is None else rows
-    return table(
-        rows[0] if rows else (), [[*map(number, row.values())] for row in rows], name, full=PAGE
-    )
+    cells = [[*map(number, row.values())] for row in rows]
+    return table(rows[0], cells, name, full=PAGE) if rows else []
 
 
 def number(text):
@@ -211,10 +220,9 @@ def number(text):
 
 def findings(e: Evidence, audit: str, *checks: str) -> list[Table]:
     """Findings of an audit whose check begins with one of these."""
-    keys = ("severity", "check", "split", "count", "measured", "advice")
+    columns = ("severity", "check", "split", "count", "measured", "advice")
     rows = e.findings(audit, *checks)
-    sources = (f"{KEPT}/{audit}/findings.json",)
-    return [table_of(rows, keys, sources=sources)] if rows else []
+    return table_of_rows(rows, f"{KEPT}/{audit}/findings.json", columns=columns)
 
 
 def proofs(e: Evidence, name: str) -> list[Table]:
@@ -222,16 +230,14 @@ def proofs(e: Evidence, name: str) -> list[Table]:
     measured.
     """
     rows = []
-    for part, found in e.json(name).items():
-        if "count" in found:
-            rows.append(
-                [part, found.get("remark"), f"{found['held']} of {found['count']}", found["commit"]]
-            )
+    for part, proof in e.json(name).items():
+        commit = proof["commit"]
+        if "count" in proof:
+            held = f"{proof['held']} of {proof['count']}"
+            rows.append([part, proof.get("remark"), held, commit])
         else:
-            rows += [
-                [row["asked"], row["measured"], plain(row["held"]), found["commit"]]
-                for row in found["rows"]
-            ]
+            for row in proof["rows"]:
+                rows.append([row["asked"], row["measured"], plain(row["held"]), commit])
     return table(("proof", "measured", "held", "commit"), rows, name)
 
 
@@ -245,9 +251,12 @@ def finished(e: Evidence) -> list[str]:
     return [run for run in [*seeds(e), CHAMPION] if e.has(f"{run}/summary.json")]
 
 
-def of_seeds(e: Evidence, file: str) -> tuple[dict[str, list[dict]], tuple[str, ...]]:
-    """Rows of a CSV of each of these runs, by `seed N`, and the names of the files."""
-    tables = {f"seed {read_run(e.root / run)['seed']}": e.csv(f"{run}/{file}") for run in seeds(e)}
+def of_seeds(e: Evidence, file: str) -> tuple[dict[tuple[str, str], list[dict]], tuple[str, ...]]:
+    """Rows of a CSV of each of these runs, by (`seed N`, the CSV), and the names of the files."""
+    tables = {}
+    for run in seeds(e):
+        label = f"seed {read_run(e.root / run)['seed']}"
+        tables[label, file] = e.csv(f"{run}/{file}")
     return tables, tuple(f"{run}/{file}" for run in seeds(e))
 
 
@@ -255,15 +264,14 @@ def gallery(e: Evidence, kind: str, title: str, page: str) -> list:
     """Pictures of patches that journal.yaml names, with its remark; else where the local ones
     are.
     """
-    said, name = e.said.get("pictures") or {}, f"{KEPT}/pictures/{kind}.png"
-    if said.get(kind) and e.has(name):
-        return [Drawing(name, f"{title}. {said.get('remark') or ''}".strip(" ."), (name,))]
-    return [
-        Words(
-            "Pictures are published only where journal.yaml names them, under `pictures`; they are"
-            f" in {page}."
-        )
-    ]
+    published, name = e.said.get("pictures") or {}, f"{KEPT}/pictures/{kind}.png"
+    if published.get(kind) and e.has(name):
+        return [Drawing(name, f"{title}. {published.get('remark') or ''}".strip(" ."), (name,))]
+    words = (
+        "Pictures are published only where journal.yaml names them, under `pictures`; they are in"
+        f" {page}."
+    )
+    return [Words(words)]
 
 
 def flat(values: dict, prefix: str = ""):
@@ -285,61 +293,38 @@ def sources(e: Evidence) -> list:
 
 
 def twins(e: Evidence) -> list:
-    line, sides = (
-        f"{KEPT}/twin/timeline.csv",
-        [row for found in e.findings("twin", "runs") for row in found["rows"]],
-    )
-    if not (rows := e.csv(line)):
+    line = f"{KEPT}/twin/timeline.csv"
+    rows = e.csv(line)
+    if not rows:
         return []
-    equal = {name: [row[name] == "1" for row in rows] for name in rows[0] if name != "step"}
-    num = sum(map(all, zip(*equal.values(), strict=True)))
-    parts = [
-        Words(
-            f"{num:,} of {len(rows):,} traced steps are equal to the bit in every quantity.",
-            sources=(line,),
-        )
-    ]
-    long = ("commit", "weights_sha256")
-    told = [
-        [str(value)[:12] if name in long else value for name, value in row.items()] for row in sides
-    ]
-    parts += table(sides[0], told, TWIN) + findings(e, "twin")
-    title, steps = (
-        "Twin runs: what was equal to the bit at which step",
-        [int(row["step"]) for row in rows],
-    )
-    parts += picture("twin", title, [line], figures.plot_time_line, equal, steps)
-    return (
-        parts
-        + proofs(e, "assets/reproducibility.json")
-        + proofs(e, "assets/reproducibility_sample.json")
-    )
+    num_equal = sum("0" not in row.values() for row in rows)  # no step is numbered 0
+    words = f"{num_equal:,} of {len(rows):,} traced steps are equal to the bit in every quantity."
+    parts = [Words(words, sources=(line,))]
+    (finding,) = e.findings("twin", "runs")
+    for side in finding["rows"]:
+        for name in ("commit", "weights_sha256"):
+            side[name] = str(side[name])[:12]
+    parts += table_of_rows(finding["rows"], TWIN) + findings(e, "twin")
+    title = "Twin runs: what was equal to the bit at which step"
+    parts += handed_over(e, f"{KEPT}/twin/timeline.png", title, line)
+    parts += proofs(e, "assets/reproducibility.json")
+    return parts + proofs(e, "assets/reproducibility_sample.json")
 
 
 def counts(e: Evidence) -> list:
     rows, used = [], [f"{run}/meta.json" for run in dict.fromkeys(finished(e)[-1:] + seeds(e)[:1])]
     for name in used:
         for split, row in e.json(name)["rows"].items():
-            cells = [
-                row["num"],
-                row["num_negative"],
-                row["num_positive"],
-                sum(row["left_out"].values()),
-            ]
-            rows.append([name.split("/")[-2], split, *cells])
-    parts = table(("run", "split", "patches", "negative", "positive", "left out"), rows, *used)
+            num_left_out = sum(row["left_out"].values())
+            row |= {"run": name.split("/")[-2], "split": split, "left_out": num_left_out}
+            rows.append(row)
+    columns = ("run", "split", "num", "num_negative", "num_positive", "left_out")
+    parts = table_of_rows(rows, *used, columns=columns)
     parts += findings(e, "audit", "balance", "prior shift", "agreement")
-    bars = [
-        row
-        for found in e.findings("audit", "balance")
-        if found["check"] == "balance"
-        for row in found["rows"]
-    ]
-    parts += picture(
-        "class-balance", "Patches per split and class", [AUDIT], figures.plot_counts, bars
-    )
-    bins, title = f"{KEPT}/audit/histograms.csv", "What the intact patches of each split look like"
-    return parts + picture("intensity", title, [bins], figures.plot_histograms, e.csv(bins))
+    drawn = f"{KEPT}/audit"
+    parts += handed_over(e, f"{drawn}/counts.png", "Patches per split and class", AUDIT)
+    title = "What the intact patches of each split look like"
+    return parts + handed_over(e, f"{drawn}/histograms.png", title, f"{drawn}/histograms.csv")
 
 
 def leakage(e: Evidence) -> list:
@@ -349,33 +334,24 @@ def leakage(e: Evidence) -> list:
 
 
 def size(e: Evidence) -> list:
-    rows = [
-        [found["split"], *row.values()]
-        for found in e.findings("audit", "size")
-        for row in found["rows"]
-    ]
-    parts = findings(e, "audit", "size") + table(
-        ("split", "factor", "here", "official"), rows, AUDIT
-    )
-    for row in e.json("assets/audit.json").get("damaged", {}).get("rows", []):
+    rows, name = [], "assets/audit.json"
+    for finding in e.findings("audit", "size"):
+        rows += [{"split": finding["split"]} | row for row in finding["rows"]]
+    parts = findings(e, "audit", "size") + table_of_rows(rows, AUDIT)
+    for row in e.json(name).get("damaged", {}).get("rows", []):
         if "size" in row["asked"]:
-            parts.append(
-                Words(
-                    f"A damaged edition, made from intact patches: {row['measured']}.",
-                    sources=("assets/audit.json",),
-                )
-            )
+            words = f"A damaged edition, made from intact patches: {row['measured']}."
+            parts.append(Words(words, sources=(name,)))
     return parts
 
 
 def poisoning(e: Evidence) -> list:
-    found = findings(
-        e, "audit", "values", "triggers", "label", "unreadable", "exchanged", "names", "meta"
-    )
-    if not found:
+    checks = ("values", "triggers", "label", "unreadable", "exchanged", "names", "meta")
+    parts = findings(e, "audit", *checks)
+    if not parts:
         return []
-    found += gallery(e, "damage", "Suspect patches", "audit.html of the audit")
-    return found + csv_table(e, f"{KEPT}/audit/power.csv") + proofs(e, "assets/audit.json")
+    parts += gallery(e, "damage", "Suspect patches", "audit.html of the audit")
+    return parts + csv_table(e, f"{KEPT}/audit/power.csv") + proofs(e, "assets/audit.json")
 
 
 # 4: dynamics
@@ -396,138 +372,111 @@ def learning_rate(e: Evidence) -> list:
 def seed_picture(e: Evidence, name: str, title: str, file: str, curves) -> list[Drawing]:
     """Curves of the runs that differ in the seed alone, and their mean."""
     tables, sources = of_seeds(e, file)
-    tables = {(run, file): rows for run, rows in tables.items()}
-    return picture(name, title, sources, drawings.plot_runs, tables, curves, True)
+    return picture(name, title, sources, plot_runs, tables, curves, True)
 
 
 def spikes(e: Evidence) -> list:
-    (tables, names), rows, told = of_seeds(e, "steps.csv"), [], []
-    for run, steps in tables.items():
-        norm, loss, lr, epoch = (
-            figures.column(steps, name) for name in ("grad_norm", "loss", "lr", "epoch")
-        )
+    tables, names = of_seeds(e, "steps.csv")
+    rows, counts_of_runs = [], []
+    for (run, _), steps in tables.items():
+        norm, loss, lr = (column(steps, name) for name in ("grad_norm", "loss", "lr"))
         ratio, usual_loss = norm / running_median(norm), running_median(loss)
-        for at in np.argsort(-ratio)[:NUM_SPIKES].tolist():
-            values = [float(column[at]) for column in (norm, ratio, loss, usual_loss, lr)]
-            rows.append([run, int(steps[at]["step"]), int(epoch[at]), *values])
-        spike = ratio > SPIKE
-        num, hard, early = (
-            spike.sum(),
-            (spike & (loss > usual_loss)).sum(),
-            (spike & (epoch == 1)).sum(),
+        for place in np.argsort(-ratio)[:NUM_SPIKES].tolist():
+            shown = [values[place].item() for values in (norm, ratio, loss, usual_loss, lr)]
+            step = steps[place]
+            rows.append([run, int(step["step"]), int(step["epoch"]), *shown])
+        is_spike = ratio > SPIKE
+        num_hard = (is_spike & (loss > usual_loss)).sum()
+        num_early = (is_spike & (column(steps, "epoch") == 1)).sum()
+        counts_of_runs.append(
+            f"{run}: {is_spike.sum()} of {len(steps):,} steps, {num_hard} with a loss above the"
+            f" median, {num_early} in the first epoch"
         )
-        told.append(
-            f"{run}: {num} of {len(steps):,} steps, {hard} with a loss above the median, {early} in"
-            " the first epoch"
-        )
-    words = (
-        f"A spike is a norm above {SPIKE:g} times the median of the {WINDOW} steps around it."
-        f" {'; '.join(told)}."
-    )
-    header = (
-        "run",
-        "step",
-        "epoch",
-        "gradient norm",
-        "times the median",
-        "loss of its batch",
-        "median loss",
-        "learning rate",
-    )
     if not rows:
         return []
+    words = (
+        f"A spike is a norm above {SPIKE:g} times the median of the {WINDOW} steps around it."
+        f" {'; '.join(counts_of_runs)}."
+    )
+    header = ["run", "step", "epoch", "gradient norm", "times the median"]
+    header += ["loss of its batch", "median loss", "learning rate"]
     return [Words(words, sources=names), *table(header, rows, *names)]
 
 
 def running_median(values: np.ndarray) -> np.ndarray:
     """The median of the WINDOW values around each of values (N,), fewer at the ends: (N,)."""
-    reach = WINDOW // 2
-    return np.array(
-        [np.median(values[max(0, at - reach) : at + reach + 1]) for at in range(len(values))]
-    )
+    padded = np.pad(values, WINDOW // 2, constant_values=np.nan)
+    return np.nanmedian(np.lib.stride_tricks.sliding_window_view(padded, WINDOW), 1)
+
+
+# 5: tracking, hyper-parameters
 
 
 # 5: tracking, hyper-parameters
 
 
 def spread(e: Evidence) -> list:
-    if not (runs := [read_run(e.root / run) for run in seeds(e)]):
+    runs = [read_run(e.root / run) for run in seeds(e)]
+    if not runs:
         return []
-    rows, scores = [], average_scores(runs, "seed")
+    rows, means = [], average_scores(runs, "seed")
     for title, (score, constant) in SHOWN_SCORES.items():
-        means = [scores[f"val_{score}"][key] for key in ("mean", "deviation", "low", "high")]
-        rows.append([title, *(run[f"val_{score}"] for run in runs), *means, runs[0][constant]])
-    header = (
-        "score",
-        *(f"seed {run['seed']}" for run in runs),
-        "mean",
-        "deviation",
-        "95% from",
-        "to",
-        "constant answer",
-    )
+        row = {"score": title}
+        for run in runs:
+            row[f"seed {run['seed']}"] = run[f"val_{score}"]
+        mean = means[f"val_{score}"]
+        row |= {"mean": mean["mean"], "deviation": mean["deviation"]}
+        row |= {"95% from": mean["low"], "to": mean["high"], "constant answer": runs[0][constant]}
+        rows.append(row)
     title = f"Loss and metrics on validation, epoch by epoch, one view, with {len(runs)} seeds"
     drawn = seed_picture(e, "metrics", title, "epochs.csv", METRICS)
-    return table(header, rows, *(f"{run}/summary.json" for run in seeds(e))) + drawn
+    return table_of_rows(rows, *(f"{run}/summary.json" for run in seeds(e))) + drawn
 
 
 def tracked(e: Evidence) -> list:
-    rows, files, epochs = [], [], f"{CHAMPION}/epochs.csv"
+    rows, files = [], []
     for run in finished(e):
         meta, summary = e.json(f"{run}/meta.json"), e.json(f"{run}/summary.json")
-        patched = ", patched" * bool(meta.get("patched") or meta.get("uncommitted_patch"))
-        code, versions = f"{(meta['commit'] or 'none')[:10]}{patched}", meta["versions"]
-        made = (
-            f"python {versions['python']}, torch {versions['torch']}, {meta['machine']['cpu']},"
-            f" {meta['machine']['device']}"
-        )
-        found = [
-            meta["job"].get("SLURM_JOB_ID", "none"),
-            *(summary[key] for key in ("val_auc", "val_f2")),
-        ]
-        rows.append(
-            [
-                Path(run).name,
-                code,
-                e.digest(f"{run}/config.yaml"),
-                made,
-                *found,
-                summary["weights_sha256"][:12],
-            ]
-        )
+        machine, versions = meta["machine"], meta["versions"]
+        is_patched = meta.get("patched") or meta.get("uncommitted_patch")
+        packages = f"python {versions['python']}, torch {versions['torch']}"
+        row = {
+            "run": Path(run).name,
+            "commit": (meta["commit"] or "none")[:10] + (", patched" if is_patched else ""),
+            "config": e.digest(f"{run}/config.yaml"),
+            "environment": f"{packages}, {machine['cpu']}, {machine['device']}",
+            "job": meta["job"].get("SLURM_JOB_ID", "none"),
+            "AUC": summary["val_auc"],
+            "F2": summary["val_f2"],
+            "final weights": summary["weights_sha256"][:12],
+        }
+        rows.append(row)
         files += [f"{run}/{name}" for name in ("config.yaml", "meta.json", "summary.json")]
-    header = ("run", "commit", "config", "environment", "job", "AUC", "F2", "final weights")
+    parts = table_of_rows(rows, *files)
+    epochs, runs = f"{CHAMPION}/epochs.csv", f"{KEPT}/runs.csv"
     title = "The champion, epoch by epoch, one view, beside constant answers"
-    panels = "epoch", figures.EPOCH_PANELS
-    drawn = picture("champion", title, [epochs], figures.plot_columns, e.csv(epochs), *panels)
-    listed = csv_table(e, f"{KEPT}/runs.csv")
-    told = [
-        Words(
-            f"All {len(rows.rows)} runs that lay in runs/, with the SHA-256 of each summary.json:"
-        )
-        for rows in listed
-    ]
-    return table(header, rows, *files) + drawn + told + listed
+    panels = "epoch", EPOCH_PANELS
+    parts += picture("champion", title, [epochs], plot_columns, e.csv(epochs), *panels)
+    if e.has(runs):
+        num = len(e.csv(runs))
+        words = f"All {num} runs that lay in runs/, with the SHA-256 of each summary.json:"
+        parts += [Words(words), *csv_table(e, runs)]
+    return parts
 
 
 def reproduce(e: Evidence) -> list:
-    for run in finished(e):
-        commit, data = (
-            e.json(f"{run}/meta.json")["commit"] or "COMMIT",
-            read_run(e.root / run)["data_dir"],
-        )
-        steps = (
-            f"cp {run}/config.yaml again.yaml\ngit checkout {commit}\nmake setup\npython prepare.py"
-            f" verify {data}\n"
-        )
-        steps += "python train.py --config again.yaml"
-        digest = e.json(f"{run}/summary.json")["weights_sha256"]
-        told = f"It is reproduced if the new summary.json has the `weights_sha256` `{digest}`."
-        return [
-            Code(steps, f"{run}, once more"),
-            Words(told, sources=(f"{run}/summary.json", f"{run}/config.yaml")),
-        ]
-    return []
+    if not finished(e):
+        return []
+    run = finished(e)[0]
+    commit = e.json(f"{run}/meta.json")["commit"] or "COMMIT"
+    data, digest = (read_run(e.root / run)[key] for key in ("data_dir", "weights_sha256"))
+    steps = (
+        f"cp {run}/config.yaml again.yaml\ngit checkout {commit}\nmake setup\npython prepare.py"
+        f" verify {data}\npython train.py --config again.yaml"
+    )
+    words = f"It is reproduced if the new summary.json has the `weights_sha256` `{digest}`."
+    sources = (f"{run}/summary.json", f"{run}/config.yaml")
+    return [Code(steps, f"{run}, once more"), Words(words, sources=sources)]
 
 
 def new_data(_e: Evidence) -> list:
@@ -540,104 +489,84 @@ def new_data(_e: Evidence) -> list:
 
 
 def space(e: Evidence) -> list:
-    if not (plan := e.json(PLAN)):
+    plan = e.json(PLAN)
+    if not plan:
         return []
-    rows = [
-        [key, kind, plain(bounds)]
-        for key, spec in plan["ranges"].items()
-        for kind, bounds in spec.items()
-    ]
+    rows = []
+    for key, spec in plan["ranges"].items():
+        ((kind, bounds),) = spec.items()
+        rows.append([key, kind, plain(bounds)])
     words = (
         f"{len(plan['trials'])} trials of a {plan['design']} design, rungs of"
-        f" {plain(plan['rungs'])} epochs, "
+        f" {plain(plan['rungs'])} epochs, frozen beforehand with the SHA-256"
+        f" `{plan['sha256'][:12]}`."
     )
-    words += f"frozen beforehand with the SHA-256 `{plan['sha256'][:12]}`."
     return [Words(words, sources=(PLAN,)), *table(("parameter", "scale", "range"), rows, PLAN)]
 
 
 def trials(e: Evidence) -> list:
-    plan, rung = e.json(PLAN), e.json(f"{SEARCH}/rung-1.json")
-    if not rung:
-        return []
-    scores, keys, used = rung["scores_before"], [*plan["ranges"]], (PLAN, f"{SEARCH}/rung-1.json")
-    scored = [plan["trials"][trial] | {"AUC": score} for trial, score in scores.items()]
-    is_promoted = np.isin([*scores], rung["trials"])
-    shown = plan["ranges"], scored, is_promoted
-    drawn = picture("search", "The search", used, figures.plot_parallel, *shown)
-    rows = [
-        [trial, *plan["trials"][trial].values(), score, plain(trial in rung["trials"])]
-        for trial, score in scores.items()
-    ]
-    return drawn + table(
-        ("trial", *keys, "AUC after the first rung", "promoted"), rows, *used, full=PAGE
-    )
+    used = (PLAN, f"{SEARCH}/rung-1.json")
+    plan, rung = map(e.json, used)
+    rows = []
+    for trial, score in rung.get("scores_before", {}).items():
+        is_promoted = plain(trial in rung["trials"])
+        rows.append([trial, *plan["trials"][trial].values(), score, is_promoted])
+    drawn = handed_over(e, f"{SEARCH}/trials.png", "The search", *used)
+    header = ("trial", *plan.get("ranges", ()), "AUC after the first rung", "promoted")
+    return drawn + table(header, rows, *used, full=PAGE)
 
 
 def champion(e: Evidence) -> list:
-    summary, name = e.json(f"{CHAMPION}/summary.json"), f"{MODEL}/predictions.csv"
-    found = e.json(f"{SEARCH}/champion.json")
-    keys = ("trial", "mean", "deviation", "low", "high", "num")
-    rows = [[row[key] for key in keys] for row in found.get("finalists", [])]
-    parts = (
-        [Words(f"{found['note']}."), *table(keys, rows, f"{SEARCH}/champion.json")]
-        if found
-        else [missing(SWEEP)]
-    )
-    cells = (
-        [
-            [
-                f"{CHAMPION}, uncalibrated, at 0.5",
-                *(summary[f"val_{count}"] for count in ("tn", "fp", "fn", "tp")),
-            ]
-        ]
-        if summary
-        else []
-    )
-    header = (
-        "checkpoint",
-        "true negatives",
-        "false positives",
-        "false negatives",
-        "true positives",
-    )
-    parts += table(header, cells, f"{CHAMPION}/summary.json")
-    if rows := [row for row in e.csv(name) if row.get("label") and row["probability"]]:
-        labels, probs = (
-            figures.column(rows, "label").astype(int),
-            figures.column(rows, "probability"),
-        )
-        at = e.json(f"{MODEL}/scores.json").get("checkpoint", {}).get("threshold", 0.5)
+    ended, scores = f"{SEARCH}/champion.json", f"{CHAMPION}/summary.json"
+    parts, search, summary = [missing(SWEEP)], e.json(ended), e.json(scores)
+    if search:
+        columns = ("trial", "mean", "deviation", "low", "high", "num")
+        finalists = table_of_rows(search["finalists"], ended, columns=columns)
+        parts = [Words(f"{search['note']}."), *finalists]
+    if summary:
+        row = {
+            "checkpoint": f"{CHAMPION}, uncalibrated, at 0.5",
+            "true negatives": summary["val_tn"],
+            "false positives": summary["val_fp"],
+            "false negatives": summary["val_fn"],
+            "true positives": summary["val_tp"],
+        }
+        parts += table_of_rows([row], scores)
+    name, judged = f"{MODEL}/predictions.csv", f"{MODEL}/scores.json"
+    rows = [row for row in e.csv(name) if row.get("label") and row["probability"]]
+    if rows:
+        labels, probs = column(rows, "label").astype(int), column(rows, "probability")
+        at = e.json(judged)["checkpoint"]["threshold"]
         title = (
             f"The champion on {len(rows):,} patches of validation, calibrated, at its threshold"
             f" {at:.3g}"
         )
-        used = [name, *e.names(f"{MODEL}/scores.json")]
-        parts += picture("decisions", title, used, figures.plot_decisions, labels, probs, at)
+        parts += picture("decisions", title, [name, judged], plot_decisions, labels, probs, at)
     return parts
 
 
 def threshold(e: Evidence) -> list:
-    bins, curves = f"{MODEL}/reliability.csv", f"{MODEL}/curves.csv"
     rules, scores = f"{MODEL}/thresholds.csv", f"{MODEL}/scores.json"
     parts = csv_table(e, rules) + table(("score", "value"), [*flat(e.json(scores))], scores)
-    rows = [row for row in e.csv(bins) if {"probabilities", "positive_share_low"} <= set(row)]
-    points = e.csv(curves)
-    if points:
-        prevalence = e.json(scores)["constant_baselines"]["prevalence"]
-        title, drawn = "What thresholds mean, with 95% bands", (e.csv(rules), prevalence)
-        used = [curves, rules, scores]
-        parts += picture("thresholds", title, used, figures.plot_curves, points, *drawn)
-    return parts + picture("reliability", "Reliability", [bins], figures.plot_reliability, rows)
+    title, used = "What thresholds mean, with 95% bands", (f"{MODEL}/curves.csv", rules, scores)
+    parts += handed_over(e, f"{MODEL}/curves.png", title, *used)
+    title = "Reliability; the area of a marker shows how many patches are in its bin"
+    return parts + handed_over(e, f"{MODEL}/reliability.png", title, f"{MODEL}/reliability.csv")
 
 
 def baselines(e: Evidence) -> list:
-    name, summary = f"{CHAMPION}/summary.json", e.json(f"{CHAMPION}/summary.json")
-    rows = [
-        [title, summary[f"val_{key}"], summary[other]]
-        for title, (key, other) in SHOWN_SCORES.items()
-        if summary
-    ]
+    name = f"{CHAMPION}/summary.json"
+    summary, rows = e.json(name), []
+    if summary:
+        for title, (score, constant) in SHOWN_SCORES.items():
+            rows.append([title, summary[f"val_{score}"], summary[constant]])
     return table(("score on validation", "champion", "constant answer"), rows, name)
+
+
+# 6: slices and errors
+
+
+# 6: slices and errors
 
 
 # 6: slices and errors
@@ -645,55 +574,58 @@ def baselines(e: Evidence) -> list:
 
 def errors(e: Evidence) -> list:
     name = f"{MODEL}/errors.csv"
-    false_alarms, missed = (
-        [row for row in e.csv(name) if row["label"] == label] for label in ("0", "1")
-    )
-    worst = sorted(false_alarms, key=lambda row: -float(row["probability"]))[:NUM_ERRORS]
-    worst += sorted(missed, key=lambda row: float(row["probability"]))[:NUM_ERRORS]
+    rows = sorted(e.csv(name), key=lambda row: float(row["probability"]))
+    if not rows:
+        return []
+    false_alarms = [row for row in reversed(rows) if row["label"] == "0"]
+    missed = [row for row in rows if row["label"] == "1"]
     words = (
         f"{len(false_alarms):,} false positives and {len(missed):,} false negatives at the"
-        " checkpoint's threshold; the most "
+        " checkpoint's threshold; the most certain of each:"
     )
-    words += "certain of each:"
-    shown = gallery(
-        e, "errors", "False positives and false negatives", f"{MODEL} where the audit ran"
-    )
-    return [Words(words), *csv_table(e, name, worst), *shown] if worst else []
+    worst = csv_table(e, name, false_alarms[:NUM_ERRORS] + missed[:NUM_ERRORS])
+    where = f"{MODEL} where the audit ran"
+    shown = gallery(e, "errors", "False positives and false negatives", where)
+    return [Words(words), *worst, *shown]
 
 
 def slices(e: Evidence) -> list:
     name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
-    rows, overall = e.csv(name), e.json(scores).get("global", {})
     title = (
         "Scores by slice, with 95% intervals, beside those of all patches (dotted); orange:"
         " confirmed to be worse, yellow: worse on one half"
     )
-    drawn = picture("slices", title, [name, scores], figures.plot_slices, rows, overall)
-    return csv_table(e, name) + drawn
+    return csv_table(e, name) + handed_over(e, f"{MODEL}/slices.png", title, name, scores)
 
 
 def global_score(e: Evidence) -> list:
     name, scores = f"{MODEL}/slices.csv", f"{MODEL}/scores.json"
-    overall = [[key, *row.values()] for key, row in e.json(scores).get("global", {}).items()]
-    rows = sorted((row for row in e.csv(name) if row.get("auc")), key=lambda row: float(row["auc"]))
-    ends = zip(("lowest AUC", "highest AUC"), (rows[:1], rows[-1:]), strict=True)
-    extremes = csv_table(
-        e, name, [{"slice with the": end} | row for end, picked in ends for row in picked]
-    )
-    return (
-        table(("score on the half that judges slices", "value", "95% from", "to"), overall, scores)
-        + extremes
-    )
+    overall = []
+    for score, interval in e.json(scores).get("global", {}).items():
+        overall.append({"score on the half that judges slices": score} | interval)
+    rows = [row for row in e.csv(name) if row.get("auc")]
+    rows.sort(key=lambda row: float(row["auc"]))
+    extremes = []
+    for title, row in zip(("lowest AUC", "highest AUC"), rows[:1] + rows[-1:], strict=False):
+        extremes.append({"slice with the": title} | row)
+    return table_of_rows(overall, scores) + csv_table(e, name, extremes)
+
+
+# 7: collaboration
+
+
+# 7: collaboration
+
+
+# 7: collaboration
 
 
 # 7: collaboration
 
 
 def consolidation(e: Evidence) -> list:
-    merges = git(
-        "log", "--merges", "-8", "--abbrev=10", "--format=%h%x09%s", e.commit, "--"
-    ).splitlines()
-    return table(("merge", "subject"), [line.split("\t", 1) for line in merges])
+    log = git("log", "--merges", "-8", "--abbrev=10", "--format=%h%x09%s", e.commit, "--")
+    return table(("merge", "subject"), [line.split("\t", 1) for line in log.splitlines()])
 
 
 def conflict(e: Evidence) -> list:
@@ -701,11 +633,11 @@ def conflict(e: Evidence) -> list:
     if not e.has(name):
         return [Words("No merge in this repository's history was stopped by a conflict.")]
     text = (e.root / name).read_text(encoding="utf-8").rstrip()
-    told = (
+    words = (
         "The newest one, as `git show --remerge-diff` tells it: what the two sides had made of one"
         " place, and what was kept."
     )
-    return [Words(told, sources=(name,)), Code(text, text.partition("\n")[0])]
+    return [Words(words, sources=(name,)), Code(text, text.partition("\n")[0])]
 
 
 def graph(e: Evidence) -> list:
@@ -713,191 +645,138 @@ def graph(e: Evidence) -> list:
     if not log:
         return []
     title = f"The last {NUM_COMMITS} commits up to {e.commit[:10]}"
-    drawn = picture("commits", title, [], drawings.plot_commits, log.splitlines())
+    drawn = picture("commits", title, [], plot_commits, log.splitlines())
     return [*drawn, Code(log.replace("\t", " "), "git log --graph")]
 
 
 # 8: benchmark
 
 
-def bench_rows(e: Evidence, **wanted) -> tuple[list[dict], list[str]]:
-    """Rows of the benchmarks, one for each partition, that time a model, those with these values
-    alone; and their files.
-    """
-    names = e.names(BENCHMARKS)
-    rows = [
-        row for name in names for row in e.json(name)["rows"] if row["what"] in ("infer", "train")
-    ]
-    return [
-        row for row in rows if all(row.get(key) == value for key, value in wanted.items())
-    ], names
+# 8: benchmark
+
+
+def bench_rows(e: Evidence) -> tuple[list[dict], list[str]]:
+    """Rows of the benchmarks, one for each partition, that time a model; and their files."""
+    names, rows = e.names(BENCHMARKS), []
+    for name in names:
+        rows += e.json(name)["rows"]
+    return [row for row in rows if row["what"] in ("infer", "train")], names
 
 
 def precision(e: Evidence) -> list:
     timed, names = bench_rows(e)
-    keys, rates = ("partition", "what", "model", "batch_size"), {}
+    keys, rates_of = ("partition", "what", "model", "batch_size"), {}
     for row in timed:
-        if row.get("images_per_s") and row["case"] in ("default", "fp32", "bf16", "fp16"):
-            rates.setdefault(tuple(row[key] for key in keys), {})[row["precision"]] = row[
-                "images_per_s"
-            ]
-    rows = [
-        [*key, *(pair.get(name) for name in PRECISIONS)]
-        for key, pair in rates.items()
-        if len(pair) > 1
-    ]
-    return table(
-        (*(key.replace("_", " ") for key in keys), *(f"{name}, images/s" for name in PRECISIONS)),
-        rows,
-        *names,
-    )
+        if row.get("images_per_s") and row["case"] in ("default", *PRECISIONS):
+            rates = rates_of.setdefault(tuple(row[key] for key in keys), {})
+            rates[row["precision"]] = row["images_per_s"]
+    rows = []
+    for key, rates in rates_of.items():
+        if len(rates) > 1:
+            rows.append([*key, *map(rates.get, PRECISIONS)])
+    header = ["partition", "what", "model", "batch size"]
+    return table(header + [f"{name}, images/s" for name in PRECISIONS], rows, *names)
 
 
 def batch_one(e: Evidence) -> list:
-    keys = (
-        "what",
-        "case",
-        "model",
-        "precision",
-        "partition",
-        "node_type",
-        "images_per_s",
-        "low",
-        "high",
-        "job_id",
-        "status",
-    )
-    rows, names = bench_rows(e, batch_size=1)
-    return table(keys, [[row.get(key) for key in keys] for row in rows], *names)
+    timed, names = bench_rows(e)
+    rows = [row for row in timed if row.get("batch_size") == 1]
+    return table_of_rows(rows, *names, columns=BENCH_COLUMNS)
 
 
 def scaling(e: Evidence) -> list:
-    cells, points, keys = [], {}, ("batch_size", "images_per_s", "low", "high")
-    timed, names = bench_rows(e, case="default")
-    for row in timed:
-        name, rate = (
-            f"{row['partition']}: {row['what']}, {row['model']}, {row['precision']}",
-            row.get("images_per_s"),
-        )
-        if rate:
-            points.setdefault(name, []).append([row.get(key) or rate for key in keys])
-        memory_mb = row["memory_bytes"] / 1e6 if row.get("memory_bytes") else None
-        cells.append(
-            [
-                name,
-                *(row.get(key) for key in (*keys, "factor")),
-                memory_mb,
-                row.get("gpu"),
-                row.get("status"),
-            ]
-        )
-    header = (
-        "series",
-        "batch size",
-        "images/s",
-        "95% from",
-        "to",
-        "factor",
-        "memory, MB",
-        "GPU",
-        "status",
-    )
-    drawn = picture("scaling", "Throughput over batch size", names, figures.plot_scaling, points)
-    return table(header, cells, *names) + drawn
+    timed, names = bench_rows(e)
+    rows = [row for row in timed if row["case"] == "default"]
+    parts = table_of_rows(rows, *names, columns=BENCH_COLUMNS)
+    for name in names:
+        parts += bench_picture(e, name, "scaling", "Throughput over batch size")
+    return parts
+
+
+def bench_picture(e: Evidence, name: str, drawn: str, title: str) -> list[Drawing]:
+    """A figure beside a benchmark.json, its partition in the title."""
+    partition = e.json(name)["rows"][0]["partition"]
+    png = f"{name.rpartition('/')[0]}/{drawn}.png"
+    return handed_over(e, png, f"{title}, {partition}", name)
 
 
 def bottleneck(e: Evidence) -> list:
-    parts = []
+    parts, title = [], "Stages of a batch, and what the machine would allow"
     for name in e.names(BENCHMARKS):
         verdict = e.json(name).get("verdict") or {}
-        rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
         partition = e.json(name)["rows"][0]["partition"]
-        parts += [
-            Words(f"{partition}: {verdict.get('sentence', '')}", sources=(name,)),
-            *table(("what", "value"), rows, name),
-        ]
-    name = "assets/benchmark_proof.json"
-    proved = [
-        [row["what"], f"{row['held']} of {row['total']}", row["commit"]]
-        for row in e.json(name).values()
-    ]
-    return parts + table(("proof of the benchmark", "held", "commit"), proved, name)
+        sentence = f"{partition}: {verdict.get('sentence', '')}"
+        rows = [pair for pair in flat(verdict) if not pair[0].endswith("sentence")]
+        parts += [Words(sentence, sources=(name,)), *table(("what", "value"), rows, name)]
+        parts += bench_picture(e, name, "stages", title)
+    proof = "assets/benchmark_proof.json"
+    columns = ("what", "held", "total", "commit")
+    return parts + table_of_rows([*e.json(proof).values()], proof, columns=columns)
+
+
+# 9: documentation, and the checklist
+
+
+# 9: documentation, and the checklist
 
 
 # 9: documentation, and the checklist
 
 
 def readme(e: Evidence) -> list:
-    lines = enumerate(read_code(e.commit, "README.md").splitlines(), 1)
-    rows = [
-        [line.removeprefix("## "), f"README.md:{number}"]
-        for number, line in lines
-        if line.startswith("## ")
-    ]
+    rows = []
+    for number, line in enumerate(read_code(e.commit, "README.md").splitlines(), 1):
+        if line.startswith("## "):
+            rows.append([line.removeprefix("## "), f"README.md:{number}"])
     return table(("section", f"where, at {e.commit[:10]}"), rows)
 
 
 def stick(e: Evidence) -> list:
-    rows = [
-        [row["what"], plain(row["held"]), row["measured"]]
-        for row in e.json("assets/handover.json").get("rows", [])
-    ]
-    told = "`make handover DEST=DIR` writes the folder; `python audit.py handover DIR` checks it."
-    return [Words(told), *table(("what", "held", "measured"), rows, "assets/handover.json")]
+    name = "assets/handover.json"
+    words = "`make handover DEST=DIR` writes the folder; `python audit.py handover DIR` checks it."
+    rows = e.json(name).get("rows", [])
+    return [Words(words), *table_of_rows(rows, name, columns=("what", "held", "measured"))]
 
 
 def checklist(e: Evidence) -> list:
-    names = [
-        name
-        for name in git("ls-tree", "-r", "--name-only", e.commit).splitlines()
-        if name.endswith(".sh")
-    ]
+    tracked = git("ls-tree", "-r", "--name-only", e.commit).splitlines()
+    shell = [name for name in tracked if name.endswith(".sh")]
+    slurm = [name for name in shell if "SLURM" in read_code(e.commit, name)]
     best = f"{CHAMPION}/best.pt"
     rows = [
         ["repository linked", e.said.get("repository")],
         ["best checkpoint in the repository", f"{best}, SHA-256 {e.digest(best)}"],
         ["inference.py works", f"python inference.py --ckpt {CHAMPION} patches/"],
-        [
-            "every Slurm script in the repository",
-            ", ".join(name for name in names if "SLURM" in read_code(e.commit, name)),
-        ],
+        ["every Slurm script in the repository", ", ".join(slurm)],
         ["every image by a relative path under assets/", f"{DRAWN}/, {KEPT}/"],
         ["names and ids on the first page", f"{len(e.said.get('members') or [])} listed"],
     ]
-    return [
-        *table(("item", "evidence"), rows),
-        Words("`make checklist` judges each item, and runs inference.py to do so."),
-    ]
+    words = "`make checklist` judges each item, and runs inference.py to do so."
+    return [*table(("item", "evidence"), rows), Words(words)]
 
 
 def front_page(e: Evidence) -> list[tuple[str, list]]:
     """Group, repository, base set-up and members, where the checklist looks for them: [(title,
     parts)].
     """
-    about = [
-        f"Group: {e.said.get('group')}",
-        f"Repository: {e.said.get('repository')}",
-        (e.said.get("remark") or "").strip(),
-    ]
+    about = [f"Group: {e.said.get('group')}", f"Repository: {e.said.get('repository')}"]
+    if e.said.get("remark"):
+        about.append(e.said["remark"].strip())
     about.append(
         "Made by `report.py journal` from the files that it names, at commit"
         f" `{e.commit or 'none'}`."
     )
     base = [missing("train SEED=1")]
-    if runs := finished(e):
-        config = read_run(e.root / runs[-1])
-        base = table(
-            ("parameter", "value"),
-            [[key, plain(config.get(key))] for key in SETUP],
-            f"{runs[-1]}/config.yaml",
-        )
-    members = [
-        Words(f"{member['name']} ({member['id']})") for member in e.said.get("members") or []
-    ]
+    if finished(e):
+        run = finished(e)[-1]
+        config = read_run(e.root / run)
+        rows = [[key, plain(config.get(key))] for key in SETUP]
+        base = table(("parameter", "value"), rows, f"{run}/config.yaml")
+    members = [f"{member['name']} ({member['id']})" for member in e.said.get("members") or []]
     return [
-        ("", [Words(text) for text in about if text]),
+        ("", [*map(Words, about)]),
         ("Base set-up chosen", base),
-        ("Members", members),
+        ("Members", [*map(Words, members)]),
     ]
 
 

@@ -6,17 +6,10 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 
 from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
-from lib.figures import (
-    COLOURS,
-    column,
-    figure_png,
-    label_positions,
-    new_figure,
-    parameter_axis,
-    plot_parallel,
-)
+from lib.figures import COLOURS, column, figure_png, new_figure
 from lib.metrics import mean_interval
 from lib.sweep import search
 
@@ -24,7 +17,7 @@ NUM_GROUPS = 3  # of trials by the value of a parameter, unless it is a choice
 
 
 def write_sweep_page(sweep, champion: dict | None = None) -> Path:
-    """Write SWEEP/sweep.html; gives its path."""
+    """Write SWEEP/sweep.html and its figures; gives its path."""
     plan, outcomes = sweep.plan, read_outcomes(sweep)
     full = plan["rungs"][-1] * len(plan["trials"]) * len(plan["seeds"])
     num_epochs = outcomes[-1]["spent"]
@@ -99,14 +92,63 @@ def figure_blocks(sweep, outcomes: list[dict], full: int) -> list:
     ranges = sweep.plan["ranges"]
     rung_ends = {row["rung"]: row["spent"] for row in outcomes}.values()
     figures = {
-        "Every trial": plot_parallel(ranges, trials, is_promoted),
-        "Each parameter alone": plot_marginals(ranges, trials),
-        "Best against budget": plot_budget(scored, rung_ends, full),
+        "trials": ("Every trial", plot_parallel(ranges, trials, is_promoted)),
+        "parameters": ("Each parameter alone", plot_marginals(ranges, trials)),
+        "budget": ("Best against budget", plot_budget(scored, rung_ends, full)),
     }
     blocks = []
-    for title, figure in figures.items():
-        blocks += [Heading(title), Figure(title, figure_png(figure))]
+    for name, (title, figure) in figures.items():
+        blocks += [Heading(title), Figure(title, figure_png(figure), f"{name}.png")]
     return blocks
+
+
+def label_positions(labels: list) -> np.ndarray:
+    """Where the labels of a parameter's axis stand, from 0 to 1; one alone in the middle."""
+    return np.linspace(0, 1, len(labels)) if len(labels) > 1 else np.array([0.5])
+
+
+def parameter_axis(spec: dict, values: list) -> tuple[np.ndarray, list[str]]:
+    """Values of a parameter on an axis: positions from 0 to 1, and labels from low to high.
+
+    `spec` is the parameter's range in the space of a search, {kind: bounds}.
+    """
+    ((kind, bounds),) = spec.items()
+    if kind == "choice":
+        choices = [bounds.index(value) for value in values]
+        return label_positions(bounds)[choices], [str(bound) for bound in bounds]
+    ends, points = np.array(bounds, float), np.array(values, float)
+    labels = [f"{end:.4g}" for end in ends]
+    if kind == "log":
+        ends, points = np.log(ends), np.log(points)
+    width = max(ends[1] - ends[0], 1e-9)
+    return (points - ends[0]) / width, labels
+
+
+def plot_parallel(ranges: dict, trials: list[dict], is_promoted: np.ndarray):
+    """Trials, each with its `AUC`, as lines over axes: one for each parameter of `ranges`, the last
+    for the AUC. `is_promoted` is bool (N,).
+    """
+    figure, (axes,) = new_figure(1, 1.6 * (len(ranges) + 2), 3.6)
+    scores = column(trials, "AUC")
+    ranges = ranges | {"AUC": {"range": (scores.min(), scores.max())}}
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+    columns = []
+    for number, (name, spec) in enumerate(ranges.items()):
+        points, labels = parameter_axis(spec, [trial[name] for trial in trials])
+        columns.append(points)
+        axes.axvline(number, color="black", linewidth=0.8)
+        for text, y in zip(labels, label_positions(labels), strict=True):
+            axes.text(number + 0.03, y, text, fontsize=8, va="center", bbox=box)
+    lines = np.column_stack(columns)
+    for trial in np.lexsort([scores, is_promoted]):  # the best ones on top
+        width, alpha = (2.4, 1.0) if is_promoted[trial] else (0.9, 0.6)
+        colour = colormaps["cividis_r"](lines[trial, -1])
+        axes.plot(lines[trial], color=colour, linewidth=width, alpha=alpha)
+    axes.set(xticks=range(len(ranges)), xticklabels=ranges, yticks=())
+    axes.set_xlim(-0.1, len(ranges) - 0.5)
+    axes.set_title("every trial after its first rung; thick: promoted")
+    axes.grid(False)
+    return figure
 
 
 def plot_marginals(ranges: dict, trials: list[dict]):

@@ -143,7 +143,8 @@ def clear(out: Path) -> None:
         return
     checks = {found["check"] for found in json.loads((out / "findings.json").read_text())}
     tables = ("quarantine.csv", "power.csv", "out_of_fold.csv", "histograms.csv")
-    for name in (*map(csv_name, checks), *tables, "suspects.png", "audit.html", "findings.json"):
+    figures = ("counts.png", "histograms.png", "suspects.png")
+    for name in (*map(csv_name, checks), *tables, *figures, "audit.html", "findings.json"):
         (out / name).unlink(missing_ok=True)
 
 
