@@ -750,7 +750,7 @@ def changed(tmp_path, pcam_dir, split="valid", part="x", write=None) -> Path:
 
 BAD_DATA = {
     "missing": ("train", "x", None, "no file camelyonpatch_level_2_split_train_x.h5"),
-    "short": ("valid", "y", lambda path: write_labels(path, np.arange(60) % 2), "60 labels"),
+    "short": ("valid", "y", lambda path: write_labels(path, np.arange(60) % 2), "60"),
     "one class": ("valid", "y", lambda path: write_labels(path, [0] * 64), "both are needed"),
     "no hdf5": ("valid", "x", lambda path: path.write_bytes(b"PK" * 999), "split_valid_x.h5"),
 }
