@@ -5,6 +5,7 @@ and plain values alone.
 import hashlib
 import io
 import os
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -117,10 +118,14 @@ def load_pickle_free(path) -> object:
             raise ValueError(f"{damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
             return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to run the code
+        raise BadInput(
+            f"{path} is not a readable checkpoint: it holds code besides tensors and numbers, or is"
+            " no file of torch.save"
+        ) from None
     except Exception as error:  # torch does not document what it raises for a cut file
         raise BadInput(
-            f"{path} is not a readable checkpoint, it may be cut off or hold code besides tensors"
-            f" and numbers ({one_line(error)[:200]})"
+            f"{path} is not a readable checkpoint, it may be cut off ({one_line(error)[:200]})"
         ) from None
 
 
