@@ -20,10 +20,12 @@ setup_done := .venv/.installed
 test_setup_done := .venv/.installed-test
 endif
 BASE_PYTHON ?= python3
-PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check -c requirements-lock.txt
-# of the same version, torch's CPU build is preferred, a tenth of the size
+PIP := .venv/bin/python -m pip install --quiet --disable-pip-version-check
+INSTALL := $(PIP) -c requirements-lock.txt
+# of the same version, torch's CPU build, a tenth of the size; uv knows where it lies
 ifeq ($(TORCH),cpu)
-PIP += --extra-index-url https://download.pytorch.org/whl/cpu
+UV := .venv/bin/uv pip install --quiet --python .venv/bin/python
+INSTALL := $(PIP) uv && $(UV) --torch-backend cpu -c requirements-lock.txt
 endif
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
 DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
@@ -43,11 +45,11 @@ setup: $(setup_done)  ## make .venv with the pinned packages; without a GPU: mak
 
 .venv/.installed: requirements.txt requirements-lock.txt
 	$(BASE_PYTHON) -m venv .venv
-	$(PIP) -r requirements.txt
+	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
-	$(PIP) -r requirements-test.txt
+	$(INSTALL) -r requirements-test.txt
 	touch $@
 
 test: $(test_setup_done)  ## run the fast tests

@@ -177,7 +177,7 @@ def test_setup_installs_the_locked_set_and_torchs_cpu_build_on_request(tmp_path,
         shutil.copy(REPOSITORY / name, tmp_path)
     command = ["make", "--dry-run", "-C", tmp_path, "setup", *arguments]
     recipe = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "-c requirements-lock.txt" in recipe and ("whl/cpu" in recipe) == asks
+    assert "-c requirements-lock.txt" in recipe and ("--torch-backend cpu" in recipe) == asks
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
