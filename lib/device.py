@@ -227,8 +227,8 @@ def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
 
 
 def others_busy_s() -> float:
-    """The seconds for which other processes have kept the cores of this process busy since the
-    machine started. A system without /proc/stat counts none.
+    """The seconds for which others have kept the cores of this process busy since the machine
+    started: neither it nor its children that have ended. A system without /proc/stat counts none.
     """
     names = {f"cpu{core}" for core in affinity()}
     num_ticks = 0
@@ -238,17 +238,24 @@ def others_busy_s() -> float:
             if name in names:
                 user, nice, system = ticks[:3]
                 num_ticks += int(user) + int(nice) + int(system)
-    return num_ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
+    own_s = sum(os.times()[:4])
+    return num_ticks / os.sysconf("SC_CLK_TCK") - own_s
+
+
+def cores_used_by_others(busy_s: float, started_at: float) -> float:
+    """The cores of this process that others have used, on average, since others_busy_s() was
+    `busy_s`, at `started_at`, a time of time.monotonic().
+    """
+    return max(0.0, others_busy_s() - busy_s) / (time.monotonic() - started_at)
 
 
 def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
     """Print a note where other processes use some of the cores that `threads` threads need, and
-    name a number of threads that is faster.
-
-    `busy_s` is the result of others_busy_s() at `started_at`, a time of time.monotonic().
+    name a number of threads that is faster. `started_at` and `busy_s` are those of
+    `cores_used_by_others`.
     """
     time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
-    num_busy = (others_busy_s() - busy_s) / (time.monotonic() - started_at)
+    num_busy = cores_used_by_others(busy_s, started_at)
     num_all = len(affinity())
     num_free = max(round(num_all - num_busy), 1)
     if num_free < min(threads, num_all):

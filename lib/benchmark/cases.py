@@ -40,14 +40,13 @@ from lib.benchmark.plan import Case
 from lib.benchmark.timing import (
     gpu_power_w,
     measure,
-    others_busy_s,
     read_energy_j,
     share_of_others,
     take,
 )
 from lib.command import BadInput, is_out_of_memory, one_line
 from lib.config import Config
-from lib.device import choose_device, keep_freed_memory
+from lib.device import choose_device, keep_freed_memory, others_busy_s
 from lib.inputs import list_blocks
 from lib.models import build_model
 from lib.optimizers import build_optimizer

@@ -3,7 +3,6 @@ supply did meanwhile.
 """
 
 import contextlib
-import os
 import platform
 import subprocess
 import time
@@ -14,6 +13,7 @@ from statistics import fmean
 import torch
 
 from lib.command import BadInput
+from lib.device import affinity, cores_used_by_others, others_busy_s
 
 STEADY = 0.05  # two windows of warm-up agree to this share
 WINDOW_SHARE = 0.2  # how long a window is, of the time measured; one batch at least
@@ -78,27 +78,11 @@ def rate_of_repeat(outcome: dict) -> float:
     return outcome["amount"] / sum(outcome["samples"])
 
 
-def others_busy_s() -> float:
-    """Seconds for which others have kept the cores of this process busy since the machine started:
-    neither it nor its children that have ended.
-    """
-    names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-    num_ticks = 0
-    for line in Path("/proc/stat").read_text().splitlines():
-        name, *ticks = line.split()
-        if name in names:
-            user, nice, system = ticks[:3]
-            num_ticks += int(user) + int(nice) + int(system)
-    own = os.times()
-    return num_ticks / os.sysconf("SC_CLK_TCK") - sum(own[:4])
-
-
 def share_of_others(busy_s: float, started_at: float) -> float:
     """The share of this process's cores that others used since `others_busy_s` was `busy_s`, at
     `started_at` by time.monotonic().
     """
-    core_s = len(os.sched_getaffinity(0)) * (time.monotonic() - started_at)
-    return max(0.0, others_busy_s() - busy_s) / core_s
+    return cores_used_by_others(busy_s, started_at) / len(affinity())
 
 
 def require_quiet() -> None:
