@@ -2,6 +2,8 @@
 is NaN, never a made-up number.
 """
 
+import functools
+
 import numpy as np
 
 Z_95 = 1.959964  # standard deviations within which 95% of a normal distribution lie
@@ -164,6 +166,7 @@ def mean_interval(values) -> dict[str, float]:
     return {"mean": mean, "deviation": deviation, "low": low, "high": high, "num": num}
 
 
+@functools.cache
 def student_t(num_free: int) -> float:
     """The t for which -t..t holds 95% of Student's distribution; `num_free` degrees of freedom."""
     # t = sqrt(num_free) tan(angle) turns the density into cos(angle) ** (num_free - 1)

@@ -184,7 +184,7 @@ def test_the_interval_holds_the_mean_as_often_as_it_promises(num):
     draw = random.Random(num)
     num_held = 0
     for _ in range(4000):
-        _, low, high = rounds.mean_interval([draw.lognormvariate(1, 0.2) for _ in range(num)])
+        _, low, high = rounds.rate_interval([draw.lognormvariate(1, 0.2) for _ in range(num)])
         num_held += low <= math.e <= high
     assert 0.935 < num_held / 4000 < 0.965
 
@@ -646,7 +646,7 @@ def test_chance_alone_rarely_makes_a_difference():
 
     def drawn():
         rates = [draw.lognormvariate(5, 0.3) for _ in range(3)]
-        rate, low, high = rounds.mean_interval(rates)
+        rate, low, high = rounds.rate_interval(rates)
         measured = {"images_per_s": rate, "low": low, "high": high, "num_repeats": 3, "key": ()}
         return dict.fromkeys(rounds.COLUMNS) | measured
 

@@ -17,13 +17,12 @@ import numpy as np
 from lib.benchmark.cases import OUT_OF_MEMORY, time_case
 from lib.benchmark.plan import Case
 from lib.benchmark.timing import rate_of_repeat
+from lib.metrics import mean_interval
 from lib.progress import Progress
 
 # roughly: a process and a case, before they measure; images/s of the large model on a core
 START_S, CASE_S, CORE_RATES = 6.0, 0.5, {"infer": 300, "train": 75}
 NOISE_SHARE = 0.05  # of the cores, used by others while a case is timed
-# Student's t for 95%, of 2, 3, ... repeats
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 # what a row is of, what was measured, where and when
 KEY = [
     "what",
@@ -146,16 +145,15 @@ def find_failure(outcomes: list[dict]) -> dict | None:
     return next((outcome for outcome in outcomes if "status" in outcome), None)
 
 
-def mean_interval(rates: list[float]) -> tuple[float, float | None, float | None]:
+def rate_interval(rates: list[float]) -> tuple[float, float | None, float | None]:
     """The geometric mean of rates and its 95% interval, Student's of the logarithms; one rate has
     none.
     """
-    mean = statistics.geometric_mean(rates)
     if len(rates) == 1:
-        return mean, None, None
-    deviation = statistics.stdev(map(math.log, rates))
-    factor = math.exp(T_95[len(rates) - 2] * deviation / math.sqrt(len(rates)))
-    return mean, mean / factor, mean * factor
+        return rates[0], None, None
+    of_logarithms = mean_interval(np.log(rates))
+    mean, low, high = (math.exp(of_logarithms[name]) for name in ("mean", "low", "high"))
+    return mean, low, high
 
 
 def describe_job(machine: dict, about: dict) -> dict:
@@ -200,7 +198,7 @@ def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:
     failure = find_failure(outcomes)
     if failure:
         return row | failure
-    rate, row["low"], row["high"] = mean_interval([rate_of_repeat(outcome) for outcome in outcomes])
+    rate, row["low"], row["high"] = rate_interval([rate_of_repeat(outcome) for outcome in outcomes])
     row["flops_per_s" if case.kind == "matrix_product" else "images_per_s"] = rate
     samples = np.concatenate([outcome["samples"] for outcome in outcomes])
     row["p50_s"], row["p90_s"], row["p99_s"] = np.quantile(samples, [0.5, 0.9, 0.99]).tolist()
