@@ -41,8 +41,8 @@ def read_licence(meta) -> str:
     """
     classifiers = meta.get_all("Classifier", [])
     names = [text.split(" :: ")[-1] for text in classifiers if text.startswith("License ::")]
-    text = one_line(meta["License"] or "not stated")
-    return meta["License-Expression"] or "; ".join(names) or text
+    text = one_line(meta.get("License") or "not stated")
+    return meta.get("License-Expression") or "; ".join(names) or text
 
 
 def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
