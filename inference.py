@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -68,17 +70,8 @@ def parse(argv) -> argparse.Namespace:
 def main(argv=None) -> int:
     args = parse(argv)
 
-    import numpy as np
-    import torch
-
-    from lib.calibration import calibrate
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device, keep_freed_memory
-    from lib.features import farthest_features, judge_batch, patch_scores
-    from lib.inputs import list_blocks
-    from lib.metrics import compute_metrics, constant_baselines, sigmoid
-    from lib.predict import block_size, predict_blocks, ready_to_predict
-    from lib.progress import Progress
     from lib.seeding import set_determinism
 
     # load
@@ -87,15 +80,60 @@ def main(argv=None) -> int:
     require_output_file(args.out)
     model, cfg, checkpoint = load_model(args.ckpt)
     set_determinism(cfg.deterministic)
-    model = ready_to_predict(model.to(device), cfg.precision)
     views = args.views or cfg.views
     threshold = checkpoint["threshold"] if args.threshold is None else args.threshold
-    calibration, reference = checkpoint["calibration"], checkpoint["reference"]
-    warn_of_views(calibration, views)
+    warn_of_views(checkpoint["calibration"], views)
 
-    # predict block by block, in the order of the inputs; the logits stay on the device until all
-    # are there
+    # predict
     started_at = time.monotonic()
+    rows, features, logits = predict_inputs(args, model.to(device), cfg, checkpoint, views)
+    failed = [row.error for row in rows if row.error]
+    if len(failed) == len(rows):
+        raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
+    require_finite(logits, rows, args.ckpt)
+
+    # write a row for each input
+    columns = prediction_columns(rows, features, logits, threshold, checkpoint["reference"])
+    write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
+
+    # report
+    result = {
+        "predictions": args.out,
+        "num": len(rows),
+        "num_failed": len(failed),
+        "threshold": threshold,
+        "views": views,
+        "num_positive": int((columns["prediction"] == "1").sum()),
+        "wall_s": round(time.monotonic() - started_at, 3),
+        "calibrated": checkpoint["calibration"] is not None,
+        "weights_sha256": checkpoint["weights_sha256"],
+    }
+    say(
+        f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at"
+        f" {threshold:g}, {views} view(s)"
+    )
+    for error in failed[:MAX_ERRORS_SHOWN]:
+        say(f"not read: {printable(error)}")
+    result |= report_drift(rows, features, checkpoint["reference"])
+    result |= report_scores(rows, logits, threshold)
+    print_result(result)
+    return EXIT_FINDING if failed else EXIT_DONE
+
+
+def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
+    """(rows, features float64 (N, 6), calibrated logits float32 (N,)) of all patches in the inputs,
+    in their order. They are predicted block by block. The logits stay on the device until all are
+    there.
+    """
+    import torch
+
+    from lib.calibration import calibrate
+    from lib.inputs import list_blocks
+    from lib.predict import block_size, predict_blocks, ready_to_predict
+    from lib.progress import Progress
+
+    device = next(model.parameters()).device
+    model = ready_to_predict(model, cfg.precision)
     blocks = list_blocks(args.inputs, args.split, block_size(device))
     predicted = predict_blocks(model, blocks, cfg.precision, views, checkpoint["preprocessing"])
     rows, features, logits = [], [], []
@@ -105,71 +143,89 @@ def main(argv=None) -> int:
             features.append(block_features)
             logits.append(block_logits)
             bar.add(len(block.rows))
-    features = np.concatenate(features)
-    logits = calibrate(torch.cat(logits).cpu().numpy(), calibration)
+    logits = calibrate(torch.cat(logits).cpu().numpy(), checkpoint["calibration"])
+    return rows, np.concatenate(features), logits
 
-    failed = [row.error for row in rows if row.error]
-    if len(failed) == len(rows):
-        raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
-    is_number = np.isfinite(logits)
-    if not is_number.all():
-        source = rows[is_number.argmin()].source
-        raise BadInput(
-            f"{args.ckpt} answers {source} with no number: its weights are damaged or diverged"
-        )
-    probs = sigmoid(logits)
-    is_positive = probs >= threshold
-    is_read = np.array([not row.error for row in rows])
-    is_labelled = is_read & np.array([row.label is not None for row in rows])
 
-    # write a row for each input; some columns are left out where nothing is known
+def require_finite(logits: np.ndarray, rows: list, ckpt: str) -> None:
+    """Raise BadInput where the answer to a row is no number."""
+    is_finite = np.isfinite(logits)
+    if not is_finite.all():
+        source = rows[is_finite.argmin()].source
+        raise BadInput(f"{ckpt} answers {source} with no number: its weights are damaged")
+
+
+def is_read(rows: list) -> np.ndarray:
+    """Which rows, bool (N,), hold a patch that could be read."""
+    return np.array([not row.error for row in rows])
+
+
+def prediction_columns(
+    rows: list, features: np.ndarray, logits: np.ndarray, threshold: float, reference: dict | None
+) -> dict:
+    """The columns of predictions.csv, {name: values (N,)}. The columns label, drift, unlike and
+    error are left out where nothing is known.
+    """
+    from lib.features import farthest_features, patch_scores
+    from lib.metrics import sigmoid
+
+    read, probs = is_read(rows), sigmoid(logits)
     columns = {
         "source": [row.source for row in rows],
         "index": [row.index for row in rows],
-        "probability": np.where(is_read, [f"{prob:.9g}" for prob in probs], ""),
-        "prediction": np.where(is_read, is_positive.astype(int), ""),
+        "probability": np.where(read, [f"{prob:.9g}" for prob in probs], ""),
+        "prediction": np.where(read, (probs >= threshold).astype(int), ""),
     }
-    if is_labelled.any():
-        columns["label"] = ["" if row.label is None else row.label for row in rows]
+    labels = ["" if row.label is None or row.error else row.label for row in rows]
+    if any(label != "" for label in labels):
+        columns["label"] = labels
     if reference:
         distances = patch_scores(features, reference)  # from the training data
-        is_unlike = is_read & (distances > reference["limit"])
-        texts = [f"{distance:.4g}" for distance in distances]
-        columns["drift"] = np.where(is_read, texts, "")
+        is_unlike = read & (distances > reference["limit"])
+        columns["drift"] = np.where(read, [f"{distance:.4g}" for distance in distances], "")
         columns["unlike"] = np.where(is_unlike, farthest_features(features, reference), "")
-    if failed:
+    if not read.all():
         columns["error"] = [row.error or "" for row in rows]
-    write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
+    return columns
 
-    # report
-    num_positive = int(is_positive[is_read].sum())
-    result = {
-        "predictions": args.out,
-        "num": len(rows),
-        "num_failed": len(failed),
-        "threshold": threshold,
-        "views": views,
-        "num_positive": num_positive,
-        "wall_s": round(time.monotonic() - started_at, 3),
-        "calibrated": calibration is not None,
-        "weights_sha256": checkpoint["weights_sha256"],
-    }
+
+def report_drift(rows: list, features: np.ndarray, reference: dict | None) -> dict:
+    """Warn where the patches, as a batch, do not look like the training data; the result's part on
+    it, empty without a reference.
+    """
+    from lib.features import judge_batch
+
+    if not reference:
+        return {}
+    drift = judge_batch(features[is_read(rows)], reference)
+    if drift["drifted"]:
+        say(
+            "WARNING: these patches do not look like those the model was trained on: mean"
+            f" {drift['feature']} is {drift['shift']:+.2f} deviations away (limit"
+            f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
+            " a single patch; probabilities and threshold may not hold"
+        )
+    return {"drift": drift}
+
+
+def report_scores(rows: list, logits: np.ndarray, threshold: float) -> dict:
+    """Print the scores of the patches that have a label; the result's part on them, empty where
+    none has.
+    """
+    from lib.metrics import compute_metrics, constant_baselines
+
+    is_labelled = is_read(rows) & np.array([row.label is not None for row in rows])
+    if not is_labelled.any():
+        return {}
+    labels = np.array([row.label for row in rows])[is_labelled].astype(int)
+    scores = compute_metrics(labels, logits[is_labelled], threshold)
+    baselines = constant_baselines(labels)
     say(
-        f"{args.out}: {len(rows):,} patches, {num_positive:,} called positive at {threshold:g},"
-        f" {views} view(s)"
+        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+        f" {baselines['majority_accuracy']:.4f})"
     )
-    for error in failed[:MAX_ERRORS_SHOWN]:
-        say(f"not read: {printable(error)}")
-    if reference:
-        result["drift"] = judge_batch(features[is_read], reference)
-        warn_of_drift(result["drift"])
-    if is_labelled.any():
-        truth = np.array([row.label for row in rows])[is_labelled].astype(int)
-        result["scores"] = compute_metrics(truth, logits[is_labelled], threshold)
-        result["constant_baselines"] = constant_baselines(truth)
-        say_scores(result["scores"], result["constant_baselines"])
-    print_result(result)
-    return EXIT_FINDING if failed else EXIT_DONE
+    return {"scores": scores, "constant_baselines": baselines}
 
 
 def require_output_file(out: str) -> None:
@@ -182,25 +238,6 @@ def require_output_file(out: str) -> None:
     if path.exists() and not (path.is_file() and path.suffix.lower() == ".csv"):
         raise BadInput(f"--out {out} is there and is no CSV file: name a .csv file")
     require_writable(out)
-
-
-def warn_of_drift(drift: dict) -> None:
-    """Say so where the patches, as a batch, do not look like the training data."""
-    if drift["drifted"]:
-        say(
-            "WARNING: these patches do not look like those the model was trained on: mean"
-            f" {drift['feature']} is {drift['shift']:+.2f} deviations away (limit"
-            f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
-            " a single patch; probabilities and threshold may not hold"
-        )
-
-
-def say_scores(scores: dict, baselines: dict) -> None:
-    say(
-        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
-        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
-        f" {baselines['majority_accuracy']:.4f})"
-    )
 
 
 if __name__ == "__main__":

@@ -113,28 +113,16 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """Train to the end of the config's epochs, in a new run folder or, given one, from its newest
     checkpoint.
     """
-    from lib import batches, rundir, runlog, training
-    from lib.calibration import complete_checkpoint
-    from lib.checkpoint import (
-        PREVIOUS,
-        SCHEMA,
-        newest_checkpoint,
-        save_checkpoint,
-        weights_sha256,
-    )
-    from lib.device import (
-        describe_machine,
-        keep_freed_memory,
-        note_busy_cores,
-        others_busy_s,
-    )
+    from lib import batches, rundir, training
+    from lib.checkpoint import newest_checkpoint, save_checkpoint
+    from lib.device import keep_freed_memory, note_busy_cores, others_busy_s
     from lib.groups import groups_digest
     from lib.metrics import constant_alarm, constant_baselines
-    from lib.models import num_parameters
     from lib.pcam import fingerprint
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.ranks import StopFlag
+    from lib.runlog import Diverged, RunLog
     from lib.seeding import set_determinism
     from lib.trace import Trace
 
@@ -155,16 +143,15 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     # build the state before the first step, or restore that of the newest checkpoint
     state = training.build_state(cfg, device, ranks)
-    scores, details = {}, {}
     newest, newest_path = newest_checkpoint(run)
     if newest:
         training.restore_state(state, newest, newest_path)
-        scores = newest["metrics"]
     progress = state.progress
 
     # put the patches where they can be gathered fast
-    train_source = batches.PatchSource(train_split.images, cfg.data_residence, device)
-    valid_source = train_source
+    train_source = valid_source = batches.PatchSource(
+        train_split.images, cfg.data_residence, device
+    )
     if not cfg.num_folds:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     loss_weights = training.class_weights(train_rows.labels, cfg, device)
@@ -175,30 +162,22 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)
-    meta = rundir.environment() | {
-        "machine": describe_machine(device),
-        "data": data,
-        "groups": groups,
-        "identity": cfg.identity_digest(data, groups),
-        "rows": {"train": train_rows.describe(), "valid": valid_rows.describe()},
-        "constant_baselines": baselines,
-        "model": {"name": cfg.model, "num_parameters": num_parameters(state.model)},
-        "batch_size": batch_size,
-        "steps_per_epoch": steps_per_epoch,
-        "start_step": progress["num_steps"],
-        "num_ranks": ranks.num,
-    }
-    meta["versions"]["schema"] = SCHEMA  # with another one a step gives other bits
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
         lock = rundir.hold_run(run, cfg)  # noqa: F841 (held until this function ends)
-        rundir.say_what_changed(run, meta)
-        rundir.write_meta(run, meta)
-        say(f"run {run}: {cfg.model} of {num_parameters(state.model):,} parameters on {device}")
-        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
-
+        facts = {
+            "data": data,
+            "groups": groups,
+            "identity": cfg.identity_digest(data, groups),
+            "rows": {"train": train_rows.describe(), "valid": valid_rows.describe()},
+            "constant_baselines": baselines,
+            "batch_size": batch_size,
+            "steps_per_epoch": steps_per_epoch,
+            "num_ranks": ranks.num,
+        }
+        note_start(run, cfg, state, device, facts)
     log_run = run if ranks.is_first else None
-    log = runlog.RunLog(log_run, progress, args.started_at, batch_size, ranks)
+    log = RunLog(log_run, progress, args.started_at, batch_size, ranks)
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:
@@ -209,14 +188,15 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             log.raise_diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other one, best.pt, is for prediction alone
-            checkpoint = state.checkpoint(cfg, scores, data, with_optimizer=is_last)
+            checkpoint = state.checkpoint(cfg, data, with_optimizer=is_last)
             save_checkpoint(run / name, checkpoint, keep_previous=is_last)
             if is_last:
                 trace.keep(run / name)
 
+    diverged = None
+    until_epoch = args.until_epoch or cfg.epochs
     with StopFlag() as stop, log, trace:
         try:
-            until_epoch = args.until_epoch or cfg.epochs
             while progress["epoch"] < until_epoch and not training.is_over(progress, cfg):
                 # train an epoch, or the rest of it
                 epoch = progress["epoch"]
@@ -247,7 +227,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 log.flush()
                 eval_started_at = time.perf_counter()
                 model = state.averaged or state.model
-                scores = evaluate(model, valid_source, valid_rows, cfg, ranks)
+                scores = state.metrics = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 eval_s = time.perf_counter() - eval_started_at
                 if not math.isfinite(scores["loss"]):
                     loss = scores["loss"]
@@ -263,35 +243,65 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 if is_best:
                     save("best.pt")
                 save("last.pt")
-            status = "finished" if training.is_over(progress, cfg) else "paused"
-        except runlog.Diverged as error:
-            status = "diverged"
-            details = {"diverged_step": error.step, "diverged_rows": error.rows}
-            if ranks.is_first:
-                good = "last.pt" if (run / "last.pt").is_file() else "none yet"
-                say(f"error: {error}; the last good checkpoint of {run} is {good}")
+        except Diverged as error:
+            diverged = error
 
-    exit_code = EXIT_FINDING if status == "diverged" else EXIT_DONE
-    if not ranks.is_first:
-        return exit_code
-    if status == "paused":
-        rundir.write_stop(run, status, progress["num_steps"])
-        return exit_code
+    if ranks.is_first and (diverged or training.is_over(progress, cfg)):
+        parts = (train_part, valid_part, valid_source)
+        finish_run(run, cfg, state, baselines, parts, log, diverged)
+    elif ranks.is_first:
+        rundir.write_stop(run, "paused", progress["num_steps"])
+    return EXIT_FINDING if diverged else EXIT_DONE
 
-    # calibrate the best epoch's model, and score it over the views of the config
+
+def note_start(run: Path, cfg, state, device, facts: dict) -> None:
+    """Write meta.json, what runs where and on what data, and print what is about to be trained."""
+    from lib import rundir
+    from lib.checkpoint import SCHEMA
+    from lib.device import describe_machine
+    from lib.models import num_parameters
+
+    num_weights = num_parameters(state.model)
+    meta = {
+        **rundir.environment(),
+        "machine": describe_machine(device),
+        **facts,
+        "model": {"name": cfg.model, "num_parameters": num_weights},
+        "start_step": state.progress["num_steps"],
+    }
+    meta["versions"]["schema"] = SCHEMA  # with another one a step gives other bits
+    rundir.say_what_changed(run, meta)
+    rundir.write_meta(run, meta)
+    num_train, num_valid = facts["rows"]["train"]["num"], facts["rows"]["valid"]["num"]
+    say(f"run {run}: {cfg.model} of {num_weights:,} parameters on {device}")
+    say(f"{num_train:,} patches to train on, {num_valid:,} to validate on")
+
+
+def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverged) -> None:
+    """Calibrate the best epoch's model, and score it over the views of the config. Then write the
+    page and, last, summary.json: it says that the run is over.
+
+    Of a run that has `diverged`, summary.json says where instead.
+    """
+    from lib import rundir
+    from lib.calibration import complete_checkpoint
+    from lib.checkpoint import PREVIOUS, weights_sha256
+
     (run / PREVIOUS).unlink(missing_ok=True)
-    if status == "finished":
-        progress["best_scores"], details = complete_checkpoint(
-            run, train_part, valid_part, valid_source, cfg
-        )
-
-    # the page, then summary.json, which comes last: it says that the run is over
+    progress = state.progress
+    if diverged:
+        status = "diverged"
+        details = {"diverged_step": diverged.step, "diverged_rows": diverged.rows}
+        good = "last.pt" if (run / "last.pt").is_file() else "none yet"
+        say(f"error: {diverged}; the last good checkpoint of {run} is {good}")
+    else:
+        status = "finished"
+        progress["best_scores"], details = complete_checkpoint(run, *parts, cfg)
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.build_summary(status, digest, progress, baselines, **details, **log.times())
     write_page(run, summary)
     rundir.write_summary(run, summary)
     print_result({"run": str(run), **summary})
-    return exit_code
 
 
 def write_page(run: Path, summary: dict) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -37,10 +37,9 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     progress: dict
     graph: StepGraph | None = None  # on a GPU; without one each step gives the same, but slower
+    metrics: dict = field(default_factory=dict)  # scores of the last evaluation
 
-    def checkpoint(
-        self, cfg: Config, metrics: dict, data: dict, with_optimizer: bool = True
-    ) -> dict:
+    def checkpoint(self, cfg: Config, data: dict, with_optimizer: bool = True) -> dict:
         """The fields of an uncalibrated checkpoint of this state; the tensors are not copied."""
         return {
             "config": cfg.as_dict(),
@@ -49,7 +48,7 @@ class TrainState:
             "float32_logits": logit_layer(self.model).is_float32,
             "optimizer": self.optimizer.state_dict() if with_optimizer else None,
             "progress": dict(self.progress),
-            "metrics": metrics,
+            "metrics": self.metrics,
             "data": data,
             "preprocessing": PREPROCESSING,
             "threshold": 0.5,
@@ -124,6 +123,7 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
     except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none
         raise BadInput(f"{source}: the optimizer's state does not fit the config") from None
     state.progress.update(checkpoint["progress"])
+    state.metrics = checkpoint["metrics"]
 
 
 def learning_rate(cfg: Config, step: int, steps_per_epoch: int, lr_scale: float = 1.0) -> float:
