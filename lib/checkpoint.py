@@ -72,7 +72,7 @@ def state_sha256(value, digest=None) -> str:
     return digest.hexdigest()
 
 
-def evaluated(checkpoint: dict) -> dict:
+def evaluated_weights(checkpoint: dict) -> dict:
     """The weights that are evaluated: the averaged ones where there are any, else the raw ones."""
     return checkpoint["averaged"] or checkpoint["model"]
 
@@ -89,7 +89,7 @@ def save_checkpoint(path, checkpoint: dict, keep_previous: bool = False) -> None
         "kind": KIND,
         "schema": SCHEMA,
         "sha256": state_sha256(fields),
-        "weights_sha256": weights_sha256(evaluated(checkpoint)),
+        "weights_sha256": weights_sha256(evaluated_weights(checkpoint)),
     }
     buffer = io.BytesIO()  # torch's own writer reports a full disk as an internal error
     torch.save(header | fields, buffer)
@@ -154,7 +154,7 @@ def load_checkpoint(path) -> dict:
         raise BadInput(f"{path} is damaged: its content does not match its checksum")
     checkpoint["float32_logits"] = bool(checkpoint.get("float32_logits"))
     checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
-    checkpoint["weights_sha256"] = weights_sha256(evaluated(checkpoint))
+    checkpoint["weights_sha256"] = weights_sha256(evaluated_weights(checkpoint))
     return checkpoint
 
 
@@ -163,7 +163,7 @@ def load_weights(path) -> object:
     or what another program saved, which is not checked here.
     """
     loaded = load_pickle_free(path)
-    return evaluated(load_checkpoint(path)) if is_own(loaded) else find_state(loaded)
+    return evaluated_weights(load_checkpoint(path)) if is_own(loaded) else find_state(loaded)
 
 
 def newest_checkpoint(run: Path | None) -> tuple[dict | None, Path | None]:
@@ -215,7 +215,7 @@ def load_model(ckpt) -> tuple[nn.Module, Config, dict]:
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
     model = build_model(cfg)
-    fit_state(model, evaluated(checkpoint), path)
+    fit_state(model, evaluated_weights(checkpoint), path)
     logit_layer(model).is_float32 = checkpoint["float32_logits"]
     return model.eval().requires_grad_(False), cfg, checkpoint
 

@@ -106,14 +106,14 @@ def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> 
     grams = []
     for block in blocks:
         margin = size - block.shape[1]
-        grams.append(pad(product(block, block.mT), (0, margin, 0, margin)))
-    factors = scale * iterate(torch.cat(grams))
+        grams.append(pad(multiply(block, block.mT), (0, margin, 0, margin)))
+    factors = scale * newton_schulz_factors(torch.cat(grams))
     parts = factors.split([len(block) for block in blocks])
     steps = []
     for matrix, block, factor in zip(matrices, blocks, parts, strict=True):
         _, num_rows, num_columns = block.shape
         factor = factor[:, :num_rows, :num_rows] * max(1.0, num_rows / num_columns) ** 0.5
-        step = product(factor, block).flatten(0, 1)
+        step = multiply(factor, block).flatten(0, 1)
         steps.append(step[: len(matrix)])
     return steps
 
@@ -131,7 +131,7 @@ def as_blocks(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(num_blocks, size, num_columns)
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """The products, in float32, of float32 matrices (N, a, b) and (N, b, c). A GPU rounds the
     factors to bfloat16 first, which its tensor cores multiply.
     """
@@ -140,7 +140,7 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     return left @ right
 
 
-def iterate(grams: torch.Tensor) -> torch.Tensor:
+def newton_schulz_factors(grams: torch.Tensor) -> torch.Tensor:
     """For Gram matrices X X^T float32 (N, size, size) the factors Q of the same shape: Q X is the
     result of NUM_ITERATIONS of Newton-Schulz from X over its Frobenius norm.
     """

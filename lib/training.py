@@ -152,12 +152,16 @@ def class_weights(labels: np.ndarray, cfg: Config, device: torch.device) -> torc
 
 
 def compute_loss(
-    logits: torch.Tensor, labels: torch.Tensor, cfg: Config, weights: torch.Tensor | None
+    logits: torch.Tensor, labels: torch.Tensor, cfg: Config, loss_weights: torch.Tensor | None
 ) -> torch.Tensor:
-    """Mean log loss () of float32 logits (B,) against labels (B,) in {0, 1}, by class `weights`."""
+    """Mean log loss () of float32 logits (B,) against labels (B,) in {0, 1}, by `loss_weights` (2,)
+    of the classes.
+    """
     smoothed = labels * (1 - cfg.label_smoothing) + 0.5 * cfg.label_smoothing
     losses = functional.binary_cross_entropy_with_logits(logits, smoothed, reduction="none")
-    return (losses if weights is None else losses * weights[labels.long()]).mean()
+    if loss_weights is not None:
+        losses = losses * loss_weights[labels.long()]
+    return losses.mean()
 
 
 def training_step(
@@ -165,13 +169,13 @@ def training_step(
     batch: Batch,
     cfg: Config,
     lr: float,
-    weights: torch.Tensor | None = None,
+    loss_weights: torch.Tensor | None = None,
     ranks: Ranks = ALONE,
 ) -> StepResult:
     """Make one optimisation step, in place; the same for training, benchmarks and audits. The host
     never waits for the device here.
 
-    `batch` is this rank's part, and `weights` are the class weights of the loss. Loss, norm and the
+    `batch` is this rank's part, and `loss_weights` are those of `class_weights`. Loss, norm and the
     new weights are those of the whole batch, equal on every rank.
     """
     progress = state.progress
@@ -183,7 +187,9 @@ def training_step(
     def step(images, labels, keys, position, lr, averaging) -> StepResult:
         draws = draw_at(position, keys, cfg)
         inputs = model_input(images, draws, crop, dtype)
-        loss = compute_gradients(state.model, inputs, labels, cfg, weights, dropout_position, ranks)
+        loss = compute_gradients(
+            state.model, inputs, labels, cfg, loss_weights, dropout_position, ranks
+        )
         grad_norm = update_weights(state, cfg, lr)
         if state.averaged is not None:
             average_weights(state, averaging)
@@ -192,7 +198,7 @@ def training_step(
     state.model.train()
     position = draw_position(cfg, progress["epoch"])
     averaging = 1 - average_decay(cfg, progress["num_steps"] + 1)
-    numbers = on_gpu((position, lr, averaging), batch.images.device)
+    numbers = as_scalars((position, lr, averaging), batch.images.device)
     inputs = (batch.images, batch.labels, batch.keys, *numbers)
     if state.graph:
         shape = (crop, len(batch.keys))
@@ -204,7 +210,7 @@ def training_step(
     return result
 
 
-def on_gpu(numbers: tuple, device: torch.device) -> tuple:
+def as_scalars(numbers: tuple, device: torch.device) -> tuple:
     """Numbers as tensors () on a GPU, where a captured step reads them; unchanged for a CPU."""
     if device.type == "cpu":
         return numbers
@@ -224,7 +230,7 @@ def update_weights(state: TrainState, cfg: Config, lr: float | torch.Tensor) -> 
 
 
 def compute_gradients(
-    model, inputs, labels, cfg: Config, weights, position, ranks: Ranks = ALONE
+    model, inputs, labels, cfg: Config, loss_weights, position, ranks: Ranks = ALONE
 ) -> torch.Tensor:
     """Set the gradients and batch-norm statistics of a batch and return its loss ().
 
@@ -245,7 +251,7 @@ def compute_gradients(
             if cfg.dropout:
                 torch.manual_seed(position_seed(*position, shard))
             keep_filters = shard != shards[-1]
-            loss = backpropagate(model, shard_inputs, shard_labels, cfg, weights, keep_filters)
+            loss = backpropagate(model, shard_inputs, shard_labels, cfg, loss_weights, keep_filters)
             if cfg.shards == 1:
                 return loss
             results = shard_results(model, loss)
@@ -258,7 +264,9 @@ def compute_gradients(
     return loss
 
 
-def backpropagate(model, inputs, labels, cfg: Config, weights, keep_filters: bool) -> torch.Tensor:
+def backpropagate(
+    model, inputs, labels, cfg: Config, loss_weights, keep_filters: bool
+) -> torch.Tensor:
     """Set the gradients of a shard and return its loss ().
 
     The backward pass frees what the forward pass stored, unless `keep_filters`: the next shard then
@@ -266,7 +274,7 @@ def backpropagate(model, inputs, labels, cfg: Config, weights, keep_filters: boo
     """
     with layer_precision(inputs.device, cfg.precision):
         logits = model(inputs)
-    loss = compute_loss(logits.float().flatten(), labels, cfg, weights)
+    loss = compute_loss(logits.float().flatten(), labels, cfg, loss_weights)
     model.zero_grad(set_to_none=True)
     loss.backward(retain_graph=keep_filters)
     return loss.detach()
