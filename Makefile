@@ -109,13 +109,13 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin A
 	$(run) here audit.py twin
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
-	$(run) here tests/prove_reproducibility.py
+	$(run) here tests/proofs/reproducibility.py
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
 	$(run) here tests/prove_audit.py
 
 prove-model: $(test_setup_done)  ## the figures of the model audit, at length: make prove-model ARGS="sample --data data/sample"
-	$(run) here tests/prove_model.py
+	$(run) here tests/proofs/model.py
 
 prove-gpu: $(test_setup_done)  ## the figures of one GPU, in minutes; without one in small: make prove-gpu ARGS="--out assets/gpu"
 	$(run) here tests/proofs/gpu.py

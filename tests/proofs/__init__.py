@@ -1,5 +1,5 @@
-"""What the long proofs share: when and of which commit a figure is, scripts as processes, and a
-table of figures.
+"""What the long proofs share: scripts run as a user runs them, the date and commit of a figure, and
+one table of rows {asked, measured, limit, held}.
 """
 
 import datetime
@@ -12,66 +12,78 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from conftest import REPOSITORY
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, print_result, say
+from lib.device import describe_machine
 from lib.files import atomic_write, read_json, write_json
 from lib.rundir import git_state
 
+HELD = {True: "yes", False: "NO", None: "-"}
+
 
 def made_now() -> dict[str, str]:
-    """Date and commit of a figure measured now."""
+    """Date, commit and machine of a figure measured now."""
+    machine = describe_machine(torch.device("cpu"))
     code = git_state()
-    commit = (code["commit"] or "none")[:10] + (
-        " with changes" if code["uncommitted_patch"] else ""
-    )
-    return {"date": str(datetime.date.today()), "commit": commit}
+    commit = (code["commit"] or "none")[:10]
+    if code["uncommitted_patch"]:
+        commit += " with changes"
+    return {
+        "date": str(datetime.date.today()),
+        "commit": commit,
+        "machine": f"{machine['num_cores']} cores, {machine['cpu']}",
+    }
 
 
 def write_markdown(path, header, rows) -> None:
     """Write a table."""
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    for values in rows:
+        lines.append("| " + " | ".join(map(str, values)) + " |")
     with atomic_write(path, "w") as file:
         file.write("\n".join(lines) + "\n")
 
 
 def run(*command) -> dict:
-    """A script of the repository as a user runs it: its result, with peak memory and time of all
-    children so far.
+    """The result of a script of the repository, run as a user runs it, with its time and the peak
+    memory of all children so far. Raises BadInput where it fails.
     """
     say("$ python " + " ".join(map(str, command)))
-    started = time.monotonic()
-    result = subprocess.run(
+    started_at = time.monotonic()
+    ended = subprocess.run(
         [sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
     )
-    told = (
-        json.loads(result.stdout.splitlines()[-1])
-        if result.stdout
-        else {"error": "it says nothing"}
-    )
+    result = {"error": "no output"}
+    if ended.stdout:
+        result = json.loads(ended.stdout.splitlines()[-1])
     # torchrun's code is 1 whatever a rank ends with
-    if result.returncode not in (0, 1) or "error" in told:
-        raise BadInput(
-            f"{' '.join(map(str, command[:2]))} failed with exit code {result.returncode}:"
-            f" {told.get('error')}"
-        )
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    return told | {"wall_s": time.monotonic() - started, "peak_gb": peak}
+    if ended.returncode not in (0, 1) or "error" in result:
+        name = " ".join(map(str, command[:2]))
+        raise BadInput(f"{name} failed with exit code {ended.returncode}: {result.get('error')}")
+    peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
+    return result | {"wall_s": time.monotonic() - started_at, "peak_gb": peak_gb}
 
 
-def row(asked: str, measured: str, held: bool) -> dict:
-    return {"asked": asked, "measured": measured, "held": bool(held)}
+def row(asked: str, measured: str, held: bool | None = None, limit="") -> dict:
+    """A row of a proof's table. `held` is None where no figure was asked for."""
+    is_held = None if held is None else bool(held)
+    return {"asked": asked, "measured": measured, "limit": limit, "held": is_held}
 
 
 def run_parts(parts: dict, args) -> int:
-    """Run those of `parts` (functions of the arguments and a folder, to rows) that `args.parts`
-    names, or all, into the files `args.out`.json and .md, where those of other parts stay; gives
-    the exit code."""
-    if unknown := set(args.parts) - set(parts):
+    """Run the `parts`, functions of the arguments and a folder that give rows, that `args.parts`
+    names, or all. Returns the exit code.
+
+    The rows go into the files `args.out`.json and .md, where those of other parts stay.
+    """
+    unknown = set(args.parts) - set(parts)
+    if unknown:
         raise BadInput(f"no part {unknown.pop()!r}; allowed: {', '.join(parts)}")
-    path, table = args.out.with_suffix(".json"), args.out.with_suffix(".md")
+    path = args.out.with_suffix(".json")
     results = read_json(path) if path.exists() else {}
+    (REPOSITORY / "data").mkdir(exist_ok=True)
     for name in args.parts or parts:
         made = made_now()
         with tempfile.TemporaryDirectory(prefix="proof-", dir=REPOSITORY / "data") as scratch:
@@ -80,21 +92,24 @@ def run_parts(parts: dict, args) -> int:
             Path(scratch).mkdir()
         results[name] = made | {"rows": rows}
         write_json(path, results)
-        for found in rows:
-            say(f"{'held' if found['held'] else 'MISSED'}: {found['asked']}: {found['measured']}")
-    lines = []
-    for name in (name for name in parts if name in results):
-        made = f"{name}, {results[name]['date']}, {results[name]['commit']}"
-        lines += [
-            (r["asked"], r["measured"], "yes" if r["held"] else "NO", made)
-            for r in results[name]["rows"]
-        ]
-    write_markdown(table, ("asked", "measured", "held", "part, date, commit"), lines)
-    missed = [
-        found["asked"]
-        for result in results.values()
-        for found in result["rows"]
-        if not found["held"]
-    ]
+        for line in rows:
+            say(f"{HELD[line['held']]}: {line['asked']}: {line['measured']}")
+    return write_results(args.out, {name: results[name] for name in parts if name in results})
+
+
+def write_results(out: Path, results: dict) -> int:
+    """Write the rows of all parts as a table, `out`.md; gives the exit code."""
+    lines, missed = [], []
+    for name, result in results.items():
+        made = f"{name}, {result['date']}, {result['commit']}, {result.get('machine', '')}"
+        for line in result["rows"]:
+            figures = (line["asked"], line["measured"], line.get("limit", ""))
+            lines.append((*figures, HELD[line["held"]], made))
+            if line["held"] is False:
+                missed.append(line["asked"])
+    table = out.with_suffix(".md")
+    write_markdown(
+        table, ("asked", "measured", "limit", "held", "part, date, commit, machine"), lines
+    )
     print_result({"missed": missed, "table": str(table)})
     return EXIT_FINDING if missed else EXIT_DONE
