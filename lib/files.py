@@ -19,6 +19,15 @@ from lib.command import BadInput, one_line, without_nan
 
 # surrogateescape: the name of a file, which may be any bytes, is written as it is
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+GZIP = b"\x1f\x8b"
+# how a file begins that was taken for another one, and what to do about it
+FOREIGN = {
+    b"<!doctype html": "a web page, which a server sent in place of the file: fetch it again",
+    b"<html": "a web page, which a server sent in place of the file: fetch it again",
+    b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file",
+    GZIP: "packed by gzip: gunzip it",
+    b"pk\x03\x04": "a zip archive: unpack it",
+}
 FLUSH_S = 2.0  # the first row after this time writes out all rows that wait in memory
 
 
@@ -71,6 +80,18 @@ def require_writable(path) -> None:
     """
     with contextlib.suppress(_Withdrawn), atomic_write(path):
         raise _Withdrawn
+
+
+def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: bytes = b"") -> str:
+    """Words for why the file at `path` cannot be read: what it is instead, as its first bytes tell
+    unless they are `allowed`, or else `why` and a remedy.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    for start, words in FOREIGN.items():
+        if head.startswith(start) and start != allowed:
+            return f": it is {words}"
+    return f" ({why}): {remedy}"
 
 
 def nearest_folder(path) -> Path:
@@ -131,7 +152,9 @@ def cache_file(path) -> Path:
     """The file of the user's cache for what was computed from `path`, whose folder may be
     read-only.
     """
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):  # this user has no home: nothing is read or written below a file
+        folder = os.devnull
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
     return Path(folder, "pcam", f"{name}.json")
 

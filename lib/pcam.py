@@ -20,6 +20,7 @@ import numpy as np
 from lib.command import BadInput, nearest, one_line, say
 from lib.files import (
     cache_file,
+    explain_foreign,
     file_digest,
     read_cache,
     read_edited_csv,
@@ -30,9 +31,18 @@ from lib.files import (
 )
 
 SPLITS = ("train", "valid", "test")
+PARTS = ("x", "y", "meta", "mask")
 PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
+# the names that Kaggle's copies of PCam give the images
+OTHER_NAMES = {
+    "camelyonpatch_level_2_split_train_x.h5": "training_split.h5",
+    "camelyonpatch_level_2_split_valid_x.h5": "validation_split.h5",
+    "camelyonpatch_level_2_split_test_x.h5": "test_split.h5",
+}
+# compressions of the package hdf5plugin, by their numbers in HDF5's registry
+FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 FINGERPRINT_FILE = ".pcam-sha256.json"
 # environment variable: JSON of [data folder, its copy on the node]. A run names the folder, since
 # its job removes the copy
@@ -51,26 +61,46 @@ def split_path(directory, split: str, part: str) -> Path:
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file. Raises BadInput otherwise, with the file of the nearest name."""
+    """`path` if it is a file. Raises BadInput otherwise, with where it is or what stands for it."""
     if path.is_file():
         return path
     folder = path.parent
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file: name the folder that holds it")
     if not folder.is_dir():
         raise BadInput(
             f"no folder {folder} (prepare.py download, import or synthetic makes one;"
             " data_dir= names another)"
         )
+    if path.is_symlink():
+        raise BadInput(f"{path} is a link to {os.readlink(path)}, which is not there")
+    raise BadInput(f"no file {path.name} in {folder}{explain_missing(path)}")
+
+
+def explain_missing(path: Path) -> str:
+    """Words for where the official file `path` is instead: packed, in a folder above or below, or
+    under another name. Empty where nothing like it is near.
+    """
+    folder = path.parent
     names = os.listdir(folder)
-    hint = nearest(path.name, names)
     if f"{path.name}.gz" in names:
-        hint = f", gunzip {path.name}.gz"
-    raise BadInput(f"no file {path.name} in {folder}{hint}")
+        return f", gunzip {path.name}.gz"
+    folders = [folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")]
+    for name in (path.name, OTHER_NAMES.get(path.name, path.name)):
+        for other in folders:
+            if (other / name).is_file():
+                remedy = "name that folder"
+                if name != path.name:
+                    remedy = "give it this name, and put the files of all splits into one folder"
+                return f", it is {other / name}: {remedy}"
+    official = {split_path("", split, part).name for split in SPLITS for part in PARTS}
+    return nearest(path.name, set(names) - official)
 
 
 @contextlib.contextmanager
 def open_dataset(path, key: str):
     """Yield the h5py dataset `key` of a file. Raises BadInput for a file that HDF5 cannot read or
-    that lacks the key.
+    that lacks the key, OSError for what the system refuses.
     """
     path = require_file(Path(path))
     try:
@@ -78,13 +108,42 @@ def open_dataset(path, key: str):
         names = list(file)
         dataset = file.get(key)
     except Exception as error:  # whatever damage provokes in HDF5
-        raise BadInput(
-            f"{path} cannot be read as HDF5 ({one_line(error)}): fetch it again"
-        ) from None
+        code = getattr(error, "errno", None)
+        if code:  # such as a missing permission
+            raise OSError(code, os.strerror(code), str(path)) from None
+        why, remedy = one_line(error), "fetch it again"
+        if "h5clear" in why:
+            why = "it is marked as open for writing, and its writer may have been killed"
+            remedy = f"h5clear -s {path} takes the mark away"
+        words = explain_foreign(path, why, remedy)
+        raise BadInput(f"{path} cannot be read as HDF5{words}") from None
     with file:
         if not isinstance(dataset, h5py.Dataset):
             raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(names)}")
+        require_readable(dataset, path)
         yield dataset
+
+
+def require_readable(dataset, path: Path) -> None:
+    """Raise BadInput for a compression that this HDF5 lacks, and for values in other files that are
+    not there, which HDF5 would read as 0.
+    """
+    plist = dataset.id.get_create_plist()
+    for number in range(plist.get_nfilters()):
+        code, _, _, name = plist.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            name = FILTERS.get(code) or name.decode(errors="replace")
+            raise BadInput(
+                f"{path}: {dataset.name[1:]} is compressed by filter {code} ({name}), which is not"
+                " installed here; where it is, as with the package hdf5plugin, h5repack -f NONE"
+                " writes the file anew"
+            )
+    for source in dataset.virtual_sources() if dataset.is_virtual else ():
+        other = path.parent / source.file_name
+        if source.file_name != "." and not other.is_file():
+            raise BadInput(
+                f"{path}: {dataset.name[1:]} takes rows from {other}, which is not there"
+            )
 
 
 @contextlib.contextmanager
@@ -143,8 +202,11 @@ class Images:
 
     def will_need(self, rows: np.ndarray) -> None:
         """Tell the system which mapped rows come next. A disk whose pages are not in memory then
-        gives 20,000 patches a second, where single pages on demand give 220 to 300.
+        gives 20,000 patches a second, where single pages on demand give 220 to 300. macOS has no
+        such call.
         """
+        if not hasattr(os, "posix_fadvise"):
+            return
         with open(self.path, "rb") as file:
             for row in rows.tolist():
                 start = self.offset + row * PATCH_BYTES
