@@ -50,24 +50,30 @@ def errors_name(path, temporary=None):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """Yield a temporary file beside `path`. When the block ends without an error the file is synced
-    and renamed to `path` (Pillai et al., OSDI 2014).
+def atomic_path(path):
+    """Yield a temporary path beside `path`. When the block ends without an error the file there is
+    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed.
     """
     path = Path(path)
-    temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
-    options = {} if mode == "wb" else TEXT
-    with errors_name(path, temporary):
+    temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
+    with errors_name(path, str(temporary)):
         try:
-            with open(temporary, mode, **options) as file:
-                yield file
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Yield an open file that becomes `path`, as atomic_path does it."""
+    options = {} if mode == "wb" else TEXT
+    with atomic_path(path) as temporary, open(temporary, mode, **options) as file:
+        yield file
 
 
 class _Withdrawn(Exception):

@@ -9,8 +9,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +17,12 @@ import numpy as np
 
 from lib.command import BadInput, nearest, one_line, say
 from lib.files import (
+    atomic_path,
     cache_file,
     explain_foreign,
     file_digest,
     read_cache,
     read_edited_csv,
-    sync_folder,
     try_lock,
     write_cache,
     write_csv,
@@ -388,9 +386,10 @@ class SplitWriter:
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
         self.directory, self.split, self.num = Path(directory), split, num
         self.labels, self.meta = [], []
-        self.hidden = Path(tempfile.mkdtemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp"))
-        # nobody else has the hidden file, and some file systems have no locks
-        self.file = h5py.File(split_path(self.hidden, split, "x"), "w", locking=False)
+        self.stack = contextlib.ExitStack()
+        temporary = self.stack.enter_context(atomic_path(split_path(directory, split, "x")))
+        # nobody else has the temporary file, and some file systems have no locks
+        self.file = h5py.File(temporary, "w", locking=False)
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
 
     def add(self, images: np.ndarray, labels: np.ndarray, meta=()) -> None:
@@ -417,29 +416,19 @@ class SplitWriter:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                with self._explain_full_disk():
-                    self._publish()
-        finally:
-            with contextlib.suppress(Exception):  # the first error is the one to report
+    def __exit__(self, _kind, error, _trace):
+        with self.stack:  # x gets its name last: where it is, the others are
+            if error:
+                with contextlib.suppress(Exception):  # the first error is the one to report
+                    self.file.close()
+                raise error
+            with self._explain_full_disk():
                 self.file.close()
-            shutil.rmtree(self.hidden, ignore_errors=True)
-
-    def _publish(self) -> None:
-        assert len(self.labels) == self.num, len(self.labels)
-        self.file.close()
-        write_labels(split_path(self.hidden, self.split, "y"), self.labels)
-        if self.meta:
-            write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
-        x_path = split_path(self.hidden, self.split, "x")
-        others = [path for path in self.hidden.iterdir() if path != x_path]
-        for path in [*others, x_path]:  # x last: where it is, the others are
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            path.rename(self.directory / path.name)
-        sync_folder(self.directory)
+                assert len(self.labels) == self.num, len(self.labels)
+                with atomic_path(split_path(self.directory, self.split, "y")) as temporary:
+                    write_labels(temporary, self.labels)
+                    if self.meta:
+                        write_meta(split_path(self.directory, self.split, "meta"), self.meta)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
