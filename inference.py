@@ -73,9 +73,10 @@ def main(argv=None) -> int:
 
     from lib.calibration import calibrate
     from lib.checkpoint import load_model, warn_of_views
-    from lib.device import choose_device, keep_freed_memory
+    from lib.device import choose_device
     from lib.features import farthest_features, judge_batch, patch_scores
     from lib.inputs import list_blocks
+    from lib.machine import keep_freed_memory
     from lib.metrics import compute_metrics, constant_baselines, sigmoid
     from lib.predict import block_size, predict_blocks, ready_to_predict
     from lib.progress import Progress

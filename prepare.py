@@ -202,7 +202,7 @@ def conclude(directory, result: dict) -> int:
     """Read what was written once more for its fingerprint, so that training need not, and print it
     all.
     """
-    from lib.pcam import fingerprint
+    from lib.fingerprint import fingerprint
     from lib.prepare.verify import verify_folder
 
     splits = list(result["splits"])

@@ -94,7 +94,8 @@ def start(cfg, args, run: Path | None = None) -> int:
     """
     import torch
 
-    from lib.device import choose_device, resolve_threads
+    from lib.device import choose_device
+    from lib.machine import resolve_threads
     from lib.ranks import join_ranks
 
     device = choose_device(args.device)
@@ -122,16 +123,11 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         save_checkpoint,
         weights_sha256,
     )
-    from lib.device import (
-        describe_machine,
-        keep_freed_memory,
-        note_busy_cores,
-        others_busy_s,
-    )
+    from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
+    from lib.machine import describe_machine, keep_freed_memory, note_busy_cores, others_busy_s
     from lib.metrics import constant_alarm, constant_baselines
     from lib.models import num_parameters
-    from lib.pcam import fingerprint
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.ranks import StopFlag

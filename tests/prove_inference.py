@@ -21,8 +21,8 @@ from lib.augment import PCAM_MEAN, PCAM_STD, eight_views
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, positive, print_result, say, script
-from lib.device import describe_machine
 from lib.files import read_csv, write_json
+from lib.machine import describe_machine
 from lib.metrics import sigmoid
 
 LEAST_RATIO = 5.0  # asked for

@@ -31,8 +31,9 @@ from lib import batches, predict, trace, training  # noqa: F401
 from lib.audit import replay, twin
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say, script
 from lib.config import load_config
-from lib.device import choose_device, describe_machine, resolve_threads
+from lib.device import choose_device
 from lib.files import read_json, write_json
+from lib.machine import describe_machine, resolve_threads
 from lib.models import build_model
 from lib.ranks import ALONE
 from lib.rundir import package_versions

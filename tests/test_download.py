@@ -20,8 +20,9 @@ from conftest import REPOSITORY, draw_patches, run_script
 import lib.prepare.download
 from lib.command import BadInput
 from lib.files import file_digest
-from lib.pcam import SPLITS, SplitWriter, split_path
+from lib.pcam import SPLITS, split_path
 from lib.prepare.download import WrongContent, download
+from lib.splitwriter import SplitWriter
 
 NUM = {"train": 12, "valid": 8, "test": 8}
 X, Y = (split_path("", "train", part).name + ".gz" for part in ("x", "y"))

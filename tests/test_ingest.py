@@ -311,7 +311,7 @@ HELD_UP = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import prepare
-from lib.pcam import SplitWriter
+from lib.splitwriter import SplitWriter
 add = SplitWriter.add
 def add_and_wait(writer, *rows):
     add(writer, *rows)

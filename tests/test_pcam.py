@@ -15,20 +15,11 @@ import numpy as np
 import pytest
 from conftest import draw_patches, write_pcam
 
-from lib import pcam
 from lib.command import BadInput, script
 from lib.files import file_digest
-from lib.pcam import (
-    SplitWriter,
-    fingerprint,
-    open_images,
-    open_split,
-    read_labels,
-    read_meta,
-    sole_writer,
-    split_path,
-    write_labels,
-)
+from lib.fingerprint import FINGERPRINT_FILE, fingerprint
+from lib.pcam import open_images, open_split, read_labels, read_meta, split_path
+from lib.splitwriter import SplitWriter, sole_writer, write_labels
 
 IMAGES, LABELS = draw_patches(40, 3)
 GZIP = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
@@ -284,13 +275,13 @@ def test_the_fingerprint_is_the_files_sha256_kept_where_it_can_be(tmp_path, monk
     folder = write_pcam(tmp_path / "data", 8, 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if store != "beside the data":
-        (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
+        (folder / FINGERPRINT_FILE).mkdir()  # refused even to root
     if store == "nowhere":
         (tmp_path / "cache").write_text("")
     digests = fingerprint(folder)
     assert digests == {path.name: file_digest(path) for path in folder.glob("*.h5")}
     if store != "nowhere":
-        monkeypatch.setattr(pcam, "file_digest", lambda *_: pytest.fail("hashed again"))
+        monkeypatch.setattr("lib.fingerprint.file_digest", lambda *_: pytest.fail("hashed again"))
     assert fingerprint(folder) == digests
     assert fingerprint(folder, ["valid"]).items() <= digests.items()
 
@@ -303,7 +294,7 @@ def test_the_fingerprint_notices_a_change_and_believes_no_damaged_store(tmp_path
     changed = fingerprint(folder)
     assert [name for name in before if before[name] != changed[name]] == [y_path.name]
     for text in ("", "[]", f'{{"{y_path.name}": 3}}'):
-        (folder / pcam.FINGERPRINT_FILE).write_text(text)
+        (folder / FINGERPRINT_FILE).write_text(text)
         assert fingerprint(folder) == changed
 
 

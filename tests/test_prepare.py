@@ -15,7 +15,9 @@ import pytest
 from conftest import REAL_SAMPLE, REPOSITORY, draw_patches, real_sample, run_script, write_pcam
 from PIL import Image
 
-from lib.pcam import FINGERPRINT_FILE, fingerprint, open_split, split_path, write_meta
+from lib.fingerprint import FINGERPRINT_FILE, fingerprint
+from lib.pcam import open_split, split_path
+from lib.splitwriter import write_meta
 
 VERBS = ("download", "import", "repack", "synthetic", "verify")
 

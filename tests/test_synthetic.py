@@ -16,7 +16,7 @@ import prepare
 from lib.command import BadInput
 from lib.damage import TRIGGER
 from lib.files import read_csv
-from lib.pcam import META_COLUMNS, SPLITS, open_split, read_meta, split_path
+from lib.pcam import SPLITS, open_split, read_meta, split_path
 from lib.prepare.slides import draw_slide
 from lib.prepare.synthetic import (
     DUPLICATES,
@@ -27,6 +27,7 @@ from lib.prepare.synthetic import (
     generate_split,
     write_synthetic,
 )
+from lib.splitwriter import META_COLUMNS
 
 RATES = dict.fromkeys(PLANTS, 0.04) | {"trigger": 0.1}
 RATES = {kind: rate for kind, rate in RATES.items() if kind not in WHOLE_SLIDE}

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lib.command import BadInput
 from lib.files import read_csv, read_json, require_space, write_csv, write_json
-from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
+from lib.pcam import PATCH_BYTES, SPLITS, split_path
 from lib.progress import Progress
+from lib.splitwriter import SplitWriter, sole_writer
 
 JOURNAL_FILE = ".import.json"
 WRITE_ORDER = ("test", "valid", "train")  # a folder without train is never taken for a whole one
