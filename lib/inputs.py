@@ -139,7 +139,7 @@ def describe_other(name: str) -> str:
 def say_left_out(place, reasons: dict[str, int]) -> None:
     """Print how many files of `place` are left out, by reason."""
     for reason, count in reasons.items():
-        say(printable(f"{place}: left out {count:,} files ({reason})"))
+        say(printable(f"{place}: left out {count:,} file(s), {reason}"))
 
 
 def walk_folder(path: Path):
