@@ -123,7 +123,8 @@ def benchmark(args) -> int:
     from lib.benchmark.timing import require_quiet
     from lib.benchmark.verdict import headline, judge
     from lib.config import load_config
-    from lib.device import choose_device, control_group_limits, describe_machine, resolve_threads
+    from lib.device import choose_device
+    from lib.machine import control_group_limits, describe_machine, resolve_threads
     from lib.rundir import environment
 
     overrides = args.rest + ([f"data_dir={args.data}"] if args.data else [])

@@ -71,7 +71,8 @@ def main(argv=None) -> int:
     args = parse(argv)
 
     from lib.checkpoint import load_model, warn_of_views
-    from lib.device import choose_device, keep_freed_memory
+    from lib.device import choose_device
+    from lib.machine import keep_freed_memory
     from lib.seeding import set_determinism
 
     # load

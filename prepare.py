@@ -129,11 +129,11 @@ def kind_and_rate(text: str) -> tuple[str, float]:
 
 
 def run_import(args) -> int:
+    from lib.inputs import say_left_out
     from lib.prepare.ingest import import_images
 
     result = import_images(args.source, args.to, args.valid_share)
-    for reason, count in result["skipped"].items():
-        say(f"skipped: {count:,} files ({reason})")
+    say_left_out(args.source, result["skipped"])
     for lacking in {"train", "valid"} - set(result["splits"]):
         say(f"note: {args.source} has no split {lacking}, which training needs")
     return conclude(args.to, result)
@@ -202,7 +202,7 @@ def conclude(directory, result: dict) -> int:
     """Read what was written once more for its fingerprint, so that training need not, and print it
     all.
     """
-    from lib.pcam import fingerprint
+    from lib.fingerprint import fingerprint
     from lib.prepare.verify import verify_folder
 
     splits = list(result["splits"])

@@ -225,7 +225,7 @@ def open_test(sweep, champion: dict, args) -> dict:
     The record comes before the score, so that no crash can hide an opening; without a score the
     same run may be scored again.
     """
-    from lib.pcam import fingerprint
+    from lib.fingerprint import fingerprint
 
     data = load_config(sweep.folder / "config.yaml", args.overrides).data_dir
     digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())

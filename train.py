@@ -94,7 +94,8 @@ def start(cfg, args, run: Path | None = None) -> int:
     """
     import torch
 
-    from lib.device import choose_device, resolve_threads
+    from lib.device import choose_device
+    from lib.machine import resolve_threads
     from lib.ranks import join_ranks
 
     device = choose_device(args.device)
@@ -115,10 +116,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """
     from lib import batches, rundir, training
     from lib.checkpoint import newest_checkpoint, save_checkpoint
-    from lib.device import keep_freed_memory, note_busy_cores, others_busy_s
+    from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
+    from lib.machine import keep_freed_memory, note_busy_cores, others_busy_s
     from lib.metrics import constant_alarm, constant_baselines
-    from lib.pcam import fingerprint
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.ranks import StopFlag
@@ -258,7 +259,7 @@ def note_start(run: Path, cfg, state, device, facts: dict) -> None:
     """Write meta.json, what runs where and on what data, and print what is about to be trained."""
     from lib import rundir
     from lib.checkpoint import SCHEMA
-    from lib.device import describe_machine
+    from lib.machine import describe_machine
     from lib.models import num_parameters
 
     num_weights = num_parameters(state.model)

@@ -15,9 +15,10 @@ import torch
 
 from lib.command import BadInput, say
 from lib.config import Config
-from lib.device import free_device_bytes, memory_limit_bytes
+from lib.device import free_device_bytes
 from lib.files import read_edited_csv, row_number
 from lib.groups import groups_for_folds
+from lib.machine import memory_limit_bytes
 from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation

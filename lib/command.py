@@ -24,10 +24,26 @@ class BadInput(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with wrong use reported as one sentence instead of the whole usage."""
+    """argparse, with wrong use reported as one sentence instead of the whole usage, and with `~`
+    expanded at the start of an argument, where quotes kept it from the shell.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([expand_home(word) for word in words], namespace)
 
     def error(self, message):
         raise BadInput(f"{message} (see {self.prog} --help)")
+
+
+def expand_home(path: str) -> str:
+    """A path as the shell expands it. Raises BadInput for `~` of a user without a home folder, or
+    a folder of that name would be made.
+    """
+    expanded = os.path.expanduser(path)
+    if f"{expanded}/".startswith("~/"):
+        raise BadInput(f"{path}: this user has no home folder for ~ (HOME is not set)")
+    return expanded
 
 
 def probability(text: str) -> float:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
 import typing
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from lib.command import REPOSITORY, BadInput, nearest, one_line
+from lib.command import REPOSITORY, BadInput, expand_home, nearest, one_line
 from lib.files import file_digest
 
 DEFAULT_PATH = REPOSITORY / "config.yaml"
@@ -35,6 +36,7 @@ Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
 AboveZero = Annotated[float, 1e-12]
 Share = Annotated[float, 0, 1]
+Place = typing.NewType("Place", str)  # a file or folder
 Reason = Literal[
     "nan",
     "range",
@@ -58,13 +60,13 @@ class Config:
     name: str
     seed: Annotated[int, 0, 2**31 - 1]
 
-    data_dir: str
+    data_dir: Place
     data_residence: Literal["auto", "disk", "host", "device"]
     limit_train: Natural
     limit_valid: Natural
     num_folds: Natural
     fold: Natural
-    quarantine: str
+    quarantine: Place
     quarantine_reasons: tuple[Reason, ...]
     balance: Literal["none", "loss", "sampler"]
 
@@ -73,7 +75,7 @@ class Config:
     p4m_width: Positive
     mlp_hidden: tuple[Positive, ...]
     dropout: Annotated[float, 0, 0.95]
-    weights: str
+    weights: Place
 
     symmetries: bool
     # with these the 32 pixels in the centre are whole cells of the model's last grid
@@ -167,6 +169,8 @@ def coerce(key: str, value, hint):
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is str:
         return text
+    if hint is Place:
+        return expand_home(os.path.expandvars(text))
     if origin is tuple:  # `256,128`, `[256, 128]` or a list from YAML
         words = re.findall(r"[^][,'\s]+", text)
         return tuple(coerce(key, word, arguments[0]) for word in words)

@@ -1,23 +1,16 @@
-"""Where the computing happens: the device, its number type, and what the machine is."""
+"""Where the computing happens: the device and its number type."""
 
 import contextlib
-import ctypes
-import dataclasses
 import functools
 import os
-import platform
 import re
-import subprocess
-import time
 import warnings
-from pathlib import Path
 
 import torch
 
 from lib.command import BadInput, one_line, say
-from lib.config import Config
+from lib.machine import nvidia_smi, read_count
 
-MIN_WATCHED_S = 0.2  # the use of cores by others is measured over at least this time
 NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the last one
 
 
@@ -42,16 +35,6 @@ def choose_device(name: str = "auto") -> torch.device:
         raise BadInput(f"--device {name}: {reason}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def read_count(name: str, default: int) -> int:
-    """The number in an environment variable, which Slurm or torchrun sets; `default` where it is
-    missing or empty. Raises BadInput for any other text.
-    """
-    text = os.environ.get(name, "").strip()
-    if text and not text.isdigit():
-        raise BadInput(f"the environment variable {name} is {text!r}, it must be a number")
-    return int(text) if text else default
 
 
 def device_of_rank(local_rank: int, num_gpus: int) -> str:
@@ -94,25 +77,11 @@ def warn_of_unusable_gpu() -> None:
         if value not in NO_GPU:
             evidence = f"{name}={value}"
     if not evidence:
-        gpu = _nvidia_smi("name")
+        gpu = nvidia_smi("name")
         if not gpu or gpu.startswith(("unknown", "No devices")):
             return
         evidence = f"nvidia-smi lists {gpu}"
     say(f"warning: there is a GPU ({evidence}), but none for {why_no_gpu()}; this uses the CPU")
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Let the C library keep memory that a step frees for the next step, or not (glibc's mallopt).
-
-    By default glibc returns large blocks to the kernel, which then clears the pages of every
-    activation anew. `memory_returned` of benchmark.py train measures what that costs. Another C
-    library is left as it is.
-    """
-    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h; without `keep`, glibc's defaults
-    with contextlib.suppress(AttributeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0 if keep else 65536)
-        mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)
 
 
 def input_dtype(precision: str) -> torch.dtype:
@@ -129,174 +98,6 @@ def layer_precision(device: torch.device, precision: str):
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
-def control_groups() -> list[Path]:
-    """The folders of this process's control groups and all folders above them: a job's limit may
-    be set above the group of its step.
-    """
-    folders = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)  # version 2 names no controllers
-            folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
-            folders += [folder, *folder.parents]
-    return folders
-
-
-def _read_limits(name: str) -> list[list[str]]:
-    """The words of the file `name` of each control group that sets a limit in it."""
-    limits = []
-    for folder in control_groups():
-        with contextlib.suppress(OSError):
-            words = (folder / name).read_text().split()
-            if words[0] != "max":
-                limits.append(words)
-    return limits
-
-
-def control_group_limits() -> dict:
-    """The processors and the memory that control groups allow this process; None means no limit.
-
-    The memory limit is read of versions 1 and 2, both of which Slurm sets. The processor quota of
-    version 1 is not read: only containers set it.
-    """
-    cpus = [int(quota) / int(period) for quota, period in _read_limits("cpu.max")]
-    limits = _read_limits("memory.max") + _read_limits("memory.limit_in_bytes")
-    memory = min((int(words[0]) for words in limits), default=physical_bytes())
-    return {
-        "cgroup_cpus": min(cpus, default=None),
-        "cgroup_memory_bytes": memory if memory < physical_bytes() else None,
-    }
-
-
-def physical_bytes() -> int:
-    """The memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def memory_limit_bytes() -> int:
-    """The bytes that this process may take at most: what the machine has available, or less where
-    the control groups allow less.
-    """
-    available = _proc_field("meminfo", "MemAvailable")  # such as `16315340 kB`
-    num_bytes = int(available.split()[0]) * 1024 if available else physical_bytes()
-    return min(num_bytes, control_group_limits()["cgroup_memory_bytes"] or num_bytes)
-
-
-def _proc_field(file: str, name: str) -> str:
-    """The text behind `name:` in a file of /proc; empty on a system without it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == name:
-                return value.strip()
-    return ""
-
-
 def free_device_bytes(device: torch.device) -> int:
     """The bytes of free memory of a CUDA device; 0 for the CPU."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-
-
-def affinity() -> set[int]:
-    """The numbers of the processor cores on which this process may run."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count()))
-
-
-def num_cores() -> int:
-    """The processor cores that this process was given: by its affinity mask, its control groups and
-    its Slurm task.
-    """
-    cores = len(affinity())
-    quota = int(control_group_limits()["cgroup_cpus"] or cores)
-    task = read_count("SLURM_CPUS_PER_TASK", cores)
-    return max(min(cores, quota, task), 1)
-
-
-def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
-    """`cfg` with `threads: 0` replaced by the number of cores for each process.
-
-    The cores are shared by `num_processes`, times the ranks that torchrun started on this machine.
-    A rank that srun started has cores of its own.
-    """
-    if cfg.threads:
-        return cfg
-    num_processes *= max(read_count("LOCAL_WORLD_SIZE", 1), 1)
-    return dataclasses.replace(cfg, threads=max(num_cores() // num_processes, 1))
-
-
-def others_busy_s() -> float:
-    """The seconds for which others have kept the cores of this process busy since the machine
-    started: neither it nor its children that have ended. A system without /proc/stat counts none.
-    """
-    names = {f"cpu{core}" for core in affinity()}
-    num_ticks = 0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *ticks = line.split()
-            if name in names:
-                user, nice, system = ticks[:3]
-                num_ticks += int(user) + int(nice) + int(system)
-    own_s = sum(os.times()[:4])
-    return num_ticks / os.sysconf("SC_CLK_TCK") - own_s
-
-
-def cores_used_by_others(busy_s: float, started_at: float) -> float:
-    """The cores of this process that others have used, on average, since others_busy_s() was
-    `busy_s`, at `started_at`, a time of time.monotonic().
-    """
-    return max(0.0, others_busy_s() - busy_s) / (time.monotonic() - started_at)
-
-
-def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
-    """Print a note where other processes use some of the cores that `threads` threads need, and
-    name a number of threads that is faster. `started_at` and `busy_s` are those of
-    `cores_used_by_others`.
-    """
-    time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
-    num_busy = cores_used_by_others(busy_s, started_at)
-    num_all = len(affinity())
-    num_free = max(round(num_all - num_busy), 1)
-    if num_free < min(threads, num_all):
-        say(
-            f"note: others use about {num_busy:.1f} of the {num_all} cores of this run;"
-            f" threads={num_free} is faster then"
-        )
-
-
-def describe_machine(device: torch.device) -> dict:
-    """What a reader needs in order to repeat a run elsewhere: processor, memory, accelerator,
-    driver, system.
-    """
-    machine = {
-        "host": platform.node(),
-        "system": platform.platform(),
-        "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "num_cores": num_cores(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": physical_bytes(),
-        "device": str(device),
-    }
-    if device.type != "cuda":
-        return machine
-    gpu = torch.cuda.get_device_properties(device)
-    return machine | {
-        "gpu": gpu.name,
-        "gpu_memory_bytes": gpu.total_memory,
-        "num_multiprocessors": gpu.multi_processor_count,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "driver": _nvidia_smi("driver_version"),
-        "mig": "MIG" in gpu.name,
-    }
-
-
-def _nvidia_smi(field: str) -> str:
-    """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    try:
-        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"unknown ({one_line(error)})"
-    return output.decode(errors="replace").partition("\n")[0].strip()

@@ -4,10 +4,6 @@ figures for a page or a file.
 
 import io
 import math
-import os
-
-# a notebook's value names a backend that is not installed here; a cluster has no screen
-os.environ["MPLBACKEND"] = "agg"
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -19,6 +19,15 @@ from lib.command import BadInput, one_line, without_nan
 
 # surrogateescape: the name of a file, which may be any bytes, is written as it is
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+GZIP = b"\x1f\x8b"
+# how a file begins that was taken for another one, and what to do about it
+FOREIGN = {
+    b"<!doctype html": "a web page, which a server sent in place of the file: fetch it again",
+    b"<html": "a web page, which a server sent in place of the file: fetch it again",
+    b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file",
+    GZIP: "packed by gzip: gunzip it",
+    b"pk\x03\x04": "a zip archive: unpack it",
+}
 FLUSH_S = 2.0  # the first row after this time writes out all rows that wait in memory
 
 
@@ -41,24 +50,30 @@ def errors_name(path, temporary=None):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """Yield a temporary file beside `path`. When the block ends without an error the file is synced
-    and renamed to `path` (Pillai et al., OSDI 2014).
+def atomic_path(path):
+    """Yield a temporary path beside `path`. When the block ends without an error the file there is
+    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed.
     """
     path = Path(path)
-    temporary = f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp"
-    options = {} if mode == "wb" else TEXT
-    with errors_name(path, temporary):
+    temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
+    with errors_name(path, str(temporary)):
         try:
-            with open(temporary, mode, **options) as file:
-                yield file
-                file.flush()
+            yield temporary
+            with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Yield an open file that becomes `path`, as atomic_path does it."""
+    options = {} if mode == "wb" else TEXT
+    with atomic_path(path) as temporary, open(temporary, mode, **options) as file:
+        yield file
 
 
 class _Withdrawn(Exception):
@@ -71,6 +86,18 @@ def require_writable(path) -> None:
     """
     with contextlib.suppress(_Withdrawn), atomic_write(path):
         raise _Withdrawn
+
+
+def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: bytes = b"") -> str:
+    """Words for why the file at `path` cannot be read: what it is instead, as its first bytes tell
+    unless they are `allowed`, or else `why` and a remedy.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip().lower()
+    for start, words in FOREIGN.items():
+        if head.startswith(start) and start != allowed:
+            return f": it is {words}"
+    return f" ({why}): {remedy}"
 
 
 def nearest_folder(path) -> Path:
@@ -131,7 +158,9 @@ def cache_file(path) -> Path:
     """The file of the user's cache for what was computed from `path`, whose folder may be
     read-only.
     """
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):  # this user has no home: nothing is read or written below a file
+        folder = os.devnull
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
     return Path(folder, "pcam", f"{name}.json")
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from lib.command import BadInput, say
 from lib.files import cache_file, file_digest, read_edited_csv, row_number, write_csv
-from lib.pcam import Split, fingerprint, split_path
+from lib.fingerprint import fingerprint
+from lib.pcam import Split, split_path
 
 FILE_NAME = "groups.csv"
 COLUMNS = ("split", "index", "group")

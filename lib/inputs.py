@@ -8,6 +8,7 @@ import logging
 import os
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -16,18 +17,40 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.command import BadInput, one_line
-from lib.pcam import PATCH_SHAPE, SPLITS, Images, open_images, open_split, split_path, to_uint8
+from lib.command import BadInput, one_line, printable, say
+from lib.files import GZIP, explain_foreign
+from lib.pcam import (
+    PATCH_SHAPE,
+    SPLITS,
+    Images,
+    explain_missing,
+    open_images,
+    open_split,
+    split_path,
+    to_uint8,
+)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".webp",
+)
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # the only ones that Pillow may open; for some others it starts another program
-FORMATS = ("PNG", "JPEG", "TIFF")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # pixel types that become 8-bit RGB in one way only
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 MAX_BYTES = 1 << 20  # read of an image at most: a patch has less, and a slide is not read whole
 READ_ROWS = 256  # read of HDF5 at a time
 
+# the header of a whole slide is read, for its size in the error; its pixels are not
+Image.MAX_IMAGE_PIXELS = None
 # Pillow's remarks on a file become the error in its row; they are not printed as well
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
@@ -54,13 +77,13 @@ class Block(NamedTuple):
 def decode_patch(data: bytes | Path, name) -> np.ndarray:
     """The bytes of an image, or an image file, as uint8 (96, 96, 3); errors call it `name`.
 
-    Raises BadInput unless it is a readable PNG, JPEG or TIFF of 96 x 96 pixels, a single page, with
-    8 bits a channel.
+    Raises BadInput unless it is a readable image of one of FORMATS, of 96 x 96 pixels, a single
+    page, with 8 bits a channel.
     """
     try:
         if isinstance(data, Path) and not data.is_fifo():  # opening a named pipe would block
             with data.open("rb") as file:
-                data = file.read(MAX_BYTES)
+                data = file.read(MAX_BYTES + 1)
         if not data or isinstance(data, Path):
             raise BadInput(f"{name} is empty, or no plain file")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -70,7 +93,7 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
                     " (cut patches at 0.97 um a pixel, do not scale)"
                 )
             # Pillow drops the lower bits of RGB;16B in silence
-            raw_mode = str(image.tile[0][3])
+            raw_mode = str(image.tile[0][3]) if image.tile else image.mode  # WebP has no tiles
             if ";16" in raw_mode or image.mode not in EXACT_MODES:
                 allowed = ", ".join(EXACT_MODES)
                 raise BadInput(
@@ -90,15 +113,49 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
         why = one_line(error).partition(" <")[0]  # without the memory address that follows
-        raise BadInput(f"{name} is not a readable image (PNG, JPEG or TIFF): {why}") from None
+        if isinstance(data, bytes) and len(data) > MAX_BYTES:
+            why = "it is too large for a patch, cut patches of 96x96 at 0.97 um a pixel"
+        raise BadInput(f"{name} is not a readable image ({', '.join(FORMATS)}): {why}") from None
 
 
 def is_image(name: str) -> bool:
-    return not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES)
+    return has_suffix(name, IMAGE_SUFFIXES)
 
 
 def is_tar(path: Path) -> bool:
-    return path.name.lower().endswith(TAR_SUFFIXES) and path.is_file()
+    return has_suffix(path.name, TAR_SUFFIXES) and path.is_file()
+
+
+def has_suffix(name: str, suffixes) -> bool:
+    """Whether a file's name ends so, and is not hidden: macOS puts `._NAME` beside each file."""
+    return not name.startswith(".") and name.lower().endswith(suffixes)
+
+
+def describe_other(name: str) -> str:
+    """Why a file that is no image is left out: by its ending."""
+    return f"not an image: {PurePosixPath(name).suffix or name}"
+
+
+def say_left_out(place, reasons: dict[str, int]) -> None:
+    """Print how many files of `place` are left out, by reason."""
+    for reason, count in reasons.items():
+        say(printable(f"{place}: left out {count:,} file(s), {reason}"))
+
+
+def walk_folder(path: Path):
+    """Yield the files below a folder in sorted order; a folder that a link leads to is entered
+    once. Raises OSError for a folder that cannot be entered.
+    """
+    entered = set()
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        for name in sorted(names):
+            yield Path(folder, name)
 
 
 def refuse(error: OSError):
@@ -124,7 +181,7 @@ def walk_tar(path: Path, archive=None):
                         " tar is refused"
                     )
                 if archive is None and member.isfile() and is_image(name.name):
-                    data = tar.extractfile(member).read(MAX_BYTES)
+                    data = tar.extractfile(member).read(MAX_BYTES + 1)
                 yield str(name), member, data
             # tarfile takes a cut or damage between members for the end; the true end is a block of
             # zeros
@@ -134,7 +191,13 @@ def walk_tar(path: Path, archive=None):
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in tarfile
-        raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
+        raise not_a_tar(path, error) from None
+
+
+def not_a_tar(path: Path, error: Exception) -> BadInput:
+    """The refusal of a file that is no tar, or a damaged one."""
+    words = explain_foreign(path, one_line(error), allowed=GZIP)
+    return BadInput(f"{path} is not a whole tar archive{words}")
 
 
 def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], Block]]:
@@ -165,7 +228,8 @@ def _list_inputs(paths: list[Path], split: str):
             is_empty = False
             yield item
         if is_empty:
-            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            hint = explain_missing(split_path(path, split or "train", "x")) if path.is_dir() else ""
+            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
 
 
 def _list_input(path: Path, split: str):
@@ -203,16 +267,27 @@ def _list_array(images: Images, labels: list[int] | None = None):
 
 
 def _list_folder(folder: Path):
-    files = []
-    for parent, _, names in os.walk(folder, onerror=refuse):
-        files += [Path(parent, name) for name in names if is_image(name)]
+    files, left_out = [], Counter()
+    for file in walk_folder(folder):
+        if is_image(file.name):
+            files.append(file)
+        else:
+            left_out[describe_other(file.name)] += 1
+    say_left_out(folder, left_out)
     return [(Row(str(file)), file) for file in sorted(files)]
 
 
 def _list_tar(path: Path):
+    left_out = Counter()
     for name, member, data in walk_tar(path):
-        if is_image(PurePosixPath(name).name) and not member.isdir():
+        base = PurePosixPath(name).name
+        if member.isdir():
+            continue
+        if is_image(base):
             yield Row(f"{path}/{name}"), data or b""
+        else:
+            left_out[describe_other(base)] += 1
+    say_left_out(path, left_out)
 
 
 def _decode_block(items: list[tuple]) -> Block:

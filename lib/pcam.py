@@ -6,34 +6,32 @@ uint8 (N, 1, 1, 1).
 """
 
 import contextlib
-import itertools
 import json
 import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
 
-from lib.command import BadInput, nearest, one_line, say
+from lib.command import BadInput, nearest, one_line
 from lib.files import (
-    cache_file,
-    file_digest,
-    read_cache,
+    explain_foreign,
     read_edited_csv,
-    sync_folder,
-    try_lock,
-    write_cache,
-    write_csv,
 )
 
 SPLITS = ("train", "valid", "test")
+PARTS = ("x", "y", "meta", "mask")
 PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
-META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
-FINGERPRINT_FILE = ".pcam-sha256.json"
+# the names that Kaggle's copies of PCam give the images
+OTHER_NAMES = {
+    "camelyonpatch_level_2_split_train_x.h5": "training_split.h5",
+    "camelyonpatch_level_2_split_valid_x.h5": "validation_split.h5",
+    "camelyonpatch_level_2_split_test_x.h5": "test_split.h5",
+}
+# compressions of the package hdf5plugin, by their numbers in HDF5's registry
+FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 # environment variable: JSON of [data folder, its copy on the node]. A run names the folder, since
 # its job removes the copy
 DATA_COPY = "PCAM_DATA_COPY"
@@ -51,26 +49,46 @@ def split_path(directory, split: str, part: str) -> Path:
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file. Raises BadInput otherwise, with the file of the nearest name."""
+    """`path` if it is a file. Raises BadInput otherwise, with where it is or what stands for it."""
     if path.is_file():
         return path
     folder = path.parent
+    if folder.is_file():
+        raise BadInput(f"{folder} is a file: name the folder that holds it")
     if not folder.is_dir():
         raise BadInput(
             f"no folder {folder} (prepare.py download, import or synthetic makes one;"
             " data_dir= names another)"
         )
+    if path.is_symlink():
+        raise BadInput(f"{path} is a link to {os.readlink(path)}, which is not there")
+    raise BadInput(f"no file {path.name} in {folder}{explain_missing(path)}")
+
+
+def explain_missing(path: Path) -> str:
+    """Words for where the official file `path` is instead: packed, in a folder above or below, or
+    under another name. Empty where nothing like it is near.
+    """
+    folder = path.parent
     names = os.listdir(folder)
-    hint = nearest(path.name, names)
     if f"{path.name}.gz" in names:
-        hint = f", gunzip {path.name}.gz"
-    raise BadInput(f"no file {path.name} in {folder}{hint}")
+        return f", gunzip {path.name}.gz"
+    folders = [folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")]
+    for name in (path.name, OTHER_NAMES.get(path.name, path.name)):
+        for other in folders:
+            if (other / name).is_file():
+                remedy = "name that folder"
+                if name != path.name:
+                    remedy = "give it this name, and put the files of all splits into one folder"
+                return f", it is {other / name}: {remedy}"
+    official = {split_path("", split, part).name for split in SPLITS for part in PARTS}
+    return nearest(path.name, set(names) - official)
 
 
 @contextlib.contextmanager
 def open_dataset(path, key: str):
     """Yield the h5py dataset `key` of a file. Raises BadInput for a file that HDF5 cannot read or
-    that lacks the key.
+    that lacks the key, OSError for what the system refuses.
     """
     path = require_file(Path(path))
     try:
@@ -78,13 +96,43 @@ def open_dataset(path, key: str):
         names = list(file)
         dataset = file.get(key)
     except Exception as error:  # whatever damage provokes in HDF5
-        raise BadInput(
-            f"{path} cannot be read as HDF5 ({one_line(error)}): fetch it again"
-        ) from None
+        code = getattr(error, "errno", None)
+        if code:  # such as a missing permission
+            raise OSError(code, os.strerror(code), str(path)) from None
+        why, remedy = one_line(error), "fetch it again"
+        if "h5clear" in why:
+            why = "it is marked as open for writing, and its writer may have been killed"
+            remedy = f"h5clear -s {path} takes the mark away"
+        words = explain_foreign(path, why, remedy)
+        raise BadInput(f"{path} cannot be read as HDF5{words}") from None
     with file:
         if not isinstance(dataset, h5py.Dataset):
             raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(names)}")
+        require_readable(dataset, path)
         yield dataset
+
+
+def require_readable(dataset, path: Path) -> None:
+    """Raise BadInput for a compression that this HDF5 lacks, and for values in other files that are
+    not there, which HDF5 would read as 0.
+    """
+    plist = dataset.id.get_create_plist()
+    for number in range(plist.get_nfilters()):
+        code, _, _, name = plist.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            name = FILTERS.get(code) or name.decode(errors="replace")
+            raise BadInput(
+                f"{path}: {dataset.name[1:]} is compressed by filter {code} ({name}), which is not"
+                " installed here; where it is, as with the package hdf5plugin, h5repack -f NONE"
+                " writes the file anew"
+            )
+    for source in dataset.virtual_sources() if dataset.is_virtual else ():
+        other = path.parent / source.file_name
+        is_named = source.file_name != "." and "%" not in source.file_name  # % stands for a number
+        if is_named and not other.is_file():
+            raise BadInput(
+                f"{path}: {dataset.name[1:]} takes rows from {other}, which is not there"
+            )
 
 
 @contextlib.contextmanager
@@ -143,8 +191,11 @@ class Images:
 
     def will_need(self, rows: np.ndarray) -> None:
         """Tell the system which mapped rows come next. A disk whose pages are not in memory then
-        gives 20,000 patches a second, where single pages on demand give 220 to 300.
+        gives 20,000 patches a second, where single pages on demand give 220 to 300. macOS has no
+        such call.
         """
+        if not hasattr(os, "posix_fadvise"):
+            return
         with open(self.path, "rb") as file:
             for row in rows.tolist():
                 start = self.offset + row * PATCH_BYTES
@@ -288,127 +339,3 @@ def require_rows(path, column, num: int) -> None:
 def read_meta(path) -> list[dict[str, str]]:
     """The rows of a meta CSV, with at least `coord_y`, `coord_x` and `wsi`."""
     return read_edited_csv(path, ("coord_y", "coord_x", "wsi"))
-
-
-@contextlib.contextmanager
-def sole_writer(directory):
-    """Lock a folder for this process, as a context manager. A missing folder is made, and removed
-    again if nothing was written into it. Raises BadInput where another process is writing there.
-    """
-    directory = Path(directory)
-    is_new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            is_sole = try_lock(lock)
-        except OSError as error:  # such as NFS mounted without its lock service
-            say(f"{directory} cannot be locked ({one_line(error)}): let nobody else write there")
-            is_sole = True
-        if not is_sole:
-            raise BadInput(f"{directory}: another process is writing there")
-        yield
-    finally:
-        os.close(lock)
-        if is_new:
-            with contextlib.suppress(OSError):  # of a folder that is not empty
-                directory.rmdir()
-
-
-class SplitWriter:
-    """Writes a split block by block, as a context manager. The files get their official names when
-    all rows are there; an error leaves no file.
-
-    x is contiguous uint8, which a reader can map. `dtype` and `storage`, the options of h5py's
-    create_dataset, ask for something else.
-    """
-
-    def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
-        self.directory, self.split, self.num = Path(directory), split, num
-        self.labels, self.meta = [], []
-        self.hidden = Path(tempfile.mkdtemp(dir=directory, prefix=f".{split}_x.", suffix=".tmp"))
-        # nobody else has the hidden file, and some file systems have no locks
-        self.file = h5py.File(split_path(self.hidden, split, "x"), "w", locking=False)
-        self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
-
-    def add(self, images: np.ndarray, labels: np.ndarray, meta=()) -> None:
-        """Append patches (B, 96, 96, 3), labels (B,) and, optionally, B meta rows (tuples as
-        META_COLUMNS[1:]).
-        """
-        assert images.dtype == self.x.dtype, images.dtype
-        start = len(self.labels)
-        with self._explain_full_disk():
-            self.x[start : start + len(images)] = images
-        self.labels.extend(labels)
-        self.meta.extend(meta)
-
-    @contextlib.contextmanager
-    def _explain_full_disk(self):
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # h5py raises either for a full disk
-            raise BadInput(
-                f"{self.directory}: writing {self.num:,} patches of {self.split} failed"
-                f" ({one_line(error)}); is the disk full?"
-            ) from None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        try:
-            if kind is None:
-                with self._explain_full_disk():
-                    self._publish()
-        finally:
-            with contextlib.suppress(Exception):  # the first error is the one to report
-                self.file.close()
-            shutil.rmtree(self.hidden, ignore_errors=True)
-
-    def _publish(self) -> None:
-        assert len(self.labels) == self.num, len(self.labels)
-        self.file.close()
-        write_labels(split_path(self.hidden, self.split, "y"), self.labels)
-        if self.meta:
-            write_meta(split_path(self.hidden, self.split, "meta"), self.meta)
-        x_path = split_path(self.hidden, self.split, "x")
-        others = [path for path in self.hidden.iterdir() if path != x_path]
-        for path in [*others, x_path]:  # x last: where it is, the others are
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-            path.rename(self.directory / path.name)
-        sync_folder(self.directory)
-
-
-def write_labels(path, labels: np.ndarray) -> None:
-    """Write labels (N,) as the official y file: uint8 (N, 1, 1, 1)."""
-    with h5py.File(path, "w", locking=False) as file:
-        file["y"] = np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1)
-
-
-def write_meta(path, rows) -> None:
-    """Write a meta CSV: rows are (coord_y, coord_x, tumor_patch, center_tumor_patch, wsi)."""
-    write_csv(path, META_COLUMNS, [(index, *row) for index, row in enumerate(rows)])
-
-
-def fingerprint(directory, splits=("train", "valid")) -> dict[str, str]:
-    """SHA-256 of each x and y file, {file name: hex}.
-
-    The digests are stored beside the data, or in the user's cache where that folder is read-only,
-    so that 7 GB are hashed once.
-    """
-    store = Path(directory, FINGERPRINT_FILE)
-    user_store = cache_file(store)
-    digests = read_cache(user_store) | read_cache(store)
-    fingerprints = {}
-    for split, part in itertools.product(splits, "xy"):
-        path = require_file(split_path(directory, split, part))
-        status = path.stat()
-        key = f"{path.name} {status.st_size} {status.st_mtime_ns}"
-        if key not in digests:
-            digests[key] = file_digest(path)
-            is_stored = write_cache(store, digests)
-            if not is_stored:
-                write_cache(user_store, digests)
-        fingerprints[path.name] = digests[key]
-    return fingerprints

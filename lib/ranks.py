@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lib.command import STOP_SIGNALS, BadInput, one_line
-from lib.device import read_count
+from lib.machine import read_count
 
 # ranks ask each other every so many steps whether one was told to stop: to ask, all wait for the
 # slowest

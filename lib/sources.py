@@ -28,7 +28,7 @@ evaluation on ranks | whole batches, whoever computes them | lib/predict.py: bat
 resumption | weights, moments and position restored | lib/training.py: state.optimizer.load_state_dict(checkpoint[
 a damaged checkpoint | noticed by its checksum | lib/checkpoint.py: if checksum != state_sha256(checkpoint)
 other data | refused by fingerprint on resumption | lib/rundir.py: if before.get("data") != data
-machine and driver | recorded, compared by twin | lib/device.py: "driver": _nvidia_smi("driver_version")
+machine and driver | recorded, compared by twin | lib/machine.py: "driver": nvidia_smi("driver_version")
 packages | recorded, compared by twin | lib/rundir.py: importlib.metadata.version(package)
 code | commit and patch recorded, compared by twin | lib/rundir.py: patch = git("diff", "HEAD")
 environment | variables recorded, compared by twin | lib/rundir.py: "variables": {

@@ -45,7 +45,7 @@ def draw_patches(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def write_pcam(directory, num_train=160, num_valid=64, seed=0) -> Path:
     """A PCam folder with train and valid splits of such patches."""
-    from lib.pcam import SplitWriter
+    from lib.splitwriter import SplitWriter
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.pcam import SplitWriter, open_split, split_path
+from lib.pcam import open_split, split_path
+from lib.splitwriter import SplitWriter
 
 
 def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dict]:
@@ -46,7 +47,7 @@ def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dic
 
 def write_flipped_edition(source, to, share: float, seed: int = 0) -> list[dict]:
     """The same files with a share of the labels of train exchanged; gives rows of truth."""
-    from lib.pcam import write_labels
+    from lib.splitwriter import write_labels
 
     Path(to).mkdir(parents=True)
     for name in ("train", "valid"):

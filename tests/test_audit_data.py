@@ -23,8 +23,9 @@ from lib.audit.survey import FLAT_STD, survey_folder
 from lib.config import load_config
 from lib.files import read_csv
 from lib.groups import group_of_rows, write_groups
-from lib.pcam import SplitWriter, open_split, split_path, write_meta
+from lib.pcam import open_split, split_path
 from lib.prepare.synthetic import SyntheticPlan, draw_slide, write_synthetic
+from lib.splitwriter import SplitWriter, write_meta
 
 QUICK_CHECKS = ("files", "values", "balance", "duplicates", "leakage", "drift")
 

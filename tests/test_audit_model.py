@@ -37,8 +37,9 @@ from lib.features import DENSITY, UNMIX, colour_statistics, count_values
 from lib.files import read_csv
 from lib.groups import groups_for_halves, write_groups
 from lib.metrics import compute_auc, compute_confusion, compute_fbeta, curve_points, sigmoid
-from lib.pcam import SplitWriter, open_split, split_path
+from lib.pcam import open_split, split_path
 from lib.predict import predict_batch
+from lib.splitwriter import SplitWriter
 
 GRID = np.linspace(0, 1, 101)
 

@@ -25,7 +25,8 @@ from lib.batches import (
 from lib.command import BadInput
 from lib.config import load_config
 from lib.groups import write_groups
-from lib.pcam import Images, Split, open_images, open_split, split_path, write_meta
+from lib.pcam import Images, Split, open_images, open_split, split_path
+from lib.splitwriter import write_meta
 
 CPU = torch.device("cpu")
 PATCHES, LABELS = draw_patches(60, 11)

@@ -106,9 +106,13 @@ def test_a_value_of_the_wrong_type_or_size_is_refused_by_name(key):
         ("views", "1", 1),
         ("name", 3, "3"),
         ("weights", None, ""),
+        ("weights", "~/w.pt", "/home/me/w.pt"),  # as the shell would, which sees neither
+        ("data_dir", "$SCRATCH/pcam", "/scratch/me/pcam"),  # YAML nor quoted ARGS
     ],
 )
-def test_a_value_is_read_as_meant(key, value, meaning):
+def test_a_value_is_read_as_meant(key, value, meaning, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
     cfg = config_from_dict(load_config().as_dict() | {key: value})
     assert getattr(cfg, key) == meaning and type(getattr(cfg, key)) is type(meaning)
 
@@ -146,7 +150,7 @@ def test_dump_and_load_give_an_equal_config(text, tmp_path):
     cfg = load_config(
         overrides=["lr=1e-3", "mlp_hidden=64,32", "quarantine_reasons=nan,leak", "symmetries=false"]
     )
-    cfg = dataclasses.replace(cfg, name=text, data_dir=f"/data/{text} ", quarantine=text)
+    cfg = dataclasses.replace(cfg, name=text, data_dir=f"/data/{text} ", quarantine=f"q{text}")
     (tmp_path / "c.yaml").write_text(dump_config(cfg), encoding="utf-8")
     assert load_config(tmp_path / "c.yaml") == cfg == config_from_dict(cfg.as_dict())
 

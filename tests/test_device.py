@@ -10,10 +10,11 @@ import time
 import pytest
 import torch
 
-from lib import device
+from lib import device, machine
 from lib.command import BadInput
 from lib.config import load_config
-from lib.device import choose_device, control_group_limits, describe_machine, memory_limit_bytes
+from lib.device import choose_device
+from lib.machine import control_group_limits, describe_machine, memory_limit_bytes
 
 HAS_GPU = torch.cuda.is_available()
 CORES = sorted(os.sched_getaffinity(0))
@@ -26,8 +27,8 @@ def no_job(monkeypatch):
     for name in [*os.environ]:
         if name.startswith(("SLURM_", "CUDA_VISIBLE", "LOCAL_")):
             monkeypatch.delenv(name)
-    monkeypatch.setattr(device, "control_groups", list)
-    monkeypatch.setattr(device, "affinity", lambda: set(range(12)))
+    monkeypatch.setattr(machine, "control_groups", list)
+    monkeypatch.setattr(machine, "affinity", lambda: set(range(12)))
 
 
 def test_auto_takes_the_gpu_where_there_is_one():
@@ -45,7 +46,7 @@ def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
 def test_a_variable_of_a_job_that_is_no_number_is_named_and_an_empty_one_ignored(name, monkeypatch):
     def use() -> int:
         choose_device("auto")
-        return device.resolve_threads(load_config()).threads
+        return machine.resolve_threads(load_config()).threads
 
     monkeypatch.setenv(name, "")
     assert use() == 12
@@ -63,17 +64,17 @@ def test_bf16_computes_layers_in_bf16_and_fp32_leaves_them(precision, dtype):
 @pytest.mark.parametrize("has_proc", [True, False])
 def test_the_machine_is_described_in_plain_json_and_has_memory(has_proc, monkeypatch):
     if not has_proc:
-        monkeypatch.setattr(device, "_proc_field", lambda *_: "")
-    machine = describe_machine(choose_device("auto"))
-    assert json.loads(json.dumps(machine)) == machine and ("gpu" in machine) == HAS_GPU
-    assert None not in machine.values() and "" not in machine.values()
-    assert 0 < memory_limit_bytes() <= machine["memory_bytes"]
+        monkeypatch.setattr(machine, "_proc_field", lambda *_: "")
+    description = describe_machine(choose_device("auto"))
+    assert json.loads(json.dumps(description)) == description and ("gpu" in description) == HAS_GPU
+    assert None not in description.values() and "" not in description.values()
+    assert 0 < memory_limit_bytes() <= description["memory_bytes"]
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory.limit_in_bytes"])
 def test_the_least_memory_limit_of_the_control_groups_counts(name, monkeypatch, tmp_path):
     groups = [tmp_path / "step", tmp_path / "job", tmp_path / "gone"]
-    monkeypatch.setattr(device, "control_groups", lambda: groups)
+    monkeypatch.setattr(machine, "control_groups", lambda: groups)
     for folder, limit in zip(groups, ["max", "70000000"], strict=False):
         folder.mkdir()
         (folder / name).write_text(f"{limit}\n")
@@ -101,12 +102,12 @@ def test_threads_0_are_the_cores_that_the_job_was_given(
     quota, variables, num_processes, threads, monkeypatch, tmp_path
 ):
     (tmp_path / "cpu.max").write_text(quota)
-    monkeypatch.setattr(device, "control_groups", lambda: [tmp_path])
+    monkeypatch.setattr(machine, "control_groups", lambda: [tmp_path])
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for number, expected in ((0, threads), (3, 3)):
         cfg = load_config(overrides=[f"threads={number}"])
-        assert device.resolve_threads(cfg, num_processes).threads == expected
+        assert machine.resolve_threads(cfg, num_processes).threads == expected
 
 
 def test_processes_of_a_machine_take_its_gpus_in_turn():
@@ -164,16 +165,16 @@ def kept_busy(cores):
 
 def watch_cores(threads: int, spin_s: float) -> float:
     """Compute for a while, then note; the cores that others used meanwhile."""
-    started_at, busy_s = time.monotonic(), device.others_busy_s()
+    started_at, busy_s = time.monotonic(), machine.others_busy_s()
     while time.monotonic() < started_at + spin_s:
         pass
-    device.note_busy_cores(threads, started_at, busy_s)
-    return (device.others_busy_s() - busy_s) / (time.monotonic() - started_at)
+    machine.note_busy_cores(threads, started_at, busy_s)
+    return (machine.others_busy_s() - busy_s) / (time.monotonic() - started_at)
 
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core is used by one thread at least")
 def test_cores_that_others_use_are_noted_in_one_line_with_a_remedy(monkeypatch, capsys):
-    monkeypatch.setattr(device, "affinity", lambda: set(CORES[:2]))
+    monkeypatch.setattr(machine, "affinity", lambda: set(CORES[:2]))
     with kept_busy(CORES[:2]):
         assert watch_cores(2, 0) > 1.5
     note = capsys.readouterr().err
@@ -182,7 +183,7 @@ def test_cores_that_others_use_are_noted_in_one_line_with_a_remedy(monkeypatch, 
 
 def test_what_this_process_and_other_cores_do_is_not_noted(monkeypatch, capsys):
     """Own use and that of others fill the one core at most."""
-    monkeypatch.setattr(device, "affinity", lambda: {CORES[0]})
+    monkeypatch.setattr(machine, "affinity", lambda: {CORES[0]})
     os.sched_setaffinity(0, CORES[:1])
     own_s, started_at = time.process_time(), time.monotonic()
     try:
@@ -196,6 +197,6 @@ def test_what_this_process_and_other_cores_do_is_not_noted(monkeypatch, capsys):
 
 
 def test_nothing_is_noted_where_the_system_does_not_say(monkeypatch, capsys):
-    monkeypatch.setattr(device, "affinity", lambda: {10**6, 10**6 + 1})
+    monkeypatch.setattr(machine, "affinity", lambda: {10**6, 10**6 + 1})
     watch_cores(64, 0)
     assert capsys.readouterr().err == ""

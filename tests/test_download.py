@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,8 +20,9 @@ from conftest import REPOSITORY, draw_patches, run_script
 import lib.prepare.download
 from lib.command import BadInput
 from lib.files import file_digest
-from lib.pcam import SPLITS, SplitWriter, split_path
+from lib.pcam import SPLITS, split_path
 from lib.prepare.download import WrongContent, download
+from lib.splitwriter import SplitWriter
 
 NUM = {"train": 12, "valid": 8, "test": 8}
 X, Y = (split_path("", "train", part).name + ".gz" for part in ("x", "y"))
@@ -169,7 +171,7 @@ def test_a_refusal_says_how_to_fetch_by_hand_and_takes_what_was_fetched_so(
     tmp_path, server, published, fetch
 ):
     server.faults[X] = ["403"] * 2
-    with pytest.raises(BadInput, match="refuses .*403.* with a browser"):
+    with pytest.raises(BadInput, match="is refused .*403.* with a browser"):
         fetch()
     (tmp_path / X).write_bytes(server.files[X])
     fetch()
@@ -182,6 +184,22 @@ BEGUN = {
     "too long": (lambda data: data + b"x", lambda size: [size + 1, 0]),
     "of another file": (lambda _: b"\0" * 5000, lambda _: [5000, 0]),
 }
+
+
+def test_a_server_with_an_unknown_certificate_is_refused_at_once_with_the_remedy(
+    server, fetch, tmp_path
+):
+    """The Python of python.org on macOS knows no certificates before they are installed."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -days 2 -keyout"
+    subprocess.run([*command.split(), key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.url = server.url.replace("http:", "https:")
+    with pytest.raises(BadInput, match="CERTIFICATE_VERIFY_FAILED.*SSL_CERT_FILE"):
+        fetch()
+    assert fetch.waits_s == []
 
 
 @pytest.mark.parametrize("begun", BEGUN)

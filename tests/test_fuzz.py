@@ -37,7 +37,8 @@ from lib.batches import select_rows
 from lib.command import BadInput
 from lib.config import load_config
 from lib.device import choose_device
-from lib.pcam import SplitWriter, open_split, split_path
+from lib.pcam import open_split, split_path
+from lib.splitwriter import SplitWriter
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ from lib.audit.model import audit_model, recalibrate
 from lib.checkpoint import load_checkpoint, load_model, save_checkpoint
 from lib.files import read_csv, read_json
 from lib.metrics import sigmoid
-from lib.pcam import SplitWriter, open_split, split_path
+from lib.pcam import open_split, split_path
+from lib.splitwriter import SplitWriter
 
 NUM = 12
 

@@ -125,10 +125,11 @@ def test_what_is_left_out_is_counted_by_its_reason(tmp_path):
     source = write_tree(tmp_path / "in", members())
     more = {"README.md": b"text", "unlabelled/5a.png": encode(PATCH), "more.zip": b"PK"}
     write_tree(source, more)
+    (source / "._valid.tar").write_bytes(b"")  # macOS puts one beside each file
     os.mkfifo(source / "train" / "0" / "f.png")
     (source / "again").symlink_to(source)  # a folder above is not entered once more
     result = import_images(source, tmp_path / "out")
-    reasons = ["no label", *(f"not an image: .{ending}" for ending in ("md", "png", "zip"))]
+    reasons = ["no label", *(f"not an image: .{ending}" for ending in ("md", "png", "zip", "tar"))]
     assert result["skipped"] == dict.fromkeys(reasons, 1)
     assert result["splits"]["train"]["patches"] == NUM["train"]
 
@@ -244,6 +245,13 @@ BAD_SOURCES = {
     "the folder 'tumour' must be a label": tree_with("train/tumour/1.png", encode(PATCH)),
     "has no images as SPLIT": lambda tmp: write_tree(tmp / "in", {"images/1.png": encode(PATCH)}),
     "not an image: .h5.*read by repack": lambda tmp: write_tree(tmp / "in", {"x.h5": b""}),
+    "in/kaggle holds train_labels.csv: import that": lambda tmp: (
+        write_kaggle(tmp / "in" / "kaggle")[0].parent
+    ),
+    "in holds train_labels.csv: import that": lambda tmp: write_kaggle(tmp / "in")[0] / "train",
+    "in.tar is not a whole tar archive: it is a zip archive: unpack": lambda tmp: (
+        write_tree(tmp, {"in.tar": b"PK\x03\x04"}) / "in.tar"
+    ),
     "it is empty": lambda tmp: tmp,
     "no file or folder": lambda tmp: tmp / "nowhere",
     "climbs out": tar_with("train/0/../../../1.png"),
@@ -303,7 +311,7 @@ HELD_UP = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 import prepare
-from lib.pcam import SplitWriter
+from lib.splitwriter import SplitWriter
 add = SplitWriter.add
 def add_and_wait(writer, *rows):
     add(writer, *rows)

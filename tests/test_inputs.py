@@ -12,7 +12,7 @@ import zlib
 import h5py
 import numpy as np
 import pytest
-from conftest import REAL_SAMPLE, draw_patches, real_sample
+from conftest import REAL_SAMPLE, draw_patches, real_sample, write_pcam
 from PIL import Image
 
 from lib.command import BadInput
@@ -28,7 +28,7 @@ NOT_READABLE = "not a readable image(?!.* at 0x)"
 def encode(array, kind="PNG", mode=None) -> bytes:
     buffer = io.BytesIO()
     image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(buffer, kind)
+    (image.convert(mode) if mode else image).save(buffer, kind, lossless=True)  # WebP's option
     return buffer.getvalue()
 
 
@@ -43,6 +43,10 @@ def encode_png16(array) -> bytes:
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
     pixels = png_chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + header + pixels + png_chunk(b"IEND", b"")
+
+
+# a whole slide: more pixels than Pillow decodes by default
+SLIDE = encode(np.zeros((20_000, 20_000), np.uint8))
 
 
 def read_all(*paths, split="") -> tuple[list[Row], np.ndarray]:
@@ -63,17 +67,32 @@ def write_tar(path, members, mode="w"):
 
 
 def test_a_folder_is_read_recursively_in_sorted_order(tmp_path):
-    names = ["b/2.png", "a.tif", "b/10.PNG", "c ü'/d/x.tiff", "b.png", "b/3.jpg"]
+    names = ["b/2.png", "a.tif", "b/10.PNG", "c ü'/d/x.tiff", "b.bmp", "b.webp", "b/3.jfif"]
     patches = {tmp_path / name: patch for name, patch in zip(names, PATCHES, strict=False)}
-    patches[tmp_path / "b/3.jpg"] = np.full((96, 96, 3), 128, np.uint8)  # which JPEG keeps
+    patches[tmp_path / "b/3.jfif"] = np.full((96, 96, 3), 128, np.uint8)  # which JPEG keeps
     for path, patch in patches.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        kind = {".tif": "TIFF", ".tiff": "TIFF", ".jpg": "JPEG"}.get(path.suffix, "PNG")
-        path.write_bytes(encode(patch, kind))
-    (tmp_path / "notes.txt").write_text("no image")
+        kind = {".tif": "TIFF", ".tiff": "TIFF", ".jfif": "JPEG"}.get(path.suffix, path.suffix[1:])
+        path.write_bytes(encode(patch, kind.upper()))
     rows, images = read_all(tmp_path)
     assert rows == [Row(str(path)) for path in sorted(patches)]
     assert np.array_equal(images, [patches[path] for path in sorted(patches)])
+
+
+def test_a_linked_folder_is_entered_once_and_what_is_left_out_is_counted(tmp_path, capsys):
+    folder, elsewhere = tmp_path / "in", tmp_path / "scratch"
+    for place in (folder, elsewhere):
+        place.mkdir()
+        (place / "1.png").write_bytes(encode(PATCHES[0]))
+    (folder / "slide").symlink_to(elsewhere)
+    (folder / "slide" / "loop").symlink_to(folder)
+    for name in ("a.txt", "b.txt", "no_ending", "._1.png"):
+        (folder / name).write_bytes(b"")
+    rows, _ = read_all(folder)
+    assert rows == [Row(str(folder / "1.png")), Row(str(folder / "slide" / "1.png"))]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(str(folder) in line for line in lines)
+    assert "2 file" in "".join(lines)
 
 
 @pytest.mark.parametrize("mode, suffix", [("w", ".tar"), ("w:gz", ".tar.gz"), ("w:gz", ".TGZ")])
@@ -112,11 +131,24 @@ def test_grey_transparent_and_palette_images_become_the_rgb_they_show(mode):
         (encode(PATCHES[0], "TIFF", "CMYK"), "pixel type CMYK"),
         (encode_png16(PATCHES[0].astype(np.uint16) * 257), "16"),
         (encode(np.zeros((224, 224, 3), np.uint8), "JPEG"), "224x224.*96x96.*do not scale"),
+        (SLIDE, "20000x20000.*96x96.*cut patches"),
+        (SLIDE[:8] + bytes(1 << 21), "too large for a patch"),
         (encode(PATCHES[0])[:300], NOT_READABLE),
         (b"hello", NOT_READABLE),
         (b"", "empty"),
     ],
-    ids=["grey 16", "float", "cmyk", "rgb 16", "224", "cut", "text", "nothing"],
+    ids=[
+        "grey 16",
+        "float",
+        "cmyk",
+        "rgb 16",
+        "224",
+        "slide",
+        "slide with its head at the end",
+        "cut",
+        "text",
+        "nothing",
+    ],
 )
 def test_what_is_no_8_bit_patch_of_96_pixels_is_refused_by_name_and_reason(data, words):
     with pytest.raises(BadInput, match=f"^the name.png (is|has) .*{words}"):
@@ -195,10 +227,17 @@ def test_an_hdf5_file_of_patches_needs_no_labels_and_no_official_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, words", [("none.png", "no such input"), ("a.bmp", "unknown kind"), ("empty", "no image")]
+    "name, words",
+    [
+        ("none.png", "no such input"),
+        ("a.gif", "unknown kind"),
+        ("empty", "no image"),
+        ("above", "no image.*above/pcam.*name that folder"),
+    ],
 )
 def test_what_is_not_there_or_unknown_is_refused_by_name(tmp_path, name, words):
-    (tmp_path / "a.bmp").write_bytes(b"")
+    (tmp_path / "a.gif").write_bytes(b"")
+    write_pcam(tmp_path / "above" / "pcam", 2, 2)
     (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match=words) as refusal:

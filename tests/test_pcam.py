@@ -2,10 +2,12 @@
 they are damaged.
 """
 
+import errno
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -13,20 +15,11 @@ import numpy as np
 import pytest
 from conftest import draw_patches, write_pcam
 
-from lib import pcam
 from lib.command import BadInput, script
 from lib.files import file_digest
-from lib.pcam import (
-    SplitWriter,
-    fingerprint,
-    open_images,
-    open_split,
-    read_labels,
-    read_meta,
-    sole_writer,
-    split_path,
-    write_labels,
-)
+from lib.fingerprint import FINGERPRINT_FILE, fingerprint
+from lib.pcam import open_images, open_split, read_labels, read_meta, split_path
+from lib.splitwriter import SplitWriter, sole_writer, write_labels
 
 IMAGES, LABELS = draw_patches(40, 3)
 GZIP = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
@@ -97,6 +90,58 @@ def corrupt_chunk(path):
         file.write(b"\xff" * 64)
 
 
+def move_below(*folders):
+    """Move the files of the folder into one below it, as other downloads have them."""
+
+    def move(path):
+        target = path("x").parent.joinpath(*folders)
+        target.mkdir(parents=True)
+        for file in [*path("x").parent.glob("*.h5")]:
+            file.rename(target / file.name)
+
+    return move
+
+
+def link_to_nothing(path):
+    path("x").unlink()
+    path("x").symlink_to(".git/annex/objects/MD5E-s4")
+
+
+def write_bytes(data):
+    return lambda path: path("x").write_bytes(data)
+
+
+LEAVE_OPEN = """
+import h5py, os, sys
+file = h5py.File(sys.argv[1], "w", libver="latest")
+file["x"] = [0]
+file.flush()
+os._exit(0)
+"""
+
+
+def kill_writer(path):
+    """All data are on the disk, and the mark of an open file too."""
+    subprocess.run([sys.executable, "-c", LEAVE_OPEN, path("x")], check=True)
+
+
+def compress_by_plugin(path):
+    with h5py.File(path("x"), "w") as file:
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk((8, 96, 96, 3))
+        plist.set_filter(32001, h5py.h5z.FLAG_OPTIONAL, (2, 2, 1, 8 * 27648, 5, 1, 0))
+        space = h5py.h5s.create_simple((8, 96, 96, 3))
+        h5py.h5d.create(file.id, b"x", h5py.h5t.STD_U8LE, space, plist)
+
+
+def link_parts(path):
+    """x is put together from another file, which is left behind."""
+    layout = h5py.VirtualLayout((8, 96, 96, 3), np.uint8)
+    layout[:] = h5py.VirtualSource("part.h5", "x", (8, 96, 96, 3))
+    with h5py.File(path("x"), "w") as file:
+        file.create_virtual_dataset("x", layout)
+
+
 META = ",coord_y,coord_x,wsi\n" + "0,1,2,s\n" * 7
 X_NAME = split_path("", "train", "x").name
 # what is done to the files of train, and words that a refusal must hold besides the file's name
@@ -105,6 +150,16 @@ DAMAGES = {
     "missing labels": (lambda path: path("y").unlink(), []),
     "misnamed": (rename_x(X_NAME.replace("train", "trian")), [X_NAME, "trian"]),
     "still packed": (rename_x(X_NAME + ".gz"), [X_NAME + ".gz", "gunzip"]),
+    "a folder below": (move_below("pcam"), [X_NAME, "pcam/camelyon", "name that folder"]),
+    "two folders below": (move_below("a", "b"), [X_NAME, "a/b/camelyon", "name that folder"]),
+    "Kaggle's name": (rename_x("training_split.h5"), [X_NAME, "training_split.h5: give it this"]),
+    "linked to nothing": (link_to_nothing, [X_NAME, "annex", "not there"]),
+    "a web page": (write_bytes(b"<!DOCTYPE html><title>Quota"), [X_NAME, "web page"]),
+    "Git LFS": (write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), ["git lfs pull"]),
+    "packed, misnamed": (write_bytes(b"\x1f\x8b\x08"), [X_NAME, "gunzip"]),
+    "killed writer": (kill_writer, [X_NAME, "h5clear -s"]),
+    "a plugin's compression": (compress_by_plugin, [X_NAME, "32001 (blosc)", "hdf5plugin"]),
+    "parts left behind": (link_parts, [X_NAME, "part.h5", "not there"]),
     "shorter y": (write("y", np.zeros((7, 1, 1, 1))), ["train", "8", "7"]),
     "channels first": (write("x", IMAGES[:8].transpose(0, 3, 1, 2)), [X_NAME, "(N, 96, 96, 3)"]),
     "int64": (write("x", IMAGES[:8].astype(np.int64)), [X_NAME, "int64", "uint8"]),
@@ -130,7 +185,26 @@ def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, dama
         open_split(folder, "train").images.read(np.arange(8))
     sentence = str(refusal.value)
     assert all(word in sentence for word in [str(folder), *words]), sentence
-    assert "\n" not in sentence
+    assert (
+        "\n" not in sentence and "did you mean 'camelyonpatch_level_2_split_train_y" not in sentence
+    )
+
+
+def test_a_file_is_no_folder_and_the_folder_below_is_not_the_one(tmp_path):
+    folder = write_pcam(tmp_path / "data" / "pcam", 8, 4)
+    with pytest.raises(BadInput, match="is a file: name the folder"):
+        open_split(split_path(folder, "train", "x"), "train")
+    (folder / "inside").mkdir()
+    with pytest.raises(BadInput, match=f"it is {folder}.*name that folder"):
+        open_split(folder / "inside", "train")
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path):
+    path = split_path(tmp_path, "train", "x")
+    path.symlink_to("/proc/self/mem")  # which nobody can read at its start
+    with pytest.raises(OSError) as refusal:
+        open_images(path)
+    assert refusal.value.errno == errno.EIO and refusal.value.filename == str(path)
 
 
 def test_labels_of_any_number_type_and_shape_become_uint8(tmp_path):
@@ -201,13 +275,13 @@ def test_the_fingerprint_is_the_files_sha256_kept_where_it_can_be(tmp_path, monk
     folder = write_pcam(tmp_path / "data", 8, 4)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if store != "beside the data":
-        (folder / pcam.FINGERPRINT_FILE).mkdir()  # refused even to root
+        (folder / FINGERPRINT_FILE).mkdir()  # refused even to root
     if store == "nowhere":
         (tmp_path / "cache").write_text("")
     digests = fingerprint(folder)
     assert digests == {path.name: file_digest(path) for path in folder.glob("*.h5")}
     if store != "nowhere":
-        monkeypatch.setattr(pcam, "file_digest", lambda *_: pytest.fail("hashed again"))
+        monkeypatch.setattr("lib.fingerprint.file_digest", lambda *_: pytest.fail("hashed again"))
     assert fingerprint(folder) == digests
     assert fingerprint(folder, ["valid"]).items() <= digests.items()
 
@@ -220,7 +294,7 @@ def test_the_fingerprint_notices_a_change_and_believes_no_damaged_store(tmp_path
     changed = fingerprint(folder)
     assert [name for name in before if before[name] != changed[name]] == [y_path.name]
     for text in ("", "[]", f'{{"{y_path.name}": 3}}'):
-        (folder / pcam.FINGERPRINT_FILE).write_text(text)
+        (folder / FINGERPRINT_FILE).write_text(text)
         assert fingerprint(folder) == changed
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, run_script, write_pcam
 
-from lib.device import describe_machine
+from lib.machine import describe_machine
 
 pytestmark = pytest.mark.slow
 

@@ -13,16 +13,10 @@ from test_ingest import stop_in_mid_train
 import lib.prepare.repack
 from lib.command import BadInput
 from lib.files import read_csv
-from lib.pcam import (
-    open_split,
-    read_meta,
-    split_path,
-    to_uint8,
-    write_labels,
-    write_meta,
-)
+from lib.pcam import open_split, read_meta, split_path, to_uint8
 from lib.prepare.repack import LOSSES_FILE, repack
 from lib.prepare.verify import require_splits, verify_folder
+from lib.splitwriter import write_labels, write_meta
 
 IMAGES, LABELS = draw_patches(40, 3)
 CHUNKS = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
@@ -155,7 +149,7 @@ BAD_SOURCES = {
     r"\(40, 96, 96, 1\), it must be": {"images": IMAGES[..., :1]},
     r"\(40, 3, 96, 96\), it must be": {"images": IMAGES.transpose(0, 3, 1, 2)},
     "bool": {"images": IMAGES > 99},
-    "40 patches, 39 labels": {"labels": LABELS[:39]},
+    "39 rows for 40 patches": {"labels": LABELS[:39]},
     "label 2, it must be 0 or 1": {"labels": LABELS * 2},
 }
 

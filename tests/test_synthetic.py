@@ -16,17 +16,18 @@ import prepare
 from lib.command import BadInput
 from lib.damage import TRIGGER
 from lib.files import read_csv
-from lib.pcam import META_COLUMNS, SPLITS, open_split, read_meta, split_path
+from lib.pcam import SPLITS, open_split, read_meta, split_path
+from lib.prepare.slides import draw_slide
 from lib.prepare.synthetic import (
     DUPLICATES,
     PLANTS,
     WHOLE_SLIDE,
     SyntheticPlan,
     cut_patches,
-    draw_slide,
     generate_split,
     write_synthetic,
 )
+from lib.splitwriter import META_COLUMNS
 
 RATES = dict.fromkeys(PLANTS, 0.04) | {"trigger": 0.1}
 RATES = {kind: rate for kind, rate in RATES.items() if kind not in WHOLE_SLIDE}
@@ -72,7 +73,8 @@ def test_slide_depends_on_its_position_alone(slide):
 
 
 def test_patches_and_labels_follow_the_slide(slide):
-    images, labels, coords = cut_patches(slide, 100, np.random.default_rng(0), 60)
+    block = cut_patches(slide, 100, np.random.default_rng(0), 60)
+    images, labels, coords = block.images, block.labels, block.coords
     assert images.dtype == labels.dtype == np.uint8 and labels.sum() == 60
     num_partly = 0
     for image, label, (y, x) in zip(images, labels, coords.tolist(), strict=True):

@@ -20,14 +20,15 @@ import torch
 from conftest import QUICK, REPOSITORY, draw_patches, make_old, run_script, write_pcam
 
 import train
-from lib import device, predict, training
+from lib import machine, predict, training
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
 from lib.files import file_digest, read_csv, read_json, write_json
 from lib.metrics import compute_metrics
 from lib.models import logit_layer
-from lib.pcam import SplitWriter, split_path, write_labels
+from lib.pcam import split_path
+from lib.splitwriter import SplitWriter, write_labels
 
 STEP_SAME, EPOCH_OTHER = (
     ("step", "epoch", "loss", "lr", "grad_norm"),
@@ -435,8 +436,8 @@ def test_a_run_holds_the_number_of_its_threads_and_keeps_it_where_there_are_othe
 def test_cores_that_others_use_are_noted_while_the_number_of_threads_can_be_chosen(
     pcam_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(device, "affinity", lambda: {0, 1})
-    monkeypatch.setattr(device, "others_busy_s", lambda: 2 * time.monotonic())
+    monkeypatch.setattr(machine, "affinity", lambda: {0, 1})
+    monkeypatch.setattr(machine, "others_busy_s", lambda: 2 * time.monotonic())
     run, _, err = start(tmp_path, pcam_dir, "threads=2", "--until-epoch=1")
     assert err.count("note: others use about 2.0 of the 2 cores") == 1
     _, err = resume(run)

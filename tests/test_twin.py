@@ -24,7 +24,7 @@ UNCONTROLLED = re.compile(
     r"torch\.(rand|randn|randint|randperm|bernoulli|multinomial|normal)(_like)?\("
     r"|np\.random\.(?!seed|default_rng\(\w|get_state)\w+|(?<![.\w])random\.(?!seed|getstate)\w+\(|default_rng\(\)"
 )
-NOT_TRAINING = ("lib/prepare/synthetic.py", "lib/report", "lib/benchmark/cases.py")
+NOT_TRAINING = ("lib/prepare", "lib/report", "lib/benchmark/cases.py")
 
 
 @pytest.fixture(scope="module")

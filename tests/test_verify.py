@@ -7,8 +7,9 @@ from conftest import draw_patches, write_pcam
 
 from lib.command import BadInput
 from lib.files import file_digest
-from lib.pcam import SplitWriter, open_split, split_path, write_labels, write_meta
+from lib.pcam import open_split, split_path
 from lib.prepare.verify import require_splits, verify_folder
+from lib.splitwriter import SplitWriter, write_labels, write_meta
 
 SLIDES = {
     "train": "camelyon16_train_normal_001",

@@ -45,6 +45,7 @@ from lib.config import change_free_keys, parse_overrides
 from lib.device import choose_device
 from lib.figures import figure_png
 from lib.files import file_digest, write_csv, write_json
+from lib.fingerprint import fingerprint
 from lib.groups import groups_for_halves
 from lib.metrics import (
     as_arrays,
@@ -54,11 +55,12 @@ from lib.metrics import (
     share_interval,
     sigmoid,
 )
-from lib.pcam import Split, fingerprint, open_split, sole_writer, split_path
+from lib.pcam import Split, open_split, split_path
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
 from lib.rundir import git_state
 from lib.seeding import set_determinism
+from lib.splitwriter import sole_writer
 
 TABLES = ("thresholds", "curves", "reliability", "slices", "shortcut", "errors", "predictions")
 FILES = (

@@ -10,7 +10,7 @@ from lib.audit import finding
 from lib.audit.survey import Survey
 from lib.damage import alter_patch, damage_patch
 from lib.files import write_csv
-from lib.pcam import SplitWriter
+from lib.splitwriter import SplitWriter
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
 LEAST_POWER = 0.5  # of what is planted: a check that finds less says nothing by finding nothing

@@ -46,8 +46,9 @@ from lib.benchmark.timing import (
 )
 from lib.command import BadInput, is_out_of_memory, one_line
 from lib.config import Config
-from lib.device import choose_device, keep_freed_memory, others_busy_s
+from lib.device import choose_device
 from lib.inputs import list_blocks
+from lib.machine import keep_freed_memory, others_busy_s
 from lib.models import build_model
 from lib.optimizers import build_optimizer
 from lib.pcam import PATCH_SHAPE, open_split, split_path

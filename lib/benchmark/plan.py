@@ -11,7 +11,7 @@ import torch
 from lib.batches import choose_residence
 from lib.command import BadInput, nearest
 from lib.config import Config
-from lib.device import num_cores
+from lib.machine import num_cores
 from lib.pcam import open_split
 from lib.predict import block_size
 

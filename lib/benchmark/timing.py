@@ -13,7 +13,7 @@ from statistics import fmean
 import torch
 
 from lib.command import BadInput
-from lib.device import affinity, cores_used_by_others, others_busy_s
+from lib.machine import affinity, cores_used_by_others, others_busy_s
 
 STEADY = 0.05  # two windows of warm-up agree to this share
 WINDOW_SHARE = 0.2  # how long a window is, of the time measured; one batch at least

@@ -5,6 +5,7 @@ before its MD5 is right.
 import gzip
 import http.client
 import shutil
+import ssl
 import time
 import urllib.request
 from pathlib import Path
@@ -174,7 +175,7 @@ def stream(url: str, start: int, timeout_s: float):
             offset = start if response.status == 206 else 0
             total = offset + response.length if response.length is not None else None
             # what has come; read() would lose it in a stall
-            while block := response.read1(BLOCK_BYTES):
+            for block in iter(lambda: response.read1(BLOCK_BYTES), b""):
                 yield offset, total, block
                 offset += len(block)
             if total is not None and offset < total:
@@ -183,9 +184,12 @@ def stream(url: str, start: int, timeout_s: float):
         code = getattr(error, "code", 500)  # what is no answer of the server may pass
         if code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
             return
-        if code < 500 and code not in (408, 429):
+        remedy = ""
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            remedy = "name the certificates to trust by SSL_CERT_FILE=FILE, or "
+        if remedy or code < 500 and code not in (408, 429):
             raise BadInput(
-                f"the server refuses {url} ({one_line(error)}): fetch it with a browser, put it"
+                f"{url} is refused ({one_line(error)}): {remedy}fetch it with a browser, put it"
                 " into the folder of --to as it is, and run this again"
             ) from None
         raise Cut(one_line(error), asked_wait(error)) from None

@@ -18,9 +18,17 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.command import BadInput, nearest, one_line
+from lib.command import BadInput, nearest
 from lib.files import nearest_folder, read_edited_csv
-from lib.inputs import decode_patch, is_image, is_tar, refuse, walk_tar
+from lib.inputs import (
+    decode_patch,
+    describe_other,
+    is_image,
+    is_tar,
+    not_a_tar,
+    walk_folder,
+    walk_tar,
+)
 from lib.pcam import SPLITS
 from lib.prepare.target import fill_folder, read_journal
 from lib.progress import Progress
@@ -112,7 +120,7 @@ def index_source(path: Path, files, valid_share: float):
             progress.add()
             name = PurePosixPath(file.name)
             if file.size is None or not is_image(name.name):
-                skipped[f"not an image: {name.suffix or name.name}"] += 1
+                skipped[describe_other(name.name)] += 1
                 continue
             place = table.get(file.name.rpartition(".")[0]) if table else place_by_folder(file)
             if place is None:
@@ -140,12 +148,21 @@ def index_source(path: Path, files, valid_share: float):
         reasons = [f"{count:,} files skipped ({reason})" for reason, count in skipped.items()]
         raise BadInput(
             f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1), and no"
-            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'}; unpack zips"
-            " first, HDF5 is read by repack"
+            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'};"
+            f" {explain_no_images(path)}"
         )
     for rows in images.values():
         rows.sort(key=lambda image: (image[0].order, image[0].label, image[1].name))
     return images, skipped, digest.hexdigest()
+
+
+def explain_no_images(path: Path) -> str:
+    """Words for what to do where a source holds no images with labels."""
+    for folder in (path.parent, *path.glob("*/")):
+        for name in (KAGGLE_TABLE, WILDS_TABLE):
+            if (folder / name).is_file():
+                return f"{folder} holds {name}: import that folder"
+    return "unpack zips first, HDF5 is read by repack"
 
 
 def place_by_folder(file: File) -> Place | None:
@@ -240,22 +257,6 @@ def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
             yield File(full.relative_to(path).as_posix(), str(full), None, 0, size, changed_ns)
 
 
-def walk_folder(path: Path):
-    """Yield the files below a folder in sorted order; a folder that a link leads to is entered
-    once.
-    """
-    entered = set()
-    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
-        real = os.path.realpath(folder)
-        if real in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders.sort()
-        for name in sorted(names):
-            yield Path(folder, name)
-
-
 def open_archive(path: Path, scratch: Path) -> BinaryIO:
     """A tar as a seekable file; a packed one is unpacked into a file without a name, which is gone
     with the process.
@@ -272,4 +273,4 @@ def open_archive(path: Path, scratch: Path) -> BinaryIO:
     except Exception as error:  # whatever damage provokes in tarfile
         if isinstance(error, OSError) and error.errno is not None:  # a full disk
             raise
-        raise BadInput(f"{path} is not a whole tar archive ({one_line(error)})") from None
+        raise not_a_tar(path, error) from None

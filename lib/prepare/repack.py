@@ -3,12 +3,10 @@ counted.
 """
 
 import shutil
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from lib.command import BadInput
 from lib.files import atomic_write, read_csv
 from lib.pcam import (
     find_scale,
@@ -16,6 +14,7 @@ from lib.pcam import (
     read_labels,
     read_meta,
     read_rows,
+    require_rows,
     split_path,
     to_uint8,
 )
@@ -39,35 +38,34 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
     """
     path, directory = Path(path), Path(directory)
     read_journal(directory)
-    factors, sizes, losses = {}, {}, []
-    for split in require_splits(path):
-        sizes[split], factors[split] = plan_repack(path, split)
+    plans = {split: plan_repack(path, split) for split in require_splits(path)}
+    sizes = {split: num for split, (num, _) in plans.items()}
+    splits, losses = {split: {} for split in plans}, []
 
     def read_blocks(split):
         for part in ("meta", "mask"):
             copy_file(split_path(path, split, part), split_path(directory, split, part))
-        return convert_split(path, split, factors[split])
+        return convert_split(path, split, plans[split][1])
 
-    is_written = allow_loss
     if not allow_loss:
-        for split in sizes:
-            with Progress(sizes[split], f"count the losses of {split}") as progress:
-                for patches, _, _, rows in convert_split(path, split, factors[split]):
+        for split, (num, factor) in plans.items():
+            with Progress(num, f"count the losses of {split}") as progress:
+                for patches, _, _, rows in convert_split(path, split, factor):
                     losses += rows
                     progress.add(len(patches))
-        is_written = not losses
-    splits = {split: {} for split in sizes}
+    is_written = not losses
     if is_written:
-        files = [(file, file.stat()) for file in sorted(path.glob("camelyonpatch_*"))]
-        states = [(file.name, status.st_size, status.st_mtime_ns) for file, status in files]
+        states = []
+        for file in sorted(path.glob("camelyonpatch_*")):
+            status = file.stat()
+            states.append((file.name, status.st_size, status.st_mtime_ns))
         source = f"{path.resolve()} ({'with losses' if allow_loss else 'without loss'}, {states})"
-        table = (LOSSES_FILE, *LOSSES_HEADER)
-        splits = fill_folder(directory, source, sizes, read_blocks, table)
+        splits = fill_folder(directory, source, sizes, read_blocks, (LOSSES_FILE, *LOSSES_HEADER))
         # which holds those that an earlier start wrote, too
         losses = [list(row.values()) for row in read_csv(directory / LOSSES_FILE)]
     for split, facts in splits.items():
         of_split = [row for row in losses if row[0] == split]
-        facts |= {"scaled_by": factors[split], "losses": summarise_losses(of_split)}
+        facts |= {"scaled_by": plans[split][1], "losses": summarise_losses(of_split)}
     return {"written": is_written, "splits": splits}
 
 
@@ -79,14 +77,12 @@ def copy_file(source: Path, target: Path) -> None:
 
 def plan_repack(path: Path, split: str) -> tuple[int, float]:
     """(number of patches, factor to 0..255) of a split."""
-    num_labels = len(read_labels(split_path(path, split, "y")))
-    meta_path = split_path(path, split, "meta")
-    num_meta = len(read_meta(meta_path)) if meta_path.exists() else num_labels
+    y_path, meta_path = split_path(path, split, "y"), split_path(path, split, "meta")
     with open_patches(split_path(path, split, "x")) as dataset:
         num = len(dataset)
-        if not num == num_labels == num_meta:
-            counts = f"{num:,} patches, {num_labels:,} labels, {num_meta:,} rows of meta"
-            raise BadInput(f"{path}: split {split} has {counts}")
+        require_rows(y_path, read_labels(y_path), num)
+        if meta_path.exists():
+            require_rows(meta_path, read_meta(meta_path), num)
         return num, find_scale(dataset)
 
 
@@ -127,15 +123,10 @@ def convert_patches(values: np.ndarray, factor: float) -> tuple[np.ndarray, list
 def list_losses(values: np.ndarray):
     """Yield (kind, values, lowest, highest) of what uint8 cannot hold of a patch, (27648,)."""
     finite = np.isfinite(values)
-    below, above = values < 0, values > 255
-    is_fraction = values != np.rint(values)
-    masks = {
-        "not_finite": ~finite,
-        "below_0": finite & below,
-        "above_255": finite & above,
-        "rounded": finite & ~below & ~above & is_fraction,
-    }
-    for kind, mask in masks.items():
+    below, above = finite & (values < 0), finite & (values > 255)
+    is_rounded = finite & ~below & ~above & (values != np.rint(values))
+    kinds = ("not_finite", "below_0", "above_255", "rounded")
+    for kind, mask in zip(kinds, (~finite, below, above, is_rounded), strict=True):
         lost = values[mask]
         if len(lost):
             yield kind, len(lost), f"{lost.min():.9g}", f"{lost.max():.9g}"
@@ -143,8 +134,9 @@ def list_losses(values: np.ndarray):
 
 def summarise_losses(rows) -> dict:
     """{kind: {values, patches}} of rows of losses."""
-    num_patches, num_values = Counter(), Counter()
+    losses = {}
     for _, _, kind, num, *_ in rows:
-        num_patches[kind] += 1
-        num_values[kind] += int(num)
-    return {kind: {"values": num_values[kind], "patches": num_patches[kind]} for kind in num_values}
+        loss = losses.setdefault(kind, {"values": 0, "patches": 0})
+        loss["values"] += int(num)
+        loss["patches"] += 1
+    return losses

@@ -3,14 +3,14 @@ at the split where it was.
 """
 
 import contextlib
-import shutil
 import time
 from pathlib import Path
 
 from lib.command import BadInput
 from lib.files import read_csv, read_json, require_space, write_csv, write_json
-from lib.pcam import PATCH_BYTES, SPLITS, SplitWriter, sole_writer, split_path
+from lib.pcam import PATCH_BYTES, SPLITS, split_path
 from lib.progress import Progress
+from lib.splitwriter import SplitWriter, sole_writer
 
 JOURNAL_FILE = ".import.json"
 WRITE_ORDER = ("test", "valid", "train")  # a folder without train is never taken for a whole one
@@ -33,7 +33,7 @@ def begun_folder(directory: Path):
     """Hold a folder for this process, without what a killed run left half-written in it."""
     with sole_writer(directory):
         for leftover in directory.glob(".*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            leftover.unlink()
         yield
 
 
@@ -48,17 +48,17 @@ def fill_folder(
     """
     with begun_folder(directory):
         begun_from = read_journal(directory).get("source")
-        is_done = {split: split_path(directory, split, "x").exists() for split in SPLITS}
-        if any(is_done.values()) and begun_from != source:
+        done = [split for split in SPLITS if split_path(directory, split, "x").exists()]
+        if done and begun_from != source:
             raise BadInput(
                 f"{directory} was begun from {begun_from} as it was then: delete the folder first"
             )
         splits = {split: {"patches": sizes[split]} for split in SPLITS if split in sizes}
-        todo = [split for split in WRITE_ORDER if split in sizes and not is_done[split]]
+        todo = [split for split in WRITE_ORDER if split in sizes and split not in done]
         require_space(directory, sum(sizes[split] for split in todo) * patch_bytes)
-        journal = {"source": source, "finished": False}
+        journal = directory / JOURNAL_FILE
         try:
-            write_json(directory / JOURNAL_FILE, journal)
+            write_json(journal, {"source": source, "finished": False})
             for split in todo:
                 began = time.monotonic()
                 progress = Progress(sizes[split], f"write {split}")
@@ -72,11 +72,10 @@ def fill_folder(
                     if table:
                         replace_rows(directory / table[0], table[1:], split, rows)
                 splits[split]["seconds"] = round(time.monotonic() - began, 2)
-            write_json(directory / JOURNAL_FILE, journal | {"finished": True})
+            write_json(journal, {"source": source, "finished": True})
         except BadInput:  # the source has to change, and is another one then
-            written = [*directory.glob("camelyonpatch_*"), directory / JOURNAL_FILE]
-            written += [directory / name for name in table[:1]]
-            for path in written:
+            tables = [directory / name for name in table[:1]]
+            for path in [*directory.glob("camelyonpatch_*"), journal, *tables]:
                 path.unlink(missing_ok=True)
             raise
     return splits

@@ -462,7 +462,7 @@ def require_comparable(sweep: Sweep, overrides: list[str]) -> None:
     """Raise BadInput for overrides, or data, with which rows would not be the plan's, or not
     comparable to those so far.
     """
-    from lib.pcam import fingerprint
+    from lib.fingerprint import fingerprint
 
     changes = config.parse_overrides(overrides)
     if fixed := [key for key in changes if key in ("name", "views")]:
@@ -558,7 +558,7 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
     Told to stop, the trainers save and leave, and nothing more is started: `interrupted` is then
     true.
     """
-    from lib.device import resolve_threads
+    from lib.machine import resolve_threads
 
     threads = resolve_threads(
         config.load_config(sweep.folder / "config.yaml"), num_processes

@@ -16,8 +16,8 @@ import torch
 from conftest import REPOSITORY
 
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, print_result, say
-from lib.device import describe_machine
 from lib.files import atomic_write, read_json, write_json
+from lib.machine import describe_machine
 from lib.rundir import git_state
 
 HELD = {True: "yes", False: "NO", None: "-"}

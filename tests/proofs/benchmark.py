@@ -29,10 +29,11 @@ from lib.benchmark.timing import take
 from lib.centrenet import CentreNet
 from lib.command import REPOSITORY, BadInput, Parser, positive, script
 from lib.config import load_config
-from lib.device import num_cores, resolve_threads
 from lib.files import read_json
-from lib.pcam import SplitWriter, open_split
+from lib.machine import num_cores, resolve_threads
+from lib.pcam import open_split
 from lib.seeding import set_determinism
+from lib.splitwriter import SplitWriter
 from proofs import row, run, run_parts
 
 NUM_PATCHES, BATCH_SIZE = 256, 16  # few, so that a slow disk need not be waited for

@@ -48,8 +48,10 @@ from lib.command import (
     script,
 )
 from lib.config import load_config
-from lib.device import choose_device, describe_machine
+from lib.device import choose_device
 from lib.files import atomic_write, read_json, write_json
+from lib.machine import describe_machine
+from lib.splitwriter import SplitWriter
 from proofs import made_now, run, write_markdown
 from proofs.plain_loop import plain_images_per_s
 from proofs.trainer import (
@@ -431,7 +433,7 @@ def write_random_split(folder: Path, num: int) -> None:
         )
     rng = np.random.default_rng(0)
     block = rng.integers(0, 256, (min(num, 4096), *pcam.PATCH_SHAPE), dtype=np.uint8)
-    with pcam.SplitWriter(folder, "train", num) as writer:
+    with SplitWriter(folder, "train", num) as writer:
         for _ in range(num // len(block)):
             writer.add(block, rng.integers(0, 2, len(block), dtype=np.uint8))
 

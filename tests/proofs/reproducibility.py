@@ -31,8 +31,9 @@ from lib import batches, predict, trace, training
 from lib.audit import replay, twin
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, positive, print_result, say, script
 from lib.config import load_config
-from lib.device import choose_device, resolve_threads
+from lib.device import choose_device
 from lib.files import read_json
+from lib.machine import resolve_threads
 from lib.models import build_model
 from lib.ranks import ALONE
 from lib.seeding import set_determinism

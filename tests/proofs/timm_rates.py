@@ -16,7 +16,8 @@ from conftest import REPOSITORY
 
 from lib.command import Parser, script
 from lib.config import load_config
-from lib.device import choose_device, keep_freed_memory, num_cores, resolve_threads
+from lib.device import choose_device
+from lib.machine import keep_freed_memory, num_cores, resolve_threads
 from proofs import row, run_parts
 from proofs.trainer import Trainer, rate
 

@@ -11,16 +11,9 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.survey import DAMAGE, Survey
-from lib.pcam import (
-    PATCH_BYTES,
-    SPLITS,
-    SplitWriter,
-    open_images,
-    open_patches,
-    read_rows,
-    split_path,
-)
+from lib.pcam import PATCH_BYTES, SPLITS, open_images, open_patches, read_rows, split_path
 from lib.published import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
+from lib.splitwriter import SplitWriter
 
 # patches that are packed anew to measure what that would give, and read one by one
 TRIED_ROWS, READ_AT_RANDOM = 2048, 256

@@ -22,7 +22,8 @@ from lib.config import load_config
 from lib.figures import figure_png
 from lib.files import write_csv, write_json
 from lib.groups import group_of_rows
-from lib.pcam import open_split, sole_writer
+from lib.pcam import open_split
+from lib.splitwriter import sole_writer
 
 WORK = ".work."  # begins the name of the folder of temporary files in OUT
 QUARANTINE = ("split", "index", "reason", "score")
