@@ -237,7 +237,7 @@ def why_no_commit() -> str:
     if result.returncode:
         reason = one_line(result.stderr).removeprefix("fatal: ")
         remedies = re.findall("git config --global --add safe.*", result.stderr)
-        return ": ".join([f"git says {reason!r}", *remedies[:1]])
+        return "; its remedy is: ".join([f"git says {reason!r}", *remedies[:1]])
     top = result.stdout.rstrip("\n")
     if not os.path.samefile(top, REPOSITORY):
         return f"{REPOSITORY} lies in another repository, {top}"
