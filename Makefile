@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: check checklist journal demo-journal clean audit-model prove-model prove-gpu
+.PHONY: champion check checklist journal demo-journal clean audit-model prove-model prove-gpu
 
 # Recipes get these variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
@@ -84,6 +84,10 @@ sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.
 
 bench: $(setup_done)  ## throughput and what limits it: make bench PARTITION=thin_course DATA=data/pcam [OUT=DIR]
 	$(run) bench
+
+champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN [DATA=DIR]
+	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }
+	$(run) here jobs/champion.py "$$RUN" $${DATA:+--data "$$DATA"}
 
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit

@@ -169,7 +169,13 @@ def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
 def meet(rank: int, num: int, device: torch.device) -> Ranks:
     """Ranks that have made a first exchange."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=num, timeout=PATIENCE)
+    # Python's handlers do not run while torch waits for the others: a signal ends the process
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=num, timeout=PATIENCE)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     ranks = Ranks(rank, num, via_host=device.type == "cuda" and _share_a_gpu(num, device))
     ranks.gather(torch.zeros(1, device=device))
     return ranks
