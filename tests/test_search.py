@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import QUICK, REPOSITORY, run_script, write_pcam
@@ -21,7 +22,8 @@ from lib import rundir
 from lib.command import BadInput
 from lib.config import load_config
 from lib.files import read_csv, read_json, write_csv, write_json
-from lib.sweep import champion, design, rungs, trainers
+from lib.sweep import champion, design, page, rungs, trainers
+from lib.sweep.page import write_sweep_page
 
 SPACE = {
     "design": "sobol",
@@ -152,7 +154,8 @@ def test_a_grid_has_every_combination_once(tmp_path):
         ({"seed": 10**20}, "seed"),
         ({"ranges": {"views": {"choice": [1, 8]}}}, "views cannot be searched over"),
         ({"trials": 0}, "of 1 or more"),
-        ({"champion_seeds": 2}, "of 3 or more"),
+        ({"champion_seeds": 0}, "champion_seeds"),
+        ({"finalists": 0}, "finalists"),
         ({"trails": 9}, "unknown key 'trails', did you mean 'trials'?"),
         ({"overrides": ["epochs=3"]}, "epochs=3: the search sets"),
         ({"overrides": ["modell=cnn"]}, "unknown key 'modell'"),
@@ -443,10 +446,94 @@ def test_a_finalist_that_failed_is_named_and_one_alone_is_not_apart_from_others(
             write_json(
                 sweep.run_of(row) / "summary.json", {"status": "diverged", "diverged_step": 2}
             )
-    assert (
-        champion.choose_champion(sweep)["note"]
-        == "base is the only finalist with a score; t001, t002, t000 failed"
+    result = champion.choose_champion(sweep)
+    assert result["champion"] is None
+    assert result["note"].endswith(
+        "base is the only finalist with a score; t001, t002, t000 failed"
     )
+
+
+def test_a_trials_score_is_that_of_its_last_epoch_in_the_rung(tmp_path):
+    sweep = plan(tmp_path, rungs=[3, 5])
+    row = sweep.rows(0)[0]
+    leave_run(sweep, row, [0.9, 0.95, 0.8, 0.99], None)
+    assert rungs.outcome(sweep, row)["score"] == 0.8
+
+
+@pytest.mark.parametrize(
+    "scores, has_champion",
+    [
+        ([0.80, 0.81, 0.82] * 3 + [0.70, 0.71, 0.72], True),
+        ([0.80, 0.81, 0.82] * 3 + [0.81, 0.82, 0.83], False),  # the base is better
+        ([0.40, 0.45, 0.50] * 3 + [0.30, 0.35, 0.40], False),  # a constant answer is
+    ],
+)
+def test_what_beats_neither_the_base_nor_constant_answers_is_no_champion(
+    scores, has_champion, tmp_path
+):
+    sweep = finals(tmp_path, *scores)
+    path = ("champion", "s", "--sweeps", tmp_path, "--runs", sweep.runs_dir)
+    result = run_script("sweep.py", *path, check=0 if has_champion else 1).json
+    assert bool(result["champion"]) == bool(result["run"]) == has_champion
+    assert len(result["finalists"]) == 4 and Path(result["page"]).is_file()
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_one_or_two_fresh_seeds_and_one_finalist_are_allowed_and_separate_nothing(
+    num_seeds, tmp_path
+):
+    sweep = plan(tmp_path, trials=3, rungs=[1], champion_seeds=num_seeds, finalists=1)
+    leave_rung(sweep, 0, [0.6, 0.8, 0.7])
+    for row in sweep.rows(0):
+        write_json(sweep.run_of(row) / "summary.json", {"status": "finished"})
+    rungs.promote(sweep, 0)
+    assert len(sweep.rows(1)) == sweep.num_rows(1) == 2 * num_seeds
+    for row in sweep.rows(1):
+        leave_run(sweep, row, [0.5], val_auc=0.6 if row.trial == "base" else 0.9)
+    result = champion.choose_champion(sweep)
+    assert result["champion"] == "t001" and "nothing is separable" in result["note"]
+    assert "nothing is separable" in write_sweep_page(sweep, result).read_text()
+
+
+def test_plan_says_how_many_trainings_follow_and_for_how_long(tmp_path, pcam_dir):
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    result = sweep_script(tmp_path, "plan", path, f"data_dir={pcam_dir}", *TINY, check=0).json
+    # 9 for an epoch, of which 3 for two more, and three seeds of three finalists and the base
+    assert result["num_trainings"] == 9 + 12 and result["num_epochs"] == 9 + 3 * 2 + 12 * 3
+    assert result["seconds"] > 0
+    nowhere = sweep_script(tmp_path, "plan", path, "--name", "t", "data_dir=nowhere", check=0)
+    assert nowhere.json["seconds"] is None and nowhere.json["num_trainings"] == 21
+
+
+def test_a_failure_quotes_its_error_and_no_line_of_progress(tmp_path):
+    sweep = plan(tmp_path)
+    row = sweep.rows(0)[0]
+    log = trainers.log_of(sweep, row)
+    log.parent.mkdir()
+    log.write_text("epoch 1/3: 64/640 patches\nerror: no space left on device: x\nepoch 2/3: 1/2\n")
+    trainers.note_end(sweep, row, 2)
+    leave_run(sweep, row, [], None)
+    trainers.note_end(sweep, row, 2)
+    assert rungs.outcome(sweep, row)["reason"] == "exit 2: error: no space left on device: x"
+    trainers.note_end(sweep, row, -signal.SIGKILL)
+    (sweep.folder / "failed" / f"{row}.json").unlink()
+    trainers.note_end(sweep, row, -signal.SIGKILL)
+    reason = rungs.outcome(sweep, row)["reason"]
+    assert reason.startswith("killed by SIGKILL") and "epoch" not in reason
+
+
+def test_axes_of_aucs_stay_within_what_is_possible_and_colours_have_a_bar():
+    ranges = {"lr": {"log": [0.001, 0.1]}, "batch_size": {"choice": [16, 32]}}
+    trials = [
+        {"lr": lr, "batch_size": size, "AUC": auc}
+        for lr, size, auc in ((0.001, 16, 0.1), (0.01, 16, 0.99), (0.1, 32, 0.05), (0.05, 32, 1.0))
+    ]
+    for axes in page.plot_marginals(ranges, trials).axes:
+        assert axes.get_ylim()[0] >= 0 and axes.get_ylim()[1] <= 1
+    figure = page.plot_parallel(ranges, trials, np.array([True, False, False, True]))
+    bar = figure.axes[-1]
+    assert bar.get_ylim() == (0.05, 1.0) and "AUC" in bar.get_ylabel()
 
 
 def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]:

