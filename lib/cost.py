@@ -4,10 +4,8 @@ import dataclasses
 import resource
 import time
 
-import numpy as np
 import torch
 
-from lib.augment import PREPROCESSING
 from lib.batches import (
     PatchSource,
     choose_residence,
@@ -18,7 +16,7 @@ from lib.batches import (
 )
 from lib.config import Config
 from lib.device import keep_freed_memory, memory_limit_bytes, resolve_threads
-from lib.predict import predict_batch, ready_to_predict
+from lib.predict import predict_rows
 from lib.seeding import set_determinism
 from lib.training import build_state, training_step
 
@@ -44,13 +42,10 @@ def measure_training(cfg: Config) -> dict:
         started_at = time.perf_counter()
         training_step(state, batch, cfg, 0.0)
         step_s = time.perf_counter() - started_at
-    model = ready_to_predict(state.model, cfg.precision)
-    index = torch.from_numpy(valid_rows.index[: cfg.eval_batch_size])
-    source = PatchSource(valid_split.images, "disk", CPU)
-    for batch in load_batches(source, np.zeros(len(source), np.uint8), [index]):
-        started_at = time.perf_counter()
-        predict_batch(model, batch.images, cfg.precision, 1, PREPROCESSING)
-        patch_s = (time.perf_counter() - started_at) / len(index)
+    index = valid_rows.index[: cfg.eval_batch_size]
+    started_at = time.perf_counter()
+    predict_rows(state.model, PatchSource(valid_split.images, "disk", CPU), index, cfg, 1)
+    patch_s = (time.perf_counter() - started_at) / len(index)
     peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resident_bytes = 0
     parts = {part.path: part for part in (split.images, valid_split.images)}  # folds share one

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 from lib.command import REPOSITORY, BadInput, nearest, one_line
@@ -22,6 +21,7 @@ MIN_FREE_BYTES = 1 << 30  # for the checkpoints and logs of a run
 MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4
 MAX_TASKS = 1000  # of an array: Slurm's MaxArraySize, unless a site has set another
 NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
+SINFO_COLUMNS = ("name", "state", "limit", "cpus", "memory_mb", "gres")
 # sbatch's own variables: where one is set, it decides instead of what is asked for here
 MEMORY_VARIABLES = ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU")
 GPU_VARIABLES = ("SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES")
@@ -68,36 +68,23 @@ def bytes_of(memory: str | None) -> float:
     return int(memory[:-1]) * {"M": 1 << 20, "G": 1 << 30}[memory[-1]]
 
 
-@dataclass(frozen=True)
-class Partition:
-    """What a partition offers: its largest node, and how long a job may take."""
-
-    name: str
-    state: str
-    limit: str  # as Slurm writes a time
-    num_cpus: int
-    memory_mb: int
-    has_gpu: bool
-
-
-def find_partition(name: str) -> Partition:
-    """The partition of that name, or the default one. Raises BadInput where there is none, or it
-    starts no jobs.
+def find_partition(name: str) -> dict[str, str]:
+    """What sinfo says of the partition of that name, or of the default one: of its largest nodes.
+    Raises BadInput where there is none, or it starts no jobs.
     """
-    partitions = []
+    rows = []
     for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines():
-        shown, state, limit, cpus, memory, gres = line.split("|")
-        is_wanted = shown.rstrip("*") == name if name else shown.endswith("*")
-        values = (state, limit, int(cpus), int(memory.rstrip("+")), "gpu" in gres)
-        partitions.append((is_wanted, Partition(shown.rstrip("*"), *values)))
-    wanted = [partition for is_wanted, partition in partitions if is_wanted]
+        rows.append(dict(zip(SINFO_COLUMNS, line.split("|"), strict=True)))
+    if not name:
+        name = next((row["name"][:-1] for row in rows if row["name"].endswith("*")), "")
+    wanted = [row for row in rows if row["name"].rstrip("*") == name]
     if not wanted:
-        names = sorted({partition.name for _, partition in partitions})
+        names = sorted({row["name"].rstrip("*") for row in rows})
         sentence = f"no partition {name or 'is the default'}{nearest(name, names)}"
         raise BadInput(f"{sentence} (there are: {', '.join(names)})")
-    partition = max(wanted, key=lambda partition: partition.num_cpus)
-    if partition.state != "up":
-        raise BadInput(f"partition {partition.name} is {partition.state}: it starts no jobs")
+    partition = max(wanted, key=lambda row: int(row["cpus"])) | {"name": name}
+    if partition["state"] != "up":
+        raise BadInput(f"partition {name} is {partition['state']}: it starts no jobs")
     return partition
 
 
@@ -111,35 +98,30 @@ def fit_request(
     where there are any. Raises BadInput where the partition has less than the variables name.
     """
     partition = find_partition(variables["PARTITION"])
+    name, has_gpu = partition["name"], "gpu" in partition["gres"]
     num_ranks, time, cpus = int(variables["NUM_RANKS"]), variables["TIME"], variables["CPUS"]
-    shown = run_command("scontrol", "show", "partition", partition.name)
-    allowed = re.search(r"MaxCPUsPerNode=(\d+)", shown)
-    num_cpus = min(partition.num_cpus, int(allowed[1]) if allowed else partition.num_cpus)
-    num_wanted = num_threads or (NUM_GPU_CPUS if partition.has_gpu else NUM_CPUS)
+    num_cpus = int(partition["cpus"])
+    allowed = re.search(r"MaxCPUsPerNode=(\d+)", run_command("scontrol", "show", "partition", name))
+    if allowed:
+        num_cpus = min(num_cpus, int(allowed[1]))
+    num_wanted = num_threads or (NUM_GPU_CPUS if has_gpu else NUM_CPUS)
     num_usable = min(num_wanted, num_cpus // num_ranks)
     if num_usable < 1 or num_ranks * int(cpus or 1) > num_cpus:
         sentence = f"{num_ranks} x {cpus or 1} cores do not fit"
-        raise BadInput(f"{sentence}: a node of {partition.name} has {num_cpus}")
-    limit = minutes_of(partition.limit)
+        raise BadInput(f"{sentence}: a node of {name} has {num_cpus}")
+    limit = minutes_of(partition["limit"])
     minutes = minutes_of(time) if time else min(LIMIT_MINUTES, limit)
-    if not minutes:  # which Slurm would take for no limit
-        raise BadInput(f"TIME={time} is no time at all")
-    if minutes > limit:
-        over = f"over the limit of partition {partition.name}, {partition.limit}"
-        raise BadInput(f"TIME={time} is {over}")
-    request = [
-        f"--partition={partition.name}",
-        "--nodes=1",
-        f"--ntasks={num_ranks}",
-        f"--cpus-per-task={cpus or num_usable}",
-        f"--time={time or int(minutes)}",
-    ]
-    memory = variables["MEM"] or f"{min(MEMORY_MB, partition.memory_mb)}M"
+    if not 0 < minutes <= limit:  # no minutes would be taken for no limit
+        over = f"over the limit of partition {name}, {partition['limit']}"
+        raise BadInput(f"TIME={time} is {over if minutes else 'no time at all'}")
+    request = [f"--partition={name}", "--nodes=1", f"--ntasks={num_ranks}"]
+    request += [f"--cpus-per-task={cpus or num_usable}", f"--time={time or int(minutes)}"]
     if variables["MEM"] or not needs_gpu or not is_any_set(MEMORY_VARIABLES):
-        request.append(f"--mem={memory}")
+        default = min(MEMORY_MB, int(partition["memory_mb"].rstrip("+")))
+        request.append(f"--mem={variables['MEM'] or f'{default}M'}")
     if saves:  # so many seconds ahead of the limit, and up to 30 more
         request.append(f"--signal=B:USR1@{int(min(120, minutes * 10))}")
-    if needs_gpu and partition.has_gpu and not is_any_set(GPU_VARIABLES):
+    if needs_gpu and has_gpu and not is_any_set(GPU_VARIABLES):
         request.append(f"--gpus={num_ranks}")
     return request
 
