@@ -498,11 +498,12 @@ def test_one_or_two_fresh_seeds_and_one_finalist_are_allowed_and_separate_nothin
 def test_plan_says_how_many_trainings_follow_and_for_how_long(tmp_path, pcam_dir):
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump(SPACE))
-    result = sweep_script(tmp_path, "plan", path, f"data_dir={pcam_dir}", *TINY, check=0).json
+    command = ("sweep.py", "plan", path, "--sweeps", tmp_path, *TINY)
+    result = run_script(*command, f"data_dir={pcam_dir}", check=0).json
     # 9 for an epoch, of which 3 for two more, and three seeds of three finalists and the base
     assert result["num_trainings"] == 9 + 12 and result["num_epochs"] == 9 + 3 * 2 + 12 * 3
     assert result["seconds"] > 0
-    nowhere = sweep_script(tmp_path, "plan", path, "--name", "t", "data_dir=nowhere", check=0)
+    nowhere = run_script(*command, "--name", "t", "data_dir=nowhere", check=0)
     assert nowhere.json["seconds"] is None and nowhere.json["num_trainings"] == 21
 
 

@@ -63,7 +63,7 @@ def make(project, environment, target, check=0, arguments=(), **variables):
     variables |= {"PYTHON": sys.executable} | ({"ARGS": " ".join(arguments)} if arguments else {})
     command = ["make", "-s", target, *(f"{name}={value}" for name, value in variables.items())]
     result = subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, timeout=120
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=300
     )
     assert (result.returncode != 0) == (check != 0), result.stderr
     lines = result.stdout.splitlines()
