@@ -5,10 +5,15 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: checklist journal demo-journal clean audit-model prove-model prove-gpu
+.PHONY: champion check checklist journal demo-journal clean audit-model prove-model prove-gpu
 
+# Recipes get these variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
+# jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
+variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
+variables += CHECK
+IGNORED := $(strip $(foreach name,$(variables),$(if $(filter environment%,$(origin $(name))),$(name))))
+$(foreach name,$(IGNORED),$(eval override undefine $(name)))
 SEED ?= 1
-ARGS ?=
 SPACE ?= assets/space.yaml
 
 ifdef PYTHON
@@ -30,12 +35,8 @@ endif
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
 DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
-# Recipes get variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
-# jobs/submit.py checks them.
-variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
-variables += CHECK
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
-export $(variables)
+export $(variables) IGNORED
 run := "$$PYTHON" jobs/submit.py
 
 help:  ## this list
@@ -69,6 +70,9 @@ lint: $(test_setup_done)  ## check style, format and the CI workflow
 train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sample epochs=5"
 	$(run) train
 
+check: $(setup_done)  ## can that work, in half a minute: environment, keys, data, memory, time: make check ARGS="data_dir=data/sample"
+	$(run) check
+
 seeds: $(setup_done)  ## the same with several seeds: make seeds SEEDS=1,2,3
 	$(run) seeds
 
@@ -80,6 +84,10 @@ sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.
 
 bench: $(setup_done)  ## throughput and what limits it: make bench PARTITION=thin_course DATA=data/pcam [OUT=DIR]
 	$(run) bench
+
+champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN [DATA=DIR]
+	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }
+	$(run) here jobs/champion.py "$$RUN" $${DATA:+--data "$$DATA"}
 
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit

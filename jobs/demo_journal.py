@@ -1,13 +1,11 @@
 """What `make demo-journal` does: every step that the journal asks for, on synthetic slides and in
 small, each skipped once its result is there. Nothing of it says anything about real tissue."""
 
-import shutil
 import sys
 from pathlib import Path
 
 import yaml
 
-from lib.bundle import RUN_FILES
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -45,7 +43,24 @@ SPACE = {
         "weight_decay": {"range": [0.0, 0.1]},
     },
 }
-TIMED = "default,fp32,apart,read,memory_copy,matrix_product"
+CHECKS = "files,values,balance,duplicates,leakage,drift,triggers"
+CASES = "default,fp32,apart,read,memory_copy,matrix_product"
+QUICK = (
+    "--seconds",
+    0.1,
+    "--repeats",
+    1,
+    "--batch-sizes",
+    "1,64",
+    "--allow-noise",
+    "--cases",
+    CASES,
+)
+PICTURES = {
+    "damage": "audit-damaged/suspects.png",
+    "errors": "assets/model/errors.png",
+    "remark": REMARK,
+}
 # how much is drawn and learnt: a test asks for less
 SIZES = {"train": 2000, "valid": 800, "damaged": 1200}
 TRAINING = ["epochs=3", "crop_epochs=2", "warmup_epochs=1"]
@@ -89,125 +104,70 @@ def make_demo(
     """Draw, audit, train, compare, search, audit the model, benchmark, and write the journal of it
     all.
     """
-    folder = folder.resolve() if not folder.resolve().is_relative_to(REPOSITORY) else folder
-    data, damaged, runs = folder / "pcam", folder / "damaged", folder / "runs"
+    if not folder.resolve().is_relative_to(REPOSITORY):
+        folder = folder.resolve()
+    data, damaged, runs, assets = (folder / name for name in ("pcam", "damaged", "runs", "assets"))
+    assets.mkdir(parents=True, exist_ok=True)
     found = EXIT_DONE, EXIT_FINDING
-    (folder / "assets").mkdir(parents=True, exist_ok=True)
-    for target, num, extra in (
-        (data, sizes["train"], ()),
-        (
-            damaged,
-            sizes["damaged"],
-            ["--float32", *(f"--plant={kind}={rate}" for kind, rate in PLANTED.items())],
-        ),
-    ):
-        counts = ("--train", num, "--valid", sizes["valid"], "--test", 0)
-        make(target / "truth.csv", "prepare.py", "synthetic", "--to", target, *counts, *extra)
-    checks = ("--checks", "files,values,balance,duplicates,leakage,drift,triggers")
-    audit = folder / "audit-damaged"
-    make(audit / "audit.html", "audit.py", "data", damaged, "--out", audit, *checks, codes=found)
-    pair = folder / "audit-twin"
-    make(
-        pair / "twin.html",
-        "audit.py",
-        "twin",
-        "--out",
-        pair,
-        f"data_dir={data}",
-        "name=twin",
-        *twin,
-        codes=found,
-    )
 
+    # patches, clean and damaged, and what the audit finds in them
+    draw = ("prepare.py", "synthetic", "--valid", sizes["valid"], "--test", 0)
+    damage = ["--float32", *(f"--plant={kind}={rate}" for kind, rate in PLANTED.items())]
+    make(data / "truth.csv", *draw, "--to", data, "--train", sizes["train"])
+    make(damaged / "truth.csv", *draw, "--to", damaged, "--train", sizes["damaged"], *damage)
+    audit, pair = folder / "audit-damaged", folder / "audit-twin"
+    options = ("data", damaged, "--out", audit, "--checks", CHECKS)
+    make(audit / "audit.html", "audit.py", *options, codes=found)
+    options = ("twin", "--out", pair, f"data_dir={data}", "name=twin", *twin)
+    make(pair / "twin.html", "audit.py", *options, codes=found)
+
+    # three seeds
     for seed in (1, 2, 3):
         begun = sorted(runs.glob(f"*-plain-s{seed}-*/config.yaml"))
-        options = [f"data_dir={data}", "name=plain", f"seed={seed}", *training]
-        if not begun:
-            make(runs / f"plain-s{seed}", "train.py", "--runs", runs, *options)
+        if begun:
+            run = begun[-1].parent
+            make(run / "summary.json", "train.py", "--resume", run)
         else:
-            make(begun[-1].parent / "summary.json", "train.py", "--resume", begun[-1].parent)
+            options = (f"data_dir={data}", "name=plain", f"seed={seed}", *training)
+            make(None, "train.py", "--runs", runs, *options)
 
+    # a search, and its best finalist as the champion
     sweeps, search = folder / "sweeps", folder / "sweeps" / "demo"
     (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    plan = (
-        folder / "space.yaml",
-        "--name",
-        "demo",
-        "--sweeps",
-        sweeps,
-        f"data_dir={data}",
-        *searched,
-    )
-    make(search / "plan.json", "sweep.py", "plan", *plan)
-    where = ("--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
+    options = ("--name", "demo", "--sweeps", sweeps, f"data_dir={data}", *searched)
+    make(search / "plan.json", "sweep.py", "plan", folder / "space.yaml", *options)
+    where = ("demo", "--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
     for rung in range(len(SPACE["rungs"])):
-        make(
-            search / f"rung-{rung + 1}.json", "sweep.py", "promote", "demo", *where, "--rung", rung
-        )
-    make(search / "champion.json", "sweep.py", "champion", "demo", *where)
-    best, champion = (
-        Path(read_json(search / "champion.json")["run"]),
-        folder / "assets" / "champion",
-    )
-    make(
-        best / "predictions.csv",
-        "inference.py",
-        "--ckpt",
-        best,
-        data,
-        "--split",
-        "valid",
-        "--out",
-        best / "predictions.csv",
-    )
-    champion.mkdir(exist_ok=True)
-    for name in (*RUN_FILES, "meta.json"):
-        shutil.copy(best / name, champion)
+        path = search / f"rung-{rung + 1}.json"
+        make(path, "sweep.py", "promote", *where, "--rung", rung)
+    make(search / "champion.json", "sweep.py", "champion", *where, codes=found)
+    best = Path(read_json(search / "champion.json")["finalists"][0]["run"])
+    predictions = best / "predictions.csv"
+    options = ("--ckpt", best, data, "--split", "valid", "--out", predictions)
+    make(predictions, "inference.py", *options)
+    options = (best, "--data", data, "--assets", assets)
+    make(assets / "model" / "findings.json", "jobs/champion.py", *options, needed=False)
 
-    model, bench = folder / "assets" / "model", folder / "assets" / "benchmark"
-    options = ("model", "--ckpt", champion, data, "--out", model)
-    make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
-    quick = (
-        "--seconds",
-        0.1,
-        "--repeats",
-        1,
-        "--batch-sizes",
-        "1,64",
-        "--allow-noise",
-        "--cases",
-        TIMED,
-    )
-    options = ("train", "--data", data, "--out", bench, *quick)
+    bench = assets / "benchmark"
+    options = ("train", "--data", data, "--out", bench, *QUICK)
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 
-    said = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))
-    pictures = {
-        "damage": "audit-damaged/suspects.png",
-        "errors": "assets/model/errors.png",
-        "remark": REMARK,
-    }
-    plain = [path.parent.name for path in sorted(runs.glob("*-plain-s*/summary.json"))]
-    said |= {
+    settings = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))
+    settings |= {
         "group": "none: this is the demonstration",
         "members": [],
-        "runs": plain,
+        "runs": [path.parent.name for path in sorted(runs.glob("*-plain-s*/summary.json"))],
         "search": "",
         "audit": "",
         "twin": "",
+        "pictures": PICTURES,
+        "remark": f"{REMARK} The scores say nothing about real tissue.",
     }
-    said |= {"pictures": pictures, "remark": f"{REMARK} The scores say nothing about real tissue."}
-    (folder / "journal.yaml").write_text(
-        yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    (folder / "journal.yaml").write_text(text, encoding="utf-8")
     make(None, "report.py", "journal", folder)
-    print_result(
-        {
-            "journal": str(folder / "JOURNAL.md"),
-            "page": str(folder / "journal.html"),
-            "remark": REMARK,
-        }
-    )
+    result = {"journal": str(folder / "JOURNAL.md"), "page": str(folder / "journal.html")}
+    print_result(result | {"remark": REMARK})
     return EXIT_DONE
 
 

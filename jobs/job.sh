@@ -1,8 +1,8 @@
 #!/bin/bash
 # The job of every Make target; lib/jobs/slurm.py submits it with what to ask for. It holds no parameters of its own:
 #   sbatch OPTIONS jobs/job.sh CODE PYTHON DATA VARIED SCRIPT ARGUMENT...
-# CODE is a copy of the program as it was submitted, DATA a folder to copy to the node or '', VARIED the key that an array's
-# tasks differ in or ''. The working folder is the project: data and runs are where they are without Slurm.
+# CODE is a copy of the program as it was submitted, with submission.json beside it. DATA is a folder to copy to the node or '',
+# VARIED the key that an array's tasks differ in or ''. The working folder is the project: data and runs are where they are without Slurm.
 code=$1 python=$2 data=$3 varied=$4
 shift 4
 log=jobs/logs/$SLURM_JOB_ID
@@ -63,8 +63,9 @@ if [ -n "$data" ]; then
   fi
 fi
 
-# in the background, because bash heeds a signal only while it waits
-srun --ntasks="$SLURM_NTASKS" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 \
+# In the background, because bash heeds a signal only while it waits. --export=ALL: where a site or SBATCH_EXPORT says NONE,
+# a step would lose what env.sh has set.
+srun --export=ALL --ntasks="$SLURM_NTASKS" --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=0 --wait=0 \
   "$python" "$code/jobs/submit.py" go "$data" "$copy" "$varied" "$@" < /dev/null &
 step=$!
 [ "$num_signals" -eq 0 ] || kill -USR1 "$step" # it came while the data were copied

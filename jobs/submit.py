@@ -2,13 +2,13 @@
 cluster.
 
 Make variables come in by the environment, so that no shell ever reads them. Jobs themselves call
-`check` and `go`.
+`examine` and `go`.
 """
 
 import argparse
 import json
 import os
-import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +21,7 @@ sys.path.insert(0, str(REPOSITORY))
 try:
     from lib.command import (
         EXIT_DONE,
+        EXIT_FINDING,
         EXIT_INTERRUPTED,
         BadInput,
         Parser,
@@ -29,18 +30,25 @@ try:
         say,
         script,
     )
-    from lib.jobs import slurm
+    from lib.jobs import slurm, snapshot
+    from lib.jobs.work import (
+        Work,
+        build_work,
+        read_variables,
+        requeued_arguments,
+        split_arguments,
+        sweep_stages,
+    )
+    from lib.progress import format_duration
     from lib.rundir import SUBMITTED
 except ModuleNotFoundError as error:
-    print(
-        f"error: {sys.executable} lacks the package {error.name}: make setup, or name another"
-        " PYTHON",
-        file=sys.stderr,
-    )
+    remedy = "make setup, or name another PYTHON"
+    print(f"error: {sys.executable} lacks the package {error.name}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
-NUM_AUDIT_THREADS = 4
 TARGETS = ("train", "seeds", "folds", "bench", "audit")
+# what says nothing where there is no cluster
+CLUSTER_VARIABLES = ("PARTITION", "TIME", "CPUS", "MEM", "AFTER")
 
 
 @script
@@ -49,40 +57,49 @@ def main(argv=None) -> int:
         prog="submit.py",
         description="Submit the work of a Make target, or run it here where there is no Slurm.",
     )
-    parser.add_argument(
-        "verb", choices=(*TARGETS, "sweep", "status", "cancel", "here", "check", "go")
-    )
+    verbs = (*TARGETS, "sweep", "check", "status", "cancel", "here", "examine", "go")
+    parser.add_argument("verb", choices=verbs)
     parser.add_argument(
         "rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS"
     )
     args = parser.parse_args(argv)
-    if args.verb in ("check", "go"):
-        return {"check": check, "go": go}[args.verb](*args.rest)
-    variables = slurm.read_variables(os.environ)
+    if args.verb == "examine":
+        return examine_here(*args.rest)
+    if args.verb == "go":
+        return go(*args.rest)
+    if os.environ.get("IGNORED"):
+        names = ", ".join(os.environ["IGNORED"].split())
+        say(f"note: only make's command line sets its variables: {names} of the shell are ignored")
+    variables = read_variables(os.environ)
     if args.verb == "here":
-        return run_here([[*args.rest, *slurm.split_arguments(variables["ARGS"])]])
-    if args.verb in ("status", "cancel"):
-        return {"status": show_status, "cancel": cancel}[args.verb](variables)
-    submission = slurm.describe_submission()
-    os.environ[SUBMITTED] = json.dumps(submission)  # which jobs and children inherit
+        return run_here([[*args.rest, *split_arguments(variables["ARGS"])]])
+    if args.verb == "status":
+        return show_status()
+    if args.verb == "cancel":
+        return cancel(variables)
+    if args.verb == "check":
+        return check(variables)
+    submission = snapshot.describe_submission()
+    os.environ[SUBMITTED] = json.dumps(submission)  # which children inherit
     if args.verb == "sweep":
-        return sweep(variables)
-    work = slurm.build_work(args.verb, variables)
+        return sweep(variables, submission)
+    work = build_work(args.verb, variables)
     if args.verb == "folds":
         write_missing_groups(work)
     if variables["NUM_RANKS"] != "1" and work.script != "train.py":
         raise BadInput(f"NUM_RANKS: {work.script} has one rank")
-    spread = []
+    chain = [work]
     if len(work.tasks) > 1:
-        spread.append(
-            slurm.Work(
-                "report.py",
-                [args.verb, "--where", f"submission={submission['id']}"],
-                only_reads=True,
-            )
-        )
+        which = ["--where", f"submission={submission['id']}"]
+        chain.append(Work("report.py", [args.verb, *which], only_reads=True))
     if slurm.has_slurm():
-        return submit(args.verb, [work, *spread], variables)
+        return submit(args.verb, chain, variables, submission)
+    return run_without_slurm(chain, variables)
+
+
+def run_without_slurm(chain: list[Work], variables: dict[str, str]) -> int:
+    """Run the tasks of the first work one after the other, and then the work that reads them."""
+    work, *last = chain
     say_no_slurm(variables)
     ranks = []
     if variables["NUM_RANKS"] != "1":
@@ -90,17 +107,17 @@ def main(argv=None) -> int:
         # torchrun would, with a warning; `threads` counts
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]]
-    commands = [
-        [*ranks, str(REPOSITORY / work.script), *work.of_task(task)] for task in work.tasks or [""]
-    ]
-    return run_here(commands, [[str(REPOSITORY / last.script), *last.arguments] for last in spread])
+    path = str(REPOSITORY / work.script)
+    commands = [[*ranks, path, *arguments] for arguments in work.arguments_of_tasks()]
+    return run_here(commands, [[str(REPOSITORY / work.script), *work.arguments] for work in last])
 
 
-def write_missing_groups(work: slurm.Work) -> None:
+def write_missing_groups(work: Work) -> None:
     """Have audit.py find out here which patches share tissue, where nothing tells it yet: folds
     need that.
     """
     from lib.groups import group_of_rows
+    from lib.jobs.preflight import training_config
     from lib.pcam import open_split
 
     data_dir = training_config(work.arguments).data_dir
@@ -114,65 +131,60 @@ def write_missing_groups(work: slurm.Work) -> None:
 
 def say_no_slurm(variables: dict[str, str]) -> None:
     """Say that there is no cluster, and which variables say nothing without one."""
-    idle = [name for name in ("PARTITION", "TIME", "CPUS", "MEM", "AFTER") if variables[name]]
-    idle += ["STAGE_DATA"] if variables["STAGE_DATA"] == "1" else []
-    say(
-        "no Slurm cluster here: this runs on this machine"
-        + f", and {', '.join(idle)} say nothing" * bool(idle)
-    )
+    idle = [name for name in CLUSTER_VARIABLES if variables[name]]
+    if variables["STAGE_DATA"] == "1":
+        idle.append("STAGE_DATA")
+    note = f", and {', '.join(idle)} say nothing" if idle else ""
+    say(f"no Slurm cluster here: this runs on this machine{note}")
 
 
-def sweep(variables: dict[str, str]) -> int:
+def sweep(variables: dict[str, str], submission: dict) -> int:
     """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
     if variables["NUM_RANKS"] != "1":
         raise BadInput("NUM_RANKS: the trials of a search have one rank each")
-    overrides = [
-        *slurm.split_arguments(variables["ARGS"]),
-        *([f"data_dir={variables['DATA']}"] if variables["DATA"] else []),
-    ]
     name = variables["SEARCH"] or Path(variables["SPACE"]).stem
-    planning = [
-        sys.executable,
-        str(REPOSITORY / "sweep.py"),
-        "plan",
-        variables["SPACE"],
-        "--name",
-        name,
-        *overrides,
-    ]
-    planned = subprocess.run(planning, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"]]
+    command += ["--name", name, *split_arguments(variables["ARGS"])]
+    if variables["DATA"]:
+        command.append(f"data_dir={variables['DATA']}")
+    planned = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if planned.returncode:
         return planned.returncode
     num_rows = json.loads(planned.stdout.splitlines()[-1])["num_rows"]
-    if not slurm.has_slurm():
-        say_no_slurm(variables)
-        stages = slurm.sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
-        return run_here(
-            [[str(REPOSITORY / work.script), *work.arguments] for work in stages if not work.tasks]
-        )
-    return submit("sweep", slurm.sweep_stages(name, num_rows, []), variables)
+    if slurm.has_slurm():
+        return submit("sweep", sweep_stages(name, num_rows, []), variables, submission)
+    say_no_slurm(variables)
+    stages = sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
+    stages = [work for work in stages if not work.tasks]
+    return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages])
 
 
-def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> int:
+def submit(target: str, chain: list[Work], variables: dict[str, str], submission: dict) -> int:
     """Check all that can be checked now, in the environment that jobs will have, and submit; each
-    waits for the one before.
+    waits for the one before. A chain is submitted as a whole, or not at all.
     """
     slurm.require_disk(REPOSITORY)
     slurm.require_jobs(variables["AFTER"])
     say("checking environment, config and data")
-    found, jobs, after = examine(chain[0], variables), [], variables["AFTER"]
-    request = slurm.fit_request(
-        variables, found["threads"], chain[0].script in ("train.py", "sweep.py")
-    )
-    light = slurm.fit_request(
-        variables | {"NUM_RANKS": "1", "CPUS": "1"}, 1, saves=False, needs_gpu=False
-    )
-    data = os.path.abspath(found["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
-    for work in chain:
-        options, staged = (light, "") if work.only_reads else (request, data)
-        jobs.append(slurm.submit(target, work, sys.executable, options, staged, after))
-        # the next job waits for what may not be needed, too
-        after = f"{after},{jobs[-1]}" if work.mends else jobs[-1]
+    needs = examine(chain[0], variables)
+    saves = chain[0].script in ("train.py", "sweep.py")
+    request = slurm.fit_request(variables, needs["threads"], saves)
+    alone = variables | {"NUM_RANKS": "1", "CPUS": "1"}
+    light = slurm.fit_request(alone, 1, saves=False, needs_gpu=False)
+    staged = os.path.abspath(needs["data_dir"]) if variables["STAGE_DATA"] == "1" else ""
+    folder = snapshot.take_snapshot(submission)
+    jobs, after = [], variables["AFTER"]
+    try:
+        for work in chain:
+            options, data = (light, "") if work.only_reads else (request, staged)
+            varied = f"{work.varied}={','.join(work.tasks)}" if work.tasks else ""
+            arguments = snapshot.freeze_config(work, folder)
+            job = [str(folder / "code"), sys.executable, data, varied, work.script, *arguments]
+            jobs.append(slurm.submit(target, work, options, job, after))
+            # the next job waits for what may not be needed, too
+            after = f"{after},{jobs[-1]}" if work.mends else jobs[-1]
+    except BadInput as error:
+        raise BadInput(f"{error}{take_back(jobs, folder)}") from None
     say(f"job {', '.join(jobs)} submitted: {' '.join(request)}; `make status` shows how it fares")
     if chain[-1].script == "report.py":
         say(f"mean and spread will be in {slurm.LOGS.relative_to(REPOSITORY)}/{jobs[-1]}.err")
@@ -180,89 +192,88 @@ def submit(target: str, chain: list[slurm.Work], variables: dict[str, str]) -> i
     return EXIT_DONE
 
 
-def examine(work: slurm.Work, variables: dict[str, str]) -> dict:
-    """What `check` finds of the first task, in the environment that jobs will have. Raises BadInput
-    for what cannot work.
+def take_back(jobs: list[str], folder: Path) -> str:
+    """End the jobs of a chain that could not be submitted whole; says what has become of them."""
+    numbers = " ".join(jobs)
+    try:
+        if jobs:
+            slurm.run_command("scancel", *jobs)
+    except BadInput:
+        return f"; what was submitted before it stays in the queue: scancel {numbers} ends it"
+    shutil.rmtree(folder)
+    return f"; what was submitted before it is cancelled: {numbers}" if jobs else ""
+
+
+def check(variables: dict[str, str]) -> int:
+    """Say whether `make train` with the same variables can work: environment, keys, data, and the
+    memory and time that it needs beside what it would get.
     """
-    arguments = work.of_task(next(iter(work.tasks), ""))
-    checking = [
-        sys.executable,
-        __file__,
-        "check",
-        variables["NUM_RANKS"],
-        variables["DATA"],
-        work.script,
-        *arguments,
-    ]
-    shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *checking]
-    result = subprocess.run(
-        shell, capture_output=True, text=True, cwd=REPOSITORY, stdin=subprocess.DEVNULL
-    )
+    needs = examine(build_work("train", variables), variables, measures=True)
+    say("environment, keys and data: as a training needs them")
+    request, limit = [], "none"
+    allowed_bytes = needs["available_bytes"]
+    if slurm.has_slurm():
+        slurm.require_disk(REPOSITORY)
+        request = slurm.fit_request(variables, needs["threads"])
+        options = dict(option.split("=", 1) for option in request)
+        limit = options["--time"]
+        allowed_bytes = slurm.bytes_of(options.get("--mem"))
+    else:
+        say_no_slurm(variables)
+    fits = needs["memory_bytes"] <= allowed_bytes
+    remedy = "" if fits else ": ask for more (MEM=), or take less (batch_size, data_residence=disk)"
+    allowed = f"{allowed_bytes / 1e9:.1f} GB allowed{remedy}"
+    say(f"memory: {needs['memory_bytes'] / 1e9:.1f} GB needed, {allowed}")
+    is_longer = limit != "none" and needs["seconds"] > 60 * slurm.minutes_of(limit)
+    note = "; at its limit the job goes on by itself" if is_longer else ""
+    pace = f"{needs['num_threads']} threads of this machine's CPU"
+    say(f"time: {format_duration(needs['seconds'])} at the pace of {pace}, limit {limit}{note}")
+    print_result({"fits": fits, "request": request, **needs})
+    return EXIT_DONE if fits else EXIT_FINDING
+
+
+def examine(work: Work, variables: dict[str, str], measures: bool = False) -> dict:
+    """What lib.jobs.preflight finds of the first task, in the environment that jobs will have.
+    Raises BadInput for what cannot work.
+    """
+    options = {
+        "data": variables["DATA"],
+        "num_ranks": int(variables["NUM_RANKS"]),
+        "measures": measures,
+    }
+    command = [sys.executable, __file__, "examine", json.dumps(options), work.script]
+    command += work.arguments_of_tasks()[0]
+    shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *command]
+    pipes = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    result = subprocess.run(shell, cwd=REPOSITORY, **pipes)
     last = (result.stdout.splitlines() or [""])[-1]
-    found = json.loads(last) if last.startswith("{") else {}
-    if result.returncode or not found:
-        why = found.get("error") or f"the environment of jobs does not: {last_line(result.stderr)}"
-        raise BadInput(f"this cannot work: {why}")
-    return found
+    needs = json.loads(last) if last.startswith("{") else {}
+    if result.returncode or not needs:
+        reason = needs.get("error")
+        reason = reason or f"the environment of jobs does not: {last_line(result.stderr)}"
+        raise BadInput(f"this cannot work: {reason}")
+    return needs
 
 
-def check(num_ranks: str, data: str, name: str, *arguments) -> int:
-    """Refuse what the script would refuse at its start; print how many threads it computes with and
-    where its data are.
-    """
-    from lib.batches import fit_batch_size, open_train_valid
-    from lib.config import load_config
-    from lib.ranks import require_equal_shares
+def examine_here(options: str, name: str, *arguments) -> int:
+    """In the environment of jobs: print what a script's work needs, as a JSON object."""
+    from lib.jobs import preflight
 
-    runpy.run_path(str(REPOSITORY / name))["parse"](list(arguments))  # unknown options
-    found = {"threads": NUM_AUDIT_THREADS, "data_dir": data}
-    if name != "audit.py":  # what is wrong with the data is for the audit to find out
-        if name == "benchmark.py":  # its first word is what to measure, and its data are --data
-            named = [f"data_dir={data}"] if data else []
-            cfg = training_config([*arguments[1:], *named])
-        elif name == "sweep.py":
-            overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-            cfg = load_config(Path("sweeps") / arguments[1] / "config.yaml", overrides)
-        else:
-            cfg = training_config(arguments)
-        require_equal_shares(cfg.shards, int(num_ranks))
-        (_, rows), _ = open_train_valid(cfg)
-        fit_batch_size(cfg, len(rows))
-        found = {"threads": 0 if name == "benchmark.py" else cfg.threads, "data_dir": cfg.data_dir}
-    print_result(found)
+    print_result(preflight.examine(name, list(arguments), **json.loads(options)))
     return EXIT_DONE
-
-
-def training_config(arguments):
-    """The configuration that train.py has with these arguments."""
-    from lib.config import DEFAULT_PATH, load_config
-    from lib.rundir import find_run, resume_config
-
-    options, rest = slurm.training_options(arguments)
-    # a word after an option may be its value
-    words = [
-        item
-        for before, item in zip(["", *rest], rest, strict=False)
-        if "=" in item or not before.startswith("--")
-    ]
-    overrides = [item for item in words if not item.startswith("-")]
-    if options.resume:
-        return resume_config(find_run(options.resume, options.runs), overrides)
-    return load_config(options.config or DEFAULT_PATH, overrides)
 
 
 def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
     """In a job: become the script, for its value of what varies. A training that starts again goes
     on with its run.
     """
+    os.environ[SUBMITTED] = json.dumps(snapshot.read_submission(REPOSITORY))
     if varied:
         key, _, values = varied.partition("=")
-        arguments = [
-            *arguments,
-            f"{key}={values.split(',')[int(os.environ['SLURM_ARRAY_TASK_ID'])]}",
-        ]
+        value = values.split(",")[int(os.environ["SLURM_ARRAY_TASK_ID"])]
+        arguments = [*arguments, f"{key}={value}"]
     if name == "train.py" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-        arguments = slurm.going_on(arguments, os.environ)
+        arguments = requeued_arguments(arguments, os.environ)
     if copy:
         from lib.pcam import DATA_COPY
 
@@ -292,7 +303,7 @@ def run_here(commands: list[list[str]], last=()) -> int:
     return max(map(abs, codes))
 
 
-def show_status(_variables) -> int:
+def show_status() -> int:
     """A line a job of this project, and the last words of those that failed."""
     has_slurm = slurm.has_slurm()
     rows = slurm.describe_jobs(slurm.queued_jobs() if has_slurm else [])
@@ -300,36 +311,30 @@ def show_status(_variables) -> int:
         say("no Slurm cluster here: `make runs` lists what is trained on this machine")
     for row in rows:
         number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
-        parts = [
-            number,
-            *(
-                row.get(key)
-                for key in ("name", "state", "reason", "run", "progress")
-                if row.get(key) != "None"
-            ),
-        ]
+        columns = [row.get(name, "") for name in ("name", "state", "reason", "run", "progress")]
+        parts = [number, *(text for text in columns if text not in ("", "None"))]
         if "limit_left" in row:
             parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
-        say("  ".join(filter(None, parts)))
+        say("  ".join(parts))
         for line in row.get("stderr", []):
             say(f"    {line}")
     print_result({"num_jobs": len(rows), "jobs": rows})
     return EXIT_DONE
 
 
-def cancel(variables) -> int:
+def cancel(variables: dict[str, str]) -> int:
     """End this project's jobs, or JOB alone."""
     if not slurm.has_slurm():
         raise BadInput("no Slurm cluster here: there are no jobs to cancel")
-    jobs = [
-        job
-        for job in slurm.queued_jobs()
-        if variables["JOB"] in ("", job["id"], job["shown"], job["shown"].split("_")[0])
-    ]
+    wanted, jobs = variables["JOB"], []
+    for job in slurm.queued_jobs():
+        array, _, _ = job["shown"].partition("_")
+        if wanted in ("", job["id"], job["shown"], array):
+            jobs.append(job["shown"])
+    if wanted and not jobs:
+        raise BadInput(f"no job {wanted} of this project waits or runs")
     if jobs:
-        slurm.run_command("scancel", *(job["shown"] for job in jobs))
-    elif variables["JOB"]:
-        raise BadInput(f"no job {variables['JOB']} of this project waits or runs")
+        slurm.run_command("scancel", *jobs)
     print_result({"num_cancelled": len(jobs)})
     return EXIT_DONE
 

@@ -6,7 +6,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from lib.command import REPOSITORY, BadInput, one_line, run_script
-from lib.rundir import git
+from lib.rundir import git, why_no_commit
 
 SUMS = "SHA256SUMS"  # written last: a folder without it is half a bundle
 RUN_FILES = ("best.pt", "config.yaml", "summary.json", "epochs.csv")
@@ -21,7 +21,8 @@ def tracked_files() -> list[str]:
     names = git("ls-files", "-z").split("\0")
     names = [name for name in names if (REPOSITORY / name).is_file()]
     if not names:
-        raise BadInput(f"{REPOSITORY} is no git repository: nothing says which files are its code")
+        reason = why_no_commit() or f"git tracks no file of {REPOSITORY}"
+        raise BadInput(f"nothing says which files are the program's: {reason}")
     return names
 
 

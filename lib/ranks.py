@@ -6,13 +6,14 @@ import os
 import platform
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from lib.command import STOP_SIGNALS, BadInput, one_line
+from lib.command import STOP_SIGNALS, BadInput, one_line, say
 from lib.machine import read_count
 
 # ranks ask each other every so many steps whether one was told to stop: to ask, all wait for the
@@ -20,6 +21,9 @@ from lib.machine import read_count
 ASK_EVERY = 8
 # how long a rank waits for another one, which may be reading data
 PATIENCE = datetime.timedelta(minutes=30)
+NOTE_S = 15  # a rank that waits longer for the others to start says so
+# (rank, number of ranks) in the environment, as torchrun sets them, and srun
+RANK_VARIABLES = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 
 
 @dataclass
@@ -130,19 +134,28 @@ def _first_node() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def _read_environment() -> tuple[int, int]:
-    """(rank, number of ranks) of this process, from torchrun or else srun. For srun it sets the
-    variables that tell torch.distributed where the ranks meet.
+def _read_environment() -> tuple[int, int, str]:
+    """(rank, number of ranks, hint) of this process, from torchrun or else srun. The hint names
+    the variables that say so: a shell inside a job, or a notebook, may have them left over.
+
+    For srun it sets the variables that tell torch.distributed where the ranks meet.
     """
-    variables = os.environ
-    if "RANK" in variables and "WORLD_SIZE" in variables:
-        return int(variables["RANK"]), int(variables["WORLD_SIZE"])
-    num_tasks = read_count("SLURM_STEP_NUM_TASKS", 1)
-    if num_tasks == 1 or "SLURM_PROCID" not in variables:
-        return 0, 1
-    variables.setdefault("MASTER_ADDR", _first_node())
-    variables.setdefault("MASTER_PORT", str(20000 + int(variables["SLURM_JOB_ID"]) % 20000))
-    return int(variables["SLURM_PROCID"]), num_tasks
+    for rank_name, num_name in RANK_VARIABLES:
+        rank, num = read_count(rank_name, -1), read_count(num_name, 0)
+        if rank >= 0 and num:
+            break
+    else:
+        return 0, 1, ""
+    remedy = f"if that is left over, `env -u {rank_name} -u {num_name} python ...` trains alone"
+    hint = f"{rank_name}={rank} and {num_name}={num} make this one of several ranks; {remedy}"
+    if num > 1 and rank_name == "SLURM_PROCID":
+        os.environ.setdefault("MASTER_ADDR", _first_node())
+        os.environ.setdefault("MASTER_PORT", str(20000 + read_count("SLURM_JOB_ID", 0) % 20000))
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if num > 1 and (lacking or rank >= num):
+        reason = f"{' and '.join(lacking)} not set" if lacking else f"there is no rank {rank}"
+        raise BadInput(f"{reason}: {hint}")
+    return rank, num, hint
 
 
 def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
@@ -154,31 +167,46 @@ def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
 
 
 def meet(rank: int, num: int, device: torch.device) -> Ranks:
-    """Ranks that have made a first exchange. Raises BadInput where they do not reach each other."""
+    """Ranks that have made a first exchange."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    # Python's handlers do not run while torch waits for the others: a signal ends the process
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     try:
-        via_host = device.type == "cuda" and _share_a_gpu(num, device)
-        ranks = Ranks(rank, num, via_host)
-        ranks.gather(torch.zeros(1, device=device))
-    except dist.DistBackendError as error:
-        raise BadInput(
-            f"the ranks do not reach each other, or have slices of one GPU: {one_line(error)}"
-        ) from None
+        dist.init_process_group(backend, rank=rank, world_size=num, timeout=PATIENCE)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    ranks = Ranks(rank, num, via_host=device.type == "cuda" and _share_a_gpu(num, device))
+    ranks.gather(torch.zeros(1, device=device))
     return ranks
 
 
 @contextlib.contextmanager
 def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
     """Yield the Ranks of this process, one of several under torchrun or srun with more than one
-    task. Raises BadInput where they cannot share out the shards equally.
+    task.
+
+    Raises BadInput where they cannot share out the shards equally, or do not reach each other.
     """
-    rank, num = _read_environment()
+    rank, num, hint = _read_environment()
     if num == 1:
         yield ALONE
         return
-    require_equal_shares(num_shards, num)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=num, timeout=PATIENCE)
     try:
-        yield meet(rank, num, device)
+        require_equal_shares(num_shards, num)
+    except BadInput as error:
+        raise BadInput(f"{error}: {hint}") from None
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    note = threading.Timer(NOTE_S, say, [f"waiting at {place} for the other ranks: {hint}"])
+    note.start()
+    try:
+        ranks = meet(rank, num, device)
+    except (dist.DistError, ValueError) as error:
+        reason = "the ranks do not reach each other, or have slices of one GPU"
+        raise BadInput(f"{reason} ({one_line(error)}): {hint}") from None
+    finally:
+        note.cancel()
+    try:
+        yield ranks
     finally:
         dist.destroy_process_group()

@@ -9,13 +9,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import secrets
 import subprocess
 import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.command import REPOSITORY, BadInput, nearest, one_line, print_result, say
+from lib.command import EXIT_USAGE, REPOSITORY, BadInput, nearest, one_line, print_result, say
 from lib.config import (
     ADDED_KEYS,
     Config,
@@ -211,25 +212,52 @@ def is_finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
 
 
+def run_git(*arguments: str) -> subprocess.CompletedProcess:
+    """A git command in this repository, with its output and exit code. Without git it fails."""
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 30}
+    try:
+        return subprocess.run(command, **options)
+    except (OSError, subprocess.SubprocessError) as error:
+        return subprocess.CompletedProcess(command, EXIT_USAGE, "", one_line(error))
+
+
 def git(*arguments: str) -> str:
     """The output of a git command in this repository; empty where it fails."""
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    options = {"stderr": subprocess.DEVNULL, "text": True, "errors": "replace"}
-    try:
-        return subprocess.check_output(command, **options, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    result = run_git(*arguments)
+    return "" if result.returncode else result.stdout
+
+
+def why_no_commit() -> str:
+    """Why git tells no commit of this program, with the remedy that git names; empty where it does.
+
+    A repository around the folder of the program is not the program's, and may be private.
+    """
+    result = run_git("rev-parse", "--show-toplevel")
+    if result.returncode:
+        reason = one_line(result.stderr).removeprefix("fatal: ")
+        remedies = re.findall("git config --global --add safe.*", result.stderr)
+        return "; its remedy is: ".join([f"git says {reason!r}", *remedies[:1]])
+    top = result.stdout.rstrip("\n")
+    if not os.path.samefile(top, REPOSITORY):
+        return f"{REPOSITORY} lies in another repository, {top}"
+    if not git("rev-parse", "HEAD"):
+        return f"{REPOSITORY} has no commit yet"
+    return ""
 
 
 def git_state() -> dict:
-    """Commit, uncommitted changes as a patch, and untracked files of this repository; None and
-    empty outside of one.
+    """Commit, uncommitted changes as a patch, and untracked files of this repository. Where git
+    tells no commit, all are empty, and a warning gives the reason.
     """
-    patch = git("diff", "HEAD")
+    reason = why_no_commit()
+    if reason:
+        say(f"warning: no commit is recorded, since {reason}")
+        return {"commit": None, "uncommitted_patch": "", "untracked_files": []}
     untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
     return {
-        "commit": git("rev-parse", "HEAD").strip() or None,
-        "uncommitted_patch": patch,
+        "commit": git("rev-parse", "HEAD").strip(),
+        "uncommitted_patch": git("diff", "HEAD"),
         "untracked_files": untracked[:MAX_UNTRACKED],
     }
 

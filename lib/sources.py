@@ -30,7 +30,7 @@ a damaged checkpoint | noticed by its checksum | lib/checkpoint.py: if checksum 
 other data | refused by fingerprint on resumption | lib/rundir.py: if before.get("data") != data
 machine and driver | recorded, compared by twin | lib/machine.py: "driver": nvidia_smi("driver_version")
 packages | recorded, compared by twin | lib/rundir.py: importlib.metadata.version(package)
-code | commit and patch recorded, compared by twin | lib/rundir.py: patch = git("diff", "HEAD")
+code | commit and patch recorded, compared by twin | lib/rundir.py: "uncommitted_patch": git("diff", "HEAD")
 environment | variables recorded, compared by twin | lib/rundir.py: "variables": {
 """
 

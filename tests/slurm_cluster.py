@@ -73,6 +73,36 @@ PartitionName=closed Nodes=thin State=DOWN
 """
 
 
+# a cluster of shell scripts: what real ones do and this machine's does not
+FAKE_COMMANDS = {
+    "sinfo": r"printf 'thin_course*|up|1:00:00|16|64000|(null)\ngpu_course|up|30:00|18|120000|gpu\n'",
+    "scontrol": "echo MaxCPUsPerNode=UNLIMITED",
+    "squeue": "",
+    "scancel": 'echo "scancel $*" >> "$FAKE_LOG"',
+    "sbatch": """
+        echo "sbatch $* SBATCH_GPUS=${SBATCH_GPUS-}" >> "$FAKE_LOG"
+        num=$(grep -c ^sbatch "$FAKE_LOG")
+        [ "$num" -le "${FAKE_MAX_JOBS:-9}" ] || { echo QOSMaxSubmitJobPerUserLimit >&2; exit 1; }
+        echo "$FAKE_BANNER"
+        echo "$((5000 + 10 * num))"
+    """,
+}
+
+
+def fake_cluster(folder: Path, **variables) -> dict:
+    """An environment in which Slurm's commands are FAKE_COMMANDS. What was asked of sbatch and
+    scancel stands in FOLDER/log, a line a call.
+    """
+    for name, script in FAKE_COMMANDS.items():
+        path = folder / name
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+    outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
+    named = {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_LOG": str(folder / "log")}
+    return environment | {"FAKE_BANNER": ""} | named | variables
+
+
 def free_ports(num: int) -> list[int]:
     """Ports that nothing listens on, all different."""
     with contextlib.ExitStack() as stack:

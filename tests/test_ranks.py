@@ -4,7 +4,11 @@ import os
 import signal
 
 import pytest
+import torch
+from slurm_cluster import free_ports
 
+from lib import ranks
+from lib.command import BadInput
 from lib.ranks import STOP_SIGNALS, StopFlag
 
 
@@ -32,3 +36,41 @@ def test_a_second_ctrl_c_does_not_wait_but_a_second_sigterm_does():
         assert stop
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2"}
+SRUN = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "4711"}
+
+
+@pytest.mark.parametrize(
+    "variables, num_shards",
+    [
+        (TORCHRUN, 1),
+        (TORCHRUN, 2),
+        (TORCHRUN | {"RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, 2),
+        (TORCHRUN | {"MASTER_ADDR": "127.0.0.1"}, 2),
+        (SRUN, 1),
+        (SRUN, 2),
+    ],
+)
+def test_a_rank_that_stands_alone_says_which_variables_make_it_one_and_how_to_train_alone(
+    variables, num_shards, monkeypatch, capsys
+):
+    for name in ("MASTER_ADDR", "MASTER_PORT", *TORCHRUN, *SRUN):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if variables == SRUN:
+        monkeypatch.setenv("MASTER_PORT", str(free_ports(1)[0]))
+    monkeypatch.setattr(ranks, "NOTE_S", 0.1)
+    monkeypatch.setattr(ranks, "PATIENCE", ranks.datetime.timedelta(seconds=2))
+    names = [name for name in variables if name not in ("SLURM_JOB_ID",)][:2]
+    with (
+        pytest.raises(BadInput) as refused,
+        ranks.join_ranks(torch.device("cpu"), num_shards),
+    ):
+        pass
+    remedy = f"env -u {names[0]} -u {names[1]} "
+    assert remedy in str(refused.value)
+    if variables == SRUN and num_shards == 2:
+        assert remedy in capsys.readouterr().err, "and says so while it waits"

@@ -88,6 +88,27 @@ def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_noth
     assert "-one\n+two" in state["uncommitted_patch"]
 
 
+def test_only_a_repository_whose_top_is_the_programs_folder_tells_a_commit_and_a_patch(
+    tmp_path, monkeypatch, capsys
+):
+    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
+    program = tmp_path / "program"
+    program.mkdir()
+    (tmp_path / "private.txt").write_text("one\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
+    (tmp_path / "private.txt").write_text("salaries\n")
+    monkeypatch.setattr(rundir, "REPOSITORY", program)
+    nothing = {"commit": None, "uncommitted_patch": "", "untracked_files": []}
+    assert rundir.git_state() == nothing
+    assert "another repository" in capsys.readouterr().err
+    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
+    assert "+salaries" in rundir.git_state()["uncommitted_patch"]
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert rundir.git_state() == nothing
+    assert "git config --global --add safe.directory" in capsys.readouterr().err
+
+
 def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
     progress, losses = new_progress(), [0.1, 1 / 3, 2e-9]
     with open_log(tmp_path, progress) as log:

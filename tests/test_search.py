@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import QUICK, REPOSITORY, run_script, write_pcam
@@ -21,7 +22,8 @@ from lib import rundir
 from lib.command import BadInput
 from lib.config import load_config
 from lib.files import read_csv, read_json, write_csv, write_json
-from lib.sweep import search
+from lib.sweep import champion, design, page, rungs, trainers
+from lib.sweep.page import write_sweep_page
 
 SPACE = {
     "design": "sobol",
@@ -48,12 +50,12 @@ TINY = [
 ]
 
 
-def plan(tmp_path, name="s", overrides=(), **changes) -> search.Sweep:
+def plan(tmp_path, name="s", overrides=(), **changes) -> rungs.Sweep:
     """A planned search in `tmp_path`, with its runs beside it."""
     path = tmp_path / f"{name}.yaml"
     path.write_text(yaml.safe_dump(SPACE | changes))
-    search.freeze(tmp_path / name, path, REPOSITORY / "config.yaml", list(overrides))
-    return search.load_sweep(tmp_path / name, tmp_path / "runs")
+    design.freeze(tmp_path / name, path, REPOSITORY / "config.yaml", list(overrides))
+    return rungs.load_sweep(tmp_path / name, tmp_path / "runs")
 
 
 def leave_run(sweep, row, aucs, status="finished", **summary) -> Path:
@@ -98,7 +100,7 @@ def test_a_plan_is_frozen_and_the_same_seed_makes_the_same_one(tmp_path):
     changed["trials"]["t000"]["lr"] = 0.5
     write_json(first.folder / "plan.json", changed)
     with pytest.raises(BadInput, match="was changed after the plan was frozen"):
-        search.load_sweep(first.folder, tmp_path)
+        rungs.load_sweep(first.folder, tmp_path)
 
 
 def test_a_sobol_design_fills_each_range_evenly_in_its_own_scale(tmp_path):
@@ -152,7 +154,8 @@ def test_a_grid_has_every_combination_once(tmp_path):
         ({"seed": 10**20}, "seed"),
         ({"ranges": {"views": {"choice": [1, 8]}}}, "views cannot be searched over"),
         ({"trials": 0}, "of 1 or more"),
-        ({"champion_seeds": 2}, "of 3 or more"),
+        ({"champion_seeds": 0}, "champion_seeds"),
+        ({"finalists": 0}, "finalists"),
         ({"trails": 9}, "unknown key 'trails', did you mean 'trials'?"),
         ({"overrides": ["epochs=3"]}, "epochs=3: the search sets"),
         ({"overrides": ["modell=cnn"]}, "unknown key 'modell'"),
@@ -177,39 +180,39 @@ def test_the_best_third_goes_on_and_whoever_promotes_again_writes_the_same_bytes
     failed = sweep.run_of(rows[7])
     write_csv(failed / "epochs.csv", ["epoch", "val_auc"], [])
     write_json(failed / "summary.json", {"status": "diverged", "diverged_step": 4})
-    path = search.promote(sweep, 0)
+    path = rungs.promote(sweep, 0)
     before = path.read_bytes()
     assert read_json(path)["trials"] == ["t001", "t004", "t003"], (
         "of equal ones the first; a diverged one not"
     )
-    assert search.outcome(sweep, rows[7])["reason"] == "diverged after step 4"
+    assert rungs.outcome(sweep, rows[7])["reason"] == "diverged after step 4"
     # what a trial does later changes nothing of what it was promoted for
     epochs = sweep.run_of(rows[1]) / "epochs.csv"
     epochs.write_text(epochs.read_text() + "2,0.1\n3,0.99\n")
-    assert search.promote(sweep, 0).read_bytes() == before
+    assert rungs.promote(sweep, 0).read_bytes() == before
     shutil.rmtree(sweep.run_of(rows[8]))
     with pytest.raises(BadInput, match="1 of 9 rows have no result, the first is row 8"):
-        search.promote(sweep, 0)
+        rungs.promote(sweep, 0)
     leave_run(sweep, rows[8], [0.99], None)
     with pytest.raises(BadInput, match="were runs removed or changed"):
-        search.promote(sweep, 0)
+        rungs.promote(sweep, 0)
 
 
 def test_with_several_seeds_the_mean_counts_and_a_trial_that_failed_with_one_is_out(tmp_path):
     sweep = plan(tmp_path, trials=3, seeds=[1, 2])
     leave_rung(sweep, 0, [0.9, 0.6, 0.8, 0.8, 0.99, 0.99])
     write_csv(sweep.run_of(sweep.rows(0)[5]) / "epochs.csv", ["epoch", "val_auc"], [(1, "nan")])
-    assert search.mean_scores(sweep, 0) == {"t001": pytest.approx(0.8), "t000": pytest.approx(0.75)}
+    assert rungs.mean_scores(sweep, 0) == {"t001": pytest.approx(0.8), "t000": pytest.approx(0.75)}
 
 
-def finals(tmp_path, *scores) -> search.Sweep:
+def finals(tmp_path, *scores) -> rungs.Sweep:
     """A search whose finalists, the base last, scored so over their seeds."""
     sweep = plan(tmp_path, trials=3, rungs=[1])
     leave_rung(sweep, 0, [0.6, 0.8, 0.7])
     # with one rung of one epoch its runs are over when they have a summary
     for row in sweep.rows(0):
         write_json(sweep.run_of(row) / "summary.json", {"status": "finished", "val_auc": 0.1})
-    search.promote(sweep, 0)
+    rungs.promote(sweep, 0)
     rows = sweep.rows(1)
     assert [row.trial for row in rows[::3]] == ["t001", "t002", "t000", "base"] and {
         row.seed for row in rows
@@ -222,7 +225,7 @@ def finals(tmp_path, *scores) -> search.Sweep:
 def test_the_champion_has_the_highest_mean_and_overlapping_intervals_are_not_separable(tmp_path):
     scores = [0.90, 0.91, 0.92, 0.94, 0.90, 0.95, 0.80, 0.81, 0.82, 0.70, 0.71, 0.72]
     sweep = finals(tmp_path, *scores)
-    found = search.choose_champion(sweep)
+    found = champion.choose_champion(sweep)
     assert found["champion"] == "t002" and found["mean"] == pytest.approx(0.93)
     assert "not separable from t001: " in found["note"] and found["run"] == str(
         sweep.run_of(sweep.rows(1)[5])
@@ -239,7 +242,7 @@ def test_the_champion_has_the_highest_mean_and_overlapping_intervals_are_not_sep
 
 
 def test_a_champion_apart_from_all_others_is_said_to_be(tmp_path):
-    found = search.choose_champion(
+    found = champion.choose_champion(
         finals(
             tmp_path, 0.90, 0.901, 0.902, 0.6, 0.601, 0.602, 0.7, 0.701, 0.702, 0.5, 0.501, 0.502
         )
@@ -303,7 +306,7 @@ def sweep_script(folder, *arguments, **options):
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, pcam_dir) -> search.Sweep:
+def killed(tmp_path_factory, pcam_dir) -> rungs.Sweep:
     """A search of which every process was killed half-way, then carried on by two at once, and
     promoted to its end.
     """
@@ -338,7 +341,7 @@ def killed(tmp_path_factory, pcam_dir) -> search.Sweep:
     )
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = {row.trial: search.outcome(sweep, row)["state"] for row in sweep.rows(0)}
+    done = {row.trial: rungs.outcome(sweep, row)["state"] for row in sweep.rows(0)}
     write_json(tmp_path / "before.json", done)
     both = [subprocess.Popen(command, **start) for _ in range(2)]
     results = [json.loads(each.communicate(timeout=600)[0].splitlines()[-1]) for each in both]
@@ -351,7 +354,7 @@ def test_a_killed_search_goes_on_where_it_was_and_two_that_go_on_do_each_row_onc
     states = set(read_json(killed.folder.parent / "before.json").values())
     assert "todo" in states and "done" in states
     assert len(list(killed.runs_dir.iterdir())) == len(killed.rows(0)), "one run a row"
-    outcomes = {row.trial: search.outcome(killed, row) for row in killed.rows(0)}
+    outcomes = {row.trial: rungs.outcome(killed, row) for row in killed.rows(0)}
     *others, last = outcomes.values()
     assert {each["state"] for each in others} == {"done"} and last["reason"].startswith(
         "diverged after step"
@@ -396,7 +399,7 @@ def test_a_promoted_trial_ends_with_the_weights_of_a_run_that_never_paused(
 
 def test_a_claimed_row_is_left_alone_until_its_last_process_is_gone(tmp_path, pcam_dir):
     sweep = plan(tmp_path, overrides=[f"data_dir={pcam_dir}", *TINY])
-    row, free = sweep.rows(0)[0], lambda: search.claim(sweep, sweep.rows(0)[0])
+    row, free = sweep.rows(0)[0], lambda: trainers.claim(sweep, sweep.rows(0)[0])
     held = free()
     assert held and free() is None
     assert sweep_script(tmp_path, "run", "s", "--row", 0, check=0).json[
@@ -443,10 +446,95 @@ def test_a_finalist_that_failed_is_named_and_one_alone_is_not_apart_from_others(
             write_json(
                 sweep.run_of(row) / "summary.json", {"status": "diverged", "diverged_step": 2}
             )
-    assert (
-        search.choose_champion(sweep)["note"]
-        == "base is the only finalist with a score; t001, t002, t000 failed"
+    result = champion.choose_champion(sweep)
+    assert result["champion"] is None
+    assert result["note"].endswith(
+        "base is the only finalist with a score; t001, t002, t000 failed"
     )
+
+
+def test_a_trials_score_is_that_of_its_last_epoch_in_the_rung(tmp_path):
+    sweep = plan(tmp_path, rungs=[3, 5])
+    row = sweep.rows(0)[0]
+    leave_run(sweep, row, [0.9, 0.95, 0.8, 0.99], None)
+    assert rungs.outcome(sweep, row)["score"] == 0.8
+
+
+@pytest.mark.parametrize(
+    "scores, has_champion",
+    [
+        ([0.80, 0.81, 0.82] * 3 + [0.70, 0.71, 0.72], True),
+        ([0.80, 0.81, 0.82] * 3 + [0.81, 0.82, 0.83], False),  # the base is better
+        ([0.40, 0.45, 0.50] * 3 + [0.30, 0.35, 0.40], False),  # a constant answer is
+    ],
+)
+def test_what_beats_neither_the_base_nor_constant_answers_is_no_champion(
+    scores, has_champion, tmp_path
+):
+    sweep = finals(tmp_path, *scores)
+    path = ("champion", "s", "--sweeps", tmp_path, "--runs", sweep.runs_dir)
+    result = run_script("sweep.py", *path, check=0 if has_champion else 1).json
+    assert bool(result["champion"]) == bool(result["run"]) == has_champion
+    assert len(result["finalists"]) == 4 and Path(result["page"]).is_file()
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2])
+def test_one_or_two_fresh_seeds_and_one_finalist_are_allowed_and_separate_nothing(
+    num_seeds, tmp_path
+):
+    sweep = plan(tmp_path, trials=3, rungs=[1], champion_seeds=num_seeds, finalists=1)
+    leave_rung(sweep, 0, [0.6, 0.8, 0.7])
+    for row in sweep.rows(0):
+        write_json(sweep.run_of(row) / "summary.json", {"status": "finished"})
+    rungs.promote(sweep, 0)
+    assert len(sweep.rows(1)) == sweep.num_rows(1) == 2 * num_seeds
+    for row in sweep.rows(1):
+        leave_run(sweep, row, [0.5], val_auc=0.6 if row.trial == "base" else 0.9)
+    result = champion.choose_champion(sweep)
+    assert result["champion"] == "t001" and "nothing is separable" in result["note"]
+    assert "nothing is separable" in write_sweep_page(sweep, result).read_text()
+
+
+def test_plan_says_how_many_trainings_follow_and_for_how_long(tmp_path, pcam_dir):
+    path = tmp_path / "s.yaml"
+    path.write_text(yaml.safe_dump(SPACE))
+    command = ("sweep.py", "plan", path, "--sweeps", tmp_path, *TINY)
+    result = run_script(*command, f"data_dir={pcam_dir}", check=0).json
+    # 9 for an epoch, of which 3 for two more, and three seeds of three finalists and the base
+    assert result["num_trainings"] == 9 + 12 and result["num_epochs"] == 9 + 3 * 2 + 12 * 3
+    assert result["seconds"] > 0
+    nowhere = run_script(*command, "--name", "t", "data_dir=nowhere", check=0)
+    assert nowhere.json["seconds"] is None and nowhere.json["num_trainings"] == 21
+
+
+def test_a_failure_quotes_its_error_and_no_line_of_progress(tmp_path):
+    sweep = plan(tmp_path)
+    row = sweep.rows(0)[0]
+    log = trainers.log_of(sweep, row)
+    log.parent.mkdir()
+    log.write_text("epoch 1/3: 64/640 patches\nerror: no space left on device: x\nepoch 2/3: 1/2\n")
+    trainers.note_end(sweep, row, 2)
+    leave_run(sweep, row, [], None)
+    trainers.note_end(sweep, row, 2)
+    assert rungs.outcome(sweep, row)["reason"] == "exit 2: error: no space left on device: x"
+    trainers.note_end(sweep, row, -signal.SIGKILL)
+    (sweep.folder / "failed" / f"{row}.json").unlink()
+    trainers.note_end(sweep, row, -signal.SIGKILL)
+    reason = rungs.outcome(sweep, row)["reason"]
+    assert reason.startswith("killed by SIGKILL") and "epoch" not in reason
+
+
+def test_axes_of_aucs_stay_within_what_is_possible_and_colours_have_a_bar():
+    ranges = {"lr": {"log": [0.001, 0.1]}, "batch_size": {"choice": [16, 32]}}
+    trials = [
+        {"lr": lr, "batch_size": size, "AUC": auc}
+        for lr, size, auc in ((0.001, 16, 0.1), (0.01, 16, 0.99), (0.1, 32, 0.05), (0.05, 32, 1.0))
+    ]
+    for axes in page.plot_marginals(ranges, trials).axes:
+        assert axes.get_ylim()[0] >= 0 and axes.get_ylim()[1] <= 1
+    figure = page.plot_parallel(ranges, trials, np.array([True, False, False, True]))
+    bar = figure.axes[-1]
+    assert bar.get_ylim() == (0.05, 1.0) and "AUC" in bar.get_ylabel()
 
 
 def running_trainers(parent: int) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -494,7 +582,7 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
     assert (
         json.loads(process.communicate(timeout=300)[0])["interrupted"] and process.returncode == 130
     )
-    assert search.outcome(sweep, row)["state"] == "todo"
+    assert rungs.outcome(sweep, row)["state"] == "todo"
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     pid = trainer(process)
     time.sleep(0.1)
@@ -503,7 +591,7 @@ def test_a_trial_that_dies_is_a_failure_with_a_reason_and_one_that_is_stopped_is
         json.loads(process.communicate(timeout=300)[0])["num_failed"] == 1
         and process.returncode == 1
     )
-    assert search.outcome(sweep, row)["reason"].startswith("killed by SIGKILL")
+    assert rungs.outcome(sweep, row)["reason"].startswith("killed by SIGKILL")
 
 
 @pytest.mark.slow

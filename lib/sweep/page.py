@@ -6,12 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
 from lib.figures import COLOURS, column, figure_png, new_figure
 from lib.metrics import mean_interval
-from lib.sweep import search
+from lib.sweep.rungs import outcome
 
 NUM_GROUPS = 3  # of trials by the value of a parameter, unless it is a choice
 
@@ -43,9 +44,9 @@ def read_outcomes(sweep) -> list[dict]:
     last_rung = min(sweep.newest_rung(), sweep.num_rungs - 1)
     for rung in range(last_rung + 1):
         for row in sweep.rows(rung):
-            outcome = search.outcome(sweep, row)
-            spent += max(0, outcome["num_epochs"] - epochs_before)
-            outcomes.append(outcome | {"trial": row.trial, "rung": rung, "spent": spent})
+            result = outcome(sweep, row)
+            spent += max(0, result["num_epochs"] - epochs_before)
+            outcomes.append(result | {"trial": row.trial, "rung": rung, "spent": spent})
         epochs_before = sweep.plan["rungs"][rung]
     return outcomes
 
@@ -68,7 +69,8 @@ def champion_blocks(champion: dict, num_seeds: int) -> list:
     """The finalists, best first, over fresh seeds."""
     note = (
         f"AUC on validation over {num_seeds} fresh seeds, its 95% interval by t over seeds, and"
-        " the best run. Epochs were chosen on the same patches."
+        " the best run. These are the scores of each run's best epoch, which was chosen on the same"
+        " patches. Those of the rungs are of the last epoch."
     )
     return [
         Heading("Champion"),
@@ -140,10 +142,12 @@ def plot_parallel(ranges: dict, trials: list[dict], is_promoted: np.ndarray):
         for text, y in zip(labels, label_positions(labels), strict=True):
             axes.text(number + 0.03, y, text, fontsize=8, va="center", bbox=box)
     lines = np.column_stack(columns)
+    bar = ScalarMappable(Normalize(scores.min(), scores.max()), "cividis_r")
     for trial in np.lexsort([scores, is_promoted]):  # the best ones on top
         width, alpha = (2.4, 1.0) if is_promoted[trial] else (0.9, 0.6)
-        colour = colormaps["cividis_r"](lines[trial, -1])
+        colour = bar.to_rgba(scores[trial])
         axes.plot(lines[trial], color=colour, linewidth=width, alpha=alpha)
+    figure.colorbar(bar, ax=axes, label="AUC after the first rung")
     axes.set(xticks=range(len(ranges)), xticklabels=ranges, yticks=())
     axes.set_xlim(-0.1, len(ranges) - 0.5)
     axes.set_title("every trial after its first rung; thick: promoted")
@@ -172,8 +176,15 @@ def plot_marginals(ranges: dict, trials: list[dict]):
                 axes.errorbar(place, spread["mean"], reach, fmt="s", color=COLOURS[1])
         axes.set_xticks(label_positions(labels), labels)
         axes.set_xlabel(name)
+        limit_to_possible(axes)
     panels[0].set_ylabel("AUC after the first rung")
     return figure
+
+
+def limit_to_possible(axes) -> None:
+    """Keep an axis of AUCs between 0 and 1: an interval may reach beyond."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 1.0))
 
 
 def plot_budget(scored: list[dict], rung_ends, full: float):
@@ -191,4 +202,5 @@ def plot_budget(scored: list[dict], rung_ends, full: float):
     axes.set_xlabel("epochs trained, all trials together (dotted: end of a rung)")
     axes.set_ylabel("AUC on validation")
     axes.legend(loc="lower right")
+    limit_to_possible(axes)
     return figure

@@ -1,7 +1,7 @@
 """A search on real patches through a real Slurm, its tasks killed once on the way, against the full
 grid of its trials.
 
-python tests/prove_search.py --data data/sample [--out assets/search] [key=value ...]     needs
+python tests/proofs/search.py --data data/sample [--out assets/search] [key=value ...]     needs
 slurm-wlm and munge
 """
 
@@ -15,13 +15,16 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from conftest import REPOSITORY
-from proofs import made_now, write_markdown
 from slurm_cluster import kill_job, run, running_cluster, wait_for
 
 from lib.command import EXIT_DONE, EXIT_FINDING, Parser, print_result, say, script
 from lib.files import read_json, write_json
-from lib.sweep import search
+from lib.sweep import rungs, trainers
+from proofs import made_now, write_markdown
 
 NAME, SPACE = "proof", "assets/space.yaml"
 # put over config.yaml: a network and patches small enough for the whole grid to be trained beside
@@ -64,9 +67,7 @@ def search_through_slurm(environment, overrides) -> None:
     sweep = open_sweep()
     rows = sweep.rows(0)
     wait_for(
-        lambda: (
-            sum(search.outcome(sweep, row)["state"] != "todo" for row in rows) >= len(rows) // 2
-        ),
+        lambda: sum(rungs.outcome(sweep, row)["state"] != "todo" for row in rows) >= len(rows) // 2,
         "half a rung",
         HOURS,
     )
@@ -84,30 +85,30 @@ def search_through_slurm(environment, overrides) -> None:
     write_json(sweep.folder / "slurm.json", told)
 
 
-def open_sweep() -> search.Sweep:
-    return search.load_sweep(REPOSITORY / "sweeps" / NAME, REPOSITORY / "runs")
+def open_sweep() -> rungs.Sweep:
+    return rungs.load_sweep(REPOSITORY / "sweeps" / NAME, REPOSITORY / "runs")
 
 
-def finish_grid(sweep: search.Sweep, arguments) -> None:
+def finish_grid(sweep: rungs.Sweep, arguments) -> None:
     """Every trial to its last epoch: a run that halving left goes on as if it had never paused."""
     last = sweep.plan["rungs"][-1]
     rows = [
-        search.Row(trial, seed, last, False)
+        rungs.Row(trial, seed, last, False)
         for trial in sweep.plan["trials"]
         for seed in sweep.plan["seeds"]
     ]
-    search.run_rows(sweep, rows, 2, arguments)
+    trainers.run_rows(sweep, rows, 2, arguments)
 
 
-def compare(sweep: search.Sweep) -> dict:
+def compare(sweep: rungs.Sweep) -> dict:
     """The best trial that halving found, the best of the grid, and what each cost in epochs."""
     seeds, last = sweep.plan["seeds"], sweep.plan["rungs"][-1]
     of_grid = {}
     for trial in sweep.plan["trials"]:
-        found = [search.outcome(sweep, search.Row(trial, seed, last, False)) for seed in seeds]
+        found = [rungs.outcome(sweep, rungs.Row(trial, seed, last, False)) for seed in seeds]
         if all(each["state"] == "done" for each in found):
             of_grid[trial] = sum(each["score"] for each in found) / len(found)
-    halving = search.mean_scores(sweep, sweep.num_rungs - 1)
+    halving = rungs.mean_scores(sweep, sweep.num_rungs - 1)
     epochs = [0, *sweep.plan["rungs"]]
     cost = sum(
         len(sweep.rows(rung)) * (epochs[rung + 1] - epochs[rung]) for rung in range(sweep.num_rungs)
@@ -130,7 +131,7 @@ def compare(sweep: search.Sweep) -> dict:
 @script
 def main(argv=None) -> int:
     parser = Parser(
-        prog="prove_search.py",
+        prog="search.py",
         description="A search through Slurm, killed once, against the full grid.",
     )
     parser.add_argument("--data", required=True, metavar="DIR", help="the real patches")
@@ -167,7 +168,7 @@ def main(argv=None) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     finish_grid(sweep, [])
     found, champion = compare(sweep), read_json(sweep.folder / "champion.json")
-    base = next(each for each in champion["finalists"] if each["trial"] == search.BASE)
+    base = next(each for each in champion["finalists"] if each["trial"] == rungs.BASE)
     result = made | {
         "overrides": overrides,
         "space": SPACE,

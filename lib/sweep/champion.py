@@ -1,0 +1,61 @@
+"""The champion of a search: the finalist with the highest mean AUC over fresh seeds, if it beats
+the base config and the constant answers.
+"""
+
+from lib.metrics import mean_interval
+from lib.sweep.rungs import BASE, Sweep, mean_scores, outcome
+
+CONSTANT_AUC = 0.5
+MIN_SEEDS = 3  # fewer leave an interval too wide, or none, to tell finalists apart
+
+
+def choose_champion(sweep: Sweep) -> dict:
+    """The champion, the `note` that says how it compares, and the finalists, the best first.
+
+    `champion` and `run` are None where no trial beats the base config and the constant answers.
+    `run`, of the champion's runs the one with the highest AUC, is what is handed over. Raises
+    BadInput as mean_scores does.
+    """
+    rung = sweep.num_rungs
+    finalists = [describe_finalist(sweep, trial) for trial in mean_scores(sweep, rung)]
+    best = finalists[0]
+    note = compare(best, finalists[1:])
+    names = [finalist["trial"] for finalist in finalists]
+    failed = [trial for trial in sweep.promoted(rung - 1) if trial not in names]
+    if failed:
+        note += f"; {', '.join(failed)} failed"
+    reason = ""
+    if best["mean"] <= CONSTANT_AUC:
+        reason = f"no champion: a constant answer has an AUC of {CONSTANT_AUC}, none has more"
+    elif best["trial"] == BASE:
+        reason = "no champion: no trial has a higher mean AUC than the config as it is"
+    if reason:
+        return {"champion": None, "run": None, "note": f"{reason}; {note}", "finalists": finalists}
+    values = sweep.plan["trials"][best["trial"]]
+    chosen = {"champion": best["trial"], "values": values, "note": note, **best}
+    return chosen | {"finalists": finalists}
+
+
+def describe_finalist(sweep: Sweep, trial: str) -> dict:
+    """A finalist's best run, and its mean AUC with the 95% interval over its seeds."""
+    rows = [row for row in sweep.rows(sweep.num_rungs) if row.trial == trial]
+    outcomes = [outcome(sweep, row) for row in rows]
+    best = max(outcomes, key=lambda result: result["score"])
+    scores = [result["score"] for result in outcomes]
+    spread = {"mean": scores[0], "deviation": None, "low": None, "high": None, "num": 1}
+    if len(scores) > 1:
+        spread = mean_interval(scores)
+    return {"trial": trial, "run": best["run"], **spread}
+
+
+def compare(best: dict, others: list[dict]) -> str:
+    """Whether the best finalist's interval lies apart from those of the others, in words."""
+    if not others:
+        return f"{best['trial']} is the only finalist with a score"
+    note = f"{best['trial']} has the highest mean AUC"
+    if best["num"] < MIN_SEEDS:
+        return f"{note}, but nothing is separable over {best['num']} fresh seeds"
+    close = [other["trial"] for other in others if other["high"] >= best["low"]]
+    if close:
+        return f"{note}, but is not separable from {', '.join(close)}: their intervals overlap"
+    return f"{note}, apart from all others"
