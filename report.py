@@ -6,7 +6,7 @@ python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
 python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
-python report.py journal [DIR] [--check]
+python report.py journal [FILE] [--check]
 """
 
 import argparse
@@ -26,6 +26,8 @@ from lib.command import (
     script,
 )
 
+JOURNAL = Path(__file__).parent / "JOURNAL.md"
+CUT = ("differing", "missing", "unanswered")  # lists of which the JSON holds the first entries
 CHAMPION = Path(__file__).parent / "assets" / "champion"
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
@@ -151,17 +153,19 @@ def parse(argv) -> argparse.Namespace:
     )
     stick.set_defaults(report=report_handover)
     journal = commands.add_parser(
-        "journal",
-        help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it",
-    )
-    about = (
-        "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
+        "journal", help="start JOURNAL.md, fill in its directives, and write its page"
     )
     journal.add_argument(
-        "folder", nargs="?", default=Path(__file__).parent, type=place, metavar="DIR", help=about
+        "file",
+        nargs="?",
+        default=JOURNAL,
+        type=place,
+        metavar="FILE",
+        help="the journal; its files are found from its folder (default: JOURNAL.md of the"
+        " repository)",
     )
     journal.add_argument(
-        "--check", action="store_true", help="name what in JOURNAL.md does not agree with the files"
+        "--check", action="store_true", help="name what the files no longer say; write nothing"
     )
     journal.set_defaults(report=report_journal)
     return parser.parse_args(argv)
@@ -197,16 +201,30 @@ def report_handover(args) -> int:
 
 
 def report_journal(args) -> int:
-    """Write the journal: 0; or say where it and the files disagree: 1 if they do."""
+    """Fill in the journal, or compare it with its files. 1 where they do not agree."""
     from lib.report.journal import check_journal, write_journal
+    from lib.report.start import start_journal
 
-    if not args.check:
-        print_result(write_journal(Path(args.folder)))
-        return EXIT_DONE
-    for sentence in (differing := check_journal(Path(args.folder))):
-        say(sentence)
-    print_result({"num_differing": len(differing), "differing": differing[:20]})
-    return EXIT_FINDING if differing else EXIT_DONE
+    path = Path(args.file)
+    if not path.parent.is_dir():
+        raise BadInput(f"no folder {path.parent}")
+    if args.check:
+        if not path.is_file():
+            raise BadInput(f"there is no {path} yet: report.py journal starts it")
+        result = {"differing": check_journal(path)}
+    else:
+        if start_journal(path):
+            say(f"{path}: a new journal, with a place for every question")
+        result = write_journal(path)
+        for sentence in result["missing"]:
+            say(f"missing: {sentence}")
+        say(f"{result['num_filled']} parts are filled in; {result['page']}")
+        say(f"{len(result['unanswered'])} questions have no words yet")
+    for sentence in result["differing"]:
+        say(f"differs: {sentence}")
+    result["num_differing"] = len(result["differing"])
+    print_result(result | {name: result[name][:20] for name in result if name in CUT})
+    return EXIT_FINDING if result["differing"] else EXIT_DONE
 
 
 def report_runs(args) -> int:

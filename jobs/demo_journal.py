@@ -22,7 +22,7 @@ from lib.command import (
 )
 from lib.files import read_json
 
-REMARK = "Synthetic patches, drawn by prepare.py."
+REMARK = "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue."
 PLANTED = {
     "nan": 0.03,
     "out_of_range": 0.03,
@@ -145,62 +145,24 @@ def make_demo(
             search / f"rung-{rung + 1}.json", "sweep.py", "promote", "demo", *where, "--rung", rung
         )
     make(search / "champion.json", "sweep.py", "champion", "demo", *where)
-    best, champion = (
-        Path(read_json(search / "champion.json")["run"]),
-        folder / "assets" / "champion",
-    )
-    make(
-        best / "predictions.csv",
-        "inference.py",
-        "--ckpt",
-        best,
-        data,
-        "--split",
-        "valid",
-        "--out",
-        best / "predictions.csv",
-    )
+    best = Path(read_json(search / "champion.json")["run"])
+    champion = folder / "assets" / "champion"
     champion.mkdir(exist_ok=True)
     for name in (*RUN_FILES, "meta.json"):
         shutil.copy(best / name, champion)
 
-    model, bench = folder / "assets" / "model", folder / "assets" / "benchmark"
+    model, bench = folder / "audit-model", folder / "bench" / "demo"
     options = ("model", "--ckpt", champion, data, "--out", model)
     make(model / "findings.json", "audit.py", *options, codes=found, needed=False)
-    quick = (
-        "--seconds",
-        0.1,
-        "--repeats",
-        1,
-        "--batch-sizes",
-        "1,64",
-        "--allow-noise",
-        "--cases",
-        TIMED,
-    )
-    options = ("train", "--data", data, "--out", bench, *quick)
+    quick = ("--seconds", 0.1, "--repeats", 1, "--batch-sizes", "1,64", "--allow-noise")
+    options = ("train", "--data", data, "--out", bench, *quick, "--cases", TIMED)
     make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
 
-    said = yaml.safe_load((REPOSITORY / "journal.yaml").read_text(encoding="utf-8"))
-    pictures = {
-        "damage": "audit-damaged/suspects.png",
-        "errors": "assets/model/errors.png",
-        "remark": REMARK,
-    }
-    plain = [path.parent.name for path in sorted(runs.glob("*-plain-s*/summary.json"))]
-    said |= {
-        "group": "none: this is the demonstration",
-        "members": [],
-        "runs": plain,
-        "search": "",
-        "audit": "",
-        "twin": "",
-    }
-    said |= {"pictures": pictures, "remark": f"{REMARK} The scores say nothing about real tissue."}
-    (folder / "journal.yaml").write_text(
-        yaml.safe_dump(said, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    make(None, "report.py", "journal", folder)
+    journal = folder / "JOURNAL.md"
+    make(None, "report.py", "journal", journal, codes=found)
+    text = journal.read_text(encoding="utf-8")
+    journal.write_text(text.replace("Group: to be filled in", f"Group: none. {REMARK}"), "utf-8")
+    make(None, "report.py", "journal", journal, codes=found)
     print_result(
         {
             "journal": str(folder / "JOURNAL.md"),
