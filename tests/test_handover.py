@@ -225,6 +225,18 @@ def test_a_file_that_is_not_as_it_was_written_is_named_and_nothing_is_run(stick,
     assert name in json.loads(result.stdout.splitlines()[-1])[kind]
 
 
+def test_what_macos_and_windows_leave_on_a_stick_does_not_stop_it(stick):
+    for name in (".DS_Store", "code/._inference.py", "patches/Thumbs.db"):
+        (stick / name).write_bytes(b"x")
+    for name in ("System Volume Information", ".Spotlight-V100"):
+        (stick / name).mkdir()
+        (stick / name / "IndexerVolumeGuid").write_bytes(b"x")
+    assert verify(stick).returncode == 0
+    (stick / "code" / "DS_Store.py").write_text("")
+    assert json.loads(verify(stick).stdout)["additional"] == ["code/DS_Store.py"]
+    assert "sh run.sh" in (stick / "MODEL_CARD.md").read_text()
+
+
 def test_a_folder_that_was_not_written_to_its_end_is_said_to_be_one(stick, quick_run, wheels):
     (stick / "SHA256SUMS").unlink()
     (stick / "stick.json").unlink()

@@ -30,56 +30,46 @@ def set_up_axes(axes, title: str, x: str, scale: str) -> None:
         axes.minorticks_off()
 
 
-def plot_runs(tables: dict[tuple[str, str], list[dict]], curves):
-    """An axes for each curve (file, column, title, scale) with a line for each run; `tables` are
-    {(run, file): CSV rows}.
+def plot_runs(tables: dict[tuple[str, str], list[dict]], curves, with_mean: bool = False):
+    """An axes for each curve (file, column, title, scale[, constant]) with a line for each run;
+    `tables` are {(run, file): CSV rows}. A constant answer is dotted.
 
     Of a long run the means of blocks of rows are drawn: the noise of single steps would hide every
-    line but the last.
+    line but the last. With their mean over the runs, which is thick, each run is drawn as it is,
+    and spikes of the gradient norm are marked.
     """
     figure, panels = new_figure(len(curves), max(4.2, 9 / len(curves)), 4.0)
     runs = list(dict.fromkeys(run for run, _ in tables))
-    for axes, (file, name, title, scale) in zip(panels, curves, strict=True):
+    for axes, (file, name, title, scale, *constant) in zip(panels, curves, strict=True):
         x = "epoch" if file == "epochs.csv" else "step"
+        lines = []
         for number, run in enumerate(runs):
             rows = tables.get((run, file), [])
-            line = [block_means(column(rows, x)), block_means(column(rows, name))]
-            axes.plot(*line, linewidth=0.8, label=run, **line_style(number))
+            line = [column(rows, x), column(rows, name)]
+            lines.append(line)
+            shown = line if with_mean else map(block_means, line)
+            width = 0.6 if with_mean else 0.8
+            axes.plot(*shown, linewidth=width, label=run, **line_style(number))
+            if with_mean and name == "grad_norm":
+                mark_spikes(axes, rows, "spike" if number == 0 else None)
+        if with_mean:
+            length = min(len(values) for _, values in lines)
+            mean = np.mean([values[:length] for _, values in lines], 0)
+            shown = map(block_means, (lines[0][0][:length], mean))
+            axes.plot(*shown, "k", linewidth=2.4, label="mean")
+        for score in constant:
+            answer = column(rows, score)[0]
+            axes.axhline(answer, color="grey", linestyle=":", label="constant answer")
         set_up_axes(axes, title, x, scale)
-    add_legend(figure, panels[0], num_columns=4)
+    add_legend(figure, panels[-1], num_columns=6 if with_mean else 4)
     return figure
 
 
-def plot_seeds(tables: dict[str, list[dict]], curves):
-    """An axes for each curve (column, title, scale, constant) with a thin line for each seed, a
-    thick one for their mean, and the answer of a constant, dotted; `tables` are {seed: CSV rows}.
-
-    Spikes of the gradient norm are marked.
-    """
-    figure, panels = new_figure(len(curves), max(4.2, 9 / len(curves)), 4.0)
-    x = "step" if "loss" in next(iter(tables.values()))[0] else "epoch"
-    for axes, (name, title, scale, constant) in zip(panels, curves, strict=True):
-        lines = []
-        for number, (label, rows) in enumerate(tables.items()):
-            steps, values = column(rows, x), column(rows, name)
-            lines.append(values)
-            axes.plot(steps, values, linewidth=0.6, alpha=0.7, label=label, **line_style(number))
-            if name == "grad_norm":
-                spikes = find_spikes(rows)
-                places = [spike["step"] for spike in spikes]
-                norms = [spike["grad_norm"] for spike in spikes]
-                mark = "spike" if number == len(tables) - 1 else None
-                axes.plot(places, norms, "v", color="black", markersize=4, label=mark)
-        length = min(map(len, lines))
-        mean = np.mean([values[:length] for values in lines], 0)
-        axes.plot(block_means(steps[:length]), block_means(mean), "k", linewidth=2.4, label="mean")
-        if constant:
-            axes.axhline(
-                column(rows, constant)[0], color="grey", linestyle=":", label="constant answer"
-            )
-        set_up_axes(axes, title, x, scale)
-    add_legend(figure, panels[-1], num_columns=6)
-    return figure
+def mark_spikes(axes, rows: list[dict], label: str | None) -> None:
+    spikes = find_spikes(rows)
+    places = [spike["step"] for spike in spikes]
+    norms = [spike["grad_norm"] for spike in spikes]
+    axes.plot(places, norms, "kv", label=label)
 
 
 def find_spikes(rows: list[dict]) -> list[dict]:

@@ -13,7 +13,7 @@ from lib.command import BadInput, nearest
 from lib.figures import column, figure_png, plot_decisions
 from lib.files import atomic_write
 from lib.pcam import open_split
-from lib.report.drawings import plot_commits, plot_front, plot_patches, plot_seeds
+from lib.report.drawings import plot_commits, plot_front, plot_patches, plot_runs
 from lib.report.evidence import Evidence, Missing
 from lib.report.quotes import git
 from lib.report.runs import read_run
@@ -21,28 +21,25 @@ from lib.report.tables import read_seeds
 
 FOLDER = "assets/journal"
 NUM_COMMITS, NUM_ERRORS = 15, 5
-# of each figure over seeds: its title, the file, and curves (column, title, scale, constant answer)
+# of each figure over seeds: its title and its curves, as `plot_runs` takes them
 SEED_FIGURES = {
     "gradient-norm": (
         "Global gradient norm per step, before clipping",
-        "steps.csv",
-        [("grad_norm", "global gradient norm", "log", "")],
+        [("steps.csv", "grad_norm", "global gradient norm", "log")],
     ),
     "learning-rate": (
         "Training loss and learning rate per step",
-        "steps.csv",
         [
-            ("loss", "training loss (nats)", "linear", ""),
-            ("lr", "learning rate", "linear", ""),
+            ("steps.csv", "loss", "training loss (nats)", "linear"),
+            ("steps.csv", "lr", "learning rate", "linear"),
         ],
     ),
     "metrics": (
         "Log loss, AUC and F2 on validation after each epoch",
-        "epochs.csv",
         [
-            ("val_loss", "log loss (nats)", "linear", "prior_loss"),
-            ("val_auc", "ROC-AUC", "linear", "constant_auc"),
-            ("val_f2", "F2 at 0.5", "linear", "always_positive_f2"),
+            ("epochs.csv", "val_loss", "log loss (nats)", "linear", "prior_loss"),
+            ("epochs.csv", "val_auc", "ROC-AUC", "linear", "constant_auc"),
+            ("epochs.csv", "val_f2", "F2 at 0.5", "linear", "always_positive_f2"),
         ],
     ),
 }
@@ -123,15 +120,14 @@ def copy_figure(e: Evidence, source: str, options: dict) -> Drawing:
 
 def draw_seeds(e: Evidence, name: str, options: dict) -> Drawing:
     """Curves of the seeds and their mean."""
-    title, file, curves = SEED_FIGURES[name]
-    rows = read_seeds(e, e.find_seeds())
+    title, curves = SEED_FIGURES[name]
+    rows, file = read_seeds(e, e.find_seeds()), curves[0][0]
     files = [f"{run}/{file}" for run in e.find_seeds()]
 
     def plot():
-        tables = {}
-        for row, path in zip(rows, files, strict=True):
-            tables[f"seed {row['seed']}"] = e.csv(path)
-        return plot_seeds(tables, curves)
+        labels = [f"seed {row['seed']}" for row in rows]
+        tables = {(label, file): e.csv(path) for label, path in zip(labels, files, strict=True)}
+        return plot_runs(tables, curves, with_mean=True)
 
     return make_drawing(e, name, f"{title}, {len(files)} seeds", files, options, plot)
 
