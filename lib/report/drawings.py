@@ -6,11 +6,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 from lib.figures import COLOURS, add_legend, column, line_style, new_figure
 
 MOST_POINTS = 150  # of a line, where several are drawn together
-MOST_LETTERS = 100  # of a commit
 WINDOW, SPIKE = 101, 2.0  # a spike: a norm of so many times the median of the steps around it
 CLASSES = ("normal", "tumour")
-# of git's graph: columns that a stroke leads from and to, beside its own
-STROKES = {"*": (0, 0), "|": (0, 0), "/": (1, -1), "\\": (-1, 1)}
 
 
 def block_means(values: np.ndarray) -> np.ndarray:
@@ -167,25 +164,3 @@ def show_patch(axes, patch: np.ndarray, caption: str) -> None:
     axes.imshow(patch)
     axes.set_title(caption, fontsize=8)
     axes.axis("off")
-
-
-def plot_commits(lines: list[str]):
-    """The lines of `git log --graph`: the strokes of its graph drawn and, behind a tab, the commit
-    beside them.
-    """
-    figure, (axes,) = new_figure(1, 10, 0.5 + 0.28 * len(lines))
-    width = max(len(line.partition("\t")[0]) for line in lines)
-    for row, line in enumerate(lines):
-        graph, _, commit = line.partition("\t")
-        for place, mark in enumerate(graph):
-            if mark in STROKES:
-                slant = place % 2  # in a column of commits a stroke goes down
-                ends = place + slant * np.array(STROKES[mark])
-                axes.plot(ends, (row - 0.5, row + 0.5), color="grey", zorder=1)
-            if mark == "*":
-                axes.plot(place, row, "o", color=COLOURS[0])
-        style = {"va": "center", "fontsize": 8, "family": "monospace", "parse_math": False}
-        axes.text(width, row, commit[:MOST_LETTERS], **style)
-    axes.set(ylim=(len(lines) - 0.4, -0.6), xlim=(-0.5, width + 36))
-    axes.axis("off")
-    return figure

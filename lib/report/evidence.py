@@ -10,7 +10,7 @@ from lib.config import read_yaml
 from lib.evidence import BY_NAME, NUM_SEEDS, find_evidence, find_origin, weights_of
 from lib.files import file_digest, read_csv, read_json
 from lib.report.quotes import git
-from lib.report.runs import group_seeds, list_runs, read_run
+from lib.report.runs import differing, group_seeds, list_runs, read_run
 
 CHAMPION = "assets/champion"
 NUM_DIGITS = 12  # of a SHA-256 that is shown
@@ -193,15 +193,3 @@ class Evidence:
             return []
         sentence = f"{self.champion} is not {run}, which {folder} has chosen"
         return [f"{sentence}: make champion RUN={run}, or name the run: table champion RUN"]
-
-
-def differing(rows: list[dict], key: str, what: str) -> list[str]:
-    """A sentence for each run that differs from the first one in `key`."""
-    sentences = []
-    for row in rows[1:]:
-        if row.get(key) != rows[0].get(key):
-            sentences.append(
-                f"{row['run']} has another {what} than {rows[0]['run']}:"
-                f" {row.get(key) or 'none'}, not {rows[0].get(key) or 'none'}"
-            )
-    return sentences

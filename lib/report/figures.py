@@ -13,14 +13,13 @@ from lib.command import BadInput, nearest
 from lib.figures import column, figure_png, plot_decisions
 from lib.files import atomic_write
 from lib.pcam import open_split
-from lib.report.drawings import plot_commits, plot_front, plot_patches, plot_runs
+from lib.report.drawings import plot_front, plot_patches, plot_runs
 from lib.report.evidence import Evidence, Missing
-from lib.report.quotes import git
 from lib.report.runs import read_run
 from lib.report.tables import read_seeds
 
 FOLDER = "assets/journal"
-NUM_COMMITS, NUM_ERRORS = 15, 5
+NUM_ERRORS = 5
 # of each figure over seeds: its title and its curves, as `plot_runs` takes them
 SEED_FIGURES = {
     "gradient-norm": (
@@ -204,23 +203,8 @@ def draw_decisions(e: Evidence, options: dict) -> Drawing:
     return make_drawing(e, "decisions", title, files, options, plot)
 
 
-def draw_commits(_e: Evidence, options: dict) -> Drawing:
-    """The graph of the last commits."""
-    commit = options.get("at", "")
-    log = git("log", "--graph", f"-{NUM_COMMITS}", "--format=%x09%h  %s", commit, "--").rstrip()
-    if not log:
-        raise Missing("there is no git history here")
-    source = f"commit {commit}"
-    title = options.get("title", f"The last {NUM_COMMITS} commits up to {commit}")
-    path = f"{FOLDER}/commits.png"
-    return Drawing(
-        path, title, source, lambda: figure_png(plot_commits(log.splitlines()), source=source)
-    )
-
-
 NAMED_FIGURES = {
     "front": draw_front,
     "errors": draw_errors,
     "decisions": draw_decisions,
-    "commits": draw_commits,
 }

@@ -14,7 +14,7 @@ from lib.files import atomic_write
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.figures import Drawing, build_figure
 from lib.report.markdown import COMMENT, parse_markdown
-from lib.report.quotes import find_conflict, git, quote_code
+from lib.report.quotes import OF_HISTORY, git, quote_code
 from lib.report.tables import build_seeds, build_table, build_value
 
 # the options of each kind of directive, and the least and the most of its other words
@@ -35,7 +35,7 @@ DIRECTIVE = re.compile(
     re.DOTALL,
 )
 PART = re.compile(r"[a-z]+=")  # begins an option
-OF_HISTORY = ("commits", "merges", "conflict", "non-determinism")  # at a commit, which is noted
+AT_COMMIT = {*OF_HISTORY, "non-determinism"}  # are of a commit, which is noted in the directive
 # what a file that is damaged, or of another program, provokes
 OF_DAMAGE = (BadInput, KeyError, TypeError, ValueError, AttributeError, IndexError, OSError)
 
@@ -181,7 +181,7 @@ def settle(e: Evidence, directive: Directive) -> Directive:
         words = tuple(words or e.find_seeds())
     elif directive.kind in ("table", "figure", "value") and not words[0].startswith("champion"):
         words = (e.resolve(words[0]), *words[1:])
-    if words[:1] and words[0] in OF_HISTORY and "at" not in options:
+    if words[:1] and words[0] in AT_COMMIT and "at" not in options:
         commit = e.commit() if words[0] == "non-determinism" else git("rev-parse", "HEAD").strip()
         options = options | ({"at": commit[:NUM_DIGITS]} if commit else {})
     return replace(directive, words=words, options=options)
@@ -201,11 +201,12 @@ def build_blocks(e: Evidence, directive: Directive) -> list:
 
 def quote(e: Evidence, source: str, options: dict) -> list:
     """A definition at the commit of the runs, or at another one that the directive names."""
-    if source == "conflict":
-        text = find_conflict(options.get("at", ""))
+    if source in OF_HISTORY:
+        find, command = OF_HISTORY[source]
+        text = find(options.get("at", ""))
         if not text:
-            raise Missing("no merge of the history was stopped by a conflict")
-        return [Code(text, "git show --remerge-diff")]
+            raise Missing(f"the history of this clone has no {source}")
+        return [Code(text, command)]
     file, _, name = source.partition(":")
     commit = options.get("at") or e.commit()
     line, text = quote_code(commit, file, name)

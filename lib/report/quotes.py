@@ -8,6 +8,7 @@ import subprocess
 from lib.command import BadInput
 from lib.rundir import REPOSITORY
 
+NUM_COMMITS = 15
 MOST_LINES = 45  # of a quoted merge conflict
 
 
@@ -91,6 +92,12 @@ def indentation(line: str) -> int:
     return len(line) - len(line.lstrip()) if line.strip() else 1 << 16
 
 
+def find_commits(commit: str) -> str:
+    """The graph of the last NUM_COMMITS commits up to a commit; empty outside of a repository."""
+    log = git("log", "--graph", f"-{NUM_COMMITS}", "--format=%h %s", commit, "--")
+    return "\n".join(line.rstrip() for line in log.splitlines())
+
+
 def find_conflict(commit: str) -> str:
     """The newest merge that two changes of one place have stopped, and how it was resolved; empty
     where there is none.
@@ -104,3 +111,10 @@ def find_conflict(commit: str) -> str:
             cut = ["..."] if len(lines) > MOST_LINES else []
             return "\n".join(lines[:MOST_LINES] + cut)
     return ""
+
+
+# what `code NAME` quotes, and the command that shows it
+OF_HISTORY = {
+    "commits": (find_commits, f"git log --graph -{NUM_COMMITS}"),
+    "conflict": (find_conflict, "git show --remerge-diff"),
+}

@@ -285,6 +285,18 @@ def group_seeds(rows: list[dict]) -> list[list[dict]]:
     return [list(group.values()) for group in groups.values()]
 
 
+def differing(rows: list[dict], key: str, what: str) -> list[str]:
+    """A sentence for each run that differs from the first one in `key`."""
+    sentences = []
+    for row in rows[1:]:
+        if row.get(key) != rows[0].get(key):
+            sentences.append(
+                f"{row['run']} has another {what} than {rows[0]['run']}:"
+                f" {row.get(key) or 'none'}, not {rows[0].get(key) or 'none'}"
+            )
+    return sentences
+
+
 def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
     """{score: {mean, deviation, low, high, num}} over runs that differ in `varied` alone. Raises
     BadInput for others.

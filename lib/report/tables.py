@@ -8,16 +8,16 @@ from lib.config import plain
 from lib.files import file_digest
 from lib.metrics import mean_interval
 from lib.report.drawings import SPIKE, WINDOW, find_spikes
-from lib.report.evidence import NUM_DIGITS, Evidence, Missing, differing
-from lib.report.quotes import git, read_code
-from lib.report.runs import build_condition, read_run, require_alike
+from lib.report.evidence import NUM_DIGITS, Evidence, Missing
+from lib.report.quotes import read_code
+from lib.report.runs import build_condition, differing, read_run, require_alike
 from lib.runpage import SHOWN_SCORES
 from lib.sources import locate_sources
 
 MOST_ROWS, MOST_COLUMNS = 8, 7  # of a table, unless its directive asks for more
-NUM_MERGES = 5
 CONSTANTS = dict(SHOWN_SCORES.values())  # a score and what a constant answer gets
 WORDS = {  # for the head of a table
+    "name": "",
     "num": "patches",
     "num_positive": "positive",
     "num_negative": "negative",
@@ -299,17 +299,6 @@ def tabulate_runs(e: Evidence, _commit: str) -> list:
     return [table_of(rows)]
 
 
-def tabulate_counts(e: Evidence, _commit: str) -> list:
-    """Patches of each split and class that the first of the seeds was given, and left out."""
-    meta = e.document(f"{e.find_seeds()[0]}/meta.json")
-    rows = []
-    for split, counts in meta["rows"].items():
-        num_left_out = sum(counts["left_out"].values())
-        row = {"split": split, "patches": counts["num"], "negative": counts["num_negative"]}
-        rows.append(row | {"positive": counts["num_positive"], "left out": num_left_out})
-    return [table_of(rows)]
-
-
 def tabulate_sources(_e: Evidence, commit: str) -> list:
     """The sources of non-determinism, and where the code of a commit controls each."""
     cells = []
@@ -336,17 +325,9 @@ def tabulate_spikes(e: Evidence, _commit: str) -> list:
     return [table_of(rows), Words(words)]
 
 
-def tabulate_merges(_e: Evidence, commit: str) -> list:
-    """The last merges of the repository up to a commit."""
-    log = git("log", "--merges", f"-{NUM_MERGES}", "--abbrev=10", "--format=%h%x09%s", commit, "--")
-    return [Table(["merge", "subject"], [line.split("\t", 1) for line in log.splitlines()])]
-
-
 NAMED_TABLES = {
     "champion": tabulate_champion,
     "runs": tabulate_runs,
-    "counts": tabulate_counts,
     "non-determinism": tabulate_sources,
     "spikes": tabulate_spikes,
-    "merges": tabulate_merges,
 }
