@@ -12,6 +12,7 @@ python report.py journal [FILE] [--check]
 import argparse
 import platform
 import sys
+from collections import Counter
 from pathlib import Path
 
 from lib.command import (
@@ -27,7 +28,6 @@ from lib.command import (
 )
 
 JOURNAL = Path(__file__).parent / "JOURNAL.md"
-CUT = ("differing", "missing", "unanswered")  # lists of which the JSON holds the first entries
 CHAMPION = Path(__file__).parent / "assets" / "champion"
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
@@ -203,27 +203,17 @@ def report_handover(args) -> int:
 def report_journal(args) -> int:
     """Fill in the journal, or compare it with its files. 1 where they do not agree."""
     from lib.report.journal import check_journal, write_journal
-    from lib.report.start import start_journal
 
     path = Path(args.file)
-    if not path.parent.is_dir():
-        raise BadInput(f"no folder {path.parent}")
-    if args.check:
-        if not path.is_file():
-            raise BadInput(f"there is no {path} yet: report.py journal starts it")
-        result = {"differing": check_journal(path)}
-    else:
-        if start_journal(path):
-            say(f"{path}: a new journal, with a place for every question")
-        result = write_journal(path)
-        for sentence in result["missing"]:
-            say(f"missing: {sentence}")
-        say(f"{result['num_filled']} parts are filled in; {result['page']}")
-        say(f"{len(result['unanswered'])} questions have no words yet")
-    for sentence in result["differing"]:
-        say(f"differs: {sentence}")
+    result = {"differing": check_journal(path)} if args.check else write_journal(path)
+    for kind in ("missing", "differing"):
+        for sentence in result.get(kind, ()):
+            say(f"{kind}: {sentence}")
+    if not args.check:
+        say(f"{result['num_filled']} parts are filled in, {len(result['missing'])} things missing")
+        say(f"{len(result['unanswered'])} questions have no words yet; page {result['page']}")
     result["num_differing"] = len(result["differing"])
-    print_result(result | {name: result[name][:20] for name in result if name in CUT})
+    print_result(result)
     return EXIT_FINDING if result["differing"] else EXIT_DONE
 
 
@@ -232,16 +222,14 @@ def report_runs(args) -> int:
     from lib.report.runs import CURVES, list_runs, select_runs, table_of_runs, write_together
 
     rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
-    shown, statuses = table_of_runs(rows), [row["status"] for row in rows]
+    shown = table_of_runs(rows)
     say(shown.to_text())
-    result = {"num_runs": len(rows)} | {
-        status: statuses.count(status) for status in sorted(set(statuses))
-    }
+    statuses = Counter(sorted(row["status"] for row in rows))
+    result = {"num_runs": len(rows), **statuses}
     if args.html:
         folders = [Path(args.runs, row["run"]) for row in rows]
-        result["page"] = str(
-            write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
-        )
+        page = write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
+        result["page"] = str(page)
     print_result(result)
     return EXIT_DONE
 
@@ -249,61 +237,48 @@ def report_runs(args) -> int:
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
     from lib.blocks import Table
-    from lib.report.runs import (
-        GRADIENTS,
-        average_scores,
-        list_runs,
-        read_run,
-        select_runs,
-        write_together,
-    )
+    from lib.report.runs import GRADIENTS, average_scores, differing, read_run, write_together
     from lib.rundir import find_run
     from lib.runpage import SHOWN_SCORES
 
-    if args.where and not getattr(args, args.what):
-        chosen = select_runs(list_runs(args.runs), args.where)
-        setattr(args, args.what, [str(Path(args.runs, row["run"])) for row in chosen])
-    if not getattr(args, args.what):
-        raise BadInput(
-            f"{args.what}: no run is named"
-            + f", and none in {args.runs} meets the conditions" * bool(args.where)
-        )
-    order = ("seeds", "folds") if args.what == "seeds" else ("folds", "seeds")
-    runs = {
-        varied: [find_run(name) for name in getattr(args, varied)]
-        for varied in order
-        if getattr(args, varied)
-    }
+    names = {args.what: getattr(args, args.what) or choose_runs(args)}
+    other = "folds" if args.what == "seeds" else "seeds"
+    if getattr(args, other):
+        names[other] = getattr(args, other)
+    runs = {varied: [find_run(name) for name in named] for varied, named in names.items()}
     rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}
     spreads = {varied: average_scores(rows[varied], varied[:-1]) for varied in runs}
-    constants = {
-        f"val_{score}": rows[args.what][0].get(constant)
-        for score, constant in SHOWN_SCORES.values()
-    }
+    for sentence in differing(sum(rows.values(), []), "code", "commit and patch"):
+        say(f"note: {sentence}")
+    first = rows[args.what][0]
+    constants = {f"val_{score}": first.get(key) for score, key in SHOWN_SCORES.values()}
     columns = ("mean", "deviation", "low", "high", "num")
-    header = [
-        "score",
-        "constant answer",
-        *(f"{column} over {varied}" for varied in runs for column in columns),
-    ]
-    cells = [
-        [
-            name,
-            constants.get(name),
-            *(scores[name][column] for scores in spreads.values() for column in columns),
-        ]
-        for name in spreads[args.what]
-    ]
-    shown = Table(header, cells)
+    header = [f"{column} over {varied}" for varied in runs for column in columns]
+    cells = []
+    for name in spreads[args.what]:
+        values = [scores[name][column] for scores in spreads.values() for column in columns]
+        cells.append([name, constants.get(name), *values])
+    shown = Table(["score", "constant answer", *header], cells)
     say(shown.to_text())
-    result = spreads | {"num_runs": sum(map(len, runs.values()))}
+    folders = sum(runs.values(), [])
+    result = spreads | {"num_runs": len(folders)}
     if args.html:
         title = f"Scores over {' and '.join(runs)}"
-        result["page"] = str(
-            write_together(args.html, title, shown, sum(runs.values(), []), GRADIENTS, SPREAD_NOTE)
-        )
+        page = write_together(args.html, title, shown, folders, GRADIENTS, SPREAD_NOTE)
+        result["page"] = str(page)
     print_result(result)
     return EXIT_DONE
+
+
+def choose_runs(args) -> list[str]:
+    """The paths of the runs that meet `--where`. Raises BadInput where there are none."""
+    from lib.report.runs import list_runs, select_runs
+
+    chosen = select_runs(list_runs(args.runs), args.where) if args.where else []
+    if not chosen:
+        met = f", and none in {args.runs} meets the conditions" if args.where else ""
+        raise BadInput(f"{args.what}: no run is named{met}")
+    return [str(Path(args.runs, row["run"])) for row in chosen]
 
 
 def report_export(args) -> int:

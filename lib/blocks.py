@@ -38,7 +38,7 @@ nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-
 .note{color:#555;font-size:.9rem}p.alarm{border-left:4px solid #D55E00;padding:.5rem 1rem}.alarm{background:#fde7d9}
 td.words{overflow-wrap:anywhere;min-width:5rem}pre{white-space:pre-wrap;overflow-wrap:anywhere}
 @media(max-width:40rem){body{font-size:14px;margin:1rem auto}nav ul{columns:1}td,th{padding:.2rem .35rem}}
-@media print{body{font-size:9.5pt;line-height:1.35;margin:0;max-width:none}table{display:table;font-size:8pt;margin:.5rem 0}
+@media print{html{font-size:9.5pt}body{font-size:1rem;line-height:1.35;margin:0;max-width:none}table{display:table;font-size:8pt;margin:.5rem 0}
 td,th{padding:.1rem .4rem}pre{font-size:7pt;padding:.4rem}img{max-height:5.5cm}h2{margin-top:1rem}h3{margin:.7rem 0 .3rem}p{margin:.4rem 0}
 td,th,.dense{white-space:normal!important;
 overflow-wrap:anywhere}h2,h3{break-after:avoid}tr,figure,img{break-inside:avoid}nav{display:none}}

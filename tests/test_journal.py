@@ -22,7 +22,8 @@ from lib.report.journal import DIRECTIVE, END, check_journal, read_directives, w
 from lib.report.markdown import parse_markdown
 from lib.report.quotes import find_code, git, read_code
 from lib.report.start import TEMPLATE, start_journal
-from lib.report.tables import build_table, mark_score, read_rows, spread_text
+from lib.report.tables import build_table, read_rows, spread_text
+from lib.runpage import mark_score
 
 pytestmark = pytest.mark.slow
 
@@ -131,7 +132,7 @@ def test_the_numbers_are_those_of_the_runs(filled):
     text = (filled / "JOURNAL.md").read_text()
     summaries = [read_json(path) for path in sorted(filled.glob("runs/*/summary.json"))]
     auc = [summary["val_auc"] for summary in summaries]
-    assert f"| AUC | {np.mean(auc):.3f} ± {np.std(auc, ddof=1):.3f} (95% interval" in text
+    assert f"| ROC-AUC | {np.mean(auc):.3f} ± {np.std(auc, ddof=1):.3f} (95% interval" in text
     assert f"{auc[0]:.3f}" in text.split("is high")[0]
     assert "F2 at the stored threshold" in text and "n = 3" in text
     for run in (filled / "runs").iterdir():
@@ -423,7 +424,7 @@ def test_a_table_shows_the_rows_and_columns_that_are_asked_for(tmp_path):
 
 
 def test_an_interval_stays_within_what_is_possible():
-    text = spread_text([0.99, 1.0, 0.95], "auc", 0.5)
+    text = spread_text([0.99, 1.0, 0.95], "val_auc", {"constant_auc": 0.5})
     assert text.startswith("0.980 ± 0.026 (95% interval 0.914 to 1.000, n = 3)")
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib.blocks import Code, Table, to_markdown, write_page
-from lib.command import BadInput, nearest, one_line
+from lib.command import BadInput, nearest, one_line, say
 from lib.evidence import BY_NAME
 from lib.files import atomic_write
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.figures import Drawing, build_figure
 from lib.report.markdown import COMMENT, parse_markdown
 from lib.report.quotes import OF_HISTORY, git, quote_code
+from lib.report.start import start_journal
 from lib.report.tables import build_seeds, build_table, build_value
 
 # the options of each kind of directive, and the least and the most of its other words
@@ -223,9 +224,13 @@ def list_sources(e: Evidence, outcome: Outcome) -> Outcome:
 
 
 def write_journal(path: Path) -> dict:
-    """Fill in the journal, draw its figures and write its page. What is missing, and what does not
-    agree, is in the result.
+    """Fill in the journal, draw its figures and write its page; an empty one is begun where there
+    is none. What is missing, and what does not agree, is in the result.
     """
+    if not path.parent.is_dir():
+        raise BadInput(f"no folder {path.parent}")
+    if start_journal(path):
+        say(f"{path}: a new journal, with a place for every question")
     text = path.read_text(encoding="utf-8")
     filled, outcomes, problems = fill(text, path.parent)
     for outcome in outcomes:
@@ -242,7 +247,8 @@ def write_journal(path: Path) -> dict:
     for outcome in outcomes:
         if outcome.missing:
             headings = missing.setdefault(outcome.missing, [])
-            headings += {outcome.directive.heading} - set(headings)
+            if outcome.directive.heading not in headings:
+                headings.append(outcome.directive.heading)
     wrong = [f"{place_of(path, o)}: {o.wrong}" for o in outcomes if o.wrong]
     return {
         "journal": str(path),
@@ -258,6 +264,8 @@ def check_journal(path: Path) -> list[str]:
     """A sentence for each part of the journal that its file no longer says, and for each
     disagreement between the files.
     """
+    if not path.is_file():
+        raise BadInput(f"there is no {path} yet: report.py journal begins it")
     _, outcomes, problems = fill(path.read_text(encoding="utf-8"), path.parent)
     sentences = []
     for outcome in outcomes:

@@ -104,12 +104,14 @@ def facts_of_meta(meta: dict) -> dict:
     """
     job, data = meta.get("job", {}), meta.get("data")
     commit, patch = (meta.get("commit") or "")[:10], meta.get("uncommitted_patch") or ""
+    machine, torch = meta.get("machine", {}), meta.get("versions", {}).get("torch")
     return {
         "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
         "commit": commit,
         "patched": bool(patch),
         "code": f"{commit} with patch {digest_of(patch)}" if patch else commit,
-        "host": meta.get("machine", {}).get("host"),
+        "host": machine.get("host"),
+        "environment": f"torch {torch}, {machine.get('gpu') or machine.get('cpu')}",
         "submission": (meta.get("submitted") or {}).get("id"),
         "job": job.get("SLURM_JOB_ID"),
         "array_index": job.get("SLURM_ARRAY_TASK_ID"),

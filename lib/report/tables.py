@@ -1,6 +1,6 @@
 """Tables and numbers of a journal, from the files that its directives name."""
 
-from pathlib import Path
+import contextlib
 
 from lib.blocks import Table, Words, show, table_of
 from lib.command import BadInput, nearest
@@ -11,11 +11,11 @@ from lib.report.drawings import SPIKE, WINDOW, find_spikes
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.quotes import read_code
 from lib.report.runs import build_condition, differing, read_run, require_alike
-from lib.runpage import SHOWN_SCORES
+from lib.rundir import read_run_config
+from lib.runpage import CONSTANTS, constant_of, fact_table, mark_score, score_table
 from lib.sources import locate_sources
 
 MOST_ROWS, MOST_COLUMNS = 8, 7  # of a table, unless its directive asks for more
-CONSTANTS = dict(SHOWN_SCORES.values())  # a score and what a constant answer gets
 WORDS = {  # for the head of a table
     "name": "",
     "num": "patches",
@@ -27,6 +27,18 @@ WORDS = {  # for the head of a table
     "auc": "AUC",
     "f2": "F2",
 }
+RUN_COLUMNS = ("run", "code", "environment", "job", "config (SHA-256)", "weights (SHA-256)", "AUC")
+SPREAD_SCORES = {
+    "ROC-AUC": "val_auc",
+    "PR-AUC": "val_pr_auc",
+    "log loss (nats)": "val_loss",
+    "F2 at 0.5": "val_f2",
+    "recall at 0.5": "val_recall",
+    "precision at 0.5": "val_precision",
+    "F2 at the stored threshold": "half_f2",
+    "recall at the stored threshold": "half_recall",
+    "precision at the stored threshold": "half_precision",
+}
 F2_SENTENCE = (
     "F2 = 5 TP / (5 TP + 4 FN + FP): a missed tumour costs as much as four false alarms, so a"
     " threshold that is chosen for F2 calls many patches tumour"
@@ -37,8 +49,8 @@ def build_table(e: Evidence, source: str, options: dict) -> list:
     """The blocks of `<!-- table NAME|FILE[:key] ... -->`."""
     num_shown = read_number(options.get("rows", MOST_ROWS), "rows")
     if source in NAMED_TABLES:
-        table, *words = NAMED_TABLES[source](e, options.get("at", ""))
-        return [Table(table.header, table.rows[:num_shown]), *words]
+        blocks = NAMED_TABLES[source](e, options.get("at", ""))
+        return [cut_rows(block, num_shown) for block in blocks]
     file, _, key = e.resolve(source).partition(":")
     rows, constants = read_rows(e, file, key)
     for condition in options.get("where", []):
@@ -67,6 +79,11 @@ def build_table(e: Evidence, source: str, options: dict) -> list:
     num_more = len(rows) - len(cells)
     more = [Words(f"And {num_more:,} more, in {file}.")] if num_more else []
     return [Table(head, cells), *more]
+
+
+def cut_rows(block, num: int):
+    """A block, of a table the first rows."""
+    return Table(block.header, block.rows[:num]) if isinstance(block, Table) else block
 
 
 def read_number(text, name: str) -> int:
@@ -148,20 +165,6 @@ def sort_rows(rows: list[dict], by: str) -> list[dict]:
     return present + [row for row in rows if row.get(name) in (None, "")]
 
 
-def mark_score(name: str, value, constants: dict):
-    """A value; of a score that is worse than a constant answer a text that says so."""
-    score = name.removeprefix("val_").removeprefix("half_")
-    constant = constants.get(CONSTANTS.get(score))
-    if not isinstance(value, (int, float)) or not isinstance(constant, (int, float)):
-        return value
-    is_worse = value > constant if score == "loss" else value < constant
-    return f"{show(value)} {worse_than(constant)}" if is_worse else value
-
-
-def worse_than(constant: float) -> str:
-    return f"**(worse than the constant answer, {show(constant)})**"
-
-
 def build_value(e: Evidence, source: str, key: str, options: dict) -> str:
     """The text of `<!-- value FILE key -->`."""
     file = e.resolve(source)
@@ -177,32 +180,37 @@ def build_value(e: Evidence, source: str, key: str, options: dict) -> str:
 
 def build_seeds(e: Evidence, runs: list[str]) -> list:
     """The blocks of `<!-- seeds RUN... -->`: mean, deviation and interval of each score."""
-    rows = read_seeds(e, runs)
-    scores = {}
-    for title, (score, constant) in SHOWN_SCORES.items():
-        at = "" if "AUC" in title or "loss" in title else " at 0.5"
-        values = [row.get(f"val_{score}") for row in rows]
-        scores[title + at] = (values, score, rows[0].get(constant))
-    scores["recall at 0.5"] = ([share(row, "val_fn") for row in rows], "recall", None)
-    scores["precision at 0.5"] = ([share(row, "val_fp") for row in rows], "precision", None)
-    for score in ("f2", "recall", "precision"):
-        title = f"{WORDS.get(score, score)} at the stored threshold"
-        constant = rows[0].get(CONSTANTS.get(score))
-        scores[title] = ([row.get(f"half_{score}") for row in rows], score, constant)
+    rows = [row | rates_of(row) for row in read_seeds(e, runs)]
     cells = []
-    for title, (values, score, constant) in scores.items():
+    for title, name in SPREAD_SCORES.items():
+        values = [row.get(name) for row in rows]
         if None not in values:
-            text = spread_text(values, score, constant)
-            cells.append([title, text, constant])
-    table = Table(["score on validation", "mean ± standard deviation", "constant answer"], cells)
-    note = "The runs differ in the seed alone"
+            text = spread_text(values, name, rows[0])
+            cells.append([title, text, constant_of(name, rows[0])])
+    blocks = [Table(["score on validation", "over the seeds", "constant answer"], cells)]
     thresholds = [row.get("threshold") for row in rows]
     if None not in thresholds:
-        low, high = min(thresholds), max(thresholds)
-        chosen = f"the stored thresholds, {show(low)} to {show(high)}, are judged on the half"
-        note += f"; {chosen} of validation that did not choose them. {F2_SENTENCE}"
-        note += f": {called_share(rows):.0%} here, where {rows[0]['prevalence']:.0%} are tumour"
-    return [table, Words(f"{note}.")]
+        called = sum(row["called"] for row in rows) / len(rows)
+        stored = f"The stored thresholds, {show(min(thresholds))} to {show(max(thresholds))},"
+        words = f"{stored} are judged on the half of validation that did not choose them."
+        share = f"{called:.0%} here, where {rows[0]['prevalence']:.0%} are tumour"
+        blocks.append(Words(f"{words} {F2_SENTENCE}: {share}."))
+    return blocks
+
+
+def rates_of(row: dict) -> dict:
+    """Recall and precision of a run at 0.5 and, where it has a threshold, the share of patches that
+    it calls tumour at that.
+    """
+    hits, misses, false_alarms = (row.get(f"val_{name}") for name in ("tp", "fn", "fp"))
+    rates = {}
+    if hits is not None:
+        rates["val_recall"] = hits / max(1, hits + misses)
+        rates["val_precision"] = hits / max(1, hits + false_alarms)
+    if "half_recall" in row:
+        positive = row["prevalence"] * row["half_recall"]
+        rates["called"] = positive + (1 - row["prevalence"]) * (1 - row["half_specificity"])
+    return rates
 
 
 def read_seeds(e: Evidence, runs: list[str]) -> list[dict]:
@@ -219,33 +227,13 @@ def read_seeds(e: Evidence, runs: list[str]) -> list[dict]:
     return rows
 
 
-def share(row: dict, errors: str):
-    """True positives among themselves and the false answers `errors` of a run."""
-    hits, misses = row.get("val_tp"), row.get(errors)
-    if hits is None or misses is None:
-        return None
-    return hits / max(1, hits + misses)
-
-
-def called_share(rows: list[dict]) -> float:
-    """The share of patches that the runs call tumour at their stored thresholds, on average."""
-    shares = []
-    for row in rows:
-        prevalence = row["prevalence"]
-        false_alarms = (1 - prevalence) * (1 - row["half_specificity"])
-        shares.append(prevalence * row["half_recall"] + false_alarms)
-    return sum(shares) / len(shares)
-
-
-def spread_text(values: list[float], score: str, constant) -> str:
+def spread_text(values: list[float], name: str, constants: dict) -> str:
     """`mean ± deviation (95% interval a to b, n = 3)`, the interval within what is possible."""
     spread = mean_interval(values)
-    low = max(0.0, spread["low"])
-    high = spread["high"] if score == "loss" else min(1.0, spread["high"])
-    interval = f"95% interval {low:.3f} to {high:.3f}, n = {spread['num']}"
+    high = spread["high"] if "loss" in name else min(1.0, spread["high"])
+    interval = f"95% interval {max(0.0, spread['low']):.3f} to {high:.3f}, n = {spread['num']}"
     text = f"{spread['mean']:.3f} ± {spread['deviation']:.3f} ({interval})"
-    is_worse = isinstance(mark_score(score, spread["mean"], {CONSTANTS.get(score): constant}), str)
-    return f"{text} {worse_than(constant)}" if is_worse else text
+    return mark_score(name, spread["mean"], constants, text)
 
 
 # tables by name
@@ -254,49 +242,29 @@ def spread_text(values: list[float], score: str, constant) -> str:
 def tabulate_champion(e: Evidence, _commit: str) -> list:
     """The champion: what it is, and its scores beside those of constant answers."""
     folder = e.find_champion()
-    summary = e.document(f"{folder}/summary.json")
-    meta = e.document(f"{folder}/meta.json")
-    checkpoint = e.path(f"{folder}/best.pt")
-    num_train = meta.get("rows", {}).get("train", {}).get("num")
-    facts = [
-        ["model", meta.get("model", {}).get("name"), None],
-        ["trained on", f"{show(num_train)} patches, {summary['num_epochs']} epochs", None],
-        ["code", read_run(e.root / folder)["code"] or "no commit", None],
-        ["best.pt, SHA-256", file_digest(checkpoint)[:NUM_DIGITS], None],
-    ]
-    for title, (score, constant) in SHOWN_SCORES.items():
-        value = mark_score(score, summary.get(f"val_{score}"), summary)
-        facts.append([f"{title} on validation", value, summary.get(constant)])
-    if "half_f2" in summary:
-        threshold = show(summary["threshold"])
-        value = mark_score("f2", summary["half_f2"], summary)
-        facts.append([f"F2 at the threshold {threshold}", value, summary["always_positive_f2"]])
-    return [Table(["what", "champion", "constant answer"], facts)]
+    summary, meta = e.document(f"{folder}/summary.json"), e.document(f"{folder}/meta.json")
+    facts = fact_table(e.root / folder, read_run_config(e.root / folder), meta, summary)
+    digest = file_digest(e.path(f"{folder}/best.pt"))
+    facts.rows.append(("SHA-256 of best.pt", digest[:NUM_DIGITS]))
+    return [facts, score_table(summary, summary, "val_")]
 
 
 def tabulate_runs(e: Evidence, _commit: str) -> list:
-    """Config, code, machine and scores of the runs that the journal shows."""
-    folders = list(e.seeds)
-    try:
+    """Config, code, environment and scores of the runs that the journal shows."""
+    folders = list(e.find_seeds())
+    with contextlib.suppress(Missing):
         folders.append(e.find_champion())
-    except Missing:
-        folders = folders or e.find_seeds()
     rows = []
     for folder in folders:
-        meta, summary = e.document(f"{folder}/meta.json"), e.document(f"{folder}/summary.json")
-        config = e.path(f"{folder}/config.yaml")
-        machine = f"{meta['machine'].get('gpu') or meta['machine'].get('cpu')}"
-        row = {
-            "run": Path(folder).name,
-            "code": read_run(e.root / folder)["code"] or "no commit",
-            "config, SHA-256": file_digest(config)[:NUM_DIGITS],
-            "environment": f"torch {meta['versions']['torch']}, {machine}",
-            "job": meta.get("job", {}).get("SLURM_JOB_ID", "none"),
-            "AUC": mark_score("auc", summary["val_auc"], summary),
-            "weights, SHA-256": summary["weights_sha256"][:NUM_DIGITS],
-        }
+        row = read_run(e.root / folder)
+        for name in ("config.yaml", "meta.json", "summary.json"):
+            e.path(f"{folder}/{name}")
+        config = file_digest(e.root / folder / "config.yaml")
+        weights = row["weights_sha256"][:NUM_DIGITS]
+        row |= {"config (SHA-256)": config[:NUM_DIGITS], "weights (SHA-256)": weights}
+        row["AUC"] = mark_score("auc", row["val_auc"], row)
         rows.append(row)
-    return [table_of(rows)]
+    return [table_of(rows, RUN_COLUMNS)]
 
 
 def tabulate_sources(_e: Evidence, commit: str) -> list:
