@@ -2,6 +2,7 @@
 drawn.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,7 +136,10 @@ def draw_front(e: Evidence, options: dict) -> Drawing:
     """Seeds, champion, confusion matrix and, unless `patches=no`, four errors."""
     rows, champion = read_seeds(e, e.find_seeds()), e.find_champion()
     files = [f"{run}/summary.json" for run in [*e.find_seeds(), champion]]
-    patches = [] if options.get("patches") == "no" else find_errors(e, 2)
+    patches = []
+    if options.get("patches") != "no":
+        with contextlib.suppress(Missing):  # an audit of the champion comes later
+            patches = find_errors(e, 2)
     if patches:
         files.append(e.resolve("model-audit/errors.csv"))
 
