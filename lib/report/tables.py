@@ -53,24 +53,10 @@ def build_table(e: Evidence, source: str, options: dict) -> list:
         return [cut_rows(block, num_shown) for block in blocks]
     file, _, key = e.resolve(source).partition(":")
     rows, constants = read_rows(e, file, key)
-    for condition in options.get("where", []):
-        holds = build_condition(condition, rows)
-        rows = [row for row in rows if holds(row)]
-    if options.get("only"):
-        names = options["only"].split(",")
-        first = next(iter(rows[0]), "") if rows else ""
-        rows = [row for name in names for row in rows if str(row[first]) == name]
-    if options.get("sort"):
-        rows = sort_rows(rows, options["sort"])
+    rows = choose_rows(rows, options)
     if not rows:
         return [Words("None.")]
-    columns = options.get("columns", "").split(",") if options.get("columns") else None
-    for name in columns or []:
-        if not any(name in row for row in rows):
-            allowed = list(rows[0])
-            hint = nearest(name, allowed) or f" (allowed: {', '.join(allowed)})"
-            raise BadInput(f"{file} has no column {name}{hint}")
-    columns = columns or list(rows[0])[:MOST_COLUMNS]
+    columns = choose_columns(rows, options, file)
     cells = []
     for row in rows[:num_shown]:
         known = {"constant_auc": 0.5} | constants | row
@@ -79,6 +65,37 @@ def build_table(e: Evidence, source: str, options: dict) -> list:
     num_more = len(rows) - len(cells)
     more = [Words(f"And {num_more:,} more, in {file}.")] if num_more else []
     return [Table(head, cells), *more]
+
+
+def choose_rows(rows: list[dict], options: dict) -> list[dict]:
+    """The rows that meet every `where`, of those the ones that begin with a name of `only`, in the
+    order of `sort`: the largest first where `-` precedes the column, those that lack it last.
+    """
+    for condition in options.get("where", []):
+        holds = build_condition(condition, rows)
+        rows = [row for row in rows if holds(row)]
+    if rows and "only" in options:
+        by_name = {str(next(iter(row.values()))): row for row in rows}
+        rows = [by_name[name] for name in options["only"].split(",") if name in by_name]
+    if "sort" in options:
+        name = options["sort"].removeprefix("-")
+        present = [row for row in rows if row.get(name) not in (None, "")]
+        lacking = [row for row in rows if row.get(name) in (None, "")]
+        present.sort(key=lambda row: row[name], reverse=options["sort"].startswith("-"))
+        rows = present + lacking
+    return rows
+
+
+def choose_columns(rows: list[dict], options: dict, file: str) -> list[str]:
+    """The columns that the options name, else the first ones of the rows."""
+    if "columns" not in options:
+        return list(rows[0])[:MOST_COLUMNS]
+    columns = options["columns"].split(",")
+    for name in columns:
+        if not any(name in row for row in rows):
+            hint = nearest(name, rows[0]) or f" (allowed: {', '.join(rows[0])})"
+            raise BadInput(f"{file} has no column {name}{hint}")
+    return columns
 
 
 def cut_rows(block, num: int):
@@ -153,16 +170,6 @@ def to_number(text: str):
         except (TypeError, ValueError):
             pass
     return text
-
-
-def sort_rows(rows: list[dict], by: str) -> list[dict]:
-    """The rows by a column, the largest first where `-` precedes its name; those that lack it
-    last.
-    """
-    name = by.removeprefix("-")
-    present = [row for row in rows if row.get(name) not in (None, "")]
-    present.sort(key=lambda row: row[name], reverse=by.startswith("-"))
-    return present + [row for row in rows if row.get(name) in (None, "")]
 
 
 def build_value(e: Evidence, source: str, key: str, options: dict) -> str:
