@@ -100,10 +100,11 @@ def plot_front(seeds: list[dict], champion: dict, errors: list):
     if errors:
         panels[2].axis("off")
         panels[2].set_title("errors of the champion")
-        for number, (patch, caption) in enumerate(errors[:4]):
+        for number, (patch, caption) in enumerate(errors):
             corner = (number % 2 * 0.5, 0.5 - number // 2 * 0.5)
             inset = panels[2].inset_axes([*corner, 0.46, 0.4])
             show_patch(inset, patch, caption)
+    add_legend(figure, panels[0], num_columns=3)
     return figure
 
 
@@ -128,7 +129,6 @@ def draw_dots(axes, seeds: list[dict], champion: dict) -> None:
     axes.set(title="scores on validation", xticks=range(len(scores)), ylim=(None, 1))
     axes.set_xticklabels([title for title, *_ in scores])
     axes.set_xlim(-0.5, len(scores) - 0.4)
-    axes.legend(loc="center left")
 
 
 def draw_confusion(axes, counts: np.ndarray) -> None:

@@ -3,6 +3,7 @@ drawn.
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from lib.report.runs import read_run
 from lib.report.tables import read_seeds
 
 FOLDER = "assets/journal"
-NUM_ERRORS = 5
+NUM_ERRORS, NUM_FRONT_ERRORS = 5, 4  # of each kind; of both
 # of each figure over seeds: its title and its curves, as `plot_runs` takes them
 SEED_FIGURES = {
     "gradient-norm": (
@@ -139,13 +140,14 @@ def draw_front(e: Evidence, options: dict) -> Drawing:
     patches = []
     if options.get("patches") != "no":
         with contextlib.suppress(Missing):  # an audit of the champion comes later
-            patches = find_errors(e, 2)
+            patches = find_errors(e, NUM_FRONT_ERRORS)
     if patches:
         files.append(e.resolve("model-audit/errors.csv"))
 
     def plot():
-        errors = [patch for _, group in patches for patch in read_patches(group)]
-        return plot_front(rows, read_run(e.root / champion), errors)
+        pairs = itertools.zip_longest(*(group for _, group in patches))
+        errors = [error for pair in pairs for error in pair if error][:NUM_FRONT_ERRORS]
+        return plot_front(rows, read_run(e.root / champion), read_patches(errors))
 
     title = "Three seeds and the champion beside constant answers"
     return make_drawing(e, "front", title, files, options, plot)
