@@ -138,10 +138,10 @@ handover: $(setup_done)  ## a folder for a USB stick that predicts without a net
 checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
 	$(run) here audit.py handover .
 
-journal: $(setup_done)  ## JOURNAL.md and journal.html from runs/, assets/, audits and git: make journal [CHECK=1]
+journal: $(setup_done)  ## start JOURNAL.md, fill in its tables and figures, say what is missing: make journal [CHECK=1]
 	$(run) here report.py journal $(if $(filter 1,$(CHECK)),--check)
 
-demo-journal: $(setup_done)  ## the same from nothing, every section filled, on synthetic slides: data/demo-journal/journal.html
+demo-journal: $(setup_done)  ## a journal from nothing, filled in, on synthetic slides: data/demo-journal/journal.html
 	$(run) here -m jobs.demo_journal data/demo-journal
 
 clean:  ## remove what tools cache; data/ and runs/ stay

@@ -6,12 +6,13 @@ python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
 python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
-python report.py journal [DIR] [--check]
+python report.py journal [FILE] [--check]
 """
 
 import argparse
 import platform
 import sys
+from collections import Counter
 from pathlib import Path
 
 from lib.command import (
@@ -26,6 +27,7 @@ from lib.command import (
     script,
 )
 
+JOURNAL = Path(__file__).parent / "JOURNAL.md"
 CHAMPION = Path(__file__).parent / "assets" / "champion"
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
@@ -151,17 +153,19 @@ def parse(argv) -> argparse.Namespace:
     )
     stick.set_defaults(report=report_handover)
     journal = commands.add_parser(
-        "journal",
-        help="JOURNAL.md and journal.html, every number from a file, its SHA-256 beside it",
-    )
-    about = (
-        "the folder of runs/, sweeps/, audit-*/, assets/ and journal.yaml (default: the repository)"
+        "journal", help="start JOURNAL.md, fill in its directives, and write its page"
     )
     journal.add_argument(
-        "folder", nargs="?", default=Path(__file__).parent, type=place, metavar="DIR", help=about
+        "file",
+        nargs="?",
+        default=JOURNAL,
+        type=place,
+        metavar="FILE",
+        help="the journal; its files are found from its folder (default: JOURNAL.md of the"
+        " repository)",
     )
     journal.add_argument(
-        "--check", action="store_true", help="name what in JOURNAL.md does not agree with the files"
+        "--check", action="store_true", help="name what the files no longer say; write nothing"
     )
     journal.set_defaults(report=report_journal)
     return parser.parse_args(argv)
@@ -197,16 +201,20 @@ def report_handover(args) -> int:
 
 
 def report_journal(args) -> int:
-    """Write the journal: 0; or say where it and the files disagree: 1 if they do."""
+    """Fill in the journal, or compare it with its files. 1 where they do not agree."""
     from lib.report.journal import check_journal, write_journal
 
+    path = Path(args.file)
+    result = {"differing": check_journal(path)} if args.check else write_journal(path)
+    for kind in ("missing", "differing"):
+        for sentence in result.get(kind, ()):
+            say(f"{kind}: {sentence}")
     if not args.check:
-        print_result(write_journal(Path(args.folder)))
-        return EXIT_DONE
-    for sentence in (differing := check_journal(Path(args.folder))):
-        say(sentence)
-    print_result({"num_differing": len(differing), "differing": differing[:20]})
-    return EXIT_FINDING if differing else EXIT_DONE
+        say(f"{result['num_filled']} parts are filled in, {len(result['missing'])} things missing")
+        say(f"{len(result['unanswered'])} questions have no words yet; page {result['page']}")
+    result["num_differing"] = len(result["differing"])
+    print_result(result)
+    return EXIT_FINDING if result["differing"] else EXIT_DONE
 
 
 def report_runs(args) -> int:
@@ -214,16 +222,14 @@ def report_runs(args) -> int:
     from lib.report.runs import CURVES, list_runs, select_runs, table_of_runs, write_together
 
     rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
-    shown, statuses = table_of_runs(rows), [row["status"] for row in rows]
+    shown = table_of_runs(rows)
     say(shown.to_text())
-    result = {"num_runs": len(rows)} | {
-        status: statuses.count(status) for status in sorted(set(statuses))
-    }
+    statuses = Counter(sorted(row["status"] for row in rows))
+    result = {"num_runs": len(rows), **statuses}
     if args.html:
         folders = [Path(args.runs, row["run"]) for row in rows]
-        result["page"] = str(
-            write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
-        )
+        page = write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
+        result["page"] = str(page)
     print_result(result)
     return EXIT_DONE
 
@@ -231,61 +237,48 @@ def report_runs(args) -> int:
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
     from lib.blocks import Table
-    from lib.report.runs import (
-        GRADIENTS,
-        average_scores,
-        list_runs,
-        read_run,
-        select_runs,
-        write_together,
-    )
+    from lib.report.runs import GRADIENTS, average_scores, differing, read_run, write_together
     from lib.rundir import find_run
     from lib.runpage import SHOWN_SCORES
 
-    if args.where and not getattr(args, args.what):
-        chosen = select_runs(list_runs(args.runs), args.where)
-        setattr(args, args.what, [str(Path(args.runs, row["run"])) for row in chosen])
-    if not getattr(args, args.what):
-        raise BadInput(
-            f"{args.what}: no run is named"
-            + f", and none in {args.runs} meets the conditions" * bool(args.where)
-        )
-    order = ("seeds", "folds") if args.what == "seeds" else ("folds", "seeds")
-    runs = {
-        varied: [find_run(name) for name in getattr(args, varied)]
-        for varied in order
-        if getattr(args, varied)
-    }
+    names = {args.what: getattr(args, args.what) or choose_runs(args)}
+    other = "folds" if args.what == "seeds" else "seeds"
+    if getattr(args, other):
+        names[other] = getattr(args, other)
+    runs = {varied: [find_run(name) for name in named] for varied, named in names.items()}
     rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}
     spreads = {varied: average_scores(rows[varied], varied[:-1]) for varied in runs}
-    constants = {
-        f"val_{score}": rows[args.what][0].get(constant)
-        for score, constant in SHOWN_SCORES.values()
-    }
+    for sentence in differing(sum(rows.values(), []), "code", "commit and patch"):
+        say(f"note: {sentence}")
+    first = rows[args.what][0]
+    constants = {f"val_{score}": first.get(key) for score, key in SHOWN_SCORES.values()}
     columns = ("mean", "deviation", "low", "high", "num")
-    header = [
-        "score",
-        "constant answer",
-        *(f"{column} over {varied}" for varied in runs for column in columns),
-    ]
-    cells = [
-        [
-            name,
-            constants.get(name),
-            *(scores[name][column] for scores in spreads.values() for column in columns),
-        ]
-        for name in spreads[args.what]
-    ]
-    shown = Table(header, cells)
+    header = [f"{column} over {varied}" for varied in runs for column in columns]
+    cells = []
+    for name in spreads[args.what]:
+        values = [scores[name][column] for scores in spreads.values() for column in columns]
+        cells.append([name, constants.get(name), *values])
+    shown = Table(["score", "constant answer", *header], cells)
     say(shown.to_text())
-    result = spreads | {"num_runs": sum(map(len, runs.values()))}
+    folders = sum(runs.values(), [])
+    result = spreads | {"num_runs": len(folders)}
     if args.html:
         title = f"Scores over {' and '.join(runs)}"
-        result["page"] = str(
-            write_together(args.html, title, shown, sum(runs.values(), []), GRADIENTS, SPREAD_NOTE)
-        )
+        page = write_together(args.html, title, shown, folders, GRADIENTS, SPREAD_NOTE)
+        result["page"] = str(page)
     print_result(result)
     return EXIT_DONE
+
+
+def choose_runs(args) -> list[str]:
+    """The paths of the runs that meet `--where`. Raises BadInput where there are none."""
+    from lib.report.runs import list_runs, select_runs
+
+    chosen = select_runs(list_runs(args.runs), args.where) if args.where else []
+    if not chosen:
+        met = f", and none in {args.runs} meets the conditions" if args.where else ""
+        raise BadInput(f"{args.what}: no run is named{met}")
+    return [str(Path(args.runs, row["run"])) for row in chosen]
 
 
 def report_export(args) -> int:

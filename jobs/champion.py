@@ -1,5 +1,5 @@
-"""What `make champion RUN=...` does: a run becomes assets/champion, calibrated, and its audit
-assets/model, so that every figure of the champion is of one model.
+"""What `make champion RUN=...` does: a run becomes assets/champion, calibrated, and is audited into
+audit-champion, so that every figure of the champion is of one model.
 """
 
 import shutil
@@ -38,7 +38,7 @@ def main(argv=None) -> int:
     args, options = parser.parse_known_args(argv)  # the others are those of audit.py model
     run = find_winner(Path(args.run))
     cfg = resume_config(run, [f"data_dir={args.data}"] if args.data else [])
-    champion, model = args.assets / "champion", args.assets / "model"
+    champion, model = args.assets / "champion", args.assets.parent / "audit-champion"
     args.assets.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".champion-", dir=args.assets) as folder:
         before = Path(folder) / "before"

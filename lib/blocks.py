@@ -17,8 +17,12 @@ from lib.files import atomic_write
 
 MOST_WIDE = 8  # a table of more columns has small print
 MOST_ROWS = 15  # rows that Markdown shows of a table which a file has as a whole
+ALARMS = ("warning", "error", "failed", "diverged", "dead")  # cells that are coloured
 # marks of Markdown within a paragraph; each group is named as its tag in HTML
-INLINE = re.compile(r"`(?P<code>[^`]+)`|\*\*(?P<b>[^*]+)\*\*|(?P<a>https?://[^\s)]+)")
+INLINE = re.compile(
+    r"`(?P<code>[^`]+)`|\*\*(?P<b>[^*]+)\*\*|(?<![\w*])\*(?P<i>[^*\s][^*]*)\*(?!\w)"
+    r"|\[(?P<text>[^\]]+)\]\((?P<link>[^)\s]+)\)|(?P<a>https?://[^\s)]+)"
+)
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
@@ -31,7 +35,13 @@ th[aria-sort=descending]::after{content:" \\25bc"}
 .gallery{display:flex;flex-wrap:wrap;gap:.6rem}figure{margin:0}figcaption{font-size:.72rem;line-height:1.25}
 .gallery img{width:100%;image-rendering:pixelated;display:block}
 nav ul{columns:2;font-size:.9rem}pre{background:#f6f6f6;padding:.75rem;overflow-x:auto;font-size:.8rem;line-height:1.35}
-.note{color:#555;font-size:.9rem}.alarm{background:#fde7d9;border-left:4px solid #D55E00;padding:.5rem 1rem}
+.note{color:#555;font-size:.9rem}p.alarm{border-left:4px solid #D55E00;padding:.5rem 1rem}.alarm{background:#fde7d9}
+td.words{overflow-wrap:anywhere;min-width:5rem}pre{white-space:pre-wrap;overflow-wrap:anywhere}
+@media(max-width:40rem){body{font-size:14px;margin:1rem auto}nav ul{columns:1}td,th{padding:.2rem .35rem}}
+@media print{html{font-size:9.5pt}body{font-size:1rem;line-height:1.35;margin:0;max-width:none}table{display:table;font-size:8pt;margin:.5rem 0}
+td,th{padding:.1rem .4rem}pre{font-size:7pt;padding:.4rem}img{max-height:5.5cm}h2{margin-top:1rem}h3{margin:.7rem 0 .3rem}p{margin:.4rem 0}
+td,th,.dense{white-space:normal!important;
+overflow-wrap:anywhere}h2,h3{break-after:avoid}tr,figure,img{break-inside:avoid}nav{display:none}}
 """
 # A click, or Enter, on the head of a column sorts the table by it, a second one in reverse. A column
 # of numbers is sorted by value.
@@ -115,7 +125,9 @@ class Table:
 
     def to_html(self) -> str:
         first_row = (self.rows or [self.header])[0]
-        kinds = [cell_class(cell) for cell in first_row]  # a head is aligned like the cell below
+        kinds = [
+            cell_class(cell).split()[0] for cell in first_row
+        ]  # a head is aligned like the cell below
         head = html_row(self.header, kinds, "th")
         body = [html_row(row, map(cell_class, row), "td") for row in self.rows]
         kind = "dense" if len(self.header) > MOST_WIDE else "wide"
@@ -166,18 +178,38 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class Items:
+    """A list of paragraphs, with numbers or without."""
+
+    texts: list[str]
+    is_ordered: bool = False
+
+    def to_markdown(self) -> str:
+        marks = [
+            f"{number}." if self.is_ordered else "-" for number in range(1, len(self.texts) + 1)
+        ]
+        return "\n".join(f"{mark} {text}" for mark, text in zip(marks, self.texts, strict=True))
+
+    def to_html(self) -> str:
+        tag = "ol" if self.is_ordered else "ul"
+        items = "".join(f"<li>{inline(text)}</li>" for text in self.texts)
+        return f"<{tag}>{items}</{tag}>"
+
+
+@dataclass(frozen=True)
 class Code:
-    """Text quoted from a file; `where` names the file."""
+    """Text quoted from a file; `where` names the file, or is empty."""
 
     text: str
     where: str
 
     def to_markdown(self) -> str:
-        return f"`{self.where}`:\n\n````\n{self.text}\n````"
+        where = f"`{self.where}`:\n\n" if self.where else ""
+        return f"{where}````\n{self.text}\n````"
 
     def to_html(self) -> str:
-        where = inline(f"`{self.where}`:")
-        return f"<p>{where}</p><pre><code>{html.escape(self.text)}</code></pre>"
+        where = f"<p>{inline(f'`{self.where}`:')}</p>" if self.where else ""
+        return f"{where}<pre><code>{html.escape(self.text)}</code></pre>"
 
 
 def table_of(rows: list[dict], columns=(), **options) -> Table:
@@ -206,11 +238,12 @@ def write_page(path, title: str, blocks) -> Path:
             if block.level == 2:
                 chapter = block.text
             if block.anchor:
-                label = html.escape(f"{chapter}: {block.text}")
+                label = html.escape(block.text if block.level == 2 else f"{chapter}: {block.text}")
                 links.append(f'<li><a href="#{html.escape(block.anchor)}">{label}</a></li>')
     contents = f"<nav><ul>{''.join(links)}</ul></nav>" if links else ""
     title = html.escape(title)
-    head = f'<meta charset="utf-8"><title>{title}</title><link rel="icon" href="data:,">'
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f'<title>{title}</title><link rel="icon" href="data:,">'
     with atomic_write(path, "w") as file:
         file.write(f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>\n')
         file.write(f"<body><h1>{title}</h1>{contents}\n")
@@ -254,14 +287,17 @@ def markdown_row(cells) -> str:
 def html_row(cells, kinds, tag: str) -> str:
     texts = []
     for cell, kind in zip(cells, kinds, strict=True):
-        texts.append(f'<{tag} class="{kind}">{html.escape(show(cell))}</{tag}>')
+        texts.append(f'<{tag} class="{kind}">{inline(show(cell))}</{tag}>')
     return f"<tr>{''.join(texts)}</tr>"
 
 
 def cell_class(cell) -> str:
-    """The CSS class of a cell: `words`, which are on the left and wrap, or `number`."""
+    """The CSS classes of a cell: `words`, which are on the left and wrap, or `number`; `alarm` for
+    a verdict of ALARMS.
+    """
     is_number = not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
-    return "number" if is_number else "words"
+    kind = "number" if is_number else "words"
+    return f"{kind} alarm" if cell in ALARMS else kind
 
 
 def html_image(png: bytes, description: str) -> str:
@@ -284,5 +320,6 @@ def inline(text: str) -> str:
 
 def replace_mark(match) -> str:
     tag, text = match.lastgroup, match[match.lastgroup]
-    link = f' href="{text}"' if tag == "a" else ""
-    return f"<{tag}{link}>{text}</{tag}>"
+    if tag in ("a", "link"):
+        return f'<a href="{text}">{match["text"] or text}</a>'
+    return f"<{tag}>{text}</{tag}>"

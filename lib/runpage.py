@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.blocks import Figure, Gallery, Heading, Table, Words, write_page
+from lib.blocks import Figure, Gallery, Heading, Table, Words, show, write_page
 from lib.command import BadInput
 from lib.config import plain
 from lib.figures import EPOCH_PANELS, STEP_PANELS, column, figure_png, plot_columns, plot_decisions
@@ -25,6 +25,7 @@ SHOWN_SCORES = {  # a score and what a constant answer gets
     "accuracy": ("accuracy", "majority_accuracy"),
     "log loss (nats)": ("loss", "prior_loss"),
 }
+CONSTANTS = dict(SHOWN_SCORES.values())
 EXAMPLES = (  # title, label, whether it is called tumour
     ("Found: tumour called tumour, the most certain first", 1, True),
     ("Cleared: normal called normal, the most certain first", 0, False),
@@ -87,8 +88,30 @@ def score_table(scores: dict, constants: dict, prefix: str = "") -> Table:
     """Each score beside what a constant answer gets; `prefix` begins a score's name."""
     rows = []
     for title, (name, constant) in SHOWN_SCORES.items():
-        rows.append((title, scores.get(prefix + name), constants[constant]))
+        value = mark_score(name, scores.get(prefix + name), constants)
+        rows.append((title, value, constants[constant]))
     return Table(("score", "model", "constant answer"), rows)
+
+
+def mark_score(name: str, value, constants: dict, shown: str = ""):
+    """A value; of a score that is worse than that of a constant answer a text that says so, which
+    begins with `shown`, by default the value.
+
+    `constants` has the scores of constant answers under the names of SHOWN_SCORES.
+    """
+    constant = constant_of(name, constants)
+    if not isinstance(value, (int, float)) or not isinstance(constant, (int, float)):
+        return shown or value
+    is_worse = value > constant if name.endswith("loss") else value < constant
+    if is_worse:
+        return f"{shown or show(value)} **(worse than the constant answer, {show(constant)})**"
+    return shown or value
+
+
+def constant_of(name: str, constants: dict):
+    """What a constant answer gets of a score, such as val_auc; None of what is no score."""
+    score = name.removeprefix("val_").removeprefix("half_")
+    return constants.get(CONSTANTS.get(score))
 
 
 def prediction_blocks(path, threshold: float) -> list:

@@ -14,7 +14,7 @@ from lib.metrics import (
     sigmoid,
     student_t,
 )
-from lib.report.handover import auc_interval
+from lib.report.card import auc_interval
 
 
 def draw(num, seed, levels=0):

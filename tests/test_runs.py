@@ -19,16 +19,16 @@ import numpy as np
 import pytest
 import torch
 
-import lib.figures  # noqa: F401 (before the cache is another one: its fonts are looked up there)
 import report
 from lib import rundir, runlog
 from lib.command import BadInput
 from lib.config import dump_config, load_config, read_yaml
-from lib.files import cache_file, read_csv, read_json, write_csv, write_json
+from lib.files import read_csv, read_json, write_csv, write_json
 from lib.report.runs import (
     SILENT_S,
     average_scores,
     differing_keys,
+    group_seeds,
     list_runs,
     read_flat_yaml,
     read_run,
@@ -38,11 +38,6 @@ from lib.report.runs import (
 
 forked = multiprocessing.get_context("fork")
 BASELINES = {"constant_auc": 0.5, "always_positive_f2": 5 / 6}
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
 
 
 # ---- run folders, written by the tracker, without the training that takes the time
@@ -137,26 +132,15 @@ def test_a_run_that_is_not_over_shows_its_best_epoch_so_far(tmp_path):
     assert (row["val_auc"], row["num_epochs"], row["num_steps"]) == (0.75, 1, 3)
 
 
-def test_what_is_over_is_read_once_and_again_when_it_changes(tmp_path):
-    runs = tmp_path / "runs"
-    run, other = write_run(runs, auc=0.8), write_run(runs, status="", auc=0.6)
-    rows = list_runs(runs)
-    (run / "config.yaml").write_text("seed: 77\n")  # which nobody looks at again
-    assert list_runs(runs) == rows
-    progress = {"num_steps": 3, "epoch": 1, "best_epoch": 1, "best_scores": {"auc": 0.7}}
-    rundir.write_summary(other, rundir.build_summary("finished", "00", progress, {}))
-    assert [row["val_auc"] for row in list_runs(runs)] == [
-        0.7 if row["run"] == other.name else 0.8 for row in rows
+def test_seeds_of_different_code_are_averaged_with_a_note(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path, "seed=1", commit="a" * 40),
+        write_run(tmp_path, "seed=2", commit="a" * 40, uncommitted_patch="+x"),
     ]
-    write_json(run / "summary.json", read_json(run / "summary.json") | {"val_auc": 0.81})
-    assert {row["val_auc"] for row in list_runs(runs)} == {0.81, 0.7}
-    before = list_runs(runs)
-    for damage in ("", "{", "[]", '{"code": "of another version", "rows": {}}'):
-        cache_file(runs).write_text(damage)
-        assert list_runs(runs) == before
-    assert sorted(path.name for path in runs.iterdir()) == sorted([run.name, other.name]), (
-        "runs/ holds runs and nothing else"
-    )
+    assert report.main(["seeds", *map(str, runs)]) == 0
+    assert "another commit and patch" in capsys.readouterr().err
+    sets = [[row["seed"] for row in group] for group in group_seeds(list_runs(tmp_path))]
+    assert sets == [[1], [2]]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Predict without a network: verify this stick, install from it once, test it on patches/, then predict.
 #
-#   ./run.sh INPUT... [--out FILE]     INPUT: image, folder or tar of 96x96 images, .h5, PCam folder with --split
+#   sh run.sh INPUT... [--out FILE]     INPUT: image, folder or tar of 96x96 images, .h5, PCam folder with --split
 #
 # Further options are those of code/inference.py. predictions.csv is written to the folder that you call it from.
 # PCAM_PYTHON names a Python, PCAM_HOME the folder to install into (1 GB; default: ~/.cache/pcam-NUMBER).

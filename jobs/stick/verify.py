@@ -26,6 +26,17 @@ import os
 import platform
 
 SUMS = "SHA256SUMS"
+# what macOS and Windows leave on a medium that was plugged into them; none of it is ever run
+LEFT_BY_SYSTEMS = {
+    ".DS_Store",
+    ".Spotlight-V100",
+    ".Trashes",
+    ".fseventsd",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "Thumbs.db",
+    "desktop.ini",
+}
 
 
 def say(text):
@@ -46,10 +57,16 @@ def sha256(path):
 
 
 def list_files(stick):
-    """Names of all files below the stick but SHA256SUMS; a link counts as a file, it is followed
-    nowhere.
+    """Names of all files below the stick but SHA256SUMS and what an operating system has left; a
+    link counts as a file, it is followed nowhere.
     """
+
+    def is_ours(name):
+        return name not in LEFT_BY_SYSTEMS and not name.startswith("._")
+
     for folder, folders, files in os.walk(stick):
+        folders[:] = filter(is_ours, folders)
+        files = list(filter(is_ours, files))
         for name in files + [
             name for name in folders if os.path.islink(os.path.join(folder, name))
         ]:

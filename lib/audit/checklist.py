@@ -10,6 +10,7 @@ from lib.audit import finding
 from lib.bundle import RUN_FILES, SUMS, predict_samples, read_wheels, tracked_files
 from lib.checkpoint import load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, REPOSITORY, BadInput, run_script
+from lib.evidence import list_missing
 from lib.files import file_digest, read_csv, read_json
 
 PARTS = (
@@ -148,7 +149,7 @@ def audit_checklist(folder: Path) -> list[dict]:
         if is_own
         else [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     )
-    shown = [name for name in names if name in ("README.md", "JOURNAL.md")]
+    shown = [name for name in ("README.md", "JOURNAL.md") if (folder / name).is_file()]
     texts = {name: (folder / name).read_text(encoding="utf-8", errors="replace") for name in shown}
     journal = texts.get("JOURNAL.md", "")
     front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
@@ -160,7 +161,7 @@ def audit_checklist(folder: Path) -> list[dict]:
     findings = [judge("repository linked", told, link[1] if link else "", advice)]
 
     outcome = attempt(check_champion, folder, names)
-    findings.append(judge("best checkpoint", *outcome, "sweep.py champion"))
+    findings.append(judge("best checkpoint", *outcome, "make champion RUN=runs/RUN"))
     findings.append(judge("inference.py works", *attempt(check_inference, folder)))
 
     scripts = slurm_scripts(folder, names)
@@ -197,10 +198,14 @@ def audit_checklist(folder: Path) -> list[dict]:
     told = no_journal or ("" if members else "no member with a number after `Members`")
     findings.append(judge("names and ids", told, f"{len(members)} members with an id", advice))
     if "to be filled in" in front or "to-be-filled-in" in front:
-        measured = (
-            "names, ids or the link of the front page are still to be filled in, in journal.yaml"
-        )
-        findings.append(
-            finding("front page", "warning", measured, advice="fill them in, then make journal")
-        )
+        measured = "names, ids or the link of JOURNAL.md are still to be filled in"
+        findings.append(finding("front page", "warning", measured, advice="fill them in"))
+    if journal and "JOURNAL.md" not in names:
+        advice = "git add -f JOURNAL.md assets/journal"
+        findings.append(finding("journal", "warning", "git does not track it", advice=advice))
+    missing = list_missing(folder)
+    measured = f"{len(missing)} pieces of evidence for the journal are missing"
+    commands = "; ".join(row["command"] for row in missing)
+    severity = "warning" if missing else "note"
+    findings.append(finding("evidence", severity, measured, advice=commands, rows=missing))
     return findings

@@ -1,391 +1,195 @@
-"""What a journal cites: files of runs, searches and audits, copied beside it; their digests; and
-code as it was at a commit.
+"""The files that a journal shows: read from its folder, each noted with its SHA-256; and whether
+what is shown together is of one checkout, one model, one code and one data set.
 """
 
-import ast
-import contextlib
-import functools
 import json
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
-from lib.command import BadInput, nearest, one_line, say
-from lib.config import HINTS, plain, read_yaml
-from lib.files import file_digest, read_csv, read_json, write_csv, write_json
-from lib.report.runs import UNCOMPARED_KEYS, list_runs, table_of_runs
-from lib.rundir import REPOSITORY
+from lib.command import BadInput, one_line
+from lib.config import read_yaml
+from lib.evidence import BY_NAME, NUM_SEEDS, find_evidence, find_origin, weights_of
+from lib.files import file_digest, read_csv, read_json
+from lib.report.quotes import git
+from lib.report.runs import differing, group_seeds, list_runs, read_run
 
-KEPT = "assets/evidence"
 CHAMPION = "assets/champion"
-RUN_FILES = ("config.yaml", "epochs.csv", "steps.csv", "summary.json")
-PRIVATE = {
-    "argv",
-    "cwd",
-    "pid",
-    "process_start",
-    "submitted",
-    "untracked_files",
-    "uncommitted_patch",
-    "earlier_starts",
-}
-NUM_SEEDS, MOST_SEEDS = 3, 5
-MOST_ROWS, MOST_LINES = 12, 45  # of a finding; of a quoted difference
-SAID = dict.fromkeys(("group", "repository", "remark", "search", "audit", "twin"), str)
-SAID |= {"members": list, "runs": list, "pictures": dict, "answers": dict}
-PICTURES = ("damage", "errors", "remark")
-SAID_AS = {str: "text", list: "a list", dict: "names with values"}
-NUMBER = re.compile(r"(?<![\w.-])-?\.?\d[\d.,]*\w*%?")  # F2, s1 and SHA-256 are names
+NUM_DIGITS = 12  # of a SHA-256 that is shown
 
 
-@dataclass(frozen=True)
+class Missing(Exception):
+    """What is not there yet, in words that end with the command that makes it."""
+
+
+def missing(name: str) -> Missing:
+    """What to say of a piece of evidence that is not there."""
+    piece = BY_NAME[name]
+    return Missing(f"this needs {piece.what}: run `{piece.command}`")
+
+
 class Evidence:
-    """The folder of a journal, the commit whose code it quotes (empty outside of git), and what
-    journal.yaml says.
+    """The files below the folder of a journal, its runs of several seeds and its champion.
+
+    `sources` has the SHA-256 of each file that was read; `problems` a sentence for each
+    disagreement.
     """
 
-    root: Path
-    commit: str
-    said: dict
+    def __init__(self, root: Path):
+        self.root = root
+        self.seeds: list[str] = []  # folders, relative to the root
+        self.champion = CHAMPION
+        self.folders: dict[str, str] = {}  # of other evidence, where the journal names them
+        self.sources: dict[str, str] = {}
+        self.problems: list[str] = []
 
-    def names(self, pattern: str) -> list[str]:
-        """Files and folders below the root, in order."""
-        return sorted(path.relative_to(self.root).as_posix() for path in self.root.glob(pattern))
+    # files
 
-    def has(self, name: str) -> bool:
-        return (self.root / name).is_file()
+    def path(self, name: str) -> Path:
+        """The path of a file, noted as a source. Raises Missing where it is not there."""
+        path = self.root / name
+        if not path.is_file():
+            raise Missing(f"{name} is not here")
+        self.sources[name] = file_digest(path)
+        return path
 
-    def json(self, name: str) -> dict:
-        """An object; empty where there is no such file."""
-        return read_json(self.root / name) if self.has(name) else {}
+    def digests(self, names) -> str:
+        """The files with the first digits of their SHA-256, as it stands in a drawn figure."""
+        texts = []
+        for name in names:
+            self.path(name)
+            texts.append(f"{name} {self.sources[name][:NUM_DIGITS]}")
+        return ", ".join(texts)
 
     def csv(self, name: str) -> list[dict[str, str]]:
-        return read_csv(self.root / name) if self.has(name) else []
+        return read_csv(self.path(name))
 
-    def digest(self, name: str) -> str:
-        """The first digits of a file's SHA-256."""
-        return file_digest(self.root / name)[:12] if self.has(name) else "missing"
+    def document(self, name: str):
+        """The content of a JSON or YAML file."""
+        path = self.path(name)
+        if path.suffix in (".yaml", ".yml"):
+            return read_yaml(path)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInput(f"{name} is not valid JSON: {error}") from None
 
-    def findings(self, audit: str, *checks: str) -> list[dict]:
-        """Findings of an audit whose check begins with one of `checks`; all without any."""
-        found = self.json(f"{KEPT}/{audit}/findings.json").get("findings", [])
-        return [row for row in found if not checks or row["check"].startswith(checks)]
+    # which files are meant
 
+    def resolve(self, name: str) -> str:
+        """A file by its path, whose first part may be a name of EVIDENCE: that stands for the one
+        folder that holds it. Raises Missing where there is none, or several to choose from.
+        """
+        first, _, rest = name.partition("/")
+        if first not in BY_NAME:
+            return name
+        if first == "seeds":
+            return f"{self.find_seeds()[0]}/{rest}"
+        if first == "champion":
+            return f"{self.find_champion()}/{rest}"
+        if first in self.folders:
+            return f"{self.folders[first]}/{rest}"
+        folders = [path.relative_to(self.root) for path in find_evidence(self.root, first)]
+        if not folders:
+            raise missing(first)
+        if len(folders) > 1:
+            choice = ", ".join(f"{folder}/{rest}" for folder in folders)
+            raise Missing(f"the directive must name one file of {choice}")
+        return f"{folders[0]}/{rest}"
 
-def read_said(path) -> dict:
-    """What journal.yaml says. Raises BadInput for an unknown key, for a value of the wrong kind,
-    and for a number in an answer: numbers come from files."""
-    said = read_yaml(path)
-    for key, value in said.items():
-        if key not in SAID:
-            raise BadInput(
-                f"{path}: unknown key {key!r}{nearest(key, SAID) or f' (allowed: {sorted(SAID)})'}"
+    def find_seeds(self) -> list[str]:
+        """The runs of several seeds that the journal names; else the one set of them in runs/."""
+        if self.seeds:
+            return self.seeds
+        runs_dir = self.root / "runs"
+        rows = list_runs(runs_dir) if runs_dir.is_dir() else []
+        groups = [group for group in group_seeds(rows) if len(group) >= NUM_SEEDS]
+        if not groups:
+            raise missing("seeds")
+        if len(groups) > 1:
+            choice = "; or ".join(
+                " ".join(f"runs/{row['run']}" for row in group) for group in groups
             )
-        if value and not isinstance(value, SAID[key]):
-            raise BadInput(f"{path}: {key} must be {SAID_AS[SAID[key]]}, not {value!r}")
-    for member in said.get("members") or []:
-        if not isinstance(member, dict) or not all(
-            isinstance(member.get(part), str) for part in ("name", "id")
-        ):
-            raise BadInput(
-                f"{path}: a member is {{name: ..., id: '...'}}, the number in quotes, not"
-                f" {member!r}"
-            )
-    if wrong := [name for name in said.get("runs") or [] if not isinstance(name, str)]:
-        raise BadInput(f"{path}: runs names run folders, not {wrong[0]!r}")
-    for key, name in (said.get("pictures") or {}).items():
-        if (
-            key not in PICTURES
-            or not isinstance(name, str | None)
-            or (name and key != "remark" and not name.endswith(".png"))
-        ):
-            raise BadInput(
-                f"{path}: pictures are {{damage: FILE.png, errors: FILE.png, remark: text}}, not"
-                f" {key}: {name!r}"
-            )
-    for key, text in {**(said.get("answers") or {}), "remark": said.get("remark")}.items():
-        if text and not isinstance(text, str):
-            raise BadInput(f"{path}: the answer {key} must be text, not {text!r}")
-        if number := NUMBER.search(str(text or "")):
-            raise BadInput(
-                f"{path}: the answer {key} holds the number {number[0]}: numbers come from files,"
-                " words from here"
-            )
-    return said
+            raise Missing(f"the directive `seeds` must name its runs: {choice}")
+        self.seeds = [f"runs/{row['run']}" for row in groups[0]]
+        return self.seeds
 
+    def find_champion(self) -> str:
+        """The folder of the champion. Raises Missing where there is none of this checkout."""
+        folder = self.root / self.champion
+        if not (folder / "summary.json").is_file():
+            raise missing("champion")
+        if not find_origin(folder, self.root / "runs"):
+            sentence = f"{self.champion} is of no run in runs/, so it is another team's"
+            if self.champion != CHAMPION:
+                self.problems.append(sentence)
+            piece = BY_NAME["champion"]
+            raise Missing(f"{sentence}: run `{piece.command}`")
+        return self.champion
 
-# git and code
+    def commit(self) -> str:
+        """The commit whose code is quoted: that of the seeds' runs, else of the repository."""
+        for run in self.seeds:
+            commit = read_json(self.path(f"{run}/meta.json")).get("commit")
+            if commit:
+                return commit
+        return git("rev-parse", "HEAD").strip()
 
+    def require_unpatched(self, file: str) -> None:
+        """Raise BadInput where a run of the seeds had uncommitted changes of a file of the code."""
+        for run in self.seeds:
+            patch = read_json(self.path(f"{run}/meta.json")).get("uncommitted_patch") or ""
+            if f"\ndiff --git a/{file} " in f"\n{patch}":
+                raise BadInput(f"{run} was trained with uncommitted changes of {file}")
 
-@functools.cache
-def git(*arguments: str) -> str:
-    """What git says of this repository; empty where it has no answer."""
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    return "" if result.returncode else result.stdout
+    # whether they belong together
 
+    def check(self) -> list[str]:
+        """A sentence for each way in which the files that were read do not belong together."""
+        rows = [read_run(self.root / run) for run in self.seeds]
+        problems = list(self.problems)
+        for run in self.seeds:
+            if not run.startswith("runs/") and not find_origin(self.root / run, self.root / "runs"):
+                problems.append(f"{run} is of no run in runs/, so it is another team's")
+        problems += differing(rows, "code", "commit and patch")
+        is_shown = any(name.startswith(f"{self.champion}/") for name in self.sources)
+        champion = self.root / self.champion
+        if is_shown:
+            rows.append(read_run(champion))
+        problems += differing(rows, "data", "data")
+        for name in list(self.sources):
+            try:
+                if name.endswith("/scores.json"):
+                    problems += self.check_model_audit(name, champion)
+                elif name.startswith("sweeps/") and is_shown:
+                    problems += self.check_search(name.rpartition("/")[0], champion)
+            except (BadInput, KeyError, TypeError, OSError) as error:
+                problems.append(f"{name} cannot be compared: {one_line(error)}")
+        return list(dict.fromkeys(problems))
 
-def read_code(commit: str, name: str) -> str:
-    """A file of the repository at a commit, empty where it had none; outside of git as it is
-    now.
-    """
-    return (
-        git("show", f"{commit}:{name}")
-        if commit
-        else (REPOSITORY / name).read_text(encoding="utf-8")
-    )
+    def check_model_audit(self, name: str, champion: Path) -> list[str]:
+        """Whether an audit of a model is of the champion, and on its data."""
+        scores = read_json(self.root / name)
+        checkpoint = champion / "best.pt"
+        audited = scores["checkpoint"]["sha256"]
+        problems = []
+        if not checkpoint.is_file() or file_digest(checkpoint) != audited:
+            sentence = f"{name} is an audit of another checkpoint than {self.champion}/best.pt"
+            problems.append(f"{sentence}: run `{BY_NAME['model-audit'].command}`")
+        trained_on = read_json(champion / "meta.json").get("data") or {}
+        for file, digest in scores["data"]["sha256"].items():
+            if trained_on.get(file, digest) != digest:
+                problems.append(f"{name} is of another {file} than {self.champion} has seen")
+        return problems
 
-
-def find_code(file: str, text: str, name: str) -> tuple[int, str]:
-    """First line number and text, with the comment above, of a function, class or constant of
-    Python, of a paragraph of prose or a block of another file, by words of its first line; of all
-    without a name. (0, "") where there is none."""
-    lines = text.splitlines()
-    if not name:
-        return min(1, len(lines)), text.rstrip()
-    first = last = next((number for number, line in enumerate(lines, 1) if name in line), 0)
-    if file.endswith(".py"):
-        first, last = next(
-            (lines_of(node) for node in ast.walk(ast.parse(text)) if name in names_of(node)), (0, 0)
-        )
-    elif file.endswith(".md"):
-        while first > 1 and lines[first - 2].strip() and not lines[first - 1].startswith("- "):
-            first -= 1
-        while (
-            first and last < len(lines) and lines[last].strip() and not lines[last].startswith("- ")
-        ):
-            last += 1
-    else:
-        while (
-            first and last < len(lines) and indentation(lines[last]) > indentation(lines[first - 1])
-        ):
-            last += 1
-    while first > 1 and lines[first - 2].lstrip().startswith("#"):
-        first -= 1
-    return first, "\n".join(lines[first - 1 : last]) if first else ""
-
-
-def names_of(node: ast.AST) -> list[str]:
-    """What a statement of Python defines: a function, a class, or constants."""
-    if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-
-
-def lines_of(node) -> tuple[int, int]:
-    return (
-        min(each.lineno for each in [node, *getattr(node, "decorator_list", ())]),
-        node.end_lineno,
-    )
-
-
-def indentation(line: str) -> int:
-    # an empty line ends no block
-    return len(line) - len(line.lstrip()) if line.strip() else 1 << 16
-
-
-def find_conflict(commit: str) -> str:
-    """The newest merge that was stopped by two changes of one place, and how it was resolved; empty
-    where there is none.
-    """
-    for merge in git("log", "--merges", "--format=%h", commit, "--").split():
-        parts = re.split(
-            r"(?m)^(?=diff --git )", git("show", "--remerge-diff", "--format=%h %s", merge)
-        )
-        if conflicts := [part for part in parts if "<<<<<<<" in part]:
-            lines = (parts[0] + min(conflicts, key=len)).splitlines()
-            return "\n".join(lines[:MOST_LINES] + ["..."] * (len(lines) > MOST_LINES)) + "\n"
-    return ""
-
-
-# which files, and their copies
-
-
-def choose_seeds(rows: list[dict], wanted: list[str]) -> list[dict]:
-    """Of all runs those that are `wanted`, or the newest finished ones, three or more, that differ
-    in the seed alone.
-    """
-    if wanted:
-        there = {row["run"]: row for row in rows}
-        return [there[name] for name in wanted] if set(wanted) <= set(there) else []
-    groups = {}
-    for row in (row for row in rows if row["status"] == "finished"):  # in the order of their starts
-        same = repr([row.get(key) for key in sorted({*HINTS, "data"} - UNCOMPARED_KEYS - {"seed"})])
-        groups.setdefault(same, {})[row["seed"]] = row
-    groups = [
-        list(group.values())[-MOST_SEEDS:] for group in groups.values() if len(group) >= NUM_SEEDS
-    ]
-    return max(groups, key=lambda group: max(row["run"] for row in group), default=[])
-
-
-def newest(root: Path, said: str | None, pattern: str) -> Path | None:
-    """The folder that journal.yaml names, or of those with such a file the one in which it is
-    newest.
-    """
-    if said:
-        if (root / said).is_dir():
-            return root / said
-        say(
-            f"note: journal.yaml names {said}, which is not here: what was gathered of it before"
-            " stays"
-        )
-        return None
-    found = sorted(root.glob(pattern), key=lambda path: (path.stat().st_mtime, path))
-    return found[-1].parent if found else None
-
-
-def gather(root: Path, said: dict, commit: str) -> None:
-    """Copy what the journal will cite into assets/evidence; what was copied before, and is not
-    here, stays.
-
-    Raises BadInput for a run that journal.yaml names and that is in neither place.
-    """
-    kept = root / KEPT
-    rows = list_runs(root / "runs") if (root / "runs").is_dir() else []
-    seeds = choose_seeds(rows, said.get("runs") or [])
-    # the table of a clone's first tries replaces none of evidence
-    if seeds or (rows and not (kept / "runs.csv").exists()):
-        # of which a name is published, not where it lies
-        paths = ("data_dir", "quarantine", "weights")
-        shown = [row | {key: Path(row[key]).name for key in paths if row.get(key)} for row in rows]
-        table = table_of_runs(shown)
-        summaries = [root / "runs" / row["run"] / "summary.json" for row in rows]
-        digests = [file_digest(path)[:12] if path.is_file() else "" for path in summaries]
-        cells = [
-            [*map(plain, row), digest] for row, digest in zip(table.rows, digests, strict=True)
-        ]
-        kept.mkdir(parents=True, exist_ok=True)
-        write_csv(kept / "runs.csv", [*table.header, "summary_sha256"], cells)
-    if seeds:
-        with replaced(kept / "seeds") as target:
-            for row in seeds:
-                gather_run(root / "runs" / row["run"], target / row["run"], root)
-    elif missing := [
-        name for name in said.get("runs") or [] if not (kept / "seeds" / name).is_dir()
-    ]:
-        raise BadInput(
-            f"journal.yaml: runs names {missing[0]}, which is neither in {root / 'runs'} nor in"
-            f" {kept / 'seeds'}"
-        )
-
-    if search := newest(root, said.get("search"), "sweeps/*/rung-1.json"):
-        with replaced(kept / "search") as target:
-            copy_files(search, target, "plan.json", "champion.json", "rung-*.json", "trials.png")
-            for path in {target / "plan.json", *target.glob("*.json")}:
-                read_json(path)
-    if audit := newest(root, said.get("audit"), "audit-*/quarantine.csv"):
-        with replaced(kept / "audit") as target:
-            gather_findings(audit, target, root)
-            copy_files(audit, target, "histograms.csv", "power.csv", "counts.png", "histograms.png")
-    if twin := newest(root, said.get("twin"), "audit-*/twin.html"):
-        with replaced(kept / "twin") as target:
-            findings = gather_findings(twin, target, root)
-            copy_files(twin, target, "timeline.png")
-            folders = [
-                row["folder"]
-                for found in findings
-                if found["check"] == "runs"
-                for row in found["rows"]
-            ]
-            gather_timeline(
-                *(REPOSITORY / folder / "trace.csv" for folder in folders), target / "timeline.csv"
-            )
-    for kind in PICTURES[:2]:
-        name = (said.get("pictures") or {}).get(kind)
-        if name and (root / name).is_file():
-            (kept / "pictures").mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / name, kept / "pictures" / f"{kind}.png")
-    if conflict := find_conflict(commit):
-        with replaced(kept / "git") as target:
-            (target / "conflict.diff").write_text(conflict, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def replaced(folder: Path):
-    """An empty folder to fill, which takes the place of `folder` once it is filled; after an error
-    that stays as it was.
-    """
-    filled = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(filled, ignore_errors=True)
-    filled.mkdir(parents=True)
-    try:
-        yield filled
-        shutil.rmtree(folder, ignore_errors=True)
-        filled.rename(folder)
-    finally:
-        shutil.rmtree(filled, ignore_errors=True)
-
-
-def copy_files(source: Path, target: Path, *patterns: str) -> None:
-    for path in (path for pattern in patterns for path in sorted(source.glob(pattern))):
-        shutil.copy(path, target)
-
-
-def gather_run(run: Path, target: Path, root: Path) -> None:
-    """A run's small files, and of meta.json what may be published: no folders, no host, no
-    patch.
-    """
-    target.mkdir()
-    copy_files(run, target, *RUN_FILES)
-    meta = read_json(run / "meta.json")
-    machine = {key: value for key, value in meta["machine"].items() if key != "host"}
-    kept = {key: value for key, value in meta.items() if key not in PRIVATE} | {"machine": machine}
-    patched = {"patched": bool(meta.get("uncommitted_patch"))}
-    write_json(target / "meta.json", {"of": source_of(run / "meta.json", root)} | kept | patched)
-    text = (target / "config.yaml").read_text(encoding="utf-8")
-    if str(Path.home()) in text or str(REPOSITORY) in text:
-        say(
-            f"note: {target}/config.yaml names folders of this machine: think of it before you"
-            " publish it"
-        )
-
-
-def gather_findings(audit: Path, target: Path, root: Path) -> list[dict]:
-    """Findings with the first of their rows; gives them whole."""
-    try:
-        findings = json.loads((audit / "findings.json").read_text(encoding="utf-8"))
-        if not all(
-            found["check"] and found["severity"] and isinstance(found["rows"], list)
-            for found in findings
-        ):
-            raise ValueError("no findings")
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(
-            f"{audit} holds no whole findings.json ({one_line(error)}): run that audit again"
-        ) from None
-    cut = [
-        found | {"rows": [public(row) for row in found["rows"][:MOST_ROWS]]} for found in findings
-    ]
-    write_json(
-        target / "findings.json", {"of": source_of(audit / "findings.json", root), "findings": cut}
-    )
-    return findings
-
-
-def gather_timeline(a: Path, b: Path, target: Path) -> None:
-    """Of two traces, step by step and quantity by quantity: equal, or not."""
-    if not (a.is_file() and b.is_file()):
-        say(f"note: no time line of the twins: {a if b.is_file() else b} is gone (make twin)")
-        return
-    ours, theirs = read_csv(a), read_csv(b)
-    header = [name for name in ours[0] if "." not in name]
-    pairs = zip(ours, theirs, strict=True)
-    write_csv(
-        target,
-        header,
-        [[row["step"], *(int(row[n] == other[n]) for n in header[1:])] for row, other in pairs],
-    )
-
-
-def public(row: dict) -> dict:
-    return {key: value for key, value in row.items() if key not in ("host", "folder")}
-
-
-def source_of(path: Path, root: Path) -> dict:
-    """Which file an extract was made from."""
-    shown = (
-        path.relative_to(root) if path.is_relative_to(root) else Path(path.parent.name, path.name)
-    )
-    return {"file": shown.as_posix(), "sha256": file_digest(path)}
+    def check_search(self, folder: str, champion: Path) -> list[str]:
+        """Whether a search is finished, and the champion is the run that it has chosen. A journal
+        that names its champion may hand in another one.
+        """
+        ended = self.root / folder / "champion.json"
+        if not ended.is_file():
+            return [f"{folder} is not finished: sweep.py champion {Path(folder).name}"]
+        run = read_json(ended)["run"]
+        is_named = self.champion != CHAMPION
+        if is_named or weights_of(self.root / run) == weights_of(champion):
+            return []
+        sentence = f"{self.champion} is not {run}, which {folder} has chosen"
+        return [f"{sentence}: make champion RUN={run}, or name the run: table champion RUN"]

@@ -22,17 +22,16 @@ from lib.command import REPOSITORY, BadInput, one_line, run_script, say
 from lib.files import (
     atomic_write,
     file_digest,
-    read_csv,
-    read_json,
     require_space,
     write_csv,
     write_json,
 )
-from lib.metrics import share_interval, sigmoid
-from lib.models import HEADS, num_parameters
+from lib.metrics import sigmoid
+from lib.models import HEADS
 from lib.pcam import open_split
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
+from lib.report.card import model_card
 from lib.rundir import git_state
 
 STICK = REPOSITORY / "jobs" / "stick"
@@ -248,147 +247,3 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
         "deviation_from_float32": round(deviation, 6),
         "num_patches": len(names),
     }
-
-
-def describe_decision(checkpoint: dict) -> str:
-    """What the stored threshold means, where a checkpoint says so."""
-    if not checkpoint["calibration"]:
-        return "Probabilities are not calibrated."
-    decision, after = checkpoint["calibration"]["decision"], checkpoint["calibration"]["after"]
-    rates = ", ".join(
-        f"{name} {decision[name]:.4f}" for name in ("recall", "specificity", "precision", "f2")
-    )
-    chosen = (
-        f"Threshold {checkpoint['threshold']:.4f} and calibration were chosen on half of the"
-        " validation patches."
-    )
-    return f"{chosen} On the other half: {rates}; expected calibration error {after['ece']:.4f}."
-
-
-def auc_interval(auc: float, num_positive: int, num_negative: int) -> tuple[float, float]:
-    """95% interval of an AUC from the counts of the classes alone.
-
-    The AUC is the share of pairs in the right order. The interval is Wilson's for as many
-    independent pairs as have the variance of Hanley and McNeil (1982).
-    """
-    same_positive = (num_positive - 1) * (1 - auc) / (2 - auc)
-    same_negative = (num_negative - 1) * auc / (1 + auc)
-    num_independent = num_positive * num_negative / (1 + same_positive + same_negative)
-    return share_interval(auc * num_independent, num_independent)
-
-
-def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
-    """The model card (Mitchell et al. 2019) as Markdown; every number in it is read or computed
-    from the run's files.
-    """
-    summary, epochs = read_json(run / "summary.json"), read_csv(run / "epochs.csv")
-    meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else {}
-    tp, fp, fn, tn = (summary[f"val_{name}"] for name in ("tp", "fp", "fn", "tn"))
-    num_positive, num_negative = tp + fn, fp + tn
-    num = num_positive + num_negative
-
-    def row(name, value, interval=None, constant=None):
-        cells = (
-            f"{value:.4f}",
-            "{:.4f} to {:.4f}".format(*interval) if interval else "-",
-            constant,
-        )
-        return (
-            f"| {name} | {cells[0]} | {cells[1]} |"
-            f" {'-' if constant is None else f'{constant:.4f}'} |"
-        )
-
-    auc, trained = summary["val_auc"], meta.get("rows", {}).get("train")
-    torch_here = next(package["version"] for package in packages if package["package"] == "torch")
-    lines = [
-        f"# Model card: {run.resolve().name}",
-        "## Use",
-        (
-            "`./run.sh PATCHES [--out FILE]` on Linux: verifies the stick, installs from it, tests"
-            " itself, predicts. PATCHES are images of 96x96 pixels, a folder or tar of them, an"
-            " .h5 or a PCam folder; predictions.csv gets a row for each. It runs on torch"
-            f" {torch_here} and was trained on"
-            f" {meta.get('versions', {}).get('torch', 'one not recorded')}."
-        ),
-        "## Intended use",
-        (
-            "Research and teaching: ranking 96x96 patches of H&E-stained lymph node sections by the"
-            " probability that their centre 32x32 holds tumour. It is not a medical device; no"
-            " diagnosis, and no decision about a patient, may rest on it."
-        ),
-        "## Model",
-        (
-            f"`{cfg.model}`, {num_parameters(model):,} parameters, {cfg.precision}, {cfg.views}"
-            f" view(s) a patch, positive from probability {checkpoint['threshold']:g}. best.pt:"
-            f" SHA-256 `{file_digest(run / 'best.pt')}`."
-        ),
-        "## Data",
-        "PatchCamelyon (Veeling et al. 2018, from Camelyon16, CC0) or patches in its format,"
-        f" folder `{Path(cfg.data_dir).name}`; validation: {num:,} patches, {num_positive:,} of"
-        " them positive."
-        + (
-            f" Trained on {trained['num']:,} patches, {trained['num_positive']:,} positive."
-            if trained
-            else ""
-        ),
-        *[f"- {name}: SHA-256 `{digest}`" for name, digest in checkpoint["data"].items()],
-        "## Training",
-        (
-            f"Epoch {summary['best_epoch']} of {summary['num_epochs']} ({len(epochs):,} evaluated),"
-            f" chosen by {cfg.select_metric} on the validation split; {summary['num_steps']:,}"
-            f" steps of {cfg.batch_size} patches, {cfg.optimizer}, learning rate {cfg.lr:g}, seed"
-            f" {cfg.seed}. Commit {meta.get('commit') or 'not recorded'}. All parameters:"
-            " `model/config.yaml`."
-        ),
-        "## Scores",
-        (
-            "On the validation split, at threshold 0.5. 95% intervals over patches: of the AUC"
-            f" after Hanley and McNeil (1982), from it and the {num_positive:,} and"
-            f" {num_negative:,} patches of the classes; of shares after Wilson (1927). They take"
-            " patches for independent; patches of one slide are not, and so the truth is less"
-            " certain than they say."
-        ),
-        "| score | model | 95% interval | constant answer |\n|---|---|---|---|",
-        row("ROC-AUC", auc, auc_interval(auc, num_positive, num_negative), summary["constant_auc"]),
-        row("PR-AUC", summary["val_pr_auc"], None, summary["constant_pr_auc"]),
-        row(
-            "accuracy",
-            summary["val_accuracy"],
-            share_interval(tp + tn, num),
-            summary["majority_accuracy"],
-        ),
-        row("sensitivity (recall)", tp / num_positive, share_interval(tp, num_positive), 1.0),
-        row("specificity", tn / num_negative, share_interval(tn, num_negative), 0.0),
-        row("F1", summary["val_f1"], None, summary["always_positive_f1"]),
-        row("F2", summary["val_f2"], None, summary["always_positive_f2"]),
-        row("log loss (nats)", summary["val_loss"], None, summary["prior_loss"]),
-        (
-            "The constant answers always positive; for accuracy it is the larger class, for the log"
-            " loss the prevalence."
-        ),
-        describe_decision(checkpoint),
-        "## Limits",
-        (
-            "- The epoch was chosen on the patches that are scored here: the scores flatter. They"
-            " are no scores on PatchCamelyon's official test split; patches that were recompressed"
-            " as JPEG, or sampled, compare with no published score."
-        ),
-        (
-            "- Another scanner, laboratory, stain or magnification than in training shifts the"
-            " colours and may cost any part of the score. predictions.csv has a drift score a"
-            " patch, and a batch unlike the training data gets a warning: it knows brightness,"
-            " colour and sharpness, nothing else. Only the centre 32x32 was labelled."
-        ),
-        (
-            "- Another processor or build of torch rounds otherwise: the self-test compares with"
-            " `expected.csv`, within the tolerance in `stick.json`. Its patches are drawn, and say"
-            " nothing about tissue."
-        ),
-        "## Software",
-        (
-            f"{len(packages)} packages with versions and licences: `packages.csv`. Program and"
-            " weights: MIT, `code/LICENSE`."
-        ),
-    ]
-    text = "\n\n".join(lines)
-    return re.sub(r"\|\n\n(?=\|)", "|\n", re.sub(r"\n\n(?=- )", "\n", text)) + "\n"

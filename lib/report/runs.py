@@ -19,7 +19,7 @@ import yaml
 from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
 from lib.command import BadInput, nearest, one_line, say
 from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
-from lib.files import cache_file, file_digest, read_cache, read_csv, read_json, write_cache
+from lib.files import read_csv, read_json
 from lib.rundir import SCORES, process_start
 
 # a run on another machine that has not written for so long is dead: staging or an evaluation takes
@@ -39,6 +39,7 @@ MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 # nothing that is compared depends on them
 UNCOMPARED_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
+TRIAL = re.compile(r"-[0-9a-f]{6}-(t\d+|base)$")  # ends the name of a search's run
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
 # YAML means by it what Python does
@@ -67,36 +68,13 @@ GRADIENTS = (
 def list_runs(runs_dir) -> list[dict]:
     """A row for each run folder in `runs_dir`, in the order of their names, which is that of their
     starts.
-
-    What is over does not change: its row is kept, in the user's cache, until summary.json does. The
-    others are read each time.
     """
-    store, code = cache_file(runs_dir), file_digest(__file__)
-    kept = read_cache(store)
-    known = kept["rows"] if kept.get("code") == code else {}
-    rows, over = [], {}
     try:
-        folders = sorted(
-            (entry for entry in os.scandir(runs_dir) if entry.is_dir()),
-            key=lambda entry: entry.name,
-        )
+        names = sorted(entry.name for entry in os.scandir(runs_dir) if entry.is_dir())
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"no folder {runs_dir} (--runs names the one that holds the runs)") from None
-    for entry in folders:
-        stamp = None
-        with contextlib.suppress(FileNotFoundError):
-            status = os.stat(f"{entry.path}/summary.json")
-            stamp = [status.st_mtime_ns, status.st_size]
-        kept_stamp, row = known.get(entry.name, (None, None))
-        if not stamp or stamp != kept_stamp:
-            row = read_run(Path(entry.path))
-        if stamp and row and row["status"] != "unreadable":
-            over[entry.name] = [stamp, row]
-        if row:
-            rows.append(row)
-    if over != known:
-        write_cache(store, {"code": code, "rows": over})
-    return rows
+    rows = [read_run(Path(runs_dir, name)) for name in names]
+    return [row for row in rows if row]
 
 
 def read_run(run: Path) -> dict:
@@ -111,29 +89,41 @@ def read_run(run: Path) -> dict:
             return {}
         meta, summary = read_if_there(f"{run}/meta.json"), read_if_there(f"{run}/summary.json")
         scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
-        job, data = meta.get("job", {}), meta.get("data")
-        row |= {
-            "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
-            "commit": (meta.get("commit") or "")[:10],
-            "patched": bool(meta.get("uncommitted_patch")),
-            "host": meta.get("machine", {}).get("host"),
-            "submission": (meta.get("submitted") or {}).get("id"),
-            "job": job.get("SLURM_JOB_ID"),
-            "array_index": job.get("SLURM_ARRAY_TASK_ID"),
-            "data": data and hashlib.sha256(repr(sorted(data.items())).encode()).hexdigest()[:12],
-            "num_train": meta.get("rows", {}).get("train", {}).get("num"),
-            "num_starts": len(meta.get("earlier_starts", [])) + 1,
-        }
-        found = (
-            row
-            | config
-            | {name: value for name, value in scores.items() if not isinstance(value, list)}
-        )
-        json.dumps(found)  # what YAML takes for a date goes into no table
-        return found | {"status": str(found["status"])}
+        scores = {name: value for name, value in scores.items() if not isinstance(value, list)}
+        filled = row | facts_of_meta(meta) | config | scores
+        json.dumps(filled)  # what YAML takes for a date goes into no table
+        return filled | {"status": str(filled["status"])}
     except UNREADABLE as error:  # edited by hand, or of another program
         say(f"{run} cannot be read: {error}")
         return row
+
+
+def facts_of_meta(meta: dict) -> dict:
+    """What a row says of a run's meta.json. `code` is its commit and, of a run with uncommitted
+    changes, a digest of the patch.
+    """
+    job, data = meta.get("job", {}), meta.get("data")
+    commit, patch = (meta.get("commit") or "")[:10], meta.get("uncommitted_patch") or ""
+    machine, torch = meta.get("machine", {}), meta.get("versions", {}).get("torch")
+    return {
+        "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
+        "commit": commit,
+        "patched": bool(patch),
+        "code": f"{commit} with patch {digest_of(patch)}" if patch else commit,
+        "host": machine.get("host"),
+        "environment": f"torch {torch}, {machine.get('gpu') or machine.get('cpu')}",
+        "submission": (meta.get("submitted") or {}).get("id"),
+        "job": job.get("SLURM_JOB_ID"),
+        "array_index": job.get("SLURM_ARRAY_TASK_ID"),
+        "data": data and digest_of(repr(sorted(data.items()))),
+        "num_train": meta.get("rows", {}).get("train", {}).get("num"),
+        "num_starts": len(meta.get("earlier_starts", [])) + 1,
+    }
+
+
+def digest_of(text: str) -> str:
+    """The first digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def read_if_there(path: str) -> dict:
@@ -282,6 +272,31 @@ def require_alike(rows: list[dict], varied: str) -> None:
             ours, theirs = (plain(each.get(wrong[0])) for each in (first, row))
             values = f"{wrong[0]} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}"
             raise BadInput(f"{values}: runs that are averaged may differ in {varied} alone")
+
+
+def group_seeds(rows: list[dict]) -> list[list[dict]]:
+    """The finished runs in sets that differ in the seed alone, of each seed the newest. Trials of a
+    search belong to none.
+    """
+    groups = {}
+    keys = sorted({*HINTS, "data", "code"} - UNCOMPARED_KEYS - {"seed"})
+    for row in rows:  # in the order of their starts
+        if row["status"] == "finished" and not TRIAL.search(str(row.get("name"))):
+            same = repr([row.get(key) for key in keys])
+            groups.setdefault(same, {})[row["seed"]] = row
+    return [list(group.values()) for group in groups.values()]
+
+
+def differing(rows: list[dict], key: str, what: str) -> list[str]:
+    """A sentence for each run that differs from the first one in `key`."""
+    sentences = []
+    for row in rows[1:]:
+        if row.get(key) != rows[0].get(key):
+            sentences.append(
+                f"{row['run']} has another {what} than {rows[0]['run']}:"
+                f" {row.get(key) or 'none'}, not {rows[0].get(key) or 'none'}"
+            )
+    return sentences
 
 
 def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:

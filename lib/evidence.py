@@ -1,0 +1,124 @@
+"""The evidence that a journal needs: where each piece lies in a checkout, and which command makes
+it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.command import BadInput
+from lib.files import read_json
+
+NUM_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A piece of evidence: its short name in a directive, what it is, a pattern of the file that
+    shows it, the least number of such files, the command that makes it, and the questions of the
+    journal that it answers.
+    """
+
+    name: str
+    what: str
+    pattern: str
+    num: int
+    command: str
+    questions: str
+
+
+EVIDENCE = [
+    Evidence(
+        "seeds",
+        "three finished runs that differ in the seed alone",
+        "runs/*/summary.json",
+        NUM_SEEDS,
+        "make seeds SEEDS=1,2,3 DATA=data/pcam",
+        "3, 4, 5.1",
+    ),
+    Evidence(
+        "twin",
+        "a comparison of two equal trainings",
+        "audit-*/twin.html",
+        1,
+        "make twin",
+        "1",
+    ),
+    Evidence(
+        "data-audit",
+        "an audit of the data",
+        "audit-*/quarantine.csv",
+        1,
+        "make audit DATA=data/pcam",
+        "2",
+    ),
+    Evidence(
+        "search",
+        "a finished search",
+        "sweeps/*/champion.json",
+        1,
+        "make sweep SPACE=assets/space.yaml",
+        "5.2",
+    ),
+    Evidence(
+        "champion",
+        "a champion from a run of this checkout",
+        "assets/champion/summary.json",
+        1,
+        "make champion RUN=runs/RUN",
+        "5.2",
+    ),
+    Evidence(
+        "model-audit",
+        "an audit of the champion",
+        "audit-*/scores.json",
+        1,
+        "make audit-model DATA=data/pcam",
+        "5.2, 6",
+    ),
+    Evidence(
+        "benchmark",
+        "a benchmark",
+        "bench/*/benchmark.json",
+        1,
+        "make bench PARTITION=thin_course DATA=data/pcam",
+        "8",
+    ),
+]
+BY_NAME = {piece.name: piece for piece in EVIDENCE}
+
+
+def find_evidence(root: Path, name: str) -> list[Path]:
+    """The folders below `root` that hold a piece of evidence, in order. A champion that no run of
+    this checkout has trained does not count.
+    """
+    folders = sorted(path.parent for path in root.glob(BY_NAME[name].pattern))
+    if name == "champion":
+        folders = [folder for folder in folders if find_origin(folder, root / "runs")]
+    return folders
+
+
+def find_origin(folder: Path, runs_dir: Path) -> Path | None:
+    """The run in `runs_dir` whose final weights a run folder holds; None where there is none."""
+    digest = weights_of(folder)
+    for path in sorted(runs_dir.glob("*/summary.json")):
+        if digest and weights_of(path.parent) == digest:
+            return path.parent
+    return None
+
+
+def weights_of(run: Path) -> str:
+    """`weights_sha256` of a finished run; empty for a run that is not finished."""
+    try:
+        return read_json(run / "summary.json").get("weights_sha256") or ""
+    except (OSError, BadInput):
+        return ""
+
+
+def list_missing(root: Path) -> list[dict]:
+    """A row for each piece of evidence that `root` lacks: evidence, questions, command."""
+    rows = []
+    for piece in EVIDENCE:
+        if len(find_evidence(root, piece.name)) < piece.num:
+            row = {"evidence": piece.what, "questions": piece.questions, "command": piece.command}
+            rows.append(row)
+    return rows
