@@ -91,6 +91,15 @@ def test_each_rule_chooses_the_best_of_all_thresholds():
     assert choose("recall")["recall"] >= 0.9 > stricter["recall"]
 
 
+def test_where_false_alarms_cost_more_than_all_hits_nothing_is_called_positive():
+    """Of the most probable patches most are negative: each call costs more than it saves."""
+    labels = np.array([0, 0, 1, 0, 0, 1])
+    probs = np.array([1.0, 0.9, 0.9, 0.5, 0.2, 0.1])
+    threshold = choose_threshold(labels, probs, "cost", 0.0, 0.5)
+    decision = decision_scores(labels, probs, threshold)
+    assert decision["tp"] + decision["fp"] == 0 and np.isfinite(threshold)
+
+
 def patch_source(split) -> PatchSource:
     return PatchSource(split.images, "disk", CPU)
 
