@@ -200,7 +200,7 @@ def test_what_a_decision_means_follows_the_prevalence():
 
 def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weights():
     labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 1)  # many ties
-    weights = np.stack([np.ones(400, np.int64), RNG.integers(0, 4, 400), labels])
+    weights = np.concatenate([[np.ones(400, np.int64)], RNG.integers(0, 4, (9, 400)), [labels]])
     scores = resampled_scores(labels, probs, 0.4, weights)
     for number in (0, 1):
         copies = np.repeat(np.arange(400), weights[number])
@@ -209,8 +209,22 @@ def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weight
             assert scores[name][number] == pytest.approx(decision[name])
         auc = compute_auc(labels[copies], probs[copies])
         assert scores["auc"][number] == pytest.approx(auc)
-    assert np.isnan(scores["auc"][2]), "one class alone"
+    assert np.isnan(scores["auc"][-1]), "one class alone"
     assert np.isnan(estimate(np.full(10, np.nan))).all()
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 7])
+def test_few_groups_have_no_interval(num_groups):
+    """Neither in all, nor for the class that a score rests on: one group drawn twice is itself."""
+    labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
+    scores = resampled_scores(labels, probs, 0.4, draw_weights(np.arange(400) % num_groups, 200))
+    for values in scores.values():
+        assert values[0] > 0 and np.isnan(estimate(values)[1:]).all()
+    groups = np.where(labels, np.arange(400) % num_groups, np.arange(400))
+    scores = resampled_scores(labels, probs, 0.4, draw_weights(groups, 200))
+    assert np.isnan(estimate(scores["recall"])[1:]).all()
+    _, low, high = estimate(scores["specificity"])
+    assert low < high
 
 
 def auc_interval_of(part, groups, seed=0) -> tuple[float, float, float]:
