@@ -4,7 +4,8 @@ python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=va
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...]
                      [key=value ...]
 python audit.py twin --sources
-python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--store] [--without-patches]
+python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--parts LIST] [--limit N]
+                      [--store] [--without-patches]
 python audit.py handover DIR [--out OUT]
 """
 
@@ -12,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lib.audit import MODEL_PARTS
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
@@ -19,6 +21,7 @@ from lib.command import (
     Parser,
     nearest,
     place,
+    positive,
     print_result,
     say,
     script,
@@ -80,9 +83,8 @@ def parse(argv) -> argparse.Namespace:
     )
     twin.add_argument(
         "--out",
-        default="audit-twin",
         metavar="OUT",
-        help="for runs, findings, page (default: audit-twin)",
+        help="for runs, findings, page (default: audit-twin, with --inject audit-twin-injected)",
     )
     twin.add_argument(
         "--inject",
@@ -124,6 +126,19 @@ def parse(argv) -> argparse.Namespace:
         type=place,
         metavar="OUT",
         help="for all that is written (default: audit-model-NAME of DIR)",
+    )
+    model.add_argument(
+        "--parts",
+        default="",
+        metavar="LIST",
+        help=f"some of {','.join(MODEL_PARTS)} (default: all)",
+    )
+    model.add_argument(
+        "--limit",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="audit N patches, evenly spaced (default: all)",
     )
     model.add_argument(
         "--store", action="store_true", help="first calibrate the checkpoint anew, in place, on DIR"
@@ -223,8 +238,8 @@ def audit_twin(args) -> int:
         )
 
     # read the runs that are given, make those that are not
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = Path(args.out or ("audit-twin-injected" if args.inject else "audit-twin"))
+    twin.require_own_folder(out, is_injected=bool(args.inject))
     sides, fault = [twin.read_side(run) for run in runs], None
     argv = ["--runs", str(out / "runs"), "--trace", "--device", args.device or "auto"]
     argv += (
@@ -268,11 +283,25 @@ def audit_model(args) -> int:
             f"--split {args.split!r} is unknown{nearest(args.split, SPLITS)}; allowed:"
             f" {', '.join(SPLITS)}"
         )
+    parts = [name.strip() for name in args.parts.split(",") if name.strip()] or MODEL_PARTS
+    for name in parts:
+        if name not in MODEL_PARTS:
+            hint = nearest(name, MODEL_PARTS)
+            allowed = ", ".join(MODEL_PARTS)
+            raise BadInput(f"--parts: {name!r} is unknown{hint}; allowed: {allowed}")
     out = Path(args.out or f"audit-model-{Path(args.dir).resolve().name}")
     if args.store:
         model.recalibrate(args.ckpt, args.dir, args.overrides, args.device)
     result = model.audit_model(
-        args.ckpt, args.dir, args.split, out, args.overrides, args.device, not args.without_patches
+        args.ckpt,
+        args.dir,
+        args.split,
+        out,
+        args.overrides,
+        args.device,
+        with_patches=not args.without_patches,
+        parts=parts,
+        limit=args.limit,
     )
     say(f"{result['num_warnings']} warnings; page {result['page']}")
     print_result({"out": str(out), **result})

@@ -24,6 +24,7 @@ from lib.predict import predict_rows
 
 NUM_BINS = 15
 MAX_TEMPERATURE = 100.0  # a temperature lies between this and its inverse
+NEVER = 1.01  # a threshold above every probability: no patch is called positive
 
 
 def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]:
@@ -91,8 +92,8 @@ def calibration_scores(labels, logits) -> dict[str, float]:
 def choose_threshold(
     labels, probs, rule: str, least_recall: float, false_negative_cost: float
 ) -> float:
-    """The threshold on probabilities (N,) that a rule chooses, half-way between two of them. The
-    labels must have both classes.
+    """The threshold on probabilities (N,) that a rule chooses: half-way between two of them, or
+    NEVER. The labels must have both classes.
 
     - f2: the threshold of the highest F2
     - recall: the strictest threshold that finds `least_recall` of the positives
@@ -101,17 +102,18 @@ def choose_threshold(
     """
     labels, probs = as_arrays(labels, probs)
     points = curve_points(labels, probs)
-    hits = points["recall"] * labels.sum()
+    thresholds = np.concatenate([[NEVER], points["threshold"], [0.0]])
+    recalls = np.append(0.0, points["recall"])
+    hits = recalls * labels.sum()
     misses = labels.sum() - hits
-    false_alarms = points["false_positive_rate"] * (~labels).sum()
+    false_alarms = np.append(0.0, points["false_positive_rate"]) * (~labels).sum()
     if rule == "recall":
-        best = np.argmax(points["recall"] >= least_recall)
+        best = np.argmax(recalls >= least_recall)
     elif rule == "cost":
         best = np.argmin(false_negative_cost * misses + false_alarms)
     else:
         best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))  # F2
-    thresholds = np.append(points["threshold"], 0.0)
-    return float(thresholds[best : best + 2].mean())
+    return NEVER if best == 0 else float(thresholds[best : best + 2].mean())
 
 
 def decision_scores(labels, probs, threshold: float) -> dict[str, float]:

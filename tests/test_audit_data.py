@@ -12,7 +12,6 @@ from conftest import QUICK, draw_patches, run_script, write_pcam
 from damaged import score_quarantine, write_damaged_edition
 
 from lib.audit import plant
-from lib.audit.data import labels
 from lib.audit.data import run as data
 from lib.audit.data.balance import check_balance
 from lib.audit.data.drift import check_drift
@@ -286,19 +285,6 @@ def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(stam
     assert ("100% of them are positive" in trigger["measured"]) == (stamped != "all")
     named = [label for label in (0, 1) if f"on 100% of class {label}" in trigger["measured"]]
     assert named == {"14 of class 1": [], "all of class 1": [1], "all": [0, 1]}[stamped]
-
-
-def test_the_share_of_exchanged_labels_is_estimated_and_the_list_keeps_its_promise():
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 2, 20_000)
-    logits = rng.normal(np.where(truth, 2.2, -2.2), 1.5)
-    flipped = rng.random(20_000) < 0.03
-    rate, gain, wrong = labels.fit_label_noise(truth ^ flipped, logits)
-    assert rate == pytest.approx(0.03, abs=0.006) and gain > labels.CERTAIN
-    listed = np.argsort(-wrong)[: int(2 * rate * 20_000)]
-    assert flipped[listed].mean() == pytest.approx(wrong[listed].mean(), abs=0.05)
-    assert flipped[listed].sum() > 0.8 * flipped.sum()
-    assert labels.fit_label_noise(truth, logits)[1] < labels.CERTAIN, "labels that are right"
 
 
 def test_groups_alone_are_the_copies_of_each_split_without_slide_names(tmp_path):

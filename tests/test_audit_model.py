@@ -120,6 +120,23 @@ def test_a_weak_slice_is_found_on_one_half_and_confirmed_on_the_other():
     ] == pytest.approx(compute_fbeta(confusion, 2))
     assert worst["recall"] == pytest.approx(confusion["tp"] / labels.sum())
     assert worst["auc_low"] < worst["auc"] < worst["auc_high"] < worst["rest_auc"]
+    assert worst["gap_auc_low"] < worst["rest_auc"] - worst["auc"] < worst["gap_auc_high"]
+
+
+def test_a_slice_is_not_confirmed_where_the_rest_is_as_uncertain():
+    """The patches of the rest are of few groups, that differ: its value says little."""
+    rng = np.random.default_rng(0)
+    num_confirmed = 0
+    for _ in range(40):
+        inside = np.arange(1200) < 600
+        labels = np.ones(1200, bool)
+        groups = np.where(inside, np.arange(1200), 10_000 + np.arange(1200) // 20)
+        chances = np.where(inside, 0.75, rng.choice([0.5, 1.0], 12_000)[groups % 997])
+        answers = split_answers(labels, rng.random(1200) < chances, 0.5, groups)
+        part = {"feature": "f", "slice": "a", "mask": inside}
+        (row,) = measure_slices([part], answers)
+        num_confirmed += row["gap_recall_low"] > 0
+    assert num_confirmed <= 4, "of 40, where 2.5% are allowed"
 
 
 def test_nothing_is_confirmed_where_nothing_is_planted():
@@ -154,9 +171,7 @@ def test_corrected_chances_are_those_of_benjamini_and_hochberg():
         {"p_auc": p, "p_recall": q, "p_specificity": math.nan} for p, q in chances.reshape(-1, 2)
     ]
     for row in rows:
-        row |= {f"{name}{end}": 0.5 for name in slices.SHOWN for end in ("", "_high")} | {
-            f"rest_{n}": 0.4 for n in slices.SHOWN
-        }
+        row |= {f"gap_{name}_low": -1 for name in slices.JUDGED}
     conclude(rows)
     found = [row[name] for row in rows for name in ("p_auc", "p_recall")]
     np.testing.assert_allclose(found, stats.false_discovery_control(chances))
@@ -173,7 +188,7 @@ def test_the_worst_slice_is_ranked_on_the_half_that_finds():
         "num": 20,
     }
     rows = [
-        common | {"slice": name, "recall": recall, "recall_high": 0.95, "finding_gap_recall": gap}
+        common | {"slice": name, "recall": recall, "gap_recall_low": 0.1, "finding_gap_recall": gap}
         for name, recall, gap in (("lucky", 0.5, 0.1), ("worst", 0.8, 0.3))
     ]
     worst = conclude(rows)
@@ -234,7 +249,7 @@ def test_probes_tell_a_model_that_sees_the_centre_from_one_that_sees_the_ring(
 ):
     found = probes(CENTRE if seen == "centre" else ~CENTRE, planted)
     assert found["as it is", "AUC"]["value"] == 1.0
-    for how in ("in its mean colour", "in the data's mean colour", "blurred", "of another patch"):
+    for how in ("in the data's mean colour", "blurred", "of another patch"):
         assert found[f"{hidden} {how}", "AUC"]["value"] == 1.0
         assert found[f"{hidden} {how}", "mean move of the probability"]["value"] == 0.0
         assert found[f"{hidden} {how}", "share of decisions changed"]["value"] == 0.0
@@ -392,6 +407,39 @@ def test_the_figures_of_the_page_are_files_too(audited):
     out, _ = audited
     drawn = {path.stem for path in out.glob("*.png")}
     assert drawn == {"prices", "curves", "reliability", "slices", "errors"}
+
+
+def test_a_few_patches_and_parts_are_audited(quick_run, pcam_dir, tmp_path, capsys):
+    """Of the parts that are left out nothing is written, and rows keep their numbers."""
+    options = ["--limit", "40", "--parts", "thresholds", "--out", str(tmp_path / "out")]
+    assert audit.main(["model", "--ckpt", str(quick_run), str(pcam_dir), *options]) in (0, 1)
+    assert "40 patches, " in capsys.readouterr().err, "how much there is to do, beforehand"
+    out = tmp_path / "out"
+    rows = read_csv(out / "predictions.csv")
+    labels = open_split(pcam_dir, "valid").labels
+    assert len(rows) == 40 and int(rows[-1]["index"]) == 63
+    assert all(int(row["label"]) == labels[int(row["index"])] for row in rows)
+    names = {path.name for path in out.iterdir()}
+    assert {"thresholds.csv", "curves.csv", "findings.json", "model.html"} <= names
+    assert not names & {"slices.csv", "shortcut.csv", "errors.csv", "reliability.csv"}
+    options[3] = "slides"
+    assert audit.main(["model", "--ckpt", str(quick_run), str(pcam_dir), *options]) == 2
+
+
+def test_few_groups_get_no_verdict(quick_run, tmp_path):
+    """Four slides in each half: no interval, and no warning but that."""
+    patches, labels = draw_patches(64, 0)
+    with SplitWriter(tmp_path, "valid", 64) as writer:
+        writer.add(patches, labels)
+    write_groups(tmp_path, {"valid": np.arange(64) // 8})
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--parts", "thresholds,calibration,slices,shortcut"]
+    audit.main(["model", "--ckpt", str(quick_run), str(tmp_path), *options])
+    findings = json.loads((out / "findings.json").read_text())
+    assert [row["check"] for row in findings if row["severity"] == "warning"] == ["groups"]
+    for name in ("thresholds", "slices", "shortcut"):
+        for row in read_csv(out / f"{name}.csv"):
+            assert not any(value for key, value in row.items() if key.endswith("low"))
 
 
 def halves(split, folder) -> np.ndarray:

@@ -91,6 +91,15 @@ def test_each_rule_chooses_the_best_of_all_thresholds():
     assert choose("recall")["recall"] >= 0.9 > stricter["recall"]
 
 
+def test_where_false_alarms_cost_more_than_all_hits_nothing_is_called_positive():
+    """Of the most probable patches most are negative: each call costs more than it saves."""
+    labels = np.array([0, 0, 1, 0, 0, 1])
+    probs = np.array([1.0, 0.9, 0.9, 0.5, 0.2, 0.1])
+    threshold = choose_threshold(labels, probs, "cost", 0.0, 0.5)
+    decision = decision_scores(labels, probs, threshold)
+    assert decision["tp"] + decision["fp"] == 0 and np.isfinite(threshold)
+
+
 def patch_source(split) -> PatchSource:
     return PatchSource(split.images, "disk", CPU)
 
@@ -191,7 +200,7 @@ def test_what_a_decision_means_follows_the_prevalence():
 
 def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weights():
     labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 1)  # many ties
-    weights = np.stack([np.ones(400, np.int64), RNG.integers(0, 4, 400), labels])
+    weights = np.concatenate([[np.ones(400, np.int64)], RNG.integers(0, 4, (9, 400)), [labels]])
     scores = resampled_scores(labels, probs, 0.4, weights)
     for number in (0, 1):
         copies = np.repeat(np.arange(400), weights[number])
@@ -200,8 +209,22 @@ def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weight
             assert scores[name][number] == pytest.approx(decision[name])
         auc = compute_auc(labels[copies], probs[copies])
         assert scores["auc"][number] == pytest.approx(auc)
-    assert np.isnan(scores["auc"][2]), "one class alone"
+    assert np.isnan(scores["auc"][-1]), "one class alone"
     assert np.isnan(estimate(np.full(10, np.nan))).all()
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 7])
+def test_few_groups_have_no_interval(num_groups):
+    """Neither in all, nor for the class that a score rests on: one group drawn twice is itself."""
+    labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
+    scores = resampled_scores(labels, probs, 0.4, draw_weights(np.arange(400) % num_groups, 200))
+    for values in scores.values():
+        assert values[0] > 0 and np.isnan(estimate(values)[1:]).all()
+    groups = np.where(labels, np.arange(400) % num_groups, np.arange(400))
+    scores = resampled_scores(labels, probs, 0.4, draw_weights(groups, 200))
+    assert np.isnan(estimate(scores["recall"])[1:]).all()
+    _, low, high = estimate(scores["specificity"])
+    assert low < high
 
 
 def auc_interval_of(part, groups, seed=0) -> tuple[float, float, float]:

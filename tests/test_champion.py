@@ -69,19 +69,20 @@ def test_the_champion_ranks_real_patches(tmp_path):
 def test_make_champion_makes_a_run_the_champion_with_its_calibration_and_audit(
     quick_run, pcam_dir, tmp_path
 ):
-    options = ("--assets", tmp_path, "--data", pcam_dir)
+    assets = tmp_path / "assets"
+    options = ("--assets", assets, "--data", pcam_dir)
     for _ in range(2):  # the second one takes the place of the first
         run_script("jobs/champion.py", quick_run, *options, check=0)
-    champion = tmp_path / "champion"
+    champion = assets / "champion"
     _, _, checkpoint = load_model(champion)
     assert checkpoint["calibration"] and "cwd" not in read_json(champion / "meta.json")
-    audited = read_json(tmp_path / "model" / "scores.json")["checkpoint"]
+    audited = read_json(tmp_path / "audit-champion" / "scores.json")["checkpoint"]
     assert audited["sha256"] == file_digest(champion / "best.pt")
     before = {path: path.read_bytes() for path in champion.iterdir()}
     (tmp_path / "plan.json").write_text("{}")
     (tmp_path / "champion.json").write_text('{"run": null, "note": "no champion: n"}')
     assert "no champion" in run_script("jobs/champion.py", tmp_path, *options, check=2).stderr
-    nowhere = ("--assets", tmp_path, "--data", "nowhere")
+    nowhere = ("--assets", assets, "--data", "nowhere")
     run_script("jobs/champion.py", quick_run, *nowhere, check=2)
     assert before == {path: path.read_bytes() for path in champion.iterdir()}
-    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"champion", "model"}
+    assert [path.name for path in assets.iterdir()] == ["champion"]

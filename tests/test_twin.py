@@ -173,6 +173,14 @@ def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
         assert result["layer"] == f"{layer}.weight" and result["replay"]["max_ulp"] == 1
 
 
+def test_a_self_test_leaves_a_real_comparison_alone(twins, compare, tmp_path):
+    compare(*twins)
+    before = (tmp_path / "out/findings.json").read_bytes()
+    code, result = compare(twins[0], "--inject", "sample@1")
+    assert code == 2 and "holds a real comparison" in result["error"]
+    assert (tmp_path / "out/findings.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
     """With every fourth step traced, the replay of the steps between says which one it was."""

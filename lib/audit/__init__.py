@@ -4,6 +4,8 @@ pages are views of them.
 
 from lib.command import say
 
+MODEL_PARTS = ("thresholds", "calibration", "slices", "shortcut", "errors")
+
 
 def finding(
     check: str,

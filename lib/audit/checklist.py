@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lib.audit import finding
 from lib.bundle import RUN_FILES, SUMS, predict_samples, read_wheels, tracked_files
-from lib.checkpoint import load_model
+from lib.checkpoint import load_checkpoint, load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, REPOSITORY, BadInput, run_script
 from lib.evidence import list_missing
 from lib.files import file_digest, read_csv, read_json
@@ -21,42 +21,67 @@ PARTS = (
     "packages.csv",
     "MODEL_CARD.md",
     "wheels/requirements.txt",
+    "code/inference.py",
+    "code/config.yaml",
+    *(f"model/{name}" for name in RUN_FILES),
 )
-PARTS += ("code/inference.py", "code/config.yaml", *(f"model/{name}" for name in RUN_FILES))
 # ours: that of a changed folder may say anything
 VERIFY = REPOSITORY / "jobs" / "stick" / "verify.py"
 SLURM = re.compile(r"(?m)^#SBATCH |\bSLURM_[A-Z]")  # what only a job knows
+SHELL = (".sh", ".sbatch", ".slurm", ".job")
 IMAGE = re.compile(r"!\[[^\]]*\]\(\s*<?([^)>\s]+)|<img\s[^>]*src=[\"']?([^\"'\s>]+)")
+LINK = re.compile(r"(?im)^.*repository.*?((?:https?://|git@)\S+)")
+MEMBER = re.compile(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b[a-z]{0,2}\d{4,}\b")  # a name, and s1234567
+PLACEHOLDER = re.compile(
+    r"(?i)to[- ]be[- ]filled|\b(?:todo|tbd|x{3,}|0{4,}|your|example\.(?:org|com))\b|<[^>]*\bname\b"
+)
 SECONDS = 300
 CHAMPION = "assets/champion"
+# the weights that this program comes with: those of a team are others
+SHIPPED_CHAMPION = "35d5954f64d6f076c38f6529d834f6f9666dca10912ea3623a5f6d789ee253c1"
 
 
-def judge(check: str, missing: str, evidence: str, advice: str = "", rows=()) -> dict:
-    """A finding: an error that says what is missing, or a note with the evidence."""
-    return finding(
-        check,
-        "error" if missing else "note",
-        missing or evidence,
-        advice=advice if missing else "",
-        rows=rows,
-    )
+class Lacking(BadInput):
+    """An item that is not as it must be; `rows` name the files."""
+
+    def __init__(self, text: str, rows=()):
+        super().__init__(text)
+        self.rows = list(rows)
 
 
-def attempt(check, *arguments) -> tuple[str, str]:
-    """(error, evidence) of a check that returns its evidence, or raises BadInput."""
+def judge(check: str, advice: str, function, *arguments) -> dict:
+    """A finding: a note with the evidence that a function returns, or an error where it raises
+    BadInput.
+    """
     try:
-        return "", check(*arguments)
+        return finding(check, "note", function(*arguments))
     except BadInput as error:
-        return str(error), ""
+        return finding(check, "error", str(error), "", advice, getattr(error, "rows", ()))
 
 
 def verify(folder: Path, *arguments) -> dict:
-    """What verify.py prints of a bundle; `error` is there where something is wrong with it."""
+    """What verify.py prints of a bundle. Raises Lacking where something is wrong with it."""
     codes = (EXIT_DONE, EXIT_FINDING)
-    try:
-        return run_script(VERIFY, "--stick", folder, *arguments, codes=codes, timeout_s=SECONDS)
-    except BadInput as error:
-        return {"error": str(error)}
+    result = run_script(VERIFY, "--stick", folder, *arguments, codes=codes, timeout_s=SECONDS)
+    if "error" in result:
+        rows = []
+        for kind in ("changed", "missing", "additional"):
+            rows += [{"file": f"{kind}: {name}"} for name in result.get(kind, ())]
+        raise Lacking(result["error"], rows)
+    return result
+
+
+def check_files(folder: Path) -> str:
+    verified = verify(folder)
+    sums = f"{SUMS} has SHA-256 {verified.get('sha256sums')}"
+    return f"{verified.get('num_files')} files are as they were written; {sums}"
+
+
+def check_parts(folder: Path) -> str:
+    lacking = [{"file": name} for name in PARTS if not (folder / name).is_file()]
+    if lacking:
+        raise Lacking(f"{len(lacking)} parts are not there", lacking)
+    return f"{len(PARTS)} parts"
 
 
 def check_packages(folder: Path) -> str:
@@ -84,33 +109,21 @@ def check_samples(folder: Path) -> str:
         predictions = Path(scratch, "predictions.csv")
         predict_samples(folder, predictions, SECONDS)
         compared = verify(folder, "--predictions", predictions)
-    if "error" in compared:
-        raise BadInput(compared["error"])
     return f"{compared['num_patches']} probabilities are within {compared['tolerance']:g}"
 
 
 def audit_folder(folder: Path) -> list[dict]:
     """Findings on a bundle: its files, then, where these are as written, what they can do."""
-    verified = verify(folder)
-    error = verified.get("error", "")
-    evidence = (
-        f"{verified.get('num_files')} files are as they were written; {SUMS} has SHA-256"
-        f" {verified.get('sha256sums')}"
-    )
-    wrong = [
-        {"file": f"{kind}: {name}"}
-        for kind in ("changed", "missing", "additional")
-        for name in verified.get(kind, ())
+    again = "write the handover again"
+    findings = [
+        judge("files", again, check_files, folder),
+        judge("parts", again, check_parts, folder),
     ]
-    findings = [judge("files", error, evidence, "write the handover again", wrong)]
-    lacking = [{"file": name} for name in PARTS if not (folder / name).is_file()]
-    absent = f"{len(lacking)} parts are not there" if lacking else ""
-    findings.append(judge("parts", absent, f"{len(PARTS)} parts", rows=lacking))
-    if error or lacking:
+    if any(found["severity"] == "error" for found in findings):
         return findings
-    findings.append(judge("packages and licences", *attempt(check_packages, folder)))
-    findings.append(judge("model card", *attempt(check_card, folder)))
-    findings.append(judge("expected predictions", *attempt(check_samples, folder)))
+    findings.append(judge("packages and licences", again, check_packages, folder))
+    findings.append(judge("model card", again, check_card, folder))
+    findings.append(judge("expected predictions", again, check_samples, folder))
     return findings
 
 
@@ -119,6 +132,8 @@ def check_champion(folder: Path, names) -> str:
     load_model(folder / CHAMPION)
     if checkpoint not in names:
         raise BadInput(f"{checkpoint} is not tracked")
+    if load_checkpoint(folder / checkpoint)["weights_sha256"] == SHIPPED_CHAMPION:
+        raise BadInput(f"{checkpoint} is the one that this program comes with")
     return f"{checkpoint}, SHA-256 {file_digest(folder / checkpoint)}"
 
 
@@ -133,74 +148,81 @@ def check_inference(folder: Path) -> str:
     return "8 drawn patches predicted"
 
 
-def slurm_scripts(folder: Path, names) -> list[str]:
-    """Those of `names` that are job scripts: shell that speaks to Slurm."""
-    scripts = [name for name in names if name.endswith((".sh", ".sbatch", ".slurm", ".job"))]
-    return [name for name in scripts if SLURM.search((folder / name).read_text(errors="replace"))]
+def check_scripts(folder: Path, names) -> str:
+    """Scripts that speak to Slurm, tracked or below jobs/."""
+    below = {path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*")}
+    below = {name for name in below if not name.startswith("jobs/snapshots/")}
+    scripts = []
+    for name in sorted(below.union(names)):
+        if name.endswith(SHELL) and SLURM.search((folder / name).read_text(errors="replace")):
+            scripts.append(name)
+    left_out = [{"file": name} for name in scripts if name not in names]
+    if left_out:
+        raise Lacking(f"{len(left_out)} are not tracked", left_out)
+    if not scripts:
+        raise BadInput("no shell script that speaks to Slurm")
+    return ", ".join(scripts)
+
+
+def front_page(texts: dict[str, str]) -> str:
+    """The journal up to its section 1. Raises BadInput without a journal."""
+    if "JOURNAL.md" not in texts:
+        raise BadInput("there is no JOURNAL.md yet")
+    return re.split(r"(?m)^(?:#+ |\*\*)1\b", texts["JOURNAL.md"])[0]
+
+
+def check_link(texts: dict[str, str]) -> str:
+    link = LINK.search(front_page(texts))
+    if not link or PLACEHOLDER.search(link[1]):
+        raise BadInput(f"no link to it on the front page{f', {link[1]} is none' if link else ''}")
+    return link[1]
+
+
+def check_images(texts: dict[str, str], names) -> str:
+    front_page(texts)
+    rows = []
+    for name, text in texts.items():
+        for markdown, html in IMAGE.findall(text):
+            rows.append({"text": name, "image": markdown or html})
+    wrong = [row for row in rows if not row["image"].startswith("assets/")]
+    wrong += [row for row in rows if row not in wrong and row["image"] not in names]
+    if wrong:
+        raise Lacking(f"{len(wrong)} of {len(rows)} are elsewhere, or not there", wrong)
+    return f"{len(rows)} images"
+
+
+def check_members(texts: dict[str, str]) -> str:
+    members = MEMBER.findall(front_page(texts).partition("Members")[2])
+    unfilled = [member for member in members if PLACEHOLDER.search(member)]
+    if not members or unfilled:
+        told = f"{unfilled[0]!r} is a placeholder" if unfilled else "no name with a number"
+        raise BadInput(f"{told} after `Members` on the front page")
+    return f"{len(members)} members with an id"
 
 
 def audit_checklist(folder: Path) -> list[dict]:
     """A finding for each item of the submission checklist, on a repository or on the copy of
     one.
     """
-    is_own = folder.resolve() == REPOSITORY  # what is tracked; of a copy, all that it holds
-    names = (
-        tracked_files()
-        if is_own
-        else [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    )
-    shown = [name for name in ("README.md", "JOURNAL.md") if (folder / name).is_file()]
-    texts = {name: (folder / name).read_text(encoding="utf-8", errors="replace") for name in shown}
-    journal = texts.get("JOURNAL.md", "")
-    front = re.split(r"(?m)^(?:#+ |\*\*)1\b", journal)[0]  # up to section 1
-    no_journal = "" if journal else "there is no JOURNAL.md yet"
-    advice = "make journal"
-
-    link = re.search(r"(?im)^.*repository.*?((?:https?://|git@)\S+)", front)
-    told = no_journal or ("" if link else "no link to it on the front page")
-    findings = [judge("repository linked", told, link[1] if link else "", advice)]
-
-    outcome = attempt(check_champion, folder, names)
-    findings.append(judge("best checkpoint", *outcome, "make champion RUN=runs/RUN"))
-    findings.append(judge("inference.py works", *attempt(check_inference, folder)))
-
-    scripts = slurm_scripts(folder, names)
-    beside = (path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*"))
-    on_disk = slurm_scripts(
-        folder, (name for name in beside if not name.startswith("jobs/snapshots/"))
-    )
-    left_out = [{"file": name} for name in on_disk if name not in names]
-    told = (
-        f"{len(left_out)} are not tracked"
-        if left_out
-        else ""
-        if scripts
-        else "no shell script that speaks to Slurm"
-    )
-    findings.append(
-        judge("every Slurm script", told, ", ".join(scripts), "git add jobs/", left_out)
-    )
-
-    images = [
-        {"text": name, "image": a or b}
-        for name, text in texts.items()
-        for a, b in IMAGE.findall(text)
+    if folder.resolve() == REPOSITORY:
+        names = tracked_files()
+    else:  # of a copy, all that it holds
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        names = [name for name in names if (folder / name).is_file()]
+    texts = {}
+    for name in ("README.md", "JOURNAL.md"):
+        if (folder / name).is_file():
+            texts[name] = (folder / name).read_text(encoding="utf-8", errors="replace")
+    journal = "JOURNAL.md"
+    findings = [
+        judge("repository linked", journal, check_link, texts),
+        judge("best checkpoint", "make champion RUN=runs/RUN", check_champion, folder, names),
+        judge("inference.py works", "", check_inference, folder),
+        judge("every Slurm script", "git add jobs/", check_scripts, folder, names),
+        judge("images under assets/", journal, check_images, texts, names),
+        judge("names and ids", journal, check_members, texts),
     ]
-    wrong = [
-        row for row in images if not row["image"].startswith("assets/") or row["image"] not in names
-    ]
-    told = no_journal or (
-        f"{len(wrong)} of {len(images)} are elsewhere, or not there" if wrong else ""
-    )
-    findings.append(judge("images under assets/", told, f"{len(images)} images", advice, wrong))
-
-    members = re.findall(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b(\d{4,})\b", front.partition("Members")[2])
-    told = no_journal or ("" if members else "no member with a number after `Members`")
-    findings.append(judge("names and ids", told, f"{len(members)} members with an id", advice))
-    if "to be filled in" in front or "to-be-filled-in" in front:
-        measured = "names, ids or the link of JOURNAL.md are still to be filled in"
-        findings.append(finding("front page", "warning", measured, advice="fill them in"))
-    if journal and "JOURNAL.md" not in names:
+    if "JOURNAL.md" in texts and "JOURNAL.md" not in names:
         advice = "git add -f JOURNAL.md assets/journal"
         findings.append(finding("journal", "warning", "git does not track it", advice=advice))
     missing = list_missing(folder)

@@ -51,19 +51,18 @@ def write_model_page(
         *headline_blocks(scores),
         Heading("What was found"),
         table_of(rank_findings(findings), columns),
-        Heading("The price of a threshold"),
-        *threshold_blocks(scores, tables),
-        Heading("What a probability is worth"),
-        *calibration_blocks(scores, tables["reliability"]),
-        Heading("Slices"),
-        *slice_blocks(scores, tables["slices"]),
-        Heading("Where the model looks"),
-        *shortcut_blocks(tables["shortcut"]),
-        Heading("The most confident errors"),
-        *error_blocks(tables["errors"], shown, patches, maps),
-        Heading("What was audited"),
-        Table(("what", "value"), list_facts(scores)),
     ]
+    chapters = {  # by the table that a part of the audit makes
+        "thresholds": ("The price of a threshold", threshold_blocks, scores, tables),
+        "reliability": ("What a probability is worth", calibration_blocks, scores, tables),
+        "slices": ("Slices", slice_blocks, scores, tables),
+        "shortcut": ("Where the model looks", shortcut_blocks, tables),
+        "errors": ("The most confident errors", error_blocks, tables, shown, patches, maps),
+    }
+    for table, (title, build_blocks, *arguments) in chapters.items():
+        if table in tables:
+            blocks += [Heading(title), *build_blocks(*arguments)]
+    blocks += [Heading("What was audited"), Table(("what", "value"), list_facts(scores))]
     data = scores["data"]
     title = f"{scores['checkpoint']['path']} on {data['split']} of {data['directory']}"
     return write_page(path, f"Model audit: {title}", blocks)
@@ -88,6 +87,8 @@ def headline_blocks(scores: dict) -> list:
     worst, base = scores["worst_confirmed_slice"], scores["constant_baselines"]
     constants = (0.5, base["always_positive_f2"], 1.0, 0.0, base["prevalence"])
     note = f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."
+    if not scores["num_slices"]:
+        note = "Slices were not judged."
     if worst:
         slice_text = slice_name(worst)
         note = (
@@ -147,20 +148,21 @@ def threshold_blocks(scores: dict, tables: dict) -> list:
     ]
 
 
-def calibration_blocks(scores: dict, bins: list[dict]) -> list:
+def calibration_blocks(scores: dict, tables: dict) -> list:
     """The scores of calibration and the reliability diagram."""
     note = (
         "ECE of 15 bins of equal width; by chance: what 95 of 100 samples this large show if every"
         " probability is right. NLL in nats."
     )
-    drawn = figure_png(plot_reliability(bins))
+    drawn = figure_png(plot_reliability(tables["reliability"]))
     table = table_of(scores["calibration"], CALIBRATION)
     title = "Reliability; the area of a marker shows how many patches are in its bin"
     return [table, Words(note, "note"), Figure(title, drawn, "reliability.png")]
 
 
-def slice_blocks(scores: dict, slices: list[dict]) -> list:
-    """The dot plot and the table of slices, of slides those with the lowest scores."""
+def slice_blocks(scores: dict, tables: dict) -> list:
+    """The dot plot and the table of slices, of slides those lowest on the half that finds."""
+    slices = tables["slices"]
     slides = [row for row in slices if row["feature"] == "slide"]
     slides.sort(key=lowest_score)
     shown = [row for row in slices if row["feature"] != "slide"] + slides[:MOST_SLIDES]
@@ -185,15 +187,15 @@ def slice_blocks(scores: dict, slices: list[dict]) -> list:
         "No slice is defined by a label or by what the model says; of a feature they are fifths of"
         " the half that finds, and two together at either end. Worse: AUC, recall or specificity"
         f" falls behind the rest of that half, {slices[0]['num_tried']} comparisons corrected for"
-        " (Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, orange; else yellow): its"
-        " interval on the other half lies below the rest there. F2 follows how many of a slice's"
-        " patches are positive and is not compared. Undefined: a class is missing; no interval:"
-        " too few groups to resample."
+        " (Benjamini-Hochberg, 5% of false discoveries). Confirmed (*, orange; else yellow): the"
+        " interval of its gap to the rest on the other half lies above 0. F2 follows how many of a"
+        " slice's patches are positive and is not compared. Undefined: a class is missing; no"
+        " interval: too few groups to resample."
     )
     if slides:
         note += (
-            f" A slide lies in one half: its own patches are halved. The {MOST_SLIDES} lowest of"
-            f" {len(slides)} are shown."
+            f" A slide lies in one half: its own patches are halved. Of {len(slides)} the"
+            f" {MOST_SLIDES} are shown that are lowest on the half that finds."
         )
     dots = figure_png(plot_slices(shown, scores["global"]))
     drawn = Figure("Scores by slice", dots, "slices.png")
@@ -201,15 +203,18 @@ def slice_blocks(scores: dict, slices: list[dict]) -> list:
 
 
 def lowest_score(row: dict) -> float:
-    """The lowest of a slice's scores that are compared; 1 where it has none."""
-    scores = [row[name] for name in TITLES]
+    """The lowest of a slice's scores on the half that finds; 1 where it has none.
+
+    The other half judges. A slide chosen there would look worse than it is.
+    """
+    scores = [row[f"finding_{name}"] for name in TITLES]
     return min(np.nan_to_num(scores, nan=1.0))
 
 
-def shortcut_blocks(rows: list[dict]) -> list:
+def shortcut_blocks(tables: dict) -> list:
     """What covering and exchanging does, a line a probe, and the other measures."""
     by_probe, others = {}, []
-    for row in rows:
+    for row in tables["shortcut"]:
         probe, measure = row["probe"], row["measure"]
         if probe.startswith(REGIONS) and measure in PROBED:
             by_probe.setdefault(probe, {"probe": probe})[measure] = span(row)
@@ -225,7 +230,7 @@ def shortcut_blocks(rows: list[dict]) -> list:
     return [Words(note, "note"), table_of(list(by_probe.values())), table_of(others)]
 
 
-def error_blocks(errors: list[dict], shown: list[dict], patches, maps) -> list:
+def error_blocks(tables: dict, shown: list[dict], patches, maps) -> list:
     """Galleries of false positives and negatives."""
     note = (
         "Beside each: where hiding a block of 16x16 pixels takes evidence for tumour away (red) or"
@@ -243,7 +248,7 @@ def error_blocks(errors: list[dict], shown: list[dict], patches, maps) -> list:
                 reach = np.abs(evidence).max()
                 captions.append(f"{caption(row)}; moves the logit by up to {reach:.2g}")
                 tiles.append(pair(patch, evidence).repeat(ZOOM, 0).repeat(ZOOM, 1))
-        num = sum(row["kind"] == kind for row in errors)
+        num = sum(row["kind"] == kind for row in tables["errors"])
         blocks.append(Heading(f"{kind.capitalize()}s: {num:,}, the most confident first", 3))
         blocks.append(Gallery(tiles, captions))
     return blocks

@@ -6,6 +6,7 @@ from lib.metrics import as_arrays, curve_points
 
 NUM_RESAMPLES = 1_000
 CHUNK = 64  # resamples that are computed at once
+LEAST_GROUPS = 8  # fewer of them vary too little: no interval
 PREVALENCES = (0.01, 0.05, 0.1, 0.5)
 
 
@@ -31,8 +32,11 @@ def at_prevalence(recall: float, specificity: float, prevalence: float) -> dict[
 def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     """How often each row counts, uint8 (1 + num, N): once in the first resample, which gives the
     score itself, and in the others as often as its group (N,) is drawn, with replacement.
+
+    There are no others where there are fewer than LEAST_GROUPS groups.
     """
     names, group = np.unique(groups, return_inverse=True)
+    num = num if len(names) >= LEAST_GROUPS else 0
     rng = np.random.default_rng(seed)
     equal = np.full(len(names), 1 / len(names))
     drawn = rng.multinomial(len(names), equal, num).astype(np.uint8)
@@ -40,14 +44,21 @@ def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     return np.concatenate([once, drawn[:, group]])
 
 
+def count_groups(weights: np.ndarray) -> int:
+    """How many groups the rows (N,) of weights (1 + R, N) are of. Those of one group are drawn
+    equally often in each resample, by which they are known.
+    """
+    return np.unique(weights[1:33], axis=1).shape[1]
+
+
 def estimate(values: np.ndarray) -> tuple[float, float, float]:
     """(value, low, high) of a score from its values float64 (1 + R,) over the resamples of
     `draw_weights`: the first, and the 95% percentile interval of the others (Efron 1979).
 
-    The interval is NaN where more than one value in twenty is not defined.
+    The interval is NaN where there are no others, or more than one in twenty is not defined.
     """
     value, resampled = float(values[0]), values[1:]
-    if np.isnan(resampled).mean() > 0.05:
+    if np.isnan(resampled).sum() > 0.05 * len(resampled) or not len(resampled):
         return value, float("nan"), float("nan")
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     return value, float(low), float(high)
@@ -55,7 +66,8 @@ def estimate(values: np.ndarray) -> tuple[float, float, float]:
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
     """auc, f2, recall, specificity, precision and brier, float64 (R,) each, of rows (N,) weighted
-    by (R, N). NaN where not defined.
+    by (R, N). NaN where not defined, and in all but the first where the score rests on fewer than
+    LEAST_GROUPS groups.
     """
     labels, probs = as_arrays(labels, probs)
     order = np.argsort(probs, kind="stable")
@@ -78,7 +90,7 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
 
     positive, negative, tp, fp, squares = np.concatenate(sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
-        return {
+        scores = {
             "auc": np.concatenate(num_won) / (positive * negative),
             "f2": 5 * tp / (tp + 4 * positive + fp),
             "recall": tp / positive,
@@ -86,6 +98,16 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
             "precision": tp / (tp + fp),
             "brier": squares / (positive + negative),
         }
+    if len(weights) > 1:
+        weights = weights[:, order]
+        few_positive, few_negative, few_called, few = (
+            count_groups(weights[:, rows]) < LEAST_GROUPS
+            for rows in (labels, ~labels, called, slice(None))
+        )
+        is_few = (few_positive or few_negative, few_positive, few_positive, few_negative)
+        for name, is_unsure in zip(scores, (*is_few, few_called, few), strict=True):
+            scores[name][1:][is_unsure] = np.nan
+    return scores
 
 
 def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> dict[str, np.ndarray]:

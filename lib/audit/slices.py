@@ -8,21 +8,15 @@ how many of a slice's patches are positive, as F2 does.
 
 import itertools
 import math
+import operator
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib.audit.copies import BLOCK
 from lib.audit.resampling import draw_weights, estimate, resampled_scores
 from lib.audit.tissue import compute_tissue
 from lib.batches import fold_of_rows
-from lib.features import (
-    NAMES,
-    colour_statistics,
-    compute_features,
-    count_values,
-    grey_planes,
-)
+from lib.features import colour_statistics, compute_features, count_values, grey_planes
 from lib.progress import Progress
 
 SLICED = (
@@ -39,7 +33,6 @@ SHOWN = ("f2", *JUDGED)
 NUM_BINS = 5  # of a feature, with equally many patches
 # of each class that a score rests on, in both halves, or nothing is concluded from it
 LEAST_ROWS = 10
-LEAST_GROUPS = 8  # that are resampled, the same: a few of them vary too little
 FALSE_DISCOVERIES = 0.05  # the share of what is found on the first half that may be found by chance
 
 
@@ -59,37 +52,26 @@ class Answers:
 
 def split_answers(labels, probs, threshold: float, groups) -> Answers:
     """Answers in two halves by their groups (N,)."""
+    groups = np.asarray(groups)
     half = fold_of_rows(groups, 2)
     rows = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
-    weights = tuple(draw_weights(groups[part]) for part in rows)
-    return Answers(
-        np.asarray(labels, bool),
-        np.asarray(probs, np.float64),
-        threshold,
-        np.asarray(groups),
-        rows,
-        weights,
-    )
+    weights = draw_weights(groups[rows[0]]), draw_weights(groups[rows[1]])
+    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
+    return Answers(labels, probs, threshold, groups, rows, weights)
 
 
-def describe_patches(images) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Of each patch of lib.pcam.Images what it looks like, float32 (N,) by name, and its colour
-    statistics float64 (N, 9).
+def describe_patches(blocks) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Of each patch in blocks uint8 (B, 96, 96, 3) what it looks like, float32 (N,) by name, and
+    its colour statistics float64 (N, 9).
     """
     columns, colours = [], []
-    with Progress(images.num, "describing patches") as bar:
-        for _, block in images.blocks():
-            for part in (block[start : start + BLOCK] for start in range(0, len(block), BLOCK)):
-                counts = count_values(part)
-                columns.append(
-                    compute_features(part, counts, grey_planes(part)) | compute_tissue(part)
-                )
-                colours.append(colour_statistics(counts))
-            bar.add(len(block))
-    names = (*NAMES, "tissue_share", "nuclear_density")
-    return {
-        name: np.concatenate([part[name] for part in columns]) for name in names
-    }, np.concatenate(colours)
+    for block in blocks:
+        counts = count_values(block)
+        features = compute_features(block, counts, grey_planes(block))
+        columns.append(features | compute_tissue(block))
+        colours.append(colour_statistics(counts))
+    features = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
+    return features, np.concatenate(colours)
 
 
 def build_slices(
@@ -101,20 +83,22 @@ def build_slices(
     slices = []
     for name in SLICED:
         values = features[name]
-        ends = np.quantile(values[first_half], np.linspace(0, 1, NUM_BINS + 1))
-        ends[0], ends[-1] = -np.inf, np.inf
-        for low, high in dict.fromkeys(
-            [*itertools.pairwise(ends), (-np.inf, ends[2]), (ends[-3], np.inf)]
-        ):
-            text = f"{low:.3g} to {high:.3g}" if low > -np.inf else f"below {high:.3g}"
-            text = f"{low:.3g} or more" if high == np.inf else text
-            slices.append(
-                {"feature": name, "slice": text, "mask": (values >= low) & (values < high)}
-            )
+        inner = np.quantile(values[first_half], np.arange(1, NUM_BINS) / NUM_BINS).tolist()
+        ends = [-np.inf, *inner, np.inf]
+        pairs = [*itertools.pairwise(ends), (-np.inf, ends[2]), (ends[-3], np.inf)]
+        for low, high in dict.fromkeys(pairs):
+            text = f"{low:.3g} to {high:.3g}"
+            if low == -np.inf:
+                text = f"below {high:.3g}"
+            elif high == np.inf:
+                text = f"{low:.3g} or more"
+            mask = (values >= low) & (values < high)
+            slices.append({"feature": name, "slice": text, "mask": mask})
     _, group, sizes = np.unique(copies, return_inverse=True, return_counts=True)
+    is_shared = sizes[group] > 1
     for text, mask in (
-        ("shares tissue with another patch", sizes[group] > 1),
-        ("shares none", sizes[group] == 1),
+        ("shares tissue with another patch", is_shared),
+        ("shares none", ~is_shared),
     ):
         slices.append({"feature": "copies", "slice": text, "mask": mask})
     return [part for part in slices if part["mask"].any() and not part["mask"].all()]
@@ -122,67 +106,64 @@ def build_slices(
 
 def slide_slices(slides: np.ndarray) -> list[dict]:
     """A slice for each slide (N,)."""
-    return [
-        {"feature": "slide", "slice": str(name), "mask": slides == name}
-        for name in np.unique(slides)
-    ]
+    slices = []
+    for name in np.unique(slides):
+        slices.append({"feature": "slide", "slice": str(name), "mask": slides == name})
+    return slices
 
 
 def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
     """A row a slice: how many patches in each half, its scores with intervals on the second half,
-    those of the rest there, and for each score the `finding_gap` by which it falls behind the rest
-    on the first half, and the chance `p` that it would."""
+    those of the rest there, and by how much it falls behind the rest: on the first half
+    `finding_gap` with the chance `p` of it, on the second `gap` with its interval."""
     rows = []
     with Progress(len(slices), "judging slices", "slices") as bar:
         for part in slices:
-            inside, rest = score_sides(answers, 0, part["mask"])
-            shown, others = score_sides(answers, 1, part["mask"])
-            picked = [half[part["mask"][half]] for half in answers.rows]
-            kept = [answers.labels[index] for index in picked]
-            many = min(len(np.unique(answers.groups[index])) for index in picked) >= LEAST_GROUPS
-            row = {
-                "feature": part["feature"],
-                "slice": part["slice"],
-                "num_finding": len(kept[0]),
-                "num": len(kept[1]),
-            }
-            row["num_positive"] = int(kept[1].sum())
-            row["always_positive_f2"] = (
-                5 * row["num_positive"] / max(4 * row["num_positive"] + row["num"], 1) or math.nan
-            )
+            mask = part["mask"]
+            finding, finding_rest = score_sides(answers, 0, mask)
+            scores, rest = score_sides(answers, 1, mask)
+            labels = [answers.labels[half[mask[half]]] for half in answers.rows]
+            num, num_positive = len(labels[1]), int(labels[1].sum())
+            row = {"feature": part["feature"], "slice": part["slice"]}
+            row |= {"num_finding": len(labels[0]), "num": num, "num_positive": num_positive}
+            always = 5 * num_positive / max(4 * num_positive + num, 1)
+            row["always_positive_f2"] = always or math.nan
             for name in SHOWN:
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = estimate(shown[name])
-                row[f"rest_{name}"] = float(others[name][0])
+                row |= spread(name, scores[name])
+                row[f"rest_{name}"] = float(rest[name][0])
             for name, classes in JUDGED.items():
-                enough = many and all(
-                    (labels == label).sum() >= LEAST_ROWS for labels in kept for label in classes
-                )
-                row[f"p_{name}"] = chance_of(rest[name] - inside[name]) if enough else math.nan
-                row[f"finding_gap_{name}"] = float(rest[name][0] - inside[name][0])
+                counts = [(half == label).sum() for half in labels for label in classes]
+                gaps = finding_rest[name] - finding[name]
+                row[f"finding_{name}"] = float(finding[name][0])
+                row[f"finding_gap_{name}"] = float(gaps[0])
+                row[f"p_{name}"] = chance_of(gaps) if min(counts) >= LEAST_ROWS else math.nan
+                row |= spread(f"gap_{name}", rest[name] - scores[name])
             rows.append(row)
             bar.add()
     return rows
 
 
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """A resampled score as cells of a row: its value, and its interval as _low and _high."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate(values), strict=True))
+
+
 def score_sides(answers: Answers, half: int, mask: np.ndarray) -> tuple[dict, dict]:
-    """The scores of a slice in a half, and of the rest of it, resampled together; of the rest of
-    the second half as it is.
-    """
+    """The scores of a slice in a half, and of the rest of it, resampled together."""
     rows, weights = answers.rows[half], answers.weights[half]
-    inside = mask[rows]
-    return tuple(
-        resampled_scores(
-            answers.labels[rows[side]], answers.probs[rows[side]], answers.threshold, drawn[:, side]
-        )
-        for side, drawn in ((inside, weights), (~inside, weights[:1] if half else weights))
-    )
+    sides = []
+    for side in (mask[rows], ~mask[rows]):
+        labels, probs = answers.labels[rows[side]], answers.probs[rows[side]]
+        sides.append(resampled_scores(labels, probs, answers.threshold, weights[:, side]))
+    return tuple(sides)
 
 
 def chance_of(gaps: np.ndarray) -> float:
     """How likely a gap as large as the first of (1 + R,) is where there is none, its spread being
-    that of the others (normal, one-sided); NaN where it is not defined, or does not vary."""
-    spread = np.nanstd(gaps[1:]) if np.isnan(gaps).mean() <= 0.05 else 0.0
-    return math.erfc(gaps[0] / spread / math.sqrt(2)) / 2 if spread > 1e-9 else math.nan
+    that of the others (normal, one-sided); NaN where it has no interval, or does not vary."""
+    value, low, _ = estimate(gaps)
+    deviation = 0.0 if math.isnan(low) else np.nanstd(gaps[1:])
+    return math.erfc(value / deviation / math.sqrt(2)) / 2 if deviation > 1e-9 else math.nan
 
 
 def conclude(rows: list[dict]) -> dict | None:
@@ -191,29 +172,24 @@ def conclude(rows: list[dict]) -> dict | None:
     None where nothing is confirmed.
 
     Found: the corrected p is below FALSE_DISCOVERIES (Benjamini and Hochberg 1995). Confirmed:
-    found, and the interval of its score on the other half lies below the score of the rest. Worst:
-    the largest gap, on the half that finds. `error_ratio`: its errors for one of the rest on the
-    other, for one in as many where the rest has none.
+    found, and the interval of its gap to the rest on the other half lies above zero. Worst: the
+    largest gap, on the half that finds. `error_ratio`: its errors for one of the rest on the other,
+    for one in as many where the rest has none.
     """
     tried = [(row, name) for row in rows for name in JUDGED if not math.isnan(row[f"p_{name}"])]
-    tried.sort(key=lambda pair: pair[0][f"p_{pair[1]}"])
-    chances = (
-        np.array([row[f"p_{name}"] for row, name in tried])
-        * len(tried)
-        / np.arange(1, len(tried) + 1)
-    )
-    for (row, name), chance in zip(tried, np.minimum.accumulate(chances[::-1])[::-1], strict=True):
-        row[f"p_{name}"] = float(min(chance, 1))
-    worst = None
+    tried.sort(key=lambda pair: pair[0][f"p_{pair[1]}"], reverse=True)
+    lowest = 1.0
+    for rank, (row, name) in zip(range(len(tried), 0, -1), tried, strict=True):
+        lowest = min(lowest, row[f"p_{name}"] * len(tried) / rank)
+        row[f"p_{name}"] = lowest
+    confirmed = []
     for row in rows:
         found = [name for name in JUDGED if row[f"p_{name}"] < FALSE_DISCOVERIES]
-        confirmed = [name for name in found if row[f"{name}_high"] < row[f"rest_{name}"]]
-        row |= {"found": " ".join(found), "confirmed": " ".join(confirmed), "num_tried": len(tried)}
-        for name in confirmed:
-            if (
-                worst is None
-                or row[f"finding_gap_{name}"] > worst[f"finding_gap_{worst['measure']}"]
-            ):
-                ratio = (1 - row[name]) / max(1 - row[f"rest_{name}"], 1 / max(row["num"], 1))
-                worst = row | {"measure": name, "error_ratio": ratio}
-    return worst
+        certain = [name for name in found if row[f"gap_{name}_low"] > 0]
+        row |= {"found": " ".join(found), "confirmed": " ".join(certain), "num_tried": len(tried)}
+        confirmed += [(row[f"finding_gap_{name}"], row, name) for name in certain]
+    if not confirmed:
+        return None
+    _, row, name = max(confirmed, key=operator.itemgetter(0))
+    ratio = (1 - row[name]) / max(1 - row[f"rest_{name}"], 1 / max(row["num"], 1))
+    return row | {"measure": name, "error_ratio": ratio}

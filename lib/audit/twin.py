@@ -3,6 +3,7 @@ layer at which they part.
 """
 
 import hashlib
+import json
 import math
 import multiprocessing
 import shutil
@@ -353,6 +354,17 @@ def compare(
             )
         )
     return result, findings
+
+
+def require_own_folder(out: Path, is_injected: bool) -> None:
+    """Make OUT. Raises BadInput where it holds a real comparison and a fault is to be planted, or
+    the other way round."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "findings.json"
+    checks = [row["check"] for row in json.loads(path.read_text())] if path.exists() else []
+    if checks and ("self-test" in checks) != is_injected:
+        kind = "a real comparison" if is_injected else "a comparison with a planted fault"
+        raise BadInput(f"{out} holds {kind}: choose another --out")
 
 
 def find_sources(repository: Path) -> list[dict]:

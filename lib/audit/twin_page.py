@@ -32,7 +32,9 @@ def write_twin_page(
         if finding["check"] == "time line" and is_error:
             growth = plot_growth(read_csv(a / "steps.csv"), read_csv(b / "steps.csv"))
             blocks.append(Figure("Differences by step", figure_png(growth)))
-    return write_page(path, "Twin runs", blocks)
+    is_injected = any(finding["check"] == "self-test" for finding in findings)
+    title = "Twin runs, self-test: B has a planted fault" if is_injected else "Twin runs"
+    return write_page(path, title, blocks)
 
 
 def plot_growth(ours: list[dict], theirs: list[dict]):

@@ -1,18 +1,16 @@
 """Which labels deserve a second look: predictions of models that have not seen them, and how likely
 a disagreement is an error.
 
-Training is cross-validated: each patch is predicted by a model of the other folds. Probabilities
-are calibrated together with the share of labels that were exchanged (Natarajan et al. 2013,
-"Learning with noisy labels"): where the model is surest, they disagree as often as they are wrong.
-The outcome is a ranked list for review, never a verdict.
+Training is cross-validated: each patch is predicted by a model of the other folds. The outcome is a
+ranked list for review, never a verdict.
 """
 
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from lib.audit import finding
+from lib.audit.label_noise import LEAST_RATE, fit_label_noise
 from lib.audit.survey import Survey
 from lib.audit.twin import make_run
 from lib.batches import PatchSource, open_train_valid
@@ -21,6 +19,7 @@ from lib.command import say
 from lib.config import load_config, parse_overrides
 from lib.device import choose_device
 from lib.files import write_csv
+from lib.groups import groups_for_halves
 from lib.metrics import compute_auc, sigmoid
 from lib.predict import predict_rows
 from lib.rundir import resume_config
@@ -30,9 +29,6 @@ NUM_FOLDS, PATCHES_PER_FOLD, MOST_EPOCHS = 4, 120_000, 12
 BUDGET = 2.0  # the list is so many times as long as the number of labels that seem wrong
 # of the folds: below, a disagreement says more about the model than about the label
 LEAST_AUC = 0.75
-# twice the gain in log likelihood from which an exchange of labels is no chance (chi-squared, p =
-# 0.001)
-CERTAIN = 10.8
 
 
 def check_labels(
@@ -71,15 +67,16 @@ def check_labels(
             load_model(run)[0].to(target), source, rows.index, run_cfg, run_cfg.views
         )
     usable = np.intersect1d(np.flatnonzero(~np.isnan(logits)), survey.intact)
-    return rank_labels(survey, usable, logits[usable], out)
+    groups = groups_for_halves(split, directory)[usable]
+    return rank_labels(survey, usable, logits[usable], groups, out)
 
 
-def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path) -> list[dict]:
-    """The review list from out-of-fold logits (N,) of rows (N,), written whole to
+def rank_labels(survey: Survey, rows: np.ndarray, logits, groups, out: Path) -> list[dict]:
+    """The review list from out-of-fold logits (N,) of rows (N,) in groups (N,), written whole to
     OUT/out_of_fold.csv.
     """
     labels = survey.labels[rows]
-    rate, gain, wrong = fit_label_noise(labels, logits)
+    rate, least, wrong = fit_label_noise(labels, logits, groups)
     order = np.argsort(-wrong, kind="stable")
     probs = sigmoid(logits)
     cells = (
@@ -97,10 +94,11 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
                 "labels to review", "warning", measured, f"{LEAST_AUC:g}", advice, split=survey.name
             )
         ]
-    if gain < CERTAIN:
-        measured += f"no share of exchanged labels is certain ({rate:.1%} fits best)"
+    if least < LEAST_RATE:
+        measured += f"at least {least:.1%} of the labels fit an exchange, {rate:.1%} fits best"
         advice = "out_of_fold.csv ranks all, should you look nevertheless"
-        return [finding("labels to review", "note", measured, advice=advice, split=survey.name)]
+        limit = f"{LEAST_RATE:.0%}"
+        return [finding("labels to review", "note", measured, limit, advice, split=survey.name)]
     chosen = order[: int(np.ceil(BUDGET * rate * len(rows)))]
     expected = wrong[chosen].mean()
     measured += (
@@ -115,39 +113,3 @@ def rank_labels(survey: Survey, rows: np.ndarray, logits: np.ndarray, out: Path)
         score=wrong[chosen].round(4),
     )
     return [finding("labels to review", "warning", measured, "none", advice, rows, survey.name)]
-
-
-def fit_label_noise(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float, np.ndarray]:
-    """The share of exchanged labels, twice the log likelihood that it gains over none, and for each
-    label the probability (N,) that it is wrong, from labels (N,) in {0, 1} and out-of-fold logits
-    (N,).
-
-    P(label 1) = e + (1 - 2 e) sigmoid(a logit + b), with a, b and e fitted together.
-    """
-    z, y = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
-
-    def fit(with_noise: bool):
-        # log a, b, logit of 2 e
-        values = torch.tensor([0.0, 0.0, -3.5], dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([values], max_iter=200, line_search_fn="strong_wolfe")
-
-        def model():
-            rate = torch.sigmoid(values[2]) / 2 * with_noise
-            return rate, (
-                rate + (1 - 2 * rate) * torch.sigmoid(values[0].exp() * z + values[1])
-            ).clamp(1e-12, 1 - 1e-12)
-
-        def loss():
-            optimizer.zero_grad()
-            total = torch.nn.functional.binary_cross_entropy(model()[1], y, reduction="sum")
-            total.backward()
-            return total
-
-        optimizer.step(loss)
-        rate, probs = model()
-        return loss().item(), rate.item(), probs.detach().numpy()
-
-    (without, _, _), (best, rate, probs) = fit(False), fit(True)
-    given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
-    true = (given - rate) / max(1 - 2 * rate, 1e-9)
-    return rate, 2 * (without - best), np.clip(rate * (1 - true) / given, 0, 1)
