@@ -48,6 +48,12 @@ Reason = Literal[
     "leak",
     "trigger",
     "label",
+    "colour",
+    "detail",
+    "partial",
+    "blank",
+    "outlier",
+    "misaligned",
 ]
 
 
