@@ -13,7 +13,7 @@ from lib.audit import build_finding
 from lib.audit.alterations import PATCH_KINDS, alter
 from lib.audit.appearance import describe_patches
 from lib.audit.copies import BLOCK
-from lib.audit.survey import Survey
+from lib.audit.survey import FLAT_STD, Survey
 from lib.features import count_values, grey_planes
 
 FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discriminant is fitted to
@@ -71,14 +71,10 @@ def check_unusual(surveys: list[Survey]) -> list[dict]:
     rng = np.random.default_rng(0)
     everything = np.concatenate(descriptions)
     chosen = np.sort(rng.permutation(len(everything))[:FIT_ROWS])
-    fitted = everything[chosen]
-    copies = make_copies(surveys, rows_of, rng)
-    scale = Scale(fitted)
-    judges = {kind: Judge(scale, fitted, copies[kind]) for kind in PATCH_KINDS}
-    distance = Distance(scale, fitted)
+    detector = Detector(everything[chosen], make_copies(surveys, rows_of, rng))
     findings = []
     for survey, rows, described in zip(surveys, rows_of, descriptions, strict=True):
-        findings += name_unusual(survey, rows, described, scale, judges, distance)
+        findings += name_unusual(survey, rows, detector(described))
     return findings
 
 
@@ -95,12 +91,15 @@ def make_copies(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> dict[s
         others = patches[rng.permutation(len(patches))]
         pairs = zip(patches, others, strict=True)
         damaged = np.stack([alter(kind, patch, other, rng) for patch, other in pairs])
-        parts = np.split(damaged, range(BLOCK, len(damaged), BLOCK))
-        described = [
-            describe_patches(part, count_values(part), grey_planes(part)) for part in parts
-        ]
-        descriptions[kind] = np.concatenate(described)
+        descriptions[kind] = describe_all(damaged)
     return descriptions
+
+
+def describe_all(patches: np.ndarray) -> np.ndarray:
+    """Descriptions float16 (N, D) of patches uint8 (N, 96, 96, 3)."""
+    parts = np.split(patches, range(BLOCK, len(patches), BLOCK))
+    described = [describe_patches(part, count_values(part), grey_planes(part)) for part in parts]
+    return np.concatenate(described)
 
 
 class Judge:
@@ -157,20 +156,37 @@ class Distance:
         return np.log((((scaled - self.mean) @ self.root) ** 2).sum(1) + 1)
 
 
-def name_unusual(survey: Survey, rows, described, scale, judges, distance) -> list[dict]:
-    """Findings for the rows int64 (N,) of a split, from their descriptions (N, D)."""
-    kinds = [*judges]
-    best, excess, far = [], [], []
-    for start in range(0, len(rows), FIT_ROWS):
-        part = described[start : start + FIT_ROWS]
-        features = scale.expand(part)
-        scores = np.stack([judge.excess(features) for judge in judges.values()], 1)
-        best.append(scores.argmax(1))
-        excess.append(scores.max(1))
-        far.append(distance.measure(scale(part)) - distance.limit)
-    best, excess, far = map(np.concatenate, (best, excess, far))
+class Detector:
+    """Tells which patches are unusual, from the descriptions (N, D) of patches, and of damaged
+    copies by kind.
+    """
+
+    def __init__(self, fitted: np.ndarray, copies: dict[str, np.ndarray]) -> None:
+        self.scale = Scale(fitted)
+        self.judges = [Judge(self.scale, fitted, copies[kind]) for kind in PATCH_KINDS]
+        self.distance = Distance(self.scale, fitted)
+
+    def __call__(self, described: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The likeliest kind's number (N,), how far its limit is exceeded, and how far that of the
+        distance is; descriptions are (N, D).
+        """
+        best, excess, far = [], [], []
+        for start in range(0, len(described), FIT_ROWS):
+            part = described[start : start + FIT_ROWS]
+            features = self.scale.expand(part)
+            scores = np.stack([judge.excess(features) for judge in self.judges], 1)
+            best.append(scores.argmax(1))
+            excess.append(scores.max(1))
+            far.append(self.distance.measure(self.scale(part)) - self.distance.limit)
+        return np.concatenate(best), np.concatenate(excess), np.concatenate(far)
+
+
+def name_unusual(survey: Survey, rows: np.ndarray, detected: tuple) -> list[dict]:
+    """Findings for the rows int64 (N,) of a split, and what a detector gives for them."""
+    best, excess, far = detected
+    kinds = [*PATCH_KINDS]
     is_known = excess >= 0
-    is_flat = survey.table["deviation"][rows] < 6
+    is_flat = survey.table["deviation"][rows] < FLAT_STD
     suspects = np.flatnonzero((is_known | (far > 0)) & ~is_flat)
     by_reason = {}
     for place in suspects:
