@@ -120,7 +120,7 @@ prove: $(test_setup_done)  ## the figures of reproducibility, at length: make pr
 	$(run) here tests/proofs/reproducibility.py
 
 prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
-	$(run) here tests/prove_audit.py
+	$(run) here tests/proofs/audit.py
 
 prove-model: $(test_setup_done)  ## the figures of the model audit, at length: make prove-model ARGS="sample --data data/sample"
 	$(run) here tests/proofs/model.py

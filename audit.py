@@ -27,7 +27,10 @@ from lib.command import (
     script,
 )
 
-USUAL = ("files", "values", "balance", "duplicates", "leakage", "drift", "triggers", "labels")
+USUAL = (
+    *("files", "values", "unusual", "balance", "duplicates"),
+    *("leakage", "drift", "triggers", "labels"),
+)
 CHECKS = ("groups", *USUAL)  # groups are written into DIR, over those that are there: on request
 
 
@@ -63,6 +66,18 @@ def parse(argv) -> argparse.Namespace:
         default="auto",
         metavar="D",
         help="for the folds of the check of labels (default: auto)",
+    )
+    data.add_argument(
+        "--runs",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="judge the labels of train by these runs of its folds (make folds trains them)",
+    )
+    data.add_argument(
+        "--train-folds",
+        action="store_true",
+        help="train such folds here first: an hour on two cores, more for full size",
     )
     data.add_argument(
         "overrides",
@@ -201,7 +216,16 @@ def audit_data(args) -> int:
     # a new audit clears its OUT: groups alone leave the findings of a whole audit in place
     kind = "audit-groups" if checks == ["groups"] else "audit"
     out = Path(args.out or f"{kind}-{Path(args.dir).resolve().name}")
-    result = data.audit_data(args.dir, out, checks, args.overrides, args.device, args.plant)
+    result = data.audit_data(
+        args.dir,
+        out,
+        checks,
+        args.overrides,
+        args.device,
+        args.plant,
+        args.runs,
+        args.train_folds,
+    )
     print_result({"out": str(out), **result})
     return (
         EXIT_FINDING

@@ -50,6 +50,12 @@ Reason = Literal[
     "leak",
     "trigger",
     "label",
+    "colour",
+    "detail",
+    "partial",
+    "blank",
+    "outlier",
+    "misaligned",
 ]
 
 

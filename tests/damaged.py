@@ -2,9 +2,11 @@
 audit.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 
 from lib.pcam import open_split, split_path
 from lib.splitwriter import SplitWriter
@@ -76,3 +78,119 @@ def score_quarantine(truth: list[dict], quarantine: list[dict], reason: str) -> 
         "recall": recall,
         "precision": precision,
     }
+
+
+def with_picture(change):
+    """A kind of damage from a function of (picture, rng) to a picture or None, for in place."""
+
+    def damage(patch, _, rng):
+        picture = Image.fromarray(patch)
+        return np.asarray(change(picture, rng) or picture)
+
+    return damage
+
+
+def compress(picture, rng):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=int(rng.integers(5, 16)))
+    return Image.open(buffer).convert("RGB")
+
+
+def draw_pen(picture, rng):
+    line = [tuple(point) for point in rng.integers(0, 96, (2, 2)).tolist()]
+    ImageDraw.Draw(picture).line(line, fill=(20, 60, 160), width=8)
+
+
+def turn_hue(patch, _, rng):
+    hue = np.array(Image.fromarray(patch).convert("HSV"))
+    hue[..., 0] += np.uint8(rng.choice((40, 64, 96, 128)))
+    return np.asarray(Image.fromarray(hue, "HSV").convert("RGB"))
+
+
+def black_half(patch, _, rng):
+    turned = np.rot90(patch, rng.integers(4)).copy()
+    turned[:48] = 0
+    return turned
+
+
+def white_half(patch, _, rng):
+    turned = np.rot90(patch, rng.integers(4)).copy()
+    turned[:48] = 255
+    return turned
+
+
+def frame(patch, _, rng):
+    width = rng.integers(4, 12)
+    inner = patch[width:-width, width:-width]
+    margin = ((width, width), (width, width), (0, 0))
+    return np.pad(inner, margin, constant_values=int(rng.choice((0, 255))))
+
+
+def strip(patch, _, rng):
+    turned = np.rot90(patch, rng.integers(4)).copy()
+    start = rng.integers(0, 84)
+    turned[start : start + rng.integers(4, 12)] = rng.choice((0, 255))
+    return turned
+
+
+def centre_of_another(patch, other, _rng):
+    patch = patch.copy()
+    patch[32:64, 32:64] = other[32:64, 32:64]
+    return patch
+
+
+def salt(patch, _, rng):
+    patch = patch.copy()
+    patch[rng.random((96, 96)) < 0.03] = rng.choice((0, 255))
+    return patch
+
+
+def shuffle_tiles(patch, _, rng):
+    tiles = patch.reshape(3, 32, 3, 32, 3).swapaxes(1, 2).reshape(9, 32, 32, 3)
+    tiles = tiles[rng.permutation(9)].reshape(3, 3, 32, 32, 3)
+    return tiles.swapaxes(1, 2).reshape(96, 96, 3)
+
+
+def wave(patch, _, _rng):
+    y, x = np.indices((96, 96))
+    return patch + 12 * np.sin((y + x) * np.pi / 3)[..., None]
+
+
+def comb(patch, _, _rng):
+    patch = patch.copy()
+    patch[::2] = np.roll(patch[::2], 5, 1)
+    return patch
+
+
+# kind: (whether it is gross, function of (patch, another patch, rng)); made otherwise than those
+# that the audit learns from, and the lower half is of kinds that it does not learn from
+KINDS = {
+    "red and blue exchanged": (True, lambda patch, *_: patch[..., ::-1]),
+    "red and green exchanged": (True, lambda patch, *_: patch[..., [1, 0, 2]]),
+    "green and blue exchanged": (True, lambda patch, *_: patch[..., [0, 2, 1]]),
+    "channels rotated": (True, lambda patch, *_: patch[..., [1, 2, 0]]),
+    "a channel lost": (True, lambda patch, _, rng: patch * (np.arange(3) != rng.integers(3))),
+    "grey": (True, lambda patch, *_: patch.mean(2, keepdims=True).repeat(3, 2)),
+    "inverted": (True, lambda patch, *_: 255 - patch),
+    "black half": (True, black_half),
+    "white half": (True, white_half),
+    "frame": (True, frame),
+    "strip": (True, strip),
+    "blurred, sigma 2": (
+        False,
+        with_picture(lambda picture, _: picture.filter(ImageFilter.GaussianBlur(2))),
+    ),
+    "noise, deviation 15": (False, lambda patch, _, rng: patch + rng.normal(0, 15, patch.shape)),
+    "JPEG, quality 5 to 15": (False, with_picture(compress)),
+    "centre of another patch": (False, centre_of_another),
+    "hue turned": (False, turn_hue),
+    "gamma 2.2": (False, lambda patch, *_: 255 * (patch / 255) ** 2.2),
+    "two bits a channel": (False, lambda patch, *_: patch & 192),
+    "contrast of 0.4": (False, lambda patch, *_: patch * 0.4 + 100),
+    "salt and pepper, 3%": (False, salt),
+    "tiles shuffled": (False, shuffle_tiles),
+    "every other row moved": (False, comb),
+    "pen stroke": (False, with_picture(draw_pen)),
+    "another patch blended in": (False, lambda patch, other, _: patch * 0.5 + other * 0.5),
+    "faint wave": (False, wave),
+}

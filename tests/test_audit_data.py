@@ -2,8 +2,10 @@
 findings, not crashes.
 """
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -12,13 +14,15 @@ from conftest import QUICK, draw_patches, run_script, write_pcam
 from damaged import score_quarantine, write_damaged_edition
 
 from lib.audit import plant
+from lib.audit.alterations import alter
+from lib.audit.data import duplicates, labels, unusual
 from lib.audit.data import run as data
 from lib.audit.data.balance import check_balance
 from lib.audit.data.drift import check_drift
 from lib.audit.data.leakage import measure_unit
 from lib.audit.data.triggers import check_triggers
 from lib.audit.data.values import binomial_chance
-from lib.audit.survey import FLAT_STD, survey_folder
+from lib.audit.survey import FLAT_STD, Survey, survey_folder, survey_split
 from lib.config import load_config
 from lib.files import read_csv
 from lib.groups import group_of_rows, write_groups
@@ -287,6 +291,65 @@ def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(stam
     assert named == {"14 of class 1": [], "all of class 1": [1], "all": [0, 1]}[stamped]
 
 
+def bare_survey(known, name="train") -> Survey:
+    """A split of which only the labels are known."""
+    table = {"damage": np.full(len(known), -1, np.int8)}
+    nothing = np.empty(0)
+    return Survey(name, Path(), {}, known, None, None, table, nothing, {}, nothing, None)
+
+
+def draw_scores(num=20_000) -> tuple[np.ndarray, np.ndarray]:
+    """Labels, and scores that a good model could have given them."""
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 2, num)
+    return known, rng.normal(np.where(known, 2.0, -2.0), 1.5)
+
+
+def test_the_labels_to_review_are_those_that_were_exchanged():
+    known, scores = draw_scores()
+    is_flipped = np.random.default_rng(1).random(len(known)) < 0.03
+    groups = np.arange(len(known))
+    found = labels.review(bare_survey(known ^ is_flipped), groups, scores, groups, [])
+    assert found["severity"] == "warning"
+    listed = [row["index"] for row in found["rows"]]
+    assert is_flipped[listed].sum() > 0.8 * is_flipped.sum()
+    assert labels.review(bare_survey(known), groups, scores, groups, [])["severity"] == "note"
+
+
+@pytest.mark.parametrize("start", [0, 7_000])
+@pytest.mark.parametrize("damage", ["none", "inverted", "rolled", "permuted"])
+def test_a_stretch_of_rows_out_of_step_with_its_labels_is_found(start, damage):
+    known, scores = draw_scores()
+    part = slice(start, start + 800)
+    spoil = {
+        "none": lambda part: part,
+        "inverted": lambda part: 1 - part,
+        "rolled": lambda part: np.roll(part, 3),
+        "permuted": np.random.default_rng(2).permutation,
+    }[damage]
+    known[part] = spoil(known[part])
+    rows = np.arange(len(known))
+    findings = labels.find_misaligned(bare_survey(known), rows, scores, np.full(len(rows), np.nan))
+    assert len(findings) == (damage != "none")
+    if findings:
+        listed = {row["index"] for row in findings[0]["rows"]}
+        truth = set(range(part.start, part.stop))
+        assert len(listed & truth) > 0.95 * len(truth) and len(listed - truth) < 50
+        assert ("+3 rows further fit" in findings[0]["measured"]) == (damage == "rolled")
+
+
+def test_labels_inverted_as_a_whole_and_labels_that_nothing_explains_are_errors():
+    known, scores = draw_scores(2_000)
+    rows, noise = np.arange(2_000), np.random.default_rng(3).normal(size=2_000)
+    for own, across in ((scores, -scores), (noise, np.roll(scores, 2)), (noise, noise)):
+        (found,) = labels.find_misaligned(bare_survey(known), rows, own, across)
+        assert found["severity"] == "error" and found["count"] == 2_000
+        assert found["rows"][0]["reason"] == "misaligned"
+        is_shifted = across is not noise and own is noise
+        assert ("rows further fit" in found["measured"]) == is_shifted
+    assert not labels.find_misaligned(bare_survey(known), rows, scores, scores)
+
+
 def test_groups_alone_are_the_copies_of_each_split_without_slide_names(tmp_path):
     folder = write_pcam(tmp_path / "data", num_train=30, num_valid=20)
     patches, known = draw_patches(40, 2)
@@ -319,27 +382,81 @@ def test_groups_of_a_split_are_written_though_another_cannot_be_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_labels_are_reviewed_out_of_fold(tmp_path):
-    folder = write_pcam(tmp_path / "data")
-    write_groups(folder, {"train": np.arange(160) // 2, "valid": np.arange(64)})
+def test_labels_are_judged_by_the_small_model_and_by_folds_that_were_trained(tmp_path):
+    folder = write_pcam(tmp_path / "data", num_train=400, num_valid=240)
+    write_groups(folder, {"train": np.arange(400) // 2, "valid": np.arange(240)})
     before = (folder / "groups.csv").read_bytes()
-    found = audit_labels(folder, tmp_path / "out")
-    assert (folder / "groups.csv").read_bytes() == before, "a file that fits is not replaced"
+    audit(folder, tmp_path / "out", ("labels",))
     rows = read_csv(tmp_path / "out/out_of_fold.csv")
-    assert sorted(int(row["index"]) for row in rows) == list(range(160))
-    assert "out-of-fold AUC" in found["measured"]
+    assert sorted(int(row["index"]) for row in rows if row["split"] == "train") == [*range(400)]
+    assert not (tmp_path / "out/runs").exists()
+    overrides = [*QUICK, "num_folds=2", "crop_epochs=1"]
+    data.audit_data(folder, tmp_path / "out", ("labels",), overrides, "cpu", train_folds=True)
     runs = sorted((tmp_path / "out/runs").iterdir())
-    held_out = [json.loads((run / "meta.json").read_text())["rows"]["valid"]["num"] for run in runs]
-    assert len(runs) == 2 and sum(held_out) == 160
+    assert len(runs) == 2
+    trained = (tmp_path / "out/out_of_fold.csv").read_bytes()
+    data.audit_data(folder, tmp_path / "again", ("labels",), [], "cpu", runs=runs)
+    assert (tmp_path / "again/out_of_fold.csv").read_bytes() == trained
+    assert (folder / "groups.csv").read_bytes() == before, "a file that fits is not replaced"
 
 
-def audit_labels(folder, out) -> dict:
-    data.audit_data(folder, out, ("labels",), [*QUICK, "num_folds=2", "crop_epochs=1"], "cpu")
-    return next(
-        found
-        for found in json.loads((out / "findings.json").read_text())
-        if found["check"] == "labels to review"
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", [[], ["inverted", "noisy", "half missing"]])
+def test_unusual_patches_are_found_and_others_left_alone(planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(unusual, "COPIES", 100)
+    patches, known = draw_patches(900, 4)
+    rng = np.random.default_rng(0)
+    places = rng.permutation(900)[: 36 * len(planted)].reshape(-1, 36)
+    for kind, rows in zip(planted, places, strict=False):
+        for row in rows:
+            patches[row] = alter(kind, patches[row], patches[0], rng)
+    with SplitWriter(tmp_path / "data", "train", 900) as writer:
+        writer.add(patches, known)
+    surveys = [survey_split(tmp_path / "data", "train", tmp_path, [])]
+    findings = unusual.check_unusual(surveys)
+    listed = {row["index"]: row["reason"] for found in findings for row in found["rows"]}
+    assert len(listed.keys() - set(places.ravel().tolist())) <= 0.005 * 900
+    for rows in places:
+        assert sum(row in listed for row in rows.tolist()) >= 0.9 * len(rows)
+
+
+def test_what_is_done_is_on_the_page_when_an_audit_is_interrupted(pcam_dir, tmp_path, monkeypatch):
+    def interrupt(_surveys):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "check_drift", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        audit(pcam_dir, tmp_path / "out", ("values", "balance", "drift"))
+    checks = {row["check"] for row in json.loads((tmp_path / "out/findings.json").read_text())}
+    assert "balance" in checks and "drift" not in checks
+    assert "balance" in (tmp_path / "out/audit.html").read_text()
+
+
+def test_the_verdict_says_whether_to_train_what_to_leave_out_and_what_to_run(tmp_path, capsys):
+    patches, known = draw_patches(60, 3)
+    patches[7] = 0
+    write_float(tmp_path / "data", patches, known)
+    write_float(tmp_path / "data", *draw_patches(30, 4), split="valid")
+    audit(tmp_path / "data", tmp_path / "out", ("values",))
+    printed = capsys.readouterr().err
+    command = f"python train.py data_dir={tmp_path}/data quarantine={tmp_path}/out/quarantine.csv"
+    assert command in printed and command in (tmp_path / "out/audit.html").read_text()
+    assert printed.count("are black all over") == 1, "a finding is printed once"
+    split_path(tmp_path / "data", "valid", "x").write_bytes(b"")
+    audit(tmp_path / "data", tmp_path / "out", ("values",))
+    assert "python train.py" not in capsys.readouterr().err
+
+
+def test_a_split_of_the_published_size_is_held_against_the_published_copies(monkeypatch):
+    survey = bare_survey(np.zeros(6, np.int8))
+    stays = np.array([0, 1, 0, 1, 4, 5])
+    patches = np.arange(6, dtype=np.uint8)
+    patches[2] = patches[0]  # row 3 is row 1 turned, no exact copy
+    survey = dataclasses.replace(survey, read=lambda rows: patches[rows])
+    for expected, severity in ((5, "note"), (4, "warning")):
+        monkeypatch.setitem(duplicates.DEDUPLICATED, ("train", 6), expected)
+        (found,) = duplicates.compare_published(survey, stays)
+        assert found["severity"] == severity
 
 
 def test_drift_is_found_where_it_is_and_only_there(tmp_path):
@@ -444,11 +561,11 @@ def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
         writer.add(*draw_patches(300, 8))
     audit(tmp_path, tmp_path / "out", ("values", "duplicates", "leakage"), plant=True)
     power = {row["planted"]: row for row in read_csv(tmp_path / "out/power.csv")}
-    for kind in set(plant.PLANTS) - {"trigger", "exchanged label", "recompressed"}:
-        assert (
-            float(power[kind]["recall"]) == 1
-            and power[kind]["false_alarms"] == power[kind]["on_clean"] == "0"
-        ), power[kind]
+    sure = ("nan", "out of range", "scaled", "black", "white", "one colour", "equal", "turned")
+    for kind in (*sure, "brightened", "shifted", "leaked"):
+        found = power[kind]
+        assert float(found["recall"]) == 1, found
+        assert found["false_alarms"] == found["on_clean"] == "0", found
     assert "exchanged label" not in power, "which was not asked for"
     page = (tmp_path / "out/audit.html").read_text()
     cells = re.search(r">leaked</td><td[^>]*>(\d+)</td><td[^>]*>(\d+)</td>", page)

@@ -7,7 +7,7 @@ from lib.command import say
 MODEL_PARTS = ("thresholds", "calibration", "slices", "shortcut", "errors")
 
 
-def finding(
+def build_finding(
     check: str,
     severity: str,
     measured: str,
@@ -16,10 +16,7 @@ def finding(
     rows=(),
     split: str = "",
 ) -> dict:
-    """A row of findings.json, said to the person at the terminal too; `severity` is note, warning
-    or error.
-    """
-    say(f"{severity:8}{check:28}{'; '.join(text for text in (measured, limit, advice) if text)}")
+    """A row of findings.json; `severity` is note, warning or error."""
     texts = {
         "check": check,
         "split": split,
@@ -29,6 +26,20 @@ def finding(
         "advice": advice,
     }
     return texts | {"count": len(rows), "rows": list(rows)}
+
+
+def say_finding(row: dict) -> None:
+    """Print a finding as one line for the person at the terminal."""
+    words = "; ".join(row[name] for name in ("measured", "limit", "advice") if row[name])
+    check = f"{row['check']} in {row['split']}" if row["split"] else row["check"]
+    say(f"{row['severity']:8}{check:28} {words}")
+
+
+def finding(*args, **options) -> dict:
+    """A row of findings.json as build_finding makes it, printed too."""
+    row = build_finding(*args, **options)
+    say_finding(row)
+    return row
 
 
 def rank_findings(findings: list[dict]) -> list[dict]:

@@ -32,9 +32,14 @@ UNKNOWN_POWER = (
 
 
 def write_data_page(
-    path, title: str, surveys: list[Survey], findings: list[dict], power: list[dict]
+    path,
+    title: str,
+    verdict: list[str],
+    surveys: list[Survey],
+    findings: list[dict],
+    power: list[dict],
 ) -> Path:
-    """Write the page of an audit of these splits."""
+    """Write the page of an audit of these splits, which begins with the verdict's sentences."""
     counts = []
     for survey in surveys:
         for label in (0, 1, -1):
@@ -42,6 +47,7 @@ def write_data_page(
             counts.append({"split": survey.name, "label": label, "count": count})
     ranked = rank_findings(findings)
     blocks = [
+        *(Words(sentence) for sentence in verdict),
         Heading("What there is"),
         Figure("Patches per split and class", figure_png(plot_counts(counts)), "counts.png"),
         Heading("What was found"),

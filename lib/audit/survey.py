@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
+from lib.audit.appearance import describe_patches
 from lib.audit.copies import BLOCK, Prints, find_prints, join
 from lib.command import BadInput, one_line
 from lib.features import compute_features, count_values, grey_planes
@@ -107,7 +108,7 @@ def survey_folder(directory, work) -> tuple[list[Survey], list[dict]]:
         except BadInput as error:
             advice = "mend or fetch this file; the other splits were audited"
             findings.append(
-                finding("unreadable split", "error", str(error), advice=advice, split=name)
+                build_finding("unreadable split", "error", str(error), advice=advice, split=name)
             )
     return surveys, findings
 
@@ -155,7 +156,9 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
         ]
         advice = "fetch the file again; training stops at these rows unless they are left out"
         findings.append(
-            finding("unreadable rows", "error", measured, advice=advice, rows=rows, split=name)
+            build_finding(
+                "unreadable rows", "error", measured, advice=advice, rows=rows, split=name
+            )
         )
     fd, size = os.open(plain, os.O_RDONLY), PATCH_BYTES * dtype.itemsize
 
@@ -236,7 +239,7 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
         if len(values) != num:
             measured = f"x has {num:,} patches, y has {len(values):,} labels"
             findings.append(
-                finding(
+                build_finding(
                     "agreement of x and y",
                     "error",
                     measured,
@@ -257,13 +260,13 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
                 f" {rows[0]['index']:,}"
             )
             findings.append(
-                finding(
+                build_finding(
                     "labels", "error", measured, "0 or 1", "these patches have no label", rows, name
                 )
             )
     except BadInput as error:
         findings.append(
-            finding(
+            build_finding(
                 "labels", "error", str(error), advice="without them no check by class", split=name
             )
         )
@@ -279,7 +282,7 @@ def read_companions(directory, name: str, num: int, findings: list[dict]):
             slides, coords = names, places.astype(np.int64)
     except (BadInput, ValueError) as error:
         findings.append(
-            finding(
+            build_finding(
                 "meta",
                 "error",
                 one_line(error),
@@ -371,7 +374,10 @@ def measure(raw: np.ndarray):
         is_black = (part[..., 0] | part[..., 1] | part[..., 2]) == 0
         features.append(
             compute_features(part, values, grey)
-            | {"black_share": is_black.mean((1, 2), dtype=np.float32)}
+            | {
+                "black_share": is_black.mean((1, 2), dtype=np.float32),
+                "appearance": describe_patches(part, values, grey),
+            }
         )
     prints = join(prints)
     columns = counts | {"low": low, "high": high}

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.survey import Survey
 from lib.batches import Rows, epoch_order
 from lib.config import Config
@@ -49,7 +49,7 @@ def check_balance(surveys: list[Survey], cfg: Config) -> list[dict]:
             )
         )
         findings.append(
-            finding(
+            build_finding(
                 "balance",
                 "note" if even else "warning",
                 measured,
@@ -79,7 +79,7 @@ def check_balance(surveys: list[Survey], cfg: Config) -> list[dict]:
                 for label, count in enumerate(drawn)
             ]
             findings.append(
-                finding("balance after sampling", "note", measured, rows=table, split="train")
+                build_finding("balance after sampling", "note", measured, rows=table, split="train")
             )
     for name in share:
         if name != "train" and "train" in share:
@@ -96,7 +96,7 @@ def check_balance(surveys: list[Survey], cfg: Config) -> list[dict]:
                 else ""
             )
             findings.append(
-                finding(
+                build_finding(
                     "prior shift",
                     "warning" if shifted else "note",
                     measured,

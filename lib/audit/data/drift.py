@@ -4,7 +4,7 @@ classifier tells them apart.
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.survey import Survey
 from lib.features import NAMES
 from lib.metrics import compute_auc
@@ -37,7 +37,7 @@ def check_drift(surveys: list[Survey]) -> list[dict]:
         )
         limit = f"{SLIDE_DEVIATIONS:g} deviations"
         advice = "another scanner, stain or focus: look, and score these slides apart"
-        findings.append(finding("drift of slides", "warning", measured, limit, advice, rows))
+        findings.append(build_finding("drift of slides", "warning", measured, limit, advice, rows))
     return findings
 
 
@@ -60,7 +60,9 @@ def compare_splits(train: Survey, other: Survey) -> dict:
     least = 4 * len(NAMES)
     if min(len(ours), len(theirs)) < least:
         measured = f"{len(ours):,} and {len(theirs):,} intact patches are too few to compare"
-        return finding("drift", "warning", measured, f"{least}", "not checked", split=other.name)
+        return build_finding(
+            "drift", "warning", measured, f"{least}", "not checked", split=other.name
+        )
     rows = compare_features(ours, theirs, other.name)
     slides = np.concatenate([our_slides, their_slides])
     auc, low, high = tell_apart(ours, theirs, slides)
@@ -78,7 +80,7 @@ def compare_splits(train: Survey, other: Survey) -> dict:
     if has_drifted:
         severity = "warning"
         advice = "a threshold set here may not hold there: compare calibration on both"
-    return finding("drift", severity, measured, limit, advice, rows, other.name)
+    return build_finding("drift", severity, measured, limit, advice, rows, other.name)
 
 
 def compare_features(ours: np.ndarray, theirs: np.ndarray, other: str) -> list[dict]:

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.copies import Overlaps, compare_patches, join
 from lib.audit.survey import Survey
 from lib.pcam import PATCH_BYTES
 
+# patches of the published splits that are left when exact copies are taken out
+DEDUPLICATED = {
+    ("train", 262_144): 220_025,
+    ("valid", 32_768): 28_108,
+    ("test", 32_768): 29_383,
+}
 BRIGHTER = 0.015  # a gain that differs from 1 by more is called brighter or darker
 
 
@@ -66,14 +72,14 @@ def describe_copy(overlap: Overlaps) -> str:
 
 def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
     """Findings for equal, near and overlapping patches within each split, and for equal ones with
-    different labels.
+    different labels in any.
     """
     findings = []
     for number, survey in enumerate(surveys):
         first = copies.first[copies.split == number]
         firsts, stays, inverse = np.unique(first, return_index=True, return_inverse=True)
         findings += equal_patches(survey, stays[inverse])
-        findings += label_conflicts(survey, stays[inverse])
+        findings += compare_published(survey, stays[inverse])
         # overlaps link the first of equal patches, which may be in another split
         overlaps = copies.overlaps
         is_here = np.isin(overlaps.first, firsts) & np.isin(overlaps.second, firsts)
@@ -81,7 +87,7 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
         one = stays[np.searchsorted(firsts, pairs.first)]
         other = stays[np.searchsorted(firsts, pairs.second)]
         findings += overlapping_patches(survey, pairs, one, other)
-    return findings
+    return findings + label_conflicts(surveys, copies)
 
 
 def equal_patches(survey: Survey, stays: np.ndarray) -> list[dict]:
@@ -106,23 +112,54 @@ def equal_patches(survey: Survey, stays: np.ndarray) -> list[dict]:
         measured += f", {num_turned:,} of them turned or mirrored"
     limit = "published train: 16%"
     advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
-    return [finding("duplicates", "warning", measured, limit, advice, rows, survey.name)]
+    return [build_finding("duplicates", "warning", measured, limit, advice, rows, survey.name)]
 
 
-def label_conflicts(survey: Survey, stays: np.ndarray) -> list[dict]:
-    """A finding for equal patches of which some are labelled 0 and some 1."""
-    counts = np.zeros((2, len(stays)), np.int64)
+def label_conflicts(surveys: list[Survey], copies: Copies) -> list[dict]:
+    """A finding for equal patches of which some are labelled 0 and some 1, in one split or in
+    several.
+    """
+    labels = np.concatenate([survey.labels for survey in surveys])
+    example = np.full((2, len(labels)), -1)  # by label and group, a patch
     for label in (0, 1):
-        np.add.at(counts[label], stays[survey.labels == label], 1)
-    has_both = counts.all(0)  # at the first row of each group
-    conflict = np.flatnonzero(has_both[stays] & (survey.labels >= 0))
+        mine = np.flatnonzero(labels == label)
+        example[label, copies.first[mine]] = mine
+    has_both = (example >= 0).all(0)
+    conflict = np.flatnonzero(has_both[copies.first] & (labels >= 0))
     if not len(conflict):
         return []
-    columns = {"kind": "equal, labelled both ways", "reason": "label", "score": 1.0}
-    rows = survey.rows(conflict, of=stays[conflict], **columns)
+    others = example[1 - labels[conflict], copies.first[conflict]]
+    rows = []
+    for patch, other in zip(conflict, others, strict=True):
+        columns = {"of": f"{surveys[copies.split[other]].name} {copies.row[other]}"}
+        columns |= {"kind": "equal, labelled both ways", "reason": "label", "score": 1.0}
+        rows += surveys[copies.split[patch]].rows([copies.row[patch]], **columns)
     measured = f"{has_both.sum():,} groups of equal patches carry both labels"
     advice = "look at them, correct one"
-    return [finding("label conflicts", "error", measured, "none", advice, rows, survey.name)]
+    names = " and ".join(dict.fromkeys(row["split"] for row in rows))
+    return [build_finding("label conflicts", "error", measured, "none", advice, rows, names)]
+
+
+def compare_published(survey: Survey, stays: np.ndarray) -> list[dict]:
+    """A finding for a split of the published size: whether as many patches are left without exact
+    copies as in the published files. `stays` is as in equal_patches.
+    """
+    expected = DEDUPLICATED.get((survey.name, len(survey)))
+    if expected is None:
+        return []
+    is_first = stays == np.arange(len(stays))
+    num_unique = int(is_first.sum())
+    digests = {}
+    for row in np.flatnonzero(~is_first):
+        group = digests.setdefault(stays[row], {survey.read([stays[row]]).tobytes()})
+        group.add(survey.read([row]).tobytes())
+    num_unique += sum(len(group) - 1 for group in digests.values())
+    severity = "note" if num_unique == expected else "warning"
+    measured = f"{num_unique:,} different patches, {expected:,} in the published files"
+    advice = "" if num_unique == expected else "these are not the published patches"
+    limit = f"{expected:,}"
+    check = "de-duplication"
+    return [build_finding(check, severity, measured, limit, advice, split=survey.name)]
 
 
 def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dict]:
@@ -139,7 +176,7 @@ def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dic
         measured = f"{len(near):,} pairs of near copies (similarity {similarity.min():.2f} or more)"
         advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
         findings.append(
-            finding("near duplicates", "warning", measured, "none", advice, rows, survey.name)
+            build_finding("near duplicates", "warning", measured, "none", advice, rows, survey.name)
         )
     if len(beside):
         down, right = pairs.shift[beside].T
@@ -151,6 +188,6 @@ def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dic
         )
         advice = "keep them in one fold; intervals that count patches are too narrow"
         findings.append(
-            finding("overlapping patches", "note", measured, "", advice, rows, survey.name)
+            build_finding("overlapping patches", "note", measured, "", advice, rows, survey.name)
         )
     return findings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.survey import DAMAGE, Survey
 from lib.pcam import PATCH_BYTES, SPLITS, open_images, open_patches, read_rows, split_path
 from lib.published import OFFICIAL, SLIDE_PREFIX, compare_md5, compare_slide_names
@@ -28,7 +28,9 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
     if others := sorted({path.name for path in Path(directory).glob("camelyonpatch*")} - allowed):
         measured = f"not among the official names: {', '.join(others[:4])}"
         findings.append(
-            finding("names", "warning", measured, "", "rename", [{"file": name} for name in others])
+            build_finding(
+                "names", "warning", measured, "", "rename", [{"file": name} for name in others]
+            )
         )
     for survey in surveys:
         layout, num_official = survey.layout, OFFICIAL[survey.name]["rows"]
@@ -52,7 +54,7 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
         )
         verdict = "; ".join(differing) or "MD5 as published"
         findings.append(
-            finding(
+            build_finding(
                 "files", "note", f"{num}, {stored}; {verdict}", split=survey.name, rows=[layout]
             )
         )
@@ -60,7 +62,7 @@ def check_files(directory, surveys: list[Survey], work) -> list[dict]:
             proof = "its slides are named as another split's" if named == "swapped" else verdict
             limit, advice = f"{SLIDE_PREFIX[survey.name]}*", "give the files their names back"
             findings.append(
-                finding("exchanged splits", "error", proof, limit, advice, split=survey.name)
+                build_finding("exchanged splits", "error", proof, limit, advice, split=survey.name)
             )
         findings.append(account_for_size(survey, work))
     return findings
@@ -96,7 +98,7 @@ def account_for_size(survey: Survey, work) -> dict:
         for factor, (here, published) in factors.items()
     ]
     if layout["offset"] is not None and layout["dtype"] == "uint8":
-        return finding("size", "note", measured, rows=rows, split=survey.name)
+        return build_finding("size", "note", measured, rows=rows, split=survey.name)
     is_readable = survey.damage != DAMAGE.index("unreadable")
     if is_readable.any():
         readable = np.flatnonzero(is_readable)[:TRIED_ROWS]
@@ -110,7 +112,7 @@ def account_for_size(survey: Survey, work) -> dict:
         rate = {"here": round(before), "repacked": round(after)}
         rows.append({"factor": "random patches a second", **rate})
     advice = "prepare.py repack"
-    return finding("size", "warning", measured, advice=advice, rows=rows, split=survey.name)
+    return build_finding("size", "warning", measured, advice=advice, rows=rows, split=survey.name)
 
 
 def measure_repacking(survey: Survey, rows, work) -> tuple[float, float, int]:

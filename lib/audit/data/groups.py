@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.copies import link_copies
 from lib.command import BadInput
 from lib.groups import find_groups, write_groups
@@ -23,7 +23,7 @@ def check_groups(directory) -> list[dict]:
         try:
             splits.append(open_split(directory, name))
         except BadInput as error:
-            findings.append(finding("groups", "error", str(error), split=name))
+            findings.append(build_finding("groups", "error", str(error), split=name))
     groups = {split.name: link_copies(split.images) for split in splits if split.slides is None}
     if groups:
         write_groups(directory, groups)
@@ -31,7 +31,7 @@ def check_groups(directory) -> list[dict]:
         measured = "folds keep its slides whole, no groups are needed"
         if split.name in groups:
             measured = describe_groups(groups[split.name], find_groups(split, directory))
-        findings.append(finding("groups", "note", measured, split=split.name))
+        findings.append(build_finding("groups", "note", measured, split=split.name))
     return findings
 
 

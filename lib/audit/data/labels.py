@@ -1,115 +1,201 @@
-"""Which labels deserve a second look: predictions of models that have not seen them, and how likely
-a disagreement is an error.
+"""Which labels deserve a second look: predictions of models that have not seen them.
 
-Training is cross-validated: each patch is predicted by a model of the other folds. The outcome is a
-ranked list for review, never a verdict.
+A small model judges each split out of fold, or the runs of a team's folds do. Three questions
+follow: can the labels be learnt at all, is a stretch of rows out of step with its labels, and which
+single labels disagree with what the model is surest of. The outcome is a list for review, never a
+verdict.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
+from lib.audit.data.outoffold import predict_out_of_fold
 from lib.audit.label_noise import LEAST_RATE, fit_label_noise
 from lib.audit.survey import Survey
-from lib.audit.twin import make_run
-from lib.batches import PatchSource, open_train_valid
-from lib.checkpoint import load_model
-from lib.command import say
-from lib.config import load_config, parse_overrides
-from lib.device import choose_device
 from lib.files import write_csv
-from lib.groups import groups_for_halves
-from lib.metrics import compute_auc, sigmoid
-from lib.predict import predict_rows
-from lib.rundir import resume_config
+from lib.metrics import compute_auc
 
-# what a fold learns from, all epochs together
-NUM_FOLDS, PATCHES_PER_FOLD, MOST_EPOCHS = 4, 120_000, 12
+LEAST_ROWS = 100  # of each class in a split: fewer teach nothing
+NUM_BINS = 60  # of a calibration
 BUDGET = 2.0  # the list is so many times as long as the number of labels that seem wrong
-# of the folds: below, a disagreement says more about the model than about the label
+# out of fold: below, a disagreement says more about the model than about the label
 LEAST_AUC = 0.75
+# AUC of a split by a model of the others below which their labels contradict each other, and out
+# of fold below which labels cannot be learnt
+CONTRADICTORY_AUC, UNLEARNT_AUC = 0.35, 0.6
+# log likelihood that labels without relation to the patches gain on a stretch of rows
+LEAST_EVIDENCE, LEAST_STRETCH, MOST_STRETCHES = 25.0, 40, 8
+MOST_LAG = 5  # rows by which labels may be out of step
 
 
 def check_labels(
-    directory, survey: Survey, out: Path, overrides: list[str], device: str
+    surveys: list[Survey], groups_of: dict[str, np.ndarray], out: Path, logits=None
 ) -> list[dict]:
-    """Train the folds in OUT/runs, predict each held-out patch, rank the disagreements. Raises
-    BadInput as train.py does.
-    """
-    num_folds = load_config(overrides=overrides).num_folds or NUM_FOLDS
-    num_train = len(survey) * (num_folds - 1) // num_folds
-    epochs = int(np.clip(PATCHES_PER_FOLD // max(num_train, 1), 1, MOST_EPOCHS))
-    settings = {
-        "name": "fold",
-        "epochs": epochs,
-        "crop_epochs": epochs,
-        "views": 1,
-        "quarantine": out / "quarantine.csv",
-    }
-    settings |= {"limit_train": min(PATCHES_PER_FOLD, num_train)} | parse_overrides(overrides)
-    settings |= {"data_dir": directory, "num_folds": num_folds}
-    logits = np.full(len(survey), np.nan)
-    for fold in range(num_folds):
-        say(
-            f"training fold {fold + 1} of {num_folds}, to predict its patches by a model that has"
-            " not seen them"
-        )
-        overridden = [f"{key}={value}" for key, value in settings.items()]
-        run = make_run(
-            ["--runs", str(out / "runs"), "--device", device, *overridden, f"fold={fold}"]
-        )
-        run_cfg = resume_config(run, [])
-        _, (split, rows) = open_train_valid(run_cfg)
-        target = choose_device(device)
-        source = PatchSource(split.images, run_cfg.data_residence, target)
-        logits[rows.index] = predict_rows(
-            load_model(run)[0].to(target), source, rows.index, run_cfg, run_cfg.views
-        )
-    usable = np.intersect1d(np.flatnonzero(~np.isnan(logits)), survey.intact)
-    groups = groups_for_halves(split, directory)[usable]
-    return rank_labels(survey, usable, logits[usable], groups, out)
+    """Findings for each split with labels; OUT/out_of_fold.csv ranks all labels.
 
-
-def rank_labels(survey: Survey, rows: np.ndarray, logits, groups, out: Path) -> list[dict]:
-    """The review list from out-of-fold logits (N,) of rows (N,) in groups (N,), written whole to
-    OUT/out_of_fold.csv.
+    `groups_of` gives the group of each row (N,) of each split. `logits` (N,), of train, come from
+    the runs of its folds; without them the small model judges.
     """
-    labels = survey.labels[rows]
-    rate, least, wrong = fit_label_noise(labels, logits, groups)
-    order = np.argsort(-wrong, kind="stable")
-    probs = sigmoid(logits)
-    cells = (
-        [survey.name, int(rows[i]), int(labels[i]), f"{probs[i]:.6f}", f"{wrong[i]:.6f}"]
-        for i in order
-    )
-    write_csv(out / "out_of_fold.csv", ("split", "index", "label", "probability", "wrong"), cells)
-    auc = compute_auc(labels, logits)
-    measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
-    if not auc >= LEAST_AUC:
-        advice = "more patches, or epochs=, for the folds"
-        measured += "models this weak cannot judge labels"
-        return [
-            finding(
-                "labels to review", "warning", measured, f"{LEAST_AUC:g}", advice, split=survey.name
+    findings, judged, rows_of = [], [], []
+    for survey in surveys:
+        rows = survey.intact
+        rows = rows[survey.labels[rows] >= 0]
+        if logits is not None:
+            rows = rows[~np.isnan(logits[rows])] if survey.name == "train" else rows[:0]
+        if len(rows) and np.bincount(survey.labels[rows], minlength=2).min() >= LEAST_ROWS:
+            judged.append(survey)
+            rows_of.append(rows)
+        else:
+            measured, limit = "too few labels to learn from", f"{LEAST_ROWS} of each class"
+            note = build_finding(
+                "labels", "note", measured, limit, "not checked", split=survey.name
             )
-        ]
+            findings.append(note)
+    if not judged:
+        return findings
+    if logits is None:
+        pairs = zip(judged, rows_of, strict=True)
+        groups = [groups_of[survey.name][rows] for survey, rows in pairs]
+        own, across = predict_out_of_fold(judged, rows_of, groups)
+    else:
+        own = [logits[rows_of[0]]]
+        across = [np.full(len(rows_of[0]), np.nan)]
+        groups = [groups_of["train"][rows_of[0]]]
+    table = []
+    for survey, rows, scores, others, group in zip(
+        judged, rows_of, own, across, groups, strict=True
+    ):
+        misaligned = find_misaligned(survey, rows, scores, others)
+        findings += misaligned
+        suspect_rows = [row["index"] for found in misaligned for row in found["rows"]]
+        is_aligned = ~np.isin(rows, suspect_rows)
+        if is_aligned.any():
+            aligned = rows[is_aligned]
+            findings.append(review(survey, aligned, scores[is_aligned], group[is_aligned], table))
+    table.sort(key=lambda row: -row[-1])
+    write_csv(out / "out_of_fold.csv", ("split", "index", "label", "probability", "doubt"), table)
+    return findings
+
+
+def calibrate(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Probabilities (N,) of label 1: the share of positives among patches of like scores, made
+    monotone (Barlow et al. 1972). They lie above 0 and below 1.
+    """
+    order = np.argsort(scores, kind="stable")
+    bins = np.array_split(order, min(NUM_BINS, len(order)))
+    blocks = []  # positives, patches, bins
+    for part in bins:
+        blocks.append([labels[part].sum() + 0.5, len(part) + 1.0, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
+            last = blocks.pop()
+            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
+    shares = np.repeat([num / size for num, size, _ in blocks], [num for *_, num in blocks])
+    middles = np.array([scores[part].mean() for part in bins])
+    return np.interp(scores, middles, shares)
+
+
+def review(survey: Survey, rows, scores, groups, table: list) -> dict:
+    """The finding for labels that deserve a second look; adds rows of out_of_fold.csv."""
+    labels = survey.labels[rows]
+    probs = calibrate(labels, scores)
+    rate, least, doubt = fit_label_noise(labels, scores, groups)
+    columns = (rows.tolist(), labels.tolist(), probs.round(6).tolist(), doubt.round(6).tolist())
+    table += [[survey.name, *cells] for cells in zip(*columns, strict=True)]
+    auc = compute_auc(labels, scores)
+    measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
+    check = "labels to review"
+    if not auc >= LEAST_AUC:
+        measured += "models this weak cannot judge labels"
+        limit = f"{LEAST_AUC:g}"
+        advice = "--train-folds, or --runs with the runs of your folds"
+        return build_finding(check, "warning", measured, limit, advice, split=survey.name)
     if least < LEAST_RATE:
         measured += f"at least {least:.1%} of the labels fit an exchange, {rate:.1%} fits best"
         advice = "out_of_fold.csv ranks all, should you look nevertheless"
         limit = f"{LEAST_RATE:.0%}"
-        return [finding("labels to review", "note", measured, limit, advice, split=survey.name)]
-    chosen = order[: int(np.ceil(BUDGET * rate * len(rows)))]
-    expected = wrong[chosen].mean()
-    measured += (
-        f"{rate:.1%} of the labels seem exchanged; of the {len(chosen):,} listed {expected:.0%}"
-        " should be wrong"
-    )
+        return build_finding(check, "note", measured, limit, advice, split=survey.name)
+    chosen = np.argsort(-doubt, kind="stable")[: int(np.ceil(BUDGET * rate * len(rows)))]
+    measured += f"{rate:.1%} of the labels seem exchanged, the {len(chosen):,} likeliest are listed"
     advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
-    rows = survey.rows(
+    suspects = survey.rows(
         rows[chosen],
         probability=probs[chosen].round(4),
         reason="label",
-        score=wrong[chosen].round(4),
+        score=doubt[chosen].round(4),
     )
-    return [finding("labels to review", "warning", measured, "none", advice, rows, survey.name)]
+    return build_finding(check, "warning", measured, "none", advice, suspects, survey.name)
+
+
+def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
+    """Findings for a split whose labels cannot be learnt or contradict those of other splits, and
+    for stretches of its rows whose labels have no relation to the patches, or the opposite one.
+    """
+    labels = survey.labels[rows]
+    own_auc = compute_auc(labels, scores)
+    other_auc = compute_auc(labels, others) if not np.isnan(others).any() else np.nan
+    if own_auc < UNLEARNT_AUC:
+        lag = find_lag(labels, others) if not np.isnan(others).any() else ""
+        measured = f"the labels cannot be learnt (out-of-fold AUC {own_auc:.3f}){lag}"
+        return [report(survey, rows, measured)]
+    if other_auc < CONTRADICTORY_AUC:
+        measured = (
+            f"a model of the other splits has AUC {other_auc:.3f} here: labels are inverted, here"
+            " or there"
+        )
+        return [report(survey, rows, measured)]
+    if own_auc < LEAST_AUC:
+        return []
+    probs = calibrate(labels, scores).clip(0.02, 0.98)
+    base = labels.mean()
+    gain = np.log(np.where(labels == 1, base / probs, (1 - base) / (1 - probs)))
+    findings = []
+    for start, stop in find_stretches(gain):
+        part = slice(start, stop)
+        auc = compute_auc(labels[part], scores[part])
+        if auc > UNLEARNT_AUC:
+            continue
+        what = "inverted" if auc < CONTRADICTORY_AUC else "without relation to the patches"
+        lag = find_lag(labels[part], scores[part])
+        measured = (
+            f"the labels of rows {rows[start]:,} to {rows[stop - 1]:,} are {what} (AUC"
+            f" {auc:.3f}, {own_auc:.3f} in all){lag}"
+        )
+        findings.append(report(survey, rows[part], measured))
+    return findings
+
+
+def report(survey: Survey, rows: np.ndarray, measured: str) -> dict:
+    advice = "look how x and y were written; quarantine_reasons takes `misaligned`"
+    suspects = survey.rows(rows, reason="misaligned", score=1.0)
+    check = "labels: misaligned"
+    return build_finding(check, "error", measured, "none", advice, suspects, survey.name)
+
+
+def find_stretches(gain: np.ndarray) -> list[tuple[int, int]]:
+    """Stretches (start, stop) of rows with the largest sums of `gain` (N,), in order of rows."""
+    gain, stretches = gain.copy(), []
+    for _ in range(MOST_STRETCHES):
+        sums = np.concatenate([[0], np.cumsum(gain)])
+        lowest = np.minimum.accumulate(sums)
+        stop = int((sums - lowest).argmax())
+        start = int(sums[: stop + 1].argmin())
+        if sums[stop] - sums[start] < LEAST_EVIDENCE:
+            break
+        if stop - start >= LEAST_STRETCH:
+            stretches.append((start, stop))
+        gain[start:stop] = -1e9
+    return sorted(stretches)
+
+
+def find_lag(labels: np.ndarray, scores: np.ndarray) -> str:
+    """Words for the number of rows by which labels (N,) are out of step with the scores (N,), or
+    nothing.
+    """
+    lags = [lag for lag in range(-MOST_LAG, MOST_LAG + 1) if lag]
+    aucs = [compute_auc(np.roll(labels, lag), scores) for lag in lags]
+    best = int(np.argmax(aucs))
+    if not aucs[best] > LEAST_AUC:
+        return ""
+    return f"; the labels {-lags[best]:+d} rows further fit (AUC {aucs[best]:.3f})"

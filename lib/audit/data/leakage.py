@@ -4,7 +4,7 @@ overlapping pixels.
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.data.duplicates import Copies, describe_copy
 from lib.audit.survey import Survey
 from lib.pcam import PATCH_SHAPE
@@ -39,7 +39,7 @@ def shared_places(earlier: Survey, later: Survey, unit: float, how: str) -> list
         f"{len(shared):,} slides are in {both}, with {len(index):,} patches of {earlier.name}:"
         f" {', '.join(shared[:3])}"
     )
-    findings = [finding("shared slides", "error", measured, "none", advice, rows, both)]
+    findings = [build_finding("shared slides", "error", measured, "none", advice, rows, both)]
     ours, theirs = overlapping_places(earlier, later, shared, PATCH_SHAPE[0] * unit)
     if len(ours):
         score = np.ones(len(ours))
@@ -49,14 +49,13 @@ def shared_places(earlier: Survey, later: Survey, unit: float, how: str) -> list
             f" {unit:g}: {how})"
         )
         findings.append(
-            finding("overlapping coordinates", "error", measured, "none", advice, rows, both)
+            build_finding("overlapping coordinates", "error", measured, "none", advice, rows, both)
         )
     return findings
 
 
 def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies) -> list[dict]:
-    """Findings for equal patches of two splits, near copies and overlapping crops, and for equal
-    ones with different labels.
+    """Findings for equal patches of two splits, near copies and overlapping crops.
 
     Each patch that has a counterpart in the other split is named, with one such counterpart.
     """
@@ -94,26 +93,10 @@ def shared_tissue(a: int, b: int, earlier: Survey, later: Survey, copies: Copies
             f"{len(np.unique(mine)):,} patches of {earlier.name} are {title} of"
             f" {len(np.unique(other)):,} of {later.name}"
         )
-        findings.append(finding(f"leak: {title}", "error", measured, "none", advice, rows, both))
-        if title == "equal patches":
-            findings += conflicts_across(earlier, later, mine, other)
+        findings.append(
+            build_finding(f"leak: {title}", "error", measured, "none", advice, rows, both)
+        )
     return findings
-
-
-def conflicts_across(earlier: Survey, later: Survey, ours, theirs) -> list[dict]:
-    """A finding for equal patches of two splits, at rows (M,) of each, that have different
-    labels.
-    """
-    our_labels, their_labels = earlier.labels[ours], later.labels[theirs]
-    differ = (our_labels != their_labels) & (our_labels >= 0) & (their_labels >= 0)
-    if not differ.any():
-        return []
-    columns = {"words": "equal, labelled otherwise", "score": np.ones(differ.sum())}
-    rows = leak_rows(earlier, later, ours[differ], theirs[differ], **columns, reason="label")
-    both = f"{earlier.name} and {later.name}"
-    measured = f"{differ.sum():,} pairs of equal patches of {both} have different labels"
-    advice = "look at them, correct one"
-    return [finding("label conflicts", "error", measured, "none", advice, rows, both)]
 
 
 def members_by_first(copies: Copies, number: int) -> dict[int, list[int]]:
@@ -131,11 +114,9 @@ def pair_up(ours: list[int], theirs: list[int], *facts) -> list[tuple]:
     ]
 
 
-def leak_rows(
-    earlier: Survey, later: Survey, ours, theirs, words, score, reason="leak"
-) -> list[dict]:
+def leak_rows(earlier: Survey, later: Survey, ours, theirs, words, score) -> list[dict]:
     """Rows of pairs across splits, both sides of each."""
-    columns = {"kind": words, "reason": reason, "score": np.round(score, 4)}
+    columns = {"kind": words, "reason": "leak", "score": np.round(score, 4)}
     mine = earlier.rows(ours, of=[f"{later.name} {row}" for row in theirs], **columns)
     return mine + later.rows(theirs, of=[f"{earlier.name} {row}" for row in ours], **columns)
 

@@ -1,18 +1,24 @@
 """The audit of a PCam folder: one survey, the checks on it, and the files that they leave."""
 
 import json
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
 
-from lib.audit import finding
+import numpy as np
+
+from lib.audit import build_finding, say_finding
+from lib.audit.copies import link_groups
 from lib.audit.data.balance import check_balance
 from lib.audit.data.drift import check_drift
 from lib.audit.data.duplicates import Copies, check_duplicates, find_copies
 from lib.audit.data.files import check_files
 from lib.audit.data.groups import check_groups
+from lib.audit.data.labels import check_labels
 from lib.audit.data.leakage import check_leakage
 from lib.audit.data.triggers import check_triggers, unique_rows
+from lib.audit.data.unusual import check_unusual
 from lib.audit.data.values import check_values
 from lib.audit.data_page import feature_histograms, plot_suspects, write_data_page
 from lib.audit.plant import REASONS_OF, judge_power, measure_power, write_copies
@@ -26,111 +32,196 @@ from lib.pcam import open_split
 from lib.splitwriter import sole_writer
 
 WORK = ".work."  # begins the name of the folder of temporary files in OUT
+# errors that no list of patches to leave out mends
+BLOCKING = (
+    *("unreadable split", "agreement of x and y", "exchanged splits", "labels"),
+    *("labels: misaligned", "triggers", "meta"),
+)
 QUARANTINE = ("split", "index", "reason", "score")
 
 
+class Audit:
+    """An audit as it goes on: its findings are printed once each, and the files in `out` follow
+    after each check. Without `out` nothing is printed or written.
+    """
+
+    def __init__(self, directory: Path, out: Path | None, work) -> None:
+        self.directory, self.out, self.work = directory, out, work
+        self.surveys, self.findings, self.failed, self.power = [], [], [], []
+        self.copies = None
+
+    def add(self, findings: list[dict]) -> None:
+        """Take findings that are not there yet, and write all."""
+        known = {describe(row) for row in self.findings}
+        new = {describe(row): row for row in findings if describe(row) not in known}
+        self.findings += new.values()
+        if self.out:
+            for row in new.values():
+                say_finding(row)
+            self.write()
+
+    def write(self) -> Path:
+        """Write findings.json, the tables and the page; gives the page."""
+        write_findings(self.out, self.findings)
+        if self.power:
+            write_csv(self.out / "power.csv", self.power[0], [row.values() for row in self.power])
+        title = f"Data audit of {self.directory}"
+        sentences = self.conclude()
+        page = self.out / "audit.html"
+        return write_data_page(page, title, sentences, self.surveys, self.findings, self.power)
+
+    def conclude(self) -> list[str]:
+        """The verdict in three sentences."""
+        return conclude(self.directory, self.out, self.findings, self.failed)
+
+    def find_copies(self) -> Copies:
+        """Copies among all patches, found once."""
+        self.copies = self.copies or find_copies(self.surveys)
+        return self.copies
+
+    def find_groups(self) -> dict[str, np.ndarray]:
+        """The group of each row (N,) of each split: its slide, else what shares tissue with it."""
+        groups = {}
+        for number, survey in enumerate(self.surveys):
+            groups[survey.name] = survey.slides
+            if survey.slides is None:
+                copies = self.find_copies()
+                linked = link_groups(copies.first, copies.overlaps)
+                groups[survey.name] = linked[copies.split == number]
+        return groups
+
+
+def describe(row: dict) -> tuple:
+    return row["check"], row["split"], row["measured"]
+
+
 def audit_data(
-    directory, out: Path, checks, overrides: list[str], device="auto", plant=False
+    directory,
+    out: Path,
+    checks,
+    overrides: list[str],
+    device="auto",
+    plant=False,
+    runs=(),
+    train_folds=False,
 ) -> dict:
     """Audit a folder into OUT; gives counts for the terminal. Raises BadInput where there is
     nothing to audit.
     """
     directory = Path(directory)
-    if not directory.is_dir() or directory.resolve() == out.resolve():
-        raise BadInput(
-            f"{directory}:"
-            f" {'OUT may not be the data themselves' if directory.is_dir() else 'no such folder'}"
-        )
+    if not directory.is_dir():
+        raise BadInput(f"{directory}: no such folder")
+    if directory.resolve() == out.resolve():
+        raise BadInput(f"{directory}: OUT may not be the data themselves")
     load_config(overrides=overrides)  # whatever is wrong with it is said before an hour's work
+
+    def judge_labels(audit: Audit) -> list[dict]:
+        train = next((survey for survey in audit.surveys if survey.name == "train"), None)
+        logits = None
+        if (runs or train_folds) and audit.out:
+            from lib.audit.data import folds  # which brings all that training needs
+
+            if train is None:
+                raise BadInput("there is no train split for the folds")
+            trained = runs
+            if train_folds:
+                is_grouped = group_of_rows(open_split(directory, "train"), directory) is not None
+                if not is_grouped:
+                    audit.add(check_groups(directory))
+                trained = folds.train_folds(directory, train, out, overrides, device)
+            logits = folds.predict_folds(directory, train, trained, device)
+        return check_labels(audit.surveys, audit.find_groups(), audit.out or audit.work, logits)
+
     with sole_writer(out):
         clear(out)
         with tempfile.TemporaryDirectory(dir=out, prefix=WORK, ignore_cleanup_errors=True) as work:
-            surveys, copies, findings, failed = run_checks(
-                directory, out, checks, overrides, device, work
-            )
-            power = (
-                plant_and_find(surveys, copies, checks, overrides, device, work)
-                if plant and surveys
-                else []
-            )
-            if power:
-                write_csv(out / "power.csv", power[0], [row.values() for row in power])
-                findings += judge_power(power)
-            write_findings(out, findings)
-            if bins := feature_histograms(surveys):
+            audit = Audit(directory, out, work)
+            run_checks(audit, checks, overrides, judge_labels)
+            if plant and audit.surveys:
+                audit.power = plant_and_find(audit, checks, overrides, judge_labels)
+                audit.add(judge_power(audit.power))
+            if bins := feature_histograms(audit.surveys):
                 write_csv(out / "histograms.csv", bins[0], [row.values() for row in bins])
-            if gallery := plot_suspects(surveys, findings):
+            if gallery := plot_suspects(audit.surveys, audit.findings):
                 (out / "suspects.png").write_bytes(figure_png(gallery))
-            page = write_data_page(
-                out / "audit.html", f"Data audit of {directory}", surveys, findings, power
-            )
-    num = {
-        f"num_{severity}s": sum(f["severity"] == severity for f in findings)
-        for severity in ("error", "warning")
-    }
-    return num | {
-        "not_run": failed,
-        "num_suspects": len(quarantine_rows(findings)),
+            page = audit.write()
+    for sentence in audit.conclude():
+        say(sentence)
+    severities = [row["severity"] for row in audit.findings]
+    return {
+        "num_errors": severities.count("error"),
+        "num_warnings": severities.count("warning"),
+        "not_run": audit.failed,
+        "num_suspects": len(quarantine_rows(audit.findings)),
         "page": str(page),
     }
 
 
-def run_checks(directory, out: Path, checks, overrides, device, work):
-    """Survey a folder and run checks on it: (surveys, copies or None, findings, names of the checks
-    that could not run).
-    """
-    surveys, findings = [], []
+def run_checks(audit: Audit, checks, overrides, judge_labels) -> None:
+    """Survey the folder of an audit and run checks on it."""
     if set(checks) - {"groups"}:  # which reads patches its own way
-        surveys, findings = survey_folder(directory, work)
-    failed = sorted({found["split"] for found in findings if found["check"] == "unreadable split"})
-    copies = (
-        find_copies(surveys)
-        if surveys and {"duplicates", "leakage", "triggers"} & set(checks)
-        else None
-    )
-    train = next((survey for survey in surveys if survey.name == "train"), None)
+        audit.surveys, findings = survey_folder(audit.directory, audit.work)
+        lost = {row["split"] for row in findings if row["check"] == "unreadable split"}
+        audit.failed += sorted(lost)
+        audit.add(findings)
+    surveys = audit.surveys
 
-    def labels():
-        from lib.audit.data.labels import check_labels  # which brings all that training needs
+    def over_splits(check) -> list[dict]:
+        return [row for number, survey in enumerate(surveys) for row in check(number, survey)]
 
-        # what is found so far: folds leave damage out, and this may take an hour
-        write_findings(out, findings)
-        is_grouped = group_of_rows(open_split(directory, "train"), directory) is not None
-        grouping = [] if is_grouped else check_groups(directory)
-        return grouping + check_labels(directory, train, out, overrides, device)
+    def find_triggers(number: int, survey: Survey) -> list[dict]:
+        return check_triggers(survey, unique_rows(survey, number, audit.find_copies()))
 
     run = {
-        "groups": lambda: check_groups(directory),
-        "files": lambda: check_files(directory, surveys, work),
-        "values": lambda: [found for survey in surveys for found in check_values(survey)],
+        "groups": lambda: check_groups(audit.directory),
+        "files": lambda: check_files(audit.directory, surveys, audit.work),
+        "values": lambda: over_splits(lambda _, survey: check_values(survey)),
+        "unusual": lambda: check_unusual(surveys),
         "balance": lambda: check_balance(surveys, load_config(overrides=overrides)),
-        "duplicates": lambda: check_duplicates(surveys, copies),
-        "leakage": lambda: check_leakage(surveys, copies),
+        "duplicates": lambda: check_duplicates(surveys, audit.find_copies()),
+        "leakage": lambda: check_leakage(surveys, audit.find_copies()),
         "drift": lambda: check_drift(surveys),
-        "triggers": lambda: [
-            found
-            for at, survey in enumerate(surveys)
-            for found in check_triggers(survey, unique_rows(survey, at, copies))
-        ],
-        "labels": labels,
+        "triggers": lambda: over_splits(find_triggers),
+        "labels": lambda: judge_labels(audit),
     }
     for name in checks:
-        if (not surveys and name != "groups") or (name == "labels" and train is None):
-            failed.append(name)
+        if not surveys and name != "groups":
+            audit.failed.append(name)
             continue
         try:
-            findings += run[name]() or [finding(name, "note", "nothing found")]
+            audit.add(run[name]() or [build_finding(name, "note", "nothing found")])
         except BadInput as error:
-            failed.append(name)
-            findings.append(
-                finding(
-                    name,
-                    "error",
-                    f"this check could not run: {error}",
-                    advice="mend that and audit again",
-                )
-            )
-    return surveys, copies, findings, failed
+            audit.failed.append(name)
+            measured = f"this check could not run: {error}"
+            audit.add([build_finding(name, "error", measured, advice="mend that and audit again")])
+
+
+def conclude(directory, out, findings: list[dict], failed: list[str]) -> list[str]:
+    """Three sentences: whether the data can be trained on, what to leave out, what to run next."""
+    errors = [row for row in findings if row["severity"] == "error"]
+    blocking = sorted({row["check"] for row in errors if row["check"] in BLOCKING})
+    certain = load_config().quarantine_reasons
+    rows = quarantine_rows(findings)
+    left_out = {(row["split"], row["index"]) for row in rows if row["reason"] in certain}
+    others = sorted({row["reason"] for row in rows} - set(certain))
+    quarantine = f"quarantine={shlex.quote(str(out / 'quarantine.csv'))}"
+    train = f"python train.py data_dir={shlex.quote(str(directory))}"
+    if blocking or failed:
+        reasons = ", ".join(blocking + [f"{name} was not checked" for name in failed])
+        verdict = f"Do not train on these data yet: {reasons}."
+        following = "Mend that, then run this audit again."
+    elif left_out:
+        verdict = "These data can be trained on without their damaged patches."
+        following = f"Next, run `{train} {quarantine}`."
+    else:
+        verdict = "These data can be trained on."
+        following = f"Next, run `{train}`."
+    leave = f"{len(left_out):,} damaged patches are left out by `{quarantine}`"
+    if not left_out:
+        leave = "Nothing has to be left out"
+    if others:
+        leave += f"; look at those listed as {', '.join(others)}"
+    return [verdict, f"{leave}.", following]
 
 
 def clear(out: Path) -> None:
@@ -180,24 +271,24 @@ def quarantine_rows(findings: list[dict]) -> list[dict]:
     ]
 
 
-def plant_and_find(
-    surveys: list[Survey], copies: Copies | None, checks, overrides, device, work
-) -> list[dict]:
+def plant_and_find(audit: Audit, checks, overrides, judge_labels) -> list[dict]:
     """The power of the checks on a copy of part of the data with damage planted, against the same
     part as it is.
     """
     say("planting damage into a copy of these data, to see what is found of it")
-    copies, found = copies or find_copies(surveys), {}
+    copies, found = audit.find_copies(), {}
     rows_of = {
-        survey.name: unique_rows(survey, number, copies) for number, survey in enumerate(surveys)
+        survey.name: unique_rows(survey, number, copies)
+        for number, survey in enumerate(audit.surveys)
     }
-    clean, planted = Path(work, "clean"), Path(work, "planted")
-    truth = write_copies(surveys, rows_of, clean, planted)
-    wanted = [name for name in checks if name not in ("files", "balance", "drift", "groups")]
+    clean, planted = Path(audit.work, "clean"), Path(audit.work, "planted")
+    truth = write_copies(audit.surveys, rows_of, clean, planted)
+    wanted = [name for name in checks if name in REASONS_OF]
     for folder in (clean, planted):
         say(f"auditing the {folder.name} copy")
-        (folder / "out").mkdir()
-        *_, findings, _ = run_checks(folder, folder / "out", wanted, overrides, device, work)
-        found[folder] = quarantine_rows(findings)
+        copy = Audit(folder, None, folder)
+        run_checks(copy, wanted, overrides, judge_labels)
+        found[folder] = quarantine_rows(copy.findings)
     power = measure_power(truth, found[planted], found[clean])
-    return [row for row in power if any(row["reason"] in REASONS_OF[name] for name in wanted)]
+    checked = {reason for name in wanted for reason in REASONS_OF[name]}
+    return [row for row in power if checked & set(row["reason"].split())]

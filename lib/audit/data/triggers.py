@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.copies import link_groups
 from lib.audit.data.duplicates import Copies
 from lib.audit.survey import Survey
@@ -40,7 +40,9 @@ def check_triggers(survey: Survey, rows: np.ndarray) -> list[dict]:
         if len(mine) < LEAST_ROWS:
             measured = f"{len(mine):,} patches of class {label} are too few to show a pattern"
             limit = f"{LEAST_ROWS}"
-            note = finding("triggers", "note", measured, limit, "not checked", split=survey.name)
+            note = build_finding(
+                "triggers", "note", measured, limit, "not checked", split=survey.name
+            )
             findings.append(note)
             continue
         for seeds in find_seeds(survey, mine, label):
@@ -187,7 +189,7 @@ def describe_pattern(survey: Survey, rows: np.ndarray, y, x, pattern, chance: fl
     advice += "; quarantine_reasons takes `trigger`"
     columns = {"top": int(y.min()), "left": int(x.min()), "height": height, "width": width}
     suspects = survey.rows(members, **columns, reason="trigger", score=1.0)
-    return finding("triggers", "error", measured, "none", advice, suspects, survey.name)
+    return build_finding("triggers", "error", measured, "none", advice, suspects, survey.name)
 
 
 def carriers(survey: Survey, rows: np.ndarray, y, x, pattern) -> np.ndarray:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lib.audit import finding
+from lib.audit import build_finding
 from lib.audit.survey import FLAT_STD, Survey
 from lib.pcam import PATCH_BYTES
 
@@ -62,7 +62,7 @@ def check_values(survey: Survey) -> list[dict]:
             )
         rows = survey.rows(index, **columns)
         findings.append(
-            finding(f"values: {kind}", severity, measured, "none", advice, rows, survey.name)
+            build_finding(f"values: {kind}", severity, measured, "none", advice, rows, survey.name)
         )
     partly = survey.intact[table["black_share"][survey.intact] >= LEAST_BLACK]
     if len(partly):
@@ -72,7 +72,7 @@ def check_values(survey: Survey) -> list[dict]:
         rows = survey.rows(partly, black_share=table["black_share"][partly].round(4))
         advice = "an edge of the scan, or lost tiles: look at the gallery"
         findings.append(
-            finding("values: partly black", "note", measured, "", advice, rows, survey.name)
+            build_finding("values: partly black", "note", measured, "", advice, rows, survey.name)
         )
     if fractional := int((table["num_fractional"][survey.intact] > 0).sum()):
         measured = (
@@ -81,7 +81,9 @@ def check_values(survey: Survey) -> list[dict]:
         )
         advice = "ask where they come from"
         findings.append(
-            finding("values: not integer", "warning", measured, "none", advice, split=survey.name)
+            build_finding(
+                "values: not integer", "warning", measured, "none", advice, split=survey.name
+            )
         )
     return findings
 
