@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 from fill_docs import PAGES, VALUE, fill
 from words import long_sentences
 
+from lib.prepare.synthetic import PLANTS
+
 README = (REPOSITORY / "README.md").read_text()
 MAKEFILE = (REPOSITORY / "Makefile").read_text()
 TARGETS = set(re.findall(r"(?m)^([a-z-]+):", MAKEFILE))
@@ -112,6 +114,16 @@ def test_scripts_know_every_verb_and_option_that_is_named():
         unknown = [option for option in options if option not in helps[key]]
         if not helps[key] or set(unknown) - COMING:
             wrong.append(command)
+    assert wrong == []
+
+
+def test_keys_that_are_named_are_keys_of_the_config():
+    keys = set(re.findall(r"(?m)^([a-z_0-9]+):", (REPOSITORY / "config.yaml").read_text()))
+    keys |= set(PLANTS)  # --plant nan=0.03
+    wrong = []
+    for command in COMMANDS:
+        named = re.findall(r"(?:^|[ \"])([a-z_0-9]+)=", command)
+        wrong += [f"{command}: {name}" for name in named if name not in keys]
     assert wrong == []
 
 
