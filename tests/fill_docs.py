@@ -29,7 +29,10 @@ def read_value(name: str, key: str):
     """The value in a JSON file at a path of keys and row numbers."""
     value = json.loads((REPOSITORY / name).read_text())
     for part in key.split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
+        try:
+            value = value[int(part)] if isinstance(value, list) else value[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise KeyError(f"{name} has no {key}") from None
     return value
 
 
@@ -58,23 +61,25 @@ def fill_value(match: re.Match) -> str:
 
 
 def list_proof_rows(part: str, facts: dict) -> list[list]:
-    """Rows (asked, measured, held, how, date and commit) of a part of a proof. A part that counts
-    how often something held is one row.
+    """The rows of a part of a proof: asked, measured, limit, held, part, and when and where. A part
+    of the older form, which counts how often something held, is one row.
     """
-    num = facts.get("count") or facts.get("total")
+    num = facts.get("total")
     rows = facts.get("rows")
     if num:
-        is_held = facts["held"] >= num * facts.get("asked", 1)
+        is_held = facts["held"] >= num * facts["asked"]
         remark = facts["remark"].partition(". ")[0]
         measured = f"{facts['held']} of {num}: {remark}"
-        rows = [{"asked": facts.get("what", part), "measured": measured, "held": is_held}]
-    command = f"`{facts['command']}`" if "command" in facts else part
-    when = f"{facts['date']}, {facts['commit']}"
+        rows = [{"asked": facts["what"], "measured": measured, "held": is_held}]
     held_words = {True: "yes", False: "**missed**", None: "-"}
-    return [
-        [row.get("asked") or row["what"], row["measured"], held_words[row["held"]], command, when]
-        for row in rows
-    ]
+    cells = []
+    for row in rows:
+        origin = [facts["date"], facts["commit"], row.get("card") or facts.get("machine")]
+        when = ", ".join(text for text in origin if text)
+        asked = row.get("asked") or row["what"]
+        limit = row.get("limit", "")
+        cells.append([asked, row["measured"], limit, held_words[row["held"]], part, when])
+    return cells
 
 
 def build_proof_table(name: str, parts: list[str]) -> Table:
@@ -85,7 +90,7 @@ def build_proof_table(name: str, parts: list[str]) -> Table:
     rows = []
     for part in parts or facts:
         rows += list_proof_rows(part, facts[part])
-    return Table(["asked", "measured", "held", "command or part", "date, commit"], rows)
+    return Table(["asked", "measured", "limit", "held", "part", "date, commit, machine"], rows)
 
 
 def build_sources_table() -> Table:
