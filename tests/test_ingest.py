@@ -263,7 +263,7 @@ BAD_SOURCES = {
     "train.tar: train/./patch.*/in/train/./patch.* are one image": unpacked_beside(""),
     "train.tar: train/./patch.*/in/train/train/./patch.* are one image": unpacked_beside("train/"),
     "ff has the label '2'": kaggle_with("ff,2\n"),
-    "lists train/ff 2 times": kaggle_with("ff,1\nff,0\n"),
+    "lists train/ff twice": kaggle_with("ff,1\nff,0\n"),
     "not a readable CSV": kaggle_with('abc,"1\n'),
     r"2 images that are not there \(train/ab, train/cd\): take": kaggle_with("ab,1\ncd,0\n"),
 }  # fmt: skip

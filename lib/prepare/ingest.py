@@ -35,8 +35,6 @@ from lib.progress import Progress
 
 BLOCK_ROWS = 1024
 NUM_THREADS = min(4, os.cpu_count() or 1)
-KAGGLE_TABLE, WILDS_TABLE = "train_labels.csv", "metadata.csv"
-WILDS_COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
 WILDS_SPLITS = {"1": "valid", "2": "test"}  # by centre
 
 
@@ -148,7 +146,7 @@ def index_source(path: Path, files, valid_share: float):
         reasons = [f"{count:,} files skipped ({reason})" for reason, count in skipped.items()]
         raise BadInput(
             f"{path} has no images as SPLIT/LABEL/NAME.jpg (train, valid, test; 0, 1), and no"
-            f" {KAGGLE_TABLE} or {WILDS_TABLE}: {', '.join(reasons) or 'it is empty'};"
+            f" {' or '.join(TABLES)}: {', '.join(reasons) or 'it is empty'};"
             f" {explain_no_images(path)}"
         )
     for rows in images.values():
@@ -159,7 +157,7 @@ def index_source(path: Path, files, valid_share: float):
 def explain_no_images(path: Path) -> str:
     """Words for what to do where a source holds no images with labels."""
     for folder in (path.parent, *path.glob("*/")):
-        for name in (KAGGLE_TABLE, WILDS_TABLE):
+        for name in TABLES:
             if (folder / name).is_file():
                 return f"{folder} holds {name}: import that folder"
     return "unpack zips first, HDF5 is read by repack"
@@ -186,18 +184,16 @@ def place_by_folder(file: File) -> Place | None:
 
 def read_table(path: Path, valid_share: float) -> dict[str, Place]:
     """{path of an image without its ending: place} of a source's table, {} where it has none."""
-    kaggle, wilds = path / KAGGLE_TABLE, path / WILDS_TABLE
-    places = []
-    if kaggle.is_file():
-        for number, row in enumerate(read_edited_csv(kaggle, ("id", "label"))):
-            places.append(place_kaggle(row, number, valid_share))
-    elif wilds.is_file():
-        for number, row in enumerate(read_edited_csv(wilds, WILDS_COLUMNS)):
-            places.append(place_wilds(row, number))
-    table = {place.key: place for place in places}
-    if len(table) < len(places):
-        name, count = Counter(place.key for place in places).most_common(1)[0]
-        raise BadInput(f"the table in {path} lists {name} {count} times")
+    table = {}
+    for name, (columns, find_place) in TABLES.items():
+        if not (path / name).is_file():
+            continue
+        for number, row in enumerate(read_edited_csv(path / name, columns)):
+            place = find_place(row, number, valid_share)
+            if place.key in table:
+                raise BadInput(f"{path / name} lists {place.key} twice")
+            table[place.key] = place
+        break
     return table
 
 
@@ -208,22 +204,33 @@ def place_kaggle(row: dict, number: int, valid_share: float) -> Place:
         name = name.rpartition(".")[0]
     drawn = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     split = "valid" if drawn < valid_share * 2**256 else "train"
-    label = parse_label(row["label"], f"{KAGGLE_TABLE}: {name}")
-    return Place(split, label, number, f"train/{name}")
+    return Place(split, parse_label(row["label"], name), number, f"train/{name}")
 
 
-def place_wilds(row: dict, number: int) -> Place:
+def place_wilds(row: dict, number: int, _valid_share: float) -> Place:
     """The place of an image of Camelyon17-WILDS, in the splits of the benchmark (Koh et al. 2021):
     one hospital validates, another one tests; `split` 1 shares the slides of train.
     """
-    slide = f"patient_{row['patient']}_node_{row['node']}"
-    name = f"{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}"
-    label = parse_label(row["tumor"], f"{WILDS_TABLE}: {name}")
+    slide = "patient_{patient}_node_{node}".format_map(row)
+    name = "patches/{slide}/patch_{slide}_x_{x_coord}_y_{y_coord}".format_map(
+        row | {"slide": slide}
+    )
+    label = parse_label(row["tumor"], name)
     split = WILDS_SPLITS.get(row["center"])
     if not split:
         split = "train" if row["split"] == "0" else "of slides that train too: WILDS's id_val"
     meta = (row["y_coord"], row["x_coord"], bool(label), bool(label), slide)
-    return Place(split, label, number, f"patches/{name}", meta)
+    return Place(split, label, number, name, meta)
+
+
+# by the name of a table: its columns, and the function of one of its rows
+TABLES = {
+    "train_labels.csv": (("id", "label"), place_kaggle),
+    "metadata.csv": (
+        ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split"),
+        place_wilds,
+    ),
+}
 
 
 def parse_label(text: str, name: str) -> int:

@@ -71,9 +71,6 @@ def slide_name(split: str, slide: int) -> str:
     return f"camelyon16_train_{kind}_{number:03d}"
 
 
-# random fields
-
-
 @lru_cache(maxsize=64)
 def _spline_matrix(cell_px: int) -> np.ndarray:
     """(SLIDE_PX, knots): the uniform cubic B-spline between knots `cell_px` apart."""
@@ -134,9 +131,6 @@ def _blur(values: np.ndarray, passes: int) -> np.ndarray:
         blurred[..., 1:-1] = total * (1 / 3)
         values = blurred.swapaxes(-1, -2)
     return values
-
-
-# nuclei
 
 
 def _nucleus_bank(
@@ -247,9 +241,6 @@ def _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase) -> np.ndarray:
         points = _place(rng, radius * u(1.9, 3.0), nest * 0.92)
         _stamp(canvas, rng, bank, points, u(0.7, 1.6), 0.25)
     return canvas[MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX]
-
-
-# tissue
 
 
 def _fat_walls(rng, pitch: float) -> np.ndarray:

@@ -113,9 +113,9 @@ def cut_patches(slide: Slide, num: int, rng, num_positive: int) -> Block:
     raise BadInput(f"{slide.name} has too few patches of a class, asked for {wanted}: other --seed")
 
 
-def plant_damage(plan: SyntheticPlan, block: Block, rng) -> list[tuple]:
-    """Plant the plan's damage into a block, in place; gives rows (index in the block, kind,
-    detail).
+def plant_damage(plan: SyntheticPlan, block: Block, start: int, rng) -> list[tuple]:
+    """Plant the plan's damage into a block whose first row is `start`, in place; gives (row, kind,
+    detail) of each.
     """
     labels = block.labels
     rows, free = [], np.ones(len(labels), bool)
@@ -135,13 +135,13 @@ def plant_damage(plan: SyntheticPlan, block: Block, rng) -> list[tuple]:
                     continue  # the only one of its class is left as it is
                 source = rng.choice(alike)
                 free[source] = False
-                detail = source, copy_patch(kind, block, source, index, rng)
+                detail = f"of {start + source} {copy_patch(kind, block, source, index, rng)}"
             elif kind == "flipped":
                 labels[index] ^= 1
                 detail = f"truly {1 - labels[index]}"
             else:
                 detail = damage_patch(kind, block.images[index], rng)
-            rows.append((index, kind, detail))
+            rows.append((start + index, kind, detail))
     return rows
 
 
@@ -153,8 +153,8 @@ def copy_patch(kind: str, block: Block, source: int, index: int, rng) -> str:
     if kind in STEPS_PX:
         low, high = STEPS_PX[kind]
         step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
-        is_outside = (yx + step < 0) | (yx + step > SLIDE_PX - PATCH_PX)
-        step = np.where(is_outside, -step, step)
+        is_inside = (yx + step >= 0) & (yx + step <= SLIDE_PX - PATCH_PX)
+        step = np.where(is_inside, step, -step)
         yx = yx + step
         image, words = cut(block.slide.image, yx), f"by {step[0]} {step[1]}"
     else:
@@ -170,13 +170,7 @@ def draw_block(plan, split, start, source, number, num, num_positive):
     rng = plan.rng(split, start, 1)
     block = cut_patches(slide, num, rng, num_positive)
     block.images = block.images.astype(plan.dtype, copy=False)
-    truth = []
-    for index, kind, detail in plant_damage(plan, block, rng):
-        if kind in DUPLICATES:
-            original, words = detail
-            detail = f"of {start + original} {words}"
-        truth.append((split, start + index, kind, detail))
-    meta = []
+    meta, truth = [], [(split, *row) for row in plant_damage(plan, block, start, rng)]
     for index, (label, yx) in enumerate(zip(block.labels, block.coords, strict=True), start):
         has_tumour = label or cut(slide.mask, yx).any()
         meta.append((*yx.tolist(), bool(has_tumour), bool(label), slide.name))
@@ -240,12 +234,9 @@ def write_synthetic(plan: SyntheticPlan, directory) -> dict:
 
     fill_folder(directory, str(plan), sizes, read_blocks, TRUTH_TABLE, patch_bytes, **storage)
     wall_s = time.perf_counter() - began_s
-    planted = Counter(row["kind"] for row in read_csv(directory / TRUTH_TABLE[0]))
-    counts = {f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS}
-    rate = sum(sizes.values()) / wall_s
-    return counts | {
-        "seed": plan.seed,
-        "planted": planted,
-        "wall_s": wall_s,
-        "patches_per_s": rate,
-    }
+    result = {f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS}
+    result["seed"] = plan.seed
+    result["planted"] = Counter(row["kind"] for row in read_csv(directory / TRUTH_TABLE[0]))
+    result["wall_s"] = wall_s
+    result["patches_per_s"] = sum(sizes.values()) / wall_s
+    return result
