@@ -623,6 +623,8 @@ def test_sbatchs_own_variables_count_where_make_is_given_none(project, tmp_path)
     training, report = submitted(tmp_path)
     assert training.endswith("SBATCH_GPUS=2")
     assert report.endswith("SBATCH_GPUS=") and "gpus" not in report and "--mem=" in report
+    listed = work.read_variables({"SBATCH_PARTITION": "a,b", "SBATCH_TIMELIMIT": "UNLIMITED"})
+    assert (listed["PARTITION"], listed["TIME"]) == ("a,b", "UNLIMITED"), "which sbatch takes"
     named = {"PARTITION": "thin_course", "TIME": "5", "MEM": "2G"}
     request = make(project, cluster, "train", arguments=SHORT, **named).json["request"]
     assert {"--partition=thin_course", "--time=5", "--mem=2G"} <= set(request)
