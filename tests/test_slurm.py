@@ -371,7 +371,7 @@ def test_a_search_is_a_chain_of_arrays_that_goes_on_when_a_task_is_killed(projec
     job = job_of(killed)
     assert kill_job(job) >= 4, "its script, srun, sweep.py and train.py"
     # 1: no trial beats the config as it is
-    assert ended(project, last, 300) in ("0", "1"), logged(project, last)
+    assert ended(project, last, 900) in ("0", "1"), logged(project, last)
     champion = read_json(project / "sweeps/two/champion.json")
     assert champion["note"] and len(champion["finalists"]) == 3
     assert len(list((project / "runs").glob("*-two-*/summary.json"))) == 1 + 9, (
@@ -623,6 +623,8 @@ def test_sbatchs_own_variables_count_where_make_is_given_none(project, tmp_path)
     training, report = submitted(tmp_path)
     assert training.endswith("SBATCH_GPUS=2")
     assert report.endswith("SBATCH_GPUS=") and "gpus" not in report and "--mem=" in report
+    listed = work.read_variables({"SBATCH_PARTITION": "a,b", "SBATCH_TIMELIMIT": "UNLIMITED"})
+    assert (listed["PARTITION"], listed["TIME"]) == ("a,b", "UNLIMITED"), "which sbatch takes"
     named = {"PARTITION": "thin_course", "TIME": "5", "MEM": "2G"}
     request = make(project, cluster, "train", arguments=SHORT, **named).json["request"]
     assert {"--partition=thin_course", "--time=5", "--mem=2G"} <= set(request)
@@ -669,7 +671,7 @@ def test_check_says_whether_a_training_fits_and_submits_nothing(project, tmp_pat
 def test_a_job_loses_nothing_where_the_site_exports_no_variables(project, cluster):
     bare = cluster | {"SBATCH_EXPORT": "NONE"}
     jobs = make(project, bare, "seeds", arguments=SHORT, SEEDS="3,4").json["jobs"]
-    assert ended(project, jobs[1], 300) == "0", logged(project, jobs[1])
+    assert ended(project, jobs[1], 600) == "0", logged(project, jobs[1])
     report = json.loads(logged(project, jobs[1], "out").splitlines()[-1])
     assert report["seeds"]["val_auc"]["num"] == 2
 

@@ -69,9 +69,10 @@ def bytes_of(memory: str | None) -> float:
 
 
 def find_partition(name: str) -> dict[str, str]:
-    """What sinfo says of the partition of that name, or of the default one: of its largest nodes.
-    Raises BadInput where there is none, or it starts no jobs.
+    """What sinfo says of the partition of that name, of the first of several, or of the default
+    one: of its largest nodes. Raises BadInput where there is none, or it starts no jobs.
     """
+    name = name.partition(",")[0]
     rows = []
     for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines():
         rows.append(dict(zip(SINFO_COLUMNS, line.split("|"), strict=True)))
@@ -114,7 +115,8 @@ def fit_request(
     if not 0 < minutes <= limit:  # no minutes would be taken for no limit
         over = f"over the limit of partition {name}, {partition['limit']}"
         raise BadInput(f"TIME={time} is {over if minutes else 'no time at all'}")
-    request = [f"--partition={name}", "--nodes=1", f"--ntasks={num_ranks}"]
+    request = [f"--partition={variables['PARTITION'] or name}"]
+    request += ["--nodes=1", f"--ntasks={num_ranks}"]
     request += [f"--cpus-per-task={cpus or num_usable}", f"--time={time or int(minutes)}"]
     if variables["MEM"] or not needs_gpu or not is_any_set(MEMORY_VARIABLES):
         default = min(MEMORY_MB, int(partition["memory_mb"].rstrip("+")))
