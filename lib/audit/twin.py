@@ -35,6 +35,7 @@ SHORT = {
     "checkpoint_every_steps": "4",
     "name": "twin",
 }
+BEFORE_MODEL = ("rows", "images", "draws")  # quantities that no replay of the model explains
 SCORES = ("val_auc", "val_pr_auc", "val_f2", "val_accuracy", "val_loss")
 
 
@@ -85,39 +86,32 @@ def read_side(path) -> Side:
     return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
 
 
-def compare_inputs(a: Side, b: Side) -> list[dict]:
-    """What differs in what went in: config, data, code, packages, machine with driver and device,
+def list_inputs(side: Side) -> dict:
+    """What went into a run: config, data, code, packages, machine with driver and device,
     environment.
-
-    Raises BadInput that names it if the two are no twins.
     """
+    patch = hashlib.sha256(side.meta["uncommitted_patch"].encode()).hexdigest()[:12]
+    facts = side.cfg.as_dict() | {"commit": side.meta["commit"], "patch": patch}
+    for place in ("data", "versions", "machine", "variables"):
+        facts |= side.meta[place]
+    return facts
 
-    def facts(side: Side) -> dict:
-        patch = hashlib.sha256(side.meta["uncommitted_patch"].encode()).hexdigest()[:12]
-        known = side.cfg.as_dict() | {"commit": side.meta["commit"], "patch": patch}
-        for place in ("data", "versions", "machine", "variables"):
-            known |= side.meta[place]
-        return known
 
-    ours, theirs = facts(a), facts(b)
-    rows = [
-        {"what": name, "a": ours.get(name, "-"), "b": theirs.get(name, "-")}
-        for name in {**ours, **theirs}
-    ]
-    rows = [
-        row for row in rows if row["a"] != row["b"] and row["what"] not in ("name", "memory_bytes")
-    ]
+def compare_inputs(a: Side, b: Side) -> list[dict]:
+    """What differs in what went in. Raises BadInput that names it if the two are no twins."""
+    ours, theirs = list_inputs(a), list_inputs(b)
+    rows = []
+    for name in {**ours, **theirs}:
+        row = {"what": name, "a": ours.get(name, "-"), "b": theirs.get(name, "-")}
+        if row["a"] != row["b"] and name not in ("name", "memory_bytes"):
+            rows.append(row)
     if a.meta["identity"] != b.meta["identity"]:
         fixed = a.cfg.identity() | a.meta["data"] | b.meta["data"]
-        differing = [
-            f"{row['what']} is {row['a']} in one, {row['b']} in the other"
-            for row in rows
-            if row["what"] in fixed
-        ]
-        raise BadInput(
-            f"{a.run} and {b.run} are no twins:"
-            f" {(differing or ['a file that the config names, or groups.csv, differs'])[0]}"
-        )
+        reason = "a file that the config names, or groups.csv, differs"
+        for row in reversed(rows):
+            if row["what"] in fixed:
+                reason = f"{row['what']} is {row['a']} in one, {row['b']} in the other"
+        raise BadInput(f"{a.run} and {b.run} are no twins: {reason}")
     if list(a.trace) != list(b.trace):
         lengths = [f"{len(side.trace)} steps up to {max(side.trace, default=0)}" for side in (a, b)]
         raise BadInput(
@@ -131,16 +125,18 @@ def describe_side(name: str, side: Side) -> dict:
     """What a reader has to know of one of the two: where it is, of which code, on which machine,
     with which final weights.
     """
-    kept = {key: side.meta["machine"].get(key) for key in ("host", "cpu", "device")} | {
-        "torch": side.meta["versions"]["torch"]
-    }
-    facts = {
+    machine = side.meta["machine"]
+    return {
         "side": name,
         "run": side.run.name,
         "folder": str(side.run),
         "commit": side.meta["commit"],
-    } | kept
-    return facts | {"weights_sha256": side.summary["weights_sha256"]}
+        "host": machine.get("host"),
+        "cpu": machine.get("cpu"),
+        "device": machine.get("device"),
+        "torch": side.meta["versions"]["torch"],
+        "weights_sha256": side.summary["weights_sha256"],
+    }
 
 
 def find_parting(a: Side, b: Side) -> dict:
@@ -150,22 +146,18 @@ def find_parting(a: Side, b: Side) -> dict:
     before, last = 0, a.summary["num_steps"]
     for step, ours in a.trace.items():
         differing = [name for name in ours if ours[name] != b.trace[step].get(name)]
-        if quantity := next((name for name in QUANTITIES if name in differing), ""):
-            layers = [
-                name.partition(".")[2] for name in differing if name.startswith(f"{quantity}.")
-            ] or [""]
-            # gradients come about from the last layer on
-            layer = layers[-1 if quantity == "gradients" else 0]
-            return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
+        for quantity in QUANTITIES:
+            if quantity in differing:
+                names = [name for name in differing if name.startswith(f"{quantity}.")]
+                layers = [name.partition(".")[2] for name in names] or [""]
+                # gradients come about from the last layer on
+                layer = layers[-1 if quantity == "gradients" else 0]
+                return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
         before = step
     if a.summary["weights_sha256"] == b.summary["weights_sha256"]:
         return {}
-    return {
-        "step": last,
-        "equal_step": min(before, last - 1),
-        "quantity": "parameters",
-        "layer": "",
-    }
+    equal_step = min(before, last - 1)
+    return {"step": last, "equal_step": equal_step, "quantity": "parameters", "layer": ""}
 
 
 def last_equal_checkpoint(a: Side, b: Side, step: int) -> Path | None:
@@ -193,78 +185,60 @@ def replay_parting(
     window = range(parting["equal_step"] + 1, parting["step"] + 1)
     say(f"replaying steps {window[0]} to {window[-1]} from {checkpoint or 'the start'}")
 
-    def again(side, fault=None, keep=None):
+    def replay(side, fault=None, keep=None):
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(a.run / "config.yaml", folder)
             if checkpoint:
                 shutil.copy(checkpoint, Path(folder) / "last.pt")
-            argv = [
-                "--resume",
-                folder,
-                "--device",
-                device or side.meta["machine"]["device"],
-                f"data_dir={a.cfg.data_dir}",
-            ]
-            return train(argv, fault, window, keep)[1:]
+            used = device or side.meta["machine"]["device"]
+            argv = ["--resume", folder, "--device", used, f"data_dir={a.cfg.data_dir}"]
+            _, events, tensor = train(argv, fault, window, keep)
+            return events, tensor
 
-    (ours, _), (theirs, _) = again(a), again(b, fault)
-    at = next(
-        (at for at, (one, other) in enumerate(zip(ours, theirs, strict=False)) if one != other),
-        None,
-    )
-    if at is None:
+    (ours, _), (theirs, _) = replay(a), replay(b, fault)
+    unequal = [at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]]
+    if not unequal:
         return {}
-    (_, left), (_, right) = again(a, keep=at), again(b, fault, keep=at)
-    found = dict(zip(("step", "phase", "module", "what"), ours[at], strict=False)) | {
-        "replayed_from": str(checkpoint)
-    }
+    first = unequal[0]
+    (_, left), (_, right) = replay(a, keep=first), replay(b, fault, keep=first)
+    step, phase, module, what, _ = ours[first]
+    result = {"step": step, "phase": phase, "module": module, "what": what}
+    result["replayed_from"] = str(checkpoint)
     if left.is_floating_point() and left.shape == right.shape and left.dtype == right.dtype:
         ulps = ulp_distance(left, right)
-        found |= {
-            "max_ulp": int(ulps.max()),
-            "num_unequal": int((ulps > 0).sum()),
-            "num_elements": ulps.numel(),
-        }
-    return found
+        result["max_ulp"] = int(ulps.max())
+        result["num_unequal"] = int((ulps > 0).sum())
+        result["num_elements"] = ulps.numel()
+    return result
 
 
 def flipped_predictions(a: Side, b: Side, device: str | None) -> dict:
     """Decisions at 0.5 of both best.pt on the validation rows."""
     set_determinism(a.cfg.deterministic)
-    where, (_, (split, rows)) = choose_device(device or "auto"), open_train_valid(a.cfg)
-    source = PatchSource(split.images, a.cfg.data_residence, where)
+    target = choose_device(device or "auto")
+    _, (split, rows) = open_train_valid(a.cfg)
+    source = PatchSource(split.images, a.cfg.data_residence, target)
     left, right = (
-        predict_rows(load_model(side.run)[0].to(where), source, rows.index, a.cfg, 1)
+        predict_rows(load_model(side.run)[0].to(target), source, rows.index, a.cfg, 1)
         for side in (a, b)
     )
     num_flipped = int(((left >= 0) != (right >= 0)).sum())
-    return {
-        "num_flipped": num_flipped,
-        "num": len(rows),
-        "max_logit_difference": float(np.abs(left - right).max()),
-    }
+    difference = float(np.abs(left - right).max())
+    return {"num_flipped": num_flipped, "num": len(rows), "max_logit_difference": difference}
 
 
 def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
     """Scores of both beside the standard deviation over `seeds`, runs that differ in nothing but
     the seed.
     """
-    summaries, rows = (
-        [a.summary, b.summary, *(read_json(find_run(run) / "summary.json") for run in seeds)],
-        [],
-    )
+    others = [read_json(find_run(run) / "summary.json") for run in seeds]
+    rows = []
     for name in SCORES:
-        ours, theirs, *others = (summary.get(name, math.nan) for summary in summaries)
-        deviation = float(np.std(others, ddof=1)) if len(others) > 1 else math.nan
-        rows.append(
-            {
-                "score": name,
-                "a": ours,
-                "b": theirs,
-                "difference": abs(ours - theirs),
-                "seed_deviation": deviation,
-            }
-        )
+        ours, theirs = a.summary.get(name, math.nan), b.summary.get(name, math.nan)
+        row = {"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs)}
+        values = [summary.get(name, math.nan) for summary in others]
+        row["seed_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        rows.append(row)
     return rows
 
 
@@ -274,85 +248,53 @@ def compare(
     """The verdict on two runs, and the findings behind it. `fault` is what was planted in B: its
     replay has it too.
     """
-    inputs, where = compare_inputs(a, b), find_parting(a, b)
-    weights = "equal" if a.summary["weights_sha256"] == b.summary["weights_sha256"] else "not equal"
-    result = {
-        "verdict": "parted" if where else "identical",
-        "weights": weights,
-        "num_steps": len(a.trace),
-        **where,
-    }
-    sides = [describe_side(name, side) for name, side in (("A", a), ("B", b))]
-    findings = [finding("runs", "note", f"A is {a.run.name}, B is {b.run.name}", rows=sides)]
-    findings.append(
-        finding("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", rows=inputs)
-    )
-    if where:
-        cause = "; ".join(
-            [QUANTITIES[where["quantity"]], *(f"they differ in {row['what']}" for row in inputs)]
-        )
-        measured = f"part at step {where['step']}, first in {where['quantity']} {where['layer']}"
-        findings.append(
-            finding("time line", "error", measured, "identical", f"likely cause: {cause}", [where])
-        )
-        result |= {"cause": cause, "replay": {}}
-        if not Path(a.cfg.data_dir).is_dir():
-            findings.append(
-                finding(
-                    "replay",
-                    "warning",
-                    f"nothing replayed or predicted: there is no {a.cfg.data_dir} here",
-                )
-            )
-        else:
-            if where["quantity"] not in ("rows", "images", "draws"):  # these come before the model
-                result["replay"] = found = replay_parting(a, b, where, fault, device)
-                measured = (
-                    "{phase}: {what} of {module}".format(**found)
-                    if found
-                    else "equal twice on this machine"
-                )
-                findings.append(
-                    finding(
-                        "replay",
-                        "error" if found else "note",
-                        measured,
-                        rows=[found] if found else [],
-                    )
-                )
-            result |= (flips := flipped_predictions(a, b, device))
-            findings.append(
-                finding(
-                    "predictions",
-                    "note",
-                    f"{flips['num_flipped']} flipped",
-                    rows=[flips],
-                    split="valid",
-                )
-            )
+    inputs, parting = compare_inputs(a, b), find_parting(a, b)
+    is_equal = a.summary["weights_sha256"] == b.summary["weights_sha256"]
+    weights = "equal" if is_equal else "not equal"
+    verdict = "parted" if parting else "identical"
+    result = {"verdict": verdict, "weights": weights, "num_steps": len(a.trace), **parting}
+    findings = []
+
+    def add(check: str, severity: str, measured: str, rows=(), **more) -> None:
+        findings.append(finding(check, severity, measured, rows=rows, **more))
+
+    sides = [describe_side("A", a), describe_side("B", b)]
+    add("runs", "note", f"A is {a.run.name}, B is {b.run.name}", sides)
+    add("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", inputs)
+    if not parting:
+        add("time line", "note", f"identical to the bit over {len(a.trace):,} traced steps")
     else:
-        findings.append(
-            finding("time line", "note", f"identical to the bit over {len(a.trace):,} traced steps")
-        )
-    findings.append(
-        finding("scores", "note", f"final weights are {weights}", rows=compare_scores(a, b, seeds))
-    )
+        causes = [QUANTITIES[parting["quantity"]]]
+        causes += [f"they differ in {row['what']}" for row in inputs]
+        result |= {"cause": "; ".join(causes), "replay": {}}
+        place = f"{parting['quantity']} {parting['layer']}"
+        measured = f"part at step {parting['step']}, first in {place}"
+        advice = f"likely cause: {result['cause']}"
+        add("time line", "error", measured, [parting], limit="identical", advice=advice)
+        if not Path(a.cfg.data_dir).is_dir():
+            measured = f"nothing replayed or predicted: there is no {a.cfg.data_dir} here"
+            add("replay", "warning", measured)
+        else:
+            if parting["quantity"] not in BEFORE_MODEL:
+                replayed = replay_parting(a, b, parting, fault, device)
+                result["replay"] = replayed
+                if replayed:
+                    measured = "{phase}: {what} of {module}".format(**replayed)
+                    add("replay", "error", measured, [replayed])
+                else:
+                    add("replay", "note", "equal twice on this machine")
+            flips = flipped_predictions(a, b, device)
+            result |= flips
+            add("predictions", "note", f"{flips['num_flipped']} flipped", [flips], split="valid")
+    add("scores", "note", f"final weights are {weights}", compare_scores(a, b, seeds))
     if fault:
-        found = (
-            result.get("step"),
-            result.get("replay", {}).get("module", ""),
-            where.get("quantity") in KINDS[fault.kind],
-        )
-        result["named"] = found == (fault.step, fault.layer, True)
-        away = (
-            "" if where else "; it was rounded away: nothing that was traced differs, plant another"
-        )
-        measured = f"planted: {fault}{away}"
-        findings.append(
-            finding(
-                "self-test", "note" if result["named"] else "error", measured, rows=[vars(fault)]
-            )
-        )
+        place = result.get("step"), result.get("replay", {}).get("module", "")
+        is_kind = parting.get("quantity") in KINDS[fault.kind]
+        result["named"] = place == (fault.step, fault.layer) and is_kind
+        measured = f"planted: {fault}"
+        if not parting:
+            measured += "; it was rounded away: nothing that was traced differs, plant another"
+        add("self-test", "note" if result["named"] else "error", measured, [vars(fault)])
     return result, findings
 
 
