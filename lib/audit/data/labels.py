@@ -24,7 +24,7 @@ LEAST_AUC = 0.75
 # AUC of a split by a model of the others below which their labels contradict each other, and out
 # of fold below which labels cannot be learnt
 CONTRADICTORY_AUC, UNLEARNT_AUC = 0.35, 0.6
-EDGE = 0.15  # of the rows, at each end, that the model is surest of
+EDGE = 0.05  # of the rows, at each end, that the model is surest of
 LEAST_RATE = 0.01  # of them that disagree, by the lower bound at both ends
 DEVIATIONS = 3.0  # of that bound below the estimate
 # log likelihood that labels without relation to the patches gain on a stretch of rows

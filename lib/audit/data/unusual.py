@@ -71,21 +71,26 @@ def check_unusual(surveys: list[Survey]) -> list[dict]:
     rng = np.random.default_rng(0)
     everything = np.concatenate(descriptions)
     chosen = np.sort(rng.permutation(len(everything))[:FIT_ROWS])
-    detector = Detector(everything[chosen], make_copies(surveys, rows_of, rng))
+    copies = make_copies(choose_patches(surveys, rows_of, rng), rng)
+    detector = Detector(everything[chosen], copies)
     findings = []
     for survey, rows, described in zip(surveys, rows_of, descriptions, strict=True):
         findings += name_unusual(survey, rows, detector(described))
     return findings
 
 
-def make_copies(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> dict[str, np.ndarray]:
-    """Descriptions (COPIES, D) of damaged copies of some patches, by the kind of damage."""
-    patches = []
+def choose_patches(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> np.ndarray:
+    """Some COPIES patches uint8 (B, 96, 96, 3) of the rows of all splits."""
     num_all = sum(map(len, rows_of))
+    patches = []
     for survey, rows in zip(surveys, rows_of, strict=True):
         num = min(len(rows), -(-COPIES * len(rows) // num_all))
         patches.append(survey.read(np.sort(rng.choice(rows, num, replace=False))))
-    patches = np.concatenate(patches)
+    return np.concatenate(patches)
+
+
+def make_copies(patches: np.ndarray, rng) -> dict[str, np.ndarray]:
+    """Descriptions (B, D) of damaged copies of patches uint8 (B, 96, 96, 3), by kind of damage."""
     descriptions = {}
     for kind in PATCH_KINDS:
         others = patches[rng.permutation(len(patches))]
