@@ -314,7 +314,7 @@ def test_the_share_of_exchanged_labels_is_sure_whatever_the_scale_of_the_scores(
     table = []
     found = labels.review(bare_survey(known ^ is_flipped), groups, bend(scores), groups, table)
     listed = [row["index"] for row in found["rows"]]
-    assert is_flipped[listed].sum() > 0.8 * is_flipped.sum()
+    assert is_flipped[listed].sum() > 0.7 * is_flipped.sum()
     assert labels.estimate_rate(known, bend(scores), groups)[1] < labels.LEAST_RATE
 
 

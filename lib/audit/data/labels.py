@@ -26,7 +26,7 @@ LEAST_AUC = 0.75
 CONTRADICTORY_AUC, UNLEARNT_AUC = 0.35, 0.6
 EDGE = 0.05  # of the rows, at each end, that the model is surest of
 LEAST_RATE = 0.01  # of them that disagree, by the lower bound at both ends
-DEVIATIONS = 3.0  # of that bound below the estimate
+DEVIATIONS = 2.0  # of that bound below the estimate; both ends have to exceed it
 # log likelihood that labels without relation to the patches gain on a stretch of rows
 LEAST_EVIDENCE, LEAST_STRETCH, MOST_STRETCHES = 25.0, 40, 8
 MOST_LAG = 5  # rows by which labels may be out of step

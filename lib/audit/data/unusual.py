@@ -2,9 +2,8 @@
 by their distance from all others.
 
 For each kind of damage a discriminant (Fisher 1936) on random features (Rahimi and Recht 2008) is
-fitted to these patches and to damaged copies of them. Where patches are damaged in that way, as
-many score high as the copies predict: the limit is where that explains most of the high scores. A
-kind that is missing from the data, or looks like tissue, has no such limit.
+fitted to these patches and to damaged copies of them. A patch looks damaged where it scores as the
+copies do, beyond the tail of the patches themselves. A kind that looks like tissue has no limit.
 """
 
 import numpy as np
@@ -19,11 +18,11 @@ from lib.features import count_values, grey_planes
 FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discriminant is fitted to
 LEAST_ROWS = 300  # of all splits: fewer have no tail
 NUM_FEATURES, RIDGE, MOST = 400, 4e-3, 8.0  # random features; a value beyond MOST is cut off
-ROUNDS = 3  # the later ones without the patches that look damaged in the one before
-# of the patches beyond a limit, how many the damage has to explain; of the damage, how much is
-# beyond
-PURITY, LEAST_RECALL = 0.7, 0.6
-CORE = (0.3, 0.5, 0.7, 0.85)  # quantiles of the copies' scores that give the share of damaged ones
+# the later rounds are without the share of patches that look most damaged in the one before
+ROUNDS, TRIMMED = 3, 0.08
+# share of the patches as they are beyond an exponential tail's limit; of the copies, how many a
+# limit may miss, and how many have to lie beyond the tail
+CHANCE, MISSED, LEAST_RECALL = 5e-4, 0.05, 0.4
 DISTANCE_TAIL = 4.0  # times the tail from the median to the 90% quantile, of log distances
 BY_CHANCE = 0.005  # share of patches that may be unusual without a warning
 ADVICE = {
@@ -119,7 +118,7 @@ class Judge:
             both = clean.T @ clean / len(clean) + spread + RIDGE * np.eye(real.shape[1])
             self.weights = np.linalg.solve(both, damaged.mean(0) - clean.mean(0))
             scores, of_copies = real @ self.weights, damaged @ self.weights
-            is_clean = scores < max(np.quantile(of_copies, 0.2), np.quantile(scores, 0.9))
+            is_clean = scores < np.quantile(scores, 1 - TRIMMED)
         self.limit = find_limit(scores, of_copies)
         self.width = of_copies.std()
 
@@ -129,17 +128,16 @@ class Judge:
 
 
 def find_limit(real: np.ndarray, copies: np.ndarray) -> float:
-    """The lowest score beyond which damage explains PURITY of the real patches; infinite where
-    LEAST_RECALL of the damage would not lie beyond.
+    """The score from which a patch looks damaged: nearly all copies lie beyond it, and an
+    exponential tail of the patches as they are would leave CHANCE of them there. Infinite where
+    fewer than LEAST_RECALL of the copies lie beyond that tail.
     """
-    levels = np.array(CORE)
-    beyond = (real[:, None] >= np.quantile(copies, levels)).mean(0)
-    share = (beyond / (1 - levels)).min()
-    for level in np.linspace(0.01, 1 - LEAST_RECALL, 40):
-        limit = np.quantile(copies, level)
-        if share * (1 - level) >= PURITY * (real >= limit).mean() and share > 0:
-            return float(limit)
-    return np.inf
+    middle, high = np.quantile(real, (0.5, 0.85))
+    scale = (high - middle) / np.log(0.5 / 0.15)
+    tail = high + scale * np.log(0.15 / CHANCE)
+    if (copies > tail).mean() < LEAST_RECALL:
+        return np.inf
+    return float(max(tail, np.quantile(copies, MISSED)))
 
 
 class Distance:
