@@ -3,7 +3,8 @@ by their distance from all others.
 
 For each kind of damage a discriminant (Fisher 1936) on random features (Rahimi and Recht 2008) is
 fitted to these patches and to damaged copies of them. A patch looks damaged where it scores as the
-copies do, beyond the tail of the patches themselves. A kind that looks like tissue has no limit.
+copies do: beyond the tail of the patches themselves, or where damage explains how many score so
+high. A kind that looks like tissue has no limit.
 """
 
 import numpy as np
@@ -19,10 +20,12 @@ FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discri
 LEAST_ROWS = 300  # of all splits: fewer have no tail
 NUM_FEATURES, RIDGE, MOST = 400, 4e-3, 8.0  # random features; a value beyond MOST is cut off
 # the later rounds are without the share of patches that look most damaged in the one before
-ROUNDS, TRIMMED = 3, 0.08
+ROUNDS, TRIMMED = 3, 0.12
 # share of the patches as they are beyond an exponential tail's limit; of the copies, how many a
 # limit may miss, and how many have to lie beyond the tail
-CHANCE, MISSED, LEAST_RECALL = 5e-4, 0.05, 0.4
+CHANCE, MISSED, LEAST_RECALL = 1e-4, 0.12, 0.6
+# of high scores, how many damage has to explain; the copies' quantiles that tell its share
+PURITY, CORE = 0.85, (0.3, 0.5, 0.7, 0.85)
 DISTANCE_TAIL = 4.0  # times the tail from the median to the 90% quantile, of log distances
 BY_CHANCE = 0.005  # share of patches that may be unusual without a warning
 ADVICE = {
@@ -128,9 +131,13 @@ class Judge:
 
 
 def find_limit(real: np.ndarray, copies: np.ndarray) -> float:
-    """The score from which a patch looks damaged: nearly all copies lie beyond it, and an
-    exponential tail of the patches as they are would leave CHANCE of them there. Infinite where
-    fewer than LEAST_RECALL of the copies lie beyond that tail.
+    """The score from which a patch looks damaged; infinite where the kind looks like tissue."""
+    return min(limit_by_tail(real, copies), limit_by_mixture(real, copies))
+
+
+def limit_by_tail(real: np.ndarray, copies: np.ndarray) -> float:
+    """A score that nearly all copies exceed, and that an exponential tail of the patches would
+    leave to CHANCE of them.
     """
     middle, high = np.quantile(real, (0.5, 0.85))
     scale = (high - middle) / np.log(0.5 / 0.15)
@@ -138,6 +145,21 @@ def find_limit(real: np.ndarray, copies: np.ndarray) -> float:
     if (copies > tail).mean() < LEAST_RECALL:
         return np.inf
     return float(max(tail, np.quantile(copies, MISSED)))
+
+
+def limit_by_mixture(real: np.ndarray, copies: np.ndarray) -> float:
+    """The lowest score beyond which a share of copies among the patches explains PURITY of them.
+
+    Of damaged patches as many score high as the copies predict, of others ever fewer.
+    """
+    levels = np.array(CORE)
+    beyond = (real[:, None] >= np.quantile(copies, levels)).mean(0)
+    share = (beyond / (1 - levels)).min()
+    for level in np.linspace(0.01, 1 - LEAST_RECALL, 40):
+        limit = np.quantile(copies, level)
+        if share * (1 - level) >= PURITY * (real >= limit).mean() and share > 0:
+            return float(limit)
+    return np.inf
 
 
 class Distance:
