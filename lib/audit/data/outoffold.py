@@ -1,8 +1,9 @@
 """Predictions of labels by a small fast model that has not seen them: fixed features, and a linear
 classifier for each fold.
 
-The features are the survey's description of a patch, and answers of filters of 6 x 6 pixels, which
-are clusters of whitened pieces of the patches (Coates, Lee and Ng 2011). The classifier is a
+The features are the survey's description of a patch, the stains of its centre, and answers of
+filters of 6 x 6 pixels, which are clusters of whitened pieces of the patches (Coates, Lee and Ng
+2011). Random features (Rahimi and Recht 2008) of the first two join them. The classifier is a
 least-squares one, whose sums over rows are computed once for all folds.
 """
 
@@ -11,14 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from lib.audit.survey import Survey
+from lib.features import DENSITY, UNMIX
 from lib.progress import Progress
 
 CROP, SIDE, NUM_FILTERS = 64, 6, 256  # pixels of the patch's centre, then halved
 NUM_PIECES, NUM_PATCHES, NUM_ITERATIONS = 60_000, 3_000, 8  # that filters are clustered from
-RIDGE = 100.0
+NUM_COMPONENTS, NUM_HIDDEN, RIDGE = 50, 600, 100.0
+# in the second round the classifiers learn without this share of the rows, the most doubtful ones
+ROUNDS, DOUBTFUL = 2, 0.06
+AROUND = slice(24, 72)  # pixels: the 32 that a label speaks of, and 8 on each side
 PART = 4_096  # rows worked on at a time
 NUM_FOLDS = 5
-NUM_DESCRIBED = 61  # columns of the survey's description, which come first
 
 
 def halve_centre(patches: np.ndarray) -> torch.Tensor:
@@ -45,19 +49,34 @@ def learn_filters(patches: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return filters.reshape(-1, 3, SIDE, SIDE), -(filters @ mean)
 
 
+def measure_centre(patches: np.ndarray) -> np.ndarray:
+    """Quantiles and deviations of the stains in the centre of patches, and quantiles around it,
+    float16 (B, 33).
+    """
+    stains = DENSITY.astype(np.float32)[patches[:, AROUND, AROUND]] @ UNMIX.astype(np.float32)
+    inner = stains[:, 8:40, 8:40].reshape(len(patches), -1, 3)
+    outer = np.concatenate([stains[:, :8], stains[:, 40:]], 1).reshape(len(patches), -1, 3)
+    middle = np.quantile(inner[:, ::2], (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95), 1)
+    beside = np.quantile(outer[:, ::2], (0.1, 0.5, 0.9), 1)
+    columns = [*middle, *beside, inner.std(1)]
+    return np.concatenate(columns, 1).astype(np.float16)
+
+
 @torch.inference_mode()
 def compute_answers(survey: Survey, rows: np.ndarray, filters, biases) -> np.ndarray:
-    """Answers float16 (N, 4 K) of the filters in the rows of a split: their mean, largest and
-    root mean square in the middle, and their mean over all.
+    """float16 (N, 33 + 4 K) for the rows of a split: the stains of the centre, and of each filter
+    the mean, largest and root mean square in the middle, and the mean over all.
     """
     parts = []
     with Progress(len(rows), f"features of {survey.name}") as progress:
         for part in np.array_split(rows, -(-len(rows) // 256)):
-            answers = torch.relu(F.conv2d(halve_centre(survey.read(part)), filters, biases) - 0.5)
+            patches = survey.read(part)
+            answers = torch.relu(F.conv2d(halve_centre(patches), filters, biases) - 0.5)
             middle = answers[:, :, 6:21, 6:21]
             pooled = [middle.mean((2, 3)), answers.mean((2, 3)), middle.amax((2, 3))]
             pooled.append(middle.square().mean((2, 3)).sqrt())
-            parts.append(torch.cat(pooled, 1).sqrt().half().numpy())
+            pooled = torch.cat(pooled, 1).sqrt().half().numpy()
+            parts.append(np.concatenate([measure_centre(patches), pooled], 1))
             progress.add(len(part))
     return np.concatenate(parts)
 
@@ -75,17 +94,33 @@ def compute_inputs(surveys: list[Survey], rows_of: list[np.ndarray]) -> list[np.
 
 
 class Scale:
-    """From inputs (N, D) to features float32 (N, E), scaled robustly by some of the inputs."""
+    """From inputs (N, D) to features float32 (N, E), scaled robustly by some of the inputs; the
+    first columns are not answers of filters.
+    """
 
     def __init__(self, inputs: np.ndarray) -> None:
         some = inputs[:: -(-len(inputs) // 8_000)].astype(np.float32)
         low, self.middle, high = np.quantile(some, (0.1, 0.5, 0.9), 0).astype(np.float32)
         self.width = (high - low) / 2 + np.float32(0.01)
+        self.num_first = some.shape[1] - 4 * NUM_FILTERS
+        first = self.scale(some)[:, : self.num_first]
+        values, vectors = np.linalg.eigh(np.cov(first.T))
+        largest = vectors[:, -NUM_COMPONENTS:] / np.sqrt(values[-NUM_COMPONENTS:] + 0.05)
+        rng = np.random.default_rng(0)
+        random = rng.normal(0, 1 / np.sqrt(NUM_COMPONENTS), (largest.shape[1], NUM_HIDDEN))
+        self.directions = (largest @ random).astype(np.float32)
+        self.offsets = rng.normal(0, 1, NUM_HIDDEN).astype(np.float32)
+        self.offsets -= first.mean(0) @ self.directions
+
+    def scale(self, inputs: np.ndarray) -> np.ndarray:
+        return np.clip((inputs.astype(np.float32) - self.middle) / self.width, -5, 5)
 
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        scaled = np.clip((inputs.astype(np.float32) - self.middle) / self.width, -5, 5)
+        scaled = self.scale(inputs)
+        first = scaled[:, : self.num_first]
+        hidden = np.maximum(first @ self.directions + self.offsets, 0)
         ones = np.ones((len(scaled), 1), np.float32)
-        return np.concatenate([ones, scaled, np.abs(scaled[:, :NUM_DESCRIBED])], 1)
+        return np.concatenate([ones, scaled, np.abs(first), hidden], 1)
 
 
 class Sums:
@@ -128,11 +163,18 @@ def predict_out_of_fold(
         names, group = np.unique(groups, return_inverse=True)
         fold_of_group = np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS
         folds = fold_of_group[group]
-        sums = [Sums(scale, values[folds == k], labels[folds == k]) for k in range(NUM_FOLDS)]
+        is_sure = np.ones(len(rows), bool)
         scores = np.zeros(len(rows))
-        for k in range(NUM_FOLDS):
-            weights = fit([part for number, part in enumerate(sums) if number != k])
-            scores[folds == k] = predict(scale, values[folds == k], weights)
+        for _ in range(ROUNDS):
+            sums = []
+            for k in range(NUM_FOLDS):
+                taught = (folds == k) & is_sure
+                sums.append(Sums(scale, values[taught], labels[taught]))
+            for k in range(NUM_FOLDS):
+                weights = fit([part for number, part in enumerate(sums) if number != k])
+                scores[folds == k] = predict(scale, values[folds == k], weights)
+            agreement = (2.0 * labels - 1) * scores
+            is_sure = agreement >= np.quantile(agreement, DOUBTFUL)
         own.append(scores)
         sums_of.append(sums)
     across = []

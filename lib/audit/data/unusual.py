@@ -2,9 +2,9 @@
 by their distance from all others.
 
 For each kind of damage a discriminant (Fisher 1936) on random features (Rahimi and Recht 2008) is
-fitted to these patches and to damaged copies of them. Where patches are damaged in that way, as
-many score high as the copies predict: the limit is where that explains most of the high scores. A
-kind that is missing from the data, or looks like tissue, has no such limit.
+fitted to these patches and to damaged copies of them. A patch looks damaged where it scores as the
+copies do: beyond the tail of the patches themselves, or where damage explains how many score so
+high. A kind that looks like tissue has no limit.
 """
 
 import numpy as np
@@ -19,11 +19,13 @@ from lib.features import count_values, grey_planes
 FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discriminant is fitted to
 LEAST_ROWS = 300  # of all splits: fewer have no tail
 NUM_FEATURES, RIDGE, MOST = 400, 4e-3, 8.0  # random features; a value beyond MOST is cut off
-ROUNDS = 3  # the later ones without the patches that look damaged in the one before
-# of the patches beyond a limit, how many the damage has to explain; of the damage, how much is
-# beyond
-PURITY, LEAST_RECALL = 0.7, 0.6
-CORE = (0.3, 0.5, 0.7, 0.85)  # quantiles of the copies' scores that give the share of damaged ones
+# the later rounds are without the share of patches that look most damaged in the one before
+ROUNDS, TRIMMED = 3, 0.12
+# share of the patches as they are beyond an exponential tail's limit; of the copies, how many a
+# limit may miss, and how many have to lie beyond the tail
+CHANCE, MISSED, LEAST_RECALL = 1e-4, 0.12, 0.6
+# of high scores, how many damage has to explain; the copies' quantiles that tell its share
+PURITY, CORE = 0.85, (0.3, 0.5, 0.7, 0.85)
 DISTANCE_TAIL = 4.0  # times the tail from the median to the 90% quantile, of log distances
 BY_CHANCE = 0.005  # share of patches that may be unusual without a warning
 ADVICE = {
@@ -71,21 +73,26 @@ def check_unusual(surveys: list[Survey]) -> list[dict]:
     rng = np.random.default_rng(0)
     everything = np.concatenate(descriptions)
     chosen = np.sort(rng.permutation(len(everything))[:FIT_ROWS])
-    detector = Detector(everything[chosen], make_copies(surveys, rows_of, rng))
+    copies = make_copies(choose_patches(surveys, rows_of, rng), rng)
+    detector = Detector(everything[chosen], copies)
     findings = []
     for survey, rows, described in zip(surveys, rows_of, descriptions, strict=True):
         findings += name_unusual(survey, rows, detector(described))
     return findings
 
 
-def make_copies(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> dict[str, np.ndarray]:
-    """Descriptions (COPIES, D) of damaged copies of some patches, by the kind of damage."""
-    patches = []
+def choose_patches(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> np.ndarray:
+    """Some COPIES patches uint8 (B, 96, 96, 3) of the rows of all splits."""
     num_all = sum(map(len, rows_of))
+    patches = []
     for survey, rows in zip(surveys, rows_of, strict=True):
         num = min(len(rows), -(-COPIES * len(rows) // num_all))
         patches.append(survey.read(np.sort(rng.choice(rows, num, replace=False))))
-    patches = np.concatenate(patches)
+    return np.concatenate(patches)
+
+
+def make_copies(patches: np.ndarray, rng) -> dict[str, np.ndarray]:
+    """Descriptions (B, D) of damaged copies of patches uint8 (B, 96, 96, 3), by kind of damage."""
     descriptions = {}
     for kind in PATCH_KINDS:
         others = patches[rng.permutation(len(patches))]
@@ -114,7 +121,7 @@ class Judge:
             both = clean.T @ clean / len(clean) + spread + RIDGE * np.eye(real.shape[1])
             self.weights = np.linalg.solve(both, damaged.mean(0) - clean.mean(0))
             scores, of_copies = real @ self.weights, damaged @ self.weights
-            is_clean = scores < max(np.quantile(of_copies, 0.2), np.quantile(scores, 0.9))
+            is_clean = scores < np.quantile(scores, 1 - TRIMMED)
         self.limit = find_limit(scores, of_copies)
         self.width = of_copies.std()
 
@@ -124,8 +131,26 @@ class Judge:
 
 
 def find_limit(real: np.ndarray, copies: np.ndarray) -> float:
-    """The lowest score beyond which damage explains PURITY of the real patches; infinite where
-    LEAST_RECALL of the damage would not lie beyond.
+    """The score from which a patch looks damaged; infinite where the kind looks like tissue."""
+    return min(limit_by_tail(real, copies), limit_by_mixture(real, copies))
+
+
+def limit_by_tail(real: np.ndarray, copies: np.ndarray) -> float:
+    """A score that nearly all copies exceed, and that an exponential tail of the patches would
+    leave to CHANCE of them.
+    """
+    middle, high = np.quantile(real, (0.5, 0.85))
+    scale = (high - middle) / np.log(0.5 / 0.15)
+    tail = high + scale * np.log(0.15 / CHANCE)
+    if (copies > tail).mean() < LEAST_RECALL:
+        return np.inf
+    return float(max(tail, np.quantile(copies, MISSED)))
+
+
+def limit_by_mixture(real: np.ndarray, copies: np.ndarray) -> float:
+    """The lowest score beyond which a share of copies among the patches explains PURITY of them.
+
+    Of damaged patches as many score high as the copies predict, of others ever fewer.
     """
     levels = np.array(CORE)
     beyond = (real[:, None] >= np.quantile(copies, levels)).mean(0)
