@@ -630,6 +630,11 @@ def test_sbatchs_own_variables_count_where_make_is_given_none(project, tmp_path)
     assert {"--partition=thin_course", "--time=5", "--mem=2G"} <= set(request)
 
 
+def test_a_home_in_a_make_variable_is_the_users():
+    home = Path("~").expanduser()
+    assert work.read_variables({"DATA": "~/data"})["DATA"] == str(home / "data")
+
+
 def test_variables_of_the_shell_are_no_make_variables_and_are_named(project, tmp_path):
     shell = {"DATA": "nowhere", "TIME": "$(touch pwned)", "K": "x", "SEED": "y", "ARGS": "--no"}
     result = make(project, fake_cluster(tmp_path, **shell), "folds", arguments=SHORT, OUT="x")

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.command import BadInput, one_line
+from lib.command import BadInput, expand_home, one_line
 from lib.files import read_cache
 
 # Make variables: what they may look like, and what they are when not given
@@ -41,7 +41,7 @@ def read_variables(environment) -> dict[str, str]:
     """The Make variables in an environment. Raises BadInput for one that could mean anything but
     what it is for.
     """
-    values = {name: environment.get(name, "") for name in FREE_VARIABLES}
+    values = {name: expand_home(environment.get(name, "")) for name in FREE_VARIABLES}
     for name, (form, default) in VARIABLES.items():
         source = name
         if not environment.get(name) and name in SBATCH_VARIABLES:
