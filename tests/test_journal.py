@@ -67,7 +67,8 @@ def team_files(root, pcam_dir) -> None:
         options = [f"data_dir={pcam_dir}", *SMALL, "epochs=1", f"seed={seed}"]
         assert train.main(["--runs", str(root / "runs"), *options]) == 0
     for path in root.glob("runs/*/meta.json"):
-        edit_json(path, uncommitted_patch="")  # whatever is being worked at
+        # of one code, whatever is being worked at
+        edit_json(path, commit=git("rev-parse", "HEAD").strip(), uncommitted_patch="")
     champion, audit = root / "assets" / "champion", root / "audit-model-pcam"
     first = sorted((root / "runs").iterdir())[0]
     shutil.copytree(first, champion, ignore=shutil.ignore_patterns("last.pt"))
