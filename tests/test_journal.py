@@ -190,7 +190,7 @@ def test_a_changed_digit_is_found_in_every_part_that_has_one(filled, tmp_path):
         (lambda root: edit_meta(root, "assets/champion", data={"x": "0"}), "another data"),
         (lambda root: foreign_champion(root), "another team's"),
         (lambda root: (root / "audit-model-pcam/scores.json").write_text("{"), "not valid JSON"),
-        (lambda root: (root / "audit-model-pcam/errors.csv").unlink(), "not here"),
+        (lambda root: (root / "audit-model-pcam/errors.csv").unlink(), "errors.csv"),
         (lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/front.png"), "drawn"),
         (lambda root: (root / "assets/journal/front.png").unlink(), "drawn"),
     ],
