@@ -17,6 +17,7 @@ from lib.blocks import (
     Figure,
     Gallery,
     Heading,
+    Items,
     Table,
     Words,
     patch_png,
@@ -35,10 +36,11 @@ BLOCKS = [
     Table([NASTY, "n"], [[NASTY, 1.5], ["b", None]], sources=(NASTY,)),
     Figure(NASTY, patch_png(PATCH), "a.png", (NASTY,)),
     Gallery([PATCH], [NASTY]),
+    Items([NASTY]),
     Code(NASTY, NASTY),
 ]
 # how often the text stands in each of them, and in what the page itself adds: titles, contents
-NUM_TEXTS = 2 + 1 + 1 + 3 + 2 + 1 + 2
+NUM_TEXTS = 2 + 1 + 1 + 3 + 2 + 1 + 1 + 2
 NUM_PAGE_TEXTS = 2 + 2
 
 
@@ -126,6 +128,11 @@ def test_marks_within_words_become_html_and_only_those():
     html = Words("see `a<b **x**` and **c** at https://x.org/?a=1&b=2").to_html()
     assert "<code>a&lt;b **x**</code>" in html and "<b>c</b>" in html
     assert '<a href="https://x.org/?a=1&amp;b=2">' in html
+
+
+def test_a_warning_is_coloured_and_its_head_is_not():
+    html = Table(["severity", "n"], [["warning", 1], ["note", 2]]).to_html()
+    assert '<td class="words alarm">warning' in html and html.count("alarm") == 1
 
 
 def test_a_gallery_holds_the_very_pixels_of_its_patches():

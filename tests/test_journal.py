@@ -67,7 +67,8 @@ def team_files(root, pcam_dir) -> None:
         options = [f"data_dir={pcam_dir}", *SMALL, "epochs=1", f"seed={seed}"]
         assert train.main(["--runs", str(root / "runs"), *options]) == 0
     for path in root.glob("runs/*/meta.json"):
-        edit_json(path, uncommitted_patch="")  # whatever is being worked at
+        # of one code, whatever is being worked at
+        edit_json(path, commit=git("rev-parse", "HEAD").strip(), uncommitted_patch="")
     champion, audit = root / "assets" / "champion", root / "audit-model-pcam"
     first = sorted((root / "runs").iterdir())[0]
     shutil.copytree(first, champion, ignore=shutil.ignore_patterns("last.pt"))
@@ -189,7 +190,7 @@ def test_a_changed_digit_is_found_in_every_part_that_has_one(filled, tmp_path):
         (lambda root: edit_meta(root, "assets/champion", data={"x": "0"}), "another data"),
         (lambda root: foreign_champion(root), "another team's"),
         (lambda root: (root / "audit-model-pcam/scores.json").write_text("{"), "not valid JSON"),
-        (lambda root: (root / "audit-model-pcam/errors.csv").unlink(), "not here"),
+        (lambda root: (root / "audit-model-pcam/errors.csv").unlink(), "errors.csv"),
         (lambda root: Image.new("RGB", (9, 9)).save(root / "assets/journal/front.png"), "drawn"),
         (lambda root: (root / "assets/journal/front.png").unlink(), "drawn"),
     ],

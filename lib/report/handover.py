@@ -58,7 +58,8 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
             f"{dest} {'is a half-written handover' if half else 'holds other files'}: give a new or"
             " an empty folder"
         )
-    if not (machine := re.fullmatch(r"manylinux_2_28_(\w+)", system)):
+    machine = re.fullmatch(r"manylinux_2_28_(\w+)", system)
+    if not machine:
         raise BadInput(
             f"--platform {system}: allowed are manylinux_2_28_x86_64 and manylinux_2_28_aarch64"
         )

@@ -139,7 +139,8 @@ def read_if_there(path: str) -> dict:
 @functools.cache
 def _parse_line(line: str):
     # of which there are too many to remember, and YAML is slow
-    if match := NUMBER_LINE.fullmatch(line):
+    match = NUMBER_LINE.fullmatch(line)
+    if match:
         return match[1], float(match[2]) if "." in match[2] else int(match[2])
     ((key, value),) = yaml.load(line, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items()  # noqa: S506 (safe, written in C)
     return key, value
@@ -202,7 +203,8 @@ def build_condition(text: str, rows: list[dict]):
     """`val_auc>0.9` as a function of a row: numbers are compared as numbers, else text; what a row
     lacks meets only `!=`.
     """
-    if not (match := CONDITION.fullmatch(text)):
+    match = CONDITION.fullmatch(text)
+    if not match:
         raise BadInput(
             f"--where {text!r}: it must be a name, one of {' '.join(OPERATORS)}, and a value, such"
             " as 'val_auc>0.9'"
@@ -211,7 +213,8 @@ def build_condition(text: str, rows: list[dict]):
     require_column(name, rows, f"--where {text!r}")
 
     def holds(row) -> bool:
-        if (value := row.get(name)) is None:
+        value = row.get(name)
+        if value is None:
             return sign == "!="
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             if not isinstance(value, (str, bool)):
@@ -252,7 +255,7 @@ def require_alike(rows: list[dict], varied: str) -> None:
     """Raise BadInput unless these are two or more finished runs, all of which differ in `varied`,
     and in nothing else.
     """
-    first, seen = rows[0], {}
+    first, by_value = rows[0], {}
     if len(rows) < 2:
         raise BadInput(f"{first['run']} is one run: a spread over {varied}s needs at least two")
     same = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied} | (
@@ -263,15 +266,18 @@ def require_alike(rows: list[dict], varied: str) -> None:
             raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
         if row.get(varied) is None:
             raise BadInput(f"{row['run']} says nothing of its {varied}")
-        if (other := seen.setdefault(row[varied], row)) is not row:
+        other = by_value.setdefault(row[varied], row)
+        if other is not row:
             raise BadInput(
                 f"{other['run']} and {row['run']} share {varied} {row[varied]}: that is one result,"
                 " not two"
             )
-        if wrong := [key for key in sorted(same) if row.get(key) != first.get(key)]:
-            ours, theirs = (plain(each.get(wrong[0])) for each in (first, row))
-            values = f"{wrong[0]} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}"
-            raise BadInput(f"{values}: runs that are averaged may differ in {varied} alone")
+        for key in sorted(same):
+            ours, theirs = first.get(key), row.get(key)
+            if ours != theirs:
+                values = f"{key} is {plain(ours)!r} in {first['run']}, {plain(theirs)!r} in"
+                sentence = f"{values} {row['run']}: runs that are averaged may differ in"
+                raise BadInput(f"{sentence} {varied} alone")
 
 
 def group_seeds(rows: list[dict]) -> list[list[dict]]:
