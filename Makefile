@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: champion check checklist journal demo-journal clean audit-model prove-model prove-gpu
+.PHONY: assignment champion check checklist journal demo-journal clean audit-model prove-model prove-gpu
 
 # Recipes get these variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
@@ -40,7 +40,9 @@ export $(variables) IGNORED
 run := "$$PYTHON" jobs/submit.py
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^#@ /{print "\n" substr($$0, 4)} /^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+#@ Begin
 
 setup: $(setup_done)  ## make .venv with the pinned packages; without a GPU: make setup TORCH=cpu
 
@@ -53,25 +55,27 @@ setup: $(setup_done)  ## make .venv with the pinned packages; without a GPU: mak
 	$(INSTALL) -r requirements-test.txt
 	touch $@
 
-test: $(test_setup_done)  ## run the fast tests
-	$(run) here -m pytest -n 3 --dist loadfile -m "not (slow or slurm or browser or cuda)"
+demo: $(setup_done)  ## from nothing to a trained model and its page: synthetic slides, a short training, evaluation
+	test -f data/demo/camelyonpatch_level_2_split_train_x.h5 || "$$PYTHON" prepare.py synthetic --to data/demo $(DEMO_DATA)
+	$(run) here train.py data_dir=data/demo name=demo "seed=$$SEED" $(DEMO_TRAINING) > data/demo/run.json
+	run=$$("$$PYTHON" -c 'import json; print(json.loads(open("data/demo/run.json").readlines()[-1])["run"])'); \
+	"$$PYTHON" inference.py --ckpt "$$run" data/demo --split test --out "$$run/predictions.csv" > /dev/null; \
+	"$$PYTHON" report.py run "$$run" --predictions "$$run/predictions.csv" \
+	  --remark "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue." > /dev/null
 
-test-all: $(test_setup_done)  ## run all tests, those on a real Slurm and in a browser too
-	$(run) here -m pytest -n 3 --dist loadfile
+data: $(setup_done)  ## the official PCam into data/pcam (7.8 GB): resumable, checksummed
+	"$$PYTHON" prepare.py download --to data/pcam
 
-lint: $(test_setup_done)  ## check style, format and the CI workflow
-	"$$PYTHON" -m ruff check .
-	"$$PYTHON" -m ruff format --check .
-	"$$("$$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/zizmor" --offline --quiet .github
-
-# jobs: on a Slurm cluster these submit, elsewhere they run here. PARTITION=, TIME=, CPUS=, MEM=: what to ask for (default: what
+#@ Jobs: on a Slurm cluster these submit, elsewhere they run here
+# PARTITION=, TIME=, CPUS=, MEM=: what to ask for (default: what
 # fits the partition); AFTER=ID,...: start when those jobs have ended; NUM_RANKS=2: train with two processes; STAGE_DATA=1: copy
 # the data to the node first.
-train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sample epochs=5"
-	$(run) train
 
 check: $(setup_done)  ## can that work, in half a minute: environment, keys, data, memory, time: make check ARGS="data_dir=data/sample"
 	$(run) check
+
+train: $(setup_done)  ## train one run: make train SEED=1 ARGS="data_dir=data/sample epochs=5"
+	$(run) train
 
 seeds: $(setup_done)  ## the same with several seeds: make seeds SEEDS=1,2,3
 	$(run) seeds
@@ -85,16 +89,8 @@ sweep: $(setup_done)  ## search hyper-parameters: make sweep SPACE=assets/space.
 bench: $(setup_done)  ## throughput and what limits it: make bench PARTITION=thin_course DATA=data/pcam [OUT=DIR]
 	$(run) bench
 
-champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN [DATA=DIR]
-	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }
-	$(run) here jobs/champion.py "$$RUN" $${DATA:+--data "$$DATA"}
-
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit
-
-audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: make audit-model RUN=runs/RUN DATA=data/sample
-	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }
-	$(run) here audit.py model --ckpt "$${RUN:-assets/champion}" "$$DATA" $${OUT:+--out "$$OUT"}
 
 status: $(setup_done)  ## jobs of this project: state, run folder, progress, time left, last words of failed ones
 	$(run) status
@@ -102,19 +98,58 @@ status: $(setup_done)  ## jobs of this project: state, run folder, progress, tim
 cancel: $(setup_done)  ## end them, or one of them: make cancel JOB=123
 	$(run) cancel
 
-data: $(setup_done)  ## the official PCam into data/pcam (7.8 GB): resumable, checksummed
-	"$$PYTHON" prepare.py download --to data/pcam
-
-demo: $(setup_done)  ## from nothing to a trained model and its page: synthetic slides, a short training, evaluation
-	test -f data/demo/camelyonpatch_level_2_split_train_x.h5 || "$$PYTHON" prepare.py synthetic --to data/demo $(DEMO_DATA)
-	$(run) here train.py data_dir=data/demo name=demo "seed=$$SEED" $(DEMO_TRAINING) > data/demo/run.json
-	run=$$("$$PYTHON" -c 'import json; print(json.loads(open("data/demo/run.json").readlines()[-1])["run"])'); \
-	"$$PYTHON" inference.py --ckpt "$$run" data/demo --split test --out "$$run/predictions.csv" > /dev/null; \
-	"$$PYTHON" report.py run "$$run" --predictions "$$run/predictions.csv" \
-	  --remark "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue." > /dev/null
+#@ Results
 
 twin: $(setup_done)  ## is a short training reproducible to the bit: make twin ARGS="data_dir=data/sample"
 	$(run) here audit.py twin
+
+audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: make audit-model RUN=runs/RUN DATA=data/sample
+	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }
+	$(run) here audit.py model --ckpt "$${RUN:-assets/champion}" "$$DATA" $${OUT:+--out "$$OUT"}
+
+champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN [DATA=DIR]
+	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }
+	$(run) here jobs/champion.py "$$RUN" $${DATA:+--data "$$DATA"}
+
+runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
+	$(run) here report.py runs
+
+handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
+	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }
+	$(run) here report.py handover --to "$$DEST" "$${RUN:-assets/champion}"
+
+#@ Hand in
+
+assignment: $(setup_done)  ## what of the journal's evidence is there, what is missing, and the next command
+	$(run) here report.py assignment
+
+journal: $(setup_done)  ## start JOURNAL.md, fill in its tables and figures, say what is missing: make journal [CHECK=1]
+	$(run) here report.py journal $(if $(filter 1,$(CHECK)),--check)
+
+demo-journal: $(setup_done)  ## a journal from nothing, filled in, on synthetic slides: data/demo-journal/journal.html
+	$(run) here -m jobs.demo_journal data/demo-journal
+
+checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
+	$(run) here audit.py handover .
+
+#@ Develop
+
+test: $(test_setup_done)  ## run the fast tests
+	$(run) here -m pytest -n 3 --dist loadfile -m "not (slow or slurm or browser or cuda)"
+
+test-all: $(test_setup_done)  ## run all tests, those on a real Slurm and in a browser too
+	$(run) here -m pytest -n 3 --dist loadfile
+
+lint: $(test_setup_done)  ## check style, format and the CI workflow
+	"$$PYTHON" -m ruff check .
+	"$$PYTHON" -m ruff format --check .
+	"$$("$$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/zizmor" --offline --quiet .github
+
+clean:  ## remove what tools cache; data/ and runs/ stay
+	rm -rf .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+#@ Proofs: long measurements, whose results are in assets/
 
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(run) here tests/proofs/reproducibility.py
@@ -127,23 +162,3 @@ prove-model: $(test_setup_done)  ## the figures of the model audit, at length: m
 
 prove-gpu: $(test_setup_done)  ## the figures of one GPU, in minutes; without one in small: make prove-gpu ARGS="--out assets/gpu"
 	$(run) here tests/proofs/gpu.py
-
-runs: $(setup_done)  ## all runs in a table: make runs ARGS="--where 'val_auc>0.9' --sort val_auc --html runs.html"
-	$(run) here report.py runs
-
-handover: $(setup_done)  ## a folder for a USB stick that predicts without a network: make handover DEST=DIR [RUN=runs/RUN]
-	@test -n "$${DEST:-}" || { echo 'error: make handover needs DEST=DIR, a new or an empty folder' >&2; exit 2; }
-	$(run) here report.py handover --to "$$DEST" "$${RUN:-assets/champion}"
-
-checklist: $(setup_done)  ## the submission checklist, item by item, with evidence
-	$(run) here audit.py handover .
-
-journal: $(setup_done)  ## start JOURNAL.md, fill in its tables and figures, say what is missing: make journal [CHECK=1]
-	$(run) here report.py journal $(if $(filter 1,$(CHECK)),--check)
-
-demo-journal: $(setup_done)  ## a journal from nothing, filled in, on synthetic slides: data/demo-journal/journal.html
-	$(run) here -m jobs.demo_journal data/demo-journal
-
-clean:  ## remove what tools cache; data/ and runs/ stay
-	rm -rf .pytest_cache .ruff_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -18,6 +18,7 @@ from pathlib import Path
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
+    REPOSITORY,
     BadInput,
     Parser,
     place,
@@ -27,8 +28,8 @@ from lib.command import (
     script,
 )
 
-JOURNAL = Path(__file__).parent / "JOURNAL.md"
-CHAMPION = Path(__file__).parent / "assets" / "champion"
+JOURNAL = REPOSITORY / "JOURNAL.md"
+CHAMPION = REPOSITORY / "assets" / "champion"
 SPREAD_NOTE = (
     "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
     " training patches, so that theirs is narrower than it should be (Bengio and Grandvalet 2004)."
@@ -168,6 +169,10 @@ def parse(argv) -> argparse.Namespace:
         "--check", action="store_true", help="name what the files no longer say; write nothing"
     )
     journal.set_defaults(report=report_journal)
+    assignment = commands.add_parser(
+        "assignment", help="what of the journal's evidence is there, and the next command"
+    )
+    assignment.set_defaults(report=report_assignment)
     return parser.parse_args(argv)
 
 
@@ -215,6 +220,28 @@ def report_journal(args) -> int:
     result["num_differing"] = len(result["differing"])
     print_result(result)
     return EXIT_FINDING if result["differing"] else EXIT_DONE
+
+
+def report_assignment(_args) -> int:
+    """Print each piece of evidence that the journal needs, where it lies or the command that makes
+    it, and the next command.
+    """
+    from lib.blocks import Table
+    from lib.evidence import EVIDENCE, find_evidence, list_missing
+
+    rows = []
+    for piece in EVIDENCE:
+        folders = find_evidence(REPOSITORY, piece.name)
+        state = f"missing: {piece.command}"
+        if len(folders) >= piece.num:
+            state = str(folders[-1].relative_to(REPOSITORY))
+        rows.append((piece.questions, piece.what, state))
+    say(Table(("question", "evidence", "where, or the command"), rows).to_text())
+    commands = [row["command"] for row in list_missing(REPOSITORY)]
+    next_command = commands[0] if commands else "make journal"
+    say(f"next: {next_command}")
+    print_result({"num_missing": len(commands), "next": next_command})
+    return EXIT_DONE
 
 
 def report_runs(args) -> int:

@@ -28,14 +28,6 @@ class Evidence:
 
 EVIDENCE = [
     Evidence(
-        "seeds",
-        "three finished runs that differ in the seed alone",
-        "runs/*/summary.json",
-        NUM_SEEDS,
-        "make seeds SEEDS=1,2,3 DATA=data/pcam",
-        "3, 4, 5.1",
-    ),
-    Evidence(
         "twin",
         "a comparison of two equal trainings",
         "audit-*/twin.html",
@@ -50,6 +42,14 @@ EVIDENCE = [
         1,
         "make audit DATA=data/pcam",
         "2",
+    ),
+    Evidence(
+        "seeds",
+        "three finished runs that differ in the seed alone",
+        "runs/*/summary.json",
+        NUM_SEEDS,
+        "make seeds SEEDS=1,2,3 DATA=data/pcam",
+        "3, 4, 5.1",
     ),
     Evidence(
         "search",

@@ -10,13 +10,13 @@ import subprocess
 import numpy as np
 import pytest
 import yaml
-from conftest import QUICK, REPOSITORY
+from conftest import QUICK, REPOSITORY, run_script
 from PIL import Image
 
 import report
 import train
 from lib.command import BadInput
-from lib.evidence import EVIDENCE
+from lib.evidence import EVIDENCE, list_missing
 from lib.files import file_digest, read_json, write_csv, write_json
 from lib.report.journal import DIRECTIVE, END, check_journal, read_directives, write_journal
 from lib.report.markdown import parse_markdown
@@ -510,3 +510,11 @@ def test_nothing_of_the_page_is_cut(filled, tmp_path, width):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(re.search(r'data-found="([^"]*)"', result.stdout)[1].replace("&quot;", '"'))
     assert found["page"] <= found["window"] and not found["broken"] and not found["lost"]
+
+
+def test_the_assignment_names_each_piece_of_evidence_and_the_next_command():
+    listed = run_script("report.py", "assignment", check=0)
+    missing = list_missing(REPOSITORY)
+    assert listed.json["num_missing"] == len(missing)
+    assert all(piece.what in listed.stderr for piece in EVIDENCE)
+    assert listed.json["next"] == (missing[0]["command"] if missing else "make journal")
