@@ -227,7 +227,8 @@ def check(variables: dict[str, str]) -> int:
     is_longer = limit != "none" and needs["seconds"] > 60 * slurm.minutes_of(limit)
     note = "; at its limit the job goes on by itself" if is_longer else ""
     pace = f"{needs['num_threads']} threads of this machine's CPU"
-    say(f"time: {format_duration(needs['seconds'])} at the pace of {pace}, limit {limit}{note}")
+    duration = f"{format_duration(needs['seconds'])} at best with {pace}"
+    say(f"time: {duration}, limit {limit}{note}")
     print_result({"fits": fits, "request": request, **needs})
     return EXIT_DONE if fits else EXIT_FINDING
 
