@@ -82,6 +82,7 @@ def test_the_damaged_edition_is_found_exactly(pcam_dir, tmp_path):
         ("white", lambda patch: patch * 0 + 255),
         ("constant", lambda patch: patch * 0 + np.array([200, 100, 150])),
         ("flat", lambda patch: np.rint(patch * 0.05) + 180),
+        ("partial", lambda patch: patch * (np.arange(96)[:, None, None] >= 16)),
     ],
 )
 def test_each_kind_of_damage_has_its_reason_and_leaves_the_others_alone(tmp_path, reason, spoil):
