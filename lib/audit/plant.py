@@ -195,7 +195,7 @@ def write_copies(
         with SplitWriter(planted, survey.name, num, np.float32) as writer:
             for part in np.split(np.arange(num), range(256, num, 256)):
                 patches = np.stack([planter.draw(place) for place in part.tolist()])
-                writer.add(patches, planter.given[part])
+                writer.add(patches.astype(np.float32), planter.given[part])
     header = ("split", "index", "kind", "of")
     write_csv(planted / "truth.csv", header, (row.values() for row in truth))
     return truth

@@ -345,7 +345,9 @@ def write_kinds(rows: list[dict]) -> None:
         f"Each kind is planted alone into {SHARE:.0%} of {NUM_KINDS_ROWS:,} real patches. Other code"
         " draws it than the code that the audit learns from.",
         "Alarms are other patches that are listed only with the damage. Below a recall of"
-        f" {LEAST_POWER:g} the audit has no power.",
+        f" {LEAST_POWER:g} the check has no power.",
+        "The table is of the check `unusual` alone. The check `values` lists patches that are black"
+        " in part besides.",
         "",
         f"`python tests/proofs/audit.py kinds --data data/sample`, {made['date']}, commit"
         f" {made['commit']}. The planted damage of `--plant` stands in"

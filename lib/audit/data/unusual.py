@@ -17,7 +17,7 @@ from lib.audit.survey import FLAT_STD, Survey
 from lib.features import count_values, grey_planes
 
 FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discriminant is fitted to
-LEAST_ROWS = 300  # of all splits: fewer have no tail
+LEAST_ROWS = 3_000  # of all splits: to fewer a discriminant is fitted too closely
 NUM_FEATURES, RIDGE, MOST = 400, 4e-3, 8.0  # random features; a value beyond MOST is cut off
 # the later rounds are without the share of patches that look most damaged in the one before
 ROUNDS, TRIMMED = 3, 0.12
@@ -26,6 +26,7 @@ ROUNDS, TRIMMED = 3, 0.12
 CHANCE, MISSED, LEAST_RECALL = 1e-4, 0.12, 0.6
 # of high scores, how many damage has to explain; the copies' quantiles that tell its share
 PURITY, CORE = 0.85, (0.3, 0.5, 0.7, 0.85)
+MOST_SHARE = 0.2  # of the patches that are damaged in one way: a larger one says that all look so
 DISTANCE_TAIL = 4.0  # times the tail from the median to the 90% quantile, of log distances
 BY_CHANCE = 0.005  # share of patches that may be unusual without a warning
 ADVICE = {
@@ -155,9 +156,11 @@ def limit_by_mixture(real: np.ndarray, copies: np.ndarray) -> float:
     levels = np.array(CORE)
     beyond = (real[:, None] >= np.quantile(copies, levels)).mean(0)
     share = (beyond / (1 - levels)).min()
+    if not 0 < share <= MOST_SHARE:
+        return np.inf
     for level in np.linspace(0.01, 1 - LEAST_RECALL, 40):
         limit = np.quantile(copies, level)
-        if share * (1 - level) >= PURITY * (real >= limit).mean() and share > 0:
+        if share * (1 - level) >= PURITY * (real >= limit).mean():
             return float(limit)
     return np.inf
 

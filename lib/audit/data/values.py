@@ -69,10 +69,12 @@ def check_values(survey: Survey) -> list[dict]:
         measured = (
             f"{len(partly):,} patches are black in part, {LEAST_BLACK:.0%} of their pixels or more"
         )
-        rows = survey.rows(partly, black_share=table["black_share"][partly].round(4))
-        advice = "an edge of the scan, or lost tiles: look at the gallery"
+        black_share = table["black_share"][partly].round(4)
+        rows = survey.rows(partly, black_share=black_share, reason="partial", score=black_share)
+        advice = "lost tiles: look at the gallery; quarantine_reasons takes `partial`"
+        check = "values: partly black"
         findings.append(
-            build_finding("values: partly black", "note", measured, "", advice, rows, survey.name)
+            build_finding(check, "warning", measured, "none", advice, rows, survey.name)
         )
     if fractional := int((table["num_fractional"][survey.intact] > 0).sum()):
         measured = (
