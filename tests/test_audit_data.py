@@ -338,6 +338,15 @@ def test_a_stretch_of_rows_out_of_step_with_its_labels_is_found(start, damage):
         assert ("+3 rows further fit" in findings[0]["measured"]) == (damage == "rolled")
 
 
+def test_of_two_splits_with_opposite_labels_the_smaller_one_is_blamed():
+    known, scores = draw_scores(2_000)
+    surveys = [bare_survey(known), bare_survey(known[:500], "valid")]
+    rows_of = [np.arange(2_000), np.arange(500)]
+    across = [-scores, -scores[:500]]
+    labels.blame_smallest(surveys, rows_of, across)
+    assert np.isnan(across[0]).all() and (across[1] == -scores[:500]).all()
+
+
 def test_labels_inverted_as_a_whole_and_labels_that_nothing_explains_are_errors():
     known, scores = draw_scores(2_000)
     rows, noise = np.arange(2_000), np.random.default_rng(3).normal(size=2_000)

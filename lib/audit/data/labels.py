@@ -59,6 +59,7 @@ def check_labels(
         pairs = zip(judged, rows_of, strict=True)
         groups = [groups_of[survey.name][rows] for survey, rows in pairs]
         own, across = predict_out_of_fold(judged, rows_of, groups)
+        blame_smallest(judged, rows_of, across)
     else:
         own = [logits[rows_of[0]]]
         across = [np.full(len(rows_of[0]), np.nan)]
@@ -77,6 +78,20 @@ def check_labels(
     table.sort(key=lambda row: -row[-1])
     write_csv(out / "out_of_fold.csv", ("split", "index", "label", "probability", "doubt"), table)
     return findings
+
+
+def blame_smallest(judged: list[Survey], rows_of: list, across: list) -> None:
+    """Where splits contradict each other, leave the scores `across` them to the smallest alone: of
+    two splits with opposite labels, the larger one is more likely right.
+    """
+    contradictory = []
+    for number, (survey, rows) in enumerate(zip(judged, rows_of, strict=True)):
+        if compute_auc(survey.labels[rows], across[number]) < CONTRADICTORY_AUC:
+            contradictory.append(number)
+    smallest = min(contradictory, key=lambda number: len(rows_of[number]), default=None)
+    for number in contradictory:
+        if number != smallest:
+            across[number] = np.full(len(rows_of[number]), np.nan)
 
 
 def calibrate(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
