@@ -393,10 +393,8 @@ def test_a_process_says_what_is_wrong_in_its_own_words(quick_run, good, tmp_path
     with open(tmp_path / "predictions.csv", newline="") as file:
         rows = {row["source"]: row for row in csv.DictReader(file)}
     assert list(rows) == sorted(f"in/{name}" for name in files)
-    assert [name for name, row in rows.items() if not row["error"]] == [
-        "in/good.png",
-        "in/transparent.png",
-    ]
+    read = [name for name, row in rows.items() if not row["error"]]
+    assert read == ["in/BMP.png", "in/WEBP.png", "in/good.png", "in/transparent.png"]
     assert float(rows["in/good.png"]["probability"]) == pytest.approx(good["rgb.png"][1], abs=1e-6)
     assert all(map(TOLD.match, result.stderr.splitlines())), result.stderr
     (tmp_path / "evil.pt").write_bytes(

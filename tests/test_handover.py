@@ -20,7 +20,7 @@ from conftest import REPOSITORY, run_script
 from lib.audit import checklist
 from lib.audit.checklist import audit_checklist
 from lib.bundle import NEEDED, tracked_files
-from lib.checkpoint import evaluated, load_checkpoint, save_checkpoint
+from lib.checkpoint import evaluated_weights, load_checkpoint, save_checkpoint
 from lib.command import BadInput
 from lib.files import file_digest, read_csv, read_json
 from lib.report.handover import fetch_wheels, write_handover
@@ -393,7 +393,7 @@ def test_the_checklist_is_judged_item_by_item(tmp_path, monkeypatch):
     champion = tmp_path / "assets" / "champion" / "best.pt"
     checkpoint = load_checkpoint(champion)
     monkeypatch.setattr(checklist, "SHIPPED_CHAMPION", checkpoint["weights_sha256"])
-    for tensor in evaluated(checkpoint).values():
+    for tensor in evaluated_weights(checkpoint).values():
         tensor += 1
     save_checkpoint(champion, checkpoint)
     journal = tmp_path / "JOURNAL.md"

@@ -224,7 +224,8 @@ def test_a_damaged_or_empty_source_gets_one_sentence_and_an_earlier_result_stays
             tar.addfile(tarfile.TarInfo(name))
     out.write_text("from before\n")
     _, result, err = infer(quick_run, sources["files"][0], bad, out=out, expect=2)
-    assert str(bad) in err and len(err.strip().splitlines()) == 1 and result["exit"] == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert str(bad) in errors[0] and len(errors) == 1 and result["exit"] == 2
     assert out.read_text() == "from before\n" and not list(tmp_path.glob(".p.csv*"))
 
 

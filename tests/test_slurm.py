@@ -582,7 +582,7 @@ def test_a_job_takes_the_config_that_was_submitted_and_an_audit_told_to_stop_lea
         "audit",
         DATA='my "data"',
         OUT="stopped",
-        ARGS="--checks labels epochs=500",
+        ARGS="--checks labels --train-folds epochs=500",
     ).json["job"]
     fold = wait_for(
         lambda: next(iter(project.glob("stopped/runs/*/meta.json")), None), "the audit to train"

@@ -116,7 +116,7 @@ def test_steps_equal_a_hand_written_loop(changes):
 def test_averaged_statistics_follow_and_counters_are_copied(as_on_gpu, monkeypatch):
     if as_on_gpu:  # where what changes from step to step is a tensor
         as_tensors = lambda numbers, _device: tuple(torch.tensor(number) for number in numbers)  # noqa: E731
-        monkeypatch.setattr(training, "on_gpu", as_tensors)
+        monkeypatch.setattr(training, "as_scalars", as_tensors)
     cfg = make_cfg(ema_decay=0.5, model="resnet18")
     state = training.build_state(cfg, CPU)
     mean, counter = (

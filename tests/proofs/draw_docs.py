@@ -1,6 +1,6 @@
 """The two pictures of the documentation: python tests/proofs/draw_docs.py
 
-docs/overview.png shows which script leaves which file. docs/network.png shows the layers of the
+assets/overview.png shows which script leaves which file. assets/network.png shows the layers of the
 default network; its shapes and numbers of parameters are read from the network itself.
 """
 
@@ -125,8 +125,8 @@ def draw_network(path: Path) -> None:
 
 
 def main() -> int:
-    draw_overview(REPOSITORY / "docs/overview.png")
-    draw_network(REPOSITORY / "docs/network.png")
+    draw_overview(REPOSITORY / "assets/overview.png")
+    draw_network(REPOSITORY / "assets/network.png")
     return 0
 
 
