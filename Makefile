@@ -11,8 +11,9 @@ SHELL := /bin/bash
 # jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
 variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
 variables += CHECK
-IGNORED := $(strip $(foreach name,$(variables),$(if $(filter environment%,$(origin $(name))),$(name))))
-$(foreach name,$(IGNORED),$(eval override undefine $(name)))
+inherited := $(strip $(foreach name,$(variables),$(if $(filter environment%,$(origin $(name))),$(name))))
+IGNORED := $(strip $(foreach name,$(inherited),$(if $(value $(name)),$(name))))
+$(foreach name,$(inherited),$(eval override undefine $(name)))
 SEED ?= 1
 SPACE ?= assets/space.yaml
 
@@ -100,8 +101,8 @@ cancel: $(setup_done)  ## end them, or one of them: make cancel JOB=123
 
 #@ Results
 
-twin: $(setup_done)  ## is a short training reproducible to the bit: make twin ARGS="data_dir=data/sample"
-	$(run) here audit.py twin
+twin: $(setup_done)  ## is a short training reproducible to the bit: make twin DATA=data/sample
+	$(run) here audit.py twin $${DATA:+"data_dir=$$DATA"}
 
 audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: make audit-model RUN=runs/RUN DATA=data/sample
 	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }

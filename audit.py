@@ -48,7 +48,7 @@ def parse(argv) -> argparse.Namespace:
         "--out",
         type=place,
         metavar="OUT",
-        help="for all that is written (default: audit-NAME of DIR, audit-groups-NAME for groups)",
+        help="for all that is written (default: audit-NAME of DIR, with --checks audit-part-NAME)",
     )
     data.add_argument(
         "--checks",
@@ -213,8 +213,10 @@ def audit_data(args) -> int:
             f" {', '.join(CHECKS)}"
         )
     checks = [name for name in CHECKS if name in (wanted or USUAL)]
-    # a new audit clears its OUT: groups alone leave the findings of a whole audit in place
-    kind = "audit-groups" if checks == ["groups"] else "audit"
+    # a new audit clears its OUT: some checks alone leave the findings of a whole audit in place
+    kind = "audit"
+    if wanted:
+        kind = "audit-groups" if checks == ["groups"] else "audit-part"
     out = Path(args.out or f"{kind}-{Path(args.dir).resolve().name}")
     result = data.audit_data(
         args.dir,

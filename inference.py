@@ -113,6 +113,8 @@ def main(argv=None) -> int:
         f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at"
         f" {threshold:g}, {views} view(s)"
     )
+    if not result["calibrated"]:
+        say("warning: this checkpoint is not calibrated; take its probabilities as ranks")
     for error in failed[:MAX_ERRORS_SHOWN]:
         say(f"not read: {printable(error)}")
     result |= report_drift(rows, features, checkpoint["reference"])

@@ -2,6 +2,7 @@
 it.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,9 @@ from lib.command import BadInput
 from lib.files import read_json
 
 NUM_SEEDS = 3
+SEED = re.compile(r"-s(\d+)-[0-9a-f]+$")  # in the name of a run folder
+# audits of some checks alone, and the self-test of the comparison of twins
+NO_EVIDENCE = re.compile(r"^audit-(groups|part)-|-injected$")
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,20 @@ BY_NAME = {piece.name: piece for piece in EVIDENCE}
 
 
 def find_evidence(root: Path, name: str) -> list[Path]:
-    """The folders below `root` that hold a piece of evidence, in order. A champion that no run of
-    this checkout has trained does not count.
+    """The folders below `root` that hold a piece of evidence, in order.
+
+    A champion that no run of this checkout has trained does not count. Neither does an audit of a
+    part, a self-test of the comparison of twins, nor a second run with the seed of another.
     """
     folders = sorted(path.parent for path in root.glob(BY_NAME[name].pattern))
     if name == "champion":
         folders = [folder for folder in folders if find_origin(folder, root / "runs")]
-    return folders
+    if name == "seeds":
+        seeds = {
+            SEED.search(folder.name)[1]: folder for folder in folders if SEED.search(folder.name)
+        }
+        folders = sorted(seeds.values())
+    return [folder for folder in folders if not NO_EVIDENCE.search(folder.name)]
 
 
 def find_origin(folder: Path, runs_dir: Path) -> Path | None:

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -323,7 +324,7 @@ def write_stop(run: Path, status: str, step: int) -> None:
     """
     stopped = {"status": status, "step": step, "utc": utc_now()}
     write_json(run / "meta.json", read_meta(run) | {"stopped": stopped})
-    say(f"{status} after step {step}; go on with: python train.py --resume {run}")
+    say(f"{status} after step {step}; go on with: python train.py --resume {shlex.quote(str(run))}")
     print_result({"run": str(run), "status": status, "step": step})
 
 

@@ -468,7 +468,7 @@ def test_the_verdict_names_what_was_slowed(slowed, residence, pcam_dir, tmp_path
     function = getattr(owner, name)
 
     def slow(*arguments):
-        time.sleep(0.2)
+        time.sleep(0.5)  # far more than the rest takes on a busy machine
         return function(*arguments)
 
     monkeypatch.setattr(owner, name, slow)
@@ -481,7 +481,7 @@ def test_the_verdict_names_what_was_slowed(slowed, residence, pcam_dir, tmp_path
         assert judged[epoch]["bottleneck"] == slowed
     assert judged["sentence"].count(verdict.NAMES[slowed]) == 2
     stage_s = judged["later_epochs"]["stage_s"]
-    assert 0.18 < stage_s[stage] < 0.9
+    assert 0.45 < stage_s[stage] < 2.0
     rows = {row["case"]: row for row in result["rows"]}
     whole_s = sum(stage_s.values()) + stage_s["augment"]  # the input is made twice
     assert whole_s == pytest.approx(8 / rows["apart"]["images_per_s"], rel=0.05), "nothing left out"

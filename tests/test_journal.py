@@ -16,7 +16,7 @@ from PIL import Image
 import report
 import train
 from lib.command import BadInput
-from lib.evidence import EVIDENCE, list_missing
+from lib.evidence import EVIDENCE, find_evidence, list_missing
 from lib.files import file_digest, read_json, write_csv, write_json
 from lib.report.journal import DIRECTIVE, END, check_journal, read_directives, write_journal
 from lib.report.markdown import parse_markdown
@@ -518,3 +518,39 @@ def test_the_assignment_names_each_piece_of_evidence_and_the_next_command():
     assert listed.json["num_missing"] == len(missing)
     assert all(piece.what in listed.stderr for piece in EVIDENCE)
     assert listed.json["next"] == (missing[0]["command"] if missing else "make journal")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- value a.json x --> words\n\nan hour of work\n\n<!-- end -->\n",
+        "words\n\n<!-- end -->\n",
+        "<!-- table runs -->\n\nan hour of work\n\n<!-- tabel spikes -->\n\n| a |\n\n<!-- end -->\n",
+        "<!--table champion-->\n",
+    ],
+)
+def test_words_are_not_lost_to_a_leftover_end_or_a_misspelt_directive(text, tmp_path):
+    path = tmp_path / "JOURNAL.md"
+    path.write_text(f"# J\n\n{text}")
+    with pytest.raises(BadInput, match="line"):
+        write_journal(path)
+    assert path.read_text() == f"# J\n\n{text}"
+
+
+def test_a_run_that_is_gone_is_named(tmp_path):
+    path = tmp_path / "JOURNAL.md"
+    path.write_text("# J\n\n<!-- seeds runs/a-s1-0000 runs/a-s2-0000 -->\n")
+    assert any(
+        "there is no run runs/a-s1-0000" in text for text in write_journal(path)["differing"]
+    )
+
+
+def test_the_same_seed_twice_and_a_part_of_an_audit_are_no_evidence(tmp_path):
+    for name in ("runs/a-s1-0000", "runs/a-s1-0001", "runs/a-s2-0000"):
+        (tmp_path / name).mkdir(parents=True)
+        write_json(tmp_path / name / "summary.json", {})
+    for name in ("audit-x", "audit-part-x", "audit-groups-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "quarantine.csv").touch()
+    assert len(find_evidence(tmp_path, "seeds")) == 2
+    assert [folder.name for folder in find_evidence(tmp_path, "data-audit")] == ["audit-x"]

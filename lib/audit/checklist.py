@@ -185,9 +185,13 @@ def check_images(texts: dict[str, str], names) -> str:
         for markdown, html in IMAGE.findall(text):
             rows.append({"text": name, "image": markdown or html})
     wrong = [row for row in rows if not row["image"].startswith("assets/")]
-    wrong += [row for row in rows if row not in wrong and row["image"] not in names]
     if wrong:
-        raise Lacking(f"{len(wrong)} of {len(rows)} are elsewhere, or not there", wrong)
+        raise Lacking(f"{len(wrong)} of {len(rows)} are elsewhere", wrong)
+    wrong = [row for row in rows if row["image"] not in names]
+    if wrong:
+        raise Lacking(
+            f"{len(wrong)} of {len(rows)} are not there, or git does not track them", wrong
+        )
     return f"{len(rows)} images"
 
 

@@ -87,8 +87,8 @@ def build_work(target: str, variables: dict[str, str]) -> Work:
     if target == "audit":
         if not data or not Path(data).is_dir():
             raise BadInput(f"make audit needs DATA=DIR, the PCam folder to audit, {data!r} is none")
-        out = out or f"audit-{Path(data).resolve().name}"
-        return Work("audit.py", ["data", data, "--out", out, *arguments])
+        options = ["--out", out] if out else []
+        return Work("audit.py", ["data", data, *options, *arguments])
     if target == "bench":
         options = ["--data", data] if data else []
         options += ["--out", out] if out else []

@@ -144,16 +144,20 @@ class Evidence:
 
     def check(self) -> list[str]:
         """A sentence for each way in which the files that were read do not belong together."""
-        rows = [read_run(self.root / run) for run in self.seeds]
-        problems = list(self.problems)
+        rows, problems = [], list(self.problems)
         for run in self.seeds:
+            row = read_run(self.root / run)
+            if not row:
+                problems.append(f"there is no run {run}")
+                continue
+            rows.append(row)
             if not run.startswith("runs/") and not find_origin(self.root / run, self.root / "runs"):
                 problems.append(f"{run} is of no run in runs/, so it is another team's")
         problems += differing(rows, "code", "commit and patch")
         is_shown = any(name.startswith(f"{self.champion}/") for name in self.sources)
         champion = self.root / self.champion
         if is_shown:
-            rows.append(read_run(champion))
+            rows += filter(None, [read_run(champion)])
         problems += differing(rows, "data", "data")
         for name in list(self.sources):
             try:

@@ -29,12 +29,15 @@ KINDS = {
 }
 NAMES = "|".join(KINDS)
 END = "<!-- end -->"
-# a directive and what stands between it and END, if that comes before the next directive
+# a directive and what stands between it and END, if that comes before the next comment
 DIRECTIVE = re.compile(
     rf"<!-- (?P<kind>{NAMES})\b(?P<words>[^\n]*?) ?-->"
-    rf"(?:(?P<filled>(?:(?!<!-- (?:{NAMES})\b).)*?){END})?",
+    rf"(?:(?P<filled>(?:(?!<!--).)*?){END})?",
     re.DOTALL,
 )
+NO_HINT = re.compile(
+    r"<!-- *(?!end\b|hint\b)([A-Za-z]+)[^\n]*"
+)  # other comments, and their first word
 PART = re.compile(r"[a-z]+=")  # begins an option
 AT_COMMIT = {*OF_HISTORY, "non-determinism"}  # are of a commit, which is noted in the directive
 # what a file that is damaged, or of another program, provokes
@@ -85,8 +88,25 @@ def read_directives(text: str) -> list[Directive]:
         headings = re.findall(r"(?m)^#+ +(.*)$", before)
         place = (before.count("\n") + 1, headings[-1] if headings else "front page")
         words, options = parse_words(match["kind"], match["words"], f"line {place[0]}")
+        if match["kind"] == "value" and "\n" in (match["filled"] or ""):
+            raise BadInput(f"line {place[0]}: {match[0].splitlines()[0]} lacks its {END}")
         directives.append(Directive(*place, match["kind"], words, options, match["filled"]))
+    require_no_leftovers(text)
     return directives
+
+
+def require_no_leftovers(text: str) -> None:
+    """Raise BadInput for an END without its directive, and for a comment that is nearly one."""
+    # of the directives only their line ends are left, so that lines keep their numbers
+    rest = DIRECTIVE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    for number, line in enumerate(rest.splitlines(), 1):
+        if END in line:
+            raise BadInput(f"line {number}: {END} without its directive: delete it")
+        comment = NO_HINT.search(line)
+        word = comment[1] if comment else ""
+        hint = nearest(word.lower(), KINDS)
+        if hint or word.lower() in KINDS:
+            raise BadInput(f"line {number}: {comment[0]} is no directive{hint}")
 
 
 def parse_words(kind: str, text: str, place: str) -> tuple[tuple[str, ...], dict]:
@@ -237,6 +257,8 @@ def write_journal(path: Path) -> dict:
         if outcome.drawing:
             outcome.drawing.write(path.parent)
     if filled != text:
+        # a person may have written between a directive and its end, which is replaced
+        path.with_name(f"{path.name}.before").write_text(text, encoding="utf-8")
         with atomic_write(path, "w") as file:
             file.write(filled)
     page = path.parent / "journal.html"
@@ -254,7 +276,7 @@ def write_journal(path: Path) -> dict:
         "journal": str(path),
         "page": str(page),
         "num_filled": sum(not outcome.missing for outcome in outcomes) - len(wrong),
-        "missing": [f"{', '.join(headings)}: {text}" for text, headings in missing.items()],
+        "missing": [f"{'; '.join(headings)}: {text}" for text, headings in missing.items()],
         "unanswered": find_unanswered(filled),
         "differing": wrong + problems,
     }

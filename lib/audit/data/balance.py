@@ -59,6 +59,12 @@ def check_balance(surveys: list[Survey], cfg: Config) -> list[dict]:
                 survey.name,
             )
         )
+        if not (negative and positive):
+            measured = "all patches are of one class: train.py refuses, and AUC is not defined"
+            advice = "split the patches again, so that each split has both classes"
+            findings.append(
+                build_finding("one class", "error", measured, advice=advice, split=survey.name)
+            )
         if survey.name == "train" and negative and positive:
             index = np.flatnonzero(survey.labels >= 0)
             rows = Rows(index, survey.labels[index].astype(np.uint8), {})

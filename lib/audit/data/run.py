@@ -34,7 +34,7 @@ from lib.splitwriter import sole_writer
 WORK = ".work."  # begins the name of the folder of temporary files in OUT
 # errors that no list of patches to leave out mends
 BLOCKING = (
-    *("unreadable split", "agreement of x and y", "exchanged splits", "labels"),
+    *("unreadable split", "agreement of x and y", "exchanged splits", "labels", "one class"),
     *("labels: misaligned", "triggers", "meta"),
 )
 QUARANTINE = ("split", "index", "reason", "score")
@@ -49,6 +49,7 @@ class Audit:
         self.directory, self.out, self.work = directory, out, work
         self.surveys, self.findings, self.failed, self.power = [], [], [], []
         self.copies = None
+        self.skipped = []  # checks that were not asked for
 
     def add(self, findings: list[dict]) -> None:
         """Take findings that are not there yet, and write all."""
@@ -72,7 +73,7 @@ class Audit:
 
     def conclude(self) -> list[str]:
         """The verdict in three sentences."""
-        return conclude(self.directory, self.out, self.findings, self.failed)
+        return conclude(self.directory, self.out, self.findings, self.failed, self.skipped)
 
     def find_copies(self) -> Copies:
         """Copies among all patches, found once."""
@@ -184,6 +185,7 @@ def run_checks(audit: Audit, checks, overrides, judge_labels) -> None:
         "triggers": lambda: over_splits(find_triggers),
         "labels": lambda: judge_labels(audit),
     }
+    audit.skipped = [name for name in run if name not in checks and name != "groups"]
     for name in checks:
         if not surveys and name != "groups":
             audit.failed.append(name)
@@ -196,7 +198,7 @@ def run_checks(audit: Audit, checks, overrides, judge_labels) -> None:
             audit.add([build_finding(name, "error", measured, advice="mend that and audit again")])
 
 
-def conclude(directory, out, findings: list[dict], failed: list[str]) -> list[str]:
+def conclude(directory, out, findings: list[dict], failed: list, skipped: list) -> list[str]:
     """Three sentences: whether the data can be trained on, what to leave out, what to run next."""
     errors = [row for row in findings if row["severity"] == "error"]
     blocking = sorted({row["check"] for row in errors if row["check"] in BLOCKING})
@@ -216,6 +218,8 @@ def conclude(directory, out, findings: list[dict], failed: list[str]) -> list[st
     else:
         verdict = "These data can be trained on."
         following = f"Next, run `{train}`."
+    if skipped and not (blocking or failed):
+        verdict = f"Nothing that was checked forbids training; not checked: {', '.join(skipped)}."
     leave = f"{len(left_out):,} damaged patches are left out by `{quarantine}`"
     if not left_out:
         leave = "Nothing has to be left out"
