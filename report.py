@@ -41,7 +41,9 @@ def parse(argv) -> argparse.Namespace:
         prog="report.py", description="Pages and tables from what runs have left on disk."
     )
     commands = parser.add_subparsers(
-        dest="what", required=True, metavar="run|runs|seeds|folds|export|handover|journal"
+        dest="what",
+        required=True,
+        metavar="run|runs|seeds|folds|export|handover|journal|assignment",
     )
     run = commands.add_parser("run", help="one run as a self-contained HTML page")
     run.add_argument("run", metavar="RUN", help="a run folder")

@@ -36,7 +36,7 @@ EVIDENCE = [
         "a comparison of two equal trainings",
         "audit-*/twin.html",
         1,
-        "make twin",
+        "make twin DATA=data/pcam",
         "1",
     ),
     Evidence(
