@@ -229,17 +229,18 @@ def report_assignment(_args) -> int:
     it, and the next command.
     """
     from lib.blocks import Table
-    from lib.evidence import EVIDENCE, find_evidence, list_missing
+    from lib.evidence import EVIDENCE, find_evidence
 
-    rows = []
+    rows, commands = [], []
     for piece in EVIDENCE:
         folders = find_evidence(REPOSITORY, piece.name)
-        state = f"missing: {piece.command}"
         if len(folders) >= piece.num:
             state = str(folders[-1].relative_to(REPOSITORY))
+        else:
+            state = f"missing: {piece.command}"
+            commands.append(piece.command)
         rows.append((piece.questions, piece.what, state))
     say(Table(("question", "evidence", "where, or the command"), rows).to_text())
-    commands = [row["command"] for row in list_missing(REPOSITORY)]
     next_command = commands[0] if commands else "make journal"
     say(f"next: {next_command}")
     print_result({"num_missing": len(commands), "next": next_command})

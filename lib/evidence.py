@@ -101,10 +101,8 @@ def find_evidence(root: Path, name: str) -> list[Path]:
     if name == "champion":
         folders = [folder for folder in folders if find_origin(folder, root / "runs")]
     if name == "seeds":
-        seeds = {
-            SEED.search(folder.name)[1]: folder for folder in folders if SEED.search(folder.name)
-        }
-        folders = sorted(seeds.values())
+        named = [(SEED.search(folder.name), folder) for folder in folders]
+        folders = sorted({seed[1]: folder for seed, folder in named if seed}.values())
     return [folder for folder in folders if not NO_EVIDENCE.search(folder.name)]
 
 

@@ -3,21 +3,16 @@
 import ast
 import functools
 import re
-import subprocess
 
-from lib.command import BadInput
-from lib.rundir import REPOSITORY
+from lib import rundir
+from lib.command import REPOSITORY, BadInput
 
 NUM_COMMITS = 15
 MOST_LINES = 45  # of a quoted merge conflict
 
 
-@functools.cache
-def git(*arguments: str) -> str:
-    """The output of a git command in this repository; empty where it fails."""
-    command = ["git", "-C", str(REPOSITORY), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    return "" if result.returncode else result.stdout
+# a journal asks for the same files and commits many times
+git = functools.cache(rundir.git)
 
 
 def read_code(commit: str, name: str) -> str:

@@ -149,9 +149,10 @@ def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
     """
     labels = survey.labels[rows]
     own_auc = compute_auc(labels, scores)
-    other_auc = compute_auc(labels, others) if not np.isnan(others).any() else np.nan
+    has_others = not np.isnan(others).any()
+    other_auc = compute_auc(labels, others) if has_others else np.nan
     if own_auc < UNLEARNT_AUC:
-        lag = find_lag(labels, others) if not np.isnan(others).any() else ""
+        lag = find_lag(labels, others) if has_others else ""
         measured = f"the labels cannot be learnt (out-of-fold AUC {own_auc:.3f}){lag}"
         return [report(survey, rows, measured)]
     if other_auc < CONTRADICTORY_AUC:
