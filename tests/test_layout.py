@@ -204,6 +204,16 @@ def test_help_answers_without_torch(script):
     assert result.stderr.split() == ["0"] and "usage:" in result.stdout and script in result.stdout
 
 
+@pytest.mark.slow
+def test_every_proof_answers_help():
+    for path in sorted((REPOSITORY / "tests" / "proofs").glob("*.py")):
+        if "parse_args" not in path.read_text():
+            continue
+        command = [sys.executable, str(path), "--help"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+        assert result.returncode == 0 and "usage:" in result.stdout, f"{path}: {result.stderr}"
+
+
 def test_no_tracked_file_is_large():
     large = [path.name for path in tracked_files() if path.stat().st_size > FILE_BYTES]
     assert not large

@@ -2,6 +2,7 @@
 one table of rows {asked, measured, limit, held}.
 """
 
+import argparse
 import datetime
 import json
 import resource
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from conftest import REPOSITORY
 
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, print_result, say
+from lib.blocks import Table
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say
 from lib.files import atomic_write, read_json, write_json
 from lib.machine import describe_machine
 from lib.rundir import git_state
@@ -39,11 +41,8 @@ def made_now() -> dict[str, str]:
 
 def write_markdown(path, header, rows) -> None:
     """Write a table."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for values in rows:
-        lines.append("| " + " | ".join(map(str, values)) + " |")
     with atomic_write(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+        file.write(Table(header, list(rows)).to_markdown() + "\n")
 
 
 def run(*command) -> dict:
@@ -70,6 +69,21 @@ def row(asked: str, measured: str, held: bool | None = None, limit="") -> dict:
     """A row of a proof's table. `held` is None where no figure was asked for."""
     is_held = None if held is None else bool(held)
     return {"asked": asked, "measured": measured, "limit": limit, "held": is_held}
+
+
+def proof_parser(name: str, description: str, parts, out: str) -> Parser:
+    """A proof's parser, for those of its `parts` that are run, and for `out`, the name below assets/
+    of the files that run_parts writes.
+    """
+    parser = Parser(
+        prog=name, description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)} (default: all)")
+    default = REPOSITORY / "assets" / out
+    parser.add_argument(
+        "--out", default=default, type=Path, metavar="OUT", help="OUT.json and OUT.md"
+    )
+    return parser
 
 
 def run_parts(parts: dict, args) -> int:

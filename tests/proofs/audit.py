@@ -20,11 +20,11 @@ from damaged import KINDS, score_quarantine, write_damaged_edition, write_flippe
 from lib.audit.data.unusual import COPIES, Detector, describe_all, make_copies
 from lib.audit.plant import LEAST_POWER
 from lib.audit.survey import FLAT_STD
-from lib.command import Parser, say, script
+from lib.command import say, script
 from lib.files import atomic_write, read_csv, read_json
 from lib.pcam import open_split
 from lib.prepare.verify import require_splits
-from proofs import HELD, made_now, row, run, run_parts, write_markdown
+from proofs import HELD, made_now, proof_parser, row, run, run_parts, write_markdown
 
 QUICK_CHECKS = "files,values,unusual,balance,duplicates,leakage,drift"
 # of the kinds of damage: patches, the share damaged, the recall asked of gross ones, and the share
@@ -373,14 +373,10 @@ PARTS = {
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="audit.py", description="The figures of the data audit, on real patches.")
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser = proof_parser("audit.py", __doc__, PARTS, "audit")
     parser.add_argument("--data", required=True, metavar="DIR", help="the imported real sample")
     parser.add_argument(
         "--full", default="data/full", metavar="DIR", help="files of full size (default: data/full)"
-    )
-    parser.add_argument(
-        "--out", default="assets/audit", type=Path, metavar="OUT", help="OUT.json and OUT.md"
     )
     args = parser.parse_args(argv)
     args.data = Path(args.data).resolve()

@@ -27,14 +27,14 @@ from lib.batches import PatchSource
 from lib.benchmark import cases, plan, rounds
 from lib.benchmark.timing import take
 from lib.centrenet import CentreNet
-from lib.command import REPOSITORY, BadInput, Parser, positive, script
+from lib.command import REPOSITORY, BadInput, positive, script
 from lib.config import load_config
 from lib.files import read_json
 from lib.machine import num_cores, resolve_threads
 from lib.pcam import open_split
 from lib.seeding import set_determinism
 from lib.splitwriter import SplitWriter
-from proofs import row, run, run_parts
+from proofs import proof_parser, row, run, run_parts
 
 NUM_PATCHES, BATCH_SIZE = 256, 16  # few, so that a slow disk need not be waited for
 SLOW_S, SLOW_BYTES_PER_S = 1.0, 250_000  # a batch more; a second at most: 1.8 s a batch
@@ -226,14 +226,9 @@ PARTS |= {
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="benchmark.py", description="Prove that the benchmark can be believed.")
-    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (default: all)")
+    parser = proof_parser("benchmark.py", __doc__, PARTS, "benchmark_proof")
     parser.add_argument("--data", required=True, metavar="DIR", help="the real patches, on a disk")
     parser.add_argument("--count", type=positive, help="how often (default: 50 or 10)")
-    parser.add_argument(
-        "--out", default=REPOSITORY / "assets" / "benchmark_proof", type=Path, metavar="OUT"
-    )
-    (REPOSITORY / "data").mkdir(exist_ok=True)
     return run_parts(PARTS, parser.parse_args(argv))
 
 

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from conftest import run_script
 from test_handover import MOUNT, flip
 
-from lib.command import REPOSITORY, Parser, script
+from lib.command import REPOSITORY, script
 from lib.files import read_csv
-from proofs import row, run_parts
+from proofs import proof_parser, row, run_parts
 
 PARTS_OF_STICK = 5  # the first findings are on the stick, the others on the checklist
 
@@ -91,14 +91,14 @@ def prove_stick(args, scratch: Path) -> list[dict]:
     return rows
 
 
+PARTS = {"stick": prove_stick}
+
+
 @script
 def main(argv=None) -> int:
-    parser = Parser(prog="handover.py", description="Prove a handover at full size.")
-    parser.add_argument("parts", nargs="*", help="stick (default: all)")
+    parser = proof_parser("handover.py", __doc__, PARTS, "handover")
     parser.add_argument("--run", default=REPOSITORY / "assets" / "champion", metavar="RUN")
-    parser.add_argument("--out", default=REPOSITORY / "assets" / "handover", type=Path)
-    (REPOSITORY / "data").mkdir(exist_ok=True)
-    return run_parts({"stick": prove_stick}, parser.parse_args(argv))
+    return run_parts(PARTS, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

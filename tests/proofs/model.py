@@ -4,16 +4,16 @@ python tests/proofs/model.py [PART ...] --data DIR [--ckpt assets/champion] [--o
 assets/model_audit]
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lib.command import Parser, script
+from lib.command import script
 from lib.files import read_csv, read_json
-from proofs import row, run, run_parts
+from proofs import proof_parser, row, run, run_parts
 
 NUM_SLIDES, BLURRED = 120, "blurred_scanner=0.25"  # of 120 patches each
 TRAINING = ("epochs=4", "crop_epochs=3", "warmup_epochs=1", "views=1")
@@ -101,13 +101,9 @@ PARTS = {"synthetic": prove_synthetic, "sample": prove_sample}
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(
-        prog="model.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser = proof_parser("model.py", __doc__, PARTS, "model_audit")
     parser.add_argument("--data", default="data/sample", metavar="DIR", help="the real sample")
     parser.add_argument("--ckpt", default="assets/champion", metavar="RUN|FILE")
-    parser.add_argument("--out", default="assets/model_audit", type=Path, metavar="OUT")
     return run_parts(PARTS, parser.parse_args(argv))
 
 

@@ -4,7 +4,6 @@ python tests/proofs/reproducibility.py [PART ...] [--count N] [--data DIR] [--de
 assets/reproducibility]
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -20,8 +19,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from conftest import QUICK, REPOSITORY, write_pcam
+from conftest import QUICK, write_pcam
 
 # imported before the forks, so that a training starts at once; nothing here computes: a fork may
 # not inherit threads
@@ -29,7 +29,7 @@ import audit
 import train
 from lib import batches, predict, trace, training
 from lib.audit import replay, twin
-from lib.command import EXIT_DONE, EXIT_FINDING, Parser, positive, print_result, say, script
+from lib.command import EXIT_DONE, EXIT_FINDING, positive, print_result, say, script
 from lib.config import load_config
 from lib.device import choose_device
 from lib.files import read_json
@@ -37,7 +37,7 @@ from lib.machine import resolve_threads
 from lib.models import build_model
 from lib.ranks import ALONE
 from lib.seeding import set_determinism
-from proofs import row, run, run_parts
+from proofs import proof_parser, row, run, run_parts
 
 SIZE = ["limit_train=160", "limit_valid=64", "data_residence=disk"]
 TINY = [*QUICK, *SIZE, "shards=4", "dropout=0.2", "checkpoint_every_steps=1"]
@@ -342,19 +342,12 @@ PARTS = {
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(
-        prog="reproducibility.py",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser = proof_parser("reproducibility.py", __doc__, PARTS, "reproducibility")
     parser.add_argument(
         "--count", type=positive, help="kills, faults, twins or pairs of timings (default: 15-100)"
     )
     parser.add_argument("--data", metavar="DIR", help="PCam folder (default: drawn patches)")
     parser.add_argument("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    out = REPOSITORY / "assets" / "reproducibility"
-    parser.add_argument("--out", default=out, type=Path, metavar="OUT", help="OUT.json and OUT.md")
     set_determinism(True, 1)  # imports half of torch: once, before the forks
     return run_parts(PARTS, parser.parse_args(argv))
 

@@ -107,7 +107,6 @@ def main(argv=None) -> int:
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     args = parser.parse_args(argv)
     args.parts = ["resnet18"]
-    (REPOSITORY / "data").mkdir(exist_ok=True)
     return run_parts({"resnet18": compare}, args)
 
 

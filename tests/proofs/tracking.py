@@ -5,7 +5,6 @@ python tests/proofs/tracking.py [PART ...] [--count N] [--out assets/tracking]
 Needs Linux; `disk` needs root, for a small tmpfs.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -16,16 +15,17 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from conftest import QUICK, REPOSITORY, run_script, write_pcam
+from conftest import QUICK, run_script, write_pcam
 from test_runs import kill_while_writing, start_at_once, write_run
 
 from lib import rundir
-from lib.command import Parser, positive, script
+from lib.command import positive, script
 from lib.config import load_config
 from lib.files import read_csv, read_json
 from lib.progress import Progress
-from proofs import row, run, run_parts
+from proofs import proof_parser, row, run, run_parts
 
 NUM_PROCESSES, NUM_RUNS, DISK_KB = 50, 10_000, 1000
 MAX_LISTING_S = 3.0
@@ -153,13 +153,8 @@ PARTS = {
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(
-        prog="tracking.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
+    parser = proof_parser("tracking.py", __doc__, PARTS, "tracking")
     parser.add_argument("--count", type=positive, help="how often (default: 20, 200 and 6)")
-    out = REPOSITORY / "assets" / "tracking"
-    parser.add_argument("--out", default=out, type=Path, metavar="OUT", help="OUT.json and OUT.md")
     return run_parts(PARTS, parser.parse_args(argv))
 
 
