@@ -116,6 +116,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     """
     from lib import batches, rundir, training
     from lib.checkpoint import newest_checkpoint, save_checkpoint
+    from lib.device import note_slow_precision
     from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
     from lib.machine import keep_freed_memory, note_busy_cores, others_busy_s
@@ -160,6 +161,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     # a resumed run cannot change its number of threads, and ranks would count each other as others
     if device.type == "cpu" and ranks.num == 1 and not run:
         note_busy_cores(cfg.threads, watched_from, busy_s)
+        note_slow_precision(cfg.precision, device)
 
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)

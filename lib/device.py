@@ -89,6 +89,13 @@ def input_dtype(precision: str) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def note_slow_precision(precision: str, device: torch.device) -> None:
+    """Print a note where a CPU computes bf16 more slowly than float32: an x86 without AVX-512."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cpu" and precision == "bf16" and capability == "AVX2":
+        say("note: this CPU has no AVX-512 and computes bf16 slowly; precision=fp32 is faster here")
+
+
 def layer_precision(device: torch.device, precision: str):
     """The context in which layers compute: autocast for `bf16` and for `fp16`, which only
     benchmark.py uses, or none for `fp32`.

@@ -24,6 +24,7 @@ from lib import machine, predict, training
 from lib.batches import PatchSource, open_train_valid
 from lib.checkpoint import load_checkpoint, load_model, weights_sha256
 from lib.config import dump_config, load_config
+from lib.device import note_slow_precision
 from lib.files import file_digest, read_csv, read_json, write_json
 from lib.metrics import compute_metrics
 from lib.models import logit_layer
@@ -442,6 +443,15 @@ def test_cores_that_others_use_are_noted_while_the_number_of_threads_can_be_chos
     assert err.count("note: others use about 2.0 of the 2 cores") == 1
     _, err = resume(run)
     assert "others use" not in err
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_cpu_that_is_slow_at_bf16_is_noted(capability, precision, monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    note_slow_precision(precision, torch.device("cpu"))
+    is_slow = capability == "AVX2" and precision == "bf16"
+    assert ("precision=fp32 is faster" in capsys.readouterr().err) == is_slow
 
 
 @pytest.fixture
