@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from lib.damage import damage_patch
 from lib.pcam import open_split, split_path
-from lib.splitwriter import SplitWriter
+from lib.splitwriter import SplitWriter, write_labels
+
+# the kinds of lib/damage.py in a damaged edition: its share, and the reason that the audit gives
+SHARES = {"black": 0.07, "white": 0.07, "nan": 0.03, "out_of_range": 0.03}
+REASONS = {"black": "black", "white": "white", "nan": "nan", "out_of_range": "range"}
 
 
 def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dict]:
@@ -19,28 +24,20 @@ def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dic
     rng, truth = np.random.default_rng(seed), []
     Path(to).mkdir(parents=True)
     train, valid = open_split(source, "train"), open_split(source, "valid")
-    negative, positive = (
-        rng.permutation(np.flatnonzero(train.labels == label)) for label in (0, 1)
-    )
-    num_positive = min(num_train // 6, len(positive))
-    rows = np.sort(np.concatenate([negative[: num_train - num_positive], positive[:num_positive]]))
-    kinds = rng.choice(
-        ["", "black", "white", "nan", "range"], len(rows), p=[0.80, 0.07, 0.07, 0.03, 0.03]
-    )
+    order = rng.permutation(len(train))
+    is_positive = train.labels[order] == 1
+    positives = order[is_positive][: num_train // 6]
+    negatives = order[~is_positive][: num_train - len(positives)]
+    rows = np.sort(np.concatenate([negatives, positives]))
+    intact = 1 - sum(SHARES.values())
+    kinds = rng.choice(["", *SHARES], len(rows), p=[intact, *SHARES.values()])
     with SplitWriter(to, "train", len(rows), np.float32) as writer:
         for place, (row, kind) in enumerate(zip(rows.tolist(), kinds.tolist(), strict=True)):
-            patch = train.images.read([row]).astype(np.float32)
-            side = int(rng.integers(8, 65) if kind == "nan" else rng.integers(2, 9))
-            y, x = rng.integers(0, 97 - side, 2)
-            if kind in ("black", "white"):
-                patch[:] = 255 * (kind == "white")
-            elif kind == "nan":
-                patch[0, y : y + side, x : x + side] = np.nan
-            elif kind == "range":
-                patch[0, y : y + side, x : x + side] = rng.uniform(1_000, 100_000, (side, side, 3))
+            patches = train.images.read([row]).astype(np.float32)
             if kind:
-                truth.append({"split": "train", "index": place, "reason": kind})
-            writer.add(patch, train.labels[[row]])
+                damage_patch(kind, patches[0], rng)
+                truth.append({"split": "train", "index": place, "reason": REASONS[kind]})
+            writer.add(patches, train.labels[[row]])
     with SplitWriter(to, "valid", len(valid), np.float32) as writer:
         for start, block in valid.images.blocks(256):
             writer.add(block.astype(np.float32), valid.labels[start : start + len(block)])
@@ -49,56 +46,47 @@ def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dic
 
 def write_flipped_edition(source, to, share: float, seed: int = 0) -> list[dict]:
     """The same files with a share of the labels of train exchanged; gives rows of truth."""
-    from lib.splitwriter import write_labels
-
     Path(to).mkdir(parents=True)
-    for name in ("train", "valid"):
-        for part in ("x", "y", "meta"):
-            if (path := split_path(source, name, part)).exists() and (name, part) != ("train", "y"):
-                split_path(to, name, part).symlink_to(path.resolve())
+    train_y = split_path(to, "train", "y")
+    for path in Path(source).resolve().glob("camelyonpatch*"):
+        if path.name != train_y.name:
+            Path(to, path.name).symlink_to(path)
     labels = open_split(source, "train").labels.copy()
-    rows = np.sort(
-        np.random.default_rng(seed).choice(len(labels), round(share * len(labels)), replace=False)
-    )
+    rng = np.random.default_rng(seed)
+    rows = np.sort(rng.choice(len(labels), round(share * len(labels)), replace=False))
     labels[rows] ^= 1
-    write_labels(split_path(to, "train", "y"), labels)
-    return [{"split": "train", "index": int(row), "reason": "label"} for row in rows]
+    write_labels(train_y, labels)
+    return [{"split": "train", "index": row, "reason": "label"} for row in rows.tolist()]
 
 
 def score_quarantine(truth: list[dict], quarantine: list[dict], reason: str) -> dict:
     """Recall and precision of the rows that quarantine.csv lists for a reason."""
-    wanted = {(row["split"], int(row["index"])) for row in truth if row["reason"] == reason}
-    listed = {(row["split"], int(row["index"])) for row in quarantine if row["reason"] == reason}
-    hits = len(wanted & listed)
-    recall, precision = (hits / len(part) if part else float("nan") for part in (wanted, listed))
-    return {
-        "reason": reason,
-        "planted": len(wanted),
-        "listed": len(listed),
-        "recall": recall,
-        "precision": precision,
-    }
+    planted, listed = (
+        {(row["split"], int(row["index"])) for row in rows if row["reason"] == reason}
+        for rows in (truth, quarantine)
+    )
+    hits = len(planted & listed)
+    scores = {"reason": reason, "planted": len(planted), "listed": len(listed)}
+    scores["recall"] = hits / len(planted) if planted else float("nan")
+    scores["precision"] = hits / len(listed) if listed else float("nan")
+    return scores
 
 
 def with_picture(change):
-    """A kind of damage from a function of (picture, rng) to a picture or None, for in place."""
-
-    def damage(patch, _, rng):
-        picture = Image.fromarray(patch)
-        return np.asarray(change(picture, rng) or picture)
-
-    return damage
+    """A kind of damage from a function of (picture, rng) to a picture."""
+    return lambda patch, _, rng: np.asarray(change(Image.fromarray(patch), rng))
 
 
 def compress(picture, rng):
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=int(rng.integers(5, 16)))
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer)
 
 
 def draw_pen(picture, rng):
-    line = [tuple(point) for point in rng.integers(0, 96, (2, 2)).tolist()]
+    line = rng.integers(0, 96, 4).tolist()
     ImageDraw.Draw(picture).line(line, fill=(20, 60, 160), width=8)
+    return picture
 
 
 def turn_hue(patch, _, rng):
@@ -107,16 +95,15 @@ def turn_hue(patch, _, rng):
     return np.asarray(Image.fromarray(hue, "HSV").convert("RGB"))
 
 
-def black_half(patch, _, rng):
+def fill_strip(patch, start: int, width: int, value: int, rng):
+    """A patch with a strip of one value along one of its sides."""
     turned = np.rot90(patch, rng.integers(4)).copy()
-    turned[:48] = 0
+    turned[start : start + width] = value
     return turned
 
 
-def white_half(patch, _, rng):
-    turned = np.rot90(patch, rng.integers(4)).copy()
-    turned[:48] = 255
-    return turned
+def strip(patch, _, rng):
+    return fill_strip(patch, rng.integers(84), rng.integers(4, 12), rng.choice((0, 255)), rng)
 
 
 def frame(patch, _, rng):
@@ -126,23 +113,14 @@ def frame(patch, _, rng):
     return np.pad(inner, margin, constant_values=int(rng.choice((0, 255))))
 
 
-def strip(patch, _, rng):
-    turned = np.rot90(patch, rng.integers(4)).copy()
-    start = rng.integers(0, 84)
-    turned[start : start + rng.integers(4, 12)] = rng.choice((0, 255))
-    return turned
-
-
 def centre_of_another(patch, other, _rng):
-    patch = patch.copy()
-    patch[32:64, 32:64] = other[32:64, 32:64]
-    return patch
+    is_centre = np.zeros((96, 96, 1), bool)
+    is_centre[32:64, 32:64] = True
+    return np.where(is_centre, other, patch)
 
 
 def salt(patch, _, rng):
-    patch = patch.copy()
-    patch[rng.random((96, 96)) < 0.03] = rng.choice((0, 255))
-    return patch
+    return np.where(rng.random((96, 96, 1)) < 0.03, rng.choice((0, 255)), patch)
 
 
 def shuffle_tiles(patch, _, rng):
@@ -157,9 +135,8 @@ def wave(patch, _, _rng):
 
 
 def comb(patch, _, _rng):
-    patch = patch.copy()
-    patch[::2] = np.roll(patch[::2], 5, 1)
-    return patch
+    is_even = np.arange(96)[:, None, None] % 2 == 0
+    return np.where(is_even, np.roll(patch, 5, 1), patch)
 
 
 # kind: (whether it is gross, function of (patch, another patch, rng)); made otherwise than those
@@ -172,8 +149,8 @@ KINDS = {
     "a channel lost": (True, lambda patch, _, rng: patch * (np.arange(3) != rng.integers(3))),
     "grey": (True, lambda patch, *_: patch.mean(2, keepdims=True).repeat(3, 2)),
     "inverted": (True, lambda patch, *_: 255 - patch),
-    "black half": (True, black_half),
-    "white half": (True, white_half),
+    "black half": (True, lambda patch, _, rng: fill_strip(patch, 0, 48, 0, rng)),
+    "white half": (True, lambda patch, _, rng: fill_strip(patch, 0, 48, 255, rng)),
     "frame": (True, frame),
     "strip": (True, strip),
     "blurred, sigma 2": (

@@ -1,47 +1,23 @@
 """Copies are found however they were made, and nothing else is."""
 
-import io
-
 import numpy as np
 import pytest
 import torch
-from conftest import REAL_SAMPLE, real_sample
-from PIL import Image
 
 from lib.audit import copies
+from lib.audit.plant import copy_patch
 from lib.augment import eight_views
 from lib.pcam import PATCH_SHAPE
 from lib.prepare.synthetic import draw_slide
 
 NUM = 60
+CHANGES = ("recompressed", "brightened", "shifted", "turned and recompressed")
 
 
-def recompress(patch, rng):
-    buffer = io.BytesIO()
-    image = Image.fromarray(np.ascontiguousarray(patch))
-    image.save(buffer, "JPEG", quality=int(rng.integers(70, 96)))
-    return np.asarray(Image.open(buffer))
-
-
-def brighten(patch, rng):
-    return np.clip(patch * rng.uniform(1.02, 1.1) + 0.5, 0, 255).astype(np.uint8)
-
-
-def shift(patch, rng):
-    dy, dx = rng.choice([(1, 0), (-4, 2), (3, 4), (0, -2)])
-    return np.pad(patch, ((4, 4), (4, 4), (0, 0)), "edge")[4 + dy : 100 + dy, 4 + dx : 100 + dx]
-
-
-def turn_and_recompress(patch, rng):
-    return recompress(copies.turn(patch[None], int(rng.integers(1, 8)))[0], rng)
-
-
-CHANGES = {
-    "recompressed": recompress,
-    "brightened": brighten,
-    "shifted": shift,
-    "turned and recompressed": turn_and_recompress,
-}
+def change(kind: str, patch: np.ndarray, rng) -> np.ndarray:
+    if kind.startswith("turned"):
+        kind, patch = "recompressed", copies.turn(patch[None], rng.integers(1, 8))[0]
+    return copy_patch(kind, np.ascontiguousarray(patch), rng)
 
 
 def cut(image, starts) -> np.ndarray:
@@ -94,7 +70,7 @@ def test_equal_patches_are_found_in_each_symmetry_and_no_others(patches):
 def test_near_copies_are_found_with_how_they_lie(patches, kind):
     rng = np.random.default_rng(1)
     busy = pick_busy(patches)
-    changed = [CHANGES[kind](patches[row], rng) for row in busy]
+    changed = np.stack([change(kind, patches[row], rng) for row in busy])
     _, overlaps = compare(patches, changed)
     near = overlaps[overlaps.is_near]
     pairs = set(pairs_of(near))
@@ -106,15 +82,17 @@ def test_near_copies_are_found_with_how_they_lie(patches, kind):
         assert np.median(near.gain) > 1.01
 
 
-@pytest.mark.parametrize("dy, dx", [(0, 16), (16, 32), (-24, 20)])
+@pytest.mark.parametrize("dy, dx", [(0, 16), (-24, 20)])
 def test_overlapping_crops_are_found_by_their_pixels(slide, dy, dx):
     starts = range(40, 1000, 150)
     _, overlaps = compare(cut(slide, starts), cut(np.roll(slide, (-dy, -dx), (0, 1)), starts))
-    shifts = dict(zip(pairs_of(overlaps), overlaps.shift.tolist(), strict=True))
-    wanted = [(number, number + len(starts) ** 2) for number in range(len(starts) ** 2)]
-    measured = [shifts[pair] for pair in wanted if pair in shifts]
-    assert len(measured) >= 0.85 * len(wanted)
-    assert measured == [[dy, dx]] * len(measured)
+    num = len(starts) ** 2
+    shifts = [
+        shift
+        for (first, second), shift in zip(pairs_of(overlaps), overlaps.shift.tolist(), strict=True)
+        if second == first + num
+    ]
+    assert len(shifts) >= 0.85 * num and shifts == [[dy, dx]] * len(shifts)
 
 
 def test_unrelated_patches_are_not_taken_for_copies(patches):
@@ -123,36 +101,12 @@ def test_unrelated_patches_are_not_taken_for_copies(patches):
     assert np.array_equal(first, np.arange(len(first))) and not len(overlaps)
 
 
-@pytest.mark.parametrize("num", [1, 7, 200])
-def test_groups_are_the_connected_parts_of_a_graph(num):
-    overlaps = np.zeros(num // 2, copies.OVERLAPS).view(np.recarray)
-    overlaps.first, overlaps.second = np.random.default_rng(0).integers(0, num, (2, num // 2))
-    linked = np.eye(num, dtype=bool)
+def test_groups_are_the_connected_parts_of_a_graph():
+    overlaps = np.zeros(100, copies.OVERLAPS).view(np.recarray)
+    overlaps.first, overlaps.second = np.random.default_rng(0).integers(0, 200, (2, 100))
+    linked = np.eye(200, dtype=bool)
     linked[overlaps.first, overlaps.second] = True
-    linked[overlaps.second, overlaps.first] = True
-    for _ in range(num.bit_length()):
+    linked |= linked.T
+    for _ in range(8):
         linked = linked @ linked
-    assert np.array_equal(copies.link_groups(np.arange(num), overlaps), linked.argmax(1))
-
-
-@real_sample
-def test_real_patches_have_no_near_copies_but_those_that_are_planted():
-    from lib.inputs import list_blocks
-
-    blocks = list_blocks([REAL_SAMPLE / "valid.tar"])
-    patches = np.concatenate([decode().images for decode in blocks])
-    rng = np.random.default_rng(2)
-    sources = rng.choice(pick_busy(patches), 200, replace=False)
-    planted = []
-    for number, row in enumerate(sources):
-        change = list(CHANGES.values())[number % 4]
-        planted.append(change(patches[row], rng))
-    first, overlaps = compare(patches, planted)
-    is_planted = overlaps.second >= len(patches)
-    beside = overlaps[~overlaps.is_near & ~is_planted]
-    assert len(beside) > 1000, "the same tissue, a multiple of 16 pixels off"
-    assert beside.similarity.min() > 0.95
-    near = overlaps[overlaps.is_near]
-    assert near.second.min() >= len(patches), "real patches that are no copies"
-    wanted = set(zip(first[sources].tolist(), range(len(patches), len(first)), strict=True))
-    assert len(wanted & set(pairs_of(near))) >= 0.95 * len(wanted)
+    assert np.array_equal(copies.link_groups(np.arange(200), overlaps), linked.argmax(1))

@@ -5,9 +5,11 @@ measure what of it is found.
 import io
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
-SIZE = 96
+from lib.pcam import PATCH_SHAPE
+
+SIZE = PATCH_SHAPE[0]
 PATCH_KINDS = {}  # kind: (reason, function)
 
 
@@ -56,15 +58,9 @@ def invert(patch, _, _rng):
 
 @damages("blurred", "detail")
 def blur(patch, _, rng):
-    sigma = rng.uniform(1.5, 3.5)
-    offsets = np.arange(-9, 10)
-    weights = np.exp(-(offsets**2) / (2 * sigma**2))
-    weights /= weights.sum()
-    for axis in (0, 1):
-        margin = [(9, 9) if axis == number else (0, 0) for number in range(3)]
-        windows = np.lib.stride_tricks.sliding_window_view(np.pad(patch, margin, "edge"), 19, axis)
-        patch = windows @ weights
-    return patch
+    return np.asarray(
+        Image.fromarray(patch).filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 3.5)))
+    )
 
 
 @damages("noisy", "detail")
@@ -87,8 +83,13 @@ def pixelate(patch, _, rng):
 
 @damages("half missing", "partial")
 def lose_half(patch, _, rng):
+    return fill_strip(patch, 0, rng.integers(SIZE // 3, 2 * SIZE // 3), rng)
+
+
+def fill_strip(patch, start: int, width: int, rng):
+    """A patch with a black or white strip along one of its sides."""
     turned = np.rot90(patch, rng.integers(4)).copy()
-    turned[: rng.integers(SIZE // 3, 2 * SIZE // 3)] = rng.choice((0, 255))
+    turned[start : start + width] = rng.choice((0, 255))
     return turned
 
 
@@ -102,11 +103,8 @@ def add_frame(patch, _, rng):
 
 @damages("strip missing", "partial")
 def lose_strip(patch, _, rng):
-    turned = np.rot90(patch, rng.integers(4)).copy()
     width = rng.integers(3, 16)
-    start = rng.integers(0, SIZE - width)
-    turned[start : start + width] = rng.choice((0, 255))
-    return turned
+    return fill_strip(patch, rng.integers(0, SIZE - width), width, rng)
 
 
 @damages("block missing", "partial")

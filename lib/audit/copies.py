@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from lib.audit.tissue import extreme_around, mean_around
+from lib.audit.tissue import extreme_around, find_blobs, smooth
 from lib.features import count_values, grey_planes
 from lib.pcam import PATCH_SHAPE
 from lib.progress import Progress
@@ -59,7 +59,6 @@ OVERLAPS = np.dtype(
         ("is_near", bool),  # the same patch but for a few pixels, not two that overlap
         ("similarity", np.float32),  # correlation of the edges where both lie
         ("gain", np.float64),  # how much brighter the second is there
-        ("difference", np.float64),  # mean of what else differs, in levels
     ]
 )
 
@@ -113,8 +112,7 @@ def find_prints(counts: np.ndarray, grey: np.ndarray) -> Prints:
     prints = np.zeros(len(counts), PRINTS).view(np.recarray)
     prints.key = counts.reshape(len(counts), -1).astype(np.uint64) @ KEY_FACTORS
 
-    # (90, 90, B): smoothed by boxes of 3 three times; pixel (3, 3) is its first
-    fine = mean_around(mean_around(mean_around(grey, 1), 1), 1)
+    fine = smooth(grey)
     y, x, patch, rank = find_anchors(fine)
     windows, symmetry = cut_windows(fine, y, x, patch)
     prints.place[patch, rank] = np.stack([y, x], 1) + MARGIN
@@ -132,8 +130,7 @@ def find_anchors(fine: np.ndarray) -> np.ndarray:
     """y, x (both less MARGIN), patch and rank of the NUM_ANCHORS strongest blobs of each patch,
     int64 (4, n), from smoothed planes (90, 90, B).
     """
-    # (74, 74, B): less what is smoothed wider; pixel (11, 11) is its first
-    blob = fine[8:-8, 8:-8] - mean_around(mean_around(fine, 4), 4)
+    blob = find_blobs(fine)
     is_highest = blob == extreme_around(blob, np.maximum, WINDOW)
     is_lowest = blob == extreme_around(blob, np.minimum, WINDOW)
     is_peak = np.where(blob > 0, is_highest, is_lowest & (blob < 0))
@@ -171,13 +168,20 @@ def encode(windows: np.ndarray) -> np.ndarray:
     return (signs[: len(windows)] << np.arange(NUM_BITS)).sum(2)
 
 
-def print_patches(patches: np.ndarray) -> Prints:
-    """PRINTS (N,) of patches uint8 (N, 96, 96, 3)."""
-    parts = []
+def in_parts(function: Callable, patches: np.ndarray) -> list:
+    """What a function of (patches, the counts of their values, their grey planes) gives for BLOCK
+    patches uint8 (N, 96, 96, 3) at a time.
+    """
+    results = []
     for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
-        parts.append(find_prints(count_values(part), grey_planes(part)))
-    return join(parts)
+        results.append(function(part, count_values(part), grey_planes(part)))
+    return results
+
+
+def print_patches(patches: np.ndarray) -> Prints:
+    """PRINTS (N,) of patches uint8 (N, 96, 96, 3)."""
+    return join(in_parts(lambda _, counts, grey: find_prints(counts, grey), patches))
 
 
 def find_equal(prints: Prints, read: Callable) -> np.ndarray:
@@ -268,19 +272,14 @@ def measure(pairs: Overlaps, read: Callable, step: int) -> Overlaps:
         source = SOURCE[pairs.symmetry[:, None], y, x]
         greys.append([grey_at(patches, here @ (SIZE, 1)), grey_at(others, source)])
     greys = np.array(greys)  # (3, 2, M, P)
-    one, other = greys[0]
     # cut off: edges that outshine all others would make any two borders of empty glass alike
     edges = (greys[1:] - greys[0]).clip(-STEEP, STEEP) * inside
     a, b = np.concatenate(edges, -1)  # (M, 2 P)
     squares = (a * a).sum(1) * (b * b).sum(1)
-    num = np.maximum(inside.sum(1), 1)
-    mean, other_mean = (greys[0] * inside).sum(2) / num
-    gain = other_mean / np.maximum(mean, 1e-6)
-    differing = np.abs(other - gain[:, None] * one) * inside
+    mean, other_mean = (greys[0] * inside).sum(2)
     pairs = pairs.copy()
     pairs.similarity = (a * b).sum(1) / np.sqrt(np.maximum(squares, 1e-6))
-    pairs.gain = gain
-    pairs.difference = differing.sum(1) / num
+    pairs.gain = other_mean / np.maximum(mean, 1e-6)
     return pairs
 
 

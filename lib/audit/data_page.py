@@ -3,6 +3,7 @@ the power of each check.
 """
 
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,13 +12,16 @@ import numpy as np
 from lib.audit import rank_findings
 from lib.audit.survey import Survey
 from lib.blocks import Figure, Gallery, Heading, Words, show, table_of, write_page
-from lib.figures import column, figure_png, line_style, new_figure
+from lib.figures import figure_png, line_style, new_figure
+from lib.files import write_csv
+from lib.pcam import PATCH_SHAPE
 
 MOST_PICTURES, MOST_ROWS, NUM_BINS = 16, 12, 50
 NUM_SUSPECTS = 4  # pictures of a reason in the gallery of all reasons
 PIXELS_AN_INCH, CAPTION_PX, LETTER_PX = 71, 28, 5  # in that gallery
 COLUMNS = ("severity", "check", "split", "count", "measured", "advice")
 POWER = ("planted", "num", "found", "recall", "false_alarms", "on_clean")
+BINS = ("split", "feature", "unit", "low", "high", "num")  # of histograms.csv
 PLACES = ("top", "bottom", "left", "right", "height", "width")  # of a block in a patch
 FRAME, FRAME_PX = (0, 158, 115), 2  # of an outline: RGB, and how far outside of the block
 UNITS = {
@@ -32,27 +36,21 @@ UNKNOWN_POWER = (
 
 
 def write_data_page(
-    path,
+    out: Path,
     title: str,
     verdict: list[str],
     surveys: list[Survey],
     findings: list[dict],
     power: list[dict],
 ) -> Path:
-    """Write the page of an audit of these splits, which begins with the verdict's sentences."""
-    counts = []
-    for survey in surveys:
-        for label in (0, 1, -1):
-            count = int((survey.labels == label).sum())
-            counts.append({"split": survey.name, "label": label, "count": count})
+    """Write the page of an audit of these splits, which begins with the verdict's sentences, its
+    figures and histograms.csv into OUT.
+    """
     ranked = rank_findings(findings)
-    blocks = [
-        *(Words(sentence) for sentence in verdict),
-        Heading("What there is"),
-        Figure("Patches per split and class", figure_png(plot_counts(counts)), "counts.png"),
-        Heading("What was found"),
-        table_of(ranked, COLUMNS),
-    ]
+    counts = Figure("Patches per split and class", figure_png(plot_counts(surveys)), "counts.png")
+    blocks = [Words(sentence) for sentence in verdict]
+    blocks += [Heading("What there is"), counts]
+    blocks += [Heading("What was found"), table_of(ranked, COLUMNS)]
     if power:
         blocks.append(Heading("How much of planted damage is found, on a copy of these data"))
         blocks.append(table_of(power, POWER))
@@ -60,38 +58,35 @@ def write_data_page(
         blocks.append(Words(UNKNOWN_POWER, "note"))
     for finding in ranked:
         blocks += finding_blocks(finding, surveys)
-    histograms = figure_png(plot_histograms(feature_histograms(surveys)))
-    blocks += [
-        Heading("How the splits look"),
-        Figure("Features by split", histograms, "histograms.png"),
-    ]
-    return write_page(path, title, blocks)
+    histograms, rows = plot_histograms([survey for survey in surveys if len(survey.intact)])
+    write_csv(out / "histograms.csv", BINS, rows)
+    blocks.append(Heading("How the splits look"))
+    blocks.append(Figure("Features by split", figure_png(histograms), "histograms.png"))
+    return write_page(out / "audit.html", title, blocks)
 
 
 def finding_blocks(finding: dict, surveys: list[Survey]) -> list:
     """One finding: its sentence, pictures or rows, and where in the patch."""
-    split, rows = finding["split"], finding["rows"]
+    check, split, rows = finding["check"], finding["split"], finding["rows"]
     blocks = [
-        Heading(f"{finding['check']} in {split}" if split else finding["check"]),
+        Heading(f"{check} in {split}" if split else check),
         Words(finding["measured"], "alarm" if finding["severity"] == "error" else "note"),
         Words(finding["advice"], "note"),
     ]
     by_name = {survey.name: survey for survey in surveys}
-    kind = finding["check"].removeprefix("values: ")
-    if kind in ("nan", "range"):
-        heat = figure_png(plot_heat(by_name[split].heat[kind], kind))
-        blocks.append(Figure("Where in the patch", heat))
+    if check in ("values: nan", "values: range"):
+        blocks.append(Figure("Where in the patch", figure_png(plot_heat(rows))))
     pictured = [row for row in rows if row.get("split") in by_name and "index" in row]
-    if pictured:
-        patches, captions = [], []
-        for row in thin_out(pictured, MOST_PICTURES):
-            patches.append(read_patch(by_name, row))
-            captions.append(describe_row(row))
-            if "of" in row:  # the patch that it is a copy of
-                split_of, _, index = str(row["of"]).rpartition(" ")
-                place = {"split": split_of or row["split"], "index": int(index)}
-                patches.append(read_patch(by_name, row | place))
-                captions.append(f"of {place['split']} {index}")
+    patches, captions = [], []
+    for row in thin_out(pictured, MOST_PICTURES):
+        patches.append(read_patch(by_name, row))
+        captions.append(describe_row(row))
+        if "of" in row:  # the patch that it is a copy of
+            split_of, _, index = f"{row['of']}".rpartition(" ")
+            place = {"split": split_of or row["split"], "index": int(index)}
+            patches.append(read_patch(by_name, place))
+            captions.append(f"of {place['split']} {index}")
+    if patches:
         blocks.append(Gallery(patches, captions))
     elif rows:
         blocks.append(table_of(rows[:MOST_ROWS]))
@@ -100,8 +95,7 @@ def finding_blocks(finding: dict, surveys: list[Survey]) -> list:
 
 def thin_out(rows: list, most: int) -> list:
     """At most so many of the rows, evenly spaced."""
-    step = -(-len(rows) // most)
-    return rows[::step]
+    return rows[:: -(-len(rows) // most) or 1]
 
 
 def read_patch(surveys: dict[str, Survey], row: dict) -> np.ndarray:
@@ -124,49 +118,28 @@ def outline(patch: np.ndarray, row: dict) -> np.ndarray:
     top, left = row["top"], row["left"]
     bottom = row.get("bottom", top + row.get("height", 1) - 1)
     right = row.get("right", left + row.get("width", 1) - 1)
-    last = len(patch) - 1
-    top, bottom = np.clip((top - FRAME_PX, bottom + FRAME_PX), 0, last)
-    left, right = np.clip((left - FRAME_PX, right + FRAME_PX), 0, last)
+    sides = np.array([top - FRAME_PX, bottom + FRAME_PX, left - FRAME_PX, right + FRAME_PX])
+    top, bottom, left, right = sides.clip(0, len(patch) - 1)
     patch = patch.copy()
     patch[[top, bottom], left : right + 1] = FRAME
     patch[top : bottom + 1, [left, right]] = FRAME
     return patch
 
 
-def feature_histograms(surveys: list[Survey]) -> list[dict]:
-    """Rows of split, feature, unit, low, high and num: intact patches in each bin, the same bins
-    for all splits.
+def plot_suspects(path: Path, surveys: list[Survey], findings: list[dict]) -> None:
+    """Draw a file with pictures of suspect patches, a few of each reason; none where there are
+    none.
     """
-    surveys = [survey for survey in surveys if len(survey.intact)]
-    if not surveys:
-        return []
-    rows = []
-    for name, unit in UNITS.items():
-        values = {survey.name: survey.table[name][survey.intact] for survey in surveys}
-        low, high = np.quantile(np.concatenate(list(values.values())), (0.002, 0.998))
-        edges = np.linspace(low, high, NUM_BINS + 1)
-        ends = edges.round(5).tolist()
-        for split, of_split in values.items():
-            counts, _ = np.histogram(of_split, edges)
-            for place, num in enumerate(counts.tolist()):
-                row = {"split": split, "feature": name, "unit": unit}
-                rows.append(row | {"low": ends[place], "high": ends[place + 1], "num": num})
-    return rows
-
-
-def plot_suspects(surveys: list[Survey], findings: list[dict]):
-    """Pictures of suspect patches, a few of each reason; None where there are none."""
-    by_name, by_reason = {survey.name: survey for survey in surveys}, {}
+    by_name, by_reason = {survey.name: survey for survey in surveys}, defaultdict(list)
     for finding in findings:
         for row in finding["rows"]:
-            if row.get("reason") and row["split"] in by_name:
-                by_reason.setdefault(row["reason"], []).append(row)
-    patches, captions = [], []
-    for reason, rows in by_reason.items():
-        for row in thin_out(rows, NUM_SUSPECTS):
-            patches.append(read_patch(by_name, row))
-            captions.append(f"{reason} {row['split']} {row['index']}")
-    return plot_gallery(patches, captions) if patches else None
+            if row.get("reason"):
+                by_reason[row["reason"]].append(row)
+    shown = [row for rows in by_reason.values() for row in thin_out(rows, NUM_SUSPECTS)]
+    patches = [read_patch(by_name, row) for row in shown]
+    captions = [f"{row['reason']} {row['split']} {row['index']}" for row in shown]
+    if patches:
+        path.write_bytes(figure_png(plot_gallery(patches, captions)))
 
 
 def plot_gallery(patches: list[np.ndarray], captions: list[str], num_columns: int = 8):
@@ -184,48 +157,54 @@ def plot_gallery(patches: list[np.ndarray], captions: list[str], num_columns: in
     return figure
 
 
-def plot_heat(heat: np.ndarray, kind: str):
-    """How many patches have damage at each pixel."""
+def plot_heat(rows: list[dict]):
+    """How many patches have damage at each pixel, from rows that name the block."""
+    heat = np.zeros(PATCH_SHAPE[:2], np.int64)
+    for row in rows:
+        heat[row["top"] : row["bottom"] + 1, row["left"] : row["right"] + 1] += 1
     figure, (axes,) = new_figure(1, width=4.6, height=3.8)
     image = axes.imshow(heat, cmap="magma", vmin=0)
-    axes.set(title=f"patches with {kind} at a pixel", xlabel="column", ylabel="row")
+    axes.set(title="patches with such a block at a pixel", xlabel="column", ylabel="row")
     axes.grid(False)
     figure.colorbar(image)
     return figure
 
 
-def plot_counts(rows: list[dict]):
-    """Bars of the patches per split and class: rows of split, label (-1: without one) and count."""
+def plot_counts(surveys: list[Survey]):
+    """Bars of the patches per split and class."""
     figure, (axes,) = new_figure(1, width=7)
-    splits = list(dict.fromkeys(row["split"] for row in rows))
-    count_of = {(row["split"], int(row["label"])): int(row["count"]) for row in rows}
-    names = {0: "negative", 1: "positive", -1: "without label"}
-    for number, (label, name) in enumerate(names.items()):
-        counts = [count_of.get((split, label), 0) for split in splits]
-        if label == -1 and not any(counts):
-            continue
-        places = np.arange(len(splits)) + 0.28 * (number - 0.5)
-        bars = axes.bar(places, counts, 0.26, label=name)
-        axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
-    axes.set(xticks=range(len(splits)), xticklabels=splits, ylabel="patches")
-    axes.legend()
-    return figure
-
-
-def plot_histograms(rows: list[dict]):
-    """An axes for each feature, a line for each split: rows of split, feature, unit, low, high and
-    num.
-    """
-    units = {row["feature"]: row["unit"] for row in rows}
-    splits = dict.fromkeys(row["split"] for row in rows)
-    figure, panels = new_figure(max(1, len(units)), width=3.4)
-    for axes, (feature, unit) in zip(panels, units.items(), strict=False):
-        for number, split in enumerate(splits):
-            bins = [row for row in rows if (row["split"], row["feature"]) == (split, feature)]
-            num = column(bins, "num")
-            edges = [float(bins[0]["low"]), *column(bins, "high")]
-            axes.stairs(num / max(num.sum(), 1), edges, label=split, **line_style(number))
-        axes.set(title=feature, xlabel=unit)
+    places = np.arange(len(surveys))
+    for label, name in {0: "negative", 1: "positive", -1: "without label"}.items():
+        counts = [(survey.labels == label).sum() for survey in surveys]
+        if any(counts):
+            offset = 0.28 * (label % 3 - 0.5)
+            bars = axes.bar(places + offset, counts, 0.26, label=name)
+            axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
+    names = [survey.name for survey in surveys]
+    axes.set(xticks=places, xticklabels=names, ylabel="patches")
+    if names:
         axes.legend()
-    panels[0].set_ylabel("share of the intact patches")
     return figure
+
+
+def plot_histograms(surveys: list[Survey]) -> tuple:
+    """An axes for each feature of UNITS, with a line for each split's intact patches, and the rows
+    of histograms.csv; the bins are the same for all splits.
+    """
+    figure, panels = new_figure(len(UNITS), width=3.4)
+    rows = []
+    for axes, (feature, unit) in zip(panels, UNITS.items(), strict=True):
+        values = [survey.table[feature][survey.intact] for survey in surveys]
+        if surveys:
+            low, high = np.quantile(np.concatenate(values), (0.002, 0.998))
+            edges = np.linspace(low, high, NUM_BINS + 1).round(5)
+        for number, survey in enumerate(surveys):
+            nums, _ = np.histogram(values[number], edges)
+            shares = nums / max(nums.sum(), 1)
+            axes.stairs(shares, edges, label=survey.name, **line_style(number))
+            axes.legend()
+            for low, high, num in zip(edges[:-1], edges[1:], nums, strict=True):
+                rows.append((survey.name, feature, unit, low, high, num))
+        axes.set(title=feature, xlabel=unit)
+    panels[0].set_ylabel("share of the intact patches")
+    return figure, rows

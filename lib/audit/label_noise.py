@@ -32,9 +32,9 @@ def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray]:
     names, group = np.unique(groups, return_inverse=True)
     rng = np.random.default_rng(0)
     equal = np.full(len(names), 1 / len(names))
+    resamples = rng.multinomial(len(names), equal, NUM_RESAMPLES)
     counts = []
-    for number in range(1 + NUM_RESAMPLES):
-        drawn = rng.multinomial(len(names), equal) if number else np.ones(len(names))
+    for drawn in (np.ones(len(names)), *resamples):
         counts.append(np.bincount(2 * bins + labels, drawn[group], 2 * NUM_BINS))
     factors = fit_factors(np.stack(counts).reshape(-1, NUM_BINS, 2), centres)
     rates, _ = compute_probs(factors, torch.from_numpy(centres))
@@ -42,7 +42,7 @@ def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray]:
 
     rate, probs = rate.item(), probs[0].numpy()
     given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
-    true = (given - rate) / max(1 - 2 * rate, 1e-9)
+    true = (given - rate) / (1 - 2 * rate)
     wrong = np.clip(rate * (1 - true) / given, 0, 1)
     return rate, float(np.quantile(rates[1:].numpy(), 0.05)), wrong
 

@@ -16,6 +16,22 @@ def mean_around(values: np.ndarray, step: int) -> np.ndarray:
     return np.multiply(rows, np.float32(1 / 9), out=rows)
 
 
+def smooth(planes: np.ndarray) -> np.ndarray:
+    """Planes (96, 96, B) averaged over 3x3 pixels three times, (90, 90, B); pixel (3, 3) is the
+    first.
+    """
+    for _ in range(3):
+        planes = mean_around(planes, 1)
+    return planes
+
+
+def find_blobs(fine: np.ndarray) -> np.ndarray:
+    """Smooth planes (90, 90, B) less what is smoothed wider, (74, 74, B); pixel (11, 11) of the
+    patch is the first.
+    """
+    return fine[8:-8, 8:-8] - mean_around(mean_around(fine, 4), 4)
+
+
 def extreme_around(values: np.ndarray, extreme, window: int) -> np.ndarray:
     """The extreme of `window` x `window` pixels (an odd number) around each of (H, W, B); outside
     there is nothing.
@@ -42,8 +58,7 @@ def compute_tissue(patches: np.ndarray) -> dict[str, np.ndarray]:
     tissue = (DENSITY[patches.min(3)] > MIN_TISSUE_DENSITY).mean((1, 2))
     density, weights = DENSITY.astype(np.float32), UNMIX[:, 0].astype(np.float32)
     stain = sum(density[patches[..., channel]] * weights[channel] for channel in range(3))
-    fine = mean_around(mean_around(mean_around(stain.transpose(1, 2, 0), 1), 1), 1)  # (90, 90, B)
-    blob = fine[8:-8, 8:-8] - mean_around(mean_around(fine, 4), 4)
+    blob = find_blobs(smooth(stain.transpose(1, 2, 0)))
     is_highest = blob == extreme_around(blob, np.maximum, NUCLEUS_PX)
     peaks = is_highest & (blob > MIN_NUCLEUS_DENSITY)
     return {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lib.audit import build_finding
-from lib.audit.copies import Overlaps, compare_patches, join
+from lib.audit.copies import Overlaps, compare_patches, join, link_groups
 from lib.audit.survey import Survey
-from lib.pcam import PATCH_BYTES
+from lib.pcam import PATCH_BYTES, PATCH_SHAPE
 
 # patches of the published splits that are left when exact copies are taken out
 DEDUPLICATED = {
@@ -31,6 +31,11 @@ class Copies:
     split: np.ndarray
     row: np.ndarray
 
+    def of_split(self, number: int, has_overlaps: bool = True) -> np.ndarray:
+        """What the rows (N,) of a split are linked with, by near copies alone or all overlaps."""
+        overlaps = self.overlaps if has_overlaps else self.overlaps[self.overlaps.is_near]
+        return link_groups(self.first, overlaps)[self.split == number]
+
 
 def find_copies(surveys: list[Survey]) -> Copies:
     """Compare all patches of all splits with each other."""
@@ -38,36 +43,31 @@ def find_copies(surveys: list[Survey]) -> Copies:
     row = np.concatenate([np.arange(len(survey)) for survey in surveys])
 
     def read(numbers) -> np.ndarray:
-        patches = np.empty((len(numbers), 96, 96, 3), np.uint8)
+        patches = np.empty((len(numbers), *PATCH_SHAPE), np.uint8)
         for number, survey in enumerate(surveys):
             mine = split[numbers] == number
             patches[mine] = survey.read(row[numbers[mine]])
         return patches
 
-    prints = join([survey.prints for survey in surveys])
+    prints = join([survey.table["prints"] for survey in surveys])
     # of what is mostly out of range, clipping has left nothing to compare
-    for name, survey in enumerate(surveys):
-        lost = (
-            survey.table["num_nan"] + survey.table["num_below"] + survey.table["num_above"]
-            > PATCH_BYTES // 2
-        )
-        numbers = np.flatnonzero(split == name)[lost]
-        prints.key[numbers], prints.codes[numbers] = 0, -1
-    first, overlaps = compare_patches(prints, read)
-    return Copies(first, overlaps, split, row)
+    is_lost = np.concatenate([survey.table["num_bad"] for survey in surveys]) > PATCH_BYTES // 2
+    prints.key[is_lost], prints.codes[is_lost] = 0, -1
+    return Copies(*compare_patches(prints, read), split, row)
 
 
 def describe_copy(overlap: Overlaps) -> str:
     """What makes the second of one near pair differ from the first, in words."""
-    (dy, dx), gain = overlap.shift[0].tolist(), float(overlap.gain[0])
+    dy, dx = overlap.shift
+    gain = overlap.gain - 1
     words = []
     if dy or dx:
         words.append(f"shifted by {dy} {dx}")
-    if abs(gain - 1) > BRIGHTER:
-        words.append(f"{'brighter' if gain > 1 else 'darker'} by {abs(gain - 1):.0%}")
-    if overlap.symmetry[0]:
+    if abs(gain) > BRIGHTER:
+        words.append(f"{'brighter' if gain > 0 else 'darker'} by {abs(gain):.0%}")
+    if overlap.symmetry:
         words.append("turned or mirrored")
-    return ", ".join(words) or f"recompressed, or noise of {overlap.difference[0]:.1f} levels"
+    return ", ".join(words) or "recompressed, or with noise"
 
 
 def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
@@ -79,7 +79,6 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
         first = copies.first[copies.split == number]
         firsts, stays, inverse = np.unique(first, return_index=True, return_inverse=True)
         findings += equal_patches(survey, stays[inverse])
-        findings += compare_published(survey, stays[inverse])
         # overlaps link the first of equal patches, which may be in another split
         overlaps = copies.overlaps
         is_here = np.isin(overlaps.first, firsts) & np.isin(overlaps.second, firsts)
@@ -91,28 +90,36 @@ def check_duplicates(surveys: list[Survey], copies: Copies) -> list[dict]:
 
 
 def equal_patches(survey: Survey, stays: np.ndarray) -> list[dict]:
-    """A finding for patches that are there again; `stays` int64 (N,) is the row of the first one
-    equal to each, which is no suspect.
+    """A finding for patches that are there again, and, for a split of the published size, whether
+    as many are left without exact copies as in the published files.
+
+    `stays` int64 (N,) is the row of the first one equal to each, which is no suspect.
     """
+    findings, kinds, hashes = [], [], set()
     again = np.flatnonzero(stays != np.arange(len(stays)))
-    if not len(again):
-        return []
-    kinds = []
     for row in again:
-        one, other = survey.read([row, stays[row]])
-        kinds.append("equal" if np.array_equal(one, other) else "turned or mirrored")
-    rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
+        one, other = (patch.tobytes() for patch in survey.read([row, stays[row]]))
+        kinds.append("equal" if one == other else "turned or mirrored")
+        hashes |= {hash(one), hash(other)}
     num_groups = len(np.unique(stays[again]))
-    num_turned = kinds.count("turned or mirrored")
-    measured = (
-        f"{num_groups:,} groups of {num_groups + len(again):,} equal patches, {len(again):,} are"
-        " there again"
-    )
-    if num_turned:
-        measured += f", {num_turned:,} of them turned or mirrored"
-    limit = "published train: 16%"
-    advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
-    return [build_finding("duplicates", "warning", measured, limit, advice, rows, survey.name)]
+    if num_groups:
+        rows = survey.rows(again, of=stays[again], kind=kinds, reason="duplicate", score=1.0)
+        measured = f"{num_groups:,} groups of {num_groups + len(again):,} equal patches,"
+        measured += f" {len(again):,} are there again,"
+        measured += f" {kinds.count('turned or mirrored'):,} of them turned or mirrored"
+        limit = "published train: 16%"
+        advice = "report scores with and without them; quarantine_reasons takes `duplicate`"
+        findings.append(survey.finding("duplicates", "warning", measured, limit, advice, rows))
+    expected = DEDUPLICATED.get((survey.name, len(survey)))
+    if expected:
+        num_unique = len(survey) - num_groups - len(again) + len(hashes)
+        severity, advice = "note", ""
+        if num_unique != expected:
+            severity, advice = "warning", "these are not the published patches"
+        measured = f"{num_unique:,} different patches, {expected:,} in the published files"
+        limit = f"{expected:,}"
+        findings.append(survey.finding("de-duplication", severity, measured, limit, advice))
+    return findings
 
 
 def label_conflicts(surveys: list[Survey], copies: Copies) -> list[dict]:
@@ -125,41 +132,18 @@ def label_conflicts(surveys: list[Survey], copies: Copies) -> list[dict]:
         mine = np.flatnonzero(labels == label)
         example[label, copies.first[mine]] = mine
     has_both = (example >= 0).all(0)
-    conflict = np.flatnonzero(has_both[copies.first] & (labels >= 0))
-    if not len(conflict):
-        return []
-    others = example[1 - labels[conflict], copies.first[conflict]]
     rows = []
-    for patch, other in zip(conflict, others, strict=True):
-        columns = {"of": f"{surveys[copies.split[other]].name} {copies.row[other]}"}
-        columns |= {"kind": "equal, labelled both ways", "reason": "label", "score": 1.0}
+    for patch in np.flatnonzero(has_both[copies.first] & (labels >= 0)):
+        other = example[1 - labels[patch], copies.first[patch]]
+        of = f"{surveys[copies.split[other]].name} {copies.row[other]}"
+        columns = {"of": of, "kind": "equal, labelled both ways", "reason": "label", "score": 1.0}
         rows += surveys[copies.split[patch]].rows([copies.row[patch]], **columns)
-    measured = f"{has_both.sum():,} groups of equal patches carry both labels"
-    advice = "look at them, correct one"
-    names = " and ".join(dict.fromkeys(row["split"] for row in rows))
-    return [build_finding("label conflicts", "error", measured, "none", advice, rows, names)]
-
-
-def compare_published(survey: Survey, stays: np.ndarray) -> list[dict]:
-    """A finding for a split of the published size: whether as many patches are left without exact
-    copies as in the published files. `stays` is as in equal_patches.
-    """
-    expected = DEDUPLICATED.get((survey.name, len(survey)))
-    if expected is None:
+    if not rows:
         return []
-    is_first = stays == np.arange(len(stays))
-    num_unique = int(is_first.sum())
-    digests = {}
-    for row in np.flatnonzero(~is_first):
-        group = digests.setdefault(stays[row], {survey.read([stays[row]]).tobytes()})
-        group.add(survey.read([row]).tobytes())
-    num_unique += sum(len(group) - 1 for group in digests.values())
-    severity = "note" if num_unique == expected else "warning"
-    measured = f"{num_unique:,} different patches, {expected:,} in the published files"
-    advice = "" if num_unique == expected else "these are not the published patches"
-    limit = f"{expected:,}"
-    check = "de-duplication"
-    return [build_finding(check, severity, measured, limit, advice, split=survey.name)]
+    measured = f"{has_both.sum():,} groups of equal patches carry both labels"
+    names = " and ".join(dict.fromkeys(row["split"] for row in rows))
+    advice = "look at them, correct one"
+    return [build_finding("label conflicts", "error", measured, "", advice, rows, names)]
 
 
 def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dict]:
@@ -169,25 +153,20 @@ def overlapping_patches(survey: Survey, pairs: Overlaps, one, other) -> list[dic
     findings = []
     near, beside = np.flatnonzero(pairs.is_near), np.flatnonzero(~pairs.is_near)
     if len(near):
-        similarity = pairs.similarity[near]
-        kinds = [describe_copy(pairs[[pair]]) for pair in near]
-        columns = {"kind": kinds, "reason": "near_duplicate", "score": similarity.round(4)}
-        rows = survey.rows(other[near], of=one[near], **columns)
-        measured = f"{len(near):,} pairs of near copies (similarity {similarity.min():.2f} or more)"
+        score = pairs.similarity[near].round(4)
+        kinds = [describe_copy(pair) for pair in pairs[near]]
+        columns = {"of": one[near], "kind": kinds, "reason": "near_duplicate", "score": score}
+        rows = survey.rows(other[near], **columns)
+        measured = f"{len(near):,} pairs of near copies (similarity {score.min():.2f} or more)"
         advice = "as duplicates; quarantine_reasons takes `near_duplicate`"
-        findings.append(
-            build_finding("near duplicates", "warning", measured, "none", advice, rows, survey.name)
-        )
+        findings.append(survey.finding("near duplicates", "warning", measured, "", advice, rows))
     if len(beside):
         down, right = pairs.shift[beside].T
         columns = {"down": down, "right": right, "similarity": pairs.similarity[beside].round(4)}
         rows = survey.rows(other[beside], of=one[beside], **columns)
         num = len(np.union1d(one[beside], other[beside]))
-        measured = (
-            f"{num:,} patches overlap with others: {len(beside):,} pairs show the same tissue"
-        )
+        measured = f"{num:,} patches overlap with others:"
+        measured += f" {len(beside):,} pairs show the same tissue"
         advice = "keep them in one fold; intervals that count patches are too narrow"
-        findings.append(
-            build_finding("overlapping patches", "note", measured, "", advice, rows, survey.name)
-        )
+        findings.append(survey.finding("overlapping patches", "note", measured, "", advice, rows))
     return findings

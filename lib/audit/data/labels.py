@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audit import build_finding
 from lib.audit.data.outoffold import predict_out_of_fold
 from lib.audit.label_noise import LEAST_RATE, fit_label_noise
 from lib.audit.survey import Survey
@@ -38,40 +37,35 @@ def check_labels(
     `groups_of` gives the group of each row (N,) of each split. `logits` (N,), of train, come from
     the runs of its folds; without them the small model judges.
     """
-    findings, judged, rows_of = [], [], []
+    findings, judged, rows_of, groups = [], [], [], []
     for survey in surveys:
         rows = survey.intact
         rows = rows[survey.labels[rows] >= 0]
         if logits is not None:
             rows = rows[~np.isnan(logits[rows])] if survey.name == "train" else rows[:0]
-        if len(rows) and np.bincount(survey.labels[rows], minlength=2).min() >= LEAST_ROWS:
+        if np.bincount(survey.labels[rows], minlength=2).min() >= LEAST_ROWS:
             judged.append(survey)
             rows_of.append(rows)
+            groups.append(groups_of[survey.name][rows])
         else:
             measured, limit = "too few labels to learn from", f"{LEAST_ROWS} of each class"
-            note = build_finding(
-                "labels", "note", measured, limit, "not checked", split=survey.name
-            )
-            findings.append(note)
+            findings.append(survey.finding("labels", "note", measured, limit, "not checked"))
     if not judged:
         return findings
     if logits is None:
-        pairs = zip(judged, rows_of, strict=True)
-        groups = [groups_of[survey.name][rows] for survey, rows in pairs]
         own, across = predict_out_of_fold(judged, rows_of, groups)
         blame_smallest(judged, rows_of, across)
     else:
         own = [logits[rows_of[0]]]
         across = [np.full(len(rows_of[0]), np.nan)]
-        groups = [groups_of["train"][rows_of[0]]]
     table = []
     for survey, rows, scores, others, group in zip(
         judged, rows_of, own, across, groups, strict=True
     ):
         misaligned = find_misaligned(survey, rows, scores, others)
         findings += misaligned
-        suspect_rows = [row["index"] for found in misaligned for row in found["rows"]]
-        is_aligned = ~np.isin(rows, suspect_rows)
+        suspects = [row["index"] for finding in misaligned for row in finding["rows"]]
+        is_aligned = ~np.isin(rows, suspects)
         if is_aligned.any():
             aligned = rows[is_aligned]
             findings.append(review(survey, aligned, scores[is_aligned], group[is_aligned], table))
@@ -88,59 +82,50 @@ def blame_smallest(judged: list[Survey], rows_of: list, across: list) -> None:
     for number, (survey, rows) in enumerate(zip(judged, rows_of, strict=True)):
         if compute_auc(survey.labels[rows], across[number]) < CONTRADICTORY_AUC:
             contradictory.append(number)
-    smallest = min(contradictory, key=lambda number: len(rows_of[number]), default=None)
-    for number in contradictory:
-        if number != smallest:
-            across[number] = np.full(len(rows_of[number]), np.nan)
+    contradictory.sort(key=lambda number: len(rows_of[number]))
+    for number in contradictory[1:]:
+        across[number] = np.full(len(rows_of[number]), np.nan)
 
 
 def calibrate(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Probabilities (N,) of label 1: the share of positives among patches of like scores, made
-    monotone (Barlow et al. 1972). They lie above 0 and below 1.
+    """Probabilities (N,) of label 1, above 0 and below 1: the share of positives among patches of
+    like scores, made monotone.
     """
-    order = np.argsort(scores, kind="stable")
-    bins = np.array_split(order, min(NUM_BINS, len(order)))
-    blocks = []  # positives, patches, bins
-    for part in bins:
-        blocks.append([labels[part].sum() + 0.5, len(part) + 1.0, 1])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] > blocks[-1][0] / blocks[-1][1]:
-            last = blocks.pop()
-            blocks[-1] = [one + other for one, other in zip(blocks[-1], last, strict=True)]
-    shares = np.repeat([num / size for num, size, _ in blocks], [num for *_, num in blocks])
-    middles = np.array([scores[part].mean() for part in bins])
-    return np.interp(scores, middles, shares)
+    bins = np.array_split(np.argsort(scores, kind="stable"), min(NUM_BINS, len(scores)))
+    shares = np.array([(labels[part].sum() + 0.5) / (len(part) + 1) for part in bins])
+    highest_below = np.maximum.accumulate(shares)
+    lowest_above = np.minimum.accumulate(shares[::-1])[::-1]
+    middles = [scores[part].mean() for part in bins]
+    return np.interp(scores, middles, (highest_below + lowest_above) / 2)
 
 
 def review(survey: Survey, rows, scores, groups, table: list) -> dict:
     """The finding for labels that deserve a second look; adds rows of out_of_fold.csv."""
     labels = survey.labels[rows]
-    probs = calibrate(labels, scores)
+    probs = calibrate(labels, scores).round(4)
     rate, least, doubt = fit_label_noise(labels, scores, groups)
-    columns = (rows.tolist(), labels.tolist(), probs.round(6).tolist(), doubt.round(6).tolist())
+    doubt = doubt.round(6)
+    columns = (rows.tolist(), labels.tolist(), probs.tolist(), doubt.tolist())
     table += [[survey.name, *cells] for cells in zip(*columns, strict=True)]
     auc = compute_auc(labels, scores)
     measured = f"out-of-fold AUC {auc:.4f} on {len(rows):,} patches; "
-    check = "labels to review"
+    severity, limit, suspects = "warning", "", ()
     if not auc >= LEAST_AUC:
         measured += "models this weak cannot judge labels"
         limit = f"{LEAST_AUC:g}"
         advice = "--train-folds, or --runs with the runs of your folds"
-        return build_finding(check, "warning", measured, limit, advice, split=survey.name)
-    if least < LEAST_RATE:
+    elif least < LEAST_RATE:
         measured += f"at least {least:.1%} of the labels fit an exchange, {rate:.1%} fits best"
+        severity, limit = "note", f"{LEAST_RATE:.0%}"
         advice = "out_of_fold.csv ranks all, should you look nevertheless"
-        limit = f"{LEAST_RATE:.0%}"
-        return build_finding(check, "note", measured, limit, advice, split=survey.name)
-    chosen = np.argsort(-doubt, kind="stable")[: int(np.ceil(BUDGET * rate * len(rows)))]
-    measured += f"{rate:.1%} of the labels seem exchanged, the {len(chosen):,} likeliest are listed"
-    advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
-    suspects = survey.rows(
-        rows[chosen],
-        probability=probs[chosen].round(4),
-        reason="label",
-        score=doubt[chosen].round(4),
-    )
-    return build_finding(check, "warning", measured, "none", advice, suspects, survey.name)
+    else:
+        num = int(np.ceil(BUDGET * rate * len(rows)))
+        chosen = np.argsort(-doubt, kind="stable")[:num]
+        measured += f"{rate:.1%} of the labels seem exchanged, the {num:,} likeliest are listed"
+        advice = "a list for review, not a verdict: look at each; out_of_fold.csv ranks all"
+        columns = {"probability": probs[chosen], "reason": "label", "score": doubt[chosen]}
+        suspects = survey.rows(rows[chosen], **columns)
+    return survey.finding("labels to review", severity, measured, limit, advice, suspects)
 
 
 def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
@@ -149,17 +134,14 @@ def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
     """
     labels = survey.labels[rows]
     own_auc = compute_auc(labels, scores)
-    has_others = not np.isnan(others).any()
-    other_auc = compute_auc(labels, others) if has_others else np.nan
+    other_auc = compute_auc(labels, others)  # 0.5 where there are none
     if own_auc < UNLEARNT_AUC:
-        lag = find_lag(labels, others) if has_others else ""
+        lag = find_lag(labels, others)
         measured = f"the labels cannot be learnt (out-of-fold AUC {own_auc:.3f}){lag}"
         return [report(survey, rows, measured)]
     if other_auc < CONTRADICTORY_AUC:
-        measured = (
-            f"a model of the other splits has AUC {other_auc:.3f} here: labels are inverted, here"
-            " or there"
-        )
+        measured = f"a model of the other splits has AUC {other_auc:.3f} here: labels are"
+        measured += " inverted, here or there"
         return [report(survey, rows, measured)]
     if own_auc < LEAST_AUC:
         return []
@@ -172,12 +154,10 @@ def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
         auc = compute_auc(labels[part], scores[part])
         if auc > UNLEARNT_AUC:
             continue
-        what = "inverted" if auc < CONTRADICTORY_AUC else "without relation to the patches"
+        relation = "inverted" if auc < CONTRADICTORY_AUC else "without relation to the patches"
         lag = find_lag(labels[part], scores[part])
-        measured = (
-            f"the labels of rows {rows[start]:,} to {rows[stop - 1]:,} are {what} (AUC"
-            f" {auc:.3f}, {own_auc:.3f} in all){lag}"
-        )
+        measured = f"the labels of rows {rows[start]:,} to {rows[stop - 1]:,} are {relation}"
+        measured += f" (AUC {auc:.3f}, {own_auc:.3f} in all){lag}"
         findings.append(report(survey, rows[part], measured))
     return findings
 
@@ -185,8 +165,7 @@ def find_misaligned(survey: Survey, rows, scores, others) -> list[dict]:
 def report(survey: Survey, rows: np.ndarray, measured: str) -> dict:
     advice = "look how x and y were written; quarantine_reasons takes `misaligned`"
     suspects = survey.rows(rows, reason="misaligned", score=1.0)
-    check = "labels: misaligned"
-    return build_finding(check, "error", measured, "none", advice, suspects, survey.name)
+    return survey.finding("labels: misaligned", "error", measured, "", advice, suspects)
 
 
 def find_stretches(gain: np.ndarray) -> list[tuple[int, int]]:

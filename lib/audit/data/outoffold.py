@@ -11,13 +11,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.audit.appearance import RandomFeatures
 from lib.audit.survey import Survey
 from lib.features import DENSITY, UNMIX
 from lib.progress import Progress
 
 CROP, SIDE, NUM_FILTERS = 64, 6, 256  # pixels of the patch's centre, then halved
 NUM_PIECES, NUM_PATCHES, NUM_ITERATIONS = 60_000, 3_000, 8  # that filters are clustered from
-NUM_COMPONENTS, NUM_HIDDEN, RIDGE = 50, 600, 100.0
+RIDGE = 100.0
 # in the second round the classifiers learn without this share of the rows, the most doubtful ones
 ROUNDS, DOUBTFUL = 2, 0.06
 AROUND = slice(24, 72)  # pixels: the 32 that a label speaks of, and 8 on each side
@@ -93,60 +94,28 @@ def compute_inputs(surveys: list[Survey], rows_of: list[np.ndarray]) -> list[np.
     return inputs
 
 
-class Scale:
-    """From inputs (N, D) to features float32 (N, E), scaled robustly by some of the inputs; the
-    first columns are not answers of filters.
+def sum_products(features: RandomFeatures, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """What a least-squares classifier needs to know of its rows, float64 (E, E + 1): products of
+    features with each other and with the label. Those of folds can be added.
     """
-
-    def __init__(self, inputs: np.ndarray) -> None:
-        some = inputs[:: -(-len(inputs) // 8_000)].astype(np.float32)
-        low, self.middle, high = np.quantile(some, (0.1, 0.5, 0.9), 0).astype(np.float32)
-        self.width = (high - low) / 2 + np.float32(0.01)
-        self.num_first = some.shape[1] - 4 * NUM_FILTERS
-        first = self.scale(some)[:, : self.num_first]
-        values, vectors = np.linalg.eigh(np.cov(first.T))
-        largest = vectors[:, -NUM_COMPONENTS:] / np.sqrt(values[-NUM_COMPONENTS:] + 0.05)
-        rng = np.random.default_rng(0)
-        random = rng.normal(0, 1 / np.sqrt(NUM_COMPONENTS), (largest.shape[1], NUM_HIDDEN))
-        self.directions = (largest @ random).astype(np.float32)
-        self.offsets = rng.normal(0, 1, NUM_HIDDEN).astype(np.float32)
-        self.offsets -= first.mean(0) @ self.directions
-
-    def scale(self, inputs: np.ndarray) -> np.ndarray:
-        return np.clip((inputs.astype(np.float32) - self.middle) / self.width, -5, 5)
-
-    def __call__(self, inputs: np.ndarray) -> np.ndarray:
-        scaled = self.scale(inputs)
-        first = scaled[:, : self.num_first]
-        hidden = np.maximum(first @ self.directions + self.offsets, 0)
-        ones = np.ones((len(scaled), 1), np.float32)
-        return np.concatenate([ones, scaled, np.abs(first), hidden], 1)
+    total = 0.0
+    for start in range(0, len(inputs), PART):
+        expanded = features.expand(inputs[start : start + PART])
+        targets = 2 * labels[start : start + PART, None] - np.float32(1)
+        products = expanded.T @ np.concatenate([expanded, targets], 1)
+        total = total + products.astype(np.float64)
+    return total
 
 
-class Sums:
-    """What a least-squares classifier needs to know of its rows; sums of folds can be added."""
-
-    def __init__(self, scale: Scale, inputs: np.ndarray, labels: np.ndarray) -> None:
-        self.squares, self.products = 0.0, 0.0
-        for start in range(0, len(inputs), PART):
-            features = scale(inputs[start : start + PART])
-            self.squares = self.squares + (features.T @ features).astype(np.float64)
-            targets = 2.0 * labels[start : start + PART] - 1
-            self.products = self.products + features.T.astype(np.float64) @ targets
-
-
-def fit(sums: list[Sums]) -> np.ndarray:
-    """Weights (E,) of the classifier of all rows in `sums`."""
-    squares = sum(part.squares for part in sums)
-    ridge = RIDGE * np.eye(len(squares))
-    return np.linalg.solve(squares + ridge, sum(part.products for part in sums))
-
-
-def predict(scale: Scale, inputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Scores (N,): the higher, the more likely is label 1."""
-    parts = range(0, len(inputs), PART)
-    scores = [scale(inputs[start : start + PART]) @ weights for start in parts]
-    return np.concatenate(scores) if scores else np.empty(0)
+def predict(features: RandomFeatures, inputs: np.ndarray, products: list) -> np.ndarray:
+    """Scores (N,) by the classifier of all rows in `products`: the higher, the more likely is
+    label 1.
+    """
+    total = sum(products)
+    ridge = RIDGE * np.eye(len(total))
+    weights = np.linalg.solve(total[:, :-1] + ridge, total[:, -1])
+    parts = np.split(inputs, range(PART, len(inputs), PART))
+    return np.concatenate([features.expand(part) @ weights for part in parts])
 
 
 def predict_out_of_fold(
@@ -156,30 +125,31 @@ def predict_out_of_fold(
     one of all other splits, NaN where there is none. No group (N,) is in two folds.
     """
     inputs = compute_inputs(surveys, rows_of)
-    scale = Scale(max(inputs, key=len))
-    own, sums_of = [], []
+    largest = max(inputs, key=len)
+    features = RandomFeatures(largest, largest.shape[1] - 4 * NUM_FILTERS)
+    own, products_of = [], []
     for survey, rows, values, groups in zip(surveys, rows_of, inputs, groups_of, strict=True):
         labels = survey.labels[rows]
         names, group = np.unique(groups, return_inverse=True)
-        fold_of_group = np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS
-        folds = fold_of_group[group]
-        is_sure = np.ones(len(rows), bool)
-        scores = np.zeros(len(rows))
+        folds = (np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS)[group]
+        is_sure, scores = np.ones(len(rows), bool), np.zeros(len(rows))
         for _ in range(ROUNDS):
-            sums = []
-            for k in range(NUM_FOLDS):
-                taught = (folds == k) & is_sure
-                sums.append(Sums(scale, values[taught], labels[taught]))
-            for k in range(NUM_FOLDS):
-                weights = fit([part for number, part in enumerate(sums) if number != k])
-                scores[folds == k] = predict(scale, values[folds == k], weights)
+            products = []
+            for fold in range(NUM_FOLDS):
+                is_taught = (folds == fold) & is_sure
+                products.append(sum_products(features, values[is_taught], labels[is_taught]))
+            for fold in range(NUM_FOLDS):
+                others = products[:fold] + products[fold + 1 :]
+                scores[folds == fold] = predict(features, values[folds == fold], others)
             agreement = (2.0 * labels - 1) * scores
             is_sure = agreement >= np.quantile(agreement, DOUBTFUL)
         own.append(scores)
-        sums_of.append(sums)
+        products_of.append(sum(products))
     across = []
     for number, values in enumerate(inputs):
-        others = [part for at, sums in enumerate(sums_of) if at != number for part in sums]
-        scores = np.full(len(values), np.nan)
-        across.append(predict(scale, values, fit(others)) if others else scores)
+        others = products_of[:number] + products_of[number + 1 :]
+        is_alone = not others
+        across.append(
+            np.full(len(values), np.nan) if is_alone else predict(features, values, others)
+        )
     return own, across

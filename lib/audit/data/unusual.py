@@ -11,14 +11,13 @@ import numpy as np
 
 from lib.audit import build_finding
 from lib.audit.alterations import PATCH_KINDS, alter
-from lib.audit.appearance import describe_patches
-from lib.audit.copies import BLOCK
+from lib.audit.appearance import FIT_ROWS, RandomFeatures, describe_patches
+from lib.audit.copies import in_parts
 from lib.audit.survey import FLAT_STD, Survey
-from lib.features import count_values, grey_planes
 
-FIT_ROWS, COPIES = 8_000, 400  # patches, and copies of each kind, that a discriminant is fitted to
+COPIES = 400  # of each kind, that a discriminant is fitted to
 LEAST_ROWS = 3_000  # of all splits: to fewer a discriminant is fitted too closely
-NUM_FEATURES, RIDGE, MOST = 400, 4e-3, 8.0  # random features; a value beyond MOST is cut off
+RIDGE = 4e-3
 # the later rounds are without the share of patches that look most damaged in the one before
 ROUNDS, TRIMMED = 3, 0.12
 # share of the patches as they are beyond an exponential tail's limit; of the copies, how many a
@@ -38,58 +37,25 @@ ADVICE = {
 }
 
 
-class Scale:
-    """Robust scaling of descriptions, and random features of them; fitted to (N, D)."""
-
-    def __init__(self, descriptions: np.ndarray) -> None:
-        low, self.middle, high = np.quantile(descriptions, (0.1, 0.5, 0.9), 0)
-        self.width = (high - low) / 2 + 0.025
-        rng = np.random.default_rng(0)
-        num = descriptions.shape[1]
-        self.directions = rng.normal(0, 1 / np.sqrt(num), (num, NUM_FEATURES)).astype(np.float32)
-        self.offsets = rng.normal(0, 1, NUM_FEATURES).astype(np.float32)
-
-    def __call__(self, descriptions: np.ndarray) -> np.ndarray:
-        """float32 (B, D)."""
-        scaled = (descriptions.astype(np.float32) - self.middle) / self.width
-        return np.clip(scaled, -MOST, MOST).astype(np.float32)
-
-    def expand(self, descriptions: np.ndarray) -> np.ndarray:
-        """float32 (B, 1 + 2 D + NUM_FEATURES)."""
-        scaled = self(descriptions)
-        hidden = np.maximum(scaled @ self.directions + self.offsets, 0)
-        ones = np.ones((len(scaled), 1), np.float32)
-        return np.concatenate([ones, scaled, np.abs(scaled), hidden], 1)
-
-
 def check_unusual(surveys: list[Survey]) -> list[dict]:
     """A finding for each split and reason, whose rows name the kind that the patch looks like."""
     rows_of = [survey.intact for survey in surveys]
-    descriptions = [
-        survey.table["appearance"][rows] for survey, rows in zip(surveys, rows_of, strict=True)
-    ]
-    if sum(map(len, rows_of)) < LEAST_ROWS:
-        measured = "too few patches to tell the unusual ones"
+    num_all = sum(map(len, rows_of))
+    if num_all < LEAST_ROWS:
+        measured = f"{num_all:,} patches are too few to tell the unusual ones"
         return [build_finding("unusual", "note", measured, f"{LEAST_ROWS}", "not checked")]
     rng = np.random.default_rng(0)
-    everything = np.concatenate(descriptions)
-    chosen = np.sort(rng.permutation(len(everything))[:FIT_ROWS])
-    copies = make_copies(choose_patches(surveys, rows_of, rng), rng)
-    detector = Detector(everything[chosen], copies)
+    descriptions, patches = [], []
+    for survey, rows in zip(surveys, rows_of, strict=True):
+        descriptions.append(survey.table["appearance"][rows])
+        num = min(len(rows), -(-COPIES * len(rows) // num_all))
+        patches.append(survey.read(rng.choice(rows, num, replace=False)))
+    some = rng.permutation(np.concatenate(descriptions))[:FIT_ROWS]
+    detector = Detector(some, make_copies(np.concatenate(patches), rng))
     findings = []
     for survey, rows, described in zip(surveys, rows_of, descriptions, strict=True):
-        findings += name_unusual(survey, rows, detector(described))
+        findings += name_unusual(survey, rows, *detector(described))
     return findings
-
-
-def choose_patches(surveys: list[Survey], rows_of: list[np.ndarray], rng) -> np.ndarray:
-    """Some COPIES patches uint8 (B, 96, 96, 3) of the rows of all splits."""
-    num_all = sum(map(len, rows_of))
-    patches = []
-    for survey, rows in zip(surveys, rows_of, strict=True):
-        num = min(len(rows), -(-COPIES * len(rows) // num_all))
-        patches.append(survey.read(np.sort(rng.choice(rows, num, replace=False))))
-    return np.concatenate(patches)
 
 
 def make_copies(patches: np.ndarray, rng) -> dict[str, np.ndarray]:
@@ -105,21 +71,20 @@ def make_copies(patches: np.ndarray, rng) -> dict[str, np.ndarray]:
 
 def describe_all(patches: np.ndarray) -> np.ndarray:
     """Descriptions float16 (N, D) of patches uint8 (N, 96, 96, 3)."""
-    parts = np.split(patches, range(BLOCK, len(patches), BLOCK))
-    described = [describe_patches(part, count_values(part), grey_planes(part)) for part in parts]
-    return np.concatenate(described)
+    return np.concatenate(in_parts(describe_patches, patches))
 
 
 class Judge:
-    """Scores patches for one kind of damage; `limit` is infinite where none is in the data."""
+    """Scores patches for one kind of damage, from features of patches (N, E) and of damaged copies
+    (M, E); `limit` is infinite where the kind looks like tissue.
+    """
 
-    def __init__(self, scale: Scale, fitted: np.ndarray, copies: np.ndarray) -> None:
-        real, damaged = scale.expand(fitted), scale.expand(copies)
+    def __init__(self, real: np.ndarray, damaged: np.ndarray) -> None:
         is_clean = np.ones(len(real), bool)
-        spread = damaged.T @ damaged / len(damaged)
+        spread = damaged.T @ damaged / len(damaged) + RIDGE * np.eye(real.shape[1])
         for _ in range(ROUNDS):
             clean = real[is_clean]
-            both = clean.T @ clean / len(clean) + spread + RIDGE * np.eye(real.shape[1])
+            both = clean.T @ clean / len(clean) + spread
             self.weights = np.linalg.solve(both, damaged.mean(0) - clean.mean(0))
             scores, of_copies = real @ self.weights, damaged @ self.weights
             is_clean = scores < np.quantile(scores, 1 - TRIMMED)
@@ -166,17 +131,20 @@ def limit_by_mixture(real: np.ndarray, copies: np.ndarray) -> float:
 
 
 class Distance:
-    """The distance of patches from all others (Mahalanobis 1936), and a limit from its tail."""
+    """The distance of scaled descriptions (N, D) from all others (Mahalanobis 1936), and a limit
+    from its tail.
+    """
 
-    def __init__(self, scale: Scale, fitted: np.ndarray) -> None:
-        scaled = scale(fitted)
+    def __init__(self, scaled: np.ndarray) -> None:
+        is_near = np.ones(len(scaled), bool)
         for _ in range(ROUNDS):
-            self.mean = scaled.mean(0)
-            covariance = np.cov(scaled.T) + 1e-2 * np.eye(scaled.shape[1])
+            near = scaled[is_near]
+            self.mean = near.mean(0)
+            covariance = np.cov(near.T) + 1e-2 * np.eye(scaled.shape[1])
             self.root = np.linalg.cholesky(np.linalg.inv(covariance))
-            distances = self.measure(scale(fitted))
-            scaled = scaled[self.measure(scaled) < np.quantile(distances, 0.9)]
-        middle, high = np.quantile(distances, (0.5, 0.9))
+            distances = self.measure(scaled)
+            middle, high = np.quantile(distances, (0.5, 0.9))
+            is_near = distances < high
         self.limit = middle + DISTANCE_TAIL * (high - middle)
 
     def measure(self, scaled: np.ndarray) -> np.ndarray:
@@ -190,53 +158,49 @@ class Detector:
     """
 
     def __init__(self, fitted: np.ndarray, copies: dict[str, np.ndarray]) -> None:
-        self.scale = Scale(fitted)
-        self.judges = [Judge(self.scale, fitted, copies[kind]) for kind in PATCH_KINDS]
-        self.distance = Distance(self.scale, fitted)
+        self.features = RandomFeatures(fitted, fitted.shape[1])
+        real = self.features.expand(fitted)
+        self.judges = [Judge(real, self.features.expand(copies[kind])) for kind in PATCH_KINDS]
+        self.distance = Distance(self.features.scale(fitted))
 
     def __call__(self, described: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The likeliest kind's number (N,), how far its limit is exceeded, and how far that of the
         distance is; descriptions are (N, D).
         """
-        best, excess, far = [], [], []
-        for start in range(0, len(described), FIT_ROWS):
-            part = described[start : start + FIT_ROWS]
-            features = self.scale.expand(part)
-            scores = np.stack([judge.excess(features) for judge in self.judges], 1)
-            best.append(scores.argmax(1))
-            excess.append(scores.max(1))
-            far.append(self.distance.measure(self.scale(part)) - self.distance.limit)
-        return np.concatenate(best), np.concatenate(excess), np.concatenate(far)
+        results = []
+        for part in np.split(described, range(FIT_ROWS, len(described), FIT_ROWS)):
+            features = self.features.expand(part)
+            scores = np.stack([judge.excess(features) for judge in self.judges])
+            far = self.distance.measure(self.features.scale(part)) - self.distance.limit
+            results.append((scores.argmax(0), scores.max(0), far))
+        return tuple(map(np.concatenate, zip(*results, strict=True)))
 
 
-def name_unusual(survey: Survey, rows: np.ndarray, detected: tuple) -> list[dict]:
+def name_unusual(survey: Survey, rows: np.ndarray, best, excess, far) -> list[dict]:
     """Findings for the rows int64 (N,) of a split, and what a detector gives for them."""
-    best, excess, far = detected
-    kinds = [*PATCH_KINDS]
     is_known = excess >= 0
+    kinds = np.where(is_known, np.array([*PATCH_KINDS])[best], "none")
+    reasons = np.array([PATCH_KINDS[kind][0] if kind != "none" else "outlier" for kind in kinds])
+    scores = np.round(1 - np.exp(-1 - np.where(is_known, excess, far)), 4)
     is_flat = survey.table["deviation"][rows] < FLAT_STD
-    suspects = np.flatnonzero((is_known | (far > 0)) & ~is_flat)
-    by_reason = {}
-    for place in suspects:
-        kind = kinds[best[place]] if is_known[place] else "none"
-        reason = PATCH_KINDS[kind][0] if is_known[place] else "outlier"
-        by_reason.setdefault(reason, []).append((place, kind))
+    is_suspect = (is_known | (far > 0)) & ~is_flat
     findings = []
-    for reason, members in by_reason.items():
-        places = np.array([place for place, _ in members])
-        names = [kind for _, kind in members]
-        beyond = np.where(is_known, excess, far)[places]
-        scores = np.round(1 - np.exp(-1 - beyond), 4)
-        columns = {"looks_like": names, "reason": reason, "score": scores}
-        found = survey.rows(rows[places], **columns)
-        found.sort(key=lambda row: -row["score"])
-        share = len(found) / len(rows)
+    for reason, advice in ADVICE.items():
+        mine = np.flatnonzero(is_suspect & (reasons == reason))
+        if not len(mine):
+            continue
+        mine = mine[np.argsort(-scores[mine], kind="stable")]
+        columns = {"looks_like": kinds[mine], "reason": reason, "score": scores[mine]}
+        suspects = survey.rows(rows[mine], **columns)
+        share = len(mine) / len(rows)
+        names, counts = np.unique(kinds[mine], return_counts=True)
+        measured = f"{len(mine):,} patches ({share:.2%}) look unusual"
+        likeliest = names[counts.argmax()]
+        if likeliest != "none":
+            measured += f", most of them as if: {likeliest}"
         severity = "warning" if share > BY_CHANCE else "note"
-        likeliest = max(set(names), key=names.count)
-        measured = f"{len(found):,} patches ({share:.2%}) look unusual"
-        measured += f", most of them as if: {likeliest}" if likeliest != "none" else ""
         limit = f"{BY_CHANCE:.1%} by chance"
-        advice = f"{ADVICE[reason]}: look at the gallery; quarantine_reasons takes `{reason}`"
+        advice += f": look at the gallery; quarantine_reasons takes `{reason}`"
         check = f"unusual: {reason}"
-        findings.append(build_finding(check, severity, measured, limit, advice, found, survey.name))
+        findings.append(survey.finding(check, severity, measured, limit, advice, suspects))
     return findings
