@@ -35,34 +35,32 @@ UNKNOWN_POWER = (
 )
 
 
-def write_data_page(
-    out: Path,
-    title: str,
-    verdict: list[str],
-    surveys: list[Survey],
-    findings: list[dict],
-    power: list[dict],
-) -> Path:
-    """Write the page of an audit of these splits, which begins with the verdict's sentences, its
-    figures and histograms.csv into OUT.
-    """
-    ranked = rank_findings(findings)
-    counts = Figure("Patches per split and class", figure_png(plot_counts(surveys)), "counts.png")
-    blocks = [Words(sentence) for sentence in verdict]
-    blocks += [Heading("What there is"), counts]
+def write_data_page(audit) -> Path:
+    """Write the page of an audit of lib/audit/data/run.py, which begins with its verdict."""
+    ranked = rank_findings(audit.findings)
+    blocks = [Words(sentence) for sentence in audit.conclude()]
+    blocks += [Heading("What there is"), *audit.figures]
     blocks += [Heading("What was found"), table_of(ranked, COLUMNS)]
-    if power:
+    if audit.power:
         blocks.append(Heading("How much of planted damage is found, on a copy of these data"))
-        blocks.append(table_of(power, POWER))
+        blocks.append(table_of(audit.power, POWER))
     else:
         blocks.append(Words(UNKNOWN_POWER, "note"))
     for finding in ranked:
-        blocks += finding_blocks(finding, surveys)
+        blocks += finding_blocks(finding, audit.surveys)
+    return write_page(audit.out / "audit.html", f"Data audit of {audit.directory}", blocks)
+
+
+def draw_splits(out: Path, surveys: list[Survey]) -> list[Figure]:
+    """How many patches of each class the splits have, and how they look; writes
+    OUT/histograms.csv.
+    """
     histograms, rows = plot_histograms([survey for survey in surveys if len(survey.intact)])
     write_csv(out / "histograms.csv", BINS, rows)
-    blocks.append(Heading("How the splits look"))
-    blocks.append(Figure("Features by split", figure_png(histograms), "histograms.png"))
-    return write_page(out / "audit.html", title, blocks)
+    return [
+        Figure("Patches per split and class", figure_png(plot_counts(surveys)), "counts.png"),
+        Figure("Features by split", figure_png(histograms), "histograms.png"),
+    ]
 
 
 def finding_blocks(finding: dict, surveys: list[Survey]) -> list:
@@ -182,8 +180,7 @@ def plot_counts(surveys: list[Survey]):
             axes.bar_label(bars, fmt="{:,.0f}", fontsize=8)
     names = [survey.name for survey in surveys]
     axes.set(xticks=places, xticklabels=names, ylabel="patches")
-    if names:
-        axes.legend()
+    axes.legend()
     return figure
 
 

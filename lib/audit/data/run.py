@@ -20,7 +20,7 @@ from lib.audit.data.leakage import check_leakage
 from lib.audit.data.triggers import check_triggers
 from lib.audit.data.unusual import check_unusual
 from lib.audit.data.values import check_values
-from lib.audit.data_page import plot_suspects, write_data_page
+from lib.audit.data_page import draw_splits, plot_suspects, write_data_page
 from lib.audit.plant import REASONS_OF, judge_power, measure_power, write_copies
 from lib.audit.survey import survey_folder
 from lib.command import BadInput, say
@@ -48,7 +48,7 @@ class Audit:
         self.directory, self.out, self.work = directory, out, work
         self.cfg, self.predict = cfg, predict
         self.surveys, self.findings, self.failed, self.power = [], [], [], []
-        self.copies = None
+        self.copies, self.figures = None, []
         self.skipped = []  # checks that were not asked for
 
     def add(self, findings: list[dict]) -> None:
@@ -64,9 +64,7 @@ class Audit:
         write_findings(self.out, self.findings)
         if self.power:
             write_csv(self.out / "power.csv", self.power[0], [row.values() for row in self.power])
-        title = f"Data audit of {self.directory}"
-        sentences = self.conclude()
-        return write_data_page(self.out, title, sentences, self.surveys, self.findings, self.power)
+        return write_data_page(self)
 
     def find_copies(self) -> Copies:
         """Copies among all patches, found once."""
@@ -97,6 +95,8 @@ class Audit:
             self.surveys, findings = survey_folder(self.directory, self.work)
             lost = {row["split"] for row in findings if row["check"] == "unreadable split"}
             self.failed += sorted(lost)
+            if self.out and self.surveys:
+                self.figures = draw_splits(self.out, self.surveys)
             self.add(findings)
         surveys = self.surveys
         run = {
@@ -139,9 +139,9 @@ class Audit:
             copy = Audit(folder, None, folder, self.cfg, lambda _: None)
             copy.run_checks(checks)
             flagged.append(quarantine_rows(copy.findings))
-        reasons = {reason for name in checks for reason in REASONS_OF[name]}
+        checked = " ".join(REASONS_OF[name] for name in checks)
         power = measure_power(truth, *flagged)
-        self.power = [row for row in power if reasons & set(row["reason"].split())]
+        self.power = [row for row in power if row["reason"] in checked]
         self.add(judge_power(self.power))
 
     def conclude(self) -> list[str]:
