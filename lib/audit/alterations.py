@@ -83,13 +83,8 @@ def pixelate(patch, _, rng):
 
 @damages("half missing", "partial")
 def lose_half(patch, _, rng):
-    return fill_strip(patch, 0, rng.integers(SIZE // 3, 2 * SIZE // 3), rng)
-
-
-def fill_strip(patch, start: int, width: int, rng):
-    """A patch with a black or white strip along one of its sides."""
     turned = np.rot90(patch, rng.integers(4)).copy()
-    turned[start : start + width] = rng.choice((0, 255))
+    turned[: rng.integers(SIZE // 3, 2 * SIZE // 3)] = rng.choice((0, 255))
     return turned
 
 
@@ -103,8 +98,11 @@ def add_frame(patch, _, rng):
 
 @damages("strip missing", "partial")
 def lose_strip(patch, _, rng):
+    turned = np.rot90(patch, rng.integers(4)).copy()
     width = rng.integers(3, 16)
-    return fill_strip(patch, rng.integers(0, SIZE - width), width, rng)
+    start = rng.integers(0, SIZE - width)
+    turned[start : start + width] = rng.choice((0, 255))
+    return turned
 
 
 @damages("block missing", "partial")

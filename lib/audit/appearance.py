@@ -18,19 +18,25 @@ def describe_patches(patches: np.ndarray, counts: np.ndarray, grey: np.ndarray) 
     """float16 (B, 61) of patches uint8 (B, 96, 96, 3), the counts of their values int64 (B, 3, 256)
     and their grey planes float32 (96, 96, B).
     """
-    plain, spread = describe_colour(patches, counts)
-    amounts = [*spread, *describe_detail(patches, grey), *describe_parts(grey)]
-    amounts = np.maximum(np.concatenate([np.atleast_2d(row) for row in amounts]), 0)
-    return np.concatenate([*plain, np.log(amounts + LEAST)]).T.astype(np.float16)
+    quantiles, spread, correlation = describe_colour(patches, counts)
+    amounts = scale_log([*describe_detail(patches, grey), *describe_parts(grey)])
+    rows = [*quantiles, scale_log(spread), correlation, amounts]
+    return np.concatenate(rows).T.astype(np.float16)
 
 
-def describe_colour(patches: np.ndarray, counts: np.ndarray) -> tuple[list, list]:
-    """Rows (3, B): quantiles of the channels and how the channels go together; and amounts: how
-    their values are spread over 0..255.
+def scale_log(amounts: list[np.ndarray]) -> np.ndarray:
+    """Amounts (B,) or (3, B) as rows (n, B) of logarithms; what is below 0 counts as 0."""
+    rows = np.concatenate([np.atleast_2d(amount) for amount in amounts])
+    return np.log(np.maximum(rows, 0) + LEAST)
+
+
+def describe_colour(patches: np.ndarray, counts: np.ndarray) -> tuple[list, list, np.ndarray]:
+    """Rows (3, B): quantiles of the channels; amounts of how their values are spread over 0..255;
+    and how the channels go together.
     """
     num_pixels = SIZE * SIZE
     below = counts.cumsum(2)
-    plain = [(below < level * num_pixels).sum(2).T for level in LEVELS]
+    quantiles = [(below < level * num_pixels).sum(2).T for level in LEVELS]
     gaps = np.abs(np.diff(counts, 2, axis=2)).sum(2)
     shares = np.stack([gaps, counts.max(2), counts[:, :, 0], counts[:, :, 255]]) / num_pixels
     spread = [(counts > 0).mean(2).T, *shares.swapaxes(1, 2)]
@@ -41,8 +47,7 @@ def describe_colour(patches: np.ndarray, counts: np.ndarray) -> tuple[list, list
     deviation = np.sqrt(np.einsum("iib->ib", covariance) + 1)
     one, other = [0, 0, 1], [1, 2, 2]
     correlation = covariance[one, other] / deviation[one] / deviation[other]
-    plain.append(np.arctanh(correlation.clip(-0.999, 0.999)))
-    return plain, spread
+    return quantiles, spread, np.arctanh(correlation.clip(-0.999, 0.999))
 
 
 def subtract(planes: np.ndarray, step: int, axis: int) -> np.ndarray:
@@ -79,7 +84,8 @@ def describe_parts(grey: np.ndarray) -> list[np.ndarray]:
             amounts.append(sharp.max((0, 1)) / (np.median(lines, (0, 1)) + 1))
         amounts.append(whole[7::8].mean((0, 1)) / (whole[3::8].mean((0, 1)) + 1))
     cells = grey.reshape(SIZE // CELL, CELL, SIZE // CELL, CELL, -1)
-    mean, deviation = cells.mean((1, 3)), cells.std((1, 3))
+    mean = cells.mean((1, 3))
+    deviation = np.sqrt(np.maximum((cells * cells).mean((1, 3)) - mean**2, 0))
     amounts += [deviation.min((0, 1)), (deviation < 1).mean((0, 1)), deviation.max((0, 1))]
     amounts.append(np.median(deviation, (0, 1)))
     middle = len(mean) // 2
