@@ -477,7 +477,7 @@ def check_slices(audit: Audit) -> None:
     num_found = sum(bool(row["found"]) for row in rows)
     measured = f"{num_found} of {len(rows)} slices fall behind the rest on one half, "
     measured += f"{len(confirmed) or 'none'} of them for certain on the other too"
-    limit = f"0 of {rows[0]['num_tried']} comparisons"
+    limit = f"{rows[0]['num_tried']} comparisons of {len(rows)} slices"
     if worst:
         name = worst["measure"]
         measured += (
