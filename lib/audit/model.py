@@ -2,6 +2,7 @@
 is judged on the other.
 """
 
+import functools
 import math
 import time
 from dataclasses import dataclass, field
@@ -10,28 +11,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.audit import MODEL_PARTS, finding
+from lib.audit import MODEL_PARTS, finding, judged_finding
 from lib.audit.copies import link_copies
-from lib.audit.model_page import plot_errors, write_model_page
+from lib.audit.model_page import PRICED, plot_errors, write_model_page
+from lib.audit.model_plots import ALWAYS, BEST, STORED
 from lib.audit.resampling import (
     LEAST_GROUPS,
     PREVALENCES,
     at_prevalence,
     estimate,
     resampled_curves,
-    resampled_scores,
+    score_cells,
+    spread,
 )
-from lib.audit.shortcut import MOST_MAPPED, MOST_PROBED, check_shortcuts, map_evidence
+from lib.audit.shortcut import (
+    MOST_MAPPED,
+    MOST_PROBED,
+    check_shortcuts,
+    map_evidence,
+    spaced,
+)
 from lib.audit.slices import (
-    JUDGED,
     Answers,
     build_slices,
     conclude,
     describe_patches,
     measure_slices,
-    slide_slices,
     split_answers,
-    spread,
 )
 from lib.batches import PatchSource, fold_of_rows, open_train_valid
 from lib.calibration import (
@@ -59,7 +65,7 @@ from lib.metrics import (
     share_interval,
     sigmoid,
 )
-from lib.pcam import Split, open_split, split_path
+from lib.pcam import Split, open_split
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress, format_duration
 from lib.rundir import git_state
@@ -69,62 +75,91 @@ from lib.splitwriter import sole_writer
 TABLES = ("thresholds", "curves", "reliability", "slices", "shortcut", "errors", "predictions")
 PICTURES = ("prices", "curves", "reliability", "slices", "errors")
 FILES = (
-    "findings.json",
     "scores.json",
+    "findings.json",
     "model.html",
     *(f"{name}.png" for name in PICTURES),
     *(f"{name}.csv" for name in TABLES),
 )
-RECALLS, COSTS = (0.9, 0.95, 0.99), (1, 5, 10, 50)
-MOST_ECE, NUM_SIMULATED = 0.03, 500
-NUM_PICTURES, HEAT_STEP_PX = 12, 8  # of false positives, and of false negatives
+RULES = {  # for a threshold, as lib/calibration.py takes them
+    BEST: ("f2", 0, 0),
+    "recall at least 0.9": ("recall", 0.9, 0),
+    "recall at least 0.95": ("recall", 0.95, 0),
+    "recall at least 0.99": ("recall", 0.99, 0),
+    "a miss costs 1 false alarm": ("cost", 0, 1),
+    "a miss costs 5 false alarms": ("cost", 0, 5),
+    "a miss costs 10 false alarms": ("cost", 0, 10),
+    "a miss costs 50 false alarms": ("cost", 0, 50),
+}
+MOST_ECE = 0.03
+NUM_SIMULATED = 500
+NUM_PICTURES = 12  # of false positives, and of false negatives
+HEAT_STEP_PX = 8
 GRID = np.linspace(0, 1, 101)  # of recall and of the false positive rate
 ERROR_COLUMNS = ("split", "index", "label", "probability", "prediction", "kind", "rank", "slide")
 BLOCK = 256  # patches that are read at once
 NUM_TIMED = 64  # patches from which the duration is estimated
 # passes that a patch costs: nine versions and sixteen views; and a map, of blocks of two distances
-PROBES, MAP_PROBES, PICTURE_PROBES = 7 + 16, 37, 122
+PROBES = 7 + 16
+MAP_PROBES = 37
+PICTURE_PROBES = 122
 
 
 @dataclass
-class Subject:
-    """A model and N patches of a split: `rows` int64 (N,) says which."""
+class Audit:
+    """A model, N patches of a split, of which `rows` int64 (N,) says which, and what comes of
+    them."""
 
     split: Split
     rows: np.ndarray
     groups: np.ndarray  # (N,), kept whole in halves
-    copies: np.ndarray  # (N,), groups of shared tissue
     model: torch.nn.Module
     device: torch.device
     cfg: Config
     checkpoint: dict
-    findings: list[dict] = field(default_factory=list)
+    raw: np.ndarray | None = None  # logits float64 (N,) before calibration
+    logits: np.ndarray | None = None  # and after it
+    answers: Answers | None = None
+    scores: dict = field(default_factory=dict)
     tables: dict[str, list[dict]] = field(default_factory=dict)
+    findings: list[dict] = field(default_factory=list)
+    # rows of errors that are shown, with patches uint8 (B, 96, 96, 3) and maps (B, 96, 96)
+    gallery: tuple = ([], [], [])
 
     @property
-    def labels(self) -> np.ndarray:
-        return self.split.labels[self.rows]
+    def kind_of_groups(self) -> str:
+        return "groups that share tissue" if self.split.slides is None else "slides"
 
-    def read(self, places) -> np.ndarray:
-        """The patches uint8 (B, 96, 96, 3) at these places of `rows`."""
-        return self.split.images.read(self.rows[places])
+    @functools.cached_property
+    def features(self) -> dict[str, np.ndarray]:
+        return describe_patches(self.blocks("describing patches"))
+
+    def add(self, *arguments, **options) -> None:
+        self.findings.append(finding(*arguments, **options))
+
+    def judge(self, *arguments) -> None:
+        self.findings.append(judged_finding(*arguments))
 
     def blocks(self, label: str):
         """Yield all patches in blocks uint8 (B, 96, 96, 3), with a bar."""
         with Progress(len(self.rows), label) as bar:
             for start in range(0, len(self.rows), BLOCK):
-                block = self.split.images.read(self.rows[start : start + BLOCK])
+                block = self.read(np.s_[start : start + BLOCK])
                 yield block
                 bar.add(len(block))
 
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """The patches uint8 (B, 96, 96, 3) at these places of `rows`."""
+        return self.split.images.read(self.rows[places])
+
     def predict(self, patches, views: int = 1) -> np.ndarray:
         """Logits float64 (B,) of patches uint8 (B, 96, 96, 3), before calibration."""
-        preprocessing, logits = self.checkpoint["preprocessing"], []
+        logits = []
         for part in torch.as_tensor(patches).split(self.cfg.eval_batch_size):
-            part = part.to(self.device)
-            answer = predict_batch(self.model, part, self.cfg.precision, views, preprocessing)
-            logits.append(answer.cpu().numpy())
-        return np.concatenate(logits).astype(np.float64)
+            options = self.cfg.precision, views, self.checkpoint["preprocessing"]
+            part_logits = predict_batch(self.model, part.to(self.device), *options)
+            logits.append(part_logits.cpu())
+        return torch.cat(logits).double().numpy()
 
     def predict_calibrated(self, patches) -> np.ndarray:
         """Logits float64 (B,) of one view, as the checkpoint scales them."""
@@ -149,49 +184,32 @@ def audit_model(
     a class.
     """
     require_own(directory, out)
-    subject = open_subject(ckpt, directory, split_name, overrides, device, limit)
+    audit = open_audit(ckpt, directory, split_name, overrides, device, limit)
     with sole_writer(out):
-        say_duration(subject, parts)
-        views, stored = subject.cfg.views, subject.checkpoint["calibration"]
-        blocks = subject.blocks(f"predicting {split_name}")
-        raw = np.concatenate([subject.predict(block, views) for block in blocks])
-        if not np.isfinite(raw).all():
-            num_wrong = np.count_nonzero(~np.isfinite(raw))
-            raise BadInput(f"the model answers {num_wrong:,} patches with what is no finite number")
-        logits, threshold = calibrate(raw, stored), subject.checkpoint["threshold"]
-        answers = split_answers(subject.labels, sigmoid(logits), threshold, subject.groups)
-        check_rows(subject, directory)
-        check_answers(subject, logits, min(len(weights) for weights in answers.weights) > 1)
-
-        scores = describe_audit(subject, ckpt, directory, answers)
-        scores["all_rows"] = compute_metrics(subject.labels, logits, threshold)
-        scores["parts"] = list(parts)
-        if "thresholds" in parts:
-            price_thresholds(subject, answers)
-            subject.tables["curves"] = draw_curves(answers)
-        if "calibration" in parts:
-            scores["calibration"] = check_calibration(subject, answers, raw)
-        if "slices" in parts or "shortcut" in parts:
-            features, colours = describe_patches(subject.blocks("describing patches"))
-        if "slices" in parts:
-            scores |= check_slices(subject, answers, features)
-        if "shortcut" in parts:
-            predict, read = subject.predict_calibrated, subject.read
-            rows, findings = check_shortcuts(predict, read, answers, logits, colours)
-            subject.tables["shortcut"] = rows
-            subject.findings += findings
-        shown, patches, maps = [], None, []
-        if "errors" in parts:
-            subject.tables["errors"] = list_errors(subject, answers)
-            shown = [row for row in subject.tables["errors"] if row["rank"] <= NUM_PICTURES]
-            patches = subject.split.images.read([row["index"] for row in shown])
-            heat = torch.from_numpy(patches)
-            maps = map_evidence(subject.predict_calibrated, heat, HEAT_STEP_PX)
-        subject.tables["predictions"] = list_predictions(subject, answers)
-        return write_all(out, scores, subject, shown, patches if with_patches else None, maps)
+        say_duration(audit, parts)
+        blocks = audit.blocks(f"predicting {split_name}")
+        audit.raw = np.concatenate([audit.predict(block, audit.cfg.views) for block in blocks])
+        if not np.isfinite(audit.raw).all():
+            raise BadInput(f"{ckpt} answers some patches with what is no finite number")
+        audit.logits = calibrate(audit.raw, audit.checkpoint["calibration"])
+        probs = sigmoid(audit.logits)
+        labels = audit.split.labels[audit.rows]
+        threshold = audit.checkpoint["threshold"]
+        audit.answers = split_answers(labels, probs, threshold, audit.groups)
+        metrics = compute_metrics(labels, audit.logits, threshold)
+        audit.scores = describe_audit(audit, checkpoint_path(ckpt), directory)
+        audit.scores |= {"all_rows": metrics, "parts": list(parts)}
+        check_rows(audit)
+        check_answers(audit, metrics)
+        list_predictions(audit)
+        checks = (price_thresholds, check_calibration, check_slices, check_shortcuts, show_errors)
+        for part, check in zip(MODEL_PARTS, checks, strict=True):
+            if part in parts:
+                check(audit)
+        return write_all(audit, out, with_patches)
 
 
-def open_subject(ckpt, directory, split_name: str, overrides, device, limit: int) -> Subject:
+def open_audit(ckpt, directory, split_name: str, overrides, device, limit: int) -> Audit:
     """The model and the patches of an audit, `limit` of them evenly spaced, or all for 0."""
     device = choose_device(device)
     model, cfg, checkpoint = load_model(ckpt)
@@ -199,66 +217,50 @@ def open_subject(ckpt, directory, split_name: str, overrides, device, limit: int
     set_determinism(cfg.deterministic)
     warn_of_views(checkpoint["calibration"], cfg.views)
     split = open_split(directory, split_name)
-    rows = np.arange(len(split))
-    if 0 < limit < len(rows):
-        rows = np.linspace(0, len(rows) - 1, limit).astype(np.int64)
-    labels = split.labels[rows]
-    if len(np.unique(labels)) < 2:
-        raise BadInput(
-            f"{directory}: all patches of split {split_name} have the label {labels[0]}, both are"
-            " needed"
-        )
+    rows = spaced(len(split), limit or len(split))
     groups = groups_for_halves(split, directory)[rows]
+    model = ready_to_predict(model.to(device), cfg.precision)
+    audit = Audit(split, rows, groups, model, device, cfg, checkpoint)
     half = fold_of_rows(groups, 2)
+    labels = split.labels[rows]
     if any(len(np.unique(labels[half == side])) < 2 for side in (0, 1)):
         raise BadInput(
-            f"{directory}: the {kind_of_groups(split)} of split {split_name} do not make two halves"
-            " with both classes in each"
+            f"{directory}: the {audit.kind_of_groups} of split {split_name} do not make two"
+            " halves with both labels, 0 and 1, in each"
         )
-    copies = groups if split.slides is None else link_copies(split.images)[rows]
-    model = ready_to_predict(model.to(device), cfg.precision)
-    return Subject(split, rows, groups, copies, model, device, cfg, checkpoint)
-
-
-def kind_of_groups(split: Split) -> str:
-    return "groups that share tissue" if split.slides is None else "slides"
+    return audit
 
 
 def require_own(directory, out: Path) -> None:
     """Raise BadInput where OUT is the data, or holds files that no audit of a model wrote."""
     if Path(directory).resolve() == out.resolve():
         raise BadInput(f"{directory}: OUT may not be the data themselves")
-    foreign = [name for name in FILES if (out / name).exists()]
-    if foreign and not (out / "scores.json").exists():
+    existing = [name for name in FILES if (out / name).exists()]
+    if existing and FILES[0] not in existing:
         raise BadInput(
-            f"{out} holds a {foreign[0]} that no audit of a model wrote: choose another OUT"
+            f"{out} holds a {existing[0]} that no audit of a model wrote: choose another OUT"
         )
 
 
-def say_duration(subject: Subject, parts) -> None:
+def say_duration(audit: Audit, parts) -> None:
     """Say how long the audit takes, from the time that a few patches take."""
-    num = len(subject.rows)
-    patches = subject.read(np.arange(min(NUM_TIMED, num)))
-    subject.predict(patches)  # the first one is slow
-    started = time.perf_counter()
-    subject.predict(patches)
-    pass_s = (time.perf_counter() - started) / len(patches)
-    started = time.perf_counter()
-    describe_patches([patches])
-    describe_s = (time.perf_counter() - started) / len(patches)
-    num_passes = num * subject.cfg.views
+    num = len(audit.rows)
+    patches = audit.read(np.s_[:NUM_TIMED])
+    audit.predict(patches)  # the first one is slow
+    started_at = time.perf_counter()
+    audit.predict(patches)
+    pass_s = (time.perf_counter() - started_at) / len(patches)
+    num_passes = num * audit.cfg.views
     num_judged = num // 2
     if "shortcut" in parts:
         num_passes += min(MOST_PROBED, num_judged) * PROBES
         num_passes += min(MOST_MAPPED, num_judged) * MAP_PROBES
     if "errors" in parts:
         num_passes += 2 * NUM_PICTURES * PICTURE_PROBES
-    seconds = num_passes * pass_s
-    if "slices" in parts or "shortcut" in parts:
-        seconds += num * describe_s
     say(
-        f"{num:,} patches, {num_passes:,} passes of the model on {subject.device}: about"
-        f" {format_duration(seconds)}, and the resampling (--limit and --parts make it shorter)"
+        f"{num:,} patches, {num_passes:,} passes of the model on {audit.device}: about"
+        f" {format_duration(num_passes * pass_s)}, and the resampling (--limit and --parts make it"
+        " shorter)"
     )
 
 
@@ -274,37 +276,40 @@ def recalibrate(ckpt, directory, overrides, device: str) -> None:
     complete_checkpoint(ckpt, train, valid, source, cfg)
 
 
-def describe_audit(subject: Subject, ckpt, directory, answers: Answers) -> dict:
+def describe_audit(audit: Audit, path: Path, directory) -> dict:
     """scores.json before its parts: what was audited, and the global scores."""
-    path, checkpoint = checkpoint_path(ckpt), subject.checkpoint
+    answers = audit.answers
+    checkpoint = audit.checkpoint
+    split = audit.split.name
     halves = []
     for use, rows in zip(("chosen on", "judged on"), answers.rows, strict=True):
-        counts = {"num": len(rows), "num_positive": int(answers.labels[rows].sum())}
-        num_groups = len(np.unique(subject.groups[rows]))
-        kind = kind_of_groups(subject.split)
-        halves.append({"use": use, **counts, "groups": kind, "num_groups": num_groups})
-    judged = judge(answers, answers.threshold)
-    overall = {}
-    for name, values in judged.items():
-        overall[name] = dict(zip(("value", "low", "high"), estimate(values), strict=True))
+        half = {
+            "use": use,
+            "num": len(rows),
+            "num_positive": int(answers.labels[rows].sum()),
+            "groups": audit.kind_of_groups,
+            "num_groups": len(np.unique(audit.groups[rows])),
+        }
+        halves.append(half)
+    overall = answers.score(1, answers.threshold)
     return {
         "checkpoint": {
             "path": str(path),
             "sha256": file_digest(path),
             "weights_sha256": checkpoint["weights_sha256"],
-            "threshold": checkpoint["threshold"],
+            "threshold": answers.threshold,
             "calibration": checkpoint["calibration"],
-            "views": subject.cfg.views,
+            "views": audit.cfg.views,
         },
         "data": {
             "directory": str(directory),
-            "split": subject.split.name,
-            "num": len(subject.rows),
-            "sha256": fingerprint(directory, [subject.split.name]),
+            "split": split,
+            "num": len(audit.rows),
+            "sha256": fingerprint(directory, [split]),
         },
         "commit": git_state()["commit"],
         "halves": halves,
-        "global": overall,
+        "global": {name: score_cells(values) for name, values in overall.items()},
         "constant_baselines": constant_baselines(answers.labels[answers.rows[1]]),
         "worst_confirmed_slice": None,
         "num_slices": 0,
@@ -312,258 +317,239 @@ def describe_audit(subject: Subject, ckpt, directory, answers: Answers) -> dict:
     }
 
 
-def check_rows(subject: Subject, directory) -> None:
-    """Whether the checkpoint has seen these rows before."""
-    split = subject.split.name
-    digest = fingerprint(directory, [split])[split_path(directory, split, "x").name]
-    seen = [path for path, known in subject.checkpoint["data"].items() if known == digest]
-    if not seen:
-        return
-    if "train" in seen[0]:
+def check_rows(audit: Audit) -> None:
+    """Whether the checkpoint has seen these rows before, by the SHA-256 of their file."""
+    split = audit.split.name
+    known = audit.checkpoint["data"]
+    digest = audit.scores["data"]["sha256"][audit.split.images.path.name]
+    names = [name for name in known if known[name] == digest]
+    if names and "train" in names[0]:
         measured = "the model was trained on these patches"
         advice = "audit it on patches that it has not seen: --split valid or test"
-        subject.findings.append(finding("rows", "warning", measured, "none", advice, split=split))
-        return
-    measured = (
-        "the epoch, and what else the checkpoint stores, was chosen on these patches: scores are"
-        " somewhat optimistic"
-    )
-    subject.findings.append(finding("rows", "note", measured, split=split))
+        audit.add("rows", "warning", measured, "", advice, split=split)
+    elif names:
+        measured = "the epoch, and what else the checkpoint stores, was chosen on these patches"
+        audit.add("rows", "note", f"{measured}: scores are somewhat optimistic", split=split)
 
 
-def check_answers(subject: Subject, logits, has_groups: bool) -> None:
+def check_answers(audit: Audit, metrics: dict) -> None:
     """Whether the answers are a constant, and whether the halves have groups enough."""
-    metrics = compute_metrics(subject.labels, logits, subject.checkpoint["threshold"])
-    alarm = constant_alarm(metrics, subject.labels)
+    alarm = constant_alarm(metrics, audit.answers.labels)
     if alarm:
-        measured = alarm.removeprefix("ALARM: ")
-        subject.findings.append(finding("answers", "error", measured, advice="train again"))
-    if not has_groups:
-        measured = f"a half has too few {kind_of_groups(subject.split)}: no interval and no verdict"
-        limit, advice = f"at least {LEAST_GROUPS}", "audit more of them"
-        subject.findings.append(finding("groups", "warning", measured, limit, advice))
+        audit.add("answers", "error", alarm.removeprefix("ALARM: "), advice="train again")
+    if min(map(len, audit.answers.weights)) == 1:
+        measured = f"a half has too few {audit.kind_of_groups}: no interval and no verdict"
+        audit.add("groups", "warning", measured, f"at least {LEAST_GROUPS}", "audit more of them")
 
 
-def judge(answers: Answers, threshold: float) -> dict[str, np.ndarray]:
-    """The resampled scores of the second half at a threshold."""
-    rows = answers.rows[1]
-    labels, probs = answers.labels[rows], answers.probs[rows]
-    return resampled_scores(labels, probs, threshold, answers.weights[1])
-
-
-def price_thresholds(subject: Subject, answers: Answers) -> None:
-    """Rows of thresholds, chosen on the first half, with what each costs on the second; and a
-    finding on the stored one.
+def price_thresholds(audit: Audit) -> None:
+    """Thresholds, chosen on the first half, with what each costs on the second, and a finding on
+    the stored one; and curves of the ROC (x: false positive rate, y: recall) and of precision and
+    recall (x: recall, y: precision).
     """
-    labels, probs = answers.labels[answers.rows[0]], answers.probs[answers.rows[0]]
-    rules = {"F2-optimal": ("f2", 0, 0)}
-    for least in RECALLS:
-        rules[f"recall at least {least:g}"] = ("recall", least, 0)
-    for cost in COSTS:
-        rules[f"a miss costs {cost} false alarm{'s' if cost > 1 else ''}"] = ("cost", 0, cost)
-    thresholds = {name: choose_threshold(labels, probs, *rule) for name, rule in rules.items()}
-    thresholds |= {"stored in the checkpoint": answers.threshold, "one half": 0.5}
-    thresholds |= {"always positive": 0.0, "always negative": math.inf}
-    rows, f2 = [], {}
+    answers = audit.answers
+    thresholds = {name: choose_threshold(*answers.half(0), *rule) for name, rule in RULES.items()}
+    thresholds |= {STORED: answers.threshold, "one half": 0.5}
+    thresholds |= {ALWAYS: 0.0, "always negative": math.inf}
+    rows = []
+    f2 = {}
     for rule, threshold in thresholds.items():
-        scores = judge(answers, threshold)
+        scores = answers.score(1, threshold)
         f2[rule] = scores["f2"]
         row = {"rule": rule, "threshold": threshold, "num": len(answers.rows[1])}
-        for name in ("recall", "specificity", "precision", "f2"):
+        for name in PRICED:
             row |= spread(name, scores[name])
         for prevalence in PREVALENCES:
             meaning = at_prevalence(row["recall"], row["specificity"], prevalence)
-            del meaning["prevalence"]
-            for name, value in meaning.items():
-                row[f"{name}_at_{prevalence:g}"] = value
+            row |= {f"{name}_at_{prevalence:g}": value for name, value in meaning.items()}
         rows.append(row)
-    subject.tables["thresholds"] = rows
+    audit.tables["thresholds"] = rows
 
-    best, stored, always = f2["F2-optimal"], f2["stored in the checkpoint"], f2["always positive"]
-    lost, low, high = estimate(best - stored)
+    lost, low, high = estimate(f2[BEST] - f2[STORED])
+    best = f2[BEST][0]
+    stored = f2[STORED][0]
+    always = f2[ALWAYS][0]
     measured = (
-        f"F2 {stored[0]:.3f} at the stored threshold {answers.threshold:.3g}, {best[0]:.3f} at"
-        f" {thresholds['F2-optimal']:.3g} ({lost:+.3f}, {low:+.3f} to {high:+.3f}); always positive"
-        f" {always[0]:.3f}"
+        f"F2 {stored:.3f} at the stored threshold {answers.threshold:.3g}, {best:.3f} at"
+        f" {thresholds[BEST]:.3g} ({lost:+.3f}, {low:+.3f} to {high:+.3f}); always positive"
+        f" {always:.3f}"
     )
-    is_useless = stored[0] <= always[0] and not math.isnan(low)
-    if low > 0 or is_useless:
-        fault = "is no better than calling every patch positive" if is_useless else "gives F2 away"
-        advice = (
-            f"the stored threshold {fault}: inference.py --threshold, with thresholds.csv for the"
-            " price of each"
-        )
-        limit = "the best, within chance"
-        subject.findings.append(finding("threshold", "warning", measured, limit, advice))
-    else:
-        subject.findings.append(finding("threshold", "note", measured))
+    fault = "gives F2 away"
+    is_useless = stored <= always and not math.isnan(low)
+    if is_useless:
+        fault = "is no better than calling every patch positive"
+    price = "inference.py --threshold, with thresholds.csv for the price of each"
+    advice = f"the stored threshold {fault}: {price}"
+    is_bad = low > 0 or is_useless
+    audit.judge("threshold", is_bad, measured, "the best, within chance", advice)
+
+    curves = resampled_curves(*answers.half(1), answers.weights[1], GRID)
+    points = []
+    for curve, name in (("roc", "recall"), ("pr", "precision")):
+        for x, values in zip(GRID.tolist(), curves[name].T, strict=True):
+            points.append({"curve": curve, "x": x} | score_cells(values, ("y", "low", "high")))
+    # where nothing is called there is no precision
+    points = [row for row in points if row["x"] > 0 or row["curve"] == "roc"]
+    audit.tables["curves"] = points
 
 
 def reliability(labels, probs) -> list[dict]:
     """The bins of equal width over probabilities (N,) that are not empty: low, high, num,
-    mean_probability, positive_share.
+    mean_probability, and positive_share with its 95% interval.
     """
     labels, probs = as_arrays(labels, probs)
     bins = find_bins(probs)
     rows = []
     for number in np.unique(bins).tolist():
         inside = bins == number
-        row = {"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "num": int(inside.sum())}
+        num = int(inside.sum())
+        low, high = share_interval(labels[inside].sum(), num)
+        row = {"low": number / NUM_BINS, "high": (number + 1) / NUM_BINS, "num": num}
         row["mean_probability"] = float(probs[inside].mean())
         row["positive_share"] = float(labels[inside].mean())
-        rows.append(row)
+        rows.append(row | {"positive_share_low": low, "positive_share_high": high})
     return rows
 
 
-def check_calibration(subject: Subject, answers: Answers, raw: np.ndarray) -> list[dict]:
-    """Rows of calibration scores on the second half, from logits (N,) before the calibration of the
-    checkpoint; bins of reliability and a finding besides.
-    """
-    first, second = answers.rows
-    labels, prior = answers.labels[second], answers.labels[first].mean()
-    stored = subject.checkpoint["calibration"]
-    used, fitted = "as the model says", "with a temperature and an offset of the other half"
+def check_calibration(audit: Audit) -> None:
+    """Rows of calibration scores on the second half, and bins of reliability; and a finding."""
+    answers = audit.answers
+    raw = audit.raw
+    stored = audit.checkpoint["calibration"]
+    labels, _ = answers.half(1)
+    fitted_labels, _ = answers.half(0)
+    prior = fitted_labels.mean()
+    used = "as the model says"
+    fitted = "with a temperature and an offset of the other half"
     scalings = {used: (1.0, 0.0)}
     if stored:
         used = "as the checkpoint scales them"
         scalings[used] = stored["temperature"], stored["offset"]
-    scalings[fitted] = fit_scaling(answers.labels[first], raw[first])
+    scalings[fitted] = fit_scaling(fitted_labels, raw[answers.rows[0]])
     scalings["always the prevalence"] = math.inf, math.log(prior / (1 - prior))
-    rows, bins, rng = {}, [], np.random.default_rng(0)
+    rows = {}
+    bins = []
+    rng = np.random.default_rng(0)
     for name, (temperature, offset) in scalings.items():
-        logits = raw[second] / temperature + offset
+        logits = raw[answers.rows[1]] / temperature + offset
         probs = sigmoid(logits)
-        by_chance = []
+        by_chance = []  # the ECE of labels that are drawn with these probabilities
         for _ in range(NUM_SIMULATED):
             drawn = rng.random(len(probs)) < probs
             by_chance.append(calibration_scores(drawn, logits)["ece"])
         row = {"probabilities": name, "temperature": temperature, "offset": offset}
         row |= calibration_scores(labels, logits)
         rows[name] = row | {"ece_by_chance": float(np.quantile(by_chance, 0.95))}
-        for row in reliability(labels, probs):
-            num_positive = round(row["positive_share"] * row["num"])
-            low, high = share_interval(num_positive, row["num"])
-            ends = {"positive_share_low": low, "positive_share_high": high}
-            bins.append({"probabilities": name, **row, **ends})
-    subject.tables["reliability"] = bins
+        bins += [{"probabilities": name} | row for row in reliability(labels, probs)]
+    audit.scores["calibration"] = list(rows.values())
+    audit.tables["reliability"] = bins
 
-    ece, by_chance = rows[used]["ece"], rows[used]["ece_by_chance"]
+    ece = rows[used]["ece"]
+    by_chance = rows[used]["ece_by_chance"]
     limit = max(MOST_ECE, by_chance)
     measured = (
         f"ECE {ece:.3f} {used}, {rows[fitted]['ece']:.3f} {fitted}; by chance up to {by_chance:.3f}"
     )
     is_bad = ece > limit and len(answers.weights[1]) > 1
-    severity = "warning" if is_bad else "note"
-    advice = "do not read the probabilities as such: calibrate" if is_bad else ""
-    subject.findings.append(finding("calibration", severity, measured, f"{limit:.3f}", advice))
-    return [*rows.values()]
+    advice = "do not read the probabilities as such: calibrate"
+    audit.judge("calibration", is_bad, measured, f"{limit:.3f}", advice)
 
 
-def draw_curves(answers: Answers) -> list[dict]:
-    """Rows of the ROC (x: false positive rate, y: recall) and precision-recall curves (x: recall,
-    y: precision).
-    """
-    rows = answers.rows[1]
-    curves = resampled_curves(answers.labels[rows], answers.probs[rows], answers.weights[1], GRID)
-    points = []
-    for curve, name in (("roc", "recall"), ("pr", "precision")):
-        for x, values in zip(GRID.tolist(), curves[name].T, strict=True):
-            if x > 0 or curve == "roc":  # where nothing is called there is no precision
-                y, low, high = estimate(values)
-                points.append({"curve": curve, "x": x, "y": y, "low": low, "high": high})
-    return points
-
-
-def check_slices(subject: Subject, answers: Answers, features: dict) -> dict:
-    """The worst confirmed slice and the number of slices; rows of them and a finding besides."""
-    rows = measure_slices(build_slices(features, subject.copies, answers.rows[0]), answers)
-    if subject.split.slides is not None:
+def check_slices(audit: Audit) -> None:
+    """Rows of slices and the worst confirmed one; and a finding."""
+    answers = audit.answers
+    slides = audit.split.slides
+    copies = audit.groups
+    if slides is not None:
+        copies = link_copies(audit.split.images)[audit.rows]
+    rows = measure_slices(build_slices(audit.features, copies, answers.rows[0]), answers)
+    if slides is not None:
         # a slide lies in one half: its own patches are halved, by what they share
-        probs, threshold = answers.probs, answers.threshold
-        by_copies = split_answers(answers.labels, probs, threshold, subject.copies)
-        rows += measure_slices(slide_slices(subject.split.slides[subject.rows]), by_copies)
-    if not rows:
-        raise BadInput(
-            f"the patches of split {subject.split.name} all look the same, there is nothing to"
-            " compare: leave out the part slices"
-        )
+        slides = slides[audit.rows]
+        names = np.unique(slides).tolist()
+        slices = [{"feature": "slide", "slice": name, "mask": slides == name} for name in names]
+        by_copies = split_answers(answers.labels, answers.probs, answers.threshold, copies)
+        rows += measure_slices(slices, by_copies)
     worst = conclude(rows)
-    subject.tables["slices"] = rows
-    tried = f"{rows[0]['num_tried']} comparisons of {len(rows)} slices"
+    audit.tables["slices"] = rows
+    audit.scores |= {"worst_confirmed_slice": worst, "num_slices": len(rows)}
+    confirmed = [row for row in rows if row["confirmed"]]
     num_found = sum(bool(row["found"]) for row in rows)
     measured = f"{num_found} of {len(rows)} slices fall behind the rest on one half, "
-    if worst is None:
-        measured += "none of them for certain on the other too"
-        subject.findings.append(finding("slices", "note", measured, tried))
-    else:
-        keys = ["feature", "slice", "num", "num_positive", "confirmed"]
-        for name in JUDGED:
-            keys += [name, f"rest_{name}"]
-        confirmed = [{key: row[key] for key in keys} for row in rows if row["confirmed"]]
+    measured += f"{len(confirmed) or 'none'} of them for certain on the other too"
+    limit = f"{rows[0]['num_tried']} comparisons of {len(rows)} slices"
+    if worst:
         name = worst["measure"]
         measured += (
-            f"{len(confirmed)} of them on the other too; worst, {worst['feature']}"
-            f" {worst['slice']}: {name} {worst[name]:.3f} ({worst[f'{name}_low']:.3f} to"
-            f" {worst[f'{name}_high']:.3f}), elsewhere {worst[f'rest_{name}']:.3f}"
+            f"; worst, {worst['feature']} {worst['slice']}: {name} {worst[name]:.3f}"
+            f" ({worst[f'{name}_low']:.3f} to {worst[f'{name}_high']:.3f}), elsewhere"
+            f" {worst[f'rest_{name}']:.3f}"
         )
-        advice = "look at their patches: more like them in training, or a threshold of their own"
-        limit = f"none of {tried}"
-        row = finding("slices", "warning", measured, limit, advice, confirmed)
-        subject.findings.append(row)
-    return {"worst_confirmed_slice": worst, "num_slices": len(rows)}
+    advice = "look at their patches: more like them in training, or a threshold of their own"
+    audit.judge("slices", worst is not None, measured, limit, advice, confirmed)
 
 
-def list_errors(subject: Subject, answers: Answers) -> list[dict]:
-    """All errors, false positives first, each kind with the most confident first; `rank` counts
-    within the kind.
+def show_errors(audit: Audit) -> None:
+    """All errors, false positives first, each kind with the most confident first, of which `rank`
+    counts; and maps of the evidence in the first of them.
     """
-    probs, labels, slides = answers.probs, answers.labels, subject.split.slides
-    called = probs >= answers.threshold
+    answers = audit.answers
+    slides = audit.split.slides
+    labels = answers.labels
+    probs = answers.probs
+    wrong = np.flatnonzero((probs >= answers.threshold) != labels)
+    signed = np.where(labels, probs, -probs)[wrong]  # the lowest is the most confident
     rows = []
-    for kind, is_wrong, order in (
-        ("false positive", called & ~labels, -probs),
-        ("false negative", ~called & labels, probs),
-    ):
-        places = np.flatnonzero(is_wrong)
-        places = places[np.argsort(order[places], kind="stable")]
-        for rank, place in enumerate(places.tolist(), 1):
-            index = int(subject.rows[place])
-            slide = "" if slides is None else str(slides[index])
-            answer = int(labels[place]), float(probs[place]), int(called[place])
-            cells = (subject.split.name, index, *answer, kind, rank, slide)
-            rows.append(dict(zip(ERROR_COLUMNS, cells, strict=True)))
-    return rows
+    ranks = [0, 0]
+    for place in wrong[np.lexsort((signed, labels[wrong]))].tolist():
+        label = int(labels[place])
+        index = int(audit.rows[place])
+        ranks[label] += 1
+        kind = ("false positive", "false negative")[label]
+        slide = "" if slides is None else str(slides[index])
+        answer = label, float(probs[place]), 1 - label
+        cells = (audit.split.name, index, *answer, kind, ranks[label], slide)
+        rows.append(dict(zip(ERROR_COLUMNS, cells, strict=True)))
+    audit.tables["errors"] = rows
+    shown = [row for row in rows if row["rank"] <= NUM_PICTURES]
+    patches = audit.split.images.read([row["index"] for row in shown])
+    maps = map_evidence(audit.predict_calibrated, torch.from_numpy(patches), HEAT_STEP_PX)
+    audit.gallery = shown, patches, maps
 
 
-def list_predictions(subject: Subject, answers: Answers) -> list[dict]:
+def list_predictions(audit: Audit) -> None:
     """Rows as inference.py writes them."""
+    answers = audit.answers
+    source = str(audit.split.images.path)
     rows = []
-    for index, prob, label in zip(subject.rows, answers.probs, subject.labels, strict=True):
-        row = {"source": str(subject.split.images.path), "index": int(index)}
-        row |= {"probability": f"{prob:.9g}", "prediction": int(prob >= answers.threshold)}
-        rows.append(row | {"label": int(label)})
-    return rows
+    for index, prob, label in zip(audit.rows, answers.probs, answers.labels, strict=True):
+        row = {"source": source, "index": int(index), "probability": f"{prob:.9g}"}
+        rows.append(row | {"prediction": int(prob >= answers.threshold), "label": int(label)})
+    audit.tables["predictions"] = rows
 
 
-def write_all(out: Path, scores: dict, subject: Subject, shown: list[dict], patches, maps) -> dict:
+def write_all(audit: Audit, out: Path, with_patches: bool) -> dict:
     """Write every file of an audit, scores.json first and findings.json last, and give what the
     terminal is told.
     """
-    for name in FILES[:1] + FILES[2:]:  # of an audit before this one
+    for name in FILES[1:]:  # of an audit before this one
         (out / name).unlink(missing_ok=True)
-    write_json(out / "scores.json", scores)
-    for name, rows in subject.tables.items():
+    write_json(out / "scores.json", audit.scores)
+    for name, rows in audit.tables.items():
         header = list(rows[0]) if rows else ERROR_COLUMNS
-        write_csv(out / f"{name}.csv", header, [without_nan(list(row.values())) for row in rows])
-    if patches is not None and shown:
+        cells = [without_nan(list(row.values())) for row in rows]
+        write_csv(out / f"{name}.csv", header, cells)
+    shown, patches, maps = audit.gallery
+    if not with_patches:
+        patches = None
+    elif shown:
         (out / "errors.png").write_bytes(figure_png(plot_errors(shown, patches, maps)))
-    findings, tables = subject.findings, subject.tables
-    page = write_model_page(out / "model.html", scores, findings, tables, shown, patches, maps)
-    write_json(out / "findings.json", findings)
-    severities = [found["severity"] for found in findings]
-    result = {}
-    for name in ("auc", "f2", "recall", "specificity"):
-        result[name] = scores["global"][name]["value"]
+    gallery = shown, patches, maps
+    page = write_model_page(out / "model.html", audit.scores, audit.findings, audit.tables, gallery)
+    write_json(out / "findings.json", audit.findings)
+    severities = [row["severity"] for row in audit.findings]
+    scores = audit.scores
+    result = {name: scores["global"][name]["value"] for name in ("auc", *PRICED)}
     return result | {
         "ece": {row["probabilities"]: row["ece"] for row in scores["calibration"]},
         "worst_confirmed_slice": scores["worst_confirmed_slice"],

@@ -44,13 +44,12 @@ def parse_fault(text: str, cfg: Config, num_steps: int) -> Fault:
     says what is allowed.
     """
     with torch.device("meta"):
-        modules = {name: module for name, module in build_model(cfg).named_modules() if name}
+        modules = dict(build_model(cfg).named_modules())
     weighted = [name for name, module in modules.items() if module._parameters]
-    allowed = dict.fromkeys(KINDS, modules) | {"gradient": weighted, "sample": [""]}
-    kind, layer, step = (
-        re.fullmatch(r"(\w+):?([\w.]*)@(\d+)", text) or re.match("()()()", text)
-    ).groups()
-    if layer not in allowed.get(kind, ()) or not 1 <= int(step) <= num_steps:
+    allowed = {"output": modules, "gradient": weighted, "draw": modules, "sample": [""]}
+    match = re.fullmatch(r"(\w+):?([\w.]*)@(\d+)", text)
+    kind, layer, step = match.groups() if match else ("", "", 0)
+    if layer not in allowed.get(kind, ()) or int(step) not in range(1, num_steps + 1):
         form = f"output:LAYER, gradient:LAYER, draw:LAYER or sample, then @STEP of 1 to {num_steps}"
         raise BadInput(
             f"--inject {text}: it must be {form}; layers of this model are {', '.join(weighted)}"
@@ -62,21 +61,22 @@ def next_float(values: torch.Tensor) -> torch.Tensor:
     """Every element moved up by one unit in the last place; the gradient passes as if nothing had
     been done.
     """
-    return values + (torch.nextafter(values, torch.full_like(values, torch.inf)) - values).detach()
+    above = torch.nextafter(values, torch.full_like(values, torch.inf))
+    return values + (above - values).detach()
 
 
 def ulp_distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """How many floating-point numbers lie between two tensors of one type and shape, element by
     element: int64.
     """
-    size = left.element_size()
-    bits = [
-        t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).long()
-        for t in (left, right)
-    ]
-    # sign and magnitude as integers that count up from the least number to the greatest
-    left, right = (torch.where(b < 0, -(1 << (8 * size - 1)) - b, b) for b in bits)
-    return (left - right).abs()
+    numbers = []
+    for tensor in (left, right):
+        size = tensor.element_size()
+        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+        bits = tensor.contiguous().view(kind).long()
+        # sign and magnitude as integers that count up from the least number to the greatest
+        numbers.append(torch.where(bits < 0, -(1 << (8 * size - 1)) - bits, bits))
+    return (numbers[0] - numbers[1]).abs()
 
 
 def drop(values: torch.Tensor) -> torch.Tensor:
@@ -91,13 +91,13 @@ def plant(fault: Fault, model: torch.nn.Module, batch) -> list:
         for values in (batch.keys, batch.labels, batch.images):
             values[[0, -1]] = values[[-1, 0]]
         return []
-    module, change = model.get_submodule(fault.layer), drop if fault.kind == "draw" else next_float
+    module = model.get_submodule(fault.layer)
     if fault.kind == "gradient":
-        return [next(module.parameters(recurse=False)).register_hook(change)]
-    # others see it
-    return [
-        module.register_forward_hook(lambda _module, _inputs, output: change(output), prepend=True)
-    ]
+        return [next(module.parameters(recurse=False)).register_hook(next_float)]
+    change = drop if fault.kind == "draw" else next_float
+    # the first of its hooks: others see the change
+    hook = lambda _module, _inputs, output: change(output)  # noqa: E731
+    return [module.register_forward_hook(hook, prepend=True)]
 
 
 def watch(name: str, module: torch.nn.Module, note) -> list:
@@ -137,7 +137,9 @@ def train(
     """train.py with `argv` and a fault: (its result, [], None), or, with a window of steps, to the
     end of that: (None, what was computed as (step, phase, module, what, SHA-256) in order, the
     tensor number `keep` of these)."""
-    original, events, kept = training.training_step, [], [None]
+    original = training.training_step
+    events = []
+    tensors = []
 
     def step(state, batch, *rest):
         number = state.progress["num_steps"] + 1
@@ -145,12 +147,15 @@ def train(
 
         def note(phase, module, what, tensor):
             if len(events) == keep:
-                kept[0] = tensor.detach().cpu().clone()
+                tensors.append(tensor.detach().cpu().clone())
             events.append((number, phase, module, what, state_sha256(tensor)))
 
-        modules = state.model.named_modules() if number in window else ()
-        hooks = [hook for name, module in modules for hook in watch(name, module, note)]
-        hooks += plant(fault, state.model, batch) if fault and number == fault.step else []
+        hooks = []
+        if number in window:
+            for name, module in state.model.named_modules():
+                hooks += watch(name, module, note)
+        if fault and number == fault.step:
+            hooks += plant(fault, state.model, batch)
         result = original(state, batch, *rest)
         for hook in hooks:
             hook.remove()
@@ -159,15 +164,17 @@ def train(
             for name, parameter in state.model.named_parameters():
                 note("update", name, "clipped gradient", parameter.grad)
                 note("update", name, "parameter", parameter)
-        if window and number == window[-1]:
-            raise Replayed
+            if number == window[-1]:
+                raise Replayed
         return result
 
     training.training_step = step
-    try:
-        quiet = contextlib.redirect_stderr(io.StringIO()) if window else contextlib.nullcontext()
-        with contextlib.redirect_stdout(io.StringIO()) as out, quiet, contextlib.suppress(Replayed):
-            runpy.run_path(str(REPOSITORY / "train.py"))["main"].__wrapped__(argv)
-    finally:
-        training.training_step = original
-    return json.loads(out.getvalue() or "null"), events, kept[0]
+    main = runpy.run_path(str(REPOSITORY / "train.py"))["main"].__wrapped__
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, training, "training_step", original)
+        stack.enter_context(contextlib.suppress(Replayed))
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if window:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        main(argv)
+    return json.loads(out.getvalue() or "null"), events, tensors[0] if tensors else None

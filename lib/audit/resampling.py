@@ -1,5 +1,7 @@
 """Scores with intervals: whole groups of patches are drawn again and again (cluster bootstrap)."""
 
+import math
+
 import numpy as np
 
 from lib.metrics import as_arrays, curve_points
@@ -18,13 +20,11 @@ def at_prevalence(recall: float, specificity: float, prevalence: float) -> dict[
     hits = recall * prevalence
     flagged = hits + (1 - specificity) * (1 - prevalence)
     rejected = specificity * (1 - prevalence)
-    nan = float("nan")
     return {
-        "prevalence": prevalence,
         "flagged_share": flagged,
-        "precision": hits / flagged if flagged else nan,
-        "negative_predictive_value": rejected / (1 - flagged) if flagged < 1 else nan,
-        "f2": 5 * hits / (4 * prevalence + flagged) if prevalence else nan,
+        "precision": hits / flagged if flagged else math.nan,
+        "negative_predictive_value": rejected / (1 - flagged) if flagged < 1 else math.nan,
+        "f2": 5 * hits / (4 * prevalence + flagged),
         "always_positive_f2": 5 * prevalence / (4 * prevalence + 1),
     }
 
@@ -36,19 +36,19 @@ def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
     There are no others where there are fewer than LEAST_GROUPS groups.
     """
     names, group = np.unique(groups, return_inverse=True)
-    num = num if len(names) >= LEAST_GROUPS else 0
-    rng = np.random.default_rng(seed)
-    equal = np.full(len(names), 1 / len(names))
-    drawn = rng.multinomial(len(names), equal, num).astype(np.uint8)
-    once = np.ones((1, len(group)), np.uint8)
-    return np.concatenate([once, drawn[:, group]])
+    num_groups = len(names)
+    num = num if num_groups >= LEAST_GROUPS else 0
+    equal = np.full(num_groups, 1 / num_groups)
+    drawn = np.random.default_rng(seed).multinomial(num_groups, equal, num)
+    drawn = np.insert(drawn, 0, 1, axis=0).astype(np.uint8)
+    return drawn[:, group]
 
 
-def count_groups(weights: np.ndarray) -> int:
-    """How many groups the rows (N,) of weights (1 + R, N) are of. Those of one group are drawn
-    equally often in each resample, by which they are known.
+def has_few_groups(weights: np.ndarray) -> bool:
+    """Whether rows (N,) of weights (1 + R, N) are of fewer than LEAST_GROUPS groups. Rows of one
+    group are known by being drawn equally often in each resample.
     """
-    return np.unique(weights[1:33], axis=1).shape[1]
+    return np.unique(weights[:33], axis=1).shape[1] < LEAST_GROUPS
 
 
 def estimate(values: np.ndarray) -> tuple[float, float, float]:
@@ -57,11 +57,22 @@ def estimate(values: np.ndarray) -> tuple[float, float, float]:
 
     The interval is NaN where there are no others, or more than one in twenty is not defined.
     """
-    value, resampled = float(values[0]), values[1:]
-    if np.isnan(resampled).sum() > 0.05 * len(resampled) or not len(resampled):
-        return value, float("nan"), float("nan")
-    low, high = np.nanquantile(resampled, [0.025, 0.975])
-    return value, float(low), float(high)
+    value = float(values[0])
+    resampled = values[1:]
+    if not len(resampled) or np.isnan(resampled).mean() > 0.05:
+        return value, math.nan, math.nan
+    low, high = np.nanquantile(resampled, [0.025, 0.975]).tolist()
+    return value, low, high
+
+
+def score_cells(values: np.ndarray, names=("value", "low", "high")) -> dict[str, float]:
+    """A resampled score as cells of a row: its value and its interval."""
+    return dict(zip(names, estimate(values), strict=True))
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+    """Cells of a score that a row has among others."""
+    return score_cells(values, (name, f"{name}_low", f"{name}_high"))
 
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -71,22 +82,26 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
     """
     labels, probs = as_arrays(labels, probs)
     order = np.argsort(probs, kind="stable")
-    labels, probs = labels[order], probs[order]
+    labels = labels[order]
+    probs = probs[order]
+    weights = weights[:, order]
     called = probs >= threshold
-    tie_start = np.searchsorted(probs, probs[labels], "left")
-    tie_end = np.searchsorted(probs, probs[labels], "right")
+    starts = np.flatnonzero(np.diff(probs, prepend=-np.inf))  # of rows of equal probability
 
     # each sum over rows is a product of the weights with one column
     errors = (probs - labels) ** 2
-    columns = np.stack([labels, ~labels, labels & called, ~labels & called, errors], 1)
-    sums, num_won = [], []
+    hits = labels & called
+    false_alarms = ~labels & called
+    columns = np.stack([labels, ~labels, hits, false_alarms, errors], 1)
+    sums = []
+    num_won = []
     for chunk in np.array_split(weights, len(weights) // CHUNK + 1):
-        weight = chunk[:, order].astype(np.float64)
+        weight = chunk.astype(np.float64)
         sums.append(weight @ columns)
-        num_below = np.cumsum(weight * ~labels, 1)  # negatives up to each row
-        num_below = np.pad(num_below, ((0, 0), (1, 0)))
-        num_below = num_below[:, tie_start] + num_below[:, tie_end]
-        num_won.append((weight[:, labels] * num_below).sum(1) / 2)
+        negatives = np.add.reduceat(weight * ~labels, starts, 1)
+        positives = np.add.reduceat(weight * labels, starts, 1)
+        below = np.cumsum(negatives, 1) - negatives / 2  # a tie counts half
+        num_won.append((positives * below).sum(1))
 
     positive, negative, tp, fp, squares = np.concatenate(sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -98,15 +113,15 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
             "precision": tp / (tp + fp),
             "brier": squares / (positive + negative),
         }
-    if len(weights) > 1:
-        weights = weights[:, order]
-        few_positive, few_negative, few_called, few = (
-            count_groups(weights[:, rows]) < LEAST_GROUPS
-            for rows in (labels, ~labels, called, slice(None))
-        )
-        is_few = (few_positive or few_negative, few_positive, few_positive, few_negative)
-        for name, is_unsure in zip(scores, (*is_few, few_called, few), strict=True):
-            scores[name][1:][is_unsure] = np.nan
+    for names, rows in (
+        (("auc", "f2", "recall"), labels),
+        (("auc", "specificity"), ~labels),
+        (("precision",), called),
+        (("brier",), slice(None)),
+    ):
+        if has_few_groups(weights[:, rows]):
+            for name in names:
+                scores[name][1:] = np.nan
     return scores
 
 
@@ -114,14 +129,16 @@ def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> di
     """`recall` at the false positive rates of the grid (G,), and `precision` at its recalls,
     float64 (R, G) each, of rows (N,) weighted by (R, N).
     """
-    labels, probs = as_arrays(labels, probs)
-    recalls, precisions = [], []
+    recalls = []
+    precisions = []
     for weight in weights:
         points = curve_points(labels, probs, weight)
         # a threshold above all: without it the curve of one tie would be perfect
-        recall = np.append(0.0, points["recall"])
-        false_positive_rate = np.append(0.0, points["false_positive_rate"])
-        recalls.append(np.interp(grid, false_positive_rate, recall))
-        place = np.searchsorted(recall[1:], grid - 1e-9)  # a quotient is not quite that of the grid
-        precisions.append(points["precision"][place.clip(max=len(recall) - 2)])
+        rates = np.append(0.0, points["false_positive_rate"])
+        heights = np.append(0.0, points["recall"])
+        recalls.append(np.interp(grid, rates, heights))
+        # a quotient is not quite that of the grid; the last recall is 1, or 0 without positives
+        place = np.searchsorted(points["recall"], grid - 1e-9)
+        last = len(points["recall"]) - 1
+        precisions.append(points["precision"][place.clip(max=last)])
     return {"recall": np.stack(recalls), "precision": np.stack(precisions)}

@@ -8,12 +8,11 @@ how many of a slice's patches are positive, as F2 does.
 
 import itertools
 import math
-import operator
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib.audit.resampling import draw_weights, estimate, resampled_scores
+from lib.audit.resampling import draw_weights, estimate, resampled_scores, spread
 from lib.audit.tissue import compute_tissue
 from lib.batches import fold_of_rows
 from lib.features import colour_statistics, compute_features, count_values, grey_planes
@@ -49,29 +48,39 @@ class Answers:
     rows: tuple[np.ndarray, np.ndarray]
     weights: tuple[np.ndarray, np.ndarray]
 
+    def half(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """(labels, probs) of one of the halves."""
+        rows = self.rows[number]
+        return self.labels[rows], self.probs[rows]
+
+    def score(self, half: int, threshold: float, mask=None) -> dict[str, np.ndarray]:
+        """The resampled scores of a half at a threshold, or of its rows in a mask bool (N,)."""
+        rows = self.rows[half]
+        weights = self.weights[half]
+        if mask is not None:
+            weights = weights[:, mask[rows]]
+            rows = rows[mask[rows]]
+        return resampled_scores(self.labels[rows], self.probs[rows], threshold, weights)
+
 
 def split_answers(labels, probs, threshold: float, groups) -> Answers:
     """Answers in two halves by their groups (N,)."""
-    groups = np.asarray(groups)
     half = fold_of_rows(groups, 2)
-    rows = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
-    weights = draw_weights(groups[rows[0]]), draw_weights(groups[rows[1]])
-    labels, probs = np.asarray(labels, bool), np.asarray(probs, np.float64)
-    return Answers(labels, probs, threshold, groups, rows, weights)
+    rows = [np.flatnonzero(half == number) for number in (0, 1)]
+    weights = [draw_weights(groups[part]) for part in rows]
+    return Answers(np.asarray(labels, bool), probs, threshold, groups, rows, weights)
 
 
-def describe_patches(blocks) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def describe_patches(blocks) -> dict[str, np.ndarray]:
     """Of each patch in blocks uint8 (B, 96, 96, 3) what it looks like, float32 (N,) by name, and
-    its colour statistics float64 (N, 9).
+    its colour statistics, `colours` float64 (N, 9).
     """
-    columns, colours = [], []
+    parts = []
     for block in blocks:
         counts = count_values(block)
-        features = compute_features(block, counts, grey_planes(block))
-        columns.append(features | compute_tissue(block))
-        colours.append(colour_statistics(counts))
-    features = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
-    return features, np.concatenate(colours)
+        features = compute_features(block, counts, grey_planes(block)) | compute_tissue(block)
+        parts.append(features | {"colours": colour_statistics(counts)})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def build_slices(
@@ -83,9 +92,12 @@ def build_slices(
     slices = []
     for name in SLICED:
         values = features[name]
-        inner = np.quantile(values[first_half], np.arange(1, NUM_BINS) / NUM_BINS).tolist()
+        levels = np.arange(1, NUM_BINS) / NUM_BINS
+        inner = np.quantile(values[first_half], levels).tolist()
         ends = [-np.inf, *inner, np.inf]
-        pairs = [*itertools.pairwise(ends), (-np.inf, ends[2]), (ends[-3], np.inf)]
+        pairs = list(itertools.pairwise(ends))
+        pairs.append((-np.inf, ends[2]))
+        pairs.append((ends[-3], np.inf))
         for low, high in dict.fromkeys(pairs):
             text = f"{low:.3g} to {high:.3g}"
             if low == -np.inf:
@@ -96,20 +108,10 @@ def build_slices(
             slices.append({"feature": name, "slice": text, "mask": mask})
     _, group, sizes = np.unique(copies, return_inverse=True, return_counts=True)
     is_shared = sizes[group] > 1
-    for text, mask in (
-        ("shares tissue with another patch", is_shared),
-        ("shares none", ~is_shared),
-    ):
-        slices.append({"feature": "copies", "slice": text, "mask": mask})
-    return [part for part in slices if part["mask"].any() and not part["mask"].all()]
-
-
-def slide_slices(slides: np.ndarray) -> list[dict]:
-    """A slice for each slide (N,)."""
-    slices = []
-    for name in np.unique(slides):
-        slices.append({"feature": "slide", "slice": str(name), "mask": slides == name})
-    return slices
+    text = "shares tissue with another patch"
+    slices.append({"feature": "copies", "slice": text, "mask": is_shared})
+    slices.append({"feature": "copies", "slice": "shares none", "mask": ~is_shared})
+    return [part for part in slices if 0 < part["mask"].mean() < 1]
 
 
 def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
@@ -120,10 +122,14 @@ def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
     with Progress(len(slices), "judging slices", "slices") as bar:
         for part in slices:
             mask = part["mask"]
-            finding, finding_rest = score_sides(answers, 0, mask)
-            scores, rest = score_sides(answers, 1, mask)
+            threshold = answers.threshold
+            finding = answers.score(0, threshold, mask)
+            finding_rest = answers.score(0, threshold, ~mask)
+            scores = answers.score(1, threshold, mask)
+            rest = answers.score(1, threshold, ~mask)
             labels = [answers.labels[half[mask[half]]] for half in answers.rows]
-            num, num_positive = len(labels[1]), int(labels[1].sum())
+            num = len(labels[1])
+            num_positive = int(labels[1].sum())
             row = {"feature": part["feature"], "slice": part["slice"]}
             row |= {"num_finding": len(labels[0]), "num": num, "num_positive": num_positive}
             always = 5 * num_positive / max(4 * num_positive + num, 1)
@@ -136,26 +142,13 @@ def measure_slices(slices: list[dict], answers: Answers) -> list[dict]:
                 gaps = finding_rest[name] - finding[name]
                 row[f"finding_{name}"] = float(finding[name][0])
                 row[f"finding_gap_{name}"] = float(gaps[0])
-                row[f"p_{name}"] = chance_of(gaps) if min(counts) >= LEAST_ROWS else math.nan
-                row |= spread(f"gap_{name}", rest[name] - scores[name])
+                is_judged = min(counts) >= LEAST_ROWS
+                row[f"p_{name}"] = chance_of(gaps) if is_judged else math.nan
+                judged_gaps = rest[name] - scores[name]
+                row |= spread(f"gap_{name}", judged_gaps)
             rows.append(row)
             bar.add()
     return rows
-
-
-def spread(name: str, values: np.ndarray) -> dict[str, float]:
-    """A resampled score as cells of a row: its value, and its interval as _low and _high."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), estimate(values), strict=True))
-
-
-def score_sides(answers: Answers, half: int, mask: np.ndarray) -> tuple[dict, dict]:
-    """The scores of a slice in a half, and of the rest of it, resampled together."""
-    rows, weights = answers.rows[half], answers.weights[half]
-    sides = []
-    for side in (mask[rows], ~mask[rows]):
-        labels, probs = answers.labels[rows[side]], answers.probs[rows[side]]
-        sides.append(resampled_scores(labels, probs, answers.threshold, weights[:, side]))
-    return tuple(sides)
 
 
 def chance_of(gaps: np.ndarray) -> float:
@@ -163,7 +156,10 @@ def chance_of(gaps: np.ndarray) -> float:
     that of the others (normal, one-sided); NaN where it has no interval, or does not vary."""
     value, low, _ = estimate(gaps)
     deviation = 0.0 if math.isnan(low) else np.nanstd(gaps[1:])
-    return math.erfc(value / deviation / math.sqrt(2)) / 2 if deviation > 1e-9 else math.nan
+    if deviation < 1e-9:
+        return math.nan
+    num_deviations = value / deviation
+    return math.erfc(num_deviations / math.sqrt(2)) / 2
 
 
 def conclude(rows: list[dict]) -> dict | None:
@@ -176,20 +172,23 @@ def conclude(rows: list[dict]) -> dict | None:
     largest gap, on the half that finds. `error_ratio`: its errors for one of the rest on the other,
     for one in as many where the rest has none.
     """
-    tried = [(row, name) for row in rows for name in JUDGED if not math.isnan(row[f"p_{name}"])]
-    tried.sort(key=lambda pair: pair[0][f"p_{pair[1]}"], reverse=True)
+    tried = [(row, f"p_{name}") for row in rows for name in JUDGED]
+    tried = [(row, key) for row, key in tried if not math.isnan(row[key])]
+    tried.sort(key=lambda pair: pair[0][pair[1]])
     lowest = 1.0
-    for rank, (row, name) in zip(range(len(tried), 0, -1), tried, strict=True):
-        lowest = min(lowest, row[f"p_{name}"] * len(tried) / rank)
-        row[f"p_{name}"] = lowest
+    for rank in range(len(tried), 0, -1):
+        row, key = tried[rank - 1]
+        lowest = min(lowest, row[key] * len(tried) / rank)
+        row[key] = lowest
     confirmed = []
     for row in rows:
-        found = [name for name in JUDGED if row[f"p_{name}"] < FALSE_DISCOVERIES]
-        certain = [name for name in found if row[f"gap_{name}_low"] > 0]
-        row |= {"found": " ".join(found), "confirmed": " ".join(certain), "num_tried": len(tried)}
+        worse_by = [name for name in JUDGED if row[f"p_{name}"] < FALSE_DISCOVERIES]
+        certain = [name for name in worse_by if row[f"gap_{name}_low"] > 0]
+        row |= {"found": " ".join(worse_by), "confirmed": " ".join(certain)}
+        row["num_tried"] = len(tried)
         confirmed += [(row[f"finding_gap_{name}"], row, name) for name in certain]
     if not confirmed:
         return None
-    _, row, name = max(confirmed, key=operator.itemgetter(0))
-    ratio = (1 - row[name]) / max(1 - row[f"rest_{name}"], 1 / max(row["num"], 1))
-    return row | {"measure": name, "error_ratio": ratio}
+    _, row, name = max(confirmed, key=lambda entry: entry[0])
+    rest_errors = max(1 - row[f"rest_{name}"], 1 / row["num"])
+    return row | {"measure": name, "error_ratio": (1 - row[name]) / rest_errors}

@@ -4,11 +4,8 @@ layer at which they part.
 
 import hashlib
 import json
-import math
-import multiprocessing
 import shutil
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +13,10 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.replay import KINDS, Fault, train, ulp_distance
-from lib.batches import PatchSource, open_train_valid
-from lib.checkpoint import load_checkpoint, load_model
-from lib.command import BadInput, say
+from lib.command import BadInput, run_script, say
 from lib.config import Config
-from lib.device import choose_device
 from lib.files import read_csv, read_json
-from lib.predict import predict_rows
 from lib.rundir import find_run, is_finished, resume_config
-from lib.seeding import set_determinism
 from lib.sources import locate_sources
 from lib.trace import KEPT, QUANTITIES
 
@@ -51,16 +43,11 @@ class Side:
 
 
 def make_run(argv: list[str], fault: Fault | None = None) -> Path:
-    """The run folder of a training in a process of its own, which does not outlive us. Raises
+    """The run folder of a training in a process of its own or, with a fault, in this one. Raises
     BadInput as train.py does.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return Path(pool.submit(train, argv, fault).result()[0]["run"])
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    result = train(argv, fault)[0] if fault else run_script("train.py", *argv, shows_progress=True)
+    return Path(result["run"])
 
 
 def read_side(path) -> Side:
@@ -68,21 +55,18 @@ def read_side(path) -> Side:
     every Nth.
     """
     run = find_run(path)
-    if not is_finished(run) or not (run / "trace.csv").is_file():
+    trace_path = run / "trace.csv"
+    if not is_finished(run) or not trace_path.is_file():
         raise BadInput(
             f"{run} did not finish, or has no trace.csv: only finished runs of train.py --trace are"
             " compared"
         )
-    summary, rows = read_json(run / "summary.json"), read_csv(run / "trace.csv")
-    if lacking := [name for name in ("step", *QUANTITIES) if rows and name not in rows[0]]:
-        raise BadInput(
-            f"{run / 'trace.csv'} is of another version: it lacks the column {lacking[0]}"
-        )
-    trace = {int(row["step"]) if row["step"].isdigit() else 0: row for row in rows}
-    every = min(trace, default=0) or 1
-    if missing := sorted(set(range(every, summary["num_steps"] + 1, every)) ^ set(trace)):
-        told = f"of {summary['num_steps']} steps, every {every}th, it lacks step {missing[0]}"
-        raise BadInput(f"{run / 'trace.csv'} is cut: {told}")
+    summary = read_json(run / "summary.json")
+    trace = {int(row["step"]): row for row in read_csv(trace_path)}
+    every = min(trace, default=1)
+    steps = range(every, summary["num_steps"] + 1, every)
+    if list(trace) != list(steps):
+        raise BadInput(f"{trace_path} is cut: it does not hold every step, or every {every}th")
     return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
 
 
@@ -99,7 +83,8 @@ def list_inputs(side: Side) -> dict:
 
 def compare_inputs(a: Side, b: Side) -> list[dict]:
     """What differs in what went in. Raises BadInput that names it if the two are no twins."""
-    ours, theirs = list_inputs(a), list_inputs(b)
+    ours = list_inputs(a)
+    theirs = list_inputs(b)
     rows = []
     for name in {**ours, **theirs}:
         row = {"what": name, "a": ours.get(name, "-"), "b": theirs.get(name, "-")}
@@ -107,17 +92,16 @@ def compare_inputs(a: Side, b: Side) -> list[dict]:
             rows.append(row)
     if a.meta["identity"] != b.meta["identity"]:
         fixed = a.cfg.identity() | a.meta["data"] | b.meta["data"]
-        reason = "a file that the config names, or groups.csv, differs"
-        for row in reversed(rows):
-            if row["what"] in fixed:
-                reason = f"{row['what']} is {row['a']} in one, {row['b']} in the other"
+        texts = [
+            "{what} is {a} in one, {b} in the other".format(**row)
+            for row in rows
+            if row["what"] in fixed
+        ]
+        reason = "; ".join(texts) or "a file that the config names, or groups.csv, differs"
         raise BadInput(f"{a.run} and {b.run} are no twins: {reason}")
     if list(a.trace) != list(b.trace):
-        lengths = [f"{len(side.trace)} steps up to {max(side.trace, default=0)}" for side in (a, b)]
-        raise BadInput(
-            f"the traces of {a.run} and {b.run} are of other lengths: {lengths[0]}, and"
-            f" {lengths[1]}"
-        )
+        lengths = f"{len(a.trace)} steps, and {len(b.trace)} steps"
+        raise BadInput(f"the traces of {a.run} and {b.run} are of other lengths: {lengths}")
     return rows
 
 
@@ -125,86 +109,65 @@ def describe_side(name: str, side: Side) -> dict:
     """What a reader has to know of one of the two: where it is, of which code, on which machine,
     with which final weights.
     """
-    machine = side.meta["machine"]
-    return {
-        "side": name,
-        "run": side.run.name,
-        "folder": str(side.run),
-        "commit": side.meta["commit"],
-        "host": machine.get("host"),
-        "cpu": machine.get("cpu"),
-        "device": machine.get("device"),
-        "torch": side.meta["versions"]["torch"],
-        "weights_sha256": side.summary["weights_sha256"],
-    }
+    facts = side.meta | side.meta["machine"] | side.meta["versions"] | side.summary
+    row = {"side": name, "run": side.run.name, "folder": str(side.run)}
+    keys = ("commit", "host", "cpu", "device", "torch", "weights_sha256")
+    return row | {key: facts.get(key) for key in keys}
 
 
 def find_parting(a: Side, b: Side) -> dict:
     """Step, quantity and layer that differ first, in time and then in the order of cause and
     effect; {} for none.
     """
-    before, last = 0, a.summary["num_steps"]
+    before = 0
     for step, ours in a.trace.items():
         differing = [name for name in ours if ours[name] != b.trace[step].get(name)]
         for quantity in QUANTITIES:
             if quantity in differing:
-                names = [name for name in differing if name.startswith(f"{quantity}.")]
-                layers = [name.partition(".")[2] for name in names] or [""]
+                layers = [name for name in differing if name.startswith(f"{quantity}.")]
                 # gradients come about from the last layer on
-                layer = layers[-1 if quantity == "gradients" else 0]
+                layer = layers[-1 if quantity == "gradients" else 0].partition(".")[2]
                 return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
         before = step
     if a.summary["weights_sha256"] == b.summary["weights_sha256"]:
         return {}
+    last = a.summary["num_steps"]
     equal_step = min(before, last - 1)
     return {"step": last, "equal_step": equal_step, "quantity": "parameters", "layer": ""}
-
-
-def last_equal_checkpoint(a: Side, b: Side, step: int) -> Path | None:
-    """The newest kept checkpoint up to `step`; None: the start of training. Raises BadInput for one
-    of another run.
-    """
-    kept = {int(path.stem): path for side in (b, a) for path in (side.run / KEPT).glob("[0-9]*.pt")}
-    path = kept.get(max((number for number in kept if number <= step), default=None))
-    there = load_checkpoint(path) if path else {}
-    for key, value in (a.cfg.identity() | a.meta["data"]).items() if path else ():
-        if (other := (there["config"] | there["data"]).get(key)) != value:
-            raise BadInput(
-                f"{path} is no checkpoint of this run: {key} is {other} there, {value} in the run"
-            )
-    return path
 
 
 def replay_parting(
     a: Side, b: Side, parting: dict, fault: Fault | None, device: str | None
 ) -> dict:
-    """Both runs once more to the step where they part, each on its device or on `device`: the first
-    module with equal inputs and unequal output, forward or backward, and the distance; {} if none
-    differs here."""
-    checkpoint = last_equal_checkpoint(a, b, parting["equal_step"])
+    """Both runs once more, from the newest kept checkpoint to the step where they part, each on its
+    device or on `device`: the first module with equal inputs and unequal output, forward or
+    backward, and the distance; {} if none differs here."""
     window = range(parting["equal_step"] + 1, parting["step"] + 1)
+    paths = [path for side in (a, b) for path in (side.run / KEPT).glob("[0-9]*.pt")]
+    paths = [path for path in paths if int(path.stem) < window[0]]
+    checkpoint = max(paths, key=lambda path: int(path.stem), default=None)
     say(f"replaying steps {window[0]} to {window[-1]} from {checkpoint or 'the start'}")
 
-    def replay(side, fault=None, keep=None):
+    def replay(side, fault=None, keep=None) -> tuple:
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(a.run / "config.yaml", folder)
             if checkpoint:
                 shutil.copy(checkpoint, Path(folder) / "last.pt")
             used = device or side.meta["machine"]["device"]
             argv = ["--resume", folder, "--device", used, f"data_dir={a.cfg.data_dir}"]
-            _, events, tensor = train(argv, fault, window, keep)
-            return events, tensor
+            return train(argv, fault, window, keep)
 
-    (ours, _), (theirs, _) = replay(a), replay(b, fault)
-    unequal = [at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]]
-    if not unequal:
+    _, ours, _ = replay(a)
+    _, theirs, _ = replay(b, fault)
+    is_equal = [left == right for left, right in zip(ours, theirs, strict=False)]
+    if all(is_equal):
         return {}
-    first = unequal[0]
-    (_, left), (_, right) = replay(a, keep=first), replay(b, fault, keep=first)
-    step, phase, module, what, _ = ours[first]
-    result = {"step": step, "phase": phase, "module": module, "what": what}
+    first = is_equal.index(False)
+    *_, left = replay(a, keep=first)
+    *_, right = replay(b, fault, keep=first)
+    result = dict(zip(("step", "phase", "module", "what"), ours[first], strict=False))
     result["replayed_from"] = str(checkpoint)
-    if left.is_floating_point() and left.shape == right.shape and left.dtype == right.dtype:
+    if left.is_floating_point():
         ulps = ulp_distance(left, right)
         result["max_ulp"] = int(ulps.max())
         result["num_unequal"] = int((ulps > 0).sum())
@@ -212,32 +175,18 @@ def replay_parting(
     return result
 
 
-def flipped_predictions(a: Side, b: Side, device: str | None) -> dict:
-    """Decisions at 0.5 of both best.pt on the validation rows."""
-    set_determinism(a.cfg.deterministic)
-    target = choose_device(device or "auto")
-    _, (split, rows) = open_train_valid(a.cfg)
-    source = PatchSource(split.images, a.cfg.data_residence, target)
-    left, right = (
-        predict_rows(load_model(side.run)[0].to(target), source, rows.index, a.cfg, 1)
-        for side in (a, b)
-    )
-    num_flipped = int(((left >= 0) != (right >= 0)).sum())
-    difference = float(np.abs(left - right).max())
-    return {"num_flipped": num_flipped, "num": len(rows), "max_logit_difference": difference}
-
-
 def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
-    """Scores of both beside the standard deviation over `seeds`, runs that differ in nothing but
-    the seed.
+    """Scores of both beside the standard deviation over `seeds`, two or more runs that differ in
+    nothing but the seed.
     """
     others = [read_json(find_run(run) / "summary.json") for run in seeds]
     rows = []
     for name in SCORES:
-        ours, theirs = a.summary.get(name, math.nan), b.summary.get(name, math.nan)
-        row = {"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs)}
-        values = [summary.get(name, math.nan) for summary in others]
-        row["seed_deviation"] = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+        row = {"score": name, "a": a.summary[name], "b": b.summary[name]}
+        row["difference"] = abs(row["a"] - row["b"])
+        if len(others) > 1:
+            values = [summary[name] for summary in others]
+            row["seed_deviation"] = float(np.std(values, ddof=1))
         rows.append(row)
     return rows
 
@@ -248,7 +197,8 @@ def compare(
     """The verdict on two runs, and the findings behind it. `fault` is what was planted in B: its
     replay has it too.
     """
-    inputs, parting = compare_inputs(a, b), find_parting(a, b)
+    inputs = compare_inputs(a, b)
+    parting = find_parting(a, b)
     is_equal = a.summary["weights_sha256"] == b.summary["weights_sha256"]
     weights = "equal" if is_equal else "not equal"
     verdict = "parted" if parting else "identical"
@@ -267,25 +217,19 @@ def compare(
         causes = [QUANTITIES[parting["quantity"]]]
         causes += [f"they differ in {row['what']}" for row in inputs]
         result |= {"cause": "; ".join(causes), "replay": {}}
-        place = f"{parting['quantity']} {parting['layer']}"
-        measured = f"part at step {parting['step']}, first in {place}"
+        measured = "part at step {step}, first in {quantity} {layer}".format(**parting)
         advice = f"likely cause: {result['cause']}"
         add("time line", "error", measured, [parting], limit="identical", advice=advice)
         if not Path(a.cfg.data_dir).is_dir():
-            measured = f"nothing replayed or predicted: there is no {a.cfg.data_dir} here"
-            add("replay", "warning", measured)
-        else:
-            if parting["quantity"] not in BEFORE_MODEL:
-                replayed = replay_parting(a, b, parting, fault, device)
-                result["replay"] = replayed
-                if replayed:
-                    measured = "{phase}: {what} of {module}".format(**replayed)
-                    add("replay", "error", measured, [replayed])
-                else:
-                    add("replay", "note", "equal twice on this machine")
-            flips = flipped_predictions(a, b, device)
-            result |= flips
-            add("predictions", "note", f"{flips['num_flipped']} flipped", [flips], split="valid")
+            add("replay", "warning", f"nothing replayed: there is no {a.cfg.data_dir} here")
+        elif parting["quantity"] not in BEFORE_MODEL:
+            replayed = replay_parting(a, b, parting, fault, device)
+            result["replay"] = replayed
+            if replayed:
+                measured = "{phase}: {what} of {module}".format(**replayed)
+                add("replay", "error", measured, [replayed])
+            else:
+                add("replay", "note", "equal twice on this machine")
     add("scores", "note", f"final weights are {weights}", compare_scores(a, b, seeds))
     if fault:
         place = result.get("step"), result.get("replay", {}).get("module", "")
@@ -303,8 +247,10 @@ def require_own_folder(out: Path, is_injected: bool) -> None:
     the other way round."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "findings.json"
-    checks = [row["check"] for row in json.loads(path.read_text())] if path.exists() else []
-    if checks and ("self-test" in checks) != is_injected:
+    if not path.exists():
+        return
+    checks = [row["check"] for row in json.loads(path.read_text())]
+    if ("self-test" in checks) != is_injected:
         kind = "a real comparison" if is_injected else "a comparison with a planted fault"
         raise BadInput(f"{out} holds {kind}: choose another --out")
 
@@ -315,9 +261,10 @@ def find_sources(repository: Path) -> list[dict]:
     """
     findings = []
     for row in locate_sources(lambda name: (repository / name).read_text()):
-        measured = ", ".join(row["where"]) or f"no `{row['statement']}` in {row['file']}"
-        rows = [{"where": where} for where in row["where"]]
-        findings.append(
-            finding(row["source"], "note" if rows else "error", measured, row["control"], rows=rows)
-        )
+        places = ", ".join(row["where"])
+        if places:
+            findings.append(finding(row["source"], "note", places, row["control"]))
+        else:
+            measured = f"no `{row['statement']}` in {row['file']}"
+            findings.append(finding(row["source"], "error", measured, row["control"]))
     return findings
