@@ -5,6 +5,7 @@ channels last.
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from lib.config import Config
@@ -16,7 +17,9 @@ PCAM_STD = (0.2350, 0.2774, 0.2129)
 PREPROCESSING = {"mean": list(PCAM_MEAN), "std": list(PCAM_STD)}  # as a checkpoint carries it
 
 CHUNK = 16  # patches converted at a time: their float32 copy, 1.8 MB, stays in a core's cache
-# pixels in y and x by which each of the eight views is shifted after it is turned. The answer of a
+# the symmetries that are the views of a patch, by their number: the four turns, or all eight
+VIEWS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
+# pixels in y and x by which each of several views is shifted after it is turned. The answer of a
 # strided network depends on where its grid lies, most of all for patches that were JPEG before
 VIEW_SHIFT = (1, 3)
 # the bits of a symmetry's number, 0 to 7; it transposes after it flips
@@ -66,11 +69,18 @@ def draw_at(position: int | torch.Tensor, keys: torch.Tensor, cfg: Config) -> Dr
     # a gain leaves white (1.0) as it is: stains get stronger or weaker, the background stays
     offset = (1 - gain) + cfg.brightness_jitter * spread[:, :1]
     return Draws(
-        bits[:, 0] & (7 if cfg.symmetries else 0),
+        bits[:, 0] & (7 if turns_patches(cfg) else 0),
         (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
         gain,
         offset,
     )
+
+
+def turns_patches(cfg: Config) -> bool:
+    """Whether training draws symmetries. p4m answers all eight alike, so it would learn the same:
+    its patches are not turned, which is faster.
+    """
+    return cfg.symmetries and cfg.model != "p4m"
 
 
 def no_augmentation(num: int, device="cpu") -> Draws:
@@ -81,14 +91,14 @@ def no_augmentation(num: int, device="cpu") -> Draws:
     )
 
 
-def eight_views(images: torch.Tensor, shift=VIEW_SHIFT):
-    """Yield patches (B, S, S, C) of any type in each of the eight symmetries, then moved by `shift`
-    pixels (y, x). Where a shift leaves the patch the edge is repeated.
+def turned_views(images: torch.Tensor, shift=VIEW_SHIFT, num: int = 8):
+    """Yield patches (B, S, S, C) of any type in `num` symmetries (4 or 8), each then moved by
+    `shift` pixels (y, x). Where a shift leaves the patch the edge is repeated.
     """
     size, margin = images.shape[1], max(shift)
     reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
     wide = images.index_select(1, reads).index_select(2, reads)
-    for symmetry in range(8):
+    for symmetry in VIEWS[num]:
         y, x = shift[::-1] if symmetry & TRANSPOSE else shift  # as it is before the symmetry
         top = margin + (y if symmetry & FLIP_Y else -y)
         left = margin + (x if symmetry & FLIP_X else -x)
@@ -108,8 +118,8 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
     """
     num, size, device = len(images), images.shape[1], images.device
     # only on a CPU: a GPU would answer after all steps that it has been given
-    if crop == size and device.type == "cpu" and not draws.symmetry.any() and not draws.shift.any():
-        return images
+    if device.type == "cpu" and not draws.symmetry.any():
+        return cut_windows(images, draws.shift, crop)
     centre = torch.arange(crop, device=device) + (size - crop) // 2
 
     def source(axis, flip_bit):  # (B, crop): where each output position reads along an axis
@@ -124,6 +134,21 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
     along_columns = torch.where(transposes, y, x).int()
     index = (along_rows[:, :, None] + along_columns[:, None, :]).view(-1)  # (B * crop * crop,)
     return torch.index_select(images.reshape(-1, 3), 0, index).view(num, crop, crop, 3)
+
+
+def cut_windows(images: torch.Tensor, shift: torch.Tensor, crop: int) -> torch.Tensor:
+    """`move_pixels` on a CPU without a symmetry: rows of pixels are copied as they are."""
+    size = images.shape[1]
+    if crop == size and not shift.any():
+        return images
+    border = (size - crop) // 2
+    margin = max(0, int(shift.abs().max()) - border)
+    pixels = images.numpy()
+    if margin:
+        pixels = np.pad(pixels, ((0, 0), (margin, margin), (margin, margin), (0, 0)), "edge")
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (crop, crop, 3), (1, 2, 3))
+    top, left = (border + margin - shift).T.numpy()
+    return torch.from_numpy(windows[np.arange(len(images)), top, left, 0])
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
-from lib.augment import eight_views
+from lib.augment import turned_views
 
 EPSILON = 1e-5  # of batch norm
 
@@ -26,7 +26,7 @@ def symmetry_reads(size: int) -> torch.Tensor:
     result is read from: int64 (8, size^2). The symmetries are numbered as in lib/augment.py.
     """
     grid = torch.arange(size * size).view(1, size, size, 1)
-    return torch.stack([view.flatten() for view in eight_views(grid, shift=(0, 0))])
+    return torch.stack([view.flatten() for view in turned_views(grid, shift=(0, 0))])
 
 
 def orientation_reads() -> torch.Tensor:

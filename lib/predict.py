@@ -1,5 +1,5 @@
-"""A model applied to patches: float32 logits in input order, over one view or averaged over eight
-(test-time augmentation).
+"""A model applied to patches: float32 logits in input order, over one view, or averaged over four
+or eight (test-time augmentation).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING, eight_views, no_augmentation, normalise
+from lib.augment import PREPROCESSING, no_augmentation, normalise, turned_views
 from lib.batches import PatchSource, Rows, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
@@ -38,8 +38,8 @@ def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
 def predict_batch(
     model: nn.Module, images: torch.Tensor, precision: str, views: int, preprocessing: dict
 ) -> torch.Tensor:
-    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3) on the model's device. With 8 `views`
-    they are the mean over the eight symmetries of a patch, each of them shifted.
+    """Logits float32 (B,) of patches uint8 (B, 96, 96, 3) on the model's device. With 4 or 8
+    `views` they are the mean over so many symmetries of a patch, each of them shifted.
     """
     if images.device.type == "cpu" and len(images) > CPU_BATCH:
         parts = images.split(CPU_BATCH)
@@ -51,7 +51,7 @@ def predict_batch(
     inputs = normalise(images, plain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
     views_of_inputs = [inputs]
     if views > 1:  # generators, so that one view at a time is in memory
-        turned = eight_views(inputs.permute(0, 2, 3, 1))
+        turned = turned_views(inputs.permute(0, 2, 3, 1), num=views)
         views_of_inputs = (view.permute(0, 3, 1, 2) for view in turned)
     logits = torch.zeros(len(images), device=images.device)
     for view in views_of_inputs:

@@ -6,7 +6,7 @@ import torch
 
 from lib.audit import copies
 from lib.audit.plant import copy_patch
-from lib.augment import eight_views
+from lib.augment import turned_views
 from lib.pcam import PATCH_SHAPE
 from lib.prepare.synthetic import draw_slide
 
@@ -51,7 +51,7 @@ def pick_busy(patches) -> np.ndarray:
 
 
 def test_turns_are_those_of_the_augmentation(patches):
-    for symmetry, view in enumerate(eight_views(torch.from_numpy(patches[:2]), (0, 0))):
+    for symmetry, view in enumerate(turned_views(torch.from_numpy(patches[:2]), (0, 0))):
         assert np.array_equal(copies.turn(patches[:2], symmetry), view.numpy())
 
 

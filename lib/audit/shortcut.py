@@ -16,7 +16,7 @@ from torch.nn import functional
 from lib.audit import judged_finding
 from lib.audit.resampling import draw_weights, resampled_scores, score_cells
 from lib.audit.slices import Answers
-from lib.augment import VIEW_SHIFT, eight_views
+from lib.augment import VIEW_SHIFT, turned_views
 from lib.metrics import sigmoid
 from lib.progress import Progress
 
@@ -124,7 +124,8 @@ def probe_views(
     shifts alone."""
     rows = []
     for probe, shift in (("eight views, turned", (0, 0)), (SHIFTED, VIEW_SHIFT)):
-        views = np.stack([sigmoid(predict(view)) for view in eight_views(patches, shift)])  # (8, B)
+        views = [sigmoid(predict(view)) for view in turned_views(patches, shift)]
+        views = np.stack(views)  # (8, B)
         called = views >= threshold
         is_undecided = called.any(0) & ~called.all(0)
         ranges = mean_of(np.ptp(views, axis=0), weights)
