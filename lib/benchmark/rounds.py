@@ -175,11 +175,13 @@ def build_rows(results: dict, job: dict) -> list[dict]:
     """A row for each case."""
     rows = [build_row(case, outcomes, job) for case, outcomes in results.items()]
     for row in rows:
-        rate = row["images_per_s"]
-        for column, find in (("factor", find_reference), ("share_of_peak", find_limit)):
-            reference = find(row, rows)
-            row[column] = rate / reference if rate and reference else None
+        row["factor"] = share_of(row["images_per_s"], find_reference(row, rows))
+        row["share_of_peak"] = share_of(row["images_per_s"], find_limit(row, rows))
     return rows
+
+
+def share_of(rate: float | None, reference: float | None) -> float | None:
+    return rate / reference if rate and reference else None
 
 
 def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:

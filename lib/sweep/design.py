@@ -64,7 +64,7 @@ def read_space(space: dict, source) -> dict:
     that are unknown or missing, and for values that are not allowed.
     """
     required = {*SPACE, "ranges", "finalists"}
-    for key in required ^ {*space, "finalists"}:
+    for key in sorted(required ^ {*space, "finalists"}):
         problem = "unknown" if key in space else "missing"
         raise BadInput(f"{source}: {problem} key {key!r}{nearest(key, required)}")
     typed = {}

@@ -113,16 +113,12 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     all views. What a run did beyond the row's epochs does not count, so that the answer never
     changes once there is one.
     """
-    result = {"trial": row.trial, "run": None, "num_epochs": 0, "state": "todo"}
+    run, summary, epochs = sweep.run_of(row), {}, []
+    if run and (run / "epochs.csv").is_file():
+        epochs = read_csv(run / "epochs.csv")[: row.epochs]
+        summary = read_cache(run / "summary.json")
     failure = read_cache(sweep.folder / "failed" / f"{row}.json")
-    if failure:
-        result |= {"state": "failed", "reason": failure["reason"]}
-    run = sweep.run_of(row)
-    if run is None or not (run / "epochs.csv").is_file():
-        return result
-    epochs = read_csv(run / "epochs.csv")[: row.epochs]
-    summary = read_cache(run / "summary.json")
-    result |= {"run": str(run), "num_epochs": len(epochs)}
+    result = {"trial": row.trial, "run": run and str(run), "num_epochs": len(epochs)}
     # of the last rung a summary is needed: the last checkpoint might not be written yet
     is_paused = len(epochs) == row.epochs < sweep.plan["rungs"][-1]
     if summary.get("status") == "finished" or is_paused:
@@ -132,11 +128,13 @@ def outcome(sweep: Sweep, row: Row) -> dict:
         if math.isfinite(score):
             return result | {"state": "done", "score": score}
         reason = "no AUC: validation lacks a class, or no logit was finite"
-        return result | {"state": "failed", "reason": reason}
-    if summary:
+    elif summary:
         reason = f"diverged after step {summary['diverged_step']}"
-        return result | {"state": "failed", "reason": reason}
-    return result
+    elif failure:
+        reason = failure["reason"]
+    else:
+        return result | {"state": "todo"}
+    return result | {"state": "failed", "reason": reason}
 
 
 def mean_scores(sweep: Sweep, rung: int) -> dict[str, float]:
