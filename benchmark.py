@@ -114,8 +114,8 @@ def main(argv=None) -> int:
 
 
 def benchmark(args) -> int:
-    """Refuse what cannot be measured, measure all cases in turn, and write rows, samples, tables,
-    plots and the verdict.
+    """Refuse what cannot be measured, measure all cases in turn, and write rows, tables, plots and
+    the verdict.
     """
     from lib.batches import open_train_valid
     from lib.benchmark import plan, rounds
@@ -127,17 +127,17 @@ def benchmark(args) -> int:
     from lib.machine import control_group_limits, describe_machine, resolve_threads
     from lib.rundir import environment
 
-    overrides = args.rest + ([f"data_dir={args.data}"] if args.data else [])
-    cfg = resolve_threads(load_config(overrides=overrides))
+    data = [f"data_dir={args.data}"] if args.data else []
+    cfg = resolve_threads(load_config(overrides=args.rest + data))
     device = choose_device(args.device)
-    sizes = args.batch_sizes or ([cfg.batch_size] if args.what == "loader" else list(plan.SIZES))
+    sizes, names = args.batch_sizes, args.cases
+    if sizes and not names and args.what in ("infer", "train"):
+        names = ["default"]
+    sizes = sizes or ([cfg.batch_size] if args.what == "loader" else list(plan.SIZES))
     for size in sizes:
         if size % cfg.shards:
             raise BadInput(f"batch size {size} must be a multiple of shards ({cfg.shards})")
     open_train_valid(cfg)
-    names = args.cases
-    if args.batch_sizes and not names and args.what in ("infer", "train"):
-        names = ["default"]
     cases = plan.plan_cases(args.what, cfg, sizes, device, names)
     if not args.allow_noise:
         require_quiet()
@@ -145,21 +145,24 @@ def benchmark(args) -> int:
     about = environment()
     job = rounds.describe_job(machine, about)
     out = Path(args.out or default_folder(job))
+    for name in PLACES:
+        machine.pop(name, None)
+        about.pop(name, None)
     result = {
         "what": args.what,
         "seconds": args.seconds,
         "repeats": args.repeats,
         "data": cfg.data_dir,
         "config": cfg.as_dict(),
-        "machine": {name: value for name, value in machine.items() if name not in PLACES},
-        "environment": {name: value for name, value in about.items() if name not in PLACES},
+        "machine": machine,
+        "environment": about,
     }
     outcomes = {}
 
     def keep() -> None:  # after each round, so that a job at its time limit leaves something
         result["rows"] = rounds.build_rows(outcomes, job)
         result["verdict"] = judge(result["rows"])
-        write_benchmark(out, result, outcomes)
+        write_benchmark(out, result)
 
     minutes = rounds.estimate_s(cases, args.seconds, args.repeats) / 60
     say(f"{len(cases)} cases, {args.repeats} times: about {minutes:.1f} minutes")
@@ -171,16 +174,8 @@ def benchmark(args) -> int:
     counts = ", ".join(f"{num} rows {status}" for status, num in statuses.items())
     say(f"{out}/benchmark.md: {counts}")
     summary = headline(rows, args.what, cfg, plan.size_of_variants(cfg, sizes))
-    print_result(
-        summary
-        | {
-            "out": str(out),
-            "statuses": statuses,
-            "verdict": verdict,
-            "machine": result["machine"],
-            "rows": rows,
-        }
-    )
+    summary |= {"out": str(out), "statuses": statuses, "verdict": verdict}
+    print_result(summary | {"machine": machine, "rows": rows})
     return EXIT_DONE if any(row["p50_s"] for row in rows) else EXIT_FINDING
 
 
@@ -202,21 +197,16 @@ def compare(before: str, after: str) -> int:
     rows = compare_rows(read_rows(before), read_rows(after))
     columns = ("what", "case", "model", "batch_size", "precision", "cache", "ratio", "low", "high")
     say(table_of(rows, (*columns, "status", "B is")).to_text())
-    num = Counter(row["B is"] for row in rows)
-    num_exceeding = num["slower"] + num["faster"]
+    answers = Counter(row["B is"] for row in rows)
+    num_compared, num_slower = len(rows), answers["slower"]
+    num_exceeding = num_slower + answers["faster"]
     say(
-        f"{len(rows)} rows compared, {num_exceeding} differ by more than the noise, in"
-        f" {num['slower']} of them B is slower"
+        f"{num_compared} rows compared, {num_exceeding} differ by more than the noise, in"
+        f" {num_slower} of them B is slower"
     )
-    print_result(
-        {
-            "num_compared": len(rows),
-            "num_exceeding": num_exceeding,
-            "num_slower": num["slower"],
-            "rows": rows,
-        }
-    )
-    return EXIT_FINDING if num["slower"] else EXIT_DONE
+    counts = {"num_compared": num_compared, "num_exceeding": num_exceeding}
+    print_result(counts | {"num_slower": num_slower, "rows": rows})
+    return EXIT_FINDING if num_slower else EXIT_DONE
 
 
 if __name__ == "__main__":

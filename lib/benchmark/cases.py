@@ -15,16 +15,17 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.functional import binary_cross_entropy_with_logits, conv2d
+from torch.utils.benchmark import Timer
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
 from torchvision.datasets import PCAM
-from torchvision.transforms import functional as transforms
 
 from lib import training
 from lib.augment import (
@@ -38,6 +39,7 @@ from lib.augment import (
 from lib.batches import PatchSource, epoch_order, load_batches, open_train_valid
 from lib.benchmark.plan import Case
 from lib.benchmark.timing import (
+    finish,
     gpu_power_w,
     measure,
     read_energy_j,
@@ -62,10 +64,8 @@ MIN_BATCHES = 1000  # of an epoch that is gone through again and again
 WARM_SHARE, COLD_SHARE = 0.95, 0.1  # of a file's pages in memory: at least, and at most
 NUM_COPIED = 8192  # patches, more than any cache holds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# of products that may be the fastest: sides of matrices, (channels, side) of 3x3 convolutions
 MATRIX_SIDES, GPU_MATRIX_SIDES = (512, 1024, 2048), (2048, 4096, 8192)
-CONVOLUTIONS = ((64, 48), (64, 24), (128, 12), (256, 6))
-PROBE_S = 0.05  # of each of them
+PROBE_S = 0.05  # of each side
 
 
 def time_case(case: Case, seconds: float) -> dict:
@@ -88,27 +88,21 @@ def time_built(case: Case, seconds: float) -> dict:
     forget_memory(device)
     about = {"residence": None, "note": "", "cache": case.cache, "parts": {}}
     prepare_pages(split_path(case.cfg.data_dir, "train", "x"), about)
-    wait = functools.partial(finish, device)
     with contextlib.closing(TIMED[case.kind](case, device, about)) as batches:
-        about["first_batch_s"] = sum(take(batches, 0, 1, wait)[1])  # with building it
+        _, first = take(batches, 0, 1)
         busy_s, energy_j, started_at = others_busy_s(), read_energy_j(), time.monotonic()
-        about |= measure(batches, seconds, wait, is_endless=case.cache == "warm")
+        about |= measure(batches, seconds, is_endless=case.cache == "warm")
         about["power_w"] = (read_energy_j() - energy_j) / (time.monotonic() - started_at)
+        about["others_share"] = share_of_others(busy_s, started_at)
+        about["memory_bytes"] = peak_memory_bytes(device)
         if device.type == "cuda":
             about["power_w"] = gpu_power_w(device)
-        about["memory_bytes"] = peak_memory_bytes(device)
-    about["others_share"] = share_of_others(busy_s, started_at)
+    about["first_batch_s"] = sum(first)  # with building it
     for stage_s in about["parts"].values():
         del stage_s[: -len(about["samples"])]  # of the warm-up
     if case.kind in ("infer", "train"):
         about["flops_per_image"] = count_flops(case.vary(batch_size=2))
     return about
-
-
-def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def forget_memory(device: torch.device) -> None:
@@ -135,21 +129,15 @@ def count_flops(case: Case) -> float:
     """FLOPs an image, a product and a sum being two, of the forward pass and, in training, the
     backward pass.
     """
-    size = patch_size(case.cfg, 0) if case.kind == "train" else 96
+    is_training = case.kind == "train"
+    size = patch_size(case.cfg, 0) if is_training else 96
     model, images = build_model(case.cfg), torch.zeros(case.cfg.batch_size, 3, size, size)
 
-    def compute():
-        logits = model(images)
-        if case.kind == "train":
-            logits.sum().backward()
-
-    return flops_of(compute) / len(images)
-
-
-def flops_of(function: Callable) -> float:
     with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+        logits = model(images)
+        if is_training:
+            logits.sum().backward()
+    return counter.get_total_flops() / len(images)
 
 
 def resident_share(path) -> float:
@@ -170,16 +158,16 @@ def prepare_pages(path: Path, about: dict) -> None:
         if is_cold:
             open_source.cache_clear()  # a page that is mapped cannot be dropped
             gc.collect()
-            with contextlib.suppress(OSError):
-                os.fsync(file.fileno())  # nor one that waits to be written
+            os.fsync(file.fileno())  # nor one that waits to be written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif resident_share(path) < WARM_SHARE:
             while file.read(1 << 24):
                 pass
     share = resident_share(path)
-    if share > COLD_SHARE if is_cold else share < WARM_SHARE:
+    if is_cold and share > COLD_SHARE:
+        about["cache"] = EVICTION_REQUESTED
+    if about["cache"] == EVICTION_REQUESTED or not is_cold and share < WARM_SHARE:
         about["note"] = f"the page cache holds {share:.0%} of the file"
-        about["cache"] = EVICTION_REQUESTED if is_cold else "warm"
 
 
 @functools.cache
@@ -199,13 +187,18 @@ def open_batches(case: Case, device: torch.device, about: dict, keys=None, prefe
         keys = torch.arange(len(split))
         if case.order == "random":
             keys = position_permutation(len(split), case.cfg.seed)
-    size, is_endless = case.cfg.batch_size, case.cache == "warm"
-    if is_endless:  # a short split over and over, without a new start
-        keys = keys.repeat(-(-MIN_BATCHES * size // len(keys)))
+    size, num_rounds = case.cfg.batch_size, 1
+    if case.cache == "warm":  # a short split over and over, without a new start
+        num_rounds = -(-MIN_BATCHES * size // len(keys))
+    keys = keys.repeat(num_rounds)
     batches = keys[: len(keys) // size * size].split(size)
-    yield from load_batches(source, split.labels, batches, prefetch)
-    while is_endless:
+    for _ in rounds_of(case):
         yield from load_batches(source, split.labels, batches, prefetch)
+
+
+def rounds_of(case: Case):
+    """Once for a cold file, else for ever."""
+    return itertools.count() if case.cache == "warm" else range(1)
 
 
 def raw(case, device, about):
@@ -218,7 +211,7 @@ def ready(case, device, about):
     """Batches as the model takes them: augmented, normalised, of the case's precision."""
     for batch in open_batches(case, device, about):
         make_input(case.cfg, batch)
-        finish(device)
+        finish()
         yield len(batch.keys)
 
 
@@ -238,37 +231,20 @@ def copy(case, *_):
 
 
 def matrix_product(case, device, about):
-    """Products in the case's precision, of the shape that is the fastest here."""
-    rates = {}
-    for product in list_products(DTYPES[case.cfg.precision], device):
-        stream = repeat(product, device)
-        next(stream)
-        amount, samples = take(stream, PROBE_S, 3)
-        rates[product] = amount / sum(samples)
-    fastest = max(rates, key=rates.get)
-    shape = tuple(fastest.args[0].shape)
-    about["note"] = f"the fastest of several shapes: {fastest.func.__name__} of {shape}"
-    yield from repeat(fastest, device)
-
-
-def repeat(product: Callable, device: torch.device):
-    num_flops = flops_of(product)
-    while True:
-        product()
-        finish(device)
-        yield num_flops
-
-
-def list_products(dtype: torch.dtype, device: torch.device):
-    """Square matrix products, and convolutions as ResNet-18 and p4m make them: products of matrices
-    with other loads and stores.
-    """
-    new = functools.partial(torch.randn, dtype=dtype, device=device)
+    """Products of square matrices in the case's precision, of the side that is the fastest here."""
+    rates, threads = {}, torch.get_num_threads()
     for side in GPU_MATRIX_SIDES if device.type == "cuda" else MATRIX_SIDES:
-        yield functools.partial(torch.mm, new(side, side), new(side, side))
-    for channels, side in CONVOLUTIONS:
-        images = new(64, channels, side, side).to(memory_format=torch.channels_last)
-        yield functools.partial(conv2d, images, new(channels, channels, 3, 3), padding=1)
+        matrix = torch.randn(side, side, device=device).to(DTYPES[case.cfg.precision])
+        timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
+        probe = timer.blocked_autorange(min_run_time=PROBE_S)
+        rates[matrix] = side**3 / probe.median
+    matrix = max(rates, key=rates.get)
+    side = len(matrix)
+    about["note"] = f"the fastest of several shapes: ({side}, {side})"
+    while True:
+        matrix @ matrix
+        finish()
+        yield 2 * side**3
 
 
 def alter(model: torch.nn.Module, case: Case) -> torch.nn.Module:
@@ -351,13 +327,11 @@ def apart(case, device, about):
     batches = open_batches(case, device, about, keys, prefetch=False)
     lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
     optimizer_step = state.optimizer.step
-    stage_s, ended_at = {}, 0.0
+    ends = []  # (stage, when it ended)
 
     def end(stage: str) -> None:
-        nonlocal ended_at
-        finish(device)
-        started_at, ended_at = ended_at, time.perf_counter()
-        stage_s[stage] = stage_s.get(stage, 0.0) + ended_at - started_at
+        finish()
+        ends.append((stage, time.perf_counter()))
 
     def optimise():
         end("backward")  # of the last shard, with the norm of the gradients
@@ -367,8 +341,8 @@ def apart(case, device, about):
     state.optimizer.step = optimise
     with logged(state, case.cfg.batch_size) as log:
         while True:
-            stage_s.clear()
-            ended_at = time.perf_counter()
+            ends.clear()
+            end("begin")
             batch = next(batches)
             end("gather")
             make_input(case.cfg, batch)
@@ -377,25 +351,13 @@ def apart(case, device, about):
             end("optimiser")  # and the averaged weights
             log.add_step(result, batch, lr)
             end("logging")
+            stage_s = Counter()
+            for (_, started_at), (stage, ended_at) in itertools.pairwise(ends):
+                stage_s[stage] += ended_at - started_at
             stage_s["forward"] -= stage_s["augment"]  # the step makes its input itself, once more
             for stage, seconds in stage_s.items():
-                about["parts"].setdefault(stage, []).append(round(seconds, 9))
+                about["parts"].setdefault(stage, []).append(seconds)
             yield len(batch.keys)
-
-
-def plain(case, device, _about):
-    """Training the plain way: float32, NCHW, torchvision's PCAM in a DataLoader."""
-    seed_everything(case.cfg.seed)
-    model = build_model(case.cfg).to(device, memory_format=torch.contiguous_format).train()
-    optimizer = build_optimizer(model, case.cfg)
-    for images, labels in torchvision_batches(case):
-        logits = model(images.to(device)).flatten()
-        loss = binary_cross_entropy_with_logits(logits, labels.to(device).float().flatten())
-        model.zero_grad()
-        loss.backward()
-        optimizer.step()
-        finish(device)
-        yield len(images)
 
 
 def torchvision(case, *_):
@@ -408,38 +370,48 @@ def torchvision_batches(case: Case):
     """The same product, the plain way: torchvision's PCAM, a transform per patch, a DataLoader; for
     ever, unless cold.
     """
+    size = case.cfg.batch_size
     with tempfile.TemporaryDirectory() as root:
         folder = split_path(case.cfg.data_dir, "train", "x").parent
         Path(root, "pcam").symlink_to(folder.resolve())
-        transform = functools.partial(plain_transform, case.cfg)
-        dataset = PCAM(root, split="train", transform=transform)
-        size = case.cfg.batch_size
+        dataset = PCAM(root, split="train", transform=plain_transform(case.cfg))
         if len(dataset) < size:
             raise BadInput(f"a split of {len(dataset):,} patches is less than a batch of {size}")
         options = {"num_workers": case.num_workers, "shuffle": case.order == "random"}
-        loader = torch.utils.data.DataLoader(dataset, size, drop_last=True, **options)
-        yield from loader
-        while case.cache == "warm":
+        loader = DataLoader(dataset, size, drop_last=True, **options)
+        for _ in rounds_of(case):
             yield from loader
 
 
-def plain_transform(cfg: Config, image) -> torch.Tensor:
-    """An image as the model takes it, augmented like ours, patch by patch: float32 (3, 96, 96)."""
-    patch = transforms.to_tensor(image)  # (3, 96, 96) in [0, 1]
+def plain_transform(cfg: Config) -> transforms.Compose:
+    """What makes an image the model's input, augmented like ours, patch by patch: float32
+    (3, 96, 96).
+    """
+    steps = [transforms.ToTensor()]  # (3, 96, 96) in [0, 1]
     if cfg.symmetries:
-        flip_x, flip_y, transpose = torch.rand(3) < 0.5
-        patch = transforms.hflip(patch) if flip_x else patch
-        patch = transforms.vflip(patch) if flip_y else patch
-        patch = patch.mT if transpose else patch
-    y, x = torch.randint(2 * cfg.shift + 1, (2,)).tolist()
-    patch = transforms.pad(patch, cfg.shift, padding_mode="edge")[:, y : y + 96, x : x + 96]
+        transpose = transforms.Lambda(lambda patch: patch.mT)
+        steps += [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
+        steps.append(transforms.RandomApply([transpose]))
+    steps.append(transforms.RandomCrop(96, padding=cfg.shift, padding_mode="edge"))
+    steps.append(transforms.Lambda(functools.partial(jitter_colours, cfg)))
+    steps.append(transforms.Normalize(PCAM_MEAN, PCAM_STD))
+    return transforms.Compose(steps)
+
+
+def jitter_colours(cfg: Config, patch: torch.Tensor) -> torch.Tensor:
     gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
     offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
-    return transforms.normalize(patch * gain + offset, PCAM_MEAN, PCAM_STD)
+    return patch * gain + offset
 
 
-KINDS = (
-    *(raw, ready, copy, matrix_product, infer),
-    *(end_to_end, train, apart, plain, torchvision),
-)
-TIMED = {kind.__name__: kind for kind in KINDS}
+TIMED = {
+    "raw": raw,
+    "ready": ready,
+    "copy": copy,
+    "matrix_product": matrix_product,
+    "infer": infer,
+    "end_to_end": end_to_end,
+    "train": train,
+    "apart": apart,
+    "torchvision": torchvision,
+}

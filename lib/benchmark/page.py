@@ -1,10 +1,7 @@
-"""A benchmark as files: rows.csv, benchmark.json with the verdict, samples.json.gz, tables in
-benchmark.md, and two plots.
+"""A benchmark as files: rows.csv, benchmark.json with the verdict, tables in benchmark.md, and two
+plots.
 """
 
-import dataclasses
-import gzip
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import numpy as np
 from lib.benchmark.rounds import COLUMNS, JOB
 from lib.benchmark.verdict import GROUPS
 from lib.blocks import Figure, Heading, Table, Words, table_of, to_markdown
-from lib.figures import COLOURS, MARKS, add_legend, figure_png, new_figure
+from lib.figures import COLOURS, MARKS, add_legend, column, figure_png, new_figure
 from lib.files import atomic_write, write_csv, write_json
 
 METHOD = (
@@ -44,20 +41,14 @@ TABLES = {
 }
 
 
-def write_benchmark(out: Path, result: dict, outcomes: dict) -> None:
-    """Write all of them into a folder; `outcomes` have of each case the seconds of every batch."""
+def write_benchmark(out: Path, result: dict) -> None:
+    """Write all of them into a folder."""
     rows, verdict = result["rows"], result["verdict"]
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / "rows.csv", COLUMNS, [[row[name] for name in COLUMNS] for row in rows])
     write_json(out / "benchmark.json", result)
-    samples = []
-    for case, repeats in outcomes.items():
-        seconds = [outcome.get("samples") for outcome in repeats]
-        samples.append(dataclasses.asdict(case) | {"samples": seconds})
-    with atomic_write(out / "samples.json.gz") as file:
-        file.write(gzip.compress(json.dumps(samples).encode(), mtime=0))
-    blocks = [Heading("Benchmark", 1), *map(Words, verdict["sentences"])]
     facts = {"data": result["data"]} | {name: rows[0][name] for name in JOB} | result["machine"]
+    blocks = [Heading("Benchmark", 1), *map(Words, verdict["sentences"])]
     blocks += [Table(("what", "value"), list(facts.items())), Words(METHOD.format(**result))]
     if rows[0]["gpu"] == "none":
         blocks.append(Words(NO_GPU))
@@ -75,29 +66,25 @@ def write_benchmark(out: Path, result: dict, outcomes: dict) -> None:
 def sort_into_tables(rows: list[dict]) -> dict[tuple, list[dict]]:
     """The rows of each table, by its title and columns."""
     scaling = [row for row in rows if row["case"] == "default"]
-    tables = {}
-    for row in scaling:
-        if row["batch_size"] == 1:
-            tables.setdefault(("Throughput at batch 1", AT_ONE), []).append(row)
+    at_one = [row for row in scaling if row["batch_size"] == 1]
+    tables = {("Throughput at batch 1", AT_ONE): at_one} if at_one else {}
     for row in scaling:
         title = f"Scaling: {row['what']}, {row['model']} (factor: against the smallest batch)"
         tables.setdefault((title, SCALING), []).append(row)
     for row in rows:
-        if row not in scaling:
+        if row["case"] != "default":
             tables.setdefault(TABLES[row["what"]], []).append(row)
     return tables
 
 
 def draw(rows: list[dict], verdict: dict) -> dict:
     """Figures by name: throughput over batch size, and the stages of a batch."""
-    points, figures = {}, {}
+    series, figures = {}, {}
     for row in rows:
-        rate = row["images_per_s"]
-        if row["case"] == "default" and rate:
-            spot = (row["batch_size"], rate, row["low"] or rate, row["high"] or rate)
-            points.setdefault(f"{row['what']}, {row['model']}", []).append(spot)
-    if points:
-        figures["scaling"] = plot_scaling(points)
+        if row["case"] == "default" and row["images_per_s"]:
+            series.setdefault(f"{row['what']}, {row['model']}", []).append(row)
+    if series:
+        figures["scaling"] = plot_scaling(series)
     if "later_epochs" in verdict:
         epoch = verdict["later_epochs"]
         figures["stages"], (axes,) = new_figure(1, 5.0, 3.8)
@@ -108,19 +95,19 @@ def draw(rows: list[dict], verdict: dict) -> dict:
     return figures
 
 
-def plot_scaling(series: dict[str, list[tuple[float, float, float, float]]]):
-    """Throughput against batch size, a line for each series: (batch size, images per second, low,
-    high).
-    """
+def plot_scaling(series: dict[str, list[dict]]):
+    """Throughput against batch size with its interval, a line for each series of rows."""
     figure, (axes,) = new_figure(1, 7.5, 4.2)
-    sizes = set()
-    for number, (name, points) in enumerate(series.items()):
-        size, rate, low, high = np.array(sorted(points)).T
-        sizes.update(size)
-        mark = MARKS[number % len(MARKS)]
-        axes.errorbar(size, rate, [rate - low, high - rate], marker=mark, label=name)
+    ticks = set()
+    for (name, rows), mark in zip(series.items(), MARKS, strict=False):
+        rows = sorted(rows, key=lambda row: row["batch_size"])
+        sizes, rates = column(rows, "batch_size"), column(rows, "images_per_s")
+        errors = [rates - column(rows, "low"), column(rows, "high") - rates]
+        # a rate that was measured once has no interval
+        axes.errorbar(sizes, rates, np.nan_to_num(errors), marker=mark, label=name)
+        ticks.update(sizes)
     axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images per second")
-    axes.set_xticks(sorted(sizes), [f"{size:g}" for size in sorted(sizes)])
+    axes.set_xticks(sorted(ticks), [f"{size:g}" for size in sorted(ticks)])
     axes.minorticks_off()
     add_legend(figure, axes)
     return figure

@@ -46,9 +46,8 @@ class Case:
 
     def vary(self, **changes) -> "Case":
         """This case with other fields, or other keys of its config."""
-        fields = {name: changes[name] for name in changes if hasattr(self, name)}
-        keys = {name: changes[name] for name in changes if name not in fields}
-        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **keys), **fields)
+        keys = {name: changes.pop(name) for name in list(changes) if not hasattr(self, name)}
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **keys), **changes)
 
 
 def plan_cases(
@@ -59,26 +58,29 @@ def plan_cases(
     """
     # whole patches, unless a case says otherwise
     at = dataclasses.replace(cfg, crop_epochs=0, batch_size=size_of_variants(cfg, sizes))
-    cases = []
+    copy = Case("limit", "memory_copy", "copy", at)
+    base = copy.vary(device=str(device))
+    cases, precisions = [], set()
     if what in ("loader", "all"):
         for size in sizes if what == "loader" else [at.batch_size]:
-            cases += plan_loader(Case("loader", "raw", "raw", at).vary(batch_size=size), device)
+            cases += plan_loader(copy.vary(batch_size=size), str(device))
     for verb in ("infer", "train"):
         if what in (verb, "all"):
-            cases += plan_model(Case(verb, "default", verb, at, device=str(device)), sizes)
+            models = plan_model(base.vary(what=verb, name="default", kind=verb), sizes)
+            precisions.update(case.cfg.precision for case in models)
+            cases += models
     if what in ("train", "all"):
-        cases += plan_training(Case("stage", "apart", "apart", at, device=str(device)), cfg)
+        cases += plan_training(base, cfg)
     if what != "infer":
-        cases.append(Case("limit", "memory_copy", "copy", at))
-    precisions = {case.cfg.precision for case in cases if case.what in ("infer", "train")}
-    limit = Case("limit", "matrix_product", "matrix_product", at, device=str(device))
-    cases += [limit.vary(precision=precision) for precision in sorted(precisions)]
+        cases.append(copy)
+    matrix = base.vary(name="matrix_product", kind="matrix_product")
+    cases += [matrix.vary(precision=precision) for precision in sorted(precisions)]
     all_names = {case.name for case in cases}
     for name in names:
         if name not in all_names:
             hint = f"{nearest(name, all_names)} ({', '.join(sorted(all_names))})"
             raise BadInput(f"--cases {name}: {what} has no such case{hint}")
-    chosen = [case for case in cases if not names or case.name in names]
+    chosen = [case for case in cases if case.name in (names or all_names)]
     # cold ones last: the file is read into memory once for all others
     return sorted(chosen, key=lambda case: (case.process, case.cache == "cold"))
 
@@ -90,66 +92,62 @@ def size_of_variants(cfg: Config, sizes: list[int]) -> int:
     return cfg.batch_size if cfg.batch_size in sizes else sizes[-1]
 
 
-def plan_loader(raw: Case, device: torch.device) -> list[Case]:
+def plan_loader(base: Case, device: str) -> list[Case]:
     """Ways to a batch: from where the patches reside by default; from the file, cold and warm,
     random and in order; torchvision's.
     """
-    raw = raw.vary(precision="fp32")
+    raw = base.vary(what="loader", name="raw", kind="raw", precision="fp32")
     ready = raw.vary(name="ready", kind="ready")
-    cases = [raw, ready, ready.vary(precision="bf16")]
-    if device.type == "cuda":
-        cases.append(ready.vary(name="ready_on_gpu", precision="bf16", device=str(device)))
+    half = ready.vary(precision="bf16")
+    theirs = raw.vary(kind="torchvision", channels_last=False)
+    cases = [raw, ready, half]
+    if device != "cpu":
+        cases.append(half.vary(name="ready_on_gpu", device=device))
     for cache in ("warm", "cold"):
         for case, order in product((raw, ready), ("random", "sequential")):
             name = f"{case.name}_file_{order}"
             cases.append(case.vary(name=name, data_residence="disk", cache=cache, order=order))
         for number in WORKERS:
             if number <= num_cores():
-                case = raw.vary(name=f"torchvision_{number}_workers", kind="torchvision")
-                cases.append(case.vary(num_workers=number, cache=cache, channels_last=False))
+                name = f"torchvision_{number}_workers"
+                cases.append(theirs.vary(name=name, num_workers=number, cache=cache))
     return cases
 
 
 def plan_model(default: Case, sizes: list[int]) -> list[Case]:
     """A small and a large model over batch sizes, and the small one with one thing changed."""
-    models = dict.fromkeys((default.cfg.model, LARGE))
+    cfg = default.cfg
+    models = dict.fromkeys((cfg.model, LARGE))
     cases = [default.vary(model=name, batch_size=size) for name, size in product(models, sizes)]
-    precisions = ["fp32", "bf16"]
-    is_on_gpu = default.device != "cpu"
+    precisions = {"fp32", "bf16"} - {cfg.precision}
     if default.kind == "infer":
         size = block_size(torch.device(default.device))
         cases.append(default.vary(name="end_to_end", kind="end_to_end", batch_size=size))
-        # training has no scaled loss, without which fp16 does not learn
-        precisions += ["fp16"] if is_on_gpu else []
-    for precision in precisions:
-        if precision != default.cfg.precision:
-            cases.append(default.vary(name=precision, precision=precision))
-    is_deterministic = default.cfg.deterministic
-    name = "not_deterministic" if is_deterministic else "deterministic"
-    return [
-        *cases,
-        default.vary(name=name, deterministic=not is_deterministic),
-        default.vary(name="nchw", channels_last=False),
-        default.vary(name="compile", compile=True),
-    ]
+        if default.device != "cpu":
+            # training has no scaled loss, without which fp16 does not learn
+            precisions.add("fp16")
+    variants = {precision: {"precision": precision} for precision in sorted(precisions)}
+    name = "not_deterministic" if cfg.deterministic else "deterministic"
+    variants[name] = {"deterministic": not cfg.deterministic}
+    variants |= {"nchw": {"channels_last": False}, "compile": {"compile": True}}
+    return cases + [default.vary(name=name, **changes) for name, changes in variants.items()]
 
 
-def plan_training(apart: Case, cfg: Config) -> list[Case]:
-    """What `train` has besides: techniques, the plain way, and the stages."""
-    default = apart.vary(what="train", kind="train")
-    plain = default.vary(kind="plain", precision="fp32", channels_last=False)
-    cases = [
-        apart,
-        default.vary(name="resident_batch", resident=True),
-        default.vary(name="memory_returned", keep_memory=False),
-        plain.vary(name="plain_0_workers"),
-        plain.vary(name="plain_2_workers", num_workers=2),
-    ]
-    if cfg.crop < 96 and cfg.crop_epochs:
-        cases.append(default.vary(name=f"centre_{cfg.crop}", crop_epochs=cfg.epochs))
+def plan_training(base: Case, cfg: Config) -> list[Case]:
+    """What `train` has besides: the stages, and techniques."""
     images = open_split(cfg.data_dir, "train").images
-    residence = choose_residence(images, cfg.data_residence, torch.device(apart.device))
+    residence = choose_residence(images, cfg.data_residence, torch.device(base.device))
+    stage = {"what": "stage", "kind": "apart"}
+    file = {"data_residence": "disk", "cache": "cold", "device": "cpu"}
     # else all of it is read once, before the first step
-    order = "random" if residence == "disk" else "sequential"
-    read = apart.vary(name="read", kind="raw", order=order, cache="cold", device="cpu")
-    return [*cases, read.vary(data_residence="disk")]
+    file["order"] = "random" if residence == "disk" else "sequential"
+    variants = {
+        "apart": stage,
+        "read": stage | file | {"kind": "raw"},
+        "resident_batch": {"resident": True},
+        "memory_returned": {"keep_memory": False},
+    }
+    if cfg.crop < 96 and cfg.crop_epochs:
+        variants[f"centre_{cfg.crop}"] = {"crop_epochs": cfg.epochs}
+    default = base.vary(what="train", kind="train")
+    return [default.vary(name=name, **changes) for name, changes in variants.items()]

@@ -2,15 +2,17 @@
 interval over the rounds.
 """
 
-import contextlib
 import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import statistics
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
@@ -62,54 +64,43 @@ JOB = ["partition", "node_type", "job_id", "gpu", "date", "commit", "versions"]
 COLUMNS = (*KEY, *MEASURED, *JOB)
 
 
-def work(pipe, cache_dir: str) -> None:
-    """In a process of its own: answer each case that comes through `pipe`, until it is closed."""
+def set_up(cache_dir: str) -> None:
+    """Prepare a process of its own, before it times a case."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the benchmark to heed
     tempfile.tempdir = cache_dir  # so that nothing stays of a process that is killed
     # a DataLoader starts its workers as it would outside
     multiprocessing.set_start_method("fork", force=True)
     # the first round compiles, later ones find what it has compiled
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send(time_case(*pipe.recv()))
 
 
-class Worker:
-    """A process that times cases one after another. A new one goes on where it failed or died."""
-
-    def __init__(self, cache_dir):
-        self.cache_dir, self.process = str(cache_dir), None
-
-    def time(self, case: Case, seconds: float) -> dict:
-        """What a case measured, or a status and a note that say why nothing was."""
-        if not self.process:
-            context = multiprocessing.get_context("spawn")
-            self.pipe, other_end = context.Pipe()
-            self.process = context.Process(target=work, args=(other_end, self.cache_dir))
-            # Ctrl-C is for the benchmark to heed: the new process inherits that it ignores it
-            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            self.process.start()
-            signal.signal(signal.SIGINT, handler)
-            other_end.close()  # so that the end of the process is the end of the pipe
-        try:
-            self.pipe.send((case, seconds))
-            outcome = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join()
-            exit_code = self.process.exitcode
-            outcome = {"status": "error", "note": f"its process ended with exit code {exit_code}"}
-            if exit_code == -signal.SIGKILL:
-                note = "killed, as the kernel and Slurm do where memory runs out"
+def time_group(cases: list[Case], seconds: float, cache_dir: str):
+    """Yield what each case measured, or a status and a note that say why nothing was. All are timed
+    in one process, until it fails or dies: then a new one goes on.
+    """
+    context, pool = multiprocessing.get_context("spawn"), None
+    options = {"mp_context": context, "initializer": set_up, "initargs": (cache_dir,)}
+    try:
+        for case in cases:
+            pool = pool or ProcessPoolExecutor(1, **options)
+            try:
+                outcome = pool.submit(time_case, case, seconds).result()
+            except BrokenProcessPool:
+                note = "its process was killed, as the kernel and Slurm do where memory runs out"
                 outcome = {"status": OUT_OF_MEMORY, "note": note}
-        if "status" in outcome:
-            self.close()
-        return outcome
+            if "status" in outcome:
+                pool = end(pool)
+            yield outcome
+    finally:
+        end(pool)
 
-    def close(self) -> None:
-        if self.process:
-            self.process.kill()
-            self.process.join()
-            self.process = None
+
+def end(pool: ProcessPoolExecutor | None) -> None:
+    """End a process at once, which may hold memory that the next one needs."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    if pool:
+        pool.shutdown()
 
 
 def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, cache_dir, keep):
@@ -121,12 +112,14 @@ def run_cases(cases: list[Case], results: dict, seconds: float, repeats: int, ca
     try:
         with Progress(repeats * len(cases), "benchmark", "measurements") as progress:
             for _ in range(repeats):
-                for _, group in itertools.groupby(cases, lambda case: case.process):
-                    with contextlib.closing(Worker(cache_dir)) as worker:
-                        for case in group:
-                            if not find_failure(results.get(case, [])):
-                                add_outcome(results, case, worker.time(case, seconds))
-                            progress.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
+                todo = [case for case in cases if not find_failure(results.get(case, []))]
+                progress.add(len(cases) - len(todo))
+                for _, group in itertools.groupby(todo, lambda case: case.process):
+                    group = list(group)
+                    outcomes = time_group(group, seconds, cache_dir)
+                    for case, outcome in zip(group, outcomes, strict=True):
+                        add_outcome(results, case, outcome)
+                        progress.add(note=f"{case.what} {case.name} {case.cfg.batch_size}")
                 keep()
     except KeyboardInterrupt:
         if results:
@@ -151,21 +144,19 @@ def rate_interval(rates: list[float]) -> tuple[float, float | None, float | None
     """
     if len(rates) == 1:
         return rates[0], None, None
-    of_logarithms = mean_interval(np.log(rates))
-    mean, low, high = (math.exp(of_logarithms[name]) for name in ("mean", "low", "high"))
-    return mean, low, high
+    spread = mean_interval(np.log(rates))
+    return tuple(math.exp(spread[name]) for name in ("mean", "low", "high"))
 
 
 def describe_job(machine: dict, about: dict) -> dict:
     """What every row carries of where and when it was measured."""
-    job = about["job"]
-    node_type = machine["cpu"]
-    if "SLURMD_NODENAME" in os.environ:  # a shell of salloc is on no node
-        command = ["scontrol", "-o", "show", "node", os.environ["SLURMD_NODENAME"]]
-        with contextlib.suppress(OSError):
-            answer = subprocess.run(command, capture_output=True, text=True).stdout
-            features = answer.partition("ActiveFeatures=")[2].partition(" ")[0]
-            node_type = features if features not in ("", "(null)") else node_type
+    job, node_type = about["job"], machine["cpu"]
+    node = os.environ.get("SLURMD_NODENAME")  # a shell of salloc is on no node
+    if node:
+        command = ["scontrol", "-o", "show", "node", node]
+        answer = subprocess.run(command, capture_output=True, text=True).stdout
+        features = re.search(r"ActiveFeatures=([^ (]+)", answer)  # or (null)
+        node_type = features[1] if features else node_type
     commit = (about["commit"] or "none")[:10]
     if about["uncommitted_patch"]:
         commit += " with changes"
@@ -184,11 +175,13 @@ def build_rows(results: dict, job: dict) -> list[dict]:
     """A row for each case."""
     rows = [build_row(case, outcomes, job) for case, outcomes in results.items()]
     for row in rows:
-        rate = row["images_per_s"]
-        reference, limit = find_reference(row, rows), find_limit(row, rows)
-        row["factor"] = rate / reference if rate and reference else None
-        row["share_of_peak"] = rate / limit if rate and limit else None
+        row["factor"] = share_of(row["images_per_s"], find_reference(row, rows))
+        row["share_of_peak"] = share_of(row["images_per_s"], find_limit(row, rows))
     return rows
+
+
+def share_of(rate: float | None, reference: float | None) -> float | None:
+    return rate / reference if rate and reference else None
 
 
 def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:
@@ -198,25 +191,25 @@ def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:
     failure = find_failure(outcomes)
     if failure:
         return row | failure
-    rate, row["low"], row["high"] = rate_interval([rate_of_repeat(outcome) for outcome in outcomes])
+    measured = {name: [outcome.get(name) for outcome in outcomes] for name in outcomes[0]}
+    rate, row["low"], row["high"] = rate_interval(list(map(rate_of_repeat, outcomes)))
     row["flops_per_s" if case.kind == "matrix_product" else "images_per_s"] = rate
-    samples = np.concatenate([outcome["samples"] for outcome in outcomes])
+    samples = np.concatenate(measured["samples"])
     row["p50_s"], row["p90_s"], row["p99_s"] = np.quantile(samples, [0.5, 0.9, 0.99]).tolist()
     row["num_batches"] = len(samples)
-    row["residence"] = outcomes[0]["residence"]
+    row["residence"] = measured["residence"][0]
     row["flops_per_image"] = outcomes[0].get("flops_per_image")
-    columns = ["others_share", "first_batch_s", "warmup_batches", "memory_bytes"]
-    columns.append("cache")  # one `eviction requested` stands for all `cold`
-    for column in columns:
-        row[column] = max(outcome[column] for outcome in outcomes)
-    power_w = statistics.fmean(outcome["power_w"] for outcome in outcomes)
+    # one `eviction requested` stands for all `cold`
+    for column in ("others_share", "first_batch_s", "warmup_batches", "memory_bytes", "cache"):
+        row[column] = max(measured[column])
+    power_w = statistics.fmean(measured["power_w"])
     if power_w > 0 and row["images_per_s"]:
         row["energy_j_per_image"] = power_w / rate
-    row["status"], notes = "ok", [outcome["note"] for outcome in outcomes]
+    row["status"], notes = "ok", measured["note"]
     if row["others_share"] > NOISE_SHARE:
         row["status"] = "noisy"
         notes.append(f"others used up to {row['others_share']:.0%} of the cores")
-    if not all(outcome["steady"] for outcome in outcomes):
+    if not all(measured["steady"]):
         row["status"] = "unsteady"
         notes.append("not every repeat became steady")
     row["note"] = "; ".join(dict.fromkeys(filter(None, notes)))
@@ -227,14 +220,14 @@ def find_reference(row: dict, rows: list[dict]) -> float | None:
     """The rate that a row is a factor of: a model's smallest batch, the default of a variant, or
     torchvision's best, from a file as warm, of the loader.
     """
-    alike = {}
+    rates = {}
     for other in rows:
-        is_reference = other["case"].startswith(("default", "torchvision"))
         is_alike = all(other[name] == row[name] for name in ("what", "model", "cache"))
-        if is_reference and is_alike and other["images_per_s"]:
-            size = other["batch_size"]
-            alike[size] = max(other["images_per_s"], alike.get(size, 0.0))
-    return alike.get(min(alike, default=None) if row["case"] == "default" else row["batch_size"])
+        is_reference = other["case"].startswith(("default", "torchvision"))
+        if is_alike and is_reference and other["images_per_s"]:
+            rates.setdefault(other["batch_size"], []).append(other["images_per_s"])
+    size = min(rates, default=None) if row["case"] == "default" else row["batch_size"]
+    return max(rates.get(size, []), default=None)
 
 
 def find_limit(row: dict, rows: list[dict]) -> float | None:

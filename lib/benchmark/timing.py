@@ -6,10 +6,11 @@ import contextlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from lib.command import BadInput
@@ -21,26 +22,26 @@ MAX_WINDOWS, MIN_BATCHES = 15, 3
 MAX_BUSY_SHARE = 0.25  # of the cores, used by others before anything is begun
 
 
-def take(
-    batches: Iterator, seconds: float, num_least: int, wait: Callable = lambda: None
-) -> tuple[float, list[float]]:
+def finish() -> None:
+    """Wait until a GPU has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def take(batches: Iterator, seconds: float, num_least: int) -> tuple[float, list[float]]:
     """What the batches held in all, and the seconds of each, for at least so long and so many;
     fewer where they end.
-
-    `wait` returns when the device has done what it was given.
     """
-    wait()
+    finish()
     amount, stamps = 0.0, [time.perf_counter()]
-    ends_at = stamps[0] + seconds
     for num_images in batches:
         amount += num_images
         stamps.append(time.perf_counter())
-        if stamps[-1] >= ends_at and len(stamps) > num_least:
+        if stamps[-1] >= stamps[0] + seconds and len(stamps) > num_least:
             break
-    wait()
-    if len(stamps) > 1:
-        stamps[-1] = time.perf_counter()
-    return amount, [end - start for start, end in zip(stamps, stamps[1:], strict=False)]
+    finish()
+    stamps[-1] = time.perf_counter()
+    return amount, np.diff(stamps).tolist()
 
 
 def is_steady(window_s: list[float]) -> bool:
@@ -48,7 +49,7 @@ def is_steady(window_s: list[float]) -> bool:
     return len(window_s) > 1 and abs(window_s[-1] - window_s[-2]) <= STEADY * window_s[-2]
 
 
-def measure(batches: Iterator, seconds: float, wait: Callable, is_endless: bool = True) -> dict:
+def measure(batches: Iterator, seconds: float, is_endless: bool = True) -> dict:
     """Time an iterator that yields what each batch held: warm-up until steady, then samples.
 
     What ends, as a cold file does, has no warm-up: its samples are steady if their halves agree.
@@ -56,10 +57,10 @@ def measure(batches: Iterator, seconds: float, wait: Callable, is_endless: bool 
     """
     window_s, num_warmup = [], 0
     while is_endless and not is_steady(window_s) and len(window_s) < MAX_WINDOWS:
-        _, samples = take(batches, WINDOW_SHARE * seconds, 1, wait)
+        _, samples = take(batches, WINDOW_SHARE * seconds, 1)
         window_s.append(fmean(samples))
         num_warmup += len(samples)
-    amount, samples = take(batches, seconds, MIN_BATCHES, wait)
+    amount, samples = take(batches, seconds, MIN_BATCHES)
     if len(samples) < MIN_BATCHES:
         raise BadInput(f"the data end {len(samples)} batches after the first: too few to measure")
     if not is_endless:
@@ -113,8 +114,8 @@ def gpu_power_w(device: torch.device) -> float:
     share of the GPU's power nobody knows.
     """
     gpu = torch.cuda.get_device_properties(device)
-    command = ["nvidia-smi", f"--id=GPU-{gpu.uuid}", "--query-gpu=power.draw"]
+    query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         if "MIG" not in gpu.name:
-            return float(subprocess.check_output([*command, "--format=csv,noheader,nounits"]))
+            return float(subprocess.check_output(["nvidia-smi", f"--id=GPU-{gpu.uuid}", *query]))
     return 0.0

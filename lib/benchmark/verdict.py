@@ -2,6 +2,7 @@
 is and what to do, and whether two runs differ by more than their noise.
 """
 
+from collections import Counter
 from pathlib import Path
 
 from lib.benchmark.rounds import KEY
@@ -52,9 +53,10 @@ def judge(rows: list[dict]) -> dict:
     stages = {row["case"]: row for row in rows if row["what"] == "stage"}
     epochs, sentence, remedy = {}, "Bottleneck: not measured.", "`benchmark.py train` tells"
     if "apart" in stages:
+        in_memory = {name: stage for name, stage in stages.items() if name != "read"}
         if "read" in stages:
             epochs["first_epoch"] = judge_epoch(stages)
-        epochs["later_epochs"] = judge_epoch({**stages, "read": None})
+        epochs["later_epochs"] = judge_epoch(in_memory)
         sentence = describe_bottleneck(epochs, stages, scaling)
         remedy = ADVICE[epochs["later_epochs"]["bottleneck"]]
     sentences = [
@@ -72,11 +74,8 @@ def judge(rows: list[dict]) -> dict:
 
 def list_rates(rows) -> str:
     """Rows in words."""
-    rates = []
-    for row in rows:
-        rate = f"{row['images_per_s']:,.4g} images/s"
-        rates.append(f"{row['what']} {row['model']} {rate} at {row['batch_size']}")
-    return ", ".join(rates) or "not measured"
+    words = "{what} {model} {images_per_s:,.4g} images/s at {batch_size}"
+    return ", ".join(words.format(**row) for row in rows) or "not measured"
 
 
 def judge_epoch(stages: dict) -> dict:
@@ -89,40 +88,38 @@ def judge_epoch(stages: dict) -> dict:
         background = ("read", "gather")
     elif apart["residence"] == "host" and apart["gpu"] != "none":
         background = ("gather",)
-    stage_s, lanes = {}, ({}, {})
+    stage_s, lanes = {}, (Counter(), Counter())
     for stage, group in GROUPS.items():
-        if stages.get(stage):
-            stage_s[stage] = apart["batch_size"] / stages[stage]["images_per_s"]
+        if stage in stages:
+            seconds = apart["batch_size"] / stages[stage]["images_per_s"]
             if stage == "read":  # from a cold file into a batch
-                stage_s[stage] = max(0.0, stage_s[stage] - stage_s["gather"])
-            lane = lanes[stage in background]
-            lane[group] = lane.get(group, 0.0) + stage_s[stage]
-    lane = max(lanes, key=lambda lane: sum(lane.values()))
-    bottleneck = max(lane, key=lane.get)
-    expected_s = sum(lane.values())
+                seconds = max(0.0, seconds - stage_s["gather"])
+            stage_s[stage] = seconds
+            lanes[stage in background][group] += seconds
+    lane = max(lanes, key=Counter.total)
+    ((bottleneck, bottleneck_s),) = lane.most_common(1)
     return {
         "bottleneck": bottleneck,
-        "bottleneck_s": lane[bottleneck],
-        "expected_s": expected_s,
+        "bottleneck_s": bottleneck_s,
+        "expected_s": lane.total(),
         "stage_s": stage_s,
     }
 
 
 def describe_bottleneck(epochs: dict, stages: dict, scaling: list[dict]) -> str:
     """The bottlenecks in words, and beside them what a whole step took, with nothing apart."""
-    apart = stages["apart"]
+    size, model = stages["apart"]["batch_size"], stages["apart"]["model"]
     sentences = []
     for name, epoch in epochs.items():
         file = f"{stages['read']['cache']} file" if name == "first_epoch" else "from memory"
         sentences.append(
             f"Bottleneck of the {name.replace('_', ' ')} ({file}): {NAMES[epoch['bottleneck']]},"
             f" {1e3 * epoch['bottleneck_s']:.4g} of {1e3 * epoch['expected_s']:.4g} ms a batch of"
-            f" {apart['batch_size']}."
+            f" {size}."
         )
     for row in scaling:
-        is_alike = all(row[name] == apart[name] for name in ("model", "batch_size"))
-        if row["what"] == "train" and is_alike:
-            step_ms = 1e3 * apart["batch_size"] / row["images_per_s"]
+        if (row["what"], row["model"], row["batch_size"]) == ("train", model, size):
+            step_ms = 1e3 * size / row["images_per_s"]
             share = row["share_of_peak"]
             limit = f", {share:.0%} of the fastest matrix product measured here" if share else ""
             sentences.append(f"All of it overlapped takes {step_ms:.4g} ms{limit}.")
@@ -137,14 +134,13 @@ def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     second of the model, or of the loader and how often torchvision's with its best number of
     workers.
     """
-    cells = {}
-    for row in rows:
-        if (row["model"], row["batch_size"], row["cache"]) == (cfg.model, batch_size, "warm"):
-            cells[row["what"], row["case"], row["precision"]] = row
-    if what in ("infer", "train"):
-        default = cells.get((what, "default", cfg.precision), {})
-        return {"images_per_s": default.get("images_per_s")}
-    raw, ready = (cells.get(("loader", name, "fp32"), {}) for name in ("raw", "ready"))
+    verb = what if what in ("infer", "train") else "loader"
+    here = {"what": verb, "model": cfg.model, "batch_size": batch_size, "cache": "warm"}
+    here["precision"] = "fp32" if verb == "loader" else cfg.precision
+    cells = {row["case"]: row for row in rows if here.items() <= row.items()}
+    if verb != "loader":
+        return {"images_per_s": cells.get("default", {}).get("images_per_s")}
+    raw, ready = cells.get("raw", {}), cells.get("ready", {})
     rate, ratio = ready.get("images_per_s"), ready.get("factor")
     return {
         "images_per_s": rate,
@@ -154,8 +150,10 @@ def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     }
 
 
-def read_rows(path) -> list[dict]:
-    """The rows of a benchmark, from its folder or its JSON. Raises BadInput for what is none."""
+def read_rows(path) -> dict[tuple, dict]:
+    """The rows of a benchmark by their key, from its folder or its JSON. Raises BadInput for what
+    is none.
+    """
     path = Path(path)
     path = path / "benchmark.json" if path.is_dir() else path
     if not path.is_file():
@@ -163,32 +161,37 @@ def read_rows(path) -> list[dict]:
             f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)"
         )
     try:
-        return [row | {"key": tuple(row[name] for name in KEY)} for row in read_json(path)["rows"]]
+        return {tuple(row[name] for name in KEY): row for row in read_json(path)["rows"]}
     except (TypeError, KeyError):
         raise BadInput(f"{path} is no benchmark: it has no rows of one") from None
 
 
-def compare_rows(before: list[dict], after: list[dict]) -> list[dict]:
+def compare_rows(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[dict]:
     """For each row of both: the ratio of rates after / before, its interval, and whether it exceeds
     the noise: the two intervals lie apart, each of three repeats or more.
 
     Chance alone sets the intervals of three repeats apart in about 1% of pairs.
     """
-    rows_before = {row["key"]: row for row in before}
     compared = []
-    for row in after:
-        if row["key"] not in rows_before:
-            continue
-        other = rows_before[row["key"]]
-        old, new = (side["images_per_s"] or side["flops_per_s"] for side in (other, row))
-        comparison = {name: row[name] for name in KEY}
-        comparison |= {"before": old, "after": new, "ratio": None, "low": None, "high": None}
-        comparison |= {"status": f"{other['status']}, {row['status']}", "B is": "cannot be told"}
-        if old and new and min(other["num_repeats"], row["num_repeats"]) >= MIN_REPEATS:
-            low, high = row["low"] / other["high"], row["high"] / other["low"]
-            answer = "faster" if low > 1 else "slower" if high < 1 else "within the noise"
-            comparison |= {"ratio": new / old, "low": low, "high": high, "B is": answer}
-        compared.append(comparison)
+    for key in after:
+        if key in before:
+            compared.append(dict(zip(KEY, key, strict=True)) | compare(before[key], after[key]))
     if not compared:
         raise BadInput("the two benchmarks have no row in common: compare alike ones")
     return compared
+
+
+def compare(old: dict, new: dict) -> dict:
+    """Two rows of one key: their rates, the ratio with its interval, and whether the new one is
+    faster.
+    """
+    before, after = (row["images_per_s"] or row["flops_per_s"] for row in (old, new))
+    ratios = dict.fromkeys(("ratio", "low", "high"))
+    answer = "cannot be told"
+    num_repeats = min(old["num_repeats"], new["num_repeats"])
+    if before and after and num_repeats >= MIN_REPEATS:
+        low, high = new["low"] / old["high"], new["high"] / old["low"]
+        ratios = {"ratio": after / before, "low": low, "high": high}
+        answer = "faster" if low > 1 else "slower" if high < 1 else "within the noise"
+    status = f"{old['status']}, {new['status']}"
+    return {"before": before, "after": after, **ratios, "status": status, "B is": answer}

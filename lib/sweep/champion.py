@@ -17,11 +17,11 @@ def choose_champion(sweep: Sweep) -> dict:
     BadInput as mean_scores does.
     """
     rung = sweep.num_rungs
-    finalists = [describe_finalist(sweep, trial) for trial in mean_scores(sweep, rung)]
+    trials = mean_scores(sweep, rung)
+    finalists = [describe_finalist(sweep, trial) for trial in trials]
     best = finalists[0]
     note = compare(best, finalists[1:])
-    names = [finalist["trial"] for finalist in finalists]
-    failed = [trial for trial in sweep.promoted(rung - 1) if trial not in names]
+    failed = [trial for trial in sweep.promoted(rung - 1) if trial not in trials]
     if failed:
         note += f"; {', '.join(failed)} failed"
     reason = ""
@@ -31,28 +31,30 @@ def choose_champion(sweep: Sweep) -> dict:
         reason = "no champion: no trial has a higher mean AUC than the config as it is"
     if reason:
         return {"champion": None, "run": None, "note": f"{reason}; {note}", "finalists": finalists}
-    values = sweep.plan["trials"][best["trial"]]
-    chosen = {"champion": best["trial"], "values": values, "note": note, **best}
-    return chosen | {"finalists": finalists}
+    name = best["trial"]
+    chosen = {"champion": name, "values": sweep.plan["trials"][name], "note": note}
+    return {**chosen, **best, "finalists": finalists}
 
 
 def describe_finalist(sweep: Sweep, trial: str) -> dict:
     """A finalist's best run, and its mean AUC with the 95% interval over its seeds."""
     rows = [row for row in sweep.rows(sweep.num_rungs) if row.trial == trial]
-    outcomes = [outcome(sweep, row) for row in rows]
-    best = max(outcomes, key=lambda result: result["score"])
-    scores = [result["score"] for result in outcomes]
-    spread = {"mean": scores[0], "deviation": None, "low": None, "high": None, "num": 1}
+    scores = {}
+    for row in rows:
+        result = outcome(sweep, row)
+        scores[result["run"]] = result["score"]
+    spread = {"mean": scores[result["run"]], "deviation": None, "low": None, "high": None, "num": 1}
     if len(scores) > 1:
-        spread = mean_interval(scores)
-    return {"trial": trial, "run": best["run"], **spread}
+        spread = mean_interval(list(scores.values()))
+    return {"trial": trial, "run": max(scores, key=scores.get), **spread}
 
 
 def compare(best: dict, others: list[dict]) -> str:
     """Whether the best finalist's interval lies apart from those of the others, in words."""
+    name = best["trial"]
     if not others:
-        return f"{best['trial']} is the only finalist with a score"
-    note = f"{best['trial']} has the highest mean AUC"
+        return f"{name} is the only finalist with a score"
+    note = f"{name} has the highest mean AUC"
     if best["num"] < MIN_SEEDS:
         return f"{note}, but nothing is separable over {best['num']} fresh seeds"
     close = [other["trial"] for other in others if other["high"] >= best["low"]]

@@ -7,12 +7,12 @@ that never paused.
 """
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.command import BadInput
-from lib.files import read_csv, read_json, write_json
-from lib.rundir import is_finished
+from lib.files import read_cache, read_csv, read_json, write_json
 from lib.sweep.design import load_plan
 
 # one in three trials goes on; `base` is the config with nothing varied
@@ -47,13 +47,15 @@ class Sweep:
         """Without the last one, the champion's."""
         return len(self.plan["rungs"])
 
-    @property
-    def num_finalists(self) -> int:
-        """The most trials that are trained on fresh seeds, `base` aside."""
-        return min(self.plan.get("finalists", NUM_FINALISTS), len(self.plan["trials"]))
+    def num_trials(self, rung: int) -> int:
+        """The trials of a rung when none fails; of the last rung the finalists, BASE aside."""
+        num = len(self.plan["trials"])
+        if rung == self.num_rungs:
+            return min(num, self.plan.get("finalists", NUM_FINALISTS))
+        return max(1, num // KEPT_SHARE**rung)
 
     def run_name(self, trial: str) -> str:
-        return f"{self.folder.name}-{self.plan['sha256'][:6]}-{trial}"
+        return f"{self.plan['name']}-{self.plan['sha256'][:6]}-{trial}"
 
     def run_of(self, row: Row) -> Path | None:
         """The run folder of a row, known by its name; one without a config is none."""
@@ -69,51 +71,33 @@ class Sweep:
         can be submitted.
         """
         if rung == self.num_rungs:
-            return (self.num_finalists + 1) * self.plan["champion_seeds"]
-        return max(1, len(self.plan["trials"]) // KEPT_SHARE**rung) * len(self.plan["seeds"])
-
-    def num_epochs(self) -> int:
-        """The epochs of all trainings, when no trial fails."""
-        num, before = 0, 0
-        for rung, epochs in enumerate(self.plan["rungs"]):
-            num += self.num_rows(rung) * (epochs - before)
-            before = epochs
-        return num + self.num_rows(self.num_rungs) * before
+            return (self.num_trials(rung) + 1) * self.plan["champion_seeds"]
+        return self.num_trials(rung) * len(self.plan["seeds"])
 
     def rows(self, rung: int) -> list[Row]:
         """The rows of a rung. Raises BadInput where it was not written yet."""
-        if not 0 <= rung <= self.num_rungs:
-            raise BadInput(f"{self.folder} has no rung {rung}: they are 0 to {self.num_rungs}")
         if rung and not self.rung_file(rung).is_file():
-            remedy = f"sweep.py promote {self.folder.name}"
+            remedy = f"sweep.py promote {self.folder.name} writes the next one"
             raise BadInput(f"{self.folder} has no rung {rung} yet: {remedy}")
-        is_final, seeds = rung == self.num_rungs, self.plan["seeds"]
         trials = self.promoted(rung - 1) if rung else self.plan["trials"]
+        seeds, epochs = self.plan["seeds"], self.plan["rungs"]
+        is_final = rung == self.num_rungs
         if is_final:
             first = max(seeds) + 1
             seeds = range(first, first + self.plan["champion_seeds"])
-        epochs = self.plan["rungs"][min(rung, self.num_rungs - 1)]
-        return [Row(trial, seed, epochs, is_final) for trial in trials for seed in seeds]
+        num_epochs = epochs[-1] if is_final else epochs[rung]
+        return [Row(trial, seed, num_epochs, is_final) for trial in trials for seed in seeds]
 
     def promoted(self, rung: int) -> list[str]:
         """The trials that went on from a rung; none before it was promoted."""
         path = self.rung_file(rung + 1)
-        trials = read_json(path).get("trials") if path.is_file() else []
-        if not isinstance(trials, list) or not {*self.plan["trials"], BASE}.issuperset(trials):
-            remedy = f"remove it, and promote rung {rung} again"
-            raise BadInput(f"{path} does not hold trials of the plan: {remedy}")
-        return trials
+        return read_json(path)["trials"] if path.is_file() else []
 
     def newest_rung(self) -> int:
-        rungs = range(1, self.num_rungs + 1)
-        return max([0, *(rung for rung in rungs if self.rung_file(rung).is_file())])
-
-    def started_rung(self) -> int:
-        """The newest rung of which a row has a result."""
-        for rung in range(self.newest_rung(), 0, -1):
-            if any(outcome(self, row)["state"] != "todo" for row in self.rows(rung)):
-                return rung
-        return 0
+        rung = self.num_rungs
+        while rung and not self.rung_file(rung).is_file():
+            rung -= 1
+        return rung
 
 
 def load_sweep(folder, runs_dir) -> Sweep:
@@ -122,34 +106,32 @@ def load_sweep(folder, runs_dir) -> Sweep:
 
 
 def outcome(sweep: Sweep, row: Row) -> dict:
-    """How a row fares: `state` todo, done or failed, with the run, the AUC on validation, or the
-    reason.
+    """How a row fares: `state` todo, done or failed, with the trial, the run, the AUC on validation
+    as `score`, or the `reason`.
 
     The AUC is that of the last epoch of the row, over one view; of a final row that of best.pt over
     all views. What a run did beyond the row's epochs does not count, so that the answer never
     changes once there is one.
     """
-    run, failure = sweep.run_of(row), sweep.folder / "failed" / f"{row}.json"
-    summary = read_json(run / "summary.json") if run and is_finished(run) else {}
-    epochs = []
+    run, summary, epochs = sweep.run_of(row), {}, []
     if run and (run / "epochs.csv").is_file():
         epochs = read_csv(run / "epochs.csv")[: row.epochs]
-    result = {"run": str(run) if run else None, "num_epochs": len(epochs)}
+        summary = read_cache(run / "summary.json")
+    failure = read_cache(sweep.folder / "failed" / f"{row}.json")
+    result = {"trial": row.trial, "run": run and str(run), "num_epochs": len(epochs)}
     # of the last rung a summary is needed: the last checkpoint might not be written yet
     is_paused = len(epochs) == row.epochs < sweep.plan["rungs"][-1]
     if summary.get("status") == "finished" or is_paused:
-        scored = summary if row.is_final or not epochs else epochs[-1]
-        try:
-            score = float(scored.get("val_auc"))
-        except (TypeError, ValueError):
-            score = math.nan
+        scored = summary if row.is_final else epochs[-1]
+        text = str(scored["val_auc"])  # without a score: nan, or null in JSON
+        score = float(text.replace("None", "nan"))
         if math.isfinite(score):
             return result | {"state": "done", "score": score}
         reason = "no AUC: validation lacks a class, or no logit was finite"
     elif summary:
-        reason = f"diverged after step {summary.get('diverged_step')}"
-    elif failure.is_file():
-        reason = read_json(failure).get("reason", "for no reason that was kept")
+        reason = f"diverged after step {summary['diverged_step']}"
+    elif failure:
+        reason = failure["reason"]
     else:
         return result | {"state": "todo"}
     return result | {"state": "failed", "reason": reason}
@@ -161,23 +143,26 @@ def mean_scores(sweep: Sweep, rung: int) -> dict[str, float]:
 
     Raises BadInput while a row has no result, or where no trial has a score.
     """
-    rows = sweep.rows(rung)
-    outcomes = [outcome(sweep, row) for row in rows]
-    todo = [number for number, result in enumerate(outcomes) if result["state"] == "todo"]
-    if todo:
-        where = f"{len(todo)} of {len(rows)} rows have no result, the first is row {todo[0]}"
+    outcomes = [outcome(sweep, row) for row in sweep.rows(rung)]
+    states = [result["state"] for result in outcomes]
+    where = f"rung {rung} of {sweep.folder}"
+    if "todo" in states:
+        num, first = states.count("todo"), states.index("todo")
+        reason = f"{num} of {len(states)} rows have no result, the first is row {first}"
         remedy = f"sweep.py run {sweep.folder.name} --all"
-        raise BadInput(f"rung {rung} of {sweep.folder} is not over: {where} ({remedy})")
-    scores = {}
-    for row, result in zip(rows, outcomes, strict=True):
-        scores.setdefault(row.trial, []).append(result.get("score", math.nan))
-    means = {trial: sum(values) / len(values) for trial, values in scores.items()}
-    ranked = [trial for trial in means if math.isfinite(means[trial])]
-    ranked.sort(key=lambda trial: (-means[trial], trial))
-    if not ranked:
-        reasons = [result["reason"] for result in outcomes if "reason" in result]
-        which = f"no trial of rung {rung} of {sweep.folder} has a score"
-        raise BadInput(f"{which}; the first failed so: {reasons[0]}")
+        raise BadInput(f"{where} is not over: {reason} ({remedy})")
+    scores = defaultdict(list)
+    for result in outcomes:
+        scores[result["trial"]].append(result.get("score", math.nan))
+    means = {}
+    for trial, values in sorted(scores.items()):
+        mean = sum(values) / len(values)
+        if math.isfinite(mean):
+            means[trial] = mean
+    if not means:
+        reason = outcomes[states.index("failed")]["reason"]
+        raise BadInput(f"no trial of {where} has a score; the first failed so: {reason}")
+    ranked = sorted(means, key=means.get, reverse=True)
     return {trial: means[trial] for trial in ranked}
 
 
@@ -191,16 +176,14 @@ def promote(sweep: Sweep, rung: int) -> Path:
     if rung >= sweep.num_rungs:
         raise BadInput(f"rung {rung} is the last one: sweep.py champion {sweep.folder.name}")
     scores = mean_scores(sweep, rung)
-    if rung + 1 == sweep.num_rungs:
-        ranked = list(scores)
-        # those of earlier rungs come after those of later ones; what was promoted is in there, or
-        # failed later
-        for earlier in range(rung)[::-1]:
-            promoted = sweep.promoted(earlier)
-            ranked += [trial for trial in mean_scores(sweep, earlier) if trial not in promoted]
-        promoted = [*ranked[: sweep.num_finalists], BASE]
-    else:
-        promoted = list(scores)[: sweep.num_rows(rung + 1) // len(sweep.plan["seeds"])]
+    promoted, is_last = list(scores), rung + 1 == sweep.num_rungs
+    for earlier in range(rung)[::-1] if is_last else ():
+        # what went on from there is in the list, or failed later
+        went_on = sweep.promoted(earlier)
+        promoted += [trial for trial in mean_scores(sweep, earlier) if trial not in went_on]
+    promoted = promoted[: sweep.num_trials(rung + 1)]
+    if is_last:
+        promoted.append(BASE)
     path = sweep.rung_file(rung + 1)
     value = {"plan": sweep.plan["sha256"], "trials": promoted, "scores_before": scores}
     if path.is_file() and read_json(path) != value:

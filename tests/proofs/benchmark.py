@@ -57,8 +57,8 @@ PARTITIONS = {
 }
 
 
-def work_slowed(what: str, group: str, pipe, cache_dir: str) -> None:
-    """In place of `rounds.work`: a process in which something is slow, the disk by a control
+def set_up_slowed(what: str, group: str, cache_dir: str) -> None:
+    """In place of `rounds.set_up`: a process in which something is slow, the disk by a control
     group.
     """
     if group:
@@ -72,10 +72,10 @@ def work_slowed(what: str, group: str, pipe, cache_dir: str) -> None:
             return method(*arguments)
 
         setattr(owner, name, slowed)
-    WORK(pipe, cache_dir)
+    SET_UP(cache_dir)
 
 
-WORK = rounds.work
+SET_UP = rounds.set_up
 
 
 def write_part(data: str, folder: Path) -> Path:
@@ -125,8 +125,8 @@ def prove_slowed(what: str, args, scratch: Path) -> list[dict]:
             place = scratch / "disk"
             group = str(stack.enter_context(slow_disk(place)))
         part = write_part(args.data, place / "part")
-        stack.callback(setattr, rounds, "work", WORK)
-        rounds.work = functools.partial(work_slowed, what, group)
+        stack.callback(setattr, rounds, "set_up", SET_UP)
+        rounds.set_up = functools.partial(set_up_slowed, what, group)
         options = ["--batch-sizes", str(BATCH_SIZE), "--cases", STAGES, "--allow-noise"]
         options += ["data_residence=disk", "threads=1", "--out", str(scratch / "out")]
         if benchmark.main(["train", "--data", str(part), *options]):
