@@ -67,7 +67,11 @@ class Drawing:
         path = root / self.name
         if self.is_copy:
             return path.is_file() and path.read_bytes() == self.draw()
-        return read_source(path) == self.source
+        try:
+            with Image.open(path) as image:
+                return image.info.get("Source") == self.source
+        except OSError:  # it is not there, or no picture
+            return False
 
     def write(self, root: Path) -> None:
         """Draw the PNG, unless it is current."""
@@ -77,15 +81,6 @@ class Drawing:
             png = self.draw()
             with atomic_write(path) as file:
                 file.write(png)
-
-
-def read_source(path: Path) -> str:
-    """What a PNG says that it was drawn from; empty where it is none of this program."""
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Source", "")
-    except OSError:
-        return ""
 
 
 def build_figure(e: Evidence, source: str, title: str = "", patches: str = "yes") -> list[Drawing]:

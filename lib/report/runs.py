@@ -224,15 +224,10 @@ def select_runs(rows: list[dict], conditions=(), sort="", descending=False) -> l
     return present + lacking
 
 
-def differing_keys(rows: list[dict]) -> list[str]:
-    """The config keys in which the rows are not all equal."""
-    return [key for key in HINTS if any(row.get(key) != rows[0].get(key) for row in rows)]
-
-
 def table_of_runs(rows: list[dict]) -> Table:
-    """Status, the config keys that differ, and scores of each run."""
-    keys = [key for key in differing_keys(rows) if key != "name"]
-    return table_of(rows, ["run", "status", *keys, *SHOWN])
+    """Status, the config keys in which the rows are not all equal, and scores of each run."""
+    keys = [key for key in HINTS if any(row.get(key) != rows[0].get(key) for row in rows)]
+    return table_of(rows, ["run", "status", *(key for key in keys if key != "name"), *SHOWN])
 
 
 def require_alike(rows: list[dict], varied: str) -> None:

@@ -86,19 +86,13 @@ def build_table(
     cells = []
     for row in chosen[:rows]:
         constants_of_row = {"constant_auc": 0.5} | constants | row
-        cells.append([mark_cell(row, name, constants_of_row) for name in names])
+        # the `value` of a row with a `name` is a score of that name
+        scores = {name: name for name in names} | {"value": str(row.get("name"))}
+        cells.append([mark_score(scores[name], row.get(name), constants_of_row) for name in names])
     head = [WORDS.get(name, name.replace("_", " ")) for name in names]
     num_more = len(chosen) - len(cells)
     more = [Words(f"And {num_more:,} more, in {file}.")] if num_more else []
     return [Table(head, cells), *more]
-
-
-def mark_cell(row: dict, name: str, constants: dict):
-    """A cell, marked where it is a score that is worse than a constant answer's; the `value` of a
-    row with a `name` is a score of that name.
-    """
-    score = row.get("name", name) if name == "value" else name
-    return mark_score(str(score), row.get(name), constants)
 
 
 def cut_rows(block, num: int):
