@@ -7,6 +7,7 @@ python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
 python report.py journal [FILE] [--check]
+python report.py assignment
 """
 
 import argparse
@@ -40,125 +41,90 @@ def parse(argv) -> argparse.Namespace:
     parser = Parser(
         prog="report.py", description="Pages and tables from what runs have left on disk."
     )
-    commands = parser.add_subparsers(
-        dest="what",
-        required=True,
-        metavar="run|runs|seeds|folds|export|handover|journal|assignment",
-    )
-    run = commands.add_parser("run", help="one run as a self-contained HTML page")
-    run.add_argument("run", metavar="RUN", help="a run folder")
-    run.add_argument(
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join(COMMANDS))
+    commands = {name: verbs.add_parser(name, help=words) for name, (_, words) in COMMANDS.items()}
+
+    add = commands["run"].add_argument
+    add("run", metavar="RUN", help="a run folder")
+    add(
         "--predictions",
-        default="",
         metavar="FILE",
         help="a predictions.csv with labels, for scores and examples",
     )
-    run.add_argument(
+    add(
         "--threshold",
         type=probability,
         metavar="T",
         help="of the decision (default: the stored one)",
     )
-    run.add_argument(
-        "--remark", default="", metavar="TEXT", help="a sentence for the top of the page"
-    )
-    run.add_argument("--out", default="", metavar="FILE", help="default: RUN/report.html")
-    run.set_defaults(report=report_run)
-    runs = commands.add_parser(
-        "runs", help="all runs: status, the keys in which they differ, scores"
-    )
-    runs.add_argument(
+    add("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
+    add("--out", metavar="FILE", help="default: RUN/report.html")
+
+    add = commands["runs"].add_argument
+    add(
         "--sort",
         default="run",
         metavar="NAME",
         help="a column to order by (default: run, which is by start)",
     )
-    runs.add_argument("--descending", action="store_true", help="the largest first")
-    runs.add_argument(
-        "--html", default="", metavar="FILE", help="a page with their curves drawn together"
-    )
-    runs.set_defaults(report=report_runs)
-    spreads = []
-    for verb, other in (("seeds", "folds"), ("folds", "seeds")):
-        spread = commands.add_parser(
-            verb, help=f"the mean over {verb}, its interval and the spread"
-        )
-        spread.add_argument(
-            verb,
+    add("--descending", action="store_true", help="the largest first")
+
+    for varied, other in (("seeds", "folds"), ("folds", "seeds")):
+        add = commands[varied].add_argument
+        add(
+            varied,
             nargs="*",
             metavar="RUN",
-            help=f"finished runs that differ in the {verb[:-1]} alone",
+            help=f"finished runs that differ in the {varied[:-1]} alone",
         )
-        spread.add_argument(
-            f"--{other}",
-            nargs="+",
-            default=[],
-            metavar="RUN",
-            help=f"the spread over {other}, set beside it",
-        )
-        spread.add_argument(
-            "--html",
-            default="",
-            metavar="FILE",
-            help="a page with gradient norms and learning rates together",
-        )
-        spread.set_defaults(report=report_spread)
-        spreads.append(spread)
-    export = commands.add_parser("export", help="runs as TensorBoard or MLflow read them")
-    export.add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
-    export.add_argument(
-        "--out", required=True, type=place, metavar="DIR", help="a new or an empty folder"
-    )
-    export.set_defaults(report=report_export)
-    for chosen in (runs, export, *spreads):
-        chosen.add_argument(
+        add(f"--{other}", nargs="+", metavar="RUN", help=f"the spread over {other}, set beside it")
+
+    add = commands["export"].add_argument
+    add("--to", required=True, choices=("tensorboard", "mlflow"))
+    add("--out", required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
+
+    for name in ("runs", "seeds", "folds", "export"):
+        add = commands[name].add_argument
+        add(
             "--runs",
             default="runs",
             type=place,
             metavar="DIR",
             help="the folder that holds them (default: runs)",
         )
-        condition = (
-            "only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead; all of"
-            " several"
+        add(
+            "--where",
+            action="append",
+            default=[],
+            metavar="CONDITION",
+            help="only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead;"
+            " all of several",
         )
-        chosen.add_argument(
-            "--where", action="append", default=[], metavar="CONDITION", help=condition
-        )
-    stick = commands.add_parser(
-        "handover", help="a folder that predicts on a machine without a network, for a USB stick"
-    )
-    stick.add_argument(
+        if name != "export":
+            add("--html", metavar="FILE", help="a page with their curves together")
+
+    add = commands["handover"].add_argument
+    add(
         "run",
         nargs="?",
         default=CHAMPION,
         metavar="RUN",
         help="a finished run (default: assets/champion)",
     )
-    stick.add_argument(
-        "--to", required=True, type=place, metavar="DIR", help="a new or an empty folder"
-    )
-    stick.add_argument(
-        "--platform",
-        default=f"manylinux_2_28_{platform.machine()}",
-        metavar="P",
-        help="default: %(default)s",
-    )
-    here = "{}.{}".format(*sys.version_info)
-    stick.add_argument(
-        "--python", default=here, type=python_version, metavar="3.X", help="default: %(default)s"
-    )
-    stick.add_argument(
+    add("--to", required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
+    system = f"manylinux_2_28_{platform.machine()}"
+    add("--platform", default=system, metavar="P", help="default: %(default)s")
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    add("--python", default=python, metavar="3.X", help="default: %(default)s")
+    add(
         "--wheels",
         type=place,
         metavar="DIR",
         help="a folder of wheels to take instead of fetching them",
     )
-    stick.set_defaults(report=report_handover)
-    journal = commands.add_parser(
-        "journal", help="start JOURNAL.md, fill in its directives, and write its page"
-    )
-    journal.add_argument(
+
+    add = commands["journal"].add_argument
+    add(
         "file",
         nargs="?",
         default=JOURNAL,
@@ -167,28 +133,23 @@ def parse(argv) -> argparse.Namespace:
         help="the journal; its files are found from its folder (default: JOURNAL.md of the"
         " repository)",
     )
-    journal.add_argument(
-        "--check", action="store_true", help="name what the files no longer say; write nothing"
-    )
-    journal.set_defaults(report=report_journal)
-    assignment = commands.add_parser(
-        "assignment", help="what of the journal's evidence is there, and the next command"
-    )
-    assignment.set_defaults(report=report_assignment)
+    add("--check", action="store_true", help="name what the files no longer say; write nothing")
     return parser.parse_args(argv)
 
 
-def python_version(text: str) -> str:
-    """An argument such as 3.12."""
-    if not (text.startswith("3.") and text[2:].isdigit()):
-        raise argparse.ArgumentTypeError(f"{text} is no version such as 3.12")
+def new_folder(text: str) -> str:
+    """An argument that names a folder which does not exist yet, or is empty."""
+    path = Path(place(text))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise argparse.ArgumentTypeError(f"{text} holds files already: give a new or empty folder")
     return text
 
 
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    return args.report(args)
+    report, _ = COMMANDS[args.what]
+    return report(args)
 
 
 def report_handover(args) -> int:
@@ -196,13 +157,11 @@ def report_handover(args) -> int:
     from lib.report.handover import write_handover
     from lib.rundir import find_run
 
-    result = write_handover(
-        find_run(args.run), Path(args.to), args.platform, args.python, args.wheels
-    )
-    say(
-        f"{args.to}: {result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB, torch"
-        f" {result['torch']}"
-    )
+    run = find_run(args.run)
+    dest = Path(args.to)
+    result = write_handover(run, dest, args.platform, args.python, args.wheels)
+    size = f"{result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB"
+    say(f"{dest}: {size}, torch {result['torch']}")
     print_result(result)
     return EXIT_DONE
 
@@ -212,13 +171,15 @@ def report_journal(args) -> int:
     from lib.report.journal import check_journal, write_journal
 
     path = Path(args.file)
-    result = {"differing": check_journal(path)} if args.check else write_journal(path)
+    result = check_journal(path) if args.check else write_journal(path)
     for kind in ("missing", "differing"):
         for sentence in result.get(kind, ()):
             say(f"{kind}: {sentence}")
     if not args.check:
         say(f"{result['num_filled']} parts are filled in, {len(result['missing'])} things missing")
         say(f"{len(result['unanswered'])} questions have no words yet; page {result['page']}")
+    elif not result["differing"]:
+        say(f"{path}: what is filled in agrees with its files")
     result["num_differing"] = len(result["differing"])
     print_result(result)
     return EXIT_FINDING if result["differing"] else EXIT_DONE
@@ -229,19 +190,20 @@ def report_assignment(_args) -> int:
     it, and the next command.
     """
     from lib.blocks import Table
-    from lib.evidence import EVIDENCE, find_evidence
+    from lib.evidence import EVIDENCE, command_of, find_evidence
 
-    rows, commands = [], []
+    rows = []
+    commands = []
     for piece in EVIDENCE:
         folders = find_evidence(REPOSITORY, piece.name)
         if len(folders) >= piece.num:
             state = str(folders[-1].relative_to(REPOSITORY))
         else:
-            state = f"missing: {piece.command}"
-            commands.append(piece.command)
+            commands.append(command_of(REPOSITORY, piece.name))
+            state = f"missing: {commands[-1]}"
         rows.append((piece.questions, piece.what, state))
     say(Table(("question", "evidence", "where, or the command"), rows).to_text())
-    next_command = commands[0] if commands else "make journal"
+    next_command = [*commands, "make journal"][0]
     say(f"next: {next_command}")
     print_result({"num_missing": len(commands), "next": next_command})
     return EXIT_DONE
@@ -249,66 +211,63 @@ def report_assignment(_args) -> int:
 
 def report_runs(args) -> int:
     """List runs, and draw their curves together."""
-    from lib.report.runs import CURVES, list_runs, select_runs, table_of_runs, write_together
+    from lib.report.runs import list_runs, select_runs, table_of_runs
 
     rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
-    shown = table_of_runs(rows)
-    say(shown.to_text())
-    statuses = Counter(sorted(row["status"] for row in rows))
-    result = {"num_runs": len(rows), **statuses}
+    table = table_of_runs(rows)
+    say(table.to_text())
+    result = {"num_runs": len(rows), **Counter(sorted(row["status"] for row in rows))}
     if args.html:
+        from lib.report.drawings import LOSS, VAL_AUC, VAL_LOSS, write_together
+
         folders = [Path(args.runs, row["run"]) for row in rows]
-        page = write_together(args.html, f"Runs in {args.runs}", shown, folders, CURVES)
-        result["page"] = str(page)
+        curves = (LOSS, VAL_LOSS, VAL_AUC)
+        result["page"] = write_together(args.html, f"Runs in {args.runs}", table, folders, curves)
     print_result(result)
     return EXIT_DONE
 
 
 def report_spread(args) -> int:
     """Say how far scores lie apart between seeds, and between folds."""
-    from lib.blocks import Table
-    from lib.report.runs import GRADIENTS, average_scores, differing, read_run, write_together
+    from lib.report.drawings import GRADIENT_NORM, LEARNING_RATE, LOSS, write_together
+    from lib.report.runs import average_scores, differing, read_run
+    from lib.report.tables import tabulate_spreads
     from lib.rundir import find_run
-    from lib.runpage import SHOWN_SCORES
 
     names = {args.what: getattr(args, args.what) or choose_runs(args)}
     other = "folds" if args.what == "seeds" else "seeds"
     if getattr(args, other):
         names[other] = getattr(args, other)
-    runs = {varied: [find_run(name) for name in named] for varied, named in names.items()}
-    rows = {varied: [read_run(run) for run in folders] for varied, folders in runs.items()}
-    spreads = {varied: average_scores(rows[varied], varied[:-1]) for varied in runs}
-    for sentence in differing(sum(rows.values(), []), "code", "commit and patch"):
+    folders = []
+    rows = []
+    spreads = {}
+    for varied in names:
+        runs = [find_run(name) for name in names[varied]]
+        folders += runs
+        rows += [read_run(run) for run in runs]
+        spreads[varied] = average_scores(rows[-len(runs) :], varied[:-1])
+    for sentence in differing(rows, "code", "commit and patch"):
         say(f"note: {sentence}")
-    first = rows[args.what][0]
-    constants = {f"val_{score}": first.get(key) for score, key in SHOWN_SCORES.values()}
-    columns = ("mean", "deviation", "low", "high", "num")
-    header = [f"{column} over {varied}" for varied in runs for column in columns]
-    cells = []
-    for name in spreads[args.what]:
-        values = [scores[name][column] for scores in spreads.values() for column in columns]
-        cells.append([name, constants.get(name), *values])
-    shown = Table(["score", "constant answer", *header], cells)
-    say(shown.to_text())
-    folders = sum(runs.values(), [])
+    table = tabulate_spreads(spreads, rows[0])
+    say(table.to_text())
     result = spreads | {"num_runs": len(folders)}
     if args.html:
-        title = f"Scores over {' and '.join(runs)}"
-        page = write_together(args.html, title, shown, folders, GRADIENTS, SPREAD_NOTE)
-        result["page"] = str(page)
+        title = f"Scores over {' and '.join(names)}"
+        curves = (LOSS, GRADIENT_NORM, LEARNING_RATE)
+        result["page"] = write_together(args.html, title, table, folders, curves, SPREAD_NOTE)
     print_result(result)
     return EXIT_DONE
 
 
-def choose_runs(args) -> list[str]:
-    """The paths of the runs that meet `--where`. Raises BadInput where there are none."""
+def choose_runs(args) -> list[Path]:
+    """The folders of the runs that meet `--where`. Raises BadInput where there are none."""
     from lib.report.runs import list_runs, select_runs
 
     chosen = select_runs(list_runs(args.runs), args.where) if args.where else []
     if not chosen:
         met = f", and none in {args.runs} meets the conditions" if args.where else ""
         raise BadInput(f"{args.what}: no run is named{met}")
-    return [str(Path(args.runs, row["run"])) for row in chosen]
+    return [Path(args.runs, row["run"]) for row in chosen]
 
 
 def report_export(args) -> int:
@@ -317,9 +276,8 @@ def report_export(args) -> int:
     from lib.report.runs import list_runs, select_runs
 
     rows = select_runs(list_runs(args.runs), args.where)
-    print_result(
-        {"num_runs": export_runs(rows, Path(args.runs), Path(args.out), args.to), "out": args.out}
-    )
+    num_runs = export_runs(rows, Path(args.runs), Path(args.out), args.to)
+    print_result({"num_runs": num_runs, "out": args.out})
     return EXIT_DONE
 
 
@@ -327,21 +285,36 @@ def report_run(args) -> int:
     """Write the page of a run."""
     from lib.checkpoint import load_checkpoint
     from lib.files import read_json
-    from lib.rundir import find_run
+    from lib.rundir import find_run, is_finished
     from lib.runpage import write_run_page
 
     run = find_run(args.run)
-    if not (run / "summary.json").is_file():
+    if not is_finished(run):
         raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
     threshold = args.threshold
     if args.predictions and threshold is None:
         threshold = load_checkpoint(run / "best.pt")["threshold"]
-    out, summary = args.out or run / "report.html", read_json(run / "summary.json")
+    out = args.out or run / "report.html"
+    summary = read_json(run / "summary.json")
     page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
     say(f"page {page}")
     print_result({"page": str(page), "run": str(run)})
     return EXIT_DONE
 
+
+COMMANDS = {
+    "run": (report_run, "one run as a self-contained HTML page"),
+    "runs": (report_runs, "all runs: status, the keys in which they differ, scores"),
+    "seeds": (report_spread, "the mean over seeds, its interval and the spread"),
+    "folds": (report_spread, "the mean over folds, its interval and the spread"),
+    "export": (report_export, "runs as TensorBoard or MLflow read them"),
+    "handover": (
+        report_handover,
+        "a folder that predicts on a machine without a network, for a USB stick",
+    ),
+    "journal": (report_journal, "start JOURNAL.md, fill in its directives, and write its page"),
+    "assignment": (report_assignment, "what of the journal's evidence is there, what is next"),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

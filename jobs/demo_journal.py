@@ -21,15 +21,7 @@ from lib.command import (
 from lib.files import read_json
 
 REMARK = "Synthetic patches, drawn by prepare.py: the scores say nothing about real tissue."
-PLANTED = {
-    "nan": 0.03,
-    "out_of_range": 0.03,
-    "black": 0.08,
-    "white": 0.06,
-    "exact": 0.04,
-    "shifted": 0.02,
-    "trigger": 0.05,
-}
+PLANTED = "nan=.03 out_of_range=.03 black=.08 white=.06 exact=.04 shifted=.02 trigger=.05"
 SPACE = {
     "design": "sobol",
     "trials": 6,
@@ -43,24 +35,12 @@ SPACE = {
         "weight_decay": {"range": [0.0, 0.1]},
     },
 }
-CHECKS = "files,values,balance,duplicates,leakage,drift,triggers"
-CASES = "default,fp32,apart,read,memory_copy,matrix_product"
-QUICK = (
-    "--seconds",
-    0.1,
-    "--repeats",
-    1,
-    "--batch-sizes",
-    "1,64",
-    "--allow-noise",
-    "--cases",
-    CASES,
-)
-# how much is drawn and learnt: a test asks for less
-SIZES = {"train": 2000, "valid": 800, "damaged": 1200}
-TRAINING = ["epochs=3", "crop_epochs=2", "warmup_epochs=1"]
-SEARCHED = ["limit_train=800", "limit_valid=400", "crop_epochs=1", "warmup_epochs=0.5"]
-TWIN = ["epochs=2", "limit_train=512", "limit_valid=128", "crop_epochs=1", "warmup_epochs=0.5"]
+CHECKS = "--checks files,values,balance,duplicates,leakage,drift,triggers"
+TRAINING = "epochs=3 crop_epochs=2 warmup_epochs=1"
+SEARCHED = "limit_train=800 limit_valid=400 crop_epochs=1 warmup_epochs=0.5"
+TWIN = "epochs=2 limit_train=512 limit_valid=128 crop_epochs=1 warmup_epochs=0.5"
+BENCHMARK = "--seconds 0.1 --repeats 1 --batch-sizes 1,64 --allow-noise"
+CASES = "--cases default,fp32,apart,read,memory_copy,matrix_product"
 
 
 @script
@@ -74,81 +54,74 @@ def main(argv=None) -> int:
         metavar="DIR",
         help="for data, runs, audits and the journal; what is there is kept",
     )
-    return make_demo(Path(parser.parse_args(argv).folder), SIZES, TRAINING, SEARCHED, TWIN)
+    return make_demo(Path(parser.parse_args(argv).folder))
 
 
-def make(product, name: str, *arguments, codes=(EXIT_DONE,), needed=True) -> None:
-    """Run a script unless its product is there. Raises BadInput where it fails, unless the journal
-    can do without.
+def make(folder: Path, product: str, name: str, *arguments, needed=True) -> None:
+    """Run a script unless `folder` has its product, a pattern. Raises BadInput where it fails,
+    unless the journal can do without.
     """
-    if product and product.exists():
+    if product and any(folder.glob(product)):
         return
     call = " ".join(map(str, (name, *arguments)))
     say(f"demo: {call}")
     try:
-        run_script(name, *arguments, codes=codes, shows_progress=True)
+        run_script(name, *arguments, codes=(EXIT_DONE, EXIT_FINDING), shows_progress=True)
     except BadInput:  # the script has said why
         if needed:
             raise BadInput(f"{call} failed: mend that, and call this again to go on") from None
         say(f"note: {product} could not be made; the journal says so")
 
 
-def make_demo(
-    folder: Path, sizes: dict, training: list[str], searched: list[str], twin: list[str]
-) -> int:
+def make_demo(folder: Path) -> int:
     """Draw, audit, train, compare, search, audit the model, benchmark, and write the journal of it
     all.
     """
     if not folder.resolve().is_relative_to(REPOSITORY):
         folder = folder.resolve()
-    data, damaged, runs, assets = (folder / name for name in ("pcam", "damaged", "runs", "assets"))
+    data, damaged, runs, sweeps = (folder / name for name in ("pcam", "damaged", "runs", "sweeps"))
+    assets = folder / "assets"
+    space = folder / "space.yaml"
+    journal = folder / "JOURNAL.md"
     assets.mkdir(parents=True, exist_ok=True)
-    found = EXIT_DONE, EXIT_FINDING
+    space.write_text(yaml.safe_dump(SPACE))
+    on_data = f"data_dir={data}"
 
     # patches, clean and damaged, and what the audit finds in them
-    draw = ("prepare.py", "synthetic", "--valid", sizes["valid"], "--test", 0)
-    damage = ["--float32", *(f"--plant={kind}={rate}" for kind, rate in PLANTED.items())]
-    make(data / "truth.csv", *draw, "--to", data, "--train", sizes["train"])
-    make(damaged / "truth.csv", *draw, "--to", damaged, "--train", sizes["damaged"], *damage)
-    audit, pair = folder / "audit-damaged", folder / "audit-twin"
-    options = ("data", damaged, "--out", audit, "--checks", CHECKS)
-    make(audit / "audit.html", "audit.py", *options, codes=found)
-    options = ("twin", "--out", pair, f"data_dir={data}", "name=twin", *twin)
-    make(pair / "twin.html", "audit.py", *options, codes=found)
+    draw = ("prepare.py", "synthetic", "--valid", 800, "--test", 0, "--train")
+    damage = [f"--plant={planted}" for planted in PLANTED.split()]
+    make(folder, "pcam/truth.csv", *draw, 2000, "--to", data)
+    make(folder, "damaged/truth.csv", *draw, 1200, "--to", damaged, "--float32", *damage)
+    out = ("--out", folder / "audit-damaged")
+    make(folder, "audit-damaged/audit.html", "audit.py", "data", damaged, *out, *CHECKS.split())
+    out = ("--out", folder / "audit-twin")
+    make(folder, "audit-twin/twin.html", "audit.py", "twin", *out, on_data, *TWIN.split())
 
     # three seeds
     for seed in (1, 2, 3):
-        begun = sorted(runs.glob(f"*-plain-s{seed}-*/config.yaml"))
-        if begun:
-            run = begun[-1].parent
-            make(run / "summary.json", "train.py", "--resume", run)
-        else:
-            options = (f"data_dir={data}", "name=plain", f"seed={seed}", *training)
-            make(None, "train.py", "--runs", runs, *options)
+        options = ("--runs", runs, on_data, "name=plain", f"seed={seed}", *TRAINING.split())
+        make(folder, f"runs/*-plain-s{seed}-*/summary.json", "train.py", *options)
 
     # a search, and its best finalist as the champion
-    sweeps, search = folder / "sweeps", folder / "sweeps" / "demo"
-    (folder / "space.yaml").write_text(yaml.safe_dump(SPACE))
-    options = ("--name", "demo", "--sweeps", sweeps, f"data_dir={data}", *searched)
-    make(search / "plan.json", "sweep.py", "plan", folder / "space.yaml", *options)
-    where = ("demo", "--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
+    options = ("plan", space, "--name", "demo", "--sweeps", sweeps, on_data, *SEARCHED.split())
+    make(folder, "sweeps/demo/plan.json", "sweep.py", *options)
+    options = ("demo", "--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
     for rung in range(len(SPACE["rungs"])):
-        path = search / f"rung-{rung + 1}.json"
-        make(path, "sweep.py", "promote", *where, "--rung", rung)
-    make(search / "champion.json", "sweep.py", "champion", *where, codes=found)
-    best = Path(read_json(search / "champion.json")["finalists"][0]["run"])
+        product = f"sweeps/demo/rung-{rung + 1}.json"
+        make(folder, product, "sweep.py", "promote", *options, "--rung", rung)
+    make(folder, "sweeps/demo/champion.json", "sweep.py", "champion", *options)
+    best = read_json(sweeps / "demo" / "champion.json")["finalists"][0]["run"]
     options = (best, "--data", data, "--assets", assets)
-    make(folder / "audit-champion" / "findings.json", "jobs/champion.py", *options, needed=False)
+    make(folder, "audit-champion/findings.json", "jobs/champion.py", *options, needed=False)
 
-    bench = folder / "bench" / "demo"
-    options = ("train", "--data", data, "--out", bench, *QUICK)
-    make(bench / "benchmark.json", "benchmark.py", *options, codes=found, needed=False)
+    options = ("--data", data, "--out", folder / "bench" / "demo", *BENCHMARK.split())
+    options = ("benchmark.py", "train", *options, *CASES.split())
+    make(folder, "bench/demo/benchmark.json", *options, needed=False)
 
-    journal = folder / "JOURNAL.md"
-    make(None, "report.py", "journal", journal, codes=found)
+    make(folder, "", "report.py", "journal", journal)
     text = journal.read_text(encoding="utf-8")
     journal.write_text(text.replace("Group: to be filled in", f"Group: none. {REMARK}"), "utf-8")
-    make(None, "report.py", "journal", journal, codes=found)
+    make(folder, "", "report.py", "journal", journal)
     print_result({"journal": str(journal), "page": str(folder / "journal.html"), "remark": REMARK})
     return EXIT_DONE
 

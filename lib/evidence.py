@@ -3,10 +3,12 @@ it.
 """
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.command import BadInput
+from lib.config import read_yaml
 from lib.files import read_json
 
 NUM_SEEDS = 3
@@ -123,11 +125,19 @@ def weights_of(run: Path) -> str:
         return ""
 
 
+def command_of(root: Path, name: str) -> str:
+    """The command that makes a piece of evidence, on the data of the newest run of `root`."""
+    configs = sorted(root.glob("runs/*/config.yaml"))
+    data_dir = read_yaml(configs[-1]).get("data_dir") if configs else None
+    return BY_NAME[name].command.replace("data/pcam", shlex.quote(data_dir or "data/pcam"))
+
+
 def list_missing(root: Path) -> list[dict]:
     """A row for each piece of evidence that `root` lacks: evidence, questions, command."""
     rows = []
     for piece in EVIDENCE:
         if len(find_evidence(root, piece.name)) < piece.num:
-            row = {"evidence": piece.what, "questions": piece.questions, "command": piece.command}
+            command = command_of(root, piece.name)
+            row = {"evidence": piece.what, "questions": piece.questions, "command": command}
             rows.append(row)
     return rows

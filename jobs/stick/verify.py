@@ -24,6 +24,7 @@ import hashlib
 import json
 import os
 import platform
+from pathlib import Path
 
 SUMS = "SHA256SUMS"
 # what macOS and Windows leave on a medium that was plugged into them; none of it is ever run
@@ -56,132 +57,126 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def is_ours(name):
+    return name not in LEFT_BY_SYSTEMS and not name.startswith("._")
+
+
 def list_files(stick):
     """Names of all files below the stick but SHA256SUMS and what an operating system has left; a
     link counts as a file, it is followed nowhere.
     """
-
-    def is_ours(name):
-        return name not in LEFT_BY_SYSTEMS and not name.startswith("._")
-
+    names = {}
     for folder, folders, files in os.walk(stick):
         folders[:] = filter(is_ours, folders)
-        files = list(filter(is_ours, files))
-        for name in files + [
-            name for name in folders if os.path.islink(os.path.join(folder, name))
-        ]:
-            path = os.path.relpath(os.path.join(folder, name), stick).replace(os.sep, "/")
-            if path != SUMS:
-                yield path
+        for path in [Path(folder, name) for name in [*filter(is_ours, files), *folders]]:
+            if path.is_symlink() or not path.is_dir():
+                names[path.relative_to(stick).as_posix()] = path
+    del names[SUMS]
+    return names
 
 
-def fail(code, sentence, result):
-    say(f"error: {sentence}")
-    return code, dict(result, error=sentence)
+def is_changed(path, digest):
+    """Whether a file has another digest, or is none: a pipe would never end."""
+    try:
+        return path.is_symlink() or not path.is_file() or sha256(path) != digest
+    except OSError:  # a medium that cannot be read there any more
+        return True
 
 
 def check_files(stick):
     """{"changed", "missing", "additional": names} against SHA256SUMS."""
-    with open(
-        os.path.join(stick, SUMS), encoding="utf-8", errors="surrogateescape", newline="\n"
-    ) as file:
-        expected = {
-            name: digest for digest, _, name in (line.rstrip("\n").partition("  ") for line in file)
-        }
-    there, wrong = set(list_files(stick)), {"changed": [], "missing": [], "additional": []}
-    for name in sorted(there.union(expected)):
-        path = os.path.join(stick, name)
-        if name not in there:
+    expected = {}
+    with open(stick / SUMS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        for line in file:
+            digest, _, name = line.rstrip("\n").partition("  ")
+            expected[name] = digest
+    paths = list_files(stick)
+    wrong = {"changed": [], "missing": [], "additional": []}
+    for name in sorted({*paths, *expected}):
+        if name not in paths:
             kind = "missing"
         elif name not in expected:
             kind = "additional"
+        elif is_changed(paths[name], expected[name]):
+            kind = "changed"
         else:
-            try:
-                # a pipe would never end
-                is_plain = os.path.isfile(path) and not os.path.islink(path)
-                kind = "" if is_plain and sha256(path) == expected[name] else "changed"
-            except OSError:  # a medium that cannot be read there any more
-                kind = "changed"
-        if kind:
-            say(f"{kind}: {name}")
-            wrong[kind].append(name)
-    return dict(wrong, num_files=len(expected), sha256sums=sha256(os.path.join(stick, SUMS)))
+            continue
+        say(f"{kind}: {name}")
+        wrong[kind].append(name)
+    return dict(wrong, num_files=len(expected), sha256sums=sha256(stick / SUMS))
 
 
 def check_python(made_for):
     """A sentence if this Python cannot use the wheels, or an empty text."""
-    here = {
-        "python": "{}.{}".format(*sys.version_info),
-        "system": platform.system(),
-        "machine": platform.machine(),
-    }
-    if all(here[key] == made_for[key] for key in here):
+    wanted = "Python {python} on {system} {machine}".format(**made_for)
+    version = "{}.{}".format(*sys.version_info)
+    here = f"Python {version} on {platform.system()} {platform.machine()}"
+    remedy = "PCAM_PYTHON=/path/to/python names another"
+    if here == wanted:
         return ""
-    wanted, found = (
-        "Python {python} on {system} {machine}".format(**values) for values in (made_for, here)
-    )
-    return (
-        f"the wheels on this stick are for {wanted}, this is {found}; PCAM_PYTHON=/path/to/python"
-        " names another"
-    )
+    return f"the wheels on this stick are for {wanted}, this is {here}; {remedy}"
 
 
 def check_predictions(path, stick, tolerance):
     """Names of the sample patches whose probability is off by more than the tolerance, or whose
     decision differs.
     """
-    expected, found, wrong = read_rows(os.path.join(stick, "expected.csv")), read_rows(path), []
+    expected = read_rows(stick / "expected.csv")
+    rows = read_rows(path)
+    wrong = []
     for name, row in expected.items():
-        other = found.get(name) or {"probability": "nan", "prediction": "none"}
+        other = rows.get(name, {"probability": "", "prediction": "none"})
         off = abs(float(row["probability"]) - float(other["probability"] or "nan"))
         if not off <= tolerance or other["prediction"] != row["prediction"]:
-            say(
-                f"{name}: probability {other['probability']}, expected {row['probability']} within"
-                f" {tolerance:g}"
-            )
+            wanted = f"{row['probability']} within {tolerance:g}"
+            say(f"{name}: probability {other['probability']}, expected {wanted}")
             wrong.append(name)
     return {"wrong": wrong, "num_patches": len(expected), "tolerance": tolerance}
+
+
+def judge(args):
+    """(exit code, the result as JSON has it, a sentence on what is wrong)."""
+    if not (args.stick / SUMS).is_file():
+        sentence = "it was not written to its end, or it is no handover folder"
+        return 2, {}, f"{args.stick} has no {SUMS}: {sentence}"
+    if args.predictions:
+        made_for = json.loads((args.stick / "stick.json").read_text(encoding="utf-8"))
+        result = check_predictions(args.predictions, args.stick, made_for["tolerance"])
+        counts = f"{len(result['wrong'])} of {result['num_patches']}"
+        sentence = f"{counts} sample patches get another answer here"
+        return (1, result, sentence) if result["wrong"] else (0, result, "")
+    result = check_files(args.stick)
+    num_wrong = sum(len(result[kind]) for kind in ("changed", "missing", "additional"))
+    if num_wrong:
+        sentence = "files are not as they were written; nothing is installed or run"
+        return 1, result, f"{num_wrong} {sentence}"
+    if args.python:
+        misfit = check_python(json.loads((args.stick / "stick.json").read_text(encoding="utf-8")))
+        if misfit:
+            return 2, result, misfit
+    say(f"{result['num_files']} files are as they were written")
+    return 0, result, ""
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--stick", default=os.path.dirname(os.path.abspath(__file__)), help=argparse.SUPPRESS
-    )
+    here = Path(__file__).absolute().parent
+    parser.add_argument("--stick", default=here, type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
         "--python", action="store_true", help="does this Python fit the wheels, too"
     )
     parser.add_argument(
         "--predictions", metavar="FILE", help="compare predictions of patches/ instead"
     )
-    args = parser.parse_args()
-    if not os.path.isfile(os.path.join(args.stick, SUMS)):
-        sentence = "it was not written to its end, or it is no handover folder"
-        return fail(2, f"{args.stick} has no {SUMS}: {sentence}", {})
-    if args.predictions:
-        with open(os.path.join(args.stick, "stick.json"), encoding="utf-8") as file:
-            result = check_predictions(args.predictions, args.stick, json.load(file)["tolerance"])
-        if result["wrong"]:
-            counts = f"{len(result['wrong'])} of {result['num_patches']}"
-            return fail(1, f"{counts} sample patches get another answer here", result)
-        return 0, result
-    result = check_files(args.stick)
-    num_wrong = sum(len(result[kind]) for kind in ("changed", "missing", "additional"))
-    if num_wrong:
-        sentence = "files are not as they were written; nothing is installed or run"
-        return fail(1, f"{num_wrong} {sentence}", result)
-    if args.python:
-        with open(os.path.join(args.stick, "stick.json"), encoding="utf-8") as file:
-            misfit = check_python(json.load(file))
-        if misfit:
-            return fail(2, misfit, result)
-    say(f"{result['num_files']} files are as they were written")
-    return 0, result
+    code, result, sentence = judge(parser.parse_args())
+    if sentence:
+        say(f"error: {sentence}")
+        result["error"] = sentence
+    print(json.dumps(result))
+    return code
 
 
 if __name__ == "__main__":
-    code, result = main()
-    print(json.dumps(result))
-    sys.exit(code)
+    sys.exit(main())

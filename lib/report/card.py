@@ -6,8 +6,17 @@ from lib.blocks import Table
 from lib.files import file_digest, read_json
 from lib.metrics import share_interval
 from lib.models import num_parameters
-from lib.rundir import read_meta
 
+SCORES = {  # a score, and what a constant answer gets
+    "ROC-AUC": ("auc", "constant_auc"),
+    "PR-AUC": ("pr_auc", "constant_pr_auc"),
+    "accuracy": ("accuracy", "majority_accuracy"),
+    "sensitivity (recall)": ("recall", 1.0),
+    "specificity": ("specificity", 0.0),
+    "F1": ("f1", "always_positive_f1"),
+    "F2": ("f2", "always_positive_f2"),
+    "log loss (nats)": ("loss", "prior_loss"),
+}
 CARD = """# Model card: {run}
 
 ## Use
@@ -73,29 +82,27 @@ prevalence.
 
 def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
     """The model card as Markdown."""
-    summary, meta = read_json(run / "summary.json"), read_meta(run)
+    summary = read_json(run / "summary.json")
+    meta = read_json(run / "meta.json")
     versions = {package["package"]: package["version"] for package in packages}
-    trained = meta.get("rows", {}).get("train")
+    trained = "Trained on {num:,} patches, {num_positive:,} positive."
     counts = {name: summary[f"val_{name}"] for name in ("tp", "fp", "fn", "tn")}
-    num_positive = counts["tp"] + counts["fn"]
     files = [f"- {name}: SHA-256 `{digest}`" for name, digest in checkpoint["data"].items()]
     return CARD.format(
         run=run.resolve().name,
         torch=versions["torch"],
-        trained_torch=meta.get("versions", {}).get("torch", "one not recorded"),
+        trained_torch=meta["versions"]["torch"],
         cfg=cfg,
         num_parameters=num_parameters(model),
         threshold=checkpoint["threshold"],
         digest=file_digest(run / "best.pt"),
         folder=Path(cfg.data_dir).name,
         num=sum(counts.values()),
-        num_positive=num_positive,
-        trained="Trained on {num:,} patches, {num_positive:,} positive.".format(**trained)
-        if trained
-        else "",
+        num_positive=counts["tp"] + counts["fn"],
+        trained=trained.format(**meta["rows"]["train"]),
         files="\n".join(files),
         summary=summary,
-        commit=meta.get("commit") or "not recorded",
+        commit=meta["commit"] or "not recorded",
         scores=score_table(summary, **counts).to_markdown(),
         decision=describe_decision(checkpoint),
         num_packages=len(packages),
@@ -104,27 +111,21 @@ def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) ->
 
 def score_table(summary: dict, tp: int, fp: int, fn: int, tn: int) -> Table:
     """Scores on validation with intervals, beside those of a constant answer."""
-    num_positive, num_negative = tp + fn, fp + tn
-    auc = summary["val_auc"]
-    rows = [
-        ("ROC-AUC", auc, auc_interval(auc, num_positive, num_negative), summary["constant_auc"]),
-        ("PR-AUC", summary["val_pr_auc"], None, summary["constant_pr_auc"]),
-        (
-            "accuracy",
-            summary["val_accuracy"],
-            share_interval(tp + tn, num_positive + num_negative),
-            summary["majority_accuracy"],
-        ),
-        ("sensitivity (recall)", tp / num_positive, share_interval(tp, num_positive), 1.0),
-        ("specificity", tn / num_negative, share_interval(tn, num_negative), 0.0),
-        ("F1", summary["val_f1"], None, summary["always_positive_f1"]),
-        ("F2", summary["val_f2"], None, summary["always_positive_f2"]),
-        ("log loss (nats)", summary["val_loss"], None, summary["prior_loss"]),
-    ]
+    num_positive = tp + fn
+    num_negative = fp + tn
+    intervals = {
+        "ROC-AUC": auc_interval(summary["val_auc"], num_positive, num_negative),
+        "accuracy": share_interval(tp + tn, num_positive + num_negative),
+        "sensitivity (recall)": share_interval(tp, num_positive),
+        "specificity": share_interval(tn, num_negative),
+    }
+    scores = summary | {"val_recall": tp / num_positive, "val_specificity": tn / num_negative}
     cells = []
-    for name, value, interval, constant in rows:
-        shown = "{:.4f} to {:.4f}".format(*interval) if interval else "-"
-        cells.append([name, f"{value:.4f}", shown, f"{constant:.4f}"])
+    for title, (name, constant) in SCORES.items():
+        low, high = intervals.get(title, (None, None))
+        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
+        answer = summary.get(constant, constant)
+        cells.append([title, f"{scores[f'val_{name}']:.4f}", interval, f"{answer:.4f}"])
     return Table(["score", "model", "95% interval", "constant answer"], cells)
 
 

@@ -1,30 +1,54 @@
-"""Figures of several runs, of the champion, and of the repository's history."""
+"""Figures of several runs, and of the champion."""
+
+from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from lib.figures import COLOURS, add_legend, column, line_style, new_figure
+from lib.blocks import Figure, Heading, Table, Words, write_page
+from lib.command import BadInput
+from lib.figures import COLOURS, add_legend, column, figure_png, line_style, new_figure
+from lib.files import read_csv
 
+MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
 MOST_POINTS = 150  # of a line, where several are drawn together
-WINDOW, SPIKE = 101, 2.0  # a spike: a norm of so many times the median of the steps around it
+# a spike: a norm of so many times the median of the steps around it
+WINDOW = 101
+SPIKE = 2.0
 CLASSES = ("normal", "tumour")
+# curves: file, column, title, scale
+LOSS = ("steps.csv", "loss", "training loss (nats)", "linear")
+GRADIENT_NORM = ("steps.csv", "grad_norm", "global gradient norm, before clipping", "log")
+LEARNING_RATE = ("steps.csv", "lr", "learning rate", "linear")
+VAL_LOSS = ("epochs.csv", "val_loss", "log loss on validation (nats)", "linear")
+VAL_AUC = ("epochs.csv", "val_auc", "ROC-AUC on validation", "linear")
+VAL_F2 = ("epochs.csv", "val_f2", "F2 at 0.5 on validation", "linear")
+
+
+def write_together(path, title: str, table: Table, runs: list[Path], curves, remark="") -> str:
+    """Write a page with a table and the runs' curves drawn together, and give its path. Raises
+    BadInput for too many to tell apart.
+    """
+    if not 0 < len(runs) <= MOST_DRAWN:
+        raise BadInput(
+            f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where"
+            " chooses)"
+        )
+    tables = {}
+    for run in runs:
+        for file in {curve[0] for curve in curves}:
+            if (run / file).is_file():
+                tables[run.name, file] = read_csv(run / file)
+    titles = ", ".join(title for _, _, title, _ in curves)
+    drawn = Figure(titles, figure_png(plot_runs(tables, curves)))
+    blocks = [Heading("Runs"), table, Words(remark, "note"), Heading("Curves"), drawn]
+    return str(write_page(path, title, blocks))
 
 
 def block_means(values: np.ndarray) -> np.ndarray:
     """The means of at most MOST_POINTS blocks of values (N,)."""
-    num_blocks = min(len(values), MOST_POINTS)
-    blocks = np.array_split(values, num_blocks) if num_blocks else []
-    return np.array([block.mean() for block in blocks])
-
-
-def set_up_axes(axes, title: str, x: str, scale: str) -> None:
-    """Title, scale and plain ticks of the axes of a curve."""
-    axes.set(title=title, xlabel=x, yscale=scale)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if scale == "log":
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.minorticks_off()
+    num_blocks = max(1, min(len(values), MOST_POINTS))
+    return np.array([block.mean() for block in np.array_split(values, num_blocks) if len(block)])
 
 
 def plot_runs(tables: dict[tuple[str, str], list[dict]], curves, with_mean: bool = False):
@@ -42,44 +66,41 @@ def plot_runs(tables: dict[tuple[str, str], list[dict]], curves, with_mean: bool
         lines = []
         for number, run in enumerate(runs):
             rows = tables.get((run, file), [])
-            line = [column(rows, x), column(rows, name)]
+            line = np.stack([column(rows, x), column(rows, name)])
             lines.append(line)
             shown = line if with_mean else map(block_means, line)
-            width = 0.6 if with_mean else 0.8
-            axes.plot(*shown, linewidth=width, label=run, **line_style(number))
+            axes.plot(*shown, linewidth=0.7, label=run, **line_style(number))
             if with_mean and name == "grad_norm":
-                mark_spikes(axes, rows, "spike" if number == 0 else None)
+                spikes = find_spikes(rows)
+                places = column(spikes, "step")
+                norms = column(spikes, "grad_norm")
+                axes.plot(places, norms, "kv", label=None if number else "spike")
         if with_mean:
-            length = min(len(values) for _, values in lines)
-            mean = np.mean([values[:length] for _, values in lines], 0)
-            shown = map(block_means, (lines[0][0][:length], mean))
-            axes.plot(*shown, "k", linewidth=2.4, label="mean")
+            shortest = min(line.shape[1] for line in lines)
+            mean = np.mean([line[:, :shortest] for line in lines], 0)
+            axes.plot(*map(block_means, mean), "k", linewidth=2.4, label="mean")
         for score in constant:
             answer = column(rows, score)[0]
             axes.axhline(answer, color="grey", linestyle=":", label="constant answer")
-        set_up_axes(axes, title, x, scale)
+        axes.set(title=title, xlabel=x, yscale=scale)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     add_legend(figure, panels[-1], num_columns=6 if with_mean else 4)
     return figure
 
 
-def mark_spikes(axes, rows: list[dict], label: str | None) -> None:
-    spikes = find_spikes(rows)
-    places = [spike["step"] for spike in spikes]
-    norms = [spike["grad_norm"] for spike in spikes]
-    axes.plot(places, norms, "kv", label=label)
-
-
 def find_spikes(rows: list[dict]) -> list[dict]:
     """The steps of a steps.csv whose gradient norm is a spike: step, epoch, grad_norm, its ratio to
-    the running median, loss, and the median loss around it.
+    the running median, and whether the loss is above its own median.
     """
-    norm, loss = column(rows, "grad_norm"), column(rows, "loss")
-    ratio, usual_loss = norm / running_median(norm), running_median(loss)
+    norm = column(rows, "grad_norm")
+    loss = column(rows, "loss")
+    ratio = norm / running_median(norm)
+    usual_loss = running_median(loss)
     spikes = []
-    for place in np.flatnonzero(ratio > SPIKE).tolist():
-        spike = {"step": int(rows[place]["step"]), "epoch": int(rows[place]["epoch"])}
+    for place in np.flatnonzero(ratio > SPIKE):
+        spike = {name: int(rows[place][name]) for name in ("step", "epoch")}
         spike |= {"grad_norm": norm[place], "ratio": ratio[place]}
-        spikes.append(spike | {"loss": loss[place], "usual_loss": usual_loss[place]})
+        spikes.append(spike | {"has_high_loss": loss[place] > usual_loss[place]})
     return spikes
 
 
@@ -95,67 +116,63 @@ def plot_front(seeds: list[dict], champion: dict, errors: list):
     """
     figure, panels = new_figure(3 if errors else 2, height=3.6)
     draw_dots(panels[0], seeds, champion)
-    names = ("val_tn", "val_fp", "val_fn", "val_tp")
-    draw_confusion(panels[1], np.reshape([champion[name] for name in names], (2, 2)))
+    draw_confusion(panels[1], champion)
     if errors:
         panels[2].axis("off")
         panels[2].set_title("errors of the champion")
-        for number, (patch, caption) in enumerate(errors):
-            corner = (number % 2 * 0.5, 0.5 - number // 2 * 0.5)
-            inset = panels[2].inset_axes([*corner, 0.46, 0.4])
-            show_patch(inset, patch, caption)
+    for number, (patch, caption) in enumerate(errors):
+        corner = (number % 2 * 0.5, 0.5 - number // 2 * 0.5)
+        show_patch(panels[2].inset_axes([*corner, 0.46, 0.4]), patch, caption)
     add_legend(figure, panels[0], num_columns=3)
     return figure
 
 
 def draw_dots(axes, seeds: list[dict], champion: dict) -> None:
     """AUC and F2 of each seed and of the champion, beside those of constant answers."""
-    scores = (("AUC", "val_auc", "constant_auc"), ("F2 at 0.5", "val_f2", "always_positive_f2"))
-    for place, (_, score, constant) in enumerate(scores):
-        values = [row[score] for row in seeds]
-        spread = np.linspace(-0.12, 0.12, len(values)) + place
-        named = place == 0
-        axes.plot(spread, values, "o", color=COLOURS[0], label="a seed" if named else None)
-        axes.plot(
-            place + 0.25,
-            champion[score],
-            "D",
-            color=COLOURS[1],
-            label="champion" if named else None,
-        )
-        reach = (place - 0.3, place + 0.35)
-        label = "constant answer" if named else None
-        axes.plot(reach, [champion[constant]] * 2, "k:", label=label)
-    axes.set(title="scores on validation", xticks=range(len(scores)), ylim=(None, 1))
-    axes.set_xticklabels([title for title, *_ in scores])
-    axes.set_xlim(-0.5, len(scores) - 0.4)
+    names = ("val_auc", "val_f2")
+    constants = ("constant_auc", "always_positive_f2")
+    places = np.arange(len(names))
+    for number, row in enumerate(seeds):
+        offset = 0.24 * number / max(1, len(seeds) - 1) - 0.12
+        label = None if number else "a seed"
+        scores = [row[name] for name in names]
+        axes.plot(places + offset, scores, "o", color=COLOURS[0], label=label)
+    scores = [champion[name] for name in names]
+    axes.plot(places + 0.25, scores, "D", color=COLOURS[1], label="champion")
+    answers = [champion[name] for name in constants]
+    axes.hlines(answers, places - 0.3, places + 0.35, "k", ":", label="constant answer")
+    axes.set(title="scores on validation", ylim=(None, 1), xlim=(-0.5, 1.6))
+    axes.set_xticks(places, ("AUC", "F2 at 0.5"))
 
 
-def draw_confusion(axes, counts: np.ndarray) -> None:
-    """A confusion matrix (2, 2), label by prediction, with shares of each label."""
+def draw_confusion(axes, champion: dict) -> None:
+    """The confusion matrix of a run on validation, label by prediction, with shares of each
+    label.
+    """
+    counts = [champion[f"val_{name}"] for name in ("tn", "fp", "fn", "tp")]
+    counts = np.reshape(counts, (2, 2))
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4)
     for (label, call), count in np.ndenumerate(counts):
         text = f"{count:,.0f}\n{shares[label, call]:.1%}"
         axes.text(call, label, text, ha="center", va="center", fontsize=12)
     axes.set(title="champion, decided at 0.5", xlabel="prediction", ylabel="label")
-    axes.set(xticks=(0, 1), yticks=(0, 1))
-    axes.set_xticklabels(CLASSES)
-    axes.set_yticklabels(CLASSES, rotation=90, va="center")
+    axes.set_xticks((0, 1), CLASSES)
+    axes.set_yticks((0, 1), CLASSES, rotation=90, va="center")
     axes.grid(False)
 
 
-def plot_patches(rows: list[tuple[str, list]]):
-    """A row of patches for each (title, [(patch, caption)])."""
-    most = max(len(patches) for _, patches in rows)
-    figure, _ = new_figure(1, 1.5 * most, 1.9 * len(rows))
+def plot_patches(groups: dict[str, list]):
+    """A row of patches for each {title: [(patch, caption)]}."""
+    most = max(map(len, groups.values()))
+    figure, _ = new_figure(1, 1.5 * most, 1.9 * len(groups))
     figure.clear()
-    panels = figure.subplots(len(rows), most, squeeze=False)
-    for axes, (title, patches) in zip(panels, rows, strict=True):
-        for place, panel in enumerate(axes):
+    panels = figure.subplots(len(groups), most, squeeze=False)
+    for axes, (title, patches) in zip(panels, groups.items(), strict=True):
+        for panel in axes:
             panel.axis("off")
-            if place < len(patches):
-                show_patch(panel, *patches[place])
+        for panel, patch in zip(axes, patches, strict=False):
+            show_patch(panel, *patch)
         axes[0].text(-0.15, 0.5, title, transform=axes[0].transAxes, rotation=90, va="center")
     return figure
 

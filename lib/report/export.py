@@ -12,7 +12,7 @@ from lib.config import HINTS, plain
 from lib.files import read_csv, read_json
 from lib.progress import Progress
 
-TABLES = (("steps.csv", "train"), ("epochs.csv", "epoch"))
+TABLES = {"steps.csv": "train", "epochs.csv": "epoch"}
 # every other status is FAILED
 MLFLOW_STATUS = {
     "finished": "FINISHED",
@@ -35,35 +35,29 @@ def export_runs(rows: list[dict], runs_dir: Path, out: Path, program: str) -> in
             f"--to {program} needs the package {package}, which is not installed"
             f" ({one_line(error)})"
         ) from None
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out} holds files already: give a new or an empty folder")
     out.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in rows if row["status"] != "unreadable"]
+    rows = [row for row in rows if row.get("started_utc")]  # the others have nothing to read
     write = writer(library, out, runs_dir)
     with Progress(len(rows), program, "runs") as bar:
         for row in rows:
             run = runs_dir / row["run"]
-            steps = (
-                (prefix, point)
-                for name, prefix in TABLES
-                if (run / name).is_file()
-                for point in read_csv(run / name)
-            )
-            points = [
-                (f"{prefix}/{name}", float(value), int(point["step"]))
-                for prefix, point in steps
-                for name, value in point.items()
-                if value and name not in ("step", "epoch")
-            ]
             config = {key: plain(row[key]) for key in HINTS if key in row}
-            scores = {
-                f"final/{key}": value
-                for key, value in row.items()
-                if key.startswith("val_") and value is not None
-            }
-            write(run, row, points, config, scores)
+            names = [key for key in row if key.startswith("val_") and row[key] is not None]
+            scores = {f"final/{name}": row[name] for name in names}
+            write(run, row, read_points(run), config, scores)
             bar.add()
     return len(rows)
+
+
+def read_points(run: Path) -> list[tuple[str, float, int]]:
+    """(name, value, step) of each number in a run's tables."""
+    points = []
+    for file, prefix in TABLES.items():
+        for row in read_csv(run / file) if (run / file).is_file() else []:
+            step = int(row.pop("step"))
+            row.pop("epoch")
+            points += [(f"{prefix}/{name}", float(row[name]), step) for name in row if row[name]]
+    return points
 
 
 def tensorboard_writer(library, out: Path, _):
@@ -71,8 +65,8 @@ def tensorboard_writer(library, out: Path, _):
 
     def write(run, row, points, config, scores):
         with library.SummaryWriter(str(out / run.name)) as writer:
-            for name, value, step in points:
-                writer.add_scalar(name, value, step)
+            for point in points:
+                writer.add_scalar(*point)
             writer.add_hparams(config | {"status": row["status"]}, scores, run_name=".")
 
     return write
@@ -86,33 +80,26 @@ def mlflow_writer(library, out: Path, runs_dir: Path):
     experiment = client.create_experiment(runs_dir.resolve().name)
 
     def write(run, row, points, config, scores):
-        meta = read_json(run / "meta.json") if (run / "meta.json").is_file() else {}
-        tags = {
-            "mlflow.source.git.commit": meta.get("commit") or "",
-            "mlflow.source.name": " ".join(meta.get("argv", [])),
-        }
-        started = row["started_utc"] and datetime.datetime.fromisoformat(row["started_utc"])
-        start_ms = int(started.timestamp() * 1000) if started else 0
+        meta = read_json(run / "meta.json")
+        started = datetime.datetime.fromisoformat(row["started_utc"])
+        start_ms = int(started.timestamp() * 1000)
         end_ms = start_ms + int(1000 * (row.get("wall_s") or 0))
-        made = client.create_run(
-            experiment,
-            start_time=start_ms,
-            tags=tags | {"status": row["status"]},
-            run_name=run.name,
-        )
-        metrics = [
-            library.entities.Metric(name, value, end_ms, step) for name, value, step in points
-        ]
-        metrics += [
-            library.entities.Metric(name, value, end_ms, row["num_steps"])
-            for name, value in scores.items()
-        ]
-        client.log_batch(
-            made.info.run_id, params=[library.entities.Param(*item) for item in config.items()]
-        )
+        tags = {
+            "status": row["status"],
+            "mlflow.source.git.commit": meta["commit"] or "",
+            "mlflow.source.name": " ".join(meta["argv"]),
+        }
+        options = {"start_time": start_ms, "tags": tags, "run_name": run.name}
+        run_id = client.create_run(experiment, **options).info.run_id
+        params = [library.entities.Param(*item) for item in config.items()]
+        client.log_batch(run_id, params=params)
+        points = points + [(name, value, row["num_steps"]) for name, value in scores.items()]
+        metrics = []
+        for name, value, step in points:
+            metrics.append(library.entities.Metric(name, value, end_ms, step))
         for first in range(0, len(metrics), MOST_AT_ONCE):
-            client.log_batch(made.info.run_id, metrics=metrics[first : first + MOST_AT_ONCE])
-        client.set_terminated(made.info.run_id, MLFLOW_STATUS.get(row["status"], "FAILED"), end_ms)
+            client.log_batch(run_id, metrics=metrics[first : first + MOST_AT_ONCE])
+        client.set_terminated(run_id, MLFLOW_STATUS.get(row["status"], "FAILED"), end_ms)
 
     return write
 

@@ -1,18 +1,15 @@
 """What the repository says: definitions of its code at a commit, and its history."""
 
 import ast
-import functools
+import itertools
 import re
 
-from lib import rundir
+from lib.blocks import Code
 from lib.command import REPOSITORY, BadInput
+from lib.report.evidence import Evidence, Missing, git
 
 NUM_COMMITS = 15
 MOST_LINES = 45  # of a quoted merge conflict
-
-
-# a journal asks for the same files and commits many times
-git = functools.cache(rundir.git)
 
 
 def read_code(commit: str, name: str) -> str:
@@ -25,17 +22,26 @@ def read_code(commit: str, name: str) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def quote_code(commit: str, file: str, name: str) -> tuple[int, str]:
-    """The number of the first line, and the text, of a definition in a file at a commit: see
-    `find_code`. Raises BadInput where there is none.
+def build_code(e: Evidence, source: str, at: str = "") -> list:
+    """The block of `<!-- code FILE:NAME -->`: a definition at the commit of the runs, or at another
+    one that the directive names; or a part of the history.
     """
+    if source in OF_HISTORY:
+        find, command = OF_HISTORY[source]
+        text = find(at)
+        if not text:
+            raise Missing(f"the history of this clone has no {source}")
+        return [Code(text, command)]
+    file, _, name = source.partition(":")
+    commit = at or e.commit()
     if commit and not git("cat-file", "-t", commit):
         raise BadInput(f"commit {commit[:10]} is not in this clone (git fetch --unshallow)")
-    text = read_code(commit, file)
-    line, quote = find_code(file, text, name)
+    line, text = find_code(file, read_code(commit, file), name)
+    where = f"at {commit[:10] or 'no commit'}"
     if not line:
-        raise BadInput(f"{file} has no {name or 'text'} at commit {commit[:10] or 'none'}")
-    return line, quote
+        raise BadInput(f"{file} has no {name or 'text'} {where}")
+    e.require_unpatched(file)
+    return [Code(text, f"{file}:{line} {where}")]
 
 
 def find_code(file: str, text: str, name: str) -> tuple[int, str]:
@@ -61,36 +67,31 @@ def python_lines(text: str, name: str) -> tuple[int, int]:
     does.
     """
     for node in ast.walk(ast.parse(text)):
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        names = [target.id for target in targets if isinstance(target, ast.Name)]
+        names = [ast.unparse(target) for target in getattr(node, "targets", [])]
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names = [node.name]
         if name in names:
-            decorators = getattr(node, "decorator_list", [])
-            return min(part.lineno for part in [node, *decorators]), node.end_lineno
+            parts = [node, *getattr(node, "decorator_list", [])]
+            return min(part.lineno for part in parts), node.end_lineno
     return 0, 0
 
 
 def block_lines(lines: list[str], name: str) -> tuple[int, int]:
     """The numbers of the first line that holds `name` and of the last line of its block: the lines
-    below it that are indented further.
+    below it that are empty, or indented further.
     """
-    first = next((number for number, line in enumerate(lines, 1) if name in line), 0)
-    last = first
-    while first and last < len(lines) and indentation(lines[last]) > indentation(lines[first - 1]):
-        last += 1
-    return first, last
-
-
-def indentation(line: str) -> int:
-    """The number of blanks before a line; an empty line ends no block."""
-    return len(line) - len(line.lstrip()) if line.strip() else 1 << 16
+    for first, line in enumerate(lines, 1):
+        if name in line:
+            deeper = re.compile(rf"\s{{{len(line) - len(line.lstrip()) + 1}}}|\s*$")
+            block = itertools.takewhile(deeper.match, lines[first:])
+            return first, first + len(list(block))
+    return 0, 0
 
 
 def find_commits(commit: str) -> str:
     """The graph of the last NUM_COMMITS commits up to a commit; empty outside of a repository."""
     log = git("log", "--graph", f"-{NUM_COMMITS}", "--format=%h %s", commit, "--")
-    return "\n".join(line.rstrip() for line in log.splitlines())
+    return "\n".join(map(str.rstrip, log.splitlines()))
 
 
 def find_conflict(commit: str) -> str:

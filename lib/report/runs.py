@@ -3,39 +3,31 @@ folds, drawn together.
 """
 
 import contextlib
-import csv
 import functools
 import hashlib
-import json
+import itertools
 import operator
 import os
 import platform
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import yaml
 
-from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
-from lib.command import BadInput, nearest, one_line, say
+from lib.blocks import Table, table_of
+from lib.command import BadInput, nearest, say
 from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
 from lib.files import read_csv, read_json
+from lib.metrics import mean_interval
 from lib.rundir import SCORES, process_start
 
 # a run on another machine that has not written for so long is dead: staging or an evaluation takes
 # less
 SILENT_S = 900.0
-UNREADABLE = (
-    OSError,
-    BadInput,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    RecursionError,
-    csv.Error,
-)
-MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
+# what a file that was edited by hand, or is of another program, provokes
+UNREADABLE = (OSError, BadInput, AttributeError, LookupError, TypeError, ValueError)
 SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 # nothing that is compared depends on them
 UNCOMPARED_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
@@ -43,26 +35,17 @@ TRIAL = re.compile(r"-[0-9a-f]{6}-(t\d+|base)$")  # ends the name of a search's 
 COUNTS = {"tp", "fp", "fn", "tn"}
 CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
 # YAML means by it what Python does
-NUMBER_LINE = re.compile(r"(\w+): (-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?)", re.ASCII)
+NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?", re.ASCII)
 OPERATORS = {
     "<": operator.lt,
     "<=": operator.le,
     ">": operator.gt,
     ">=": operator.ge,
     "!=": operator.ne,
+    "=": operator.eq,
+    "==": operator.eq,
 }
-OPERATORS |= {"=": operator.eq, "==": operator.eq}
-# file, column, title, scale
-CURVES = (
-    ("steps.csv", "loss", "training loss (nats)", "linear"),
-    ("epochs.csv", "val_loss", "log loss on validation (nats)", "linear"),
-    ("epochs.csv", "val_auc", "ROC-AUC on validation", "linear"),
-)
-GRADIENTS = (
-    ("steps.csv", "loss", "training loss (nats)", "linear"),
-    ("steps.csv", "grad_norm", "global gradient norm, before clipping", "log"),
-    ("steps.csv", "lr", "learning rate", "linear"),
-)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both are safe, one is written in C
 
 
 def list_runs(runs_dir) -> list[dict]:
@@ -70,7 +53,7 @@ def list_runs(runs_dir) -> list[dict]:
     starts.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(runs_dir) if entry.is_dir())
+        names = sorted(os.listdir(runs_dir))
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"no folder {runs_dir} (--runs names the one that holds the runs)") from None
     rows = [read_run(Path(runs_dir, name)) for name in names]
@@ -83,17 +66,14 @@ def read_run(run: Path) -> dict:
     """
     row = {"run": run.name, "status": "unreadable"}
     try:
-        try:
-            config = ADDED_KEYS | read_flat_yaml(f"{run}/config.yaml")
-        except FileNotFoundError:
-            return {}
-        meta, summary = read_if_there(f"{run}/meta.json"), read_if_there(f"{run}/summary.json")
+        config = ADDED_KEYS | read_flat_yaml(f"{run}/config.yaml")
+        meta = read_if_there(f"{run}/meta.json")
+        summary = read_if_there(f"{run}/summary.json")
         scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
-        scores = {name: value for name, value in scores.items() if not isinstance(value, list)}
-        filled = row | facts_of_meta(meta) | config | scores
-        json.dumps(filled)  # what YAML takes for a date goes into no table
-        return filled | {"status": str(filled["status"])}
-    except UNREADABLE as error:  # edited by hand, or of another program
+        return row | facts_of_meta(meta) | config | scores
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except UNREADABLE as error:
         say(f"{run} cannot be read: {error}")
         return row
 
@@ -102,11 +82,15 @@ def facts_of_meta(meta: dict) -> dict:
     """What a row says of a run's meta.json. `code` is its commit and, of a run with uncommitted
     changes, a digest of the patch.
     """
-    job, data = meta.get("job", {}), meta.get("data")
-    commit, patch = (meta.get("commit") or "")[:10], meta.get("uncommitted_patch") or ""
-    machine, torch = meta.get("machine", {}), meta.get("versions", {}).get("torch")
+    job = meta.get("job", {})
+    data = meta.get("data")
+    commit = (meta.get("commit") or "")[:10]
+    patch = meta.get("uncommitted_patch") or ""
+    machine = meta.get("machine", {})
+    torch = meta.get("versions", {}).get("torch")
+    starts = [*meta.get("earlier_starts", []), meta]
     return {
-        "started_utc": [*meta.get("earlier_starts", []), meta][0].get("started_utc"),
+        "started_utc": starts[0].get("started_utc"),
         "commit": commit,
         "patched": bool(patch),
         "code": f"{commit} with patch {digest_of(patch)}" if patch else commit,
@@ -117,7 +101,7 @@ def facts_of_meta(meta: dict) -> dict:
         "array_index": job.get("SLURM_ARRAY_TASK_ID"),
         "data": data and digest_of(repr(sorted(data.items()))),
         "num_train": meta.get("rows", {}).get("train", {}).get("num"),
-        "num_starts": len(meta.get("earlier_starts", [])) + 1,
+        "num_starts": len(starts),
     }
 
 
@@ -139,10 +123,10 @@ def read_if_there(path: str) -> dict:
 @functools.cache
 def _parse_line(line: str):
     # of which there are too many to remember, and YAML is slow
-    match = NUMBER_LINE.fullmatch(line)
-    if match:
-        return match[1], float(match[2]) if "." in match[2] else int(match[2])
-    ((key, value),) = yaml.load(line, getattr(yaml, "CSafeLoader", yaml.SafeLoader)).items()  # noqa: S506 (safe, written in C)
+    key, _, value = line.partition(": ")
+    if NUMBER.fullmatch(value):
+        return key, float(value) if "." in value else int(value)
+    ((key, value),) = yaml.load(line, LOADER).items()  # noqa: S506 (safe)
     return key, value
 
 
@@ -162,15 +146,15 @@ def scores_so_far(run: Path) -> dict:
     """What summary.json would say of the epochs that are done: the scores of the best one, over one
     view.
     """
-    epochs = read_csv(run / "epochs.csv") if (run / "epochs.csv").is_file() else []
-    best = ([row for row in epochs if row["is_best"] == "1"] or [{}])[-1]
-    scores = {
-        name: float(value) for name, value in best.items() if name.startswith("val_") and value
-    }
-    return {
-        "num_epochs": len(epochs),
-        "num_steps": int(epochs[-1]["step"]) if epochs else 0,
-    } | scores
+    path = run / "epochs.csv"
+    epochs = read_csv(path) if path.is_file() else []
+    scores = {"num_epochs": len(epochs), "num_steps": 0}
+    for row in epochs:
+        scores["num_steps"] = int(row["step"])
+        if row["is_best"] == "1":
+            best = {name: value for name, value in row.items() if name.startswith("val_")}
+            scores |= {name: float(value) for name, value in best.items() if value}
+    return scores
 
 
 def run_status(run: Path, meta: dict) -> str:
@@ -180,23 +164,24 @@ def run_status(run: Path, meta: dict) -> str:
     On its own machine the process tells; from another one the last sign of life counts.
     """
     if "stopped" in meta:
-        return meta["stopped"].get("status", "interrupted")
-    if meta.get("process_start") and meta.get("machine", {}).get("host") == platform.node():
-        return "running" if process_start(meta["pid"]) == meta["process_start"] else "dead"
-    signs = [
-        run / name for name in ("steps.csv", "meta.json", "config.yaml") if (run / name).exists()
-    ]
-    return (
-        "running"
-        if time.time() - max(path.stat().st_mtime for path in signs) < SILENT_S
-        else "dead"
-    )
+        return meta["stopped"]["status"]
+    if meta.get("process_start") and meta["machine"]["host"] == platform.node():
+        is_alive = process_start(meta["pid"]) == meta["process_start"]
+    else:
+        paths = [run / name for name in ("steps.csv", "meta.json", "config.yaml")]
+        written_at = max(path.stat().st_mtime for path in paths if path.exists())
+        is_alive = time.time() - written_at < SILENT_S
+    return "running" if is_alive else "dead"
 
 
 def require_column(name: str, rows: list[dict], source: str) -> None:
-    """Raise BadInput where no row has the column, with the nearest that there is."""
-    if name not in HINTS and not any(name in row for row in rows):
-        raise BadInput(f"{source}: no run has {name}{nearest(name, set().union(HINTS, *rows))}")
+    """Raise BadInput where there are rows, but none has the column, with the nearest that there
+    is.
+    """
+    names = dict.fromkeys(column for row in rows for column in row)
+    if rows and name not in names:
+        hint = nearest(name, names) or f" (allowed: {', '.join(names)})"
+        raise BadInput(f"{source}: there is no column {name}{hint}")
 
 
 def build_condition(text: str, rows: list[dict]):
@@ -211,73 +196,64 @@ def build_condition(text: str, rows: list[dict]):
         )
     name, sign, wanted = match.groups()
     require_column(name, rows, f"--where {text!r}")
+    compare = OPERATORS[sign]
 
     def holds(row) -> bool:
         value = row.get(name)
         if value is None:
             return sign == "!="
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
+        with contextlib.suppress(TypeError, ValueError):
             if not isinstance(value, (str, bool)):
-                return OPERATORS[sign](float(value), float(wanted))
-        return OPERATORS[sign](plain(value), wanted)
+                return compare(float(value), float(wanted))
+        return compare(plain(value), wanted)
 
     return holds
 
 
-def select_runs(rows: list[dict], conditions=(), sort="run", descending=False) -> list[dict]:
-    """The rows that meet every condition, ordered by a column; those that lack it come last."""
-    if not rows:
-        return []
-    conditions = [build_condition(text, rows) for text in conditions]
-    require_column(sort, rows, f"--sort {sort}")
-    rows = [row for row in rows if all(holds(row) for holds in conditions)]
-    numbers = all(isinstance(row.get(sort), (int, float, type(None))) for row in rows)
-    there = [row for row in rows if row.get(sort) is not None]
-    there.sort(key=lambda row: row[sort] if numbers else plain(row[sort]), reverse=descending)
-    return there + [row for row in rows if row.get(sort) is None]
-
-
-def differing_keys(rows: list[dict], but=frozenset()) -> list[str]:
-    """The config keys in which the rows are not all equal."""
-    return [
-        key
-        for key in HINTS
-        if key not in but and any(row.get(key) != rows[0].get(key) for row in rows)
-    ]
+def select_runs(rows: list[dict], conditions=(), sort="", descending=False) -> list[dict]:
+    """The rows that meet every condition, in the order of a column, numbers before texts; those
+    that lack it come last.
+    """
+    if sort:
+        require_column(sort, rows, f"--sort {sort}")
+    for holds in [build_condition(text, rows) for text in conditions]:
+        rows = list(filter(holds, rows))
+    present = [row for row in rows if row.get(sort) not in (None, "")]
+    lacking = [row for row in rows if row.get(sort) in (None, "")]
+    present.sort(key=lambda row: (isinstance(row[sort], str), row[sort]), reverse=descending)
+    return present + lacking
 
 
 def table_of_runs(rows: list[dict]) -> Table:
-    """Status, the config keys that differ, and scores of each run."""
-    return table_of(rows, ["run", "status", *differing_keys(rows, {"name"}), *SHOWN])
+    """Status, the config keys in which the rows are not all equal, and scores of each run."""
+    keys = [key for key in HINTS if any(row.get(key) != rows[0].get(key) for row in rows)]
+    return table_of(rows, ["run", "status", *(key for key in keys if key != "name"), *SHOWN])
 
 
 def require_alike(rows: list[dict], varied: str) -> None:
     """Raise BadInput unless these are two or more finished runs, all of which differ in `varied`,
     and in nothing else.
     """
-    first, by_value = rows[0], {}
+    first = rows[0]
     if len(rows) < 2:
         raise BadInput(f"{first['run']} is one run: a spread over {varied}s needs at least two")
-    same = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied} | (
-        {"num_train"} if varied == "seed" else set()
-    )
+    same = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied}
+    if varied == "seed":
+        same.add("num_train")
     for row in rows:
         if row["status"] != "finished":
             raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
-        if row.get(varied) is None:
-            raise BadInput(f"{row['run']} says nothing of its {varied}")
-        other = by_value.setdefault(row[varied], row)
-        if other is not row:
+    value, num = Counter(row[varied] for row in rows).most_common(1)[0]
+    if num > 1:
+        raise BadInput(f"{num} of the runs share {varied} {value}: that is one result, not {num}")
+    for row, key in itertools.product(rows, sorted(same)):
+        ours = plain(first.get(key))
+        theirs = plain(row.get(key))
+        if ours != theirs:
             raise BadInput(
-                f"{other['run']} and {row['run']} share {varied} {row[varied]}: that is one result,"
-                " not two"
+                f"{key} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}: runs that are"
+                f" averaged may differ in {varied} alone"
             )
-        for key in sorted(same):
-            ours, theirs = first.get(key), row.get(key)
-            if ours != theirs:
-                values = f"{key} is {plain(ours)!r} in {first['run']}, {plain(theirs)!r} in"
-                sentence = f"{values} {row['run']}: runs that are averaged may differ in"
-                raise BadInput(f"{sentence} {varied} alone")
 
 
 def group_seeds(rows: list[dict]) -> list[list[dict]]:
@@ -297,10 +273,11 @@ def differing(rows: list[dict], key: str, what: str) -> list[str]:
     """A sentence for each run that differs from the first one in `key`."""
     sentences = []
     for row in rows[1:]:
-        if row.get(key) != rows[0].get(key):
+        ours = row.get(key) or "none"
+        theirs = rows[0].get(key) or "none"
+        if ours != theirs:
             sentences.append(
-                f"{row['run']} has another {what} than {rows[0]['run']}:"
-                f" {row.get(key) or 'none'}, not {rows[0].get(key) or 'none'}"
+                f"{row['run']} has another {what} than {rows[0]['run']}: {ours}, not {theirs}"
             )
     return sentences
 
@@ -309,59 +286,19 @@ def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
     """{score: {mean, deviation, low, high, num}} over runs that differ in `varied` alone. Raises
     BadInput for others.
     """
-    from lib.metrics import mean_interval
-
     require_alike(rows, varied)
-    names = [
-        f"val_{name}"
-        for name in SCORES
-        if name not in COUNTS and rows[0].get(f"val_{name}") is not None
-    ]
-    for row, name in ((row, name) for row in rows for name in names):
-        if type(row.get(name)) not in (int, float):
-            raise BadInput(f"{row['run']}: {name} is {row.get(name)!r}, which is no score")
-    return {name: mean_interval([row[name] for row in rows]) for name in names}
+    spreads = {}
+    for name in [f"val_{score}" for score in SCORES if score not in COUNTS]:
+        values = [row.get(name) for row in rows]
+        if None not in values:
+            spreads[name] = score_interval(values, name)
+    return spreads
 
 
-def read_curves(path: Path, names: list[str]) -> list[dict]:
-    """The rows of a CSV file that curves of these columns are drawn of; none, with a sentence,
-    where it holds anything else.
-    """
-    try:
-        rows = read_csv(path)
-        for row in rows:
-            for name in ("step", *names):
-                float(row[name] or 0)
-        return rows
-    except UNREADABLE as error:
-        say(f"{path} cannot be drawn: {one_line(error)}")
-        return []
-
-
-def write_together(path, title: str, table: Table, runs: list[Path], curves, remark="") -> Path:
-    """A page with a table and the runs' curves drawn together. Raises BadInput for too many to tell
-    apart.
-    """
-    from lib.figures import figure_png
-    from lib.report.drawings import plot_runs
-
-    if not 0 < len(runs) <= MOST_DRAWN:
-        raise BadInput(
-            f"{path}: {len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can (--where"
-            " chooses)"
-        )
-    columns = {}  # of each file
-    for file, name, *_ in curves:
-        columns.setdefault(file, []).append(name)
-    tables = {}
-    for run in runs:
-        for file, names in columns.items():
-            rows = read_curves(run / file, names) if (run / file).is_file() else []
-            if rows:
-                tables[run.name, file] = rows
-    drawn = figure_png(plot_runs(tables, curves))
-    titles = ", ".join(title for _, _, title, _ in curves)
-    blocks = [Heading("Runs"), table]
-    if remark:
-        blocks.append(Words(remark, "note"))
-    return write_page(path, title, [*blocks, Heading("Curves"), Figure(titles, drawn)])
+def score_interval(values: list[float], name: str) -> dict[str, float]:
+    """The `mean_interval` of a score, within what is possible: no share is above 1."""
+    spread = mean_interval(values)
+    spread["low"] = max(0.0, spread["low"])
+    if "loss" not in name:
+        spread["high"] = min(1.0, spread["high"])
+    return spread

@@ -1,21 +1,30 @@
 """Tables and numbers of a journal, from the files that its directives name."""
 
 import contextlib
+import dataclasses
 
 from lib.blocks import Table, Words, show, table_of
 from lib.command import BadInput, nearest
 from lib.config import plain
 from lib.files import file_digest
-from lib.metrics import mean_interval
 from lib.report.drawings import SPIKE, WINDOW, find_spikes
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.quotes import read_code
-from lib.report.runs import build_condition, differing, read_run, require_alike
+from lib.report.runs import (
+    differing,
+    read_run,
+    require_alike,
+    require_column,
+    score_interval,
+    select_runs,
+)
 from lib.rundir import read_run_config
 from lib.runpage import CONSTANTS, constant_of, fact_table, mark_score, score_table
 from lib.sources import locate_sources
 
-MOST_ROWS, MOST_COLUMNS = 8, 7  # of a table, unless its directive asks for more
+# of a table, unless its directive asks for more
+MOST_ROWS = 8
+MOST_COLUMNS = 7
 WORDS = {  # for the head of a table
     "name": "",
     "num": "patches",
@@ -45,69 +54,50 @@ F2_SENTENCE = (
 )
 
 
-def build_table(e: Evidence, source: str, options: dict) -> list:
-    """The blocks of `<!-- table NAME|FILE[:key] ... -->`."""
-    num_shown = read_number(options.get("rows", MOST_ROWS), "rows")
+def build_table(
+    e: Evidence,
+    source: str,
+    _champion: str = "",
+    columns: str = "",
+    rows: int = MOST_ROWS,
+    where=(),
+    only: str = "",
+    sort: str = "",
+    at: str = "",
+) -> list:
+    """The blocks of `<!-- table NAME|FILE[:key] ... -->`: the rows that meet every `where`, of
+    those the ones that begin with a name of `only`, in the order of `sort`, the largest first
+    where `-` precedes the column.
+    """
     if source in NAMED_TABLES:
-        blocks = NAMED_TABLES[source](e, options.get("at", ""))
-        return [cut_rows(block, num_shown) for block in blocks]
-    file, _, key = e.resolve(source).partition(":")
-    rows, constants = read_rows(e, file, key)
-    rows = choose_rows(rows, options)
-    if not rows:
+        return [cut_rows(block, rows) for block in NAMED_TABLES[source](e, at)]
+    file, _, key = source.partition(":")
+    chosen, constants = read_rows(e, file, key)
+    column = sort.removeprefix("-")
+    chosen = select_runs(chosen, where, column, descending=sort != column)
+    if only:
+        by_name = {str(next(iter(row.values()))): row for row in chosen}
+        chosen = [by_name[name] for name in only.split(",") if name in by_name]
+    if not chosen:
         return [Words("None.")]
-    columns = choose_columns(rows, options, file)
+    names = columns.split(",") if columns else list(chosen[0])[:MOST_COLUMNS]
+    for name in names:
+        require_column(name, chosen, file)
     cells = []
-    for row in rows[:num_shown]:
-        known = {"constant_auc": 0.5} | constants | row
-        cells.append([mark_score(name, row.get(name), known) for name in columns])
-    head = [WORDS.get(name, name.replace("_", " ")) for name in columns]
-    num_more = len(rows) - len(cells)
+    for row in chosen[:rows]:
+        constants_of_row = {"constant_auc": 0.5} | constants | row
+        # the `value` of a row with a `name` is a score of that name
+        scores = {name: name for name in names} | {"value": str(row.get("name"))}
+        cells.append([mark_score(scores[name], row.get(name), constants_of_row) for name in names])
+    head = [WORDS.get(name, name.replace("_", " ")) for name in names]
+    num_more = len(chosen) - len(cells)
     more = [Words(f"And {num_more:,} more, in {file}.")] if num_more else []
     return [Table(head, cells), *more]
 
 
-def choose_rows(rows: list[dict], options: dict) -> list[dict]:
-    """The rows that meet every `where`, of those the ones that begin with a name of `only`, in the
-    order of `sort`: the largest first where `-` precedes the column, those that lack it last.
-    """
-    for condition in options.get("where", []):
-        holds = build_condition(condition, rows)
-        rows = [row for row in rows if holds(row)]
-    if rows and "only" in options:
-        by_name = {str(next(iter(row.values()))): row for row in rows}
-        rows = [by_name[name] for name in options["only"].split(",") if name in by_name]
-    if "sort" in options:
-        name = options["sort"].removeprefix("-")
-        present = [row for row in rows if row.get(name) not in (None, "")]
-        lacking = [row for row in rows if row.get(name) in (None, "")]
-        present.sort(key=lambda row: row[name], reverse=options["sort"].startswith("-"))
-        rows = present + lacking
-    return rows
-
-
-def choose_columns(rows: list[dict], options: dict, file: str) -> list[str]:
-    """The columns that the options name, else the first ones of the rows."""
-    if "columns" not in options:
-        return list(rows[0])[:MOST_COLUMNS]
-    columns = options["columns"].split(",")
-    for name in columns:
-        if not any(name in row for row in rows):
-            hint = nearest(name, rows[0]) or f" (allowed: {', '.join(rows[0])})"
-            raise BadInput(f"{file} has no column {name}{hint}")
-    return columns
-
-
 def cut_rows(block, num: int):
     """A block, of a table the first rows."""
-    return Table(block.header, block.rows[:num]) if isinstance(block, Table) else block
-
-
-def read_number(text, name: str) -> int:
-    """The whole number of an option."""
-    if not str(text).isdigit():
-        raise BadInput(f"{name}={text} must be a whole number")
-    return int(text)
+    return dataclasses.replace(block, rows=block.rows[:num]) if isinstance(block, Table) else block
 
 
 def read_rows(e: Evidence, file: str, key: str = "") -> tuple[list[dict], dict]:
@@ -117,25 +107,22 @@ def read_rows(e: Evidence, file: str, key: str = "") -> tuple[list[dict], dict]:
     with its `name`; of other values a row has `name` and `value`.
     """
     if file.endswith(".csv"):
-        rows = []
-        for row in e.csv(file):
-            rows.append({name: to_number(text) for name, text in row.items()})
-        return rows, {}
+        rows = e.csv(file)
+        return [dict(zip(row, map(to_number, row.values()), strict=True)) for row in rows], {}
     document = e.document(file)
-    constants = constants_of(document)
-    value = look_up(document, key, file) if key else document
+    value = look_up(document, key, file)
     if isinstance(value, list):
-        return [dict(row) for row in value], constants
+        return value, constants_of(document)
     if not isinstance(value, dict):
         raise BadInput(f"{file}: {key} is no table, but {plain(value)!r}: `value` shows it")
-    if all(isinstance(item, dict) for item in value.values()):
-        rows = [{"name": name} | item for name, item in value.items()]
-        return rows, constants
     rows = []
+    values = []
     for name, item in value.items():
-        if not isinstance(item, dict):
-            rows.append({"name": name, "value": mark_score(name, plain_value(item), constants)})
-    return rows, constants
+        if isinstance(item, dict):
+            rows.append({"name": name} | item)
+        else:
+            values.append({"name": name, "value": item})
+    return values or rows, constants_of(document)
 
 
 def constants_of(document) -> dict:
@@ -143,49 +130,41 @@ def constants_of(document) -> dict:
     if not isinstance(document, dict):
         return {}
     constants = document.get("constant_baselines", document)
-    return {name: value for name, value in constants.items() if name in CONSTANTS.values()}
-
-
-def plain_value(item):
-    """A value of a JSON or YAML file as a cell."""
-    return item if isinstance(item, (int, float, str)) else plain(item)
+    return {name: constants[name] for name in CONSTANTS.values() if name in constants}
 
 
 def look_up(document, key: str, file: str):
-    """The value at a path such as `a.b` in nested objects."""
+    """The value at a path such as `a.b` in nested objects; the whole document without a path."""
     value = document
-    for part in key.split("."):
-        if not isinstance(value, dict) or part not in value:
-            there = list(value) if isinstance(value, dict) else []
-            raise BadInput(f"{file} has no {key}{nearest(part, there)}")
-        value = value[part]
+    for part in key.split(".") if key else []:
+        names = value if isinstance(value, dict) else {}
+        if part not in names:
+            raise BadInput(f"{file} has no {key}{nearest(part, names)}")
+        value = names[part]
     return value
 
 
 def to_number(text: str):
     """A cell of a CSV as an int or a float where it is one."""
     for kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             return kind(text)
-        except (TypeError, ValueError):
-            pass
     return text
 
 
-def build_value(e: Evidence, source: str, key: str, options: dict) -> str:
+def build_value(e: Evidence, file: str, key: str, digits: int | None = None) -> list:
     """The text of `<!-- value FILE key -->`."""
-    file = e.resolve(source)
     document = e.document(file)
-    value = mark_score(key.rpartition(".")[2], look_up(document, key, file), constants_of(document))
-    if isinstance(value, float) and "digits" in options:
-        return f"{value:.{read_number(options['digits'], 'digits')}f}"
-    return show(plain_value(value))
+    name = key.rpartition(".")[2]
+    value = mark_score(name, look_up(document, key, file), constants_of(document))
+    is_rounded = isinstance(value, float) and digits is not None
+    return [Words(f"{value:.{digits}f}" if is_rounded else show(value))]
 
 
 # several seeds
 
 
-def build_seeds(e: Evidence, runs: list[str]) -> list:
+def build_seeds(e: Evidence, *runs: str) -> list:
     """The blocks of `<!-- seeds RUN... -->`: mean, deviation and interval of each score."""
     rows = [row | rates_of(row) for row in read_seeds(e, runs)]
     cells = []
@@ -198,10 +177,12 @@ def build_seeds(e: Evidence, runs: list[str]) -> list:
     thresholds = [row.get("threshold") for row in rows]
     if None not in thresholds:
         called = sum(row["called"] for row in rows) / len(rows)
-        stored = f"The stored thresholds, {show(min(thresholds))} to {show(max(thresholds))},"
-        words = f"{stored} are judged on the half of validation that did not choose them."
-        share = f"{called:.0%} here, where {rows[0]['prevalence']:.0%} are tumour"
-        blocks.append(Words(f"{words} {F2_SENTENCE}: {share}."))
+        words = (
+            f"The stored thresholds, {show(min(thresholds))} to {show(max(thresholds))}, are judged"
+            f" on the half of validation that did not choose them. {F2_SENTENCE}: {called:.0%}"
+            f" here, where {rows[0]['prevalence']:.0%} are tumour."
+        )
+        blocks.append(Words(words))
     return blocks
 
 
@@ -209,11 +190,11 @@ def rates_of(row: dict) -> dict:
     """Recall and precision of a run at 0.5 and, where it has a threshold, the share of patches that
     it calls tumour at that.
     """
-    hits, misses, false_alarms = (row.get(f"val_{name}") for name in ("tp", "fn", "fp"))
-    rates = {}
-    if hits is not None:
-        rates["val_recall"] = hits / max(1, hits + misses)
-        rates["val_precision"] = hits / max(1, hits + false_alarms)
+    hits, misses, false_alarms = (row[f"val_{name}"] for name in ("tp", "fn", "fp"))
+    rates = {
+        "val_recall": hits / max(1, hits + misses),
+        "val_precision": hits / max(1, hits + false_alarms),
+    }
     if "half_recall" in row:
         positive = row["prevalence"] * row["half_recall"]
         rates["called"] = positive + (1 - row["prevalence"]) * (1 - row["half_specificity"])
@@ -224,10 +205,7 @@ def read_seeds(e: Evidence, runs: list[str]) -> list[dict]:
     """The runs of several seeds as rows. Raises BadInput for runs that differ in anything else,
     code included.
     """
-    for run in runs:
-        for name in ("config.yaml", "meta.json", "summary.json"):
-            e.path(f"{run}/{name}")
-    rows = [read_run(e.root / run) for run in runs]
+    rows = [e.run(run) for run in runs]
     require_alike(rows, "seed")
     for sentence in differing(rows, "code", "commit and patch"):
         raise BadInput(f"{sentence}: seeds of different code are not averaged")
@@ -235,12 +213,24 @@ def read_seeds(e: Evidence, runs: list[str]) -> list[dict]:
 
 
 def spread_text(values: list[float], name: str, constants: dict) -> str:
-    """`mean ± deviation (95% interval a to b, n = 3)`, the interval within what is possible."""
-    spread = mean_interval(values)
-    high = spread["high"] if "loss" in name else min(1.0, spread["high"])
-    interval = f"95% interval {max(0.0, spread['low']):.3f} to {high:.3f}, n = {spread['num']}"
-    text = f"{spread['mean']:.3f} ± {spread['deviation']:.3f} ({interval})"
-    return mark_score(name, spread["mean"], constants, text)
+    """`mean ± deviation (95% interval a to b, n = 3)`."""
+    spread = score_interval(values, name)
+    text = "{mean:.3f} ± {deviation:.3f} (95% interval {low:.3f} to {high:.3f}, n = {num})"
+    return mark_score(name, spread["mean"], constants, text.format(**spread))
+
+
+def tabulate_spreads(spreads: dict[str, dict], constants: dict) -> Table:
+    """The spreads of `average_scores` over seeds, folds or both: a row a score."""
+    columns = ("mean", "deviation", "low", "high", "num")
+    header = ["score", "constant answer"]
+    cells = {}
+    for varied, scores in spreads.items():
+        header += [f"{name} over {varied}" for name in columns]
+        for score, spread in scores.items():
+            row = cells.setdefault(score, [score, constant_of(score, constants)])
+            shown = spread | {"mean": mark_score(score, spread["mean"], constants)}
+            row += [shown[name] for name in columns]
+    return Table(header, list(cells.values()))
 
 
 # tables by name
@@ -249,7 +239,8 @@ def spread_text(values: list[float], name: str, constants: dict) -> str:
 def tabulate_champion(e: Evidence, _commit: str) -> list:
     """The champion: what it is, and its scores beside those of constant answers."""
     folder = e.find_champion()
-    summary, meta = e.document(f"{folder}/summary.json"), e.document(f"{folder}/meta.json")
+    summary = e.document(f"{folder}/summary.json")
+    meta = e.document(f"{folder}/meta.json")
     facts = fact_table(e.root / folder, read_run_config(e.root / folder), meta, summary)
     digest = file_digest(e.path(f"{folder}/best.pt"))
     facts.rows.append(("SHA-256 of best.pt", digest[:NUM_DIGITS]))
@@ -263,12 +254,9 @@ def tabulate_runs(e: Evidence, _commit: str) -> list:
         folders.append(e.find_champion())
     rows = []
     for folder in folders:
-        row = read_run(e.root / folder)
-        for name in ("config.yaml", "meta.json", "summary.json"):
-            e.path(f"{folder}/{name}")
-        config = file_digest(e.root / folder / "config.yaml")
-        weights = row["weights_sha256"][:NUM_DIGITS]
-        row |= {"config (SHA-256)": config[:NUM_DIGITS], "weights (SHA-256)": weights}
+        row = e.run(folder)
+        row["config (SHA-256)"] = e.sources[f"{folder}/config.yaml"][:NUM_DIGITS]
+        row["weights (SHA-256)"] = row["weights_sha256"][:NUM_DIGITS]
         row["AUC"] = mark_score("auc", row["val_auc"], row)
         rows.append(row)
     return [table_of(rows, RUN_COLUMNS)]
@@ -291,7 +279,7 @@ def tabulate_spikes(e: Evidence, _commit: str) -> list:
         spikes = find_spikes(steps)
         row = {"seed": read_run(e.root / run)["seed"], "steps": len(steps), "spikes": len(spikes)}
         row["in the first epoch"] = sum(spike["epoch"] == 1 for spike in spikes)
-        row["loss above the median"] = sum(spike["loss"] > spike["usual_loss"] for spike in spikes)
+        row["loss above the median"] = sum(spike["has_high_loss"] for spike in spikes)
         if spikes:
             largest = max(spikes, key=lambda spike: spike["ratio"])
             row["largest"] = f"step {largest['step']}, {largest['ratio']:.1f} times the median"
