@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from lib.command import BadInput, one_line, without_nan
+from lib.command import BadInput, one_line, say, without_nan
 
 # surrogateescape: the name of a file, which may be any bytes, is written as it is
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -127,6 +127,15 @@ def try_lock(file) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def lock_if_possible(file, path) -> bool:
+    """`try_lock`, and True with a note about `path` where the file system has no locks."""
+    try:
+        return try_lock(file)
+    except OSError as error:  # such as NFS mounted without its lock service
+        say(f"{path} cannot be locked ({one_line(error)}): let no other process write there")
+        return True
 
 
 def sync_folder(path) -> None:
