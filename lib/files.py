@@ -153,14 +153,11 @@ def write_json(path, value) -> None:
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file. Raises BadInput where it is not one."""
+    """The object in a JSON file. Raises BadInput where it is not valid JSON."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def cache_file(path) -> Path:
