@@ -11,7 +11,7 @@ from lib.blocks import Figure, Gallery, Heading, Table, Words, show, write_page
 from lib.command import BadInput
 from lib.config import plain
 from lib.figures import EPOCH_PANELS, STEP_PANELS, column, figure_png, plot_columns, plot_decisions
-from lib.files import read_csv, read_edited_csv, read_json, row_number
+from lib.files import read_csv, read_edited_csv, read_json
 from lib.metrics import compute_metrics, constant_baselines
 from lib.pcam import open_images
 from lib.rundir import read_run_config
@@ -161,7 +161,4 @@ def read_predictions(path) -> tuple[list[dict], np.ndarray, np.ndarray]:
 
 def read_patch(row: dict) -> np.ndarray:
     """The patch uint8 (96, 96, 3) of an HDF5 file that a row of predictions.csv names."""
-    images, index = open_images(row["source"]), row_number(row["index"])
-    if index is None or index >= images.num:
-        raise BadInput(f"{images.path} has no row {row['index'][:40]}, it has {images.num:,}")
-    return images.read([index])[0]
+    return open_images(row["source"]).read([row["index"]])[0]
