@@ -235,8 +235,11 @@ def find_scale(dataset) -> float:
     step = max(1, len(dataset) // 64)
     sample = read_rows(dataset, slice(None, None, step)).reshape(-1, PATCH_BYTES)
     sample = np.where(np.isfinite(sample), sample, np.nan)
-    sample = sample[(sample != 0).any(1)]  # a black patch has no scale
-    low, high = np.nanmedian([np.fmin.reduce(sample, 1), np.fmax.reduce(sample, 1)], 1)
+    lowest, highest = np.fmin.reduce(sample, axis=1), np.fmax.reduce(sample, axis=1)
+    is_shown = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
+    if not is_shown.any():
+        return 1
+    low, high = np.median([lowest[is_shown], highest[is_shown]], axis=1)
     path = dataset.file.filename
     if low < 0:
         raise BadInput(
