@@ -88,13 +88,14 @@ def main(argv=None) -> int:
     # predict
     started_at = time.monotonic()
     rows, features, logits = predict_inputs(args, model.to(device), cfg, checkpoint, views)
+    is_read = np.array([not row.error for row in rows])
     failed = [row.error for row in rows if row.error]
-    if len(failed) == len(rows):
+    if not is_read.any():
         raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
-    require_finite(logits, rows, args.ckpt)
 
     # write a row for each input
-    columns = prediction_columns(rows, features, logits, threshold, checkpoint["reference"])
+    reference = checkpoint["reference"]
+    columns = prediction_columns(rows, is_read, features, logits, threshold, reference)
     write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
 
     # report
@@ -117,8 +118,12 @@ def main(argv=None) -> int:
         say("warning: this checkpoint is not calibrated; take its probabilities as ranks")
     for error in failed[:MAX_ERRORS_SHOWN]:
         say(f"not read: {printable(error)}")
-    result |= report_drift(rows, features, checkpoint["reference"])
-    result |= report_scores(rows, logits, threshold)
+    if reference:
+        result["drift"] = report_drift(features[is_read], reference)
+    if "label" in columns:
+        is_labelled = columns["label"] != ""
+        labels = columns["label"][is_labelled].astype(int)
+        result |= report_scores(labels, logits[is_labelled], threshold)
     print_result(result)
     return EXIT_FINDING if failed else EXIT_DONE
 
@@ -147,24 +152,18 @@ def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
             logits.append(block_logits)
             bar.add(len(block.rows))
     logits = calibrate(torch.cat(logits).cpu().numpy(), checkpoint["calibration"])
+    if not np.isfinite(logits).all():
+        raise BadInput(f"{args.ckpt} answers a patch with no number: its weights are damaged")
     return rows, np.concatenate(features), logits
 
 
-def require_finite(logits: np.ndarray, rows: list, ckpt: str) -> None:
-    """Raise BadInput where the answer to a row is no number."""
-    is_finite = np.isfinite(logits)
-    if not is_finite.all():
-        source = rows[is_finite.argmin()].source
-        raise BadInput(f"{ckpt} answers {source} with no number: its weights are damaged")
-
-
-def is_read(rows: list) -> np.ndarray:
-    """Which rows, bool (N,), hold a patch that could be read."""
-    return np.array([not row.error for row in rows])
-
-
 def prediction_columns(
-    rows: list, features: np.ndarray, logits: np.ndarray, threshold: float, reference: dict | None
+    rows: list,
+    is_read: np.ndarray,
+    features: np.ndarray,
+    logits: np.ndarray,
+    threshold: float,
+    reference: dict | None,
 ) -> dict:
     """The columns of predictions.csv, {name: values (N,)}. The columns label, drift, unlike and
     error are left out where nothing is known.
@@ -172,35 +171,33 @@ def prediction_columns(
     from lib.features import farthest_features, patch_scores
     from lib.metrics import sigmoid
 
-    read, probs = is_read(rows), sigmoid(logits)
+    probs = sigmoid(logits)
     columns = {
         "source": [row.source for row in rows],
         "index": [row.index for row in rows],
-        "probability": np.where(read, [f"{prob:.9g}" for prob in probs], ""),
-        "prediction": np.where(read, (probs >= threshold).astype(int), ""),
+        "probability": np.where(is_read, [f"{prob:.9g}" for prob in probs], ""),
+        "prediction": np.where(is_read, (probs >= threshold).astype(int), ""),
     }
-    labels = ["" if row.label is None or row.error else row.label for row in rows]
-    if any(label != "" for label in labels):
+    labels = np.array(["" if row.label is None or row.error else str(row.label) for row in rows])
+    if (labels != "").any():
         columns["label"] = labels
     if reference:
         distances = patch_scores(features, reference)  # from the training data
-        is_unlike = read & (distances > reference["limit"])
-        columns["drift"] = np.where(read, [f"{distance:.4g}" for distance in distances], "")
+        is_unlike = is_read & (distances > reference["limit"])
+        columns["drift"] = np.where(is_read, [f"{distance:.4g}" for distance in distances], "")
         columns["unlike"] = np.where(is_unlike, farthest_features(features, reference), "")
-    if not read.all():
+    if not is_read.all():
         columns["error"] = [row.error or "" for row in rows]
     return columns
 
 
-def report_drift(rows: list, features: np.ndarray, reference: dict | None) -> dict:
-    """Warn where the patches, as a batch, do not look like the training data; the result's part on
-    it, empty without a reference.
+def report_drift(features: np.ndarray, reference: dict) -> dict:
+    """Warn where patches with these features (N, 6), as a batch, do not look like the training
+    data; the verdict.
     """
     from lib.features import judge_batch
 
-    if not reference:
-        return {}
-    drift = judge_batch(features[is_read(rows)], reference)
+    drift = judge_batch(features, reference)
     if drift["drifted"]:
         say(
             "WARNING: these patches do not look like those the model was trained on: mean"
@@ -208,20 +205,14 @@ def report_drift(rows: list, features: np.ndarray, reference: dict | None) -> di
             f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
             " a single patch; probabilities and threshold may not hold"
         )
-    return {"drift": drift}
+    return drift
 
 
-def report_scores(rows: list, logits: np.ndarray, threshold: float) -> dict:
-    """Print the scores of the patches that have a label; the result's part on them, empty where
-    none has.
-    """
+def report_scores(labels: np.ndarray, logits: np.ndarray, threshold: float) -> dict:
+    """Print the scores of logits (N,) against labels (N,); the result's part on them."""
     from lib.metrics import compute_metrics, constant_baselines
 
-    is_labelled = is_read(rows) & np.array([row.label is not None for row in rows])
-    if not is_labelled.any():
-        return {}
-    labels = np.array([row.label for row in rows])[is_labelled].astype(int)
-    scores = compute_metrics(labels, logits[is_labelled], threshold)
+    scores = compute_metrics(labels, logits, threshold)
     baselines = constant_baselines(labels)
     say(
         f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
@@ -232,12 +223,10 @@ def report_scores(rows: list, logits: np.ndarray, threshold: float) -> dict:
 
 
 def require_output_file(out: str) -> None:
-    """Raise BadInput or OSError where `out` cannot be written, and BadInput where it would replace
-    a file that is no CSV, such as an input.
+    """Raise OSError where `out` cannot be written, and BadInput where it would replace a file that
+    is no CSV, such as an input.
     """
     path = Path(out)
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"--out {out}: there is no folder {path.parent}")
     if path.exists() and not (path.is_file() and path.suffix.lower() == ".csv"):
         raise BadInput(f"--out {out} is there and is no CSV file: name a .csv file")
     require_writable(out)

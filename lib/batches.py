@@ -191,16 +191,20 @@ def draw_limited(index: np.ndarray, limit: int) -> np.ndarray:
 
 def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
     """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such
-    reason. Raises BadInput for a row that the split does not have.
+    reason. Raises BadInput for a file that cannot be read, and a row that the split does not have.
     """
+    try:
+        rows = read_edited_csv(path, ("split", "index", "reason"))
+    except OSError as error:  # which names no config key
+        raise BadInput(f"quarantine={path}: {error.strerror.lower()}") from None
     suspects = {}
-    for number, row in enumerate(read_edited_csv(path, ("split", "index", "reason")), 2):
+    for number, row in enumerate(rows, 2):
         if row["split"] != split.name or row["reason"] not in reasons:
             continue
         index = row_number(row["index"])
         if index is None or index >= len(split):
             raise BadInput(
-                f"quarantine {path}, line {number}: no row {row['index'][:20]!r} of split"
+                f"quarantine={path}: line {number}: no row {row['index'][:20]!r} of split"
                 f" {split.name}, which has {len(split):,} patches"
             )
         suspects.setdefault(index, row["reason"])

@@ -1,5 +1,6 @@
-"""A result as a list of blocks: headings, words, tables, figures, galleries and code. Each block is
-also Markdown and HTML, a table is text for a terminal, and a list of blocks is a page in one file.
+"""A result as a list of blocks: headings, words, tables, figures, galleries, lists and code. Each
+block is HTML, most are also Markdown, a table is text for a terminal, and a list of blocks is a
+page in one file.
 """
 
 import base64
@@ -16,7 +17,6 @@ from lib.config import plain
 from lib.files import atomic_write
 
 MOST_WIDE = 8  # a table of more columns has small print
-MOST_ROWS = 15  # rows that Markdown shows of a table which a file has as a whole
 ALARMS = ("warning", "error", "failed", "diverged", "dead")  # cells that are coloured
 # marks of Markdown within a paragraph; each group is named as its tag in HTML
 INLINE = re.compile(
@@ -88,107 +88,85 @@ class Words:
 
     text: str
     kind: str = ""
-    sources: tuple[str, ...] = ()
 
     def to_markdown(self) -> str:
-        return f"{self.text} {cite(self.sources)}".strip()
+        return self.text
 
     def to_html(self) -> str:
-        text = inline(self.to_markdown())
-        return f'<p class="{self.kind}">{text}</p>' if text else ""
+        return f'<p class="{self.kind}">{inline(self.text)}</p>' if self.text else ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of values under a header.
-
-    `full` names a file that holds every row; Markdown then shows only the first MOST_ROWS. A table
-    of many columns has small print.
-    """
+    """Rows of values under a header. A table of many columns has small print."""
 
     header: list
     rows: list[list]
-    sources: tuple[str, ...] = ()
-    full: str = ""
 
     def to_text(self) -> str:
-        return text_table(self.header, self.rows)
+        """Aligned columns for a terminal; floats have six digits."""
+        lines = [list(self.header)]
+        for row in self.rows:
+            lines.append(
+                [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
+            )
+        widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     def to_markdown(self) -> str:
-        shown = self.rows[:MOST_ROWS] if self.full else self.rows
-        rule = ["---"] * len(self.header)
-        lines = [markdown_row(row) for row in (self.header, rule, *shown)]
-        num_more = len(self.rows) - len(shown)
-        more = f"And {num_more} more, in {self.full}." if num_more else ""
-        parts = ["\n".join(lines), more, cite(self.sources)]
-        return "\n\n".join(filter(None, parts))
+        lines = []
+        for row in (self.header, ["---"] * len(self.header), *self.rows):
+            # a bar would end the cell
+            cells = [show(cell).replace("|", "\\|") for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def to_html(self) -> str:
         first_row = (self.rows or [self.header])[0]
-        kinds = [
-            cell_class(cell).split()[0] for cell in first_row
-        ]  # a head is aligned like the cell below
+        kinds = [cell_kind(cell) for cell in first_row]  # a head is aligned like the cell below
         head = html_row(self.header, kinds, "th")
-        body = [html_row(row, map(cell_class, row), "td") for row in self.rows]
+        body = "".join(html_row(row, map(cell_class, row), "td") for row in self.rows)
         kind = "dense" if len(self.header) > MOST_WIDE else "wide"
-        parts = f"<thead>{head}</thead><tbody>{''.join(body)}</tbody>"
-        note = Words("", "note", self.sources).to_html()
-        return f'<table class="{kind}">{parts}</table>{note}'
+        return f'<table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A PNG with a title. `path` is where it lies, seen from the page; `remark` follows the
-    sources.
-    """
+    """A PNG with a title. `path` is where it lies, seen from the page."""
 
     title: str
     png: bytes = b""
     path: str = ""
-    sources: tuple[str, ...] = ()
-    remark: str = ""
 
     def to_markdown(self) -> str:
-        caption = f"*{self.title}.* {cite(self.sources)} {self.remark}".strip()
-        return f"![{self.title}]({self.path})\n\n{caption}"
+        return f"![{self.title}]({self.path})\n\n*{self.title}.*"
 
     def to_html(self) -> str:
-        caption = Words(f"{self.title}.", "note", self.sources)
-        return html_image(self.png, self.title) + caption.to_html()
+        return html_image(self.png, self.title) + Words(f"{self.title}.", "note").to_html()
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Patches uint8 (H, W, 3), each with a caption. Markdown shows only the captions."""
+    """Patches uint8 (H, W, 3), each with a caption, for a page."""
 
     patches: list[np.ndarray]
     captions: list[str]
-
-    def to_markdown(self) -> str:
-        return "\n".join(f"- {caption}" for caption in self.captions)
 
     def to_html(self) -> str:
         figures = []
         for patch, caption in zip(self.patches, self.captions, strict=True):
             image = html_image(patch_png(patch), caption)
             text = f"<figcaption>{html.escape(caption)}</figcaption>"
-            width_px = patch.shape[1]
-            figures.append(f'<figure style="width:{width_px}px">{image}{text}</figure>')
+            figures.append(f'<figure style="width:{patch.shape[1]}px">{image}{text}</figure>')
         return f'<div class="gallery">{"".join(figures)}</div>'
 
 
 @dataclass(frozen=True)
 class Items:
-    """A list of paragraphs, with numbers or without."""
+    """A list of paragraphs, with numbers or without, for a page."""
 
     texts: list[str]
     is_ordered: bool = False
-
-    def to_markdown(self) -> str:
-        marks = [
-            f"{number}." if self.is_ordered else "-" for number in range(1, len(self.texts) + 1)
-        ]
-        return "\n".join(f"{mark} {text}" for mark, text in zip(marks, self.texts, strict=True))
 
     def to_html(self) -> str:
         tag = "ol" if self.is_ordered else "ul"
@@ -229,17 +207,14 @@ def write_page(path, title: str, blocks) -> Path:
     The page begins with a table of contents of the headings that have anchors. Figures that have a
     path are written there too.
     """
-    links, chapter = [], ""
+    links = []
     for block in blocks:
         if isinstance(block, Figure) and block.path:
             with atomic_write(Path(path).parent / block.path) as file:
                 file.write(block.png)
-        if isinstance(block, Heading):
-            if block.level == 2:
-                chapter = block.text
-            if block.anchor:
-                label = html.escape(block.text if block.level == 2 else f"{chapter}: {block.text}")
-                links.append(f'<li><a href="#{html.escape(block.anchor)}">{label}</a></li>')
+        if isinstance(block, Heading) and block.anchor:
+            target, label = html.escape(block.anchor), html.escape(block.text)
+            links.append(f'<li><a href="#{target}">{label}</a></li>')
     contents = f"<nav><ul>{''.join(links)}</ul></nav>" if links else ""
     title = html.escape(title)
     head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
@@ -264,26 +239,6 @@ def show(value) -> str:
     return str(value)
 
 
-def cite(sources) -> str:
-    """A sentence that names the files of a block's values; empty without any."""
-    return f"From {', '.join(dict.fromkeys(sources))}." if sources else ""
-
-
-def text_table(header, rows) -> str:
-    """A table in aligned columns for a terminal; floats have six digits."""
-    lines = [list(header)]
-    for row in rows:
-        lines.append([f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row])
-    widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def markdown_row(cells) -> str:
-    """A row of a Markdown table. A bar in a cell is escaped, as it would end the cell."""
-    texts = [show(cell).replace("|", "\\|") for cell in cells]
-    return f"| {' | '.join(texts)} |"
-
-
 def html_row(cells, kinds, tag: str) -> str:
     texts = []
     for cell, kind in zip(cells, kinds, strict=True):
@@ -291,13 +246,15 @@ def html_row(cells, kinds, tag: str) -> str:
     return f"<tr>{''.join(texts)}</tr>"
 
 
-def cell_class(cell) -> str:
-    """The CSS classes of a cell: `words`, which are on the left and wrap, or `number`; `alarm` for
-    a verdict of ALARMS.
-    """
+def cell_kind(cell) -> str:
+    """The CSS class of a cell: `words`, which are on the left and wrap, or `number`."""
     is_number = not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
-    kind = "number" if is_number else "words"
-    return f"{kind} alarm" if cell in ALARMS else kind
+    return "number" if is_number else "words"
+
+
+def cell_class(cell) -> str:
+    """The CSS classes of a cell; `alarm` is added for a verdict of ALARMS."""
+    return f"{cell_kind(cell)} alarm" if cell in ALARMS else cell_kind(cell)
 
 
 def html_image(png: bytes, description: str) -> str:

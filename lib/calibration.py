@@ -27,9 +27,9 @@ MAX_TEMPERATURE = 100.0  # a temperature lies between this and its inverse
 NEVER = 1.01  # a threshold above every probability: no patch is called positive
 
 
-def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]:
+def fit_scaling(labels, logits) -> tuple[float, float]:
     """Temperature T and offset b for which sigmoid(logits / T + b) has the lowest log loss on
-    labels (N,). Without an offset, b is 0 (Guo et al. 2017).
+    labels (N,) (Guo et al. 2017).
 
     The targets are those of Platt (1999), which keep T finite where the classes do not overlap. The
     offset corrects a model that calls too few or too many patches positive. The result is (1, 0),
@@ -39,7 +39,7 @@ def fit_scaling(labels, logits, with_offset: bool = True) -> tuple[float, float]
     high = (labels.sum() + 1) / (labels.sum() + 2)
     low = 1 / ((~labels).sum() + 2)
     targets = np.where(labels, high, low)
-    inputs = np.stack([logits, np.full(len(logits), float(with_offset))], 1)
+    inputs = np.stack([logits, np.ones(len(logits))], 1)
 
     def compute_loss(factors) -> float:
         scaled = inputs @ factors

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from lib.command import BadInput, one_line, without_nan
+from lib.command import BadInput, one_line, say, without_nan
 
 # surrogateescape: the name of a file, which may be any bytes, is written as it is
 TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
@@ -129,6 +129,15 @@ def try_lock(file) -> bool:
     return True
 
 
+def lock_if_possible(file, path) -> bool:
+    """`try_lock`, and True with a note about `path` where the file system has no locks."""
+    try:
+        return try_lock(file)
+    except OSError as error:  # such as NFS mounted without its lock service
+        say(f"{path} cannot be locked ({one_line(error)}): let no other process write there")
+        return True
+
+
 def sync_folder(path) -> None:
     """Make renames in a folder durable; file systems that cannot sync a folder are left alone."""
     folder = os.open(path, os.O_RDONLY)
@@ -144,14 +153,11 @@ def write_json(path, value) -> None:
 
 
 def read_json(path) -> dict:
-    """The object in a JSON file. Raises BadInput where it is not one."""
+    """The object in a JSON file. Raises BadInput where it is not valid JSON."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path} holds a {type(value).__name__}, not a JSON object")
-    return value
 
 
 def cache_file(path) -> Path:

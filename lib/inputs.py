@@ -4,7 +4,6 @@ images. Nothing is unpacked to disk.
 
 import io
 import itertools
-import logging
 import os
 import tarfile
 import warnings
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.command import BadInput, one_line, printable, say
+from lib.command import BadInput, explain, one_line, printable, say
 from lib.files import GZIP, explain_foreign
 from lib.pcam import (
     PATCH_SHAPE,
@@ -52,7 +51,6 @@ READ_ROWS = 256  # read of HDF5 at a time
 # the header of a whole slide is read, for its size in the error; its pixels are not
 Image.MAX_IMAGE_PIXELS = None
 # Pillow's remarks on a file become the error in its row; they are not printed as well
-logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module="PIL")
 
 
@@ -74,18 +72,13 @@ class Block(NamedTuple):
     images: np.ndarray
 
 
-def decode_patch(data: bytes | Path, name) -> np.ndarray:
-    """The bytes of an image, or an image file, as uint8 (96, 96, 3); errors call it `name`.
+def decode_patch(data: bytes, name) -> np.ndarray:
+    """The bytes of an image as uint8 (96, 96, 3); errors call it `name`.
 
     Raises BadInput unless it is a readable image of one of FORMATS, of 96 x 96 pixels, a single
     page, with 8 bits a channel.
     """
     try:
-        if isinstance(data, Path) and not data.is_fifo():  # opening a named pipe would block
-            with data.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        if not data or isinstance(data, Path):
-            raise BadInput(f"{name} is empty, or no plain file")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.size != PATCH_SHAPE[:2]:
                 raise BadInput(
@@ -112,8 +105,9 @@ def decode_patch(data: bytes | Path, name) -> np.ndarray:
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
-        why = one_line(error).partition(" <")[0]  # without the memory address that follows
-        if isinstance(data, bytes) and len(data) > MAX_BYTES:
+        # without the memory address that follows
+        why = one_line(error).partition(" <")[0] if data else "it is empty"
+        if len(data) > MAX_BYTES:
             why = "it is too large for a patch, cut patches of 96x96 at 0.97 um a pixel"
         raise BadInput(f"{name} is not a readable image ({', '.join(FORMATS)}): {why}") from None
 
@@ -212,10 +206,8 @@ def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], 
         if not path.exists():
             raise BadInput(f"no such input: {path}")
     items = _list_inputs(paths, split)
-    block = list(itertools.islice(items, size))
-    while block:
+    for block in iter(lambda: list(itertools.islice(items, size)), []):
         yield partial(_decode_block, block)
-        block = list(itertools.islice(items, size))
 
 
 def _list_inputs(paths: list[Path], split: str):
@@ -223,24 +215,25 @@ def _list_inputs(paths: list[Path], split: str):
     or the path of an image.
     """
     for path in paths:
-        is_empty = True
-        for item in _list_input(path, split):
-            is_empty = False
-            yield item
-        if is_empty:
+        items = iter(_list_input(path, split))
+        first = list(itertools.islice(items, 1))
+        yield from first
+        yield from items
+        if not first:
             hint = explain_missing(split_path(path, split or "train", "x")) if path.is_dir() else ""
             raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
 
 
 def _list_input(path: Path, split: str):
-    if path.is_dir() and any(path.glob("camelyonpatch_level_2_split_*")):
-        return _list_split(path, split)
-    if path.suffix.lower() in (".h5", ".hdf5") and not path.is_dir():
-        return _list_array(open_images(path))
     if path.is_dir():
-        return _list_folder(path)
+        if any(path.glob("camelyonpatch_level_2_split_*")):
+            return _list_split(path, split)
+        files = sorted(walk_folder(path))
+        return _list_files(path, ((str(file), file.name, file) for file in files))
+    if path.suffix.lower() in (".h5", ".hdf5"):
+        return _list_array(open_images(path))
     if is_tar(path):
-        return _list_tar(path)
+        return _list_files(path, _files_of_tar(path))
     if is_image(path.name):
         return [(Row(str(path)), path)]
     raise BadInput(
@@ -254,10 +247,10 @@ def _list_split(folder: Path, split: str):
     if split not in splits:
         choices = ", ".join(splits) or "none, it has no x file"
         raise BadInput(f"{folder} is a PCam folder: choose --split from {choices}")
-    labels = None
-    if split_path(folder, split, "y").exists():
-        labels = open_split(folder, split).labels.tolist()
-    return _list_array(open_images(split_path(folder, split, "x")), labels)
+    if not split_path(folder, split, "y").exists():
+        return _list_array(open_images(split_path(folder, split, "x")))
+    data = open_split(folder, split)
+    return _list_array(data.images, data.labels.tolist())
 
 
 def _list_array(images: Images, labels: list[int] | None = None):
@@ -266,28 +259,23 @@ def _list_array(images: Images, labels: list[int] | None = None):
             yield Row(str(images.path), index, labels[index] if labels else None), patch
 
 
-def _list_folder(folder: Path):
-    files, left_out = [], Counter()
-    for file in walk_folder(folder):
-        if is_image(file.name):
-            files.append(file)
-        else:
-            left_out[describe_other(file.name)] += 1
-    say_left_out(folder, left_out)
-    return [(Row(str(file)), file) for file in sorted(files)]
-
-
-def _list_tar(path: Path):
+def _list_files(place: Path, files):
+    """Yield (Row, stored patch) of the images among `files`, which are (source, name, stored
+    patch); say how many others there are.
+    """
     left_out = Counter()
-    for name, member, data in walk_tar(path):
-        base = PurePosixPath(name).name
-        if member.isdir():
-            continue
-        if is_image(base):
-            yield Row(f"{path}/{name}"), data or b""
+    for source, name, stored in files:
+        if is_image(name):
+            yield Row(source), stored
         else:
-            left_out[describe_other(base)] += 1
-    say_left_out(path, left_out)
+            left_out[describe_other(name)] += 1
+    say_left_out(place, left_out)
+
+
+def _files_of_tar(path: Path):
+    for name, member, data in walk_tar(path):
+        if not member.isdir():
+            yield f"{path}/{name}", PurePosixPath(name).name, data or b""
 
 
 def _decode_block(items: list[tuple]) -> Block:
@@ -295,16 +283,19 @@ def _decode_block(items: list[tuple]) -> Block:
     for row, stored in items:
         try:
             patch = _decode(stored, row)
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             patch = np.zeros(PATCH_SHAPE, np.uint8)
-            row = row._replace(error=str(error))
+            row = row._replace(error=explain(error))
         rows.append(row)
         patches.append(patch)
     return Block(rows, np.stack(patches))
 
 
 def _decode(stored, row: Row) -> np.ndarray:
-    if not isinstance(stored, np.ndarray):
+    if isinstance(stored, Path):
+        with stored.open("rb") as file:
+            stored = file.read(MAX_BYTES + 1)
+    if isinstance(stored, bytes):
         return decode_patch(stored, row.source)
     if stored.dtype != np.uint8 and not ((stored > -1) & (stored < 256)).all():  # NaN is neither
         raise BadInput(

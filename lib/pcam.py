@@ -70,19 +70,20 @@ def explain_missing(path: Path) -> str:
     under another name. Empty where nothing like it is near.
     """
     folder = path.parent
-    names = os.listdir(folder)
-    if f"{path.name}.gz" in names:
+    if path.with_name(f"{path.name}.gz").exists():
         return f", gunzip {path.name}.gz"
     folders = [folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")]
-    for name in (path.name, OTHER_NAMES.get(path.name, path.name)):
+    remedies = {
+        path.name: "name that folder",
+        OTHER_NAMES.get(path.name): "give it this name, and put the files of all splits into one"
+        " folder",
+    }
+    for name, remedy in remedies.items():
         for other in folders:
-            if (other / name).is_file():
-                remedy = "name that folder"
-                if name != path.name:
-                    remedy = "give it this name, and put the files of all splits into one folder"
+            if name and (other / name).is_file():
                 return f", it is {other / name}: {remedy}"
     official = {split_path("", split, part).name for split in SPLITS for part in PARTS}
-    return nearest(path.name, set(names) - official)
+    return nearest(path.name, {*os.listdir(folder)} - official)
 
 
 @contextlib.contextmanager
@@ -236,8 +237,9 @@ def find_scale(dataset) -> float:
     sample = np.where(np.isfinite(sample), sample, np.nan)
     lowest, highest = np.fmin.reduce(sample, axis=1), np.fmax.reduce(sample, axis=1)
     is_shown = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
-    low = np.median(lowest[is_shown]) if is_shown.any() else 0
-    high = np.median(highest[is_shown]) if is_shown.any() else 255
+    if not is_shown.any():
+        return 1
+    low, high = np.median([lowest[is_shown], highest[is_shown]], axis=1)
     path = dataset.file.filename
     if low < 0:
         raise BadInput(

@@ -21,9 +21,9 @@ class Progress:
     A total of 0 means unknown. `note` is a short text shown at the end of the line.
     """
 
-    def __init__(self, total: int, label: str, unit: str = "patches", stream=None):
+    def __init__(self, total: int, label: str, unit: str = "patches"):
         self.total, self.label, self.unit = total, label, unit
-        self.stream = stream or sys.stderr
+        self.stream = sys.stderr
         self.live = self.stream.isatty()
         self.num_done, self.note = 0, ""
         self.started_at = self.shown_at = time.monotonic()
@@ -38,16 +38,14 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        total, share, left = "", "", ""
+        num, left = f"{self.num_done:,} {self.unit}", ""
         if self.total:
-            total = f"/{self.total:,}"
-            share = f" ({self.num_done / self.total:.0%})"
+            share = self.num_done / self.total
+            num = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
             remaining_s = (self.total - self.num_done) / rate if rate else 0.0
             left = f", {format_duration(remaining_s)} left"
         note = f", {self.note}" if self.note else ""
-        return (
-            f"{self.label}: {self.num_done:,}{total} {self.unit}{share}, {rate:,.0f}/s{left}{note}"
-        )
+        return f"{self.label}: {num}, {rate:,.0f}/s{left}{note}"
 
     def show(self, last: bool = False) -> None:
         text = f"\r\033[K{self.line()}" if self.live else self.line()

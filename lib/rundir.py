@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import secrets
 import shlex
 import subprocess
@@ -27,7 +26,7 @@ from lib.config import (
     parse_overrides,
     read_yaml,
 )
-from lib.files import atomic_write, read_json, try_lock, utc_now, write_json
+from lib.files import atomic_write, lock_if_possible, read_json, utc_now, write_json
 
 PACKAGES = ("torch", "torchvision", "h5py", "numpy", "pyyaml", "matplotlib")
 JOB_VARIABLES = (
@@ -170,14 +169,14 @@ def say_what_changed(run: Path, meta: dict) -> None:
     """Warn where a run is resumed on other hardware, or with another torch, than at its last start:
     its bits may then be others.
     """
-    before = read_meta(run)
-    if not before:
-        return
+    before = read_meta(run) or meta
     for place, key in HARDWARE:
         old, new = before[place].get(key), meta[place].get(key)
         if old != new:
-            change = f"another {key}, {new or 'none'} instead of {old or 'none'}"
-            say(f"warning: {run} goes on with {change}: other bits may follow")
+            say(
+                f"warning: {run} goes on with another {key}, {new or 'none'} instead of"
+                f" {old or 'none'}: other bits may follow"
+            )
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -196,15 +195,8 @@ def hold_run(run: Path, cfg: Config) -> BinaryIO:
 
 def _lock(run: Path) -> BinaryIO:
     file = open(run / "config.yaml", "rb+")  # noqa: SIM115 (open as long as the run is held)
-    try:
-        if not try_lock(file):
-            file.close()
-            raise BadInput(f"{run} is being trained by another process")
-    except OSError as error:
-        say(
-            f"{run} cannot be locked ({one_line(error)}): see to it that no other process"
-            " resumes it"
-        )
+    if not lock_if_possible(file, run):
+        raise BadInput(f"{run} is being trained by another process")
     return file
 
 
@@ -234,16 +226,12 @@ def why_no_commit() -> str:
 
     A repository around the folder of the program is not the program's, and may be private.
     """
-    result = run_git("rev-parse", "--show-toplevel")
+    result = run_git("rev-parse", "HEAD", "--show-toplevel")
     if result.returncode:
-        reason = one_line(result.stderr).removeprefix("fatal: ")
-        remedies = re.findall("git config --global --add safe.*", result.stderr)
-        return "; its remedy is: ".join([f"git says {reason!r}", *remedies[:1]])
-    top = result.stdout.rstrip("\n")
+        return f"git says: {' '.join(result.stderr.split())}"
+    top = result.stdout.splitlines()[1]
     if not os.path.samefile(top, REPOSITORY):
         return f"{REPOSITORY} lies in another repository, {top}"
-    if not git("rev-parse", "HEAD"):
-        return f"{REPOSITORY} has no commit yet"
     return ""
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.command import BadInput, one_line, say
-from lib.files import atomic_path, try_lock, write_csv
+from lib.command import BadInput, one_line
+from lib.files import atomic_path, lock_if_possible, write_csv
 from lib.pcam import PATCH_SHAPE, split_path
 
 META_COLUMNS = ("", "coord_y", "coord_x", "tumor_patch", "center_tumor_patch", "wsi")
@@ -24,12 +24,7 @@ def sole_writer(directory):
     directory.mkdir(parents=True, exist_ok=True)
     lock = os.open(directory, os.O_RDONLY)
     try:
-        try:
-            is_sole = try_lock(lock)
-        except OSError as error:  # such as NFS mounted without its lock service
-            say(f"{directory} cannot be locked ({one_line(error)}): let nobody else write there")
-            is_sole = True
-        if not is_sole:
+        if not lock_if_possible(lock, directory):
             raise BadInput(f"{directory}: another process is writing there")
         yield
     finally:

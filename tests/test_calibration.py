@@ -11,13 +11,7 @@ import torch
 from conftest import draw_patches, make_old, write_pcam
 
 from lib.audit.model import recalibrate, reliability
-from lib.audit.resampling import (
-    at_prevalence,
-    draw_weights,
-    estimate,
-    resampled_curves,
-    resampled_scores,
-)
+from lib.audit.resampling import draw_weights, estimate, resampled_scores
 from lib.batches import PatchSource, Rows, fold_of_rows, open_train_valid
 from lib.calibration import (
     calibrate,
@@ -32,20 +26,18 @@ from lib.checkpoint import load_checkpoint, load_model
 from lib.features import NAMES, build_reference, judge_batch, measure_features, patch_scores
 from lib.files import read_json
 from lib.groups import groups_for_halves, write_groups
-from lib.metrics import compute_auc, curve_points, sigmoid
+from lib.metrics import compute_auc, sigmoid
 from lib.predict import predict_rows
 
 CPU = torch.device("cpu")
 RNG = np.random.default_rng(5)
 LOGITS = RNG.normal(0, 2, 40_000)  # true log odds
 LABELS = RNG.random(40_000) < sigmoid(LOGITS)
-SMALL = slice(0, 400)
+FEW_LABELS, FEW_PROBS = LABELS[:400], sigmoid(LOGITS[:400])
 FEATURES = measure_features(draw_patches(600, 1)[0])
 
 
 def test_temperature_and_offset_are_recovered_and_mend_what_was_bent():
-    temperature, offset = fit_scaling(LABELS, 3 * LOGITS, with_offset=False)
-    assert temperature == pytest.approx(3, rel=0.03) and offset == 0
     bent = 3 * LOGITS - 1.5
     temperature, offset = fit_scaling(LABELS, bent)
     assert (temperature, offset) == pytest.approx((3, 0.5), rel=0.05)
@@ -56,18 +48,15 @@ def test_temperature_and_offset_are_recovered_and_mend_what_was_bent():
     assert all(after[name] < before[name] for name in before)
 
 
-@pytest.mark.parametrize("with_offset", [True, False])
-@pytest.mark.parametrize("sign", [1, -1, 0])
-def test_scaling_stays_finite_where_classes_do_not_overlap(sign, with_offset):
+def test_scaling_stays_finite_where_classes_do_not_overlap():
     logits = np.linspace(-30, 30, 20)
-    temperature, offset = fit_scaling(logits > 0, sign * logits, with_offset)
-    assert 0 < temperature <= 100 and np.isfinite(offset)
+    for sign in (1, -1, 0):
+        temperature, offset = fit_scaling(logits > 0, sign * logits)
+        assert 0 < temperature <= 100 and np.isfinite(offset)
 
 
-def test_reliability_counts_every_patch_once_and_ece_is_its_weighted_gap():
+def test_ece_is_the_weighted_gap_of_the_bins_that_reliability_lists():
     rows = reliability(LABELS, sigmoid(LOGITS))
-    assert sum(row["num"] for row in rows) == len(LABELS)
-    assert all(row["low"] <= row["mean_probability"] <= row["high"] for row in rows)
     gaps = [row["num"] * abs(row["mean_probability"] - row["positive_share"]) for row in rows]
     assert calibration_scores(LABELS, LOGITS)["ece"] == pytest.approx(sum(gaps) / len(LABELS))
     expected = {"ece": 0.5, "brier": 0.25, "nll": np.log(2)}
@@ -75,7 +64,7 @@ def test_reliability_counts_every_patch_once_and_ece_is_its_weighted_gap():
 
 
 def test_each_rule_chooses_the_best_of_all_thresholds():
-    labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 2)
+    labels, probs = FEW_LABELS, np.round(FEW_PROBS, 2)
     decisions = [decision_scores(labels, probs, at) for at in (*np.unique(probs), 1.1)]
 
     def choose(rule):
@@ -89,15 +78,9 @@ def test_each_rule_chooses_the_best_of_all_thresholds():
     threshold = choose("recall")["threshold"]
     stricter = decision_scores(labels, probs, probs[probs > threshold].min() + 1e-9)
     assert choose("recall")["recall"] >= 0.9 > stricter["recall"]
-
-
-def test_where_false_alarms_cost_more_than_all_hits_nothing_is_called_positive():
-    """Of the most probable patches most are negative: each call costs more than it saves."""
-    labels = np.array([0, 0, 1, 0, 0, 1])
-    probs = np.array([1.0, 0.9, 0.9, 0.5, 0.2, 0.1])
-    threshold = choose_threshold(labels, probs, "cost", 0.0, 0.5)
-    decision = decision_scores(labels, probs, threshold)
-    assert decision["tp"] + decision["fp"] == 0 and np.isfinite(threshold)
+    # of the most probable patches most are negative: each call costs more than it saves
+    threshold = choose_threshold([0, 0, 1], [1.0, 0.9, 0.9], "cost", 0.0, 0.5)
+    assert 1 < threshold < 2, "nothing is called positive"
 
 
 def patch_source(split) -> PatchSource:
@@ -110,15 +93,12 @@ def test_threshold_and_calibration_are_judged_on_patches_that_did_not_choose_the
     logits = predict_rows(model, patch_source(split), rows.index, cfg, cfg.views)
     is_judged = fold_of_rows(groups_for_halves(split, cfg.data_dir), 2)[rows.index] == 1
     calibration = checkpoint["calibration"]
-    labels, scaled = rows.labels[is_judged], calibrate(logits, calibration)[is_judged]
     assert calibration == fit_calibration(rows.labels, logits, ~is_judged, cfg)
+    labels, scaled = rows.labels[is_judged], calibrate(logits, calibration)[is_judged]
     assert calibration["after"] == pytest.approx(calibration_scores(labels, scaled))
     decision = decision_scores(labels, sigmoid(scaled), checkpoint["threshold"])
     assert calibration["decision"] == decision
-    summary = read_json(quick_run / "summary.json")
-    assert summary["threshold"] == checkpoint["threshold"]
-    assert summary["half_f2"] == decision["f2"]
-    assert summary["half_ece"] == calibration["after"]["ece"]
+    assert read_json(quick_run / "summary.json")["half_f2"] == decision["f2"]
 
 
 @pytest.fixture
@@ -128,22 +108,20 @@ def ckpt(quick_run, tmp_path):
 
 
 def test_without_both_classes_in_both_halves_nothing_is_made_up(ckpt):
-    before = load_checkpoint(ckpt)
     cfg = load_model(ckpt)[1]
     train, (split, rows) = open_train_valid(cfg)
     few = Rows(rows.index[:1], rows.labels[:1], {})
-    _, summary = complete_checkpoint(ckpt, train, (split, few), patch_source(split), cfg)
-    after = load_checkpoint(ckpt)
-    assert after["threshold"] == 0.5 and after["calibration"] is None and not summary
-    assert after["reference"] and after["weights_sha256"] == before["weights_sha256"]
+    complete_checkpoint(ckpt, train, (split, few), patch_source(split), cfg)
+    checkpoint = load_checkpoint(ckpt)
+    assert checkpoint["threshold"] == 0.5 and checkpoint["calibration"] is None
+    assert checkpoint["reference"]
 
 
-@pytest.mark.parametrize("fold", [0, 3])
-def test_every_fold_is_calibrated(ckpt, fold, tmp_path):
-    """A fold is a stretch of the order that halves are cut from: most of them lie in one half."""
+def test_a_fold_is_calibrated(ckpt, tmp_path):
+    """A fold is a stretch of the order that halves are cut from: the last lies in one half."""
     folder = write_pcam(tmp_path / "data")
     write_groups(folder, {"train": np.arange(160)})
-    keys = {"data_dir": str(folder), "num_folds": 4, "fold": fold}
+    keys = {"data_dir": str(folder), "num_folds": 4, "fold": 3}
     cfg = dataclasses.replace(load_model(ckpt)[1], **keys)
     train, valid = open_train_valid(cfg)
     _, summary = complete_checkpoint(ckpt, train, valid, patch_source(valid[0]), cfg)
@@ -162,68 +140,51 @@ def test_what_is_calibrated_anew_keeps_its_last_layer(ckpt, pcam_dir, is_old):
 def test_the_reference_is_the_training_data_and_its_limits_are_those_of_validation():
     train, valid = FEATURES[:400], FEATURES[400:]
     reference = build_reference(train, valid, np.arange(200))
-    assert np.allclose(reference["mean"], train.mean(0)) and reference["num"] == 400
+    assert np.allclose(reference["mean"], train.mean(0))
     assert (patch_scores(valid, reference) > reference["limit"]).mean() <= 0.005
-    size = np.sqrt((patch_scores(train, reference) ** 2).mean())
-    assert size == pytest.approx(1, abs=0.05), "a deviation over all features"
     moved = valid.copy()
     moved[:20] += 3 * np.array(reference["deviation"])
     by_slide = build_reference(train, moved, np.arange(200) // 20)
-    limits = by_slide["shift_limit"], reference["shift_limit"]
-    assert limits[0] > limits[1] + 1, "a slide of validation may look so, too"
+    assert by_slide["shift_limit"] > reference["shift_limit"] + 1, "a slide may look so, too"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_batch_that_differs_in_one_feature_is_named_by_it_and_a_small_one_is_granted_chance(name):
-    reference = build_reference(FEATURES[:400], FEATURES[400:], np.arange(200))
-    moved = FEATURES[400:].copy()
-    place = NAMES.index(name)
-    moved[:, place] += 2 * reference["deviation"][place]
-    verdict = judge_batch(moved, reference)
-    assert verdict["drifted"] and verdict["feature"] == name
-    assert verdict["shift"] == pytest.approx(2, abs=0.3)
-    assert not judge_batch(FEATURES[400:], reference)["drifted"]
-    alone = [judge_batch(FEATURES[row : row + 1], reference)["drifted"] for row in range(400, 600)]
-    assert sum(alone) <= 2
+def test_a_batch_that_differs_in_one_feature_is_named_by_it_and_a_small_one_is_granted_chance():
+    valid = FEATURES[400:]
+    reference = build_reference(FEATURES[:400], valid, np.arange(200))
+    for place, name in enumerate(NAMES):
+        moved = valid.copy()
+        moved[:, place] += 2 * reference["deviation"][place]
+        verdict = judge_batch(moved, reference)
+        assert verdict["drifted"] and verdict["feature"] == name
+    assert not judge_batch(valid, reference)["drifted"]
+    assert sum(judge_batch(row[None], reference)["drifted"] for row in valid) <= 2
 
 
-def test_what_a_decision_means_follows_the_prevalence():
-    rare, even = at_prevalence(0.9, 0.9, 0.01), at_prevalence(0.9, 0.9, 0.5)
-    assert rare["flagged_share"] == pytest.approx(0.108)
-    assert rare["precision"] == pytest.approx(0.009 / 0.108)
-    assert rare["negative_predictive_value"] == pytest.approx(0.891 / 0.892)
-    assert even["precision"] == pytest.approx(0.9) and even["f2"] == pytest.approx(0.9)
-    always = at_prevalence(1.0, 0.0, 0.3)
-    assert always["f2"] == pytest.approx(always["always_positive_f2"])
-    assert np.isnan(always["negative_predictive_value"])
-
-
-def test_scores_of_equal_weights_are_the_scores_and_those_of_copies_their_weights():
-    labels, probs = LABELS[SMALL], np.round(sigmoid(LOGITS[SMALL]), 1)  # many ties
-    weights = np.concatenate([[np.ones(400, np.int64)], RNG.integers(0, 4, (9, 400)), [labels]])
+def test_scores_of_weights_are_those_of_copies_of_the_rows():
+    labels, probs = FEW_LABELS, np.round(FEW_PROBS, 1)  # many ties
+    weights = RNG.integers(0, 4, (11, 400))
+    weights[0], weights[-1] = 1, labels
     scores = resampled_scores(labels, probs, 0.4, weights)
     for number in (0, 1):
         copies = np.repeat(np.arange(400), weights[number])
-        decision = decision_scores(labels[copies], probs[copies], 0.4)
-        for name in ("f2", "recall", "specificity", "precision"):
-            assert scores[name][number] == pytest.approx(decision[name])
-        auc = compute_auc(labels[copies], probs[copies])
-        assert scores["auc"][number] == pytest.approx(auc)
+        expected = decision_scores(labels[copies], probs[copies], 0.4)
+        expected["auc"] = compute_auc(labels[copies], probs[copies])
+        for name in ("f2", "recall", "specificity", "precision", "auc"):
+            assert scores[name][number] == pytest.approx(expected[name])
     assert np.isnan(scores["auc"][-1]), "one class alone"
-    assert np.isnan(estimate(np.full(10, np.nan))).all()
 
 
-@pytest.mark.parametrize("num_groups", [1, 2, 7])
-def test_few_groups_have_no_interval(num_groups):
+def test_few_groups_have_no_interval():
     """Neither in all, nor for the class that a score rests on: one group drawn twice is itself."""
-    labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
-    scores = resampled_scores(labels, probs, 0.4, draw_weights(np.arange(400) % num_groups, 200))
-    for values in scores.values():
+    few = np.arange(400) % 7
+    groups = np.where(FEW_LABELS, few, np.arange(400))
+    of_few, of_mixed = (
+        resampled_scores(FEW_LABELS, FEW_PROBS, 0.4, draw_weights(names, 200))
+        for names in (few, groups)
+    )
+    for values in (*of_few.values(), of_mixed["recall"]):
         assert values[0] > 0 and np.isnan(estimate(values)[1:]).all()
-    groups = np.where(labels, np.arange(400) % num_groups, np.arange(400))
-    scores = resampled_scores(labels, probs, 0.4, draw_weights(groups, 200))
-    assert np.isnan(estimate(scores["recall"])[1:]).all()
-    _, low, high = estimate(scores["specificity"])
+    _, low, high = estimate(of_mixed["specificity"])
     assert low < high
 
 
@@ -246,14 +207,3 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say_and_groups_widen_t
     _, low, high = auc_interval_of(copies, copies)
     _, naive_low, naive_high = auc_interval_of(copies, np.arange(400))
     assert high - low > 1.5 * (naive_high - naive_low), "four copies of a patch are one patch"
-
-
-def test_resampled_curves_of_equal_weights_are_the_curves():
-    labels, probs = LABELS[SMALL], sigmoid(LOGITS[SMALL])
-    grid = np.linspace(0, 1, 51)
-    curves = resampled_curves(labels, probs, np.ones((1, 400), np.uint8), grid)
-    area = np.trapezoid(curves["recall"][0], grid)
-    assert area == pytest.approx(compute_auc(labels, probs), abs=0.01)
-    points = curve_points(labels, probs)
-    place = np.searchsorted(points["recall"], grid[1:] - 1e-9)
-    assert curves["precision"][0, 1:] == pytest.approx(points["precision"][place])

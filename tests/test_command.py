@@ -14,72 +14,48 @@ from conftest import REPOSITORY
 
 from lib.command import BadInput, Parser, print_result, run_script, script
 
-SMALLER = "smaller batches (batch_size, eval_batch_size) or data_residence=disk take less"
+REFUSALS = [
+    (BadInput("x has 3 rows"), 2, "x has 3 rows"),
+    (OSError(errno.ENOSPC, "No space left", "/full/x.h5"), 2, "no space left: /full/x.h5"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (MemoryError("3 GB"), 2, "not enough memory (3 GB)"),
+    (RuntimeError("CUDA out of memory. Tried"), 2, "not enough memory (CUDA out of memory."),
+    (ModuleNotFoundError(name="PIL"), 2, f"{sys.executable} lacks the package PIL"),
+]
+BUGS = [
+    ValueError("x"),
+    RuntimeError("x"),
+    ModuleNotFoundError(name="lib.x"),
+    OSError("without a number"),
+]
 
 
-@pytest.mark.parametrize(
-    "error, code, sentence",
-    [
-        (BadInput("x has 3 rows"), 2, "error: x has 3 rows"),
-        (
-            OSError(errno.ENOSPC, "No space left on device", "/full/x.h5"),
-            2,
-            "error: no space left on device: /full/x.h5",
-        ),
-        (KeyboardInterrupt(), 130, "error: interrupted"),
-        (MemoryError("3 GB"), 2, f"error: not enough memory (3 GB); {SMALLER}"),
-        (
-            RuntimeError("CUDA out of memory. Tried"),
-            2,
-            f"error: not enough memory (CUDA out of memory. Tried); {SMALLER}",
-        ),
-        (
-            ModuleNotFoundError(name="PIL"),
-            2,
-            f"error: {sys.executable} lacks the package PIL: make setup, then . .venv/bin/activate",
-        ),
-    ],
-)
-def test_a_refusal_is_one_sentence_on_stderr_and_one_object_on_stdout(
-    error, code, sentence, capsys
-):
+def raising(error):
+    """A script's main that raises an error."""
+
     @script
     def main(_argv=None):
         raise error
 
-    assert main([]) == code
-    printed = capsys.readouterr()
-    assert printed.err == sentence + "\n"
-    assert json.loads(printed.out) == {"error": sentence.removeprefix("error: "), "exit": code}
+    return main
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [
-        ValueError("x"),
-        KeyError("x"),
-        RuntimeError("x"),
-        ModuleNotFoundError(name="lib.x"),
-        AssertionError("x"),
-        OSError("without a number"),
-    ],
-)
-def test_a_bug_keeps_its_traceback(bug):
-    @script
-    def main(_argv=None):
-        raise bug
-
-    with pytest.raises(type(bug)):
-        main([])
+def test_a_refusal_is_one_sentence_and_one_object_and_a_bug_keeps_its_traceback(capsys):
+    for error, code, sentence in REFUSALS:
+        assert raising(error)([]) == code
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"error: {sentence}") and printed.err.count("\n") == 1
+        assert f"error: {json.loads(printed.out)['error']}\n" == printed.err
+    for bug in BUGS:
+        with pytest.raises(type(bug)):
+            raising(bug)([])
 
 
 def test_help_is_0_wrong_use_is_2_and_other_codes_pass_through(capsys):
     main = script(lambda argv=None: Parser(prog="x.py").parse_args(argv) and 1)
-    assert (main([]), main(["--help"])) == (1, 0)
-    capsys.readouterr()
-    assert main(["--nonsense"]) == 2
-    assert (
-        capsys.readouterr().err == "error: unrecognized arguments: --nonsense (see x.py --help)\n"
+    assert (main([]), main(["--help"]), main(["--nonsense"])) == (1, 0, 2)
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --nonsense (see x.py --help)\n"
     )
 
 
@@ -113,28 +89,14 @@ def test_a_reader_that_has_gone_away_leaves_a_refusal_clear_and_no_library_was_n
     assert (result.returncode, result.stderr) == (2, "error: no such thing\n")
 
 
-@pytest.mark.parametrize(
-    "code, last_words",
-    [
-        ('print(\'{"error": "no such run"}\'); raise SystemExit(2)', "no such run"),
-        ("import absent_module", "absent_module"),
-        ("raise SystemExit('error: no disk')", "^no disk$"),
-        ("print('{\"rows\": 3}'); raise SystemExit(1)", None),
-        ("print('half a line')", None),
-    ],
-)
-def test_a_program_that_fails_is_bad_input_in_its_own_words(code, last_words, tmp_path):
-    (tmp_path / "program.py").write_text(code)
-    with pytest.raises(BadInput, match=last_words):
-        run_script(tmp_path / "program.py")
-
-
-def test_a_program_that_does_not_end_is_stopped(tmp_path):
-    (tmp_path / "program.py").write_text("import time; time.sleep(60)")
-    with pytest.raises(BadInput, match="program.py"):
-        run_script(tmp_path / "program.py", timeout_s=0.5)
-
-
+FAILING = {
+    'print(\'{"error": "no such run"}\'); raise SystemExit(2)': "no such run",
+    "import absent_module": "absent_module",
+    "raise SystemExit('error: no disk')": "^no disk$",
+    "print('{\"rows\": 3}'); raise SystemExit(1)": None,
+    "print('half a line')": None,
+    "import time; time.sleep(60)": "within 1 s",
+}
 TALKING = """
 import json, sys
 print("text")
@@ -144,12 +106,17 @@ sys.exit(1)
 """
 
 
-@pytest.mark.parametrize("shows_progress", [False, True])
-def test_of_a_program_the_last_line_is_read(shows_progress, tmp_path, capfd):
-    (tmp_path / "program.py").write_text(TALKING)
-    result = run_script(
-        tmp_path / "program.py", "a", 1, codes=(0, 1), shows_progress=shows_progress
-    )
-    assert result == {"arguments": ["a", "1"]}
-    assert capfd.readouterr().err == "a line\n" * shows_progress
-    assert len(list(tmp_path.iterdir())) == 1, "no .pyc beside it"
+def test_of_another_program_the_last_line_is_read_and_a_failure_is_told_in_its_words(
+    tmp_path, capfd
+):
+    program = tmp_path / "program.py"
+    for code, last_words in FAILING.items():
+        program.write_text(code)
+        with pytest.raises(BadInput, match=last_words):
+            run_script(program, timeout_s=1)
+    program.write_text(TALKING)
+    for shows_progress in (False, True):
+        result = run_script(program, "a", 1, codes=(0, 1), shows_progress=shows_progress)
+        assert result == {"arguments": ["a", "1"]}
+        assert capfd.readouterr().err == "a line\n" * shows_progress
+    assert os.listdir(tmp_path) == ["program.py"], "no .pyc beside it"

@@ -5,9 +5,7 @@ import pytest
 
 from lib.metrics import (
     compute_auc,
-    compute_fbeta,
     compute_metrics,
-    compute_pr_auc,
     constant_alarm,
     constant_baselines,
     share_interval,
@@ -27,10 +25,9 @@ def draw(num, seed, levels=0):
 
 
 @pytest.mark.parametrize("levels", [0, 1, 4], ids=["no ties", "mostly ties", "some ties"])
-@pytest.mark.parametrize("num", [2, 3, 50, 5000])
-def test_every_score_is_scikit_learn_s(num, levels):
+def test_every_score_is_scikit_learn_s(levels):
     reference = pytest.importorskip("sklearn.metrics")
-    for seed in range(5):
+    for seed, num in enumerate((2, 3, 50, 5000)):
         labels, logits = draw(num, seed, levels)
         probs = 1 / (1 + np.exp(-logits))
         called = probs >= 0.5
@@ -53,11 +50,9 @@ def test_every_score_is_scikit_learn_s(num, levels):
 
 def test_the_constant_baselines_are_what_constants_score():
     labels = np.arange(600) % 6 == 0  # five negatives to one positive
-    baselines = constant_baselines(labels)
     always = compute_metrics(labels, np.full(600, 9.0))
     never = compute_metrics(labels, np.full(600, -9.0))
-    prior = compute_metrics(labels, np.full(600, np.log(1 / 5)))
-    assert baselines == {
+    assert constant_baselines(labels) == {
         "prevalence": pytest.approx(1 / 6),
         "majority_accuracy": never["accuracy"],
         "always_positive_f1": always["f1"],
@@ -65,21 +60,19 @@ def test_the_constant_baselines_are_what_constants_score():
         "always_negative_f2": never["f2"],
         "constant_auc": always["auc"],
         "constant_pr_auc": always["pr_auc"],
-        "prior_loss": pytest.approx(prior["loss"]),
+        "prior_loss": pytest.approx(compute_metrics(labels, np.full(600, np.log(1 / 5)))["loss"]),
     }
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_what_is_not_defined_is_nan_and_never_a_number():
-    undefined = [
-        compute_auc([1, 1], [0, 1]),
-        compute_auc([0, 0], [0, 1]),
-        compute_pr_auc([0, 0], [0, 1]),
-        *(compute_metrics([0, 1], [0.0, np.nan])[name] for name in ("loss", "auc", "f2")),
-        compute_fbeta({"tp": 0, "fp": 0, "fn": 0, "tn": 4}, 2),
-    ]
+    no_positive = compute_metrics([0, 0], [-1.0, -2.0])
+    undefined = [no_positive[name] for name in ("auc", "pr_auc", "f1", "f2")]
+    undefined.append(compute_metrics([1, 1], [0.0, 1.0])["auc"])
+    no_number = compute_metrics([0, 1], [0.0, np.nan])
+    undefined += [no_number[name] for name in ("loss", "auc", "f2")]
     assert np.isnan(undefined).all()
-    assert compute_fbeta({"tp": 0, "fp": 3, "fn": 0, "tn": 1}, 2) == 0
+    assert compute_metrics([0, 0], [1.0, -1.0])["f2"] == 0
 
 
 def test_extreme_logits_stay_finite_and_the_border_is_positive():
@@ -89,17 +82,14 @@ def test_extreme_logits_stay_finite_and_the_border_is_positive():
         assert np.isfinite(constant_baselines([1, 1])["prior_loss"])
     at_border = compute_metrics([1, 0], [0.0, -1e-9])
     assert at_border["tp"] == 1, "a probability of 0.5 is called positive at 0.5"
-    labels, logits = draw(200_000, 4)
-    loss = compute_metrics(labels, logits)["loss"]
-    rounded = compute_metrics(labels, logits.astype(np.float32))["loss"]
-    assert rounded == pytest.approx(loss, rel=1e-7), "sums are in 64 bits"
 
 
-@pytest.mark.parametrize("logit, word", [(3.0, "positive"), (-3.0, "negative")])
-def test_a_constant_model_raises_the_alarm_and_another_does_not(logit, word):
+def test_a_constant_model_raises_the_alarm_and_another_does_not():
     labels = np.arange(10) % 2
-    alarm = constant_alarm(compute_metrics(labels, np.full(10, logit) + np.arange(10) / 10), labels)
-    assert alarm.startswith("ALARM") and word in alarm and "0.833" in alarm
+    for logit, word in ((3.0, "positive"), (-3.0, "negative")):
+        logits = logit + np.arange(10) / 10
+        alarm = constant_alarm(compute_metrics(labels, logits), labels)
+        assert alarm.startswith("ALARM") and word in alarm and "0.833" in alarm
     assert constant_alarm(compute_metrics(labels, np.where(labels, 1, -1)), labels) == ""
 
 
@@ -111,14 +101,12 @@ def test_intervals_agree_with_published_ones():
     assert quantiles == pytest.approx([12.7062, 2.7764, 2.0423], abs=5e-5)
 
 
-@pytest.mark.parametrize("distance", [0.0, 1.0, 2.0])
-def test_the_interval_of_an_auc_holds_the_true_one_about_as_often_as_it_says(distance):
+def test_the_interval_of_an_auc_holds_the_true_one_about_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    labels = np.arange(240) % 3 == 0
-    true_auc = compute_auc(np.arange(200_000) % 2, rng.normal(np.arange(200_000) % 2 * distance))
+    labels, many = np.arange(240) % 3 == 0, np.arange(200_000) % 2
+    true_auc = compute_auc(many, rng.normal(many * 2.0))
     num_inside = 0
     for _ in range(400):
-        auc = compute_auc(labels, rng.normal(labels * distance))
-        low, high = auc_interval(auc, 80, 160)
+        low, high = auc_interval(compute_auc(labels, rng.normal(labels * 2.0)), 80, 160)
         num_inside += 0 <= low <= true_auc <= high <= 1
     assert 0.91 <= num_inside / 400 <= 0.99

@@ -3,8 +3,10 @@ they are damaged.
 """
 
 import errno
+import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,22 +17,19 @@ import numpy as np
 import pytest
 from conftest import draw_patches, write_pcam
 
-from lib.command import BadInput, script
-from lib.files import file_digest
+from lib.command import BadInput
 from lib.fingerprint import FINGERPRINT_FILE, fingerprint
-from lib.pcam import open_images, open_split, read_labels, read_meta, split_path
+from lib.pcam import open_images, open_split, read_labels, split_path
 from lib.splitwriter import SplitWriter, sole_writer, write_labels
 
 IMAGES, LABELS = draw_patches(40, 3)
-GZIP = {"chunks": (8, 96, 96, 3), "compression": "gzip", "compression_opts": 1}
-LAYOUTS = {
-    "contiguous": {},
-    "user block": {"userblock": 4096},
-    "odd chunks": {"chunks": (16, 12, 12, 1)},
-    "gzip": GZIP,
-    "float32": {"dtype": np.float32},
-    "float64 gzip": {"dtype": np.float64, **GZIP},
-}
+LAYOUTS = [
+    {},
+    {"userblock": 4096},
+    {"chunks": (16, 12, 12, 1)},
+    {"chunks": (8, 96, 96, 3), "compression": "gzip"},
+    {"dtype": np.float32},
+]
 
 
 def write_h5(path, values, key="x", userblock=0, **options):
@@ -39,33 +38,29 @@ def write_h5(path, values, key="x", userblock=0, **options):
     return path
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_every_layout_reads_in_any_order_and_in_blocks(tmp_path, layout):
-    images = open_images(write_h5(tmp_path / "x.h5", IMAGES, **LAYOUTS[layout]))
-    assert (images.mapped is not None) == (layout in ("contiguous", "user block"))
+    path = write_h5(tmp_path / "x.h5", IMAGES, **layout)
+    stored = path.read_bytes()
+    images = open_images(path)
+    assert (images.mapped is not None) == (layout in LAYOUTS[:2])
     rows = [39, 0, 7, 7, 12, 39, 1]
     patches = images.read(rows)
     assert patches.dtype == np.uint8 and np.array_equal(patches, IMAGES[rows])
     starts, blocks = zip(*images.blocks(16), strict=True)
     assert starts == (0, 16, 32) and np.array_equal(np.concatenate(blocks), IMAGES)
-    assert images.read([]).shape == (0, 96, 96, 3) and images.num == 40
-
-
-def test_nothing_done_to_the_patches_reaches_the_file(tmp_path):
-    path = write_h5(tmp_path / "x.h5", IMAGES)
-    digest = file_digest(path)
-    open_images(path).mapped[:] = 7
-    assert file_digest(path) == digest
+    if images.mapped is not None:
+        images.mapped[:] = 7
+    assert path.read_bytes() == stored, "nothing done to the patches reaches the file"
 
 
 def test_damage_in_floats_reads_as_documented(tmp_path):
     values = IMAGES[:4].astype(np.float32)
-    values[0, 0, 0] = [np.nan, np.inf, -np.inf]
-    values[1, 0, 0] = [-5, 255.4, 1e5]
-    values[2, 0, 0] = [0.5, 1.5, 254.6]  # halves to the even neighbour, as numpy rounds
-    read = open_images(write_h5(tmp_path / "x.h5", values)).read([0, 1, 2, 3])
-    assert read[:3, 0, 0].tolist() == [[0, 255, 0], [0, 255, 255], [0, 2, 255]]
-    assert np.array_equal(read[3], IMAGES[3]) and np.array_equal(read[:, 1:], IMAGES[:4, 1:])
+    # halves go to the even neighbour, as numpy rounds
+    values[0, 0, :3] = [[np.nan, np.inf, -np.inf], [-5, 255.4, 1e5], [0.5, 1.5, 254.6]]
+    (patch,) = open_images(write_h5(tmp_path / "x.h5", values)).read([0])
+    assert patch[0, :3].tolist() == [[0, 255, 0], [0, 255, 255], [0, 2, 255]]
+    assert np.array_equal(patch[1:], IMAGES[0, 1:])
 
 
 def write(part, values, **options):
@@ -164,15 +159,11 @@ DAMAGES = {
     "channels first": (write("x", IMAGES[:8].transpose(0, 3, 1, 2)), [X_NAME, "(N, 96, 96, 3)"]),
     "int64": (write("x", IMAGES[:8].astype(np.int64)), [X_NAME, "int64", "uint8"]),
     "scaled": (write("x", IMAGES[:8] / np.float32(255)), [X_NAME, "[0, 1]", "repack"]),
-    "empty split": (write("x", IMAGES[:0]), [X_NAME, "(0, 96, 96, 3)"]),
     "no dataset": (lambda path: write_h5(path("x"), 3, "images"), [X_NAME, "'x'", "images"]),
     "cut half": (cut("x", 0.5), [X_NAME, "truncated"]),
-    "not HDF5": (lambda path: path("x").write_text("hello"), [X_NAME]),
     "bad chunk": (corrupt_chunk, [X_NAME, "row 0"]),
     "label 2": (write("y", np.array([0, 1, 2, 0, 1, 1, 0, 3])), ["row 2", "label 2", "2 such"]),
-    "text labels": (write("y", [b"tumor"] * 8), ["numbers"]),
     "short meta": (lambda path: path("meta").write_text(META), ["meta", "7", "8"]),
-    "foreign meta": (lambda path: path("meta").write_text("a,b\n1,2\n"), ["meta", "coord_y"]),
 }
 
 
@@ -185,9 +176,7 @@ def test_bad_input_is_refused_in_one_sentence_that_names_the_file(tmp_path, dama
         open_split(folder, "train").images.read(np.arange(8))
     sentence = str(refusal.value)
     assert all(word in sentence for word in [str(folder), *words]), sentence
-    assert (
-        "\n" not in sentence and "did you mean 'camelyonpatch_level_2_split_train_y" not in sentence
-    )
+    assert "\n" not in sentence and "mean 'camelyonpatch_level_2_split_train_y" not in sentence
 
 
 def test_a_file_is_no_folder_and_the_folder_below_is_not_the_one(tmp_path):
@@ -207,12 +196,6 @@ def test_what_the_system_refuses_is_no_damage(tmp_path):
     assert refusal.value.errno == errno.EIO and refusal.value.filename == str(path)
 
 
-def test_labels_of_any_number_type_and_shape_become_uint8(tmp_path):
-    for values in (LABELS, LABELS[:, None], LABELS.astype(np.float64), LABELS.astype(bool)):
-        labels = read_labels(write_h5(tmp_path / "y.h5", values, "y"))
-        assert labels.dtype == np.uint8 and labels.shape == (40,) and np.array_equal(labels, LABELS)
-
-
 def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
     meta = [(3, 4, 1, 0, "camelyon16_train_tumor_001"), (5, 6, 0, 0, "slide, with comma")] * 20
     with SplitWriter(tmp_path, "valid", 40) as writer:
@@ -222,52 +205,37 @@ def test_what_is_written_is_official_and_comes_back_equal(tmp_path):
     split = open_split(tmp_path, "valid")
     assert np.array_equal(split.images.mapped, IMAGES) and np.array_equal(split.labels, LABELS)
     assert split.slides.tolist() == [row[4] for row in meta]
-    paths = {name: split_path(tmp_path, "valid", name) for name in ("x", "y", "meta")}
-    assert [row["coord_y"] for row in read_meta(paths["meta"])] == ["3", "5"] * 20
-    with h5py.File(paths["y"]) as file:
-        assert file["y"].shape == (40, 1, 1, 1) and file["y"].dtype == np.uint8
-    assert set(tmp_path.iterdir()) == set(paths.values()), "nothing else is left"
+    paths = [split_path(tmp_path, "valid", part) for part in ("x", "y", "meta")]
+    assert set(tmp_path.iterdir()) == set(paths), "nothing else is left"
+    for values in (LABELS[:, None], LABELS.astype(np.float64), LABELS.astype(bool)):
+        labels = read_labels(write_h5(paths[1], values, "y"))
+        assert labels.dtype == np.uint8 and labels.tolist() == LABELS.tolist()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, AssertionError])
-def test_a_writer_that_fails_leaves_nothing(tmp_path, error):
-    with pytest.raises(error), SplitWriter(tmp_path, "train", 20) as writer:
-        writer.add(IMAGES[:10], LABELS[:10])
-        if error is not AssertionError:  # which rows that are missing raise
-            raise error
+def test_a_writer_that_fails_leaves_nothing_and_a_folder_has_one_at_a_time(tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(KeyboardInterrupt), sole_writer(folder):
+        with pytest.raises(BadInput, match="another process"), sole_writer(folder):
+            raise AssertionError("two writers")
+        with SplitWriter(folder, "train", 20) as writer:
+            writer.add(IMAGES[:10], LABELS[:10])
+            raise KeyboardInterrupt
     assert os.listdir(tmp_path) == []
+    with sole_writer(folder):
+        pass
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MiB."""
-    folder = tmp_path / "small disk"
-    folder.mkdir()
-    if subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True
-    ).returncode:
-        pytest.skip("needs root, to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
-@pytest.mark.parametrize("part, num, spare_pages", [("patches", 40, 0), ("meta", 30, 1)])
-def test_a_full_disk_is_refused_by_name_and_leaves_nothing(
-    small_disk, capsys, part, num, spare_pages
-):
-    @script
-    def write(_argv=None):
-        with SplitWriter(small_disk, "train", num) as writer:
-            meta = [(0, 0, 1, 1, "slide")] * num if part == "meta" else ()
-            writer.add(IMAGES[:num], LABELS[:num], meta)
-            writer.file.flush()
-            free_bytes = shutil.disk_usage(small_disk).free - 4096 * spare_pages
-            (small_disk / "filler").write_bytes(bytes(free_bytes))
-
-    assert write() == 2
-    sentence = capsys.readouterr().err
-    assert str(small_disk) in sentence and sentence.count("\n") == 1, sentence
-    assert set(os.listdir(small_disk)) <= {"filler"}
+def test_a_full_disk_is_refused_by_name_and_leaves_nothing(tmp_path):
+    """A limit on the size of files fails as a full disk does, and needs no disk of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    refusal = pytest.raises(BadInput, match=f"{tmp_path}.*is the disk full")
+    try:
+        with refusal, SplitWriter(tmp_path, "train", 40) as writer:
+            writer.add(IMAGES, LABELS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("store", ["beside the data", "of the user", "nowhere"])
@@ -278,36 +246,26 @@ def test_the_fingerprint_is_the_files_sha256_kept_where_it_can_be(tmp_path, monk
         (folder / FINGERPRINT_FILE).mkdir()  # refused even to root
     if store == "nowhere":
         (tmp_path / "cache").write_text("")
+    before = fingerprint(folder)
+    labels = open_split(folder, "valid").labels
+    write_labels(split_path(folder, "valid", "y"), 1 - labels)  # the same size
     digests = fingerprint(folder)
-    assert digests == {path.name: file_digest(path) for path in folder.glob("*.h5")}
+    files = {path.name: path.read_bytes() for path in folder.glob("*.h5")}
+    assert digests == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    assert len(before.items() - digests.items()) == 1
     if store != "nowhere":
         monkeypatch.setattr("lib.fingerprint.file_digest", lambda *_: pytest.fail("hashed again"))
-    assert fingerprint(folder) == digests
     assert fingerprint(folder, ["valid"]).items() <= digests.items()
-
-
-def test_the_fingerprint_notices_a_change_and_believes_no_damaged_store(tmp_path):
-    folder = write_pcam(tmp_path, 8, 4)
-    y_path = split_path(folder, "valid", "y")
-    before = fingerprint(folder)
-    write_labels(y_path, 1 - open_split(folder, "valid").labels)  # the same size
-    changed = fingerprint(folder)
-    assert [name for name in before if before[name] != changed[name]] == [y_path.name]
-    for text in ("", "[]", f'{{"{y_path.name}": 3}}'):
-        (folder / FINGERPRINT_FILE).write_text(text)
-        assert fingerprint(folder) == changed
 
 
 def test_torchvision_opens_the_files_and_sees_the_same(pcam_dir, tmp_path):
     datasets = pytest.importorskip("torchvision.datasets")
     (tmp_path / "pcam").symlink_to(pcam_dir)
-    for split, their_name in (("train", "train"), ("valid", "val")):
-        dataset, ours = datasets.PCAM(tmp_path, their_name), open_split(pcam_dir, split)
-        assert len(dataset) == len(ours)
-        for row in range(0, len(ours), 7):
-            image, label = dataset[row]
-            assert np.array_equal(np.asarray(image), ours.images.mapped[row])
-            assert label == ours.labels[row]
+    dataset, ours = datasets.PCAM(tmp_path, "val"), open_split(pcam_dir, "valid")
+    assert len(dataset) == len(ours)
+    for row in (0, 7, 63):
+        image, label = dataset[row]
+        assert np.array_equal(image, ours.images.mapped[row]) and label == ours.labels[row]
 
 
 def test_a_copied_folder_is_read_where_the_copy_is(tmp_path, monkeypatch):
@@ -317,12 +275,3 @@ def test_a_copied_folder_is_read_where_the_copy_is(tmp_path, monkeypatch):
     monkeypatch.setenv("PCAM_DATA_COPY", json.dumps([str(there), "/scratch/copy"]))
     assert split_path(link, "train", "x").parent == Path("/scratch/copy")
     assert split_path(tmp_path, "train", "x").parent == tmp_path
-
-
-def test_a_folder_has_one_writer_at_a_time_and_is_free_again_after_an_error(tmp_path):
-    with pytest.raises(RuntimeError), sole_writer(tmp_path / "new"):
-        with pytest.raises(BadInput, match="another process"), sole_writer(tmp_path / "new"):
-            raise AssertionError("two writers")
-        raise RuntimeError
-    with sole_writer(tmp_path / "new"):
-        pass

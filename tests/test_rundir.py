@@ -38,18 +38,14 @@ def open_log(folder, progress) -> runlog.RunLog:
     return log
 
 
-def test_a_name_that_is_taken_is_not_used_again(tmp_path, monkeypatch):
-    tokens = iter(["aaaa", "aaaa", "aaaa", "bbbb"])
+def test_a_run_has_a_name_of_its_own_by_which_it_is_found(tmp_path, monkeypatch):
+    tokens = iter(["aaaa", "aaaa", "bbbb"])
     monkeypatch.setattr(rundir.secrets, "token_hex", lambda _: next(tokens))
     cfg = load_config(overrides=["name=a b'c", "seed=7"])
-    runs = [rundir.create_run(tmp_path / "runs", cfg) for _ in range(2)]
-    for run, token in zip(runs, ("aaaa", "bbbb"), strict=True):
-        assert re.fullmatch(rf"\d{{8}}T\d{{6}}Z-a b'c-s7-{token}", run.name)
-        assert rundir.read_run_config(run) == cfg
-
-
-def test_a_run_is_found_by_path_and_by_name_and_a_misspelt_one_gets_a_hint(tmp_path):
-    run = rundir.create_run(tmp_path, load_config())
+    rundir.create_run(tmp_path, cfg)
+    run = rundir.create_run(tmp_path, cfg)
+    assert re.fullmatch(r"\d{8}T\d{6}Z-a b'c-s7-bbbb", run.name)
+    assert rundir.read_run_config(run) == cfg
     assert rundir.find_run(run) == rundir.find_run(run.name, tmp_path) == run
     for name, words in (
         (run.name[:-1], f"did you mean '{run.name}'"),
@@ -66,67 +62,48 @@ def test_meta_says_who_ran_what_and_keeps_what_earlier_starts_said(tmp_path, mon
     for number in range(3):
         rundir.write_meta(tmp_path, rundir.environment() | {"number": number})
     meta = read_json(tmp_path / "meta.json")
-    assert {"argv", "cwd", "started_utc", "commit", "uncommitted_patch"} <= meta.keys()
     assert set(rundir.PACKAGES) <= meta["versions"].keys() and meta["job"] == {"SLURM_JOB_ID": "41"}
     assert meta["number"] == 2 and [start["number"] for start in meta["earlier_starts"]] == [0, 1]
 
 
-def test_the_commit_and_what_was_not_committed_are_known_and_outside_of_git_nothing_is_made_up(
-    tmp_path, monkeypatch
-):
-    monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert rundir.git_state()["commit"] is None
-    (tmp_path / "a.py").write_text("one\n")
+def commit_all(folder) -> None:
+    """Make a folder a git repository whose one commit has all files."""
     identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
-    for command in (["init", "-q"], ["add", "a.py"], ["commit", "-qm", "one"]):
-        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
-    (tmp_path / "a.py").write_text("two\n")
-    (tmp_path / "b.py").write_text("new\n")
-    state = rundir.git_state()
-    assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["untracked_files"] == ["b.py"]
-    assert "-one\n+two" in state["uncommitted_patch"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
 
 
 def test_only_a_repository_whose_top_is_the_programs_folder_tells_a_commit_and_a_patch(
     tmp_path, monkeypatch, capsys
 ):
-    identity = ["-c", "user.name=n", "-c", "user.email=e", "-c", "core.hooksPath=none"]
-    program = tmp_path / "program"
-    program.mkdir()
-    (tmp_path / "private.txt").write_text("one\n")
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True)
-    (tmp_path / "private.txt").write_text("salaries\n")
-    monkeypatch.setattr(rundir, "REPOSITORY", program)
     nothing = {"commit": None, "uncommitted_patch": "", "untracked_files": []}
+    program, notes = tmp_path / "program", tmp_path / "private.txt"
+    program.mkdir()
+    notes.write_text("one\n")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(rundir, "REPOSITORY", program)
+    assert rundir.git_state() == nothing, "outside of git"
+    commit_all(tmp_path)
+    notes.write_text("two\n")
     assert rundir.git_state() == nothing
     assert "another repository" in capsys.readouterr().err
     monkeypatch.setattr(rundir, "REPOSITORY", tmp_path)
-    assert "+salaries" in rundir.git_state()["uncommitted_patch"]
+    (tmp_path / "b.py").write_text("new\n")
+    state = rundir.git_state()
+    assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["untracked_files"] == ["b.py"]
+    assert "-one\n+two" in state["uncommitted_patch"]
     monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
     assert rundir.git_state() == nothing
     assert "git config --global --add safe.directory" in capsys.readouterr().err
 
 
-def test_one_row_a_step_with_the_losses_as_they_were(tmp_path):
-    progress, losses = new_progress(), [0.1, 1 / 3, 2e-9]
+def test_a_log_has_one_row_a_step_and_a_resumed_one_drops_what_came_after_the_checkpoint(tmp_path):
+    progress, losses = new_progress(), [0.1, 1 / 3, 2e-9, 1.0, 1.0, 1.0]
     with open_log(tmp_path, progress) as log:
         note_steps(log, progress, losses)
         log.flush()
-    rows = read_csv(tmp_path / "steps.csv")
-    assert tuple(rows[0]) == runlog.STEP_COLUMNS
-    assert [row["step"] for row in rows] == ["1", "2", "3"]
-    stored = [float(row["loss"]) for row in rows]
-    assert stored == [float(torch.tensor(loss)) for loss in losses]
+    stored = [float(torch.tensor(loss)) for loss in losses]
     assert progress["loss_sum"] == sum(stored)
-
-
-def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_path):
-    progress = new_progress()
-    with open_log(tmp_path, progress) as log:
-        note_steps(log, progress, [1.0] * 6)
-        log.flush()
     with open(tmp_path / "steps.csv", "a") as file:
         file.write("7,1,0.5")
     progress = new_progress(num_steps=4)
@@ -134,8 +111,9 @@ def test_a_resumed_log_drops_the_rows_after_the_checkpoint_and_a_torn_line(tmp_p
         note_steps(log, progress, [2.0] * 2)
         log.flush()
     rows = read_csv(tmp_path / "steps.csv")
-    steps = [(int(row["step"]), float(row["loss"])) for row in rows]
-    assert steps == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
+    assert tuple(rows[0]) == runlog.STEP_COLUMNS
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [float(row["loss"]) for row in rows] == [*stored[:4], 2.0, 2.0]
     # the time of the steps that count is that of both processes
     train_s = sum(2 / float(row["images_per_s"]) for row in rows)
     assert log.times()["train_s"] == pytest.approx(train_s, abs=2e-3)
@@ -181,25 +159,13 @@ def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_non
     assert {float(row["images_per_s"]) for row in rows[1:]} == {4.0}, "by the GPU's clock"
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path, bad):
+def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path):
     progress = new_progress()
     with open_log(tmp_path, progress) as log:
         with pytest.raises(runlog.Diverged, match=r"\[2, 3\]") as caught:
-            note_steps(log, progress, [1.0, bad, 1.0])
+            note_steps(log, progress, [1.0, float("inf"), 1.0])
         assert caught.value.step == 2 and caught.value.rows == [2, 3]
     assert len(read_csv(tmp_path / "steps.csv")) == 1
-
-
-def test_summary_is_what_finishes_a_run(tmp_path):
-    progress = new_progress(best_epoch=1, best_scores={"auc": 0.9, "f2": float("nan")})
-    assert not rundir.is_finished(tmp_path)
-    baselines = {"constant_auc": 0.5}
-    summary = rundir.build_summary("finished", "00", progress, baselines, wall_s=1.5)
-    rundir.write_summary(tmp_path, summary)
-    assert rundir.is_finished(tmp_path)
-    stored = read_json(tmp_path / "summary.json")
-    assert (stored["val_auc"], stored["val_f2"], stored["wall_s"]) == (0.9, None, 1.5)
 
 
 def test_files_that_a_run_names_are_found_from_where_it_was_started_or_moved(tmp_path, monkeypatch):
