@@ -5,6 +5,7 @@ of a figure, and one table of rows {asked, measured, limit, held}.
 import argparse
 import datetime
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -31,10 +32,22 @@ from lib.machine import describe_machine
 from lib.rundir import git_state
 
 OPTIONS = {
-    "data": {"metavar": "DIR", "help": "PCam folder (default: %(default)s)"},
-    "full": {"metavar": "DIR", "help": "files of full size (default: %(default)s)"},
+    "data": {
+        "metavar": "DIR",
+        "type": os.path.abspath,
+        "help": "PCam folder (default: %(default)s)",
+    },
+    "full": {
+        "metavar": "DIR",
+        "type": os.path.abspath,
+        "help": "files of full size (default: %(default)s)",
+    },
     "count": {"metavar": "N", "type": positive, "help": "how often to repeat"},
-    "run": {"metavar": "RUN", "help": "whose best.pt predicts (default: %(default)s)"},
+    "run": {
+        "metavar": "RUN",
+        "type": os.path.abspath,
+        "help": "whose best.pt predicts (default: %(default)s)",
+    },
     "device": {"metavar": "D", "help": "cpu or cuda (default: %(default)s)"},
     "seconds": {"metavar": "S", "type": float, "help": "of a measurement (default: %(default)s)"},
 }

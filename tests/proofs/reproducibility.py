@@ -33,10 +33,8 @@ MAX_PERCENT = 10  # what the trace, four shards and determinism may cost
 FAULTS = ("output", "gradient", "output", "sample", "gradient", "draw")
 
 
-def find_data(args, scratch: Path) -> Path:
-    if args.data:
-        return Path(args.data).resolve()
-    return write_pcam(scratch / "data", 1280, 100)
+def find_data(args, scratch: Path):
+    return args.data or write_pcam(scratch / "data", 1280, 100)
 
 
 def train_command(args, scratch: Path, checkpoint_every: int) -> list:
