@@ -140,7 +140,7 @@ test: $(test_setup_done)  ## run the fast tests
 	$(run) here -m pytest -n 3 --dist loadfile -m "not (slow or slurm or browser or cuda)"
 
 test-all: $(test_setup_done)  ## run all tests, those on a real Slurm and in a browser too
-	$(run) here -m pytest -n 3 --dist loadfile
+	$(run) here -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(test_setup_done)  ## check style, format and the CI workflow
 	"$$PYTHON" -m ruff check .
@@ -156,10 +156,10 @@ clean:  ## remove what tools cache; data/ and runs/ stay
 prove: $(test_setup_done)  ## the figures of reproducibility, at length: make prove ARGS="kills --count 100 --data data/sample"
 	$(run) here tests/proofs/reproducibility.py
 
-prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="damaged --data data/sample"
+prove-audit: $(test_setup_done)  ## the figures of the data audit, at length: make prove-audit ARGS="planted --data data/sample"
 	$(run) here tests/proofs/audit.py
 
-prove-model: $(test_setup_done)  ## the figures of the model audit, at length: make prove-model ARGS="sample --data data/sample"
+prove-model: $(test_setup_done)  ## the figures of the model audit, at length
 	$(run) here tests/proofs/model.py
 
 prove-gpu: $(test_setup_done)  ## the figures of one GPU, in minutes; without one in small: make prove-gpu ARGS="--out assets/gpu"

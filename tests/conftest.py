@@ -33,6 +33,9 @@ QUICK = [
     "name=quick",
 ]
 
+# the files that take longest begin first, so that no worker is left alone with one at the end
+LONGEST = ("test_slurm.py", "test_search.py", "test_train.py", "test_audit_data.py")
+
 real_sample = pytest.mark.skipif(
     not REAL_SAMPLE.is_dir(), reason="needs the real patches in ../shared/pcam-sample"
 )
@@ -91,6 +94,10 @@ def make_old(path) -> None:
         "weights_sha256": checkpoint["weights_sha256"],
     }
     torch.save(header | fields, path)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -29,10 +29,7 @@ def read_value(name: str, key: str):
     """The value in a JSON file at a path of keys and row numbers."""
     value = json.loads((REPOSITORY / name).read_text())
     for part in key.split("."):
-        try:
-            value = value[int(part)] if isinstance(value, list) else value[part]
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise KeyError(f"{name} has no {key}") from None
+        value = value[int(part) if isinstance(value, list) else part]
     return value
 
 
@@ -41,10 +38,9 @@ def format_value(value, shown: str) -> str:
     where the text still has it; else its first number is taken.
     """
     if isinstance(value, str):
-        if shown.startswith("**"):
-            return f"**{value}**"
-        if shown.startswith("`"):
-            return f"`{value}`"
+        mark = re.match(r"\*\*|`|", shown)[0]
+        if mark:
+            return f"{mark}{value}{mark}"
         numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?%?", value)
         return shown if shown in numbers else numbers[0]
     num_decimals = len(shown.rstrip("%").partition(".")[2])
@@ -60,37 +56,23 @@ def fill_value(match: re.Match) -> str:
     return directive + format_value(read_value(name, key), shown)
 
 
-def list_proof_rows(part: str, facts: dict) -> list[list]:
-    """The rows of a part of a proof: asked, measured, limit, held, part, and when and where. A part
-    of the older form, which counts how often something held, is one row.
-    """
-    num = facts.get("total")
-    rows = facts.get("rows")
-    if num:
-        is_held = facts["held"] >= num * facts["asked"]
-        remark = facts["remark"].partition(". ")[0]
-        measured = f"{facts['held']} of {num}: {remark}"
-        rows = [{"asked": facts["what"], "measured": measured, "held": is_held}]
+def build_proof_table(results: dict) -> Table:
+    """The rows of a proof's parts, {part: {rows, date, commit, machine}}, as a table."""
     held_words = {True: "yes", False: "**missed**", None: "-"}
     cells = []
-    for row in rows:
-        origin = [facts["date"], facts["commit"], row.get("card") or facts.get("machine")]
-        when = ", ".join(text for text in origin if text)
-        asked = row.get("asked") or row["what"]
-        limit = row.get("limit", "")
-        cells.append([asked, row["measured"], limit, held_words[row["held"]], part, when])
-    return cells
+    for part, facts in results.items():
+        for row in facts["rows"]:
+            origin = [facts["date"], facts["commit"], row.get("card") or facts.get("machine")]
+            when = ", ".join(filter(None, origin))
+            figures = [row["asked"], row["measured"], row.get("limit", "")]
+            cells.append([*figures, held_words[row["held"]], part, when])
+    return Table(["asked", "measured", "limit", "held", "part", "date, commit, machine"], cells)
 
 
-def build_proof_table(name: str, parts: list[str]) -> Table:
+def read_proof(name: str, *parts: str) -> Table:
     """The parts of a proof's JSON file, or all, as a table."""
-    facts = json.loads((REPOSITORY / name).read_text())
-    if "rows" in facts:
-        facts = {Path(name).stem: facts}
-    rows = []
-    for part in parts or facts:
-        rows += list_proof_rows(part, facts[part])
-    return Table(["asked", "measured", "limit", "held", "part", "date, commit, machine"], rows)
+    results = json.loads((REPOSITORY / name).read_text())
+    return build_proof_table({part: results[part] for part in parts or results})
 
 
 def build_sources_table() -> Table:
@@ -103,9 +85,8 @@ def build_module_table() -> Table:
     """The modules of the core, each with the first sentence of its docstring."""
     rows = []
     for path in sorted((REPOSITORY / "lib").glob("*.py")):
-        words = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-        if words:
-            rows.append([path.stem, re.split(r"(?<=\.) ", words)[0]])
+        words = (ast.get_docstring(ast.parse(path.read_text())) or "").split()
+        rows.append([path.stem, re.split(r"(?<=\.) ", " ".join(words))[0]])
     return Table(["module", "idea"], rows)
 
 
@@ -118,20 +99,18 @@ def build_chapter_table() -> Table:
     return Table(["folder", "modules"], rows)
 
 
+TABLES = {
+    "lib/sources.py": build_sources_table,
+    "lib/*.py": build_module_table,
+    "lib/*/": build_chapter_table,
+}
+
+
 def fill_table(match: re.Match) -> str:
     directive, source, _, end = match.groups()
     if directive is None:
         return match[0]
-    name, *rest = source.split()
-    if name.endswith(".json"):
-        table = build_proof_table(name, rest)
-    else:
-        builders = {
-            "lib/sources.py": build_sources_table,
-            "lib/*.py": build_module_table,
-            "lib/*/": build_chapter_table,
-        }
-        table = builders[name]()
+    table = TABLES[source]() if source in TABLES else read_proof(*source.split())
     return f"{directive}\n{table.to_markdown()}\n\n{end}"
 
 

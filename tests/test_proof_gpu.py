@@ -12,52 +12,37 @@ import time
 import pytest
 import torch
 from conftest import REPOSITORY
-from proofs import gpu, run
+from proofs import gpu, row, run
 
 from lib.command import BadInput
 from lib.rundir import process_start
 
 pytestmark = pytest.mark.slow
 
-CPU_ALONE = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-
 
 def prove(out, *arguments) -> tuple[dict, str, int]:
     """The proof's JSON, its table and its exit code."""
     command = [sys.executable, "tests/proofs/gpu.py", "--out", str(out), *map(str, arguments)]
-    result = subprocess.run(
-        command, cwd=REPOSITORY, env=CPU_ALONE, capture_output=True, text=True, timeout=120
-    )
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert json.loads(result.stdout.splitlines()[-1])["table"] == str(out / "gpu.md"), result.stderr
-    return (
-        json.loads((out / "gpu.json").read_text()),
-        (out / "gpu.md").read_text(),
-        result.returncode,
-    )
+    table = (out / "gpu.md").read_text()
+    return json.loads((out / "gpu.json").read_text()), table, result.returncode
 
 
-def test_a_section_that_fails_or_needs_a_gpu_is_a_row_the_others_run_and_a_second_run_keeps_them(
+def test_a_section_that_fails_or_needs_a_gpu_is_a_row_and_a_second_run_keeps_what_is_done(
     tmp_path,
 ):
-    first, table, code = prove(
-        tmp_path / "one", "--data", tmp_path / "none", "--sections", "throughput,profile,full_epoch"
-    )
-    assert code == 1 and {name: found["state"] for name, found in first.items()} == {
-        "throughput": "failed",
-        "profile": "skipped",
-        "full_epoch": "done",
-    }
-    (failed,), (skipped,), rows = (
-        first[name]["rows"] for name in ("throughput", "profile", "full_epoch")
-    )
-    assert failed["held"] is False and "none" in failed["measured"]
+    sections = ["--sections", "throughput,profile,full_epoch"]
+    first, table, code = prove(tmp_path / "one", "--data", tmp_path / "none", *sections)
+    states = {name: result["state"] for name, result in first.items()}
+    assert states == {"throughput": "failed", "profile": "skipped", "full_epoch": "done"}
+    names = ("throughput", "profile", "full_epoch")
+    (failed,), (skipped,), rows = (first[name]["rows"] for name in names)
+    assert code == 1 and failed["held"] is False and "none" in failed["measured"]
     assert skipped["held"] is None and "no CUDA device" in skipped["measured"]
-    assert (
-        "s" in rows[-1]["measured"]
-        and rows[-1]["torch"] == torch.__version__
-        and rows[-1]["seconds"] > 0
-    )
-    assert all(row["measured"] in table for row in (failed, skipped, *rows))
+    assert rows[-1]["torch"] == torch.__version__ and rows[-1]["seconds"] > 0
+    assert all(line["measured"] in table for line in (failed, skipped, *rows))
 
     # what is done stays; what failed or was skipped is what is left to do
     before = tmp_path / "one" / "gpu.json"
@@ -67,6 +52,15 @@ def test_a_section_that_fails_or_needs_a_gpu_is_a_row_the_others_run_and_a_secon
     assert "budget" in second["batch_sizes"]["rows"][0]["measured"]
 
 
+def carry_out(function, tmp_path, seconds: float) -> tuple[str, list[dict]]:
+    rows = []
+    ctx = gpu.Context(torch.device("cpu"), True, tmp_path, tmp_path)
+    state = gpu.carry_out(function, ctx, seconds, rows.append)
+    assert rows[0]["measured"] == "first" and rows[1]["asked"] == function.__doc__
+    assert rows[1]["held"] is False
+    return state, rows
+
+
 def test_at_its_deadline_a_section_ends_with_all_that_it_began_and_its_rows_stay(tmp_path):
     mark = tmp_path / "pid"
 
@@ -74,31 +68,26 @@ def test_at_its_deadline_a_section_ends_with_all_that_it_began_and_its_rows_stay
         """It never ends"""
         process = subprocess.Popen(["sleep", "60"])
         mark.write_text(str(process.pid))
-        yield gpu.figure("one", "row")
+        yield row("one", "first")
         time.sleep(60)
 
-    rows, started = [], time.monotonic()
-    ctx = gpu.Context(torch.device("cpu"), True, tmp_path, tmp_path)
-    assert gpu.carry_out(endless, ctx, 2.0, rows.append) == "unfinished"
-    assert time.monotonic() - started < 20 and [row["measured"] for row in rows][0] == "row"
-    assert rows[1]["held"] is False and rows[1]["asked"] == "It never ends"
+    started = time.monotonic()
+    assert carry_out(endless, tmp_path, 2.0)[0] == "unfinished"
+    assert time.monotonic() - started < 20
     assert not process_start(int(mark.read_text()))
 
 
-@pytest.mark.parametrize("ending", ["killed", "raised"])
-def test_a_section_that_breaks_its_process_or_raises_is_a_row(tmp_path, ending):
+@pytest.mark.parametrize("ending, reason", [("killed", "-9"), ("raised", "no luck")])
+def test_a_section_that_breaks_its_process_or_raises_is_a_row(tmp_path, ending, reason):
     def broken(_ctx):
         """It breaks"""
-        yield gpu.figure("one", "row")
+        yield row("one", "first")
         if ending == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise RuntimeError("no luck\nand much more")
 
-    rows = []
-    ctx = gpu.Context(torch.device("cpu"), True, tmp_path, tmp_path)
-    assert gpu.carry_out(broken, ctx, 30.0, rows.append) == "failed"
-    assert rows[0]["measured"] == "row" and rows[1]["held"] is False
-    assert ("no luck" if ending == "raised" else "-9") in rows[1]["measured"]
+    state, rows = carry_out(broken, tmp_path, 30.0)
+    assert state == "failed" and reason in rows[1]["measured"]
 
 
 def test_a_section_can_start_cuda_since_the_process_it_comes_from_has_not_asked_for_it():
@@ -109,7 +98,7 @@ def test_a_section_can_start_cuda_since_the_process_it_comes_from_has_not_asked_
         child.start()
         child.join()
         exit(child.exitcode)"""
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "tests").returncode == 0
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY / "tests", check=True)
 
 
 def test_what_a_rank_refused_is_said_although_torchrun_ends_with_the_code_of_a_finding():

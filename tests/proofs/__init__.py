@@ -1,12 +1,12 @@
-"""What the long proofs share: scripts run as a user runs them, the date and commit of a figure, and
-one table of rows {asked, measured, limit, held}.
+"""What the long proofs share: one command line, scripts run as a user runs them, the date and commit
+of a figure, and one table of rows {asked, measured, limit, held}.
 """
 
 import argparse
 import datetime
 import json
+import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,14 +15,42 @@ from pathlib import Path
 
 import torch
 from conftest import REPOSITORY
+from fill_docs import build_proof_table
 
-from lib.blocks import Table
-from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, Parser, print_result, say
+from lib.command import (
+    EXIT_DONE,
+    EXIT_FINDING,
+    BadInput,
+    Parser,
+    positive,
+    print_result,
+    say,
+    script,
+)
 from lib.files import atomic_write, read_json, write_json
 from lib.machine import describe_machine
 from lib.rundir import git_state
 
-HELD = {True: "yes", False: "NO", None: "-"}
+OPTIONS = {
+    "data": {
+        "metavar": "DIR",
+        "type": os.path.abspath,
+        "help": "PCam folder (default: %(default)s)",
+    },
+    "full": {
+        "metavar": "DIR",
+        "type": os.path.abspath,
+        "help": "files of full size (default: %(default)s)",
+    },
+    "count": {"metavar": "N", "type": positive, "help": "how often to repeat"},
+    "run": {
+        "metavar": "RUN",
+        "type": os.path.abspath,
+        "help": "whose best.pt predicts (default: %(default)s)",
+    },
+    "device": {"metavar": "D", "help": "cpu or cuda (default: %(default)s)"},
+    "seconds": {"metavar": "S", "type": float, "help": "of a measurement (default: %(default)s)"},
+}
 
 
 def made_now() -> dict[str, str]:
@@ -39,10 +67,12 @@ def made_now() -> dict[str, str]:
     }
 
 
-def write_markdown(path, header, rows) -> None:
-    """Write a table."""
-    with atomic_write(path, "w") as file:
-        file.write(Table(header, list(rows)).to_markdown() + "\n")
+def start(*command) -> subprocess.Popen:
+    """A script of the repository, started without output."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def run(*command) -> dict:
@@ -51,18 +81,37 @@ def run(*command) -> dict:
     """
     say("$ python " + " ".join(map(str, command)))
     started_at = time.monotonic()
-    ended = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, *map(str, command)]
+    ended = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     result = {"error": "no output"}
     if ended.stdout:
         result = json.loads(ended.stdout.splitlines()[-1])
     # torchrun's code is 1 whatever a rank ends with
-    if ended.returncode not in (0, 1) or "error" in result:
-        name = " ".join(map(str, command[:2]))
+    if ended.returncode not in (EXIT_DONE, EXIT_FINDING) or "error" in result:
+        name = " ".join(command[1:3])
         raise BadInput(f"{name} failed with exit code {ended.returncode}: {result.get('error')}")
     peak_gb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     return result | {"wall_s": time.monotonic() - started_at, "peak_gb": peak_gb}
+
+
+def is_writing(runs: Path) -> bool:
+    """Whether a half-written checkpoint lies in a run."""
+    return any(runs.glob("*/.*.pt.*.tmp"))
+
+
+def kill_midway(command, runs: Path, delay_s=0.0, in_checkpoint=False) -> Path | None:
+    """Kill a training into `runs` some time after its first checkpoint, or in the next one after
+    that. Returns the run's folder, or None where it had ended before, or wrote no checkpoint then.
+    """
+    process = start(*command, "--runs", runs)
+    while process.poll() is None and not any(runs.glob("*/last.pt")):
+        time.sleep(0.002)
+    time.sleep(delay_s)
+    while in_checkpoint and process.poll() is None and not is_writing(runs):
+        time.sleep(0.0005)
+    process.kill()
+    was_killed = process.wait() < 0 and (is_writing(runs) or not in_checkpoint)
+    return next(runs.iterdir()) if was_killed else None
 
 
 def row(asked: str, measured: str, held: bool | None = None, limit="") -> dict:
@@ -71,27 +120,19 @@ def row(asked: str, measured: str, held: bool | None = None, limit="") -> dict:
     return {"asked": asked, "measured": measured, "limit": limit, "held": is_held}
 
 
-def proof_parser(name: str, description: str, parts, out: str) -> Parser:
-    """A proof's parser, for those of its `parts` that are run, and for `out`, the name below assets/
-    of the files that run_parts writes.
+def write_results(out: Path, results: dict) -> list[str]:
+    """Write the rows of all parts as JSON and as a table, `out`.json and .md; gives what was asked
+    and missed.
     """
-    parser = Parser(
-        prog=name, description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)} (default: all)")
-    default = REPOSITORY / "assets" / out
-    parser.add_argument(
-        "--out", default=default, type=Path, metavar="OUT", help="OUT.json and OUT.md"
-    )
-    return parser
+    write_json(out.with_suffix(".json"), results)
+    with atomic_write(out.with_suffix(".md"), "w") as file:
+        file.write(build_proof_table(results).to_markdown() + "\n")
+    rows = [line for result in results.values() for line in result["rows"]]
+    return [line["asked"] for line in rows if line["held"] is False]
 
 
 def run_parts(parts: dict, args) -> int:
-    """Run the `parts`, functions of the arguments and a folder that give rows, that `args.parts`
-    names, or all. Returns the exit code.
-
-    The rows go into the files `args.out`.json and .md, where those of other parts stay.
-    """
+    """Run the parts that `args.parts` names, or all; those of earlier calls stay."""
     unknown = set(args.parts) - set(parts)
     if unknown:
         raise BadInput(f"no part {unknown.pop()!r}; allowed: {', '.join(parts)}")
@@ -102,28 +143,24 @@ def run_parts(parts: dict, args) -> int:
         made = made_now()
         with tempfile.TemporaryDirectory(prefix="proof-", dir=REPOSITORY / "data") as scratch:
             rows = parts[name](args, Path(scratch))
-            shutil.rmtree(scratch, ignore_errors=True)
-            Path(scratch).mkdir()
         results[name] = made | {"rows": rows}
-        write_json(path, results)
+        missed = write_results(args.out, results)
         for line in rows:
-            say(f"{HELD[line['held']]}: {line['asked']}: {line['measured']}")
-    return write_results(args.out, {name: results[name] for name in parts if name in results})
-
-
-def write_results(out: Path, results: dict) -> int:
-    """Write the rows of all parts as a table, `out`.md; gives the exit code."""
-    lines, missed = [], []
-    for name, result in results.items():
-        made = f"{name}, {result['date']}, {result['commit']}, {result.get('machine', '')}"
-        for line in result["rows"]:
-            figures = (line["asked"], line["measured"], line.get("limit", ""))
-            lines.append((*figures, HELD[line["held"]], made))
-            if line["held"] is False:
-                missed.append(line["asked"])
-    table = out.with_suffix(".md")
-    write_markdown(
-        table, ("asked", "measured", "limit", "held", "part, date, commit, machine"), lines
-    )
-    print_result({"missed": missed, "table": str(table)})
+            say(f"{line['held']}: {line['asked']}: {line['measured']}")
+    print_result({"missed": missed, "table": str(args.out.with_suffix(".md"))})
     return EXIT_FINDING if missed else EXIT_DONE
+
+
+def prove(description: str, parts: dict, out: str, **defaults) -> int:
+    """The main function of a proof: run those of its `parts` that the command line names, functions
+    of the arguments and a folder that give rows. Gives the exit code.
+
+    The rows go into `out`.json and .md below assets/. `defaults` are the proof's own OPTIONS.
+    """
+    parser = Parser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)} (default: all)")
+    path = REPOSITORY / "assets" / out
+    parser.add_argument("--out", default=path, type=Path, help="OUT.json and OUT.md")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, **OPTIONS[name])
+    return script(lambda argv=None: run_parts(parts, parser.parse_args(argv)))()

@@ -5,117 +5,74 @@ python tests/proofs/audit.py [PART ...] --data DIR [--full DIR] [--out assets/au
 """
 
 import json
-import resource
-import statistics
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 from conftest import REPOSITORY
-from damaged import KINDS, score_quarantine, write_damaged_edition, write_flipped_edition
+from damaged import KINDS, write_flipped_edition
 
 from lib.audit.data.unusual import COPIES, Detector, describe_all, make_copies
 from lib.audit.plant import LEAST_POWER
 from lib.audit.survey import FLAT_STD
-from lib.command import say, script
-from lib.files import atomic_write, read_csv, read_json
+from lib.command import say
+from lib.files import read_csv
 from lib.pcam import open_split
-from lib.prepare.verify import require_splits
-from proofs import HELD, made_now, proof_parser, row, run, run_parts, write_markdown
+from proofs import prove, row, run
 
 QUICK_CHECKS = "files,values,unusual,balance,duplicates,leakage,drift"
 # of the kinds of damage: patches, the share damaged, the recall asked of gross ones, and the share
 # of other patches that may be listed
 NUM_KINDS_ROWS, SHARE, LEAST_GROSS, MOST_ALARMS = 4_000, 0.04, 0.9, 0.005
 LEAST_LISTED = 0.6  # of exchanged labels, within a list twice as long
-EXACT = ("nan", "range", "black", "white", "constant", "scaled")
+# what of the planted damage has to be found to the last patch
+EXACT = ("nan", "range", "black", "white", "constant", "scaled", "duplicate", "trigger")
+MOST_FULL_S, MOST_FULL_GB, NUM_FULL = 240, 1.5, 327_680
+
+
+def audit(data, out: Path, checks: str, *options) -> list[dict]:
+    """The findings of audit.py."""
+    run("audit.py", "data", data, "--out", out, "--checks", checks, *options)
+    return json.loads((out / "findings.json").read_text())
 
 
 def prove_clean(args, scratch: Path) -> list[dict]:
     """The sample as it is: nothing but what is known of it."""
-    run(
-        "audit.py",
-        "data",
-        args.data,
-        "--out",
-        scratch / "out",
-        "--checks",
-        f"{QUICK_CHECKS},triggers",
-    )
-    findings = [
-        f
-        for f in json.loads((scratch / "out/findings.json").read_text())
-        if f["severity"] != "note"
-    ]
-    flat = sum(f["count"] for f in findings if f["check"] == "values: flat")
-    copies = [row for f in findings if f["check"] == "duplicates" for row in f["rows"]]
-    groups = {(row["split"], row["of"]) for row in copies}
-    others = sorted({f["check"] for f in findings} - {"values: flat", "duplicates"})
+    num_flat, copies, others = 0, [], set()
+    for finding in audit(args.data, scratch, f"{QUICK_CHECKS},triggers"):
+        if finding["severity"] == "note":
+            continue
+        if finding["check"] == "values: flat":
+            num_flat += finding["count"]
+        elif finding["check"] == "duplicates":
+            copies += finding["rows"]
+        else:
+            others.add(finding["check"])
+    num_groups = len({(line["split"], line["of"]) for line in copies})
     measured = (
-        f"{flat} nearly flat; {len(groups)} groups of {len(groups) + len(copies)} equal patches;"
-        f" else: {others or 'nothing'}"
+        f"{num_flat} nearly flat; {num_groups} groups of {num_groups + len(copies)} equal patches;"
+        f" else: {', '.join(sorted(others)) or 'nothing'}"
     )
-    return [
-        row(
-            "nothing but known facts: 81 nearly flat patches, groups of equal patches",
-            measured,
-            flat == 81 and not others,
-        )
-    ]
-
-
-def prove_damaged(args, scratch: Path) -> list[dict]:
-    """The damaged edition: each kind found exactly, the size explained."""
-    truth = write_damaged_edition(args.data, scratch / "data", 12_000)
-    run("audit.py", "data", scratch / "data", "--out", scratch / "out", "--checks", QUICK_CHECKS)
-    quarantine = read_csv(scratch / "out/quarantine.csv")
-    rows = []
-    for reason in EXACT[:4]:
-        found = score_quarantine(truth, quarantine, reason)
-        text = (
-            f"recall {found['recall']:.3f}, precision {found['precision']:.3f} ({found['planted']}"
-            " planted)"
-        )
-        rows.append(
-            row(
-                f"damaged edition, {reason}: 1.0 and 1.0",
-                text,
-                found["recall"] == found["precision"] == 1,
-            )
-        )
-    size = next(
-        f for f in json.loads((scratch / "out/findings.json").read_text()) if f["check"] == "size"
-    )
-    return [
-        *rows,
-        row("the size of train_x explained", size["measured"], "bytes" in size["measured"]),
-    ]
+    asked = "nothing but known facts: 81 nearly flat patches, groups of equal patches"
+    return [row(asked, measured, num_flat == 81 and not others)]
 
 
 def prove_planted(args, scratch: Path) -> list[dict]:
     """--plant on the real sample."""
-    checks = "values,duplicates,leakage,triggers"
-    run("audit.py", "data", args.data, "--out", scratch / "out", "--checks", checks, "--plant")
+    audit(args.data, scratch, "values,duplicates,leakage,triggers", "--plant")
     rows = []
-    for found in read_csv(scratch / "out/power.csv"):
-        exact = found["reason"] in (*EXACT, "duplicate", "trigger")
-        recall, num, false = float(found["recall"]), int(found["num"]), int(found["false_alarms"])
-        precision = int(found["found"]) / max(int(found["found"]) + false, 1)
-        text = (
-            f"recall {recall:.3f}, precision {precision:.3f} ({num} planted); {found['on_clean']}"
-            " on the clean copy"
+    for power in read_csv(scratch / "power.csv"):
+        limit = 1.0 if power["reason"] in EXACT else 0.95
+        recall, num_found = float(power["recall"]), int(power["found"])
+        precision = num_found / max(num_found + int(power["false_alarms"]), 1)
+        measured = (
+            f"recall {recall:.3f}, precision {precision:.3f} ({power['num']} planted);"
+            f" {power['on_clean']} on the clean copy"
         )
-        limit = 1.0 if exact else 0.95
-        rows.append(
-            row(
-                f"planted: {found['planted']}: {limit:g} and {limit:g}",
-                text,
-                recall >= limit <= precision,
-            )
-        )
+        asked = f"planted: {power['planted']}: {limit:g} and {limit:g}"
+        rows.append(row(asked, measured, min(recall, precision) >= limit))
     return rows
 
 
@@ -125,12 +82,12 @@ def prove_labels(args, scratch: Path) -> list[dict]:
     """
     truth = write_flipped_edition(args.data, scratch / "data", 0.03)
     exchanged = {line["index"] for line in truth}
-    found = review_labels(scratch / "data", scratch / "exchanged")
+    review = review_labels(scratch / "data", scratch / "exchanged")
     lines = read_csv(scratch / "exchanged/out_of_fold.csv")
     ranked = [int(line["index"]) for line in lines if line["split"] == "train"]
-    share = len(exchanged & set(ranked[: 2 * len(truth)])) / len(truth)
+    share = len(exchanged.intersection(ranked[: 2 * len(truth)])) / len(truth)
     asked = "3% exchanged labels: those within twice their number"
-    measured = f"{share:.3f} of {len(truth)}; {found['measured']}"
+    measured = f"{share:.3f} of {len(truth)}; {review['measured']}"
     clean = review_labels(args.data, scratch / "clean")
     is_quiet = clean["severity"] == "note"
     return [
@@ -139,157 +96,28 @@ def prove_labels(args, scratch: Path) -> list[dict]:
     ]
 
 
-def review_labels(data: Path, out: Path) -> dict:
+def review_labels(data, out: Path) -> dict:
     """The finding for the labels of train."""
-    run("audit.py", "data", data, "--out", out, "--checks", "labels")
-    findings = read_json(out / "findings.json")
-    reviews = [found for found in findings if found["check"] == "labels to review"]
-    return next(found for found in reviews if found["split"] == "train")
-
-
-def prove_synthetic(_args, scratch: Path) -> list[dict]:
-    """Synthetic slides with planted leaks, overlaps and drift: leaks by slide, by place and by
-    pixels.
-    """
-    kinds = ("exact", "symmetric", "recompressed", "brightened", "shifted", "overlap", "trigger")
-    plants = [*(f"{kind}=0.02" for kind in kinds), "shared_slides=0.2", "blurred_scanner=0.1"]
-    options = [option for plant in plants for option in ("--plant", plant)]
-    run(
-        "prepare.py",
-        "synthetic",
-        "--to",
-        scratch / "data",
-        "--train",
-        12_000,
-        "--valid",
-        3_000,
-        "--test",
-        0,
-        *options,
-    )
-    run(
-        "audit.py",
-        "data",
-        scratch / "data",
-        "--out",
-        scratch / "out",
-        "--checks",
-        f"{QUICK_CHECKS},triggers",
-    )
-    truth, quarantine = (
-        read_csv(scratch / "data/truth.csv"),
-        read_csv(scratch / "out/quarantine.csv"),
-    )
-    listed = {(r["split"], r["index"], r["reason"]) for r in quarantine}
-    rows = []
-    reasons = {"exact": "duplicate", "symmetric": "duplicate", "shared_slides": "leak"}
-    for kind in (*kinds[:5], "shared_slides"):
-        reason = reasons.get(kind, "near_duplicate")
-        mine = [r for r in truth if r["kind"] == kind]
-        if kind == "shared_slides":
-            found = sum((r["split"], r["index"], reason) in listed for r in mine)
-        else:
-            found = sum(
-                any((r["split"], i, reason) in listed for i in (r["index"], r["detail"].split()[1]))
-                for r in mine
-            )
-        limit = 1.0 if reason == "duplicate" else 0.95
-        text = f"recall {found / len(mine):.3f} of {len(mine)}"
-        rows.append(row(f"synthetic slides, {kind}: {limit:g}", text, found >= limit * len(mine)))
-    findings = json.loads((scratch / "out/findings.json").read_text())
-    beside = [
-        r
-        for f in findings
-        if (f["check"], f["split"]) == ("overlapping patches", "train")
-        for r in f["rows"]
-    ]
-    overlaps = {frozenset((int(r["of"]), r["index"])) for r in beside}
-    mine = [r for r in truth if r["kind"] == "overlap" and r["split"] == "train"]
-    found = sum(frozenset((int(r["detail"].split()[1]), int(r["index"]))) in overlaps for r in mine)
-    text = f"recall {found / len(mine):.3f} of {len(mine)}"
-    rows.append(
-        row(
-            "synthetic slides, cut 24 to 64 pixels beside, by pixels alone (no figure asked)",
-            text,
-            True,
-        )
-    )
-    for check in ("shared slides", "overlapping coordinates", "triggers", "drift of slides"):
-        found = next(
-            (f["measured"] for f in findings if f["check"] == check and f["severity"] != "note"),
-            "not found",
-        )
-        rows.append(row(f"synthetic slides: {check}", found, found != "not found"))
-    return rows
+    for finding in audit(data, out, "labels"):
+        if (finding["check"], finding["split"]) == ("labels to review", "train"):
+            return finding
+    raise AssertionError("no review of the labels of train")
 
 
 def prove_full(args, scratch: Path) -> list[dict]:
-    """Checks 1 to 5 and 8 on files of full size, in --full, made there if need be."""
-    full = Path(args.full)
-    if not full.exists():
-        sizes = (
-            "--train",
-            262_144,
-            "--valid",
-            32_768,
-            "--test",
-            32_768,
-            "--plant",
-            "shared_slides=0.05",
-            "--plant",
-            "exact=0.02",
-        )
-        run("prepare.py", "synthetic", "--to", full, *sizes)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    result = run("audit.py", "data", full, "--out", scratch / "out", "--checks", QUICK_CHECKS)
-    memory = f"{result['peak_gb']:.2f} GB" + (
-        " at most (of an earlier child)" if result["peak_gb"] == before else ""
-    )
-    text = f"{result['wall_s']:.0f} s, {memory}, {327_680 / result['wall_s']:,.0f} patches/s"
-    return [
-        row(
-            "full-size files, checks 1-5 and 8: 240 s, 1.5 GB",
-            text,
-            result["wall_s"] < 240 and result["peak_gb"] < 1.5,
-        )
-    ]
-
-
-def prove_training(args, scratch: Path) -> list[dict]:
-    """The damaged edition, trained with and without its quarantine, over three seeds, scored on
-    intact validation patches.
+    """All checks but triggers and labels on files of full size, in --full, made there if need
+    be.
     """
-    write_damaged_edition(args.data, scratch / "data", 9_000)
-    run("audit.py", "data", scratch / "data", "--out", scratch / "out", "--checks", "files,values")
-    scores = {"with": [], "without": []}
-    for seed in (1, 2, 3):
-        for name, quarantine in (("with", scratch / "out/quarantine.csv"), ("without", "")):
-            settings = (
-                f"data_dir={scratch / 'data'}",
-                f"quarantine={quarantine}",
-                f"seed={seed}",
-                "epochs=5",
-                "crop_epochs=4",
-            )
-            result = run(
-                "train.py", "--runs", scratch / "runs", *settings, "warmup_epochs=1", "views=1"
-            )
-            scores[name].append(result["val_auc"])
-            left_out = read_json(Path(result["run"], "meta.json"))["rows"]["train"]["left_out"]
-            say(f"{name} quarantine, seed {seed}: AUC {result['val_auc']:.4f}, left out {left_out}")
-    means = {name: statistics.mean(values) for name, values in scores.items()}
-    text = "; ".join(
-        f"{name} {means[name]:.4f} ({', '.join(f'{v:.4f}' for v in values)})"
-        for name, values in scores.items()
-    )
-    held = all(a > b for a, b in zip(scores["with"], scores["without"], strict=True))
-    return [
-        row(
-            "damaged edition, AUC with quarantine above that without, each of three seeds",
-            text,
-            held,
-        )
-    ]
+    if not Path(args.full).exists():
+        sizes = ("--train", 262_144, "--valid", 32_768, "--test", 32_768)
+        plants = ("--plant", "shared_slides=0.05", "--plant", "exact=0.02")
+        run("prepare.py", "synthetic", "--to", args.full, *sizes, *plants)
+    command = ("audit.py", "data", args.full, "--out", scratch, "--checks", QUICK_CHECKS)
+    result = run(*command)
+    wall_s, peak_gb = result["wall_s"], result["peak_gb"]
+    measured = f"{wall_s:.0f} s, {peak_gb:.2f} GB, {NUM_FULL / wall_s:,.0f} patches/s"
+    asked = f"full-size files, checks 1-5 and 8: {MOST_FULL_S} s, {MOST_FULL_GB} GB"
+    return [row(asked, measured, wall_s < MOST_FULL_S and peak_gb < MOST_FULL_GB)]
 
 
 def prove_kinds(args, _scratch: Path) -> list[dict]:
@@ -316,14 +144,12 @@ def prove_kinds(args, _scratch: Path) -> list[dict]:
         alarms = np.delete(is_listed & ~clean, places).mean()
         power = "" if recall >= LEAST_POWER else ", no power"
         measured = f"recall {recall:.2f}{power}, alarms {alarms:.2%}"
-        limit = f"alarms {MOST_ALARMS:.1%}"
-        held = alarms <= MOST_ALARMS
+        limit, is_held = f"alarms {MOST_ALARMS:.1%}", alarms <= MOST_ALARMS
         if is_gross:
             limit = f"recall {LEAST_GROSS:g}, {limit}"
-            held &= recall >= LEAST_GROSS
-        rows.append(row(kind, measured, held, limit))
+            is_held &= recall >= LEAST_GROSS
+        rows.append(row(kind, measured, is_held, limit))
         say(f"{kind}: {measured}")
-    write_kinds(rows)
     return rows
 
 
@@ -333,56 +159,14 @@ def find_suspects(described: np.ndarray, copies: dict) -> np.ndarray:
     return (excess >= 0) | (far > 0)
 
 
-def write_kinds(rows: list[dict]) -> None:
-    """Write docs/audit-damage.md."""
-    made = made_now()
-    path = REPOSITORY / "docs/audit-damage.md"
-    cells = [(line["asked"], line["measured"], line["limit"], HELD[line["held"]]) for line in rows]
-    write_markdown(path, ("damage", "measured", "limit", "held"), cells)
-    text = (
-        "# Kinds of damage, and what the data audit finds of them",
-        "",
-        f"Each kind is planted alone into {SHARE:.0%} of {NUM_KINDS_ROWS:,} real patches. Other code"
-        " draws it than the code that the audit learns from.",
-        "Alarms are other patches that are listed only with the damage. Below a recall of"
-        f" {LEAST_POWER:g} the check has no power.",
-        "The table is of the check `unusual` alone. The check `values` lists patches that are black"
-        " in part besides.",
-        "",
-        f"`python tests/proofs/audit.py kinds --data data/sample`, {made['date']}, commit"
-        f" {made['commit']}. The planted damage of `--plant` stands in"
-        " [assets/audit.md](../assets/audit.md).",
-        "",
-        path.read_text(),
-    )
-    with atomic_write(path, "w") as file:
-        file.write("\n".join(text))
-
-
 PARTS = {
     "clean": prove_clean,
-    "damaged": prove_damaged,
     "planted": prove_planted,
     "kinds": prove_kinds,
     "labels": prove_labels,
-    "synthetic": prove_synthetic,
     "full": prove_full,
-    "training": prove_training,
 }
 
-
-@script
-def main(argv=None) -> int:
-    parser = proof_parser("audit.py", __doc__, PARTS, "audit")
-    parser.add_argument("--data", required=True, metavar="DIR", help="the imported real sample")
-    parser.add_argument(
-        "--full", default="data/full", metavar="DIR", help="files of full size (default: data/full)"
-    )
-    args = parser.parse_args(argv)
-    args.data = Path(args.data).resolve()
-    require_splits(args.data)
-    return run_parts(PARTS, args)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    data, full = (REPOSITORY / "data" / name for name in ("sample", "full"))
+    sys.exit(prove(__doc__, PARTS, "audit", data=data, full=full))

@@ -12,13 +12,12 @@ by name.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import multiprocessing
 import os
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tarfile
@@ -49,11 +48,11 @@ from lib.command import (
 )
 from lib.config import load_config
 from lib.device import choose_device
-from lib.files import atomic_write, read_json, write_json
+from lib.files import atomic_write, read_json
 from lib.machine import describe_machine
 from lib.splitwriter import SplitWriter
-from proofs import made_now, run, write_markdown
-from proofs.plain_loop import plain_images_per_s
+from proofs import kill_midway, made_now, row, run, write_results
+from proofs.rates import plain_images_per_s
 from proofs.trainer import (
     WARM_STEPS,
     Trainer,
@@ -62,6 +61,8 @@ from proofs.trainer import (
     first_wait,
     launches_of_a_step,
     logit_difference,
+    median_rates,
+    profile_steps,
     wait_for,
 )
 
@@ -74,6 +75,8 @@ WHOLE_PATCHES = {"crop_epochs": 0}
 SLICE_BYTES = 4864 << 20  # what a 1g.5gb slice of an A100 holds
 FULL_TRAIN = 262_144  # patches of PCam's training split
 GOAL_IMAGES_PER_S, GOAL_EPOCH_S, GOAL_IDLE = 40_000, 7.0, 0.05  # of an H100
+# batch sizes, each with the rule for its learning rate: the power of the factor to the default size
+RULES = {"": 0.0, "sqrt": 0.5, "linear": 1.0}
 RECIPES = (
     (64, ""),
     (256, "sqrt"),
@@ -83,9 +86,16 @@ RECIPES = (
     (256, "linear"),
     (1024, "linear"),
 )
+QUICK = [
+    "epochs=1",
+    "warmup_epochs=0.5",
+    "limit_train=64",
+    "limit_valid=64",
+    "views=1",
+    "p4m_width=2",
+]
 # a section starts with everything imported; this process never starts CUDA
 FORK = multiprocessing.get_context("fork")
-COLUMNS = ("asked", "measured", "limit", "held", "card", "torch", "seconds")
 SECTIONS = {}
 
 
@@ -105,40 +115,34 @@ class Context:
         """
         if not self.data.is_file() and self.data != PACKED:
             return self.data
-        made = self.scratch / "data"
-        if all(
-            pcam.split_path(made, split, part).is_file()
-            for split in PACKED_PATCHES
-            for part in "xy"
-        ):
-            return made
-        if self.data.is_file():
-            run("prepare.py", "import", self.data, "--to", made)
-        else:
+        folder, is_made = self.scratch / "data", self.scratch / "data-is-made"
+        if not is_made.exists():
             num = self.size(8000, 512)
-            run(
-                "prepare.py",
-                "synthetic",
-                "--to",
-                made,
-                "--train",
-                num,
-                "--valid",
-                num // 4,
-                "--test",
-                0,
-            )
-        return made
+            sizes = ("--train", num, "--valid", num // 4, "--test", 0)
+            how = ("import", self.data) if self.data.is_file() else ("synthetic", *sizes)
+            run("prepare.py", *how, "--to", folder)
+            is_made.touch()
+        return folder
 
     def size(self, full, small):
         return small if self.small else full
 
     def goal(self, is_reached: bool) -> bool | None:
         """A goal of speed, which nothing is asked of in small."""
-        return self.size(bool(is_reached), None)
+        return self.size(is_reached, None)
 
     def left(self) -> float:
         return self.ends_at - time.monotonic()
+
+    def trainer(self, **changes) -> Trainer:
+        return Trainer(self.device, self.patches(), **changes)
+
+    def rates(self, num_rounds: int, *sides: dict) -> list[float]:
+        """Images a second of trainers with these changes, medians of rounds in turn."""
+        seconds = self.size(1.0, 0.1)
+        trainers = [self.trainer(**changes) for changes in sides]
+        measures = [functools.partial(trainer.images_per_s, seconds) for trainer in trainers]
+        return median_rates(measures, num_rounds)
 
 
 def section(seconds: float, cuda_only: bool = False):
@@ -153,28 +157,18 @@ def section(seconds: float, cuda_only: bool = False):
     return register
 
 
-def figure(asked: str, measured: str, limit: str = "", held: bool | None = None) -> dict:
-    """A row; `held` is None where nothing was asked."""
-    return {
-        "asked": asked,
-        "measured": measured,
-        "limit": limit,
-        "held": held if held is None else bool(held),
-    }
+def equality(asked: str, is_equal: bool) -> dict:
+    return row(asked, "equal" if is_equal else "different", is_equal, "equal")
 
 
-def forget_memory(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+def compare_rates(one: float, other: float) -> str:
+    return f"({one:,.0f} and {other:,.0f} images/s)"
 
 
 def peak_memory(device: torch.device) -> str:
-    return (
-        f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
-        if device.type == "cuda"
-        else "not measured"
-    )
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
+    return "not measured"
 
 
 # The sections, in the order in which they run
@@ -184,47 +178,29 @@ def peak_memory(device: torch.device) -> str:
 def environment(ctx):
     """The machine, the tests that need CUDA, and the patches"""
     machine = describe_machine(ctx.device)
-    about = ", ".join(
-        f"{key} {machine[key]}"
-        for key in ("gpu", "driver", "cuda", "cudnn", "cpu", "num_cores")
-        if key in machine
-    )
-    yield figure(
-        "the machine", f"{about}, torch {torch.__version__}, python {sys.version.split()[0]}"
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "cuda",
-        "tests/test_cuda.py",
-    ]
+    keys = ("gpu", "driver", "cuda", "cudnn", "cpu", "num_cores")
+    about = "".join(f"{key} {machine[key]}, " for key in keys if key in machine)
+    python = sys.version.split()[0]
+    yield row("the machine", f"{about}torch {torch.__version__}, python {python}")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda"]
+    command.append("tests/test_cuda.py")
     tested = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    counts = one_line((tested.stdout + tested.stderr).strip().rpartition("\n")[2])
     say(tested.stdout[-4000:])
-    yield figure(
-        "the tests that need CUDA pass",
-        counts,
-        "all",
-        tested.returncode == 0 if ctx.device.type == "cuda" else None,
-    )
+    counts = one_line((tested.stdout + tested.stderr).strip().rpartition("\n")[2])
+    is_held = tested.returncode == 0 if ctx.device.type == "cuda" else None
+    yield row("the tests that need CUDA pass", counts, is_held, "all")
     started = time.monotonic()
     data = ctx.patches()
     numbers = " + ".join(f"{len(pcam.open_split(data, split)):,}" for split in PACKED_PATCHES)
-    kind = "given" if data == ctx.data else "real" if ctx.data.is_file() else "synthetic"
-    yield figure(
-        "the patches", f"{numbers}, {kind}, there after {time.monotonic() - started:.1f} s"
-    )
+    took_s = time.monotonic() - started
+    yield row("the patches", f"{numbers} in {data}, there after {took_s:.1f} s")
 
 
 @section(40, cuda_only=True)
 def agreement(ctx):
     """The GPU says what the CPU says"""
     for model in MODELS:
-        trainer = Trainer(ctx.device, ctx.patches(), model=model)
+        trainer = ctx.trainer(model=model)
         # weights and batch-norm statistics that mean something
         list(trainer.logged_steps(None, 20, 64))
         for precision, most in (("fp32", 1e-3), ("bf16", 0.1)):
@@ -233,25 +209,20 @@ def agreement(ctx):
                 f"{model}, {precision}: greatest difference between the logits of 256 patches on"
                 " GPU and CPU, over their range"
             )
-            yield figure(asked, f"{share:.2g}", f"{most:g}", share <= most)
+            yield row(asked, f"{share:.2g}", share <= most, f"{most:g}")
     different = ", ".join(different_draws(trainer))
     asked = "order and draws of an epoch are equal to the bit on GPU and CPU"
-    yield figure(asked, different or "equal", "equal", not different)
+    yield row(asked, different or "equal", not different, "equal")
 
 
 @section(30, cuda_only=True)
 def waits(ctx):
     """The host waits for the GPU nowhere"""
     for model in MODELS:
-        trainer = Trainer(ctx.device, ctx.patches(), model=model)
         folder = Path(tempfile.mkdtemp(dir=ctx.scratch))
-        waited = first_wait(trainer, folder)
-        yield figure(
-            f"{model}: waits of ten steps of training, loading and logging",
-            waited or "none",
-            "none",
-            not waited,
-        )
+        waited = first_wait(ctx.trainer(model=model), folder)
+        asked = f"{model}: waits of ten steps of training, loading and logging"
+        yield row(asked, waited or "none", not waited, "none")
 
 
 @section(60, cuda_only=True)
@@ -263,82 +234,53 @@ def graph(ctx):
             computed_bytes(ctx.device, ctx.patches(), captured, **changes)
             for captured in (True, False, True)
         )
-        same = all(map(torch.equal, first, plain)) and all(map(torch.equal, first, again))
+        is_same = all(map(torch.equal, first, plain)) and all(map(torch.equal, first, again))
         asked = f"{model}: weights, moments and losses of captured, plain and repeated steps"
-        yield figure(asked, "equal" if same else "different", "equal", same)
+        yield equality(asked, is_same)
         for size in (64, 256):
-            trainers = {
-                captured: Trainer(
-                    ctx.device, ctx.patches(), captured=captured, batch_size=size, **changes
-                )
-                for captured in (True, False)
-            }
-            captured, plain = (trainer.images_per_s(1.0) for trainer in trainers.values())
-            told = f"{captured / plain:.2f}x ({captured:,.0f} and {plain:,.0f} images/s)"
-            yield figure(f"{model}, batch {size}: captured steps against plain ones", told)
-        captured, plain = map(launches_of_a_step, trainers.values())
+            changes["batch_size"] = size
+            captured, plain = ctx.rates(1, changes, changes | {"captured": False})
+            ratio = f"{captured / plain:.2f}x {compare_rates(captured, plain)}"
+            yield row(f"{model}, batch {size}: captured steps against plain ones", ratio)
+        captured = launches_of_a_step(ctx.trainer(**changes))
+        plain = launches_of_a_step(ctx.trainer(captured=False, **changes))
         asked = f"{model}: calls that put work on the GPU, of a captured step and of a plain one"
-        yield figure(asked, f"{captured:.0f} and {plain:.0f}", "30", captured <= 30)
+        yield row(asked, f"{captured:.0f} and {plain:.0f}", captured <= 30, "30")
+
+
+def run_together(*commands) -> list[dict]:
+    """Results of scripts that run at the same time: they are mostly start-up."""
+    with ThreadPoolExecutor(3) as pool:
+        return list(pool.map(lambda command: run(*command), commands))
 
 
 @section(110)
 def twins(ctx):
     """A run's weights are a function of its config alone"""
-    data = ctx.patches()
-    recipe = [
-        f"data_dir={data}",
-        "batch_size=64",
-        "epochs=2",
-        "crop_epochs=1",
-        "warmup_epochs=0.5",
-        "views=1",
-        "threads=1",
-    ]
-    recipe += ctx.size(
-        ["limit_train=4096", "limit_valid=512"],
-        ["limit_train=256", "limit_valid=64", "p4m_width=2"],
-    )
+    recipe = "batch_size=64 epochs=2 crop_epochs=1 warmup_epochs=0.5 views=1 threads=1"
+    limits = "limit_train=4096 limit_valid=512"
+    if ctx.small:
+        limits = "limit_train=256 limit_valid=64 p4m_width=2"
     where = ("--device", "cuda:0" if ctx.device.type == "cuda" else "cpu")
-    train = ("train.py", *where, "--runs", ctx.scratch / "twins", *recipe)
-    # the processes are mostly start-up, so three run at a time
-    with ThreadPoolExecutor() as pool:
-        killing = pool.submit(kill_midway, ctx.scratch / "killed", [*where, *recipe])
-        first, second = pool.map(lambda command: run(*command), (train, train))
-        killed = killing.result()
+    keys = (f"data_dir={ctx.patches()}", *recipe.split(), *limits.split())
+    train = ("train.py", *where, "--runs", ctx.scratch / "twins", *keys)
+    interrupted = ("train.py", *where, *keys, "checkpoint_every_steps=3")
+    killed = kill_midway(interrupted, ctx.scratch / "killed")
+    if killed is None:
+        raise BadInput("the run that was to be killed has failed, or had ended before")
+    resume = ("train.py", "--resume", killed, *where)
+    first, second, resumed = run_together(train, train, resume)
     yield equal_weights("two runs with one seed", first, second)
-    with ThreadPoolExecutor() as pool:
-        two_ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *train, "shards=2")
-        commands = (("train.py", "--resume", killed, *where), (*train, "shards=2"), two_ranks)
-        resuming, alone, sharing = [pool.submit(run, *command) for command in commands]
-        resumed = resuming.result()
-        step = read_json(killed / "meta.json")["start_step"]
-        yield equal_weights(
-            f"killed by SIGKILL, resumed at step {step} of {resumed['num_steps']}", first, resumed
-        )
-        yield equal_weights(
-            "shards=2 on one device: one rank and two ranks", alone.result(), sharing.result()
-        )
+    step = read_json(killed / "meta.json")["start_step"]
+    asked = f"killed by SIGKILL, resumed at step {step} of {resumed['num_steps']}"
+    yield equal_weights(asked, first, resumed)
+    two_ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", *train, "shards=2")
+    alone, sharing = run_together((*train, "shards=2"), two_ranks)
+    yield equal_weights("shards=2 on one device: one rank and two ranks", alone, sharing)
 
 
 def equal_weights(asked: str, one: dict, other: dict) -> dict:
-    same = one["weights_sha256"] == other["weights_sha256"]
-    return figure(f"{asked}: equal weights", "equal" if same else "different", "equal", same)
-
-
-def kill_midway(runs: Path, arguments) -> Path:
-    """The folder of a run that was killed when its first checkpoint was there. Raises BadInput
-    where it was faster.
-    """
-    command = [sys.executable, "train.py", "--runs", runs, "checkpoint_every_steps=3", *arguments]
-    process = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(runs.glob("*/last.pt")):
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-    folders = list(runs.glob("*"))
-    if not folders or (folders[0] / "summary.json").exists():
-        raise BadInput("the run that was to be killed has failed, or had ended before")
-    return folders[0]
+    return equality(f"{asked}: equal weights", one["weights_sha256"] == other["weights_sha256"])
 
 
 @section(45)
@@ -346,20 +288,27 @@ def determinism_price(ctx):
     """What `deterministic` costs"""
     for model in MODELS:
         changes = {"model": model, "batch_size": ctx.size(256, 4), **WHOLE_PATCHES}
-        trainers = {
-            flag: Trainer(ctx.device, ctx.patches(), deterministic=flag, **changes)
-            for flag in (True, False)
-        }
-        rates = {True: [], False: []}
-        for flag in (True, False) * ctx.size(4, 1):  # in turn, so that what drifts hits both
-            rates[flag].append(trainers[flag].images_per_s(ctx.size(0.8, 0.1)))
-        strict, free = statistics.median(rates[True]), statistics.median(rates[False])
+        strict, free = ctx.rates(ctx.size(4, 1), changes, changes | {"deterministic": False})
         asked = (
             f"{model}, batch {changes['batch_size']}: share of the steps a second that"
             " deterministic=true costs"
         )
-        told = f"{1 - strict / free:.1%} ({strict:,.0f} and {free:,.0f} images/s)"
-        yield figure(asked, told, "15%", ctx.goal(strict >= 0.85 * free))
+        share = f"{1 - strict / free:.1%} {compare_rates(strict, free)}"
+        yield row(asked, share, ctx.goal(strict >= 0.85 * free), "15%")
+
+
+def measure_alone(measure, seconds: float, device: torch.device) -> tuple[float, str]:
+    """Images a second, 0 where memory runs out, and the same with the peak memory in words."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        images_per_s = measure(seconds)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0.0, "out of memory"
+    return images_per_s, f"{images_per_s:,.0f} images/s, peak {peak_memory(device)}"
 
 
 @section(90)
@@ -367,70 +316,53 @@ def throughput(ctx):
     """Images a second and peak memory, by batch size and precision"""
     sizes, seconds = ctx.size((64, 256, 1024, 1), (4,)), ctx.size(0.8, 0.1)
     for precision, model in itertools.product(("bf16", "fp32"), MODELS):
-        rates = []
+        best = 0.0
         for size in sizes:
-            changes = {"model": model, "precision": precision, "batch_size": size, **WHOLE_PATCHES}
-            trainer = Trainer(ctx.device, ctx.patches(), **changes)
-            for what, measure in (
-                ("train", trainer.images_per_s),
-                ("predict", trainer.predicting_images_per_s),
-            ):
-                forget_memory(ctx.device)
-                try:
-                    images_per_s = measure(seconds)
-                    measured = f"{images_per_s:,.0f} images/s, peak {peak_memory(ctx.device)}"
-                    rates += [images_per_s] if what == "train" else []
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    measured = "out of memory"
-                yield figure(f"{what} {model} {precision} batch {size}", measured)
+            changes = {"model": model, "precision": precision, "batch_size": size}
+            trainer = ctx.trainer(**changes, **WHOLE_PATCHES)
+            name = f"{model} {precision} batch {size}"
+            images_per_s, measured = measure_alone(trainer.images_per_s, seconds, ctx.device)
+            best = max(best, images_per_s)
+            yield row(f"train {name}", measured)
+            _, measured = measure_alone(trainer.predicting_images_per_s, seconds, ctx.device)
+            yield row(f"predict {name}", measured)
         if precision == "bf16":
             asked = f"train {model} bf16: images/s at the best of these batch sizes"
-            is_reached = ctx.goal(max(rates) >= GOAL_IMAGES_PER_S)
-            yield figure(asked, f"{max(rates):,.0f}", f"{GOAL_IMAGES_PER_S:,}", is_reached)
+            is_reached = ctx.goal(best >= GOAL_IMAGES_PER_S)
+            yield row(asked, f"{best:,.0f}", is_reached, f"{GOAL_IMAGES_PER_S:,}")
 
 
 @section(60)
 def baseline(ctx):
     """Twice the rate of a fair plain training loop"""
     split, size = pcam.open_split(ctx.patches(), "train"), ctx.size(256, 4)
+    seconds = ctx.size(2.0, 0.3)
     seeding.set_determinism(False, ctx.size(8, 1))
-    rates, failed = {}, {}
+    best, texts = 0.0, []
     for num_workers in ctx.size((8, 15, 4, 0), (0, 2)):
         try:
-            rates[num_workers] = plain_images_per_s(
-                split, ctx.device, num_workers, size, ctx.size(2.0, 0.3)
-            )
+            rate = plain_images_per_s(split, ctx.device, num_workers, size, seconds)
+            best = max(best, rate)
+            texts.append(f"{num_workers} workers {rate:,.0f}")
         except RuntimeError as error:  # of a worker, for want of shared memory say
-            failed[num_workers] = one_line(error)
-    told = ", ".join(f"{num} workers {found:,.0f}" for num, found in rates.items())
-    told += "".join(f"; {num} workers: {why}" for num, why in failed.items())
+            texts.append(f"{num_workers} workers: {one_line(error)}")
     name = f"resnet18, bf16, batch {size}, whole patches"
-    yield figure(
+    asked = (
         f"{name}: the plain loop (DataLoader over h5py; normalised and flipped on the device),"
-        " images/s",
-        told,
+        " images/s"
     )
+    yield row(asked, ", ".join(texts))
     changes = {"model": "resnet18", "optimizer": "sgd", "batch_size": size, **WHOLE_PATCHES}
-    ours = Trainer(ctx.device, ctx.patches(), **changes).images_per_s(ctx.size(2.0, 0.3))
-    ratio = ours / max(rates.values())
-    told = f"{ratio:.2f}x ({ours:,.0f} images/s)"
-    yield figure(
-        f"{name}, optimizer=sgd: this program against it", told, "2x", ctx.goal(ratio >= 2)
-    )
+    ours = ctx.trainer(**changes).images_per_s(seconds)
+    asked = f"{name}, optimizer=sgd: this program against it"
+    measured = f"{ours / best:.2f}x ({ours:,.0f} images/s)"
+    yield row(asked, measured, ctx.goal(ours >= 2 * best), "2x")
 
 
 def write_random_split(folder: Path, num: int) -> None:
     """A training split of `num` random patches, contiguous uint8: a random block over and over,
     which no step is faster for.
     """
-    needed = num * pcam.PATCH_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < 1.2 * needed:
-        raise BadInput(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free there"
-        )
     rng = np.random.default_rng(0)
     block = rng.integers(0, 256, (min(num, 4096), *pcam.PATCH_SHAPE), dtype=np.uint8)
     with SplitWriter(folder, "train", num) as writer:
@@ -445,31 +377,23 @@ def full_epoch(ctx):
     folder = Path(tempfile.mkdtemp(dir=ctx.scratch))
     started = time.monotonic()
     write_random_split(folder, num)
-    gigabytes = num * pcam.PATCH_BYTES / 1e9
-    yield figure(
-        f"a file of {num:,} random patches is written",
-        f"{time.monotonic() - started:.1f} s, {gigabytes:.2f} GB",
-    )
+    took_s, gigabytes = time.monotonic() - started, num * pcam.PATCH_BYTES / 1e9
+    asked = f"a file of {num:,} random patches is written"
+    yield row(asked, f"{took_s:.1f} s, {gigabytes:.2f} GB")
     trainer = Trainer(ctx.device, folder, batch_size=size, lr=1e-3, **WHOLE_PATCHES)
-    told = (
-        f"{trainer.read_s:.1f} s, {gigabytes / trainer.read_s:.2f} GB/s, to"
-        f" {trainer.source.residence}"
-    )
-    yield figure("it is read from the page cache to where it resides", told)
+    speed = f"{trainer.read_s:.1f} s, {gigabytes / trainer.read_s:.2f} GB/s"
+    asked = "it is read from the page cache to where it resides"
+    yield row(asked, f"{speed}, to {trainer.source.residence}")
     list(trainer.logged_steps(None, WARM_STEPS, size))
     wait_for(ctx.device)
     num_steps, started = num // size, time.monotonic()
-    for done in trainer.logged_steps(None, num_steps, size):
-        if done == num_steps // 10:
-            wait_for(ctx.device)
-            if 1.2 * 10 * (time.monotonic() - started) > ctx.left():
-                break
+    list(trainer.logged_steps(None, num_steps, size))
     wait_for(ctx.device)
-    epoch_s = (time.monotonic() - started) * num_steps / done
-    how = "measured" if done == num_steps else f"extrapolated from {done} steps"
-    told = f"{epoch_s:.1f} s ({how}), {num / epoch_s:,.0f} images/s, peak {peak_memory(ctx.device)}"
+    epoch_s = time.monotonic() - started
+    speed = f"{num / epoch_s:,.0f} images/s, peak {peak_memory(ctx.device)}"
     asked = f"p4m, bf16, batch {size}: the epoch's {num_steps} steps with whole patches"
-    yield figure(asked, told, f"{GOAL_EPOCH_S:g} s", ctx.goal(epoch_s < GOAL_EPOCH_S))
+    is_reached = ctx.goal(epoch_s < GOAL_EPOCH_S)
+    yield row(asked, f"{epoch_s:.1f} s, {speed}", is_reached, f"{GOAL_EPOCH_S:g} s")
 
 
 def busy_us(kernels: list[dict]) -> float:
@@ -482,54 +406,44 @@ def busy_us(kernels: list[dict]) -> float:
     return busy
 
 
+def profile_kernels(trainer: Trainer, num: int, path: Path) -> list[dict]:
+    """What the GPU did in `num` steps, as a trace in `path` says. Raises BadInput for nothing."""
+    profiled = profile_steps(trainer, num, [torch.profiler.ProfilerActivity.CUDA])
+    profiled.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    kernels = [event for event in events if event.get("cat") in kinds]
+    if not kernels:
+        raise BadInput("the profiler saw no kernel: the driver does not let it")
+    return kernels
+
+
 @section(30, cuda_only=True)
 def profile(ctx):
     """Where a step's time goes"""
     num = 10
     for model, size in itertools.product(MODELS, (1024, 256)):
-        trainer = Trainer(ctx.device, ctx.patches(), model=model, batch_size=size, **WHOLE_PATCHES)
+        trainer = ctx.trainer(model=model, batch_size=size, **WHOLE_PATCHES)
         # without the profiler, which makes the host slower
         step_us = 1e6 * size / trainer.images_per_s(1.0)
-        with contextlib.closing(trainer.batches(size)) as loader:
-            for _ in range(WARM_STEPS):
-                trainer.step(next(loader))
-            wait_for(ctx.device)
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as profiled:
-                for _ in range(num):
-                    trainer.step(next(loader))
-                wait_for(ctx.device)
-        path = ctx.scratch / f"{model}.json"
-        profiled.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-        kernels = [
-            event for event in events if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-        ]
-        if not kernels:
-            raise BadInput("the profiler saw no kernel: the driver does not let it")
+        kernels = profile_kernels(trainer, num, ctx.scratch / f"{model}.json")
         busy_step_us = busy_us(kernels) / num
         idle = 1 - busy_step_us / step_us
-        told = (
-            f"{len(kernels) / num:.0f} kernels, {step_us / 1000:.2f} ms, the GPU idle for"
-            f" {idle:.1%}"
-        )
+        step = f"{len(kernels) / num:.0f} kernels, {step_us / 1000:.2f} ms"
         asked = (
             f"{model}, batch {size}: a step (idle: 1 - busy time, profiled, over its time, not"
             " profiled)"
         )
-        if size == 1024:
-            yield figure(asked, told, f"{GOAL_IDLE:.0%}", idle < GOAL_IDLE)
-            continue
-        yield figure(asked, told)
+        is_goal = size == 1024
+        is_held, limit = (idle < GOAL_IDLE, f"{GOAL_IDLE:.0%}") if is_goal else (None, "")
+        yield row(asked, f"{step}, the GPU idle for {idle:.1%}", is_held, limit)
         spent = Counter()
         for kernel in kernels:
             spent[kernel["name"]] += kernel["dur"] / num
-        for name, microseconds in spent.most_common(10):
-            told = (
-                f"{microseconds / 1000:.3f} ms, {microseconds / busy_step_us:.1%} of the busy time"
-            )
-            yield figure(f"{model}, a step's share of {name[:100]}", told)
+        for name, kernel_us in spent.most_common(0 if is_goal else 10):
+            share = f"{kernel_us / busy_step_us:.1%} of the busy time"
+            asked = f"{model}, a step's share of {name[:100]}"
+            yield row(asked, f"{kernel_us / 1000:.3f} ms, {share}")
 
 
 @section(40, cuda_only=True)
@@ -537,72 +451,48 @@ def small_slice(ctx):
     """The default config in the memory of a 1g.5gb slice"""
     total = torch.cuda.get_device_properties(ctx.device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, SLICE_BYTES / total), ctx.device)
-    images_per_s = Trainer(ctx.device, ctx.patches(), **WHOLE_PATCHES).images_per_s(1.0)
+    images_per_s = ctx.trainer(**WHOLE_PATCHES).images_per_s(1.0)
     reserved = torch.cuda.max_memory_reserved(ctx.device)
-    told = f"{reserved / 2**20:,.0f} MiB, {images_per_s:,.0f} images/s"
     asked = "p4m, batch 64, whole patches: memory with the sample resident, without CUDA's own"
-    yield figure(asked, told, "4,864 MiB", reserved <= SLICE_BYTES)
-    trainers = {where: Trainer(ctx.device, ctx.patches(), where) for where in ("device", "host")}
-    rates = {where: [] for where in trainers}
-    for where in [*trainers] * 3:
-        rates[where].append(trainers[where].images_per_s(1.0))
-    resident, streamed = (statistics.median(found) for found in rates.values())
-    told = f"{streamed / resident:.1%} ({streamed:,.0f} and {resident:,.0f} images/s)"
+    measured = f"{reserved / 2**20:,.0f} MiB, {images_per_s:,.0f} images/s"
+    yield row(asked, measured, reserved <= SLICE_BYTES, "4,864 MiB")
+    resident, streamed = ctx.rates(3, {"residence": "device"}, {"residence": "host"})
     asked = "p4m, batch 64, the centre: the rate from host memory, of the resident one"
-    yield figure(asked, told, "90%", streamed >= 0.9 * resident)
+    measured = f"{streamed / resident:.1%} {compare_rates(streamed, resident)}"
+    yield row(asked, measured, streamed >= 0.9 * resident, "90%")
 
 
 @section(150)
 def batch_sizes(ctx):
     """Larger batches of the default recipe, each with a learning rate to match"""
     data, base, longest_s = ctx.patches(), load_config(), 0.0
-    quick = (
-        [
-            "epochs=1",
-            "warmup_epochs=0.5",
-            "limit_train=64",
-            "limit_valid=64",
-            "views=1",
-            "p4m_width=2",
-        ]
-        if ctx.small
-        else []
-    )
-    for size, rule in ctx.size(RECIPES, RECIPES[:2]):
+    where = ("--device", ctx.device.type, "--runs", ctx.scratch / "runs", f"data_dir={data}")
+    for size, rule in RECIPES[: ctx.size(None, 2)]:
         if ctx.left() < 1.2 * longest_s:
-            yield figure(f"train batch_size={size} {rule}", "not run: budget")
+            yield row(f"train batch_size={size} {rule}", "not run: budget")
             continue
-        factor = {
-            "": 1.0,
-            "sqrt": (size / base.batch_size) ** 0.5,
-            "linear": size / base.batch_size,
-        }[rule]
-        changes = [f"batch_size={size}", f"lr={base.lr * factor:.4g}"]
-        device = ["--device", ctx.device.type, "--runs", ctx.scratch / "runs"]
-        result = run("train.py", *device, f"data_dir={data}", *changes, *quick)
+        lr = base.lr * (size / base.batch_size) ** RULES[rule]
+        changes = [f"batch_size={size}", f"lr={lr:.4g}"]
+        result = run("train.py", *where, *changes, *ctx.size([], QUICK))
         longest_s = max(longest_s, result["wall_s"])
-        told = (
-            f"{result['wall_s']:.1f} s, {result['status']}, val_auc"
-            f" {result.get('val_auc') or 0:.4f}"
-        )
-        yield figure(f"train {' '.join(changes)}{f' ({rule})' if rule else ''}", told)
+        asked = f"train {' '.join(changes)}{f' ({rule})' if rule else ''}"
+        yield row(asked, f"{result['wall_s']:.1f} s, {describe_outcome(result)}")
+
+
+def describe_outcome(result: dict) -> str:
+    return f"{result['status']}, val_auc {result.get('val_auc') or 0:.4f}"
 
 
 @section(100, cuda_only=True)
 def recipes(ctx):
     """config.yaml and config-gpu.yaml, three seeds each, three trainings at a time"""
-    data, runs = ctx.patches(), ctx.scratch / "recipes"
+    where = ("--device", "cuda", "--runs", ctx.scratch / "recipes", f"data_dir={ctx.patches()}")
     jobs = list(itertools.product(("config-gpu.yaml", "config.yaml"), (1, 2, 3)))
-
-    def train(config, seed) -> dict:
-        where = ("--device", "cuda", "--runs", runs, "--config", config)
-        return run("train.py", *where, f"data_dir={data}", f"seed={seed}", "threads=4")
-
-    with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(train, *zip(*jobs, strict=True)))
-    for (config, seed), result in zip(jobs, results, strict=True):
-        told = f"{result['status']}, val_auc {result.get('val_auc') or 0:.4f}"
-        yield figure(f"train --config {config} seed={seed}", told)
+    commands = []
+    for config, seed in jobs:
+        commands.append(("train.py", *where, "--config", config, f"seed={seed}", "threads=4"))
+    for (config, seed), result in zip(jobs, run_together(*commands), strict=True):
+        yield row(f"train --config {config} seed={seed}", describe_outcome(result))
 
 
 # Carrying them out
@@ -620,26 +510,21 @@ def carry_out(function, ctx: Context, seconds: float, keep) -> str:
     process = FORK.Process(target=work, args=(function, ctx, sender))
     process.start()
     sender.close()
-    state, row = "", None
+    state = ""
     try:
         while not state:
+            state, line = "unfinished", f"stopped after {seconds:.0f} s"
             if receiver.poll(max(0.0, ctx.left())):
-                state, row = receiver.recv()
-            else:
-                state, row = (
-                    "unfinished",
-                    figure(function.__doc__, f"stopped after {seconds:.0f} s", held=False),
-                )
-            if row:
-                keep(row)
+                state, line = receiver.recv()
+            if isinstance(line, str):  # why it ended
+                line = row(function.__doc__, line, False)
+            if line:
+                keep(line)
     except EOFError:
         process.join()
         state = "failed"
-        keep(
-            figure(
-                function.__doc__, f"its process ended with exit code {process.exitcode}", held=False
-            )
-        )
+        reason = f"its process ended with exit code {process.exitcode}"
+        keep(row(function.__doc__, reason, False))
     finally:
         # torchrun ends its ranks, which are in no group of ours, at the first
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -651,16 +536,16 @@ def carry_out(function, ctx: Context, seconds: float, keep) -> str:
 
 def work(function, ctx: Context, sender) -> None:
     """In the process of a section: send its rows, each with a state that is empty, and a state at
-    the end.
+    the end, with the reason where it failed.
     """
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        for row in function(ctx):
-            sender.send(("", row))
+        for line in function(ctx):
+            sender.send(("", line))
     except Exception as error:
         traceback.print_exc()
-        sender.send(("failed", figure(function.__doc__, one_line(error), held=False)))
+        sender.send(("failed", one_line(error)))
     else:
         sender.send(("done", None))
 
@@ -686,129 +571,114 @@ def pack(path: Path) -> int:
                         if member.isreg() and taken[folder] < num:
                             taken[folder] += 1
                             packed.addfile(member, sample.extractfile(member))
-        if file.tell() > MOST_PACKED_BYTES:
-            raise BadInput(
-                f"{path} would have {file.tell():,} bytes, at most {MOST_PACKED_BYTES:,} can travel"
-            )
-        return file.tell()
+        num_bytes = file.tell()
+        if num_bytes > MOST_PACKED_BYTES:
+            limit = f"at most {MOST_PACKED_BYTES:,} can travel"
+            raise BadInput(f"{path} would have {num_bytes:,} bytes, {limit}")
+    return num_bytes
 
 
-def save(out: Path, results: dict) -> None:
-    """Write what there is so far as gpu.json and gpu.md."""
-    write_json(out / "gpu.json", results)
-    words, lines = {True: "yes", False: "NO", None: ""}, []
-    for name in (name for name in SECTIONS if name in results):
-        found = results[name]
-        for row in found["rows"]:
-            cells = [
-                words[row[key]] if key == "held" else str(row[key]).replace("|", "\\|")
-                for key in COLUMNS
-            ]
-            lines.append([*cells, f"{name}, {found['date']}, {found['commit']}"])
-    write_markdown(out / "gpu.md", (*COLUMNS, "section, date, commit"), lines)
+class Results:
+    """What gpu.json holds, by section: what an earlier file says, and what is measured now."""
+
+    def __init__(self, out: Path, before: Path | None, made: dict):
+        self.out, self.made, self.sections = out / "gpu", made, {}
+        out.mkdir(parents=True, exist_ok=True)
+        earlier = before or self.out.with_suffix(".json")
+        if before or earlier.exists():
+            for name, result in read_json(earlier).items():
+                if before or result["commit"] == made["commit"]:
+                    self.sections[name] = result
+
+    def is_done(self, name: str) -> bool:
+        return self.sections.get(name, {}).get("state") == "done"
+
+    def save(self) -> list[str]:
+        """Write gpu.json and gpu.md; gives what was missed."""
+        in_order = {name: self.sections[name] for name in SECTIONS if name in self.sections}
+        return write_results(self.out, in_order)
+
+    def skip(self, name: str, reason: str, origin: dict) -> None:
+        """Note why a section does not run; what was measured before is worth more."""
+        line = row(SECTIONS[name][0].__doc__, reason) | origin | {"seconds": 0.0}
+        self.sections.setdefault(name, self.made | {"state": "skipped", "rows": [line]})
+        say(f"{name}: {reason}")
+
+    def measure(self, name: str, ctx: Context, seconds: float, origin: dict) -> None:
+        """Run a section, each of whose rows is saved as soon as it is measured."""
+        result = self.sections[name] = self.made | {"state": "unfinished", "rows": []}
+        last_at = time.monotonic()
+
+        def keep(line):
+            nonlocal last_at
+            now = time.monotonic()
+            result["rows"].append(line | origin | {"seconds": round(now - last_at, 2)})
+            last_at = now
+            missed = " MISSED" if line["held"] is False else ""
+            say(f"{name}: {line['asked']}: {line['measured']}{missed}")
+            self.save()
+
+        result["state"] = carry_out(SECTIONS[name][0], ctx, seconds, keep)
+
+
+def parse(argv):
+    parser = Parser(description="What the program does on one GPU, as a table of figures.")
+    add = parser.add_argument
+    out = Path("assets/gpu")
+    add("--out", type=Path, default=out, metavar="DIR", help="for gpu.json and gpu.md")
+    what = "a PCam folder, or a tar of images"
+    add("--data", type=Path, default=PACKED, metavar="DIR|TAR", help=what)
+    what = f"some of {','.join(SECTIONS)} (default: those that are not done)"
+    add("--sections", default="", help=what)
+    what = "for all sections (default: 330)"
+    add("--budget", type=float, default=330, metavar="SECONDS", help=what)
+    what = "an earlier gpu.json, whose sections are kept"
+    add("--before", type=Path, metavar="FILE", help=what)
+    add("--commit", help="of this code, where git is missing")
+    what = "write the real patches that travel, and end"
+    add("--pack", type=Path, metavar="TAR", help=what)
+    args = parser.parse_args(argv)
+    args.sections = args.sections.split(",") if args.sections else []
+    unknown = set(args.sections) - set(SECTIONS)
+    if unknown:
+        raise BadInput(f"no section {unknown.pop()!r}; allowed: {', '.join(SECTIONS)}")
+    return args
 
 
 @script
 def main(argv=None) -> int:
     started = time.monotonic()
-    parser = Parser(
-        prog="gpu.py", description="What the program does on one GPU, as a table of figures."
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("assets/gpu"),
-        metavar="DIR",
-        help="for gpu.json and gpu.md",
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=PACKED,
-        metavar="DIR|TAR",
-        help="a PCam folder, or a tar of images",
-    )
-    parser.add_argument(
-        "--sections",
-        default="",
-        help=f"some of {','.join(SECTIONS)} (default: those that are not done)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=float,
-        default=330,
-        metavar="SECONDS",
-        help="for all sections (default: 330)",
-    )
-    parser.add_argument(
-        "--before", type=Path, metavar="FILE", help="an earlier gpu.json, whose sections are kept"
-    )
-    parser.add_argument("--commit", help="of this code, where git is missing")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, as without a GPU")
-    parser.add_argument(
-        "--pack", type=Path, metavar="TAR", help="write the real patches that travel, and end"
-    )
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if args.pack:
         print_result({"tar": str(args.pack), "bytes": pack(args.pack)})
         return EXIT_DONE
-    named = args.sections.split(",") if args.sections else []
-    if unknown := set(named) - set(SECTIONS):
-        raise BadInput(f"no section {unknown.pop()!r}; allowed: {', '.join(SECTIONS)}")
-
-    # what was measured before, and what is to do
-    made = made_now() | ({"commit": args.commit} if args.commit else {})
-    args.out.mkdir(parents=True, exist_ok=True)
-    earlier = args.before or args.out / "gpu.json"
-    results = read_json(earlier) if args.before or earlier.exists() else {}
-    if not args.before:
-        results = {
-            name: found for name, found in results.items() if found["commit"] == made["commit"]
-        }
-    is_done = {name: results.get(name, {}).get("state") == "done" for name in SECTIONS}
-    todo = sorted(named or [name for name in SECTIONS if not is_done[name]], key=is_done.get)
-
+    made = made_now()
+    made["commit"] = args.commit or made["commit"]
+    results = Results(args.out, args.before, made)
+    todo = args.sections or [name for name in SECTIONS if not results.is_done(name)]
     with tempfile.TemporaryDirectory(prefix="proof-gpu-", ignore_cleanup_errors=True) as scratch:
         ctx = Context(torch.device("cpu"), True, args.data.absolute(), Path(scratch))
-        found = []
-        if carry_out(describe_device, ctx, 60, found.append) != "done":
-            raise BadInput(f"the device cannot be used: {found[-1]['measured']}")
-        ctx.device, card = found[0]["device"], found[0]["card"]
-        ctx.small = args.small or ctx.device.type == "cpu"
+        lines = []
+        if carry_out(describe_device, ctx, 60, lines.append) != "done":
+            raise BadInput(f"the device cannot be used: {lines[-1]['measured']}")
+        ctx.device, card = lines[0]["device"], lines[0]["card"]
+        ctx.small = ctx.device.type == "cpu"
         say(f"{ctx.device} ({card}), {', '.join(todo) or 'nothing is to do'}")
-        for name in todo:
-            function, seconds, cuda_only = SECTIONS[name]
+        for name in sorted(todo, key=results.is_done):
+            _, seconds, cuda_only = SECTIONS[name]
             left = args.budget - (time.monotonic() - started)
             origin = {"section": name, "card": card, "torch": torch.__version__}
-            skipped = "not run: budget" if left < min(seconds / 2, 30) else ""
             if cuda_only and ctx.device.type == "cpu":
-                skipped = "skipped: no CUDA device"
-            if skipped:  # what was measured before is worth more
-                row = figure(function.__doc__, skipped) | origin | {"seconds": 0.0}
-                results.setdefault(name, made | {"state": "skipped", "rows": [row]})
-                say(f"{name}: {skipped}")
-                save(args.out, results)
-                continue
-            results[name] = made | {"state": "unfinished", "rows": []}
-            since = [time.monotonic()]
-
-            def keep(row, name=name, origin=origin, since=since):
-                row = row | origin | {"seconds": round(time.monotonic() - since[-1], 2)}
-                since.append(time.monotonic())
-                results[name]["rows"].append(row)
-                say(
-                    f"{name}: {row['asked']}:"
-                    f" {row['measured']}{'' if row['held'] is not False else ' MISSED'}"
-                )
-                save(args.out, results)
-
-            results[name]["state"] = carry_out(function, ctx, min(seconds, left), keep)
-            save(args.out, results)
-    missed = [
-        row["asked"] for found in results.values() for row in found["rows"] if row["held"] is False
-    ]
-    states = {name: found["state"] for name, found in results.items()}
-    print_result({"missed": missed, "sections": states, "table": str(args.out / "gpu.md")})
+                results.skip(name, "skipped: no CUDA device", origin)
+            elif left < min(seconds / 2, 30):
+                results.skip(name, "not run: budget", origin)
+            else:
+                results.measure(name, ctx, min(seconds, left), origin)
+            results.save()
+    missed = results.save()
+    states = {name: result["state"] for name, result in results.sections.items()}
+    table = str(results.out.with_suffix(".md"))
+    print_result({"missed": missed, "sections": states, "table": table})
     return EXIT_FINDING if missed else EXIT_DONE
 
 

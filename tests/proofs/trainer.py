@@ -1,11 +1,12 @@
-"""A training a step at a time, for the proof on a GPU and the tests that need one: what of the
-library's steps they know.
+"""A training a step at a time, for the proofs and the tests that need a GPU: what of the library's
+steps they know.
 """
 
 import contextlib
 import copy
 import functools
 import itertools
+import statistics
 import time
 import traceback
 from collections import deque
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from lib import batches, pcam, predict, runlog, seeding, training
 from lib.augment import PREPROCESSING, draw_augmentation
 from lib.command import one_line
-from lib.config import DEFAULT_PATH, load_config
+from lib.config import load_config
 
 # steps before a measurement; steps that the host may be ahead of the device in one
 WARM_STEPS, AHEAD = 3, 8
@@ -53,6 +54,12 @@ def rate(step, seconds: float, device: torch.device) -> float:
     return num / (time.perf_counter() - started)
 
 
+def median_rates(measures: list, num_rounds: int) -> list[float]:
+    """The median of what each function gives, called in turn, so that what drifts hits all."""
+    rounds = [[measure() for measure in measures] for _ in range(num_rounds)]
+    return list(map(statistics.median, zip(*rounds, strict=True)))
+
+
 class Trainer:
     """The program's training a step at a time, over the patches of a PCam folder, from where
     `residence` says.
@@ -61,7 +68,7 @@ class Trainer:
     def __init__(self, device: torch.device, data, residence="device", captured=True, **changes):
         values = {"data_dir": data, **(ON_GPU if device.type == "cuda" else ON_CPU), **changes}
         overrides = [f"{key}={value}" for key, value in values.items()]
-        self.cfg, self.device = load_config(DEFAULT_PATH, overrides), device
+        self.cfg, self.device = load_config(overrides=overrides), device
         self.split = pcam.open_split(data, "train")
         self.rows = batches.select_rows(self.split, self.cfg)
         seeding.set_determinism(self.cfg.deterministic, self.cfg.threads)
@@ -75,9 +82,8 @@ class Trainer:
 
     def order(self, epoch: int, device=None) -> torch.Tensor:
         """The sample keys of an epoch, int64 (N,)."""
-        return batches.epoch_order(
-            self.rows, len(self.split), epoch, self.cfg, device or self.device
-        )
+        device = device or self.device
+        return batches.epoch_order(self.rows, len(self.split), epoch, self.cfg, device)
 
     def batches(self, size: int):
         """Batches of `size` patches without end, many epochs' at once: where loading starts anew, a
@@ -97,19 +103,17 @@ class Trainer:
     def images_per_s(self, seconds: float) -> float:
         """The rate of training with batches of the config's size."""
         seeding.set_determinism(self.cfg.deterministic, self.cfg.threads)
-        with contextlib.closing(self.batches(self.cfg.batch_size)) as loader:
-            return rate(lambda: self.step(next(loader)), seconds, self.device) * min(
-                self.cfg.batch_size, len(self.rows)
-            )
+        size = min(self.cfg.batch_size, len(self.rows))
+        with contextlib.closing(self.batches(size)) as loader:
+            return rate(lambda: self.step(next(loader)), seconds, self.device) * size
 
     def predicting_images_per_s(self, seconds: float) -> float:
         """The rate of prediction of one view, of a batch that is on the device."""
         size = min(self.cfg.batch_size, len(self.rows))
         images = torch.from_numpy(self.split.images.read(range(size))).to(self.device)
-        model = predict.ready_to_predict(self.state.model, self.cfg.precision)
-        step = functools.partial(
-            predict.predict_batch, model, images, self.cfg.precision, 1, PREPROCESSING
-        )
+        precision = self.cfg.precision
+        model = predict.ready_to_predict(self.state.model, precision)
+        step = functools.partial(predict.predict_batch, model, images, precision, 1, PREPROCESSING)
         return rate(step, seconds, self.device) * size
 
     def logged_steps(self, run_folder, num: int, size: int):
@@ -125,27 +129,18 @@ class Trainer:
             log.flush()
 
 
-def logits_of(
-    trainer: Trainer, device: torch.device, precision: str, views=1, num=256
-) -> torch.Tensor:
-    """What the trained weights say on a device about the first patches of the split: float32
-    (num,), on the CPU.
+def logit_difference(trainer: Trainer, precision: str, views=1, num=256) -> float:
+    """The greatest difference between the device's logits of the first patches and the CPU's, as a
+    share of the range of these.
     """
-    model = predict.ready_to_predict(copy.deepcopy(trainer.state.model).to(device), precision)
-    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split))))).to(
-        device
-    )
-    return predict.predict_batch(model, images, precision, views, PREPROCESSING).cpu()
-
-
-def logit_difference(trainer: Trainer, precision: str, views=1) -> float:
-    """The greatest difference between the device's logits and the CPU's, as a share of the range of
-    these.
-    """
-    ours, theirs = (
-        logits_of(trainer, device, precision, views)
-        for device in (torch.device("cpu"), trainer.device)
-    )
+    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split)))))
+    logits = []
+    for device in (torch.device("cpu"), trainer.device):
+        model = copy.deepcopy(trainer.state.model).to(device)
+        model = predict.ready_to_predict(model, precision)
+        answers = predict.predict_batch(model, images.to(device), precision, views, PREPROCESSING)
+        logits.append(answers.cpu())
+    ours, theirs = logits
     return float((ours - theirs).abs().max() / (ours.max() - ours.min()))
 
 
@@ -172,16 +167,10 @@ def first_wait(trainer: Trainer, run_folder, num=10) -> str:
             elif done == WARM_STEPS + num:
                 torch.cuda.set_sync_debug_mode("default")
     except RuntimeError as error:
-        frames = [
-            frame
-            for frame in traceback.extract_tb(error.__traceback__)
-            if str(REPOSITORY / "lib") in frame.filename
-        ]
-        where = (
-            f"{Path(frames[-1].filename).name}:{frames[-1].lineno} ({frames[-1].line})"
-            if frames
-            else "outside of lib"
-        )
+        where = "outside of lib"
+        for frame in traceback.extract_tb(error.__traceback__):
+            if str(REPOSITORY / "lib") in frame.filename:
+                where = f"{Path(frame.filename).name}:{frame.lineno} ({frame.line})"
         return f"{one_line(error)}: {where}"
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -202,16 +191,22 @@ def computed_bytes(device: torch.device, data, captured: bool, num=6, **changes)
     return [tensor.cpu() for tensor in (*losses, *tensors, *moments)]
 
 
-def launches_of_a_step(trainer: Trainer, num=4) -> float:
-    """How often the host calls the GPU in a step of training, its batch included."""
+def profile_steps(trainer: Trainer, num: int, activities):
+    """A profile of `num` steps of training, their batches included."""
     with contextlib.closing(trainer.batches(trainer.cfg.batch_size)) as loader:
         for _ in range(WARM_STEPS):
             trainer.step(next(loader))
         wait_for(trainer.device)
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiled:
             for _ in range(num):
                 trainer.step(next(loader))
             wait_for(trainer.device)
+    return profiled
+
+
+def launches_of_a_step(trainer: Trainer, num=4) -> float:
+    """How often the host calls the GPU in a step of training, its batch included."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profiled = profile_steps(trainer, num, activities)
     calls = [event for event in profiled.events() if event.name.startswith(LAUNCHES)]
     return len(calls) / num
