@@ -35,6 +35,7 @@ from lib.augment import (
     draw_augmentation,
     model_input,
     patch_size,
+    turns_patches,
 )
 from lib.batches import PatchSource, epoch_order, load_batches, open_train_valid
 from lib.benchmark.plan import Case
@@ -388,7 +389,7 @@ def plain_transform(cfg: Config) -> transforms.Compose:
     (3, 96, 96).
     """
     steps = [transforms.ToTensor()]  # (3, 96, 96) in [0, 1]
-    if cfg.symmetries:
+    if turns_patches(cfg):
         transpose = transforms.Lambda(lambda patch: patch.mT)
         steps += [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
         steps.append(transforms.RandomApply([transpose]))

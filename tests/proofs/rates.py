@@ -1,9 +1,10 @@
 """The program's rates beside those of plain loops, fairly tuned, in turn on this machine: inference.py
 beside torchvision's PCAM in a DataLoader, and ResNet-18 beside timm's (pip install timm).
 
-python tests/proofs/rates.py [views_1] [views_8] [timm] [--data data/sample] [--run assets/champion]
+python tests/proofs/rates.py [views] [views_1] [views_8] [timm] [--data data/sample] [--run assets/champion]
 """
 
+import dataclasses
 import functools
 import sys
 import tempfile
@@ -21,19 +22,23 @@ from torchvision.datasets import PCAM
 from torchvision.models import resnet18
 from torchvision.transforms import Compose, Normalize, ToTensor
 
-from lib.augment import PCAM_MEAN, PCAM_STD, eight_views
+from lib.augment import PCAM_MEAN, PCAM_STD, VIEWS, turned_views
+from lib.batches import PatchSource
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.config import load_config
 from lib.device import choose_device
 from lib.files import read_csv
 from lib.machine import keep_freed_memory, num_cores, resolve_threads
-from lib.metrics import sigmoid
+from lib.metrics import compute_auc, sigmoid
+from lib.pcam import open_split
+from lib.predict import predict_rows
 from proofs import prove, row, run
 from proofs.trainer import Trainer, median_rates, rate
 
 NUM_WORKERS = (0, 1, 2)  # of the loop's DataLoader
 MIN_RATIO, MIN_TIMM_RATIO = 6.0, 0.95  # asked for
+MAX_AUC_CHANGE = 0.0005
 TIMM_BATCH = 64  # 96x96, bf16, channels last
 
 
@@ -109,7 +114,7 @@ def predict_plainly(run_folder, data: Path, views: int, num_workers: int):
         for images, _ in loader:
             turned = [images.permute(0, 2, 3, 1)]
             if views == 8:
-                turned = eight_views(turned[0])
+                turned = turned_views(turned[0])
             answers = [model(view.permute(0, 3, 1, 2).contiguous()) for view in turned]
             logits.append(torch.stack(answers).mean(0).flatten())
         seconds = time.perf_counter() - started_at
@@ -143,6 +148,22 @@ def compare_inference(views: int, args, scratch: Path) -> list[dict]:
         row(asked, measured, ratio >= MIN_RATIO, f"{MIN_RATIO:g}x"),
         row(f"{views} view(s): decisions that differ", f"{num_differ} of {len(probs):,}"),
     ]
+
+
+def compare_views(args, _scratch) -> list[dict]:
+    """The AUC on valid over one, four and eight views, in float32."""
+    model, cfg, _ = load_model(args.run)
+    cfg = dataclasses.replace(cfg, precision="fp32")
+    split = open_split(args.data, "valid")
+    source = PatchSource(split.images, "disk", choose_device(args.device))
+    model, index = model.to(source.device), np.arange(len(split))
+    auc = {}
+    for views in VIEWS:
+        auc[views] = compute_auc(split.labels, predict_rows(model, source, index, cfg, views))
+    measured = ", ".join(f"{value:.5f} over {views}" for views, value in auc.items())
+    asked = "AUC on valid over four views, at half the computing of eight"
+    is_held = abs(auc[4] - auc[8]) <= MAX_AUC_CHANGE
+    return [row(asked, measured, is_held, f"within {MAX_AUC_CHANGE} of eight")]
 
 
 def build_timm_steps(device: torch.device):
@@ -208,6 +229,7 @@ def compare_with_timm(args, _scratch) -> list[dict]:
 
 
 PARTS = {
+    "views": compare_views,
     "views_1": functools.partial(compare_inference, 1),
     "views_8": functools.partial(compare_inference, 8),
     "timm": compare_with_timm,
