@@ -82,7 +82,8 @@ def main(argv=None) -> int:
         raise BadInput(f"--config does not go with --resume: {run} has its own config.yaml")
     if is_finished(run):
         status = read_json(run / "summary.json").get("status")
-        say(f"{run} is {status}, there is nothing to resume")
+        overrides = f", and {' '.join(args.overrides)} has no effect" if args.overrides else ""
+        say(f"{run} is {status}, there is nothing to resume{overrides}")
         print_result({"run": str(run), "status": status})
         return EXIT_DONE if status == "finished" else EXIT_FINDING
     return start(resume_config(run, args.overrides), args, run)
@@ -187,7 +188,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         # first the rows of the steps before it, so that a resumed run lacks none
         log.flush()
         trace.flush()
-        if not training.is_finite(state):
+        if not training.is_finite(state.model):
             log.raise_diverged("a weight is no longer a finite number")
         if ranks.is_first:
             is_last = name == "last.pt"  # the other one, best.pt, is for prediction alone
@@ -198,7 +199,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
     diverged = None
     until_epoch = args.until_epoch or cfg.epochs
-    with StopFlag() as stop, log, trace:
+    with StopFlag() as stop, log:
         try:
             while progress["epoch"] < until_epoch and not training.is_over(progress, cfg):
                 # train an epoch, or the rest of it

@@ -148,15 +148,21 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     With folds, `held_out` selects the config's fold, else all others. Raises BadInput where less
     than two classes are left, and for folds of a split whose groups are not known.
     """
-    index, left_out = rows_of_folds(split, cfg, held_out), {}
+    index, left_out = np.arange(len(split)), {}
+    if cfg.num_folds:
+        groups = groups_for_folds(split, cfg.data_dir)
+        in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
+        index = index[in_fold == held_out]
     # validation keeps quarantined rows, so that scores with and without a quarantine compare
     if cfg.quarantine and not held_out:
         suspects = read_quarantine(cfg.quarantine, split, cfg.quarantine_reasons)
         is_suspect = np.isin(index, list(suspects))
         left_out = dict(Counter(suspects[row] for row in index[is_suspect].tolist()))
         index = index[~is_suspect]
-    is_training = split.name == "train" and not held_out
-    index = draw_limited(index, cfg.limit_train if is_training else cfg.limit_valid)
+    limit = cfg.limit_valid if held_out else cfg.limit_train
+    if limit:  # drawn at random, so that a file sorted by class or slide gives a fair part, too
+        order = position_permutation(len(index), LIMIT).numpy()
+        index = np.sort(index[order[:limit]])
     labels = split.labels[index]
     num_classes = len(np.unique(labels))
     if num_classes < 2:
@@ -165,28 +171,6 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
             " needed"
         )
     return Rows(index, labels, left_out)
-
-
-def rows_of_folds(split: Split, cfg: Config, held_out: bool) -> np.ndarray:
-    """Row numbers int64 (N,) of the config's fold, where `held_out`, or of the other folds. Without
-    folds all rows.
-    """
-    index = np.arange(len(split))
-    if not cfg.num_folds:
-        return index
-    groups = groups_for_folds(split, cfg.data_dir)
-    in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
-    return index[in_fold if held_out else ~in_fold]
-
-
-def draw_limited(index: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` of the rows `index` (N,), in order; all for limit 0. They are drawn at
-    random, so that a file sorted by class or slide gives a fair part, too.
-    """
-    if not limit:
-        return index
-    order = position_permutation(len(index), LIMIT).numpy()
-    return np.sort(index[order[:limit]])
 
 
 def read_quarantine(path, split: Split, reasons) -> dict[int, str]:

@@ -2,6 +2,7 @@
 config.yaml, types stand here.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from lib.command import REPOSITORY, BadInput, expand_home, nearest, one_line
+from lib.command import REPOSITORY, BadInput, expand_home, nearest
 from lib.files import file_digest
 
 DEFAULT_PATH = REPOSITORY / "config.yaml"
@@ -181,28 +182,19 @@ def coerce(key: str, value, hint):
         words = re.findall(r"[^][,'\s]+", text)
         return tuple(coerce(key, word, arguments[0]) for word in words)
     if origin is Annotated:
-        result, allowed = _parse_number(text, *arguments)
+        kind, low, high = (*arguments, math.inf)[:3]
+        with contextlib.suppress(ValueError):
+            number = float(text)
+            if low <= number <= high and math.isfinite(number) and number == kind(number):
+                return kind(number)
+        noun = "an integer" if kind is int else "a number"
+        allowed = f"{noun} from {low} to {high}"
     else:
         choices = BOOLEANS if hint is bool else {str(choice): choice for choice in arguments}
-        result = choices.get(text)
+        if text in choices:
+            return choices[text]
         allowed = f"one of {', '.join(choices)}{nearest(text, choices)}"
-    if result is None:
-        raise BadInput(f"config key {key}: {text!r} is not allowed, it must be {allowed}")
-    return result
-
-
-def _parse_number(text: str, kind: type, low, high=math.inf):
-    """(number, words for what is allowed): an int or float, None where `text` is not one from
-    `low` to `high`.
-    """
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    is_valid = math.isfinite(number) and low <= number <= high and number == kind(number)
-    noun = "an integer" if kind is int else "a number"
-    bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
-    return kind(number) if is_valid else None, f"{noun} {bounds}"
+    raise BadInput(f"config key {key}: {text!r} is not allowed, it must be {allowed}")
 
 
 def config_from_dict(values: dict, source="config") -> Config:
@@ -249,31 +241,18 @@ def _check_together(cfg: Config) -> None:
         )
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A SafeLoader that raises ValueError for a key that stands twice, of which SafeLoader would
-    keep the last.
-    """
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"the key {key!r} stands there twice")
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(path) -> dict:
     """The mapping in a YAML file. Raises BadInput for a file that holds none, or a key twice."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1
-        raise BadInput(f"{path} is not valid YAML, line {line}: {error.problem}") from None
+        values = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or an impossible date
-        raise BadInput(f"{path} is not valid YAML: {one_line(error)}") from None
+        raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
+    keys = re.findall(r"(?m)^(\w+):", text)
+    if len(keys) > len(values):  # YAML keeps the last
+        raise BadInput(f"{path} holds a key twice: {max(keys, key=keys.count)}")
     return values
 
 

@@ -85,17 +85,14 @@ def find_state(loaded: object) -> object:
     """
     if not isinstance(loaded, dict):
         return loaded
-    wrapped = [loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), dict)]
-    state = wrapped[0] if wrapped else loaded
-    return {re.sub(PREFIXES, "", str(name)): tensor for name, tensor in state.items()}
+    for key in WRAPPERS:
+        if isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    return {re.sub(PREFIXES, "", str(name)): tensor for name, tensor in loaded.items()}
 
 
 def compute_shapes(state: dict) -> dict[str, tuple]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def starting_with(prefix: str, state: dict) -> dict:
-    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def fit_state(model: nn.Module, state: object, source) -> None:
@@ -126,17 +123,17 @@ def fit_weights(model: nn.Module, name: str, state: object, source) -> None:
         return
     head, drawn = HEADS[name], model.state_dict()
     state = {rename_torchvision(key, head): tensor for key, tensor in state.items()}
+    shape = compute_shapes(state).get(f"{head}.1.weight")
+    is_foreign = shape != compute_shapes(drawn)[f"{head}.1.weight"]
+    if is_foreign:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(head)}
     for key, tensor in drawn.items():
-        if key.endswith("num_batches_tracked"):  # missing in files of 2017
+        # counters of batches are missing in files of 2017
+        if key.endswith("num_batches_tracked") or (is_foreign and key.startswith(head)):
             state.setdefault(key, tensor)
-    head_drawn = starting_with(head, drawn)
-    head_in_file = starting_with(head, state)
-    if compute_shapes(head_in_file) == compute_shapes(head_drawn):
-        fit_state(model, state, source)
-        return
-    trunk = {key: tensor for key, tensor in state.items() if key not in head_in_file}
-    fit_state(model, trunk | head_drawn, source)
-    say(f"the run starts from {source}; its last layer, {head}, is drawn from the seed")
+    fit_state(model, state, source)
+    if is_foreign:
+        say(f"the run starts from {source}; its last layer, {head}, is drawn from the seed")
 
 
 def rename_torchvision(name: str, head: str) -> str:

@@ -151,10 +151,6 @@ def _read_environment() -> tuple[int, int, str]:
     if num > 1 and rank_name == "SLURM_PROCID":
         os.environ.setdefault("MASTER_ADDR", _first_node())
         os.environ.setdefault("MASTER_PORT", str(20000 + read_count("SLURM_JOB_ID", 0) % 20000))
-    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if num > 1 and (lacking or rank >= num):
-        reason = f"{' and '.join(lacking)} not set" if lacking else f"there is no rank {rank}"
-        raise BadInput(f"{reason}: {hint}")
     return rank, num, hint
 
 
@@ -196,7 +192,7 @@ def join_ranks(device: torch.device, num_shards: int) -> Iterator[Ranks]:
         require_equal_shares(num_shards, num)
     except BadInput as error:
         raise BadInput(f"{error}: {hint}") from None
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     note = threading.Timer(NOTE_S, say, [f"waiting at {place} for the other ranks: {hint}"])
     note.start()
     try:

@@ -1,7 +1,6 @@
 """The log of a run while it trains: a row for each step and each epoch, and the time spent."""
 
 import collections
-import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -89,9 +88,9 @@ class RunLog:
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
             for row in read_csv(self.steps.path):
-                self.earlier_train_s += batch_size / (float(row["images_per_s"] or 0) or math.inf)
+                self.earlier_train_s += batch_size / float(row["images_per_s"])
             for row in read_csv(self.epochs.path):
-                self.earlier_eval_s += float(row["eval_s"] or 0)
+                self.earlier_eval_s += float(row["eval_s"])
         self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
         self.last_step = self.last_done = self.host_values = None
         self.note = ""
@@ -235,8 +234,6 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        errors = (OSError,) if kind else ()  # the first error is the one to report
+    def __exit__(self, *_):
         for log in self.logs:
-            with contextlib.suppress(*errors):
-                log.close()
+            log.close()

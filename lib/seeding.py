@@ -11,9 +11,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 
-# constants of splitmix64, and one for a second round of it
-_ADD, _MULTIPLY_1, _MULTIPLY_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_SECOND_ROUND = 0xD1B54A32D192ED03
 _SIGNED = 1 << 63
 
 
@@ -22,36 +19,37 @@ def _signed(value: int) -> int:
     return (value + _SIGNED) % (1 << 64) - _SIGNED
 
 
+# constants of splitmix64, and one for a second round of it
+_ADD = _signed(0x9E3779B97F4A7C15)
+_MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
+_MULTIPLY_2 = _signed(0x94D049BB133111EB)
+_SECOND_ROUND = _signed(0xD1B54A32D192ED03)
+
+
 def _shift_right(values, num_bits: int):
     """`values >> num_bits`, filled up with zeros; `>>` repeats the sign of a signed integer."""
     return (values >> num_bits) & ((1 << (64 - num_bits)) - 1)
 
 
-def _mix(values: torch.Tensor) -> torch.Tensor:
+def _mix(values, wrap=lambda value: value):
     """The finaliser of splitmix64 (Steele et al., OOPSLA 2014) of each int64. Integer arithmetic
-    gives the same on every device.
+    gives the same on every device. A tensor wraps around by itself; a Python int needs `wrap`.
     """
-    values = values + _signed(_ADD)
-    values = (values ^ _shift_right(values, 30)) * _signed(_MULTIPLY_1)
-    values = (values ^ _shift_right(values, 27)) * _signed(_MULTIPLY_2)
+    values = wrap(values + _ADD)
+    values = wrap((values ^ _shift_right(values, 30)) * _MULTIPLY_1)
+    values = wrap((values ^ _shift_right(values, 27)) * _MULTIPLY_2)
     return values ^ _shift_right(values, 31)
 
 
-def _mix_int(value: int) -> int:
-    """`_mix` of one Python int. A GPU gets an int as an argument of a kernel; a tensor would have
-    to be copied to it, which waits for its steps.
-    """
-    value = _signed(value + _ADD)
-    value = _signed((value ^ _shift_right(value, 30)) * _MULTIPLY_1)
-    value = _signed((value ^ _shift_right(value, 27)) * _MULTIPLY_2)
-    return value ^ _shift_right(value, 31)
-
-
 def mix_position(*position: int) -> int:
-    """A position such as (seed, epoch, purpose) hashed to one signed number of 64 bits."""
+    """A position such as (seed, epoch, purpose) hashed to one signed number of 64 bits.
+
+    It is a Python int, which a GPU gets as an argument of a kernel. A tensor would have to be
+    copied to the GPU, which waits for its steps.
+    """
     mixed = 0
     for part in position:
-        mixed = _mix_int(mixed ^ part)
+        mixed = _mix(mixed ^ part, _signed)
     return mixed
 
 
@@ -60,7 +58,7 @@ def mixed_bits(keys: torch.Tensor, mixed_position: int | torch.Tensor) -> torch.
 
     `mixed_position` comes from `mix_position`, as an int or an int64 tensor () on the keys' device.
     """
-    return _mix(_mix(keys ^ mixed_position) ^ _signed(_SECOND_ROUND))
+    return _mix(_mix(keys ^ mixed_position) ^ _SECOND_ROUND)
 
 
 def position_bits(keys: torch.Tensor, *position: int) -> torch.Tensor:

@@ -5,7 +5,6 @@ the bit, without keeping their tensors.
 import contextlib
 import os
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +44,9 @@ QUANTITIES = {
 KEPT = "trace"  # folder of the checkpoints that a traced run keeps, for a replay to start from
 
 
-def copy_tensors(tensors: dict) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
 def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
-    """Copies of what a step used and changed, {quantity: {name: tensor or text}}. They are the same
-    for any number of ranks.
+    """What a step used and changed, {quantity: {name: tensor or text}}. It is the same for any
+    number of ranks.
     """
     device = batch.images.device
 
@@ -73,16 +68,16 @@ def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
     if device.type == "cuda":
         rng["cuda"] = of_last_rank(torch.cuda.get_rng_state(device))
     parameters = dict(state.model.named_parameters())
-    gradients = {name: parameter.grad for name, parameter in parameters.items()}
     return {
         "rows": of_all_ranks({"keys": batch.keys, "labels": batch.labels}),
         "images": of_all_ranks({"uint8": batch.images}),
         "draws": of_all_ranks(vars(result.draws)),
         "rng": rng,
-        "buffers": copy_tensors(dict(state.model.named_buffers())),
-        "loss": copy_tensors({"loss": result.loss}),
-        "gradients": copy_tensors(gradients),  # as the optimizer saw them
-        "parameters": copy_tensors(parameters),
+        "buffers": dict(state.model.named_buffers()),
+        "loss": {"loss": result.loss},
+        # as the optimizer saw them
+        "gradients": {name: parameter.grad for name, parameter in parameters.items()},
+        "parameters": parameters,
     }
 
 
@@ -90,53 +85,33 @@ class Trace:
     """Writes trace.csv of a run, a row for every `every`th step, and keeps the run's checkpoints. 0
     turns it off.
 
-    The training loop only copies the tensors of a step, since the next step overwrites them. A
-    background thread hashes the copies; its errors are raised by a later call. The ranks send their
-    parts of a batch to the first rank, which writes.
+    The ranks send their parts of a batch to the first rank, which hashes and writes.
     """
 
     def __init__(self, run: Path | None, state, every: int, ranks: Ranks):
         self.run, self.state, self.every, self.ranks = run, state, every, ranks
         self.start_step = state.progress["num_steps"]
-        self.hasher = ThreadPoolExecutor(1)
-        self.job = None  # the future of the row that is being hashed
         self.log = None
 
     def add(self, batch, result) -> None:
         """Add a row for the step that was just made from `batch`, this rank's part."""
-        step, device = self.state.progress["num_steps"], batch.images.device
+        step = self.state.progress["num_steps"]
         if not self.every or step % self.every:
             return
         values = step_values(self.state, batch, result, self.ranks)
-        if self.ranks.is_first:
-            self._wait()
-            on_gpu = device.type == "cuda"
-            copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
-            self.job = self.hasher.submit(self._write, step, values, copied, device)
-
-    def _write(self, step: int, values: dict[str, dict], copied, device) -> None:
+        if not self.ranks.is_first:
+            return
         row = {"step": step}
-        # a stream of its own: copies to the host would queue behind the model's next steps
-        with torch.cuda.stream(torch.cuda.Stream(device) if copied else None):
-            if copied:
-                copied.synchronize()
-            for quantity, parts in values.items():
-                digests = {}
-                for name, value in parts.items():
-                    digests[f"{quantity}.{name}"] = state_sha256(value)
-                row[quantity] = state_sha256(digests)  # of the digests of its tensors
-                row.update(digests)
+        for quantity, parts in values.items():
+            digests = {f"{quantity}.{name}": state_sha256(part) for name, part in parts.items()}
+            row[quantity] = state_sha256(digests)  # of the digests of its tensors
+            row.update(digests)
         if not self.log:
             self.log = CsvLog(self.run / "trace.csv", list(row), self.start_step)
         self.log.add(**row)
 
-    def _wait(self) -> None:
-        if self.job:
-            self.job.result()
-
     def flush(self) -> None:
-        """Wait until every row is hashed and written. Raises hashing's error."""
-        self._wait()
+        """Write every row to the disk."""
         if self.log:
             self.log.flush()
 
@@ -149,11 +124,3 @@ class Trace:
             # OSError: no links here, and a replay starts earlier; or the link is already there
             with contextlib.suppress(OSError):
                 os.link(checkpoint, self.run / KEPT / f"{self.state.progress['num_steps']:08}.pt")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        errors = (Exception,) if kind else ()  # the first error is the one to report
-        with self.hasher, contextlib.suppress(*errors):
-            self.flush()

@@ -23,7 +23,6 @@ from lib.ranks import ALONE, Ranks
 from lib.seeding import position_seed, seed_everything
 
 DROPOUT = 201  # purpose of a draw, as part of its position
-LOWER_IS_BETTER = ("loss",)
 
 
 @dataclass
@@ -78,7 +77,8 @@ def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> Trai
     model = build_model(cfg)
     if cfg.weights:
         fit_weights(model, cfg.model, load_weights(cfg.weights), cfg.weights)
-        require_finite(model, cfg.weights)
+        if not is_finite(model):
+            raise BadInput(f"{cfg.weights} holds values that are no finite numbers")
     model.to(device)
     averaged = copy.deepcopy(model).eval().requires_grad_(False) if cfg.ema_decay else None
     progress = {
@@ -101,13 +101,6 @@ def why_not_captured(cfg: Config, ranks: Ranks) -> str:
     if cfg.dropout:
         return "dropout draws from a generator, which is seeded anew for each step"
     return "several ranks exchange their sums" if ranks.num > 1 else ""
-
-
-def require_finite(model: nn.Module, source) -> None:
-    """Raise BadInput where the weights from the file `source` are not all finite numbers."""
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise BadInput(f"{source}: the tensor {name} holds values that are no finite numbers")
 
 
 def restore_state(state: TrainState, checkpoint: dict, source) -> None:
@@ -299,29 +292,29 @@ def average_decay(cfg: Config, num_steps: int) -> float:
 @torch.no_grad()
 def average_weights(state: TrainState, weight: float | torch.Tensor) -> None:
     """Move the averaged weights and statistics towards the current ones, by the share `weight`."""
-    averaged = [*state.averaged.parameters(), *state.averaged.buffers()]
-    current = [*state.model.parameters(), *state.model.buffers()]
-    pairs = list(zip(averaged, current, strict=True))
-    means, values = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    means, values = [], []
+    averaged, current = state.averaged.state_dict(), state.model.state_dict()
+    for name, value in current.items():
+        if value.is_floating_point():
+            means.append(averaged[name])
+            values.append(value)
+        else:
+            averaged[name].copy_(value)
     if torch.is_tensor(weight):  # torch has no lerp of many tensors by a weight on the device
         differences = torch._foreach_sub(values, means)
         torch._foreach_mul_(differences, weight)
         torch._foreach_add_(means, differences)
     else:
         torch._foreach_lerp_(means, values, weight)
-    for counter, value in pairs:
-        if not counter.is_floating_point():
-            counter.copy_(value)
 
 
 def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
     """Update the best metric, and the decay at plateaus, after an epoch's evaluation. True if this
     epoch is the best so far.
     """
-    sign = -1 if cfg.select_metric in LOWER_IS_BETTER else 1
+    sign = -1 if cfg.select_metric == "loss" else 1
     value, best = scores[cfg.select_metric], progress["best"]
-    has_best = best is not None and math.isfinite(best)
-    if not has_best or sign * value > sign * best:
+    if best is None or sign * value > sign * best:
         epoch = progress["epoch"] + 1
         progress.update(best=value, best_epoch=epoch, best_scores=scores, stale_epochs=0)
         return True
@@ -331,9 +324,9 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
     return False
 
 
-def is_finite(state: TrainState) -> bool:
+def is_finite(model: nn.Module) -> bool:
     """Whether every weight and statistic is a finite number."""
-    are_finite = [tensor.isfinite().all() for tensor in state.model.state_dict().values()]
+    are_finite = [tensor.isfinite().all() for tensor in model.state_dict().values()]
     return bool(torch.stack(are_finite).all())
 
 

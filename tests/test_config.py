@@ -15,34 +15,23 @@ from lib.config import (
     config_from_dict,
     dump_config,
     load_config,
-    parse_overrides,
 )
 from lib.files import read_json
 from lib.rundir import read_run_config
 
 LINES = [line for line in DEFAULT_PATH.read_text().splitlines() if re.match(r"\w", line)]
 CHAMPION = REPOSITORY / "assets" / "champion"
-REFUSED = {
-    "epochs": ["1.5", "0", "nan", "inf", "true", "", "ten", True, [3], None],
-    "seed": ["-1", "2147483648", None],
-    "lr": ["0", "-1", "nan", "inf", "fast", "1e999", True],
-    "symmetries": ["2", "on", "", "1.0"],
-    "model": ["CNN", "resnet", {}],
-    "views": ["2", "true"],
-    "mlp_hidden": ["0", "1,x", "*"],
-    "quarantine_reasons": ["nan,dark"],
-    "threads": ["auto", "-1", "1025"],
-    "shards": ["3"],
-    "num_folds": ["1"],
-    "name": ["", "a/b"],
-}
 
 
-def test_config_yaml_has_each_key_in_its_order_with_a_comment_and_the_code_has_no_default():
+def test_config_yaml_has_each_key_with_a_comment_and_the_code_has_no_default():
     fields = dataclasses.fields(Config)
     assert [line.partition(":")[0] for line in LINES] == [field.name for field in fields]
     assert {field.default for field in fields} == {dataclasses.MISSING}
-    assert [line for line in LINES if not re.search(r" # \S", line)] == []
+    assert all(re.search(r" # \S", line) for line in LINES)
+    values = load_config().as_dict()
+    del values["momentum"]
+    with pytest.raises(BadInput, match="momentum"):
+        config_from_dict(values)
 
 
 def test_what_a_file_leaves_out_is_as_in_config_yaml(tmp_path):
@@ -53,38 +42,29 @@ def test_what_a_file_leaves_out_is_as_in_config_yaml(tmp_path):
     path.write_text("batchsize: 128\n")
     with pytest.raises(BadInput, match="unknown key 'batchsize', did you mean 'batch_size'"):
         load_config(path)
+    with pytest.raises(BadInput, match="'qqqq'.*seed"):
+        load_config(overrides=["qqqq=3"])
+    gpu = load_config(REPOSITORY / "config-gpu.yaml")
+    assert gpu.batch_size > load_config().batch_size and gpu.model == load_config().model
 
 
-def test_the_config_for_a_gpu_changes_what_it_names():
-    path = REPOSITORY / "config-gpu.yaml"
-    changed, default = load_config(path), load_config()
-    assert changed.batch_size > default.batch_size and changed.model == default.model
-
-
-def test_a_missing_key_is_named():
-    values = load_config().as_dict()
-    del values["momentum"]
-    with pytest.raises(BadInput, match="momentum"):
-        config_from_dict(values)
-
-
-@pytest.mark.parametrize("text", ["1e-3", "0.001", "1E-3", ".1e-2"])
-def test_a_number_is_a_number_from_yaml_and_from_the_shell(text, tmp_path):
-    (tmp_path / "c.yaml").write_text(re.sub("(?m)^lr:.*", f"lr: {text}", DEFAULT_PATH.read_text()))
-    assert load_config(tmp_path / "c.yaml").lr == load_config(overrides=[f"lr={text}"]).lr == 1e-3
-
-
-@pytest.mark.parametrize("misspelt, nearest", [("qqqq", "seed"), ("batchsize", "batch_size")])
-def test_an_unknown_key_is_refused_with_the_nearest_or_all(misspelt, nearest, tmp_path):
-    (tmp_path / "c.yaml").write_text(DEFAULT_PATH.read_text() + f"\n{misspelt}: 3\n")
-    for arguments in ([tmp_path / "c.yaml"], [DEFAULT_PATH, [f"{misspelt}=3"]]):
-        with pytest.raises(BadInput, match=f"'{misspelt}'.*{nearest}"):
-            load_config(*arguments)
-
-
-@pytest.mark.parametrize("key", REFUSED)
-def test_a_value_of_the_wrong_type_or_size_is_refused_by_name(key):
-    for value in REFUSED[key]:
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("epochs", ["1.5", "0", "nan", "inf", "true", "", "ten", True, [3], None]),
+        ("seed", ["-1", "2147483648"]),
+        ("lr", ["0", "-1", "nan", "inf", "fast", "1e999"]),
+        ("symmetries", ["2", "on", ""]),
+        ("model", ["CNN", "resnet", {}]),
+        ("mlp_hidden", ["0", "1,x", "*"]),
+        ("quarantine_reasons", ["nan,dark"]),
+        ("shards", ["3"]),
+        ("num_folds", ["1"]),
+        ("name", ["", "a/b"]),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_size_is_refused_by_name(key, values):
+    for value in values:
         with pytest.raises(BadInput, match=key):
             config_from_dict(load_config().as_dict() | {key: value})
 
@@ -94,10 +74,10 @@ def test_a_value_of_the_wrong_type_or_size_is_refused_by_name(key):
     [
         ("mlp_hidden", "256,128", (256, 128)),
         ("mlp_hidden", "[256, 128]", (256, 128)),
-        ("mlp_hidden", "256 128", (256, 128)),
         ("mlp_hidden", 256, (256,)),
         ("mlp_hidden", "", ()),
         ("quarantine_reasons", [float("nan"), "range"], ("nan", "range")),  # YAML's [.nan, range]
+        ("lr", ".1e-2", 1e-3),
         ("epochs", "1e3", 1000),
         ("seed", "2147483647", 2**31 - 1),
         ("dropout", "0.95", 0.95),  # a bound is allowed, to the bit
@@ -121,55 +101,47 @@ def test_a_value_is_read_as_meant(key, value, meaning, monkeypatch):
     "text",
     [
         "seed: 1\nseed: 2\n",
-        "ranges:\n  lr: 1\n  lr: 2\n",
         "seed: [1\n",
         "- seed\n",
         "",
-        "? [a, b]\n: 1\n",
         "name: !!python/object/apply:os.getcwd []\n",
         "name: 2024-13-45\n",  # looks like a date that is none
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused_by_name(text, tmp_path):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(BadInput, match=r"c\.yaml.*(YAML|key: value)"):
+    with pytest.raises(BadInput, match=r"c\.yaml.*(YAML|key: value|twice: seed)"):
         load_config(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("pairs", [["lr"], ["lr=1", "lr=2"]])
 def test_overrides_are_key_value_pairs_each_given_once(pairs):
     with pytest.raises(BadInput):
-        parse_overrides(pairs)
+        load_config(overrides=pairs)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["pcam", "yes", "1e-3", "012", "null", "~", "3", "#1", "a: b", "'", '"', "ü—漢", "!x", "nan"],
-)
+@pytest.mark.parametrize("text", ["yes", "1e-3", "null", "~", "#1", "a: b", '"', "ü—漢", "nan"])
 def test_dump_and_load_give_an_equal_config(text, tmp_path):
-    cfg = load_config(
-        overrides=["lr=1e-3", "mlp_hidden=64,32", "quarantine_reasons=nan,leak", "symmetries=false"]
-    )
-    cfg = dataclasses.replace(cfg, name=text, data_dir=f"/data/{text} ", quarantine=f"q{text}")
+    cfg = load_config(overrides=["lr=1e-3", "mlp_hidden=64,32", "quarantine_reasons=nan,leak"])
+    cfg = dataclasses.replace(cfg, name=text, data_dir=f"/data/{text} ")
     (tmp_path / "c.yaml").write_text(dump_config(cfg), encoding="utf-8")
-    assert load_config(tmp_path / "c.yaml") == cfg == config_from_dict(cfg.as_dict())
+    assert load_config(tmp_path / "c.yaml") == cfg
 
 
 def test_the_identity_leaves_out_the_keys_marked_free_and_no_other():
     marked = {line.partition(":")[0] for line in LINES if "# (free" in line}
     cfg = load_config()
     assert marked == set(FREE_KEYS) == set(cfg.as_dict()) - set(cfg.identity())
-
-
-def test_the_identity_of_an_old_run_is_what_its_meta_json_says():
     meta = read_json(CHAMPION / "meta.json")
     cfg = dataclasses.replace(read_run_config(CHAMPION), name="b", views=1)
-    assert cfg.identity_digest(meta["data"]) == meta["identity"]
+    assert cfg.identity_digest(meta["data"]) == meta["identity"], "that of an old run stays"
 
 
 def test_what_changes_the_weights_changes_the_identity(tmp_path):
-    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
-        (tmp_path / name).write_text(text)
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path, text in zip(paths, "112", strict=True):
+        with open(path, "w") as file:
+            file.write(text)
 
     def digest(data=(), groups=None, **changes) -> str:
         cfg = dataclasses.replace(load_config(), **changes)
@@ -178,15 +150,14 @@ def test_what_changes_the_weights_changes_the_identity(tmp_path):
     digests = {
         digest(),
         digest(seed=2),
-        digest(mlp_hidden=(1,)),
-        digest(quarantine=str(tmp_path / "a")),
-        digest(quarantine=str(tmp_path / "c")),
+        digest(quarantine=paths[0]),
+        digest(quarantine=paths[2]),
         digest(data={"x": "0"}),
         digest(groups="1", num_folds=2),
         digest(groups="2", num_folds=2),
     }
-    assert len(digests) == 8
-    assert digest(quarantine=str(tmp_path / "b")) in digests, "the content counts, not the place"
+    assert len(digests) == 7
+    assert digest(quarantine=paths[1]) in digests, "the content counts, not the place"
     assert digest(groups="1") in digests, "without folds no row moves by them"
 
 
@@ -196,4 +167,4 @@ def test_a_resumed_run_may_change_free_keys_alone():
     assert changed == dataclasses.replace(cfg, views=8, data_dir="/elsewhere")
     for change in ({"seed": "2"}, {"sed": "2"}):
         with pytest.raises(BadInput, match="seed"):
-            change_free_keys(cfg, {"views": "8"} | change)
+            change_free_keys(cfg, change)

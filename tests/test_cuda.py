@@ -46,14 +46,6 @@ def test_training_never_waits_for_the_gpu_and_logs_every_step(trainer, tmp_path)
     assert all(float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
 
 
-def test_a_wait_is_found(trainer, tmp_path, monkeypatch):
-    step = trainer.step
-    monkeypatch.setattr(
-        trainer, "step", lambda batch: (step(batch), torch.ones(1, device="cuda").item())[0]
-    )
-    assert "synchroniz" in first_wait(trainer, tmp_path)
-
-
 def test_patches_streamed_from_host_memory_train_as_resident_ones_do(pcam_dir):
     weights = []
     for residence in ("device", "host"):

@@ -30,9 +30,7 @@ class OnGpuAlone(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        tensors = [
-            value for value in tree_flatten((args, kwargs, result))[0] if torch.is_tensor(value)
-        ]
+        tensors = filter(torch.is_tensor, tree_flatten((args, kwargs, result))[0])
         assert all(tensor.device == GPU for tensor in tensors), f"{function} touches the CPU"
         return result
 
@@ -54,16 +52,16 @@ class ResidentSource:
 
 def move_to_gpu(model: nn.Module) -> nn.Module:
     """The model with fake tensors on the GPU in place of its own."""
+
+    def on_gpu(value):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=GPU)
+
     for module in model.modules():
         for name, value in module._parameters.items():
             if value is not None:
-                module._parameters[name] = nn.Parameter(
-                    torch.empty_strided(value.shape, value.stride(), device=GPU)
-                )
+                module._parameters[name] = nn.Parameter(on_gpu(value))
         for name, value in module._buffers.items():
-            module._buffers[name] = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device=GPU
-            )
+            module._buffers[name] = on_gpu(value)
     return model
 
 
@@ -81,16 +79,13 @@ def fake_gpu():
 def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
     model, monkeypatch, request
 ):
-    cfg = load_config(
-        overrides=[f"model={model}", "batch_size=8", "dropout=0.1", "grad_clip=1", "precision=fp32"]
-    )
+    keys = (f"model={model}", "batch_size=8", "dropout=0.1", "grad_clip=1", "precision=fp32")
+    cfg = load_config(overrides=keys)
     networks = [build_model(cfg) for _ in range(2)]
     request.getfixturevalue("fake_gpu")
     network, averaged = map(move_to_gpu, networks)
-    state = training.TrainState(
-        network, averaged, build_optimizer(network, cfg), {"epoch": 0, "step": 0, "num_steps": 0}
-    )
-
+    progress = {"epoch": 0, "step": 0, "num_steps": 0}
+    state = training.TrainState(network, averaged, build_optimizer(network, cfg), progress)
     for group in state.optimizer.adamw.param_groups:
         # the fused kernel has no form for fake tensors where the learning rate is a tensor
         group.update(fused=False, foreach=True, capturable=True)
@@ -104,8 +99,8 @@ def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
 
     monkeypatch.setattr(training, "compute_gradients", compute_gradients)
     rows = Rows(np.arange(NUM), np.zeros(NUM, np.uint8), {})
-    keys = epoch_order(rows, NUM, 0, cfg, GPU)
-    batches = load_batches(ResidentSource(), rows.labels, list(keys.split(8)))
+    order = epoch_order(rows, NUM, 0, cfg, GPU)
+    batches = load_batches(ResidentSource(), rows.labels, list(order.split(8)))
     training.training_step(state, next(batches), cfg, 0.1)  # what is copied once is copied here
     with OnGpuAlone():
         for _ in range(2):
@@ -114,13 +109,12 @@ def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
         float(result.loss)
 
 
-@pytest.mark.parametrize("views", [1, 8])
-def test_no_prediction_of_resident_patches_copies_from_the_cpu(views, request):
+def test_no_prediction_of_resident_patches_copies_from_the_cpu(request):
     model = build_model(load_config(overrides=["model=resnet18"])).eval()
     request.getfixturevalue("fake_gpu")
     images = ResidentSource().patches[:8]
     model = move_to_gpu(model)
-    predict_batch(model, images, "fp32", views, PREPROCESSING)
+    predict_batch(model, images, "fp32", 8, PREPROCESSING)
     with OnGpuAlone():
-        logits = predict_batch(model, images, "fp32", views, PREPROCESSING)
+        logits = predict_batch(model, images, "fp32", 8, PREPROCESSING)
     assert logits.shape == (8,) and logits.device == GPU

@@ -12,7 +12,7 @@ from lib.files import read_csv
 
 @pytest.mark.slow
 def test_training_prediction_and_audit_need_nothing_that_only_linux_has(tmp_path):
-    data, runs, out = write_pcam(tmp_path / "data"), tmp_path / "runs", tmp_path / "p.csv"
+    data, out = write_pcam(tmp_path / "data"), tmp_path / "p.csv"
 
     def run(script, *arguments, codes=(0,)):
         command = ["tests/without_linux.py", REPOSITORY / script, *arguments]
@@ -20,15 +20,13 @@ def test_training_prediction_and_audit_need_nothing_that_only_linux_has(tmp_path
         assert result.returncode in codes, result.stderr
         return result.json
 
-    drawn = ("synthetic", "--to", tmp_path / "drawn", "--train", 8, "--valid", 8, "--test", 0)
-    run("prepare.py", *drawn)
+    run("prepare.py", "synthetic", "--to", "drawn", "--train", 8, "--valid", 8, "--test", 0)
     settings = {*QUICK, f"data_dir={data}", "data_residence=disk"} - {"threads=1"}
-    trained = run("train.py", "--runs", runs, *settings)
-    arguments = ("--split", "valid", "--out", out)
-    predicted = run("inference.py", "--ckpt", trained["run"], data, *arguments)
-    assert predicted["num"] == len(read_csv(out)) > 0
-    audited = ("data", data, "--checks", "files,values,duplicates", "--out", tmp_path / "audit")
-    run("audit.py", *audited, codes=(0, 1))
+    trained = run("train.py", "--runs", "runs", *settings)
+    run("inference.py", "--ckpt", trained["run"], data, "--split", "valid", "--out", out)
+    assert len(read_csv(out)) == 64
+    checks = ("--checks", "files,values,duplicates")
+    run("audit.py", "data", data, *checks, "--out", tmp_path / "audit", codes=(0, 1))
 
 
 def test_a_page_is_drawn_whatever_backend_a_notebook_hands_down(pcam_dir, tmp_path, monkeypatch):
@@ -39,17 +37,14 @@ def test_a_page_is_drawn_whatever_backend_a_notebook_hands_down(pcam_dir, tmp_pa
     assert "data:image/png" in (tmp_path / "audit" / "audit.html").read_text()
 
 
-def test_a_tilde_that_no_shell_saw_is_the_home_folder(tmp_path):
+def test_a_tilde_that_no_shell_saw_is_the_home_folder(tmp_path, monkeypatch):
     write_pcam(tmp_path / "home" / "pcam", 64, 32)
-    home = os.environ | {"HOME": str(tmp_path / "home")}
     (tmp_path / "c.yaml").write_text("data_dir: ~/pcam\n")
-    command = [sys.executable, REPOSITORY / "train.py", "--config", "~/../c.yaml", *QUICK]
-    settings = ["--runs", "~/runs", "limit_train=0"]
-    subprocess.run([*command, *settings], env=home, cwd=tmp_path, check=True, capture_output=True)
-    assert os.listdir(tmp_path / "home" / "runs") and sorted(os.listdir(tmp_path)) == [
-        "c.yaml",
-        "home",
-    ]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = ["--config", "~/../c.yaml", *QUICK, "--runs", "~/runs"]
+    run_script("train.py", *command, cwd=tmp_path, check=0)
+    assert os.listdir(tmp_path / "home" / "runs")
+    assert sorted(os.listdir(tmp_path)) == ["c.yaml", "home"]
 
 
 def test_a_user_without_a_home_gets_no_folder_named_tilde(tmp_path):
@@ -66,9 +61,7 @@ def test_a_user_without_a_home_gets_no_folder_named_tilde(tmp_path):
         "except BadInput: print('refused')"
     )
     tmp_path.chmod(0o777)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(REPOSITORY)}, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    options = {"env": {"PYTHONPATH": str(REPOSITORY)}, "cwd": tmp_path, "text": True}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
     assert result.stdout == "refused\n", result.stderr
     assert os.listdir(tmp_path) == []

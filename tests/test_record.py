@@ -29,11 +29,10 @@ COMMANDS = (
 
 
 def machine() -> dict:
-    known = describe_machine(torch.device("cpu"))
-    kind = {key: known[key] for key in ("cpu", "cpu_capability")}
-    lines = (
-        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    )
+    facts = describe_machine(torch.device("cpu"))
+    kind = {key: facts[key] for key in ("cpu", "cpu_capability")}
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
     for line in reversed(lines):
         key, _, value = line.partition(":")
         if key.strip() in ("cpu family", "model", "stepping"):
@@ -48,44 +47,25 @@ def train_shortly(folder: Path, command: str) -> str:
     (data / "camelyonpatch_level_2_split_train_meta.csv").write_text(
         f",coord_y,coord_x,tumor_patch,center_tumor_patch,wsi\n{slides}\n"
     )
-    arguments = [
-        "--device",
-        "cpu",
-        "--runs",
-        folder / "runs",
-        f"data_dir={data}",
-        *SHORT.split(),
-        *command.split(),
-    ]
+    places = ("--device", "cpu", "--runs", folder / "runs", f"data_dir={data}")
+    arguments = [*places, *SHORT.split(), *command.split()]
     return run_script("train.py", *arguments, check=0).json["weights_sha256"]
 
 
 def predict_by_champion(folder: Path) -> list[str]:
     """The probabilities of drawn patches by assets/champion, as inference.py writes them."""
-    data = write_pcam(folder, num_train=32, num_valid=24, seed=5)
-    out = folder / "p.csv"
-    run_script(
-        "inference.py",
-        "--ckpt",
-        "assets/champion",
-        data,
-        "--split",
-        "valid",
-        "--out",
-        out,
-        "--device",
-        "cpu",
-        check=0,
-    )
+    data, out = write_pcam(folder, num_train=32, num_valid=24, seed=5), folder / "p.csv"
+    model = ("--ckpt", "assets/champion", "--device", "cpu")
+    run_script("inference.py", *model, data, "--split", "valid", "--out", out, check=0)
     return [line.split(",")[2] for line in out.read_text().splitlines()[1:]]
 
 
 @pytest.fixture(scope="module")
 def record() -> dict:
-    known = json.loads(RECORD.read_text())
-    if known["machine"] != machine():
-        pytest.skip(f"the record is of {known['machine']}")
-    return known
+    record = json.loads(RECORD.read_text())
+    if record["machine"] != machine():
+        pytest.skip(f"the record is of {record['machine']}")
+    return record
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,13 +79,9 @@ def test_the_champion_predicts_as_was_written_down(record, tmp_path):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
-        weights = {
-            command: train_shortly(Path(scratch, str(number)), command)
-            for number, command in enumerate(COMMANDS)
-        }
-        known = {
-            "machine": machine(),
-            "weights_sha256": weights,
-            "champion": predict_by_champion(Path(scratch, "champion")),
-        }
-    RECORD.write_text(json.dumps(known, indent=1) + "\n")
+        weights = {}
+        for number, command in enumerate(COMMANDS):
+            weights[command] = train_shortly(Path(scratch, str(number)), command)
+        champion = predict_by_champion(Path(scratch, "champion"))
+    facts = {"machine": machine(), "weights_sha256": weights, "champion": champion}
+    RECORD.write_text(json.dumps(facts, indent=1) + "\n")
