@@ -1,6 +1,6 @@
 """Apply a trained checkpoint to patches and write predictions.csv.
 
-python inference.py --ckpt RUN|FILE INPUT... [--out predictions.csv] [--threshold T] [--views 1|8]
+python inference.py --ckpt RUN|FILE INPUT... [--out predictions.csv] [--threshold T] [--views 1|4|8]
 """
 
 import argparse
@@ -57,8 +57,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument(
         "--views",
         type=int,
-        choices=(1, 8),
-        help="test-time augmentation: 8 turned and shifted (default: stored)",
+        choices=(1, 4, 8),
+        help="test-time augmentation: 4 or 8 turned and shifted (default: stored)",
     )
     parser.add_argument(
         "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"

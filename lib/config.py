@@ -113,7 +113,7 @@ class Config:
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]
     early_stop_epochs: Natural
     eval_batch_size: Positive
-    views: Literal[1, 8]
+    views: Literal[1, 4, 8]
     threshold_rule: Literal["f2", "recall", "cost"]
     least_recall: Share
     false_negative_cost: NonNegative
