@@ -186,6 +186,6 @@ def stream(url: str, start: int, timeout_s: float):
                 f"{url} is refused ({one_line(error)}): {remedy}fetch it with a browser, put it"
                 " into the folder of --to as it is, and run this again"
             ) from None
-        asked = getattr(error, "headers", {}).get("Retry-After", "")
-        asked_s = min(LONGEST_ASKED_WAIT_S, float(asked)) if asked.isdecimal() else 0.0
-        raise Cut(one_line(error), asked_s) from None
+        wait = getattr(error, "headers", {}).get("Retry-After", "")
+        wait_s = min(LONGEST_ASKED_WAIT_S, float(wait)) if wait.isdecimal() else 0.0
+        raise Cut(one_line(error), wait_s) from None
