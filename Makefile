@@ -11,6 +11,9 @@ SHELL := /bin/bash
 # jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
 variables := PYTHON ARGS SEED SEEDS K DATA OUT DEST RUN SPACE SEARCH PROCESSES NUM_RANKS PARTITION TIME CPUS MEM AFTER JOB STAGE_DATA
 variables += CHECK
+known := $(variables) TORCH BASE_PYTHON DEMO_DATA DEMO_TRAINING
+unknown := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(filter-out $(known),$(name))))
+$(if $(strip $(unknown)),$(error unknown variable $(strip $(unknown)); there are: $(known)))
 inherited := $(strip $(foreach name,$(variables),$(if $(filter environment%,$(origin $(name))),$(name))))
 IGNORED := $(strip $(foreach name,$(inherited),$(if $(value $(name)),$(name))))
 $(foreach name,$(inherited),$(eval override undefine $(name)))
@@ -49,11 +52,13 @@ help:  ## this list
 setup: $(setup_done)  ## make .venv with the pinned packages; without a GPU: make setup TORCH=cpu
 
 .venv/.installed: requirements.txt requirements-lock.txt
+	@echo 'installing the packages of requirements.txt into .venv' >&2
 	$(BASE_PYTHON) -m venv .venv
 	$(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/.installed-test: .venv/.installed requirements-test.txt
+	@echo 'installing the packages of requirements-test.txt into .venv' >&2
 	$(INSTALL) -r requirements-test.txt
 	touch $@
 

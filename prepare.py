@@ -20,32 +20,26 @@ from lib.command import (
 )
 
 COLUMNS = ("split", "patches", "negative", "positive", "bytes", "seconds", "layout", "slides")
+SYNTHETIC_SIZES = {"train": 20_000, "valid": 4_000, "test": 4_000}
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="prepare.py", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("source", metavar="SRC", type=place, help="what to read")
-    target = argparse.ArgumentParser(add_help=False)
-    target.add_argument(
-        "--to",
-        metavar="DIR",
-        type=place,
-        required=True,
-        help="folder to write: new, empty or unfinished",
-    )
 
-    def add_verb(name, run, help, *parents):
-        verb = verbs.add_parser(name, help=help, description=help, parents=parents)
+    def add_verb(name, run, help, reads=False):
+        verb = verbs.add_parser(name, help=help, description=help)
         verb.set_defaults(run=run)
-        return verb.add_argument
+        option = verb.add_argument
+        if reads:
+            option("source", metavar="SRC", type=place, help="what to read")
+        if name != "verify":
+            words = "folder to write: new, empty or unfinished"
+            option("--to", metavar="DIR", type=place, required=True, help=words)
+        return option
 
     option = add_verb(
-        "download",
-        run_download,
-        "fetch the official files: resumed, checked by MD5, unpacked",
-        target,
+        "download", run_download, "fetch the official files: resumed, checked by MD5, unpacked"
     )
     option(
         "--base-url",
@@ -70,8 +64,7 @@ def build_parser() -> Parser:
         "import",
         run_import,
         "write images as PCam HDF5: SPLIT/LABEL/NAME.jpg, tars of it, Kaggle's, Camelyon17-WILDS",
-        source,
-        target,
+        reads=True,
     )
     option(
         "--valid-share",
@@ -85,8 +78,7 @@ def build_parser() -> Parser:
         "repack",
         run_repack,
         "write PCam-like HDF5 of any number type and layout as contiguous uint8",
-        source,
-        target,
+        reads=True,
     )
     option(
         "--allow-loss",
@@ -95,11 +87,10 @@ def build_parser() -> Parser:
     )
 
     option = add_verb(
-        "synthetic", run_synthetic, "draw H&E-like slides and cut patches with known truth", target
+        "synthetic", run_synthetic, "draw H&E-like slides and cut patches with known truth"
     )
-    option("--train", metavar="N", type=int, default=20_000, help="patches (default 20,000)")
-    option("--valid", metavar="N", type=int, default=4_000, help="patches (default 4,000)")
-    option("--test", metavar="N", type=int, default=4_000, help="patches (default 4,000)")
+    for split, num in SYNTHETIC_SIZES.items():
+        option(f"--{split}", metavar="N", type=int, default=num, help=f"patches (default {num:,})")
     option("--seed", metavar="S", type=int, default=1, help="of all that is drawn (default 1)")
     option(
         "--plant",
@@ -145,8 +136,7 @@ def run_repack(args) -> int:
     result = repack(args.source, args.to, args.allow_loss)
     rows = []
     for split, facts in result["splits"].items():
-        for kind, loss in facts["losses"].items():
-            rows.append((split, kind, loss["values"], loss["patches"]))
+        rows += [(split, kind, *loss.values()) for kind, loss in facts["losses"].items()]
     if rows:
         say_table(("split", "loss", "values", "patches"), rows)
     if not result["written"]:
@@ -182,7 +172,7 @@ def run_download(args) -> int:
 def run_synthetic(args) -> int:
     from lib.prepare.synthetic import SyntheticPlan, write_synthetic
 
-    sizes = {"train": args.train, "valid": args.valid, "test": args.test}
+    sizes = {split: getattr(args, split) for split in SYNTHETIC_SIZES}
     dtype = "float32" if args.float32 else "uint8"
     plan = SyntheticPlan(sizes, args.seed, dict(args.plant), dtype, args.gzip)
     result = write_synthetic(plan, args.to)

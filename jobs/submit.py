@@ -15,21 +15,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 try:
     from lib.command import (
         EXIT_DONE,
         EXIT_FINDING,
         EXIT_INTERRUPTED,
+        REPOSITORY,
         BadInput,
         Parser,
         last_line,
         print_result,
+        run_script,
         say,
         script,
     )
+    from lib.files import read_json
     from lib.jobs import slurm, snapshot
     from lib.jobs.work import (
         Work,
@@ -46,9 +48,9 @@ except ModuleNotFoundError as error:
     print(f"error: {sys.executable} lacks the package {error.name}: {remedy}", file=sys.stderr)
     sys.exit(2)
 
-TARGETS = ("train", "seeds", "folds", "bench", "audit")
+TRAININGS = ("train", "seeds", "folds")
 # what says nothing where there is no cluster
-CLUSTER_VARIABLES = ("PARTITION", "TIME", "CPUS", "MEM", "AFTER")
+CLUSTER_VARIABLES = ("PARTITION", "TIME", "CPUS", "MEM", "AFTER", "STAGE_DATA")
 
 
 @script
@@ -57,28 +59,25 @@ def main(argv=None) -> int:
         prog="submit.py",
         description="Submit the work of a Make target, or run it here where there is no Slurm.",
     )
-    verbs = (*TARGETS, "sweep", "check", "status", "cancel", "here", "examine", "go")
+    verbs = (*TRAININGS, "bench", "audit", "sweep", *ACTIONS, "here", *JOB_STEPS)
     parser.add_argument("verb", choices=verbs)
     parser.add_argument(
         "rest", nargs=argparse.REMAINDER, help="here: a script and arguments before ARGS"
     )
     args = parser.parse_args(argv)
-    if args.verb == "examine":
-        return examine_here(*args.rest)
-    if args.verb == "go":
-        return go(*args.rest)
-    if os.environ.get("IGNORED"):
-        names = ", ".join(os.environ["IGNORED"].split())
+    if args.verb in JOB_STEPS:
+        return JOB_STEPS[args.verb](*args.rest)
+    ignored = os.environ.get("IGNORED", "").split()
+    if ignored:
+        names = ", ".join(ignored)
         say(f"note: only make's command line sets its variables: {names} of the shell are ignored")
     variables = read_variables(os.environ)
     if args.verb == "here":
         return run_here([[*args.rest, *split_arguments(variables["ARGS"])]])
-    if args.verb == "status":
-        return show_status()
-    if args.verb == "cancel":
-        return cancel(variables)
-    if args.verb == "check":
-        return check(variables)
+    if args.verb in ACTIONS:
+        return ACTIONS[args.verb](variables)
+    if variables["NUM_RANKS"] != "1" and args.verb not in TRAININGS:
+        raise BadInput(f"NUM_RANKS: what make {args.verb} runs has one rank")
     submission = snapshot.describe_submission()
     os.environ[SUBMITTED] = json.dumps(submission)  # which children inherit
     if args.verb == "sweep":
@@ -86,8 +85,6 @@ def main(argv=None) -> int:
     work = build_work(args.verb, variables)
     if args.verb == "folds":
         write_missing_groups(work)
-    if variables["NUM_RANKS"] != "1" and work.script != "train.py":
-        raise BadInput(f"NUM_RANKS: {work.script} has one rank")
     chain = [work]
     if len(work.tasks) > 1:
         which = ["--where", f"submission={submission['id']}"]
@@ -103,13 +100,17 @@ def run_without_slurm(chain: list[Work], variables: dict[str, str]) -> int:
     say_no_slurm(variables)
     ranks = []
     if variables["NUM_RANKS"] != "1":
-        examine(work, variables)  # or each rank would say what is wrong, and torchrun much more
         # torchrun would, with a warning; `threads` counts
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         ranks = ["-m", "torch.distributed.run", "--nproc-per-node", variables["NUM_RANKS"]]
-    path = str(REPOSITORY / work.script)
-    commands = [[*ranks, path, *arguments] for arguments in work.arguments_of_tasks()]
-    return run_here(commands, [[str(REPOSITORY / work.script), *work.arguments] for work in last])
+    if ranks or work.tasks:
+        examine(work, variables)  # or each of them would say what is wrong
+    commands = [[*ranks, path_of(work), *arguments] for arguments in work.arguments_of_tasks()]
+    return run_here(commands, [[path_of(work), *work.arguments] for work in last])
+
+
+def path_of(work: Work) -> str:
+    return str(REPOSITORY / work.script)
 
 
 def write_missing_groups(work: Work) -> None:
@@ -117,36 +118,32 @@ def write_missing_groups(work: Work) -> None:
     need that.
     """
     from lib.groups import group_of_rows
-    from lib.jobs.preflight import training_config
+    from lib.jobs.preflight import read_config
     from lib.pcam import open_split
 
-    data_dir = training_config(work.arguments).data_dir
+    data_dir = read_config(work.script, work.arguments).data_dir
     if group_of_rows(open_split(data_dir, "train"), data_dir) is not None:
         return
     say(f"{data_dir} has neither slide names nor groups.csv: looking for shared tissue first")
-    audit = [str(REPOSITORY / "audit.py"), "data", data_dir, "--checks", "groups"]
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, *audit, "--out", out], stdout=subprocess.DEVNULL)
+        audit = ("data", data_dir, "--checks", "groups", "--out", out)
+        run_script("audit.py", *audit, codes=(EXIT_DONE, EXIT_FINDING), shows_progress=True)
 
 
 def say_no_slurm(variables: dict[str, str]) -> None:
     """Say that there is no cluster, and which variables say nothing without one."""
-    idle = [name for name in CLUSTER_VARIABLES if variables[name]]
-    if variables["STAGE_DATA"] == "1":
-        idle.append("STAGE_DATA")
+    idle = [name for name in CLUSTER_VARIABLES if variables[name] not in ("", "0")]
     note = f", and {', '.join(idle)} say nothing" if idle else ""
     say(f"no Slurm cluster here: this runs on this machine{note}")
 
 
 def sweep(variables: dict[str, str], submission: dict) -> int:
     """Plan a search and carry it out: as jobs, each after the one before, or rung by rung here."""
-    if variables["NUM_RANKS"] != "1":
-        raise BadInput("NUM_RANKS: the trials of a search have one rank each")
     name = variables["SEARCH"] or Path(variables["SPACE"]).stem
-    command = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", variables["SPACE"]]
-    command += ["--name", name, *split_arguments(variables["ARGS"])]
+    arguments = [variables["SPACE"], "--name", name, *split_arguments(variables["ARGS"])]
     if variables["DATA"]:
-        command.append(f"data_dir={variables['DATA']}")
+        arguments.append(f"data_dir={variables['DATA']}")
+    command = [sys.executable, str(REPOSITORY / "sweep.py"), "plan", *arguments]
     planned = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if planned.returncode:
         return planned.returncode
@@ -155,15 +152,14 @@ def sweep(variables: dict[str, str], submission: dict) -> int:
         return submit("sweep", sweep_stages(name, num_rows, []), variables, submission)
     say_no_slurm(variables)
     stages = sweep_stages(name, num_rows, ["--processes", variables["PROCESSES"]])
-    stages = [work for work in stages if not work.tasks]
-    return run_here([[str(REPOSITORY / work.script), *work.arguments] for work in stages])
+    return run_here([[path_of(work), *work.arguments] for work in stages if not work.tasks])
 
 
 def submit(target: str, chain: list[Work], variables: dict[str, str], submission: dict) -> int:
     """Check all that can be checked now, in the environment that jobs will have, and submit; each
     waits for the one before. A chain is submitted as a whole, or not at all.
     """
-    slurm.require_disk(REPOSITORY)
+    slurm.require_disk()
     slurm.require_jobs(variables["AFTER"])
     say("checking environment, config and data")
     needs = examine(chain[0], variables)
@@ -211,19 +207,19 @@ def check(variables: dict[str, str]) -> int:
     needs = examine(build_work("train", variables), variables, measures=True)
     say("environment, keys and data: as a training needs them")
     request, limit = [], "none"
-    allowed_bytes = needs["available_bytes"]
+    needed_bytes, allowed_bytes = needs["memory_bytes"], needs["available_bytes"]
     if slurm.has_slurm():
-        slurm.require_disk(REPOSITORY)
+        slurm.require_disk()
         request = slurm.fit_request(variables, needs["threads"])
         options = dict(option.split("=", 1) for option in request)
         limit = options["--time"]
         allowed_bytes = slurm.bytes_of(options.get("--mem"))
     else:
         say_no_slurm(variables)
-    fits = needs["memory_bytes"] <= allowed_bytes
+    fits = needed_bytes <= allowed_bytes
     remedy = "" if fits else ": ask for more (MEM=), or take less (batch_size, data_residence=disk)"
     allowed = f"{allowed_bytes / 1e9:.1f} GB allowed{remedy}"
-    say(f"memory: {needs['memory_bytes'] / 1e9:.1f} GB needed, {allowed}")
+    say(f"memory: {needed_bytes / 1e9:.1f} GB needed, {allowed}")
     is_longer = limit != "none" and needs["seconds"] > 60 * slurm.minutes_of(limit)
     note = "; at its limit the job goes on by itself" if is_longer else ""
     pace = f"{needs['num_threads']} threads of this machine's CPU"
@@ -237,22 +233,17 @@ def examine(work: Work, variables: dict[str, str], measures: bool = False) -> di
     """What lib.jobs.preflight finds of the first task, in the environment that jobs will have.
     Raises BadInput for what cannot work.
     """
-    options = {
-        "data": variables["DATA"],
-        "num_ranks": int(variables["NUM_RANKS"]),
-        "measures": measures,
-    }
+    options = {"num_ranks": int(variables["NUM_RANKS"]), "measures": measures}
     command = [sys.executable, __file__, "examine", json.dumps(options), work.script]
     command += work.arguments_of_tasks()[0]
     shell = ["bash", "-c", 'set -e; . jobs/env.sh; set +eu; exec "$@"', "bash", *command]
     pipes = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     result = subprocess.run(shell, cwd=REPOSITORY, **pipes)
-    last = (result.stdout.splitlines() or [""])[-1]
+    last = last_line(result.stdout)
     needs = json.loads(last) if last.startswith("{") else {}
     if result.returncode or not needs:
-        reason = needs.get("error")
-        reason = reason or f"the environment of jobs does not: {last_line(result.stderr)}"
-        raise BadInput(f"this cannot work: {reason}")
+        reason = f"the environment of jobs does not: {last_line(result.stderr)}"
+        raise BadInput(f"this cannot work: {needs.get('error', reason)}")
     return needs
 
 
@@ -268,11 +259,13 @@ def go(data: str, copy: str, varied: str, name: str, *arguments) -> int:
     """In a job: become the script, for its value of what varies. A training that starts again goes
     on with its run.
     """
-    os.environ[SUBMITTED] = json.dumps(snapshot.read_submission(REPOSITORY))
+    # beside the code that the job runs
+    os.environ[SUBMITTED] = json.dumps(read_json(REPOSITORY.parent / "submission.json"))
+    arguments = list(arguments)
     if varied:
         key, _, values = varied.partition("=")
         value = values.split(",")[int(os.environ["SLURM_ARRAY_TASK_ID"])]
-        arguments = [*arguments, f"{key}={value}"]
+        arguments.append(f"{key}={value}")
     if name == "train.py" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         arguments = requeued_arguments(arguments, os.environ)
     if copy:
@@ -292,28 +285,33 @@ def run_here(commands: list[list[str]], last=()) -> int:
         os.execv(sys.executable, [sys.executable, *commands[0]])
     codes = []
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the child by itself
-    while len(codes) < len(commands) and EXIT_INTERRUPTED not in codes:
-        child = subprocess.Popen([sys.executable, *commands[len(codes)]])
+    for command in commands:
+        child = subprocess.Popen([sys.executable, *command])
         signal.signal(signal.SIGTERM, lambda number, _, child=child: child.send_signal(number))
         codes.append(child.wait())
+        if codes[-1] == EXIT_INTERRUPTED:
+            break
     if last and not any(codes):
         return run_here(last)
-    print_result(
-        {"num_done": codes.count(EXIT_DONE), "num_planned": len(commands), "exit_codes": codes}
-    )
+    num_done = codes.count(EXIT_DONE)
+    print_result({"num_done": num_done, "num_planned": len(commands), "exit_codes": codes})
     return max(map(abs, codes))
 
 
-def show_status() -> int:
+def show_status(_variables) -> int:
     """A line a job of this project, and the last words of those that failed."""
-    has_slurm = slurm.has_slurm()
-    rows = slurm.describe_jobs(slurm.queued_jobs() if has_slurm else [])
-    if not has_slurm:
+    queued = []
+    if slurm.has_slurm():
+        queued = slurm.queued_jobs()
+    else:
         say("no Slurm cluster here: `make runs` lists what is trained on this machine")
+    rows = slurm.describe_jobs(queued)
     for row in rows:
-        number = row["id"] if row["shown"] == row["id"] else f"{row['id']} ({row['shown']})"
-        columns = [row.get(name, "") for name in ("name", "state", "reason", "run", "progress")]
-        parts = [number, *(text for text in columns if text not in ("", "None"))]
+        is_task = row["shown"] != row["id"]
+        parts = [f"{row['id']} ({row['shown']})" if is_task else row["id"]]
+        for name in ("name", "state", "reason", "run", "progress"):
+            if row.get(name, "None") not in ("", "None"):
+                parts.append(row[name])
         if "limit_left" in row:
             parts.append(f"{row.get('left') or '?'} left, {row['limit_left']} to the time limit")
         say("  ".join(parts))
@@ -329,7 +327,7 @@ def cancel(variables: dict[str, str]) -> int:
         raise BadInput("no Slurm cluster here: there are no jobs to cancel")
     wanted, jobs = variables["JOB"], []
     for job in slurm.queued_jobs():
-        array, _, _ = job["shown"].partition("_")
+        array = job["shown"].partition("_")[0]
         if wanted in ("", job["id"], job["shown"], array):
             jobs.append(job["shown"])
     if wanted and not jobs:
@@ -339,6 +337,10 @@ def cancel(variables: dict[str, str]) -> int:
     print_result({"num_cancelled": len(jobs)})
     return EXIT_DONE
 
+
+# what reads or ends jobs; what jobs call, in their environment
+ACTIONS = {"check": check, "status": show_status, "cancel": cancel}
+JOB_STEPS = {"examine": examine_here, "go": go}
 
 if __name__ == "__main__":
     sys.exit(main())

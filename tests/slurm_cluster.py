@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-missing = [
-    name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
-]
+path = f"{os.environ['PATH']}:/usr/sbin"
+missing = [name for name in PROGRAMS if not shutil.which(name, path=path)]
 # REQUIRE_SLURM is what CI sets: there a missing program is a failure
 without_slurm = pytest.mark.skipif(
     bool(missing) and not os.environ.get("REQUIRE_SLURM"),
@@ -75,8 +74,15 @@ PartitionName=closed Nodes=thin State=DOWN
 
 # a cluster of shell scripts: what real ones do and this machine's does not
 FAKE_COMMANDS = {
-    "sinfo": r"printf 'thin_course*|up|1:00:00|16|64000|(null)\ngpu_course|up|30:00|18|120000|gpu\n'",
-    "scontrol": "echo MaxCPUsPerNode=UNLIMITED",
+    "sinfo": """
+        echo 'thin_course*|up|1:00:00|16|64000|(null)'
+        echo 'gpu_course|up|30:00|18|8000|gpu'
+        echo 'closed|down|1:00:00|16|64000|(null)'
+    """,
+    "scontrol": """
+        [ "$2" != job ] || exit 1
+        [ "$3" != gpu_course ] || echo MaxCPUsPerNode=4
+    """,
     "squeue": "",
     "scancel": 'echo "scancel $*" >> "$FAKE_LOG"',
     "sbatch": """
@@ -97,19 +103,23 @@ def fake_cluster(folder: Path, **variables) -> dict:
         path = folder / name
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
-    outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
     named = {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_LOG": str(folder / "log")}
-    return environment | {"FAKE_BANNER": ""} | named | variables
+    return clean_environment() | {"FAKE_BANNER": ""} | named | variables
+
+
+def clean_environment() -> dict:
+    """The environment without what a job or `make test` around the tests has put there."""
+    outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")
+    return {key: value for key, value in os.environ.items() if not key.startswith(outer)}
 
 
 def free_ports(num: int) -> list[int]:
     """Ports that nothing listens on, all different."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
 
 
 @contextlib.contextmanager
@@ -125,16 +135,12 @@ def running_cluster(folder: Path):
     config = CONFIG.format(folder=folder, host=host, user=getpass.getuser(), ports=free_ports(3))
     (folder / "slurm.conf").write_text(config)
     (folder / "gres.conf").write_text("NodeName=gpu Name=gpu Count=1 File=/dev/null\n")
-    outer = ("SLURM_", "SBATCH_", "MAKE", "MFLAGS")  # a job or `make test` around the tests
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(outer)}
-    environment |= {
-        "SLURM_CONF": str(folder / "slurm.conf"),
-        "PATH": f"{os.environ['PATH']}:/usr/sbin",
-    }
-    munge = [
-        f"--{name}={folder}/munge.{name.split('-')[0]}"
-        for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
-    ]
+    environment = clean_environment()
+    environment["SLURM_CONF"] = str(folder / "slurm.conf")
+    environment["PATH"] += ":/usr/sbin"
+    munge = [f"--socket={folder}/munge.socket"]
+    for name in ("key", "pid", "log", "seed"):
+        munge.append(f"--{name}-file={folder}/munge.{name}")
     commands = [
         ["munged", "--foreground", "--force", *munge],
         ["slurmctld", "-D"],

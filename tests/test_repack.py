@@ -2,20 +2,17 @@
 counted to the value.
 """
 
-import signal
-
 import h5py
 import numpy as np
 import pytest
-from conftest import draw_patches, run_script
-from test_ingest import stop_in_mid_train
+from conftest import draw_patches
 
 import lib.prepare.repack
 from lib.command import BadInput
 from lib.files import read_csv
 from lib.pcam import open_split, read_meta, split_path, to_uint8
 from lib.prepare.repack import LOSSES_FILE, repack
-from lib.prepare.verify import require_splits, verify_folder
+from lib.prepare.verify import verify_folder
 from lib.splitwriter import write_labels, write_meta
 
 IMAGES, LABELS = draw_patches(40, 3)
@@ -36,17 +33,13 @@ def write_source(directory, images=IMAGES, labels=LABELS, **options):
 
 
 SOURCES = {
-    "float32": (IMAGES.astype(np.float32), {}, 1),
     "float32 odd chunks": (IMAGES.astype(np.float32), {"chunks": (16, 12, 12, 1)}, 1),
     "float64 gzip": (IMAGES.astype(np.float64), CHUNKS, 1),
-    "float16": (IMAGES.astype(np.float16), {}, 1),
-    "big-endian float32": (IMAGES.astype(">f4"), {}, 1),
-    "int16": (IMAGES.astype(np.int16), CHUNKS, 1),
+    "big-endian float16": (IMAGES.astype(">f2"), {}, 1),
     "int64": (IMAGES.astype(np.int64), {}, 1),
     "uint8 gzip": (IMAGES, CHUNKS, 1),
     "float16 of 0..1": (UNIT.astype(np.float16), {}, 255),
-    "float32 of 0..1": (UNIT.astype(np.float32), CHUNKS, 255),
-    "float64 of float32 of 0..1": (UNIT.astype(np.float32).astype(np.float64), {}, 255),
+    "float64 of float32 of 0..1": (UNIT.astype(np.float32).astype(np.float64), CHUNKS, 255),
     "uint16 of 0..65535": (IMAGES.astype(np.uint16) * 257, {}, 1 / 257),
     "float32 of 0..65535": (IMAGES.astype(np.float32) * 257, {}, 1 / 257),
 }
@@ -63,8 +56,8 @@ def test_what_uint8_can_hold_comes_back_to_the_bit(tmp_path, monkeypatch, source
     result = repack(folder, target)
     assert result["written"] and read_csv(target / LOSSES_FILE) == []
     for name, expected in (("train", IMAGES), ("valid", IMAGES[:16])):
-        assert result["splits"][name]["losses"] == {}
-        assert result["splits"][name]["scaled_by"] == factor
+        facts = result["splits"][name]
+        assert facts["losses"] == {} and facts["scaled_by"] == factor
         np.testing.assert_array_equal(open_split(target, name).images.mapped, expected)
     assert split_path(target, "train", "mask").read_bytes() == b"mask"
     assert read_meta(split_path(target, "train", "meta"))[3]["coord_y"] == "3"
@@ -75,7 +68,6 @@ NOT_READ_DIRECTLY = {
     r"is float32 in \[0, 1\],.*repack converts it": UNIT.astype(np.float32),
     r"is uint16 in \[0, 65535\],.*repack converts it": IMAGES.astype(np.uint16) * 257,
     r"normalised; undo.*\* std \+ mean": ((UNIT - 0.5) / 0.225).astype(np.float32),
-    r"normalised; undo.*\(x \+ 1\) \* 127.5": (UNIT * 2 - 1).astype(np.float32),
     "none of the scales": IMAGES.astype(np.uint16) * 16,
 }
 
@@ -83,9 +75,8 @@ NOT_READ_DIRECTLY = {
 @pytest.mark.parametrize("text", NOT_READ_DIRECTLY)
 def test_another_scale_is_refused_with_the_remedy_and_never_written_as_it_is(tmp_path, text):
     folder = write_source(tmp_path / "in", NOT_READ_DIRECTLY[text])
-    for read in (lambda: open_split(folder, "train"), lambda: verify_folder(folder)):
-        with pytest.raises(BadInput, match=text):
-            read()
+    with pytest.raises(BadInput, match=text):
+        verify_folder(folder)
     if "repack" in text:
         repack(folder, tmp_path / "out")
         np.testing.assert_array_equal(open_split(tmp_path / "out", "train").images.mapped, IMAGES)
@@ -107,32 +98,30 @@ def damaged(factor=1.0):
 
 
 def test_each_loss_is_counted_to_the_value_and_its_rows_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.prepare.repack, "BLOCK_ROWS", 3)  # rows are those of the split
     images = damaged()
-    folder = write_source(tmp_path / "in", images)
+    folder, target = write_source(tmp_path / "in", images), tmp_path / "out"
     num_white = int((IMAGES[6] == 255).sum())
     expected = {
         "not_finite": {"values": 4 * 4 * 3 + 2, "patches": 2},
         "below_0": {"values": 2, "patches": 1},
-        "above_255": {"values": 12 + num_white, "patches": 1 + bool(num_white)},
+        "above_255": {"values": 12 + num_white, "patches": 1 + (num_white > 0)},
         "rounded": {"values": 1 + IMAGES[6].size - num_white, "patches": 2},
     }
-    refused = repack(folder, tmp_path / "out")
-    assert not refused["written"] and not (tmp_path / "out").exists()
-    written = repack(folder, tmp_path / "out", allow_loss=True)
+    refused = repack(folder, target)
+    assert not refused["written"] and not target.exists()
+    written = repack(folder, target, allow_loss=True)
     for result in (refused, written):
         assert result["splits"]["train"]["losses"] == expected
-    mapped = open_split(tmp_path / "out", "train").images.mapped
-    np.testing.assert_array_equal(mapped, to_uint8(images))
-    rows = [tuple(row.values()) for row in read_csv(tmp_path / "out" / LOSSES_FILE)]
-    assert ("train", "2", "not_finite", "48", "nan", "nan") in rows
-    assert ("train", "19", "above_255", "12", "100000", "100000") in rows
-    assert ("train", "5", "below_0", "2", "-3", "-0.25") in rows
-    assert ("train", "5", "rounded", "1", "0.5", "0.5") in rows
-    # the rows are those of the split, not of a block
-    monkeypatch.setattr(lib.prepare.repack, "BLOCK_ROWS", 3)
-    repack(folder, tmp_path / "out2", allow_loss=True)
-    files = [tmp_path / name / LOSSES_FILE for name in ("out", "out2")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    np.testing.assert_array_equal(open_split(target, "train").images.mapped, to_uint8(images))
+    lines = (target / LOSSES_FILE).read_text().splitlines()
+    for line in (
+        "train,2,not_finite,48,nan,nan",
+        "train,19,above_255,12,100000,100000",
+        "train,5,below_0,2,-3,-0.25",
+        "train,5,rounded,1,0.5,0.5",
+    ):
+        assert line in lines
 
 
 @pytest.mark.parametrize("factor", [1, 255, 1 / 257])
@@ -146,47 +135,23 @@ def test_damage_does_not_move_the_scale(tmp_path, factor):
 
 
 BAD_SOURCES = {
-    r"\(40, 96, 96, 1\), it must be": {"images": IMAGES[..., :1]},
     r"\(40, 3, 96, 96\), it must be": {"images": IMAGES.transpose(0, 3, 1, 2)},
-    "bool": {"images": IMAGES > 99},
     "39 rows for 40 patches": {"labels": LABELS[:39]},
     "label 2, it must be 0 or 1": {"labels": LABELS * 2},
+    "train_x.h5: x from row .* cannot be decoded": {"images": IMAGES.astype("f4"), **CHUNKS},
 }
 
 
 @pytest.mark.parametrize("text", BAD_SOURCES)
 def test_bad_input_is_refused_and_nothing_is_written(tmp_path, text):
     folder = write_source(tmp_path / "in", **BAD_SOURCES[text])
+    if "decoded" in text:
+        path = split_path(folder, "train", "x")
+        with h5py.File(path) as file:
+            chunk = file["x"].id.get_chunk_info(4)
+        with open(path, "rb+") as file:
+            file.seek(chunk.byte_offset)
+            file.write(bytes(chunk.size))
     with pytest.raises(BadInput, match=text):
         repack(folder, tmp_path / "out", allow_loss=True)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_damaged_chunk_in_mid_file_leaves_nothing(tmp_path):
-    folder = write_source(tmp_path / "in", IMAGES.astype(np.float32), **CHUNKS)
-    path = split_path(folder, "train", "x")
-    with h5py.File(path) as file:
-        chunk = file["x"].id.get_chunk_info(4)
-    with open(path, "rb+") as file:
-        file.seek(chunk.byte_offset)
-        file.write(bytes(chunk.size))
-    with pytest.raises(BadInput, match="train_x.h5: x from row .* cannot be decoded"):
-        repack(folder, tmp_path / "out", allow_loss=True)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_killed_repack_goes_on_and_keeps_the_losses_of_the_finished_split(tmp_path):
-    images, target = np.repeat(damaged(), 3, axis=0), tmp_path / "out"
-    folder = write_source(tmp_path / "in", images, np.repeat(LABELS, 3))
-    arguments = ["repack", folder, "--to", target, "--allow-loss"]
-    assert stop_in_mid_train(target, signal.SIGKILL, *arguments)[0] == -9
-    with pytest.raises(BadInput, match="train"):
-        require_splits(target)
-    finished = read_csv(target / LOSSES_FILE)
-    assert {row["split"] for row in finished} == {"valid"}
-    splits = run_script("prepare.py", *arguments, check=0).json["splits"]
-    assert splits["train"]["patches"] == 120
-    assert all(splits[split]["losses"]["rounded"]["patches"] for split in splits)
-    rows = read_csv(target / LOSSES_FILE)
-    assert rows[-len(finished) :] == finished and rows[0]["split"] == "train"
-    np.testing.assert_array_equal(open_split(target, "train").images.mapped, to_uint8(images))

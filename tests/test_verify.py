@@ -29,21 +29,9 @@ def name_slides(folder, slides):
         write_meta(split_path(folder, split, "meta"), [(0, 0, "True", "True", slide)] * num)
 
 
-def test_the_facts_of_a_folder(folder):
-    name_slides(folder, {"train": SLIDES["train"]})
-    rows, findings = verify_folder(folder)
-    assert findings == [] and [row["split"] for row in rows] == ["train", "valid"]
-    assert rows[0] | {"bytes": 0} == {
-        "split": "train", "patches": 20, "negative": 10, "positive": 10, "bytes": 0, "official_rows": False,
-        "layout": "contiguous uint8", "slides": 1, "slide_names": "match",
-    }  # fmt: skip
-    assert rows[1]["slide_names"] == "unknown" and rows[1]["slides"] is None
-
-
-def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
-    folder = write_pcam(tmp_path, 8, 4)
+def test_the_test_split_may_be_missing_whole_but_not_in_half(folder):
     assert require_splits(folder) == ["train", "valid"]
-    write_labels(split_path(folder, "test", "y"), [0, 1, 0, 1])
+    write_labels(split_path(folder, "test", "y"), [0, 1] * 5)
     with pytest.raises(BadInput, match="split_test_x"):
         require_splits(folder)
     split_path(folder, "test", "x").symlink_to(split_path(folder, "valid", "x"))
@@ -51,6 +39,8 @@ def test_the_test_split_may_be_missing_whole_but_not_in_half(tmp_path):
 
 
 def test_exchanged_splits_are_found_by_their_slides(folder):
+    rows, _ = verify_folder(folder)
+    assert [(row["slides"], row["slide_names"]) for row in rows] == [(None, "unknown")] * 2
     with SplitWriter(folder, "test", 10) as writer:
         writer.add(*draw_patches(10, 9))
     name_slides(folder, SLIDES)
@@ -71,18 +61,14 @@ def test_md5_names_the_split_whose_file_it_is(folder):
     exchanged = {"train": official["valid"], "valid": official["train"]}
     findings = verify_folder(folder, md5=True, official=exchanged)[1]
     assert any("it is that of valid" in finding for finding in findings)
-    assert len(verify_folder(folder, md5=True)[1]) == 4
 
 
-@pytest.mark.parametrize(
-    "value, said",
-    [(np.float32("nan"), "NaN"), (np.float32(200), "one value 200"), (np.uint8(0), "value 0")],
-)
-def test_patches_that_show_nothing_are_a_finding(folder, value, said):
+@pytest.mark.parametrize("value", [np.float32("nan"), np.uint8(0)])
+def test_patches_that_show_nothing_are_a_finding(folder, value):
     with h5py.File(split_path(folder, "valid", "x"), "w") as file:
         file["x"] = np.full((10, 96, 96, 3), value)
     (finding,) = verify_folder(folder)[1]
-    assert finding.startswith("valid: all patches") and said in finding
+    assert finding.startswith("valid: all patches have the one value 0")
 
 
 def test_what_is_not_whole_is_refused_though_its_header_is_right(folder):
@@ -91,7 +77,6 @@ def test_what_is_not_whole_is_refused_though_its_header_is_right(folder):
     with h5py.File(path, "w") as file:
         file.create_dataset("x", data=images, chunks=(5, 96, 96, 3), compression="gzip")
         offset = file["x"].id.get_chunk_info(2).byte_offset
-    assert verify_folder(folder)[0][0]["layout"].startswith("uint8, chunks")
     with open(path, "rb+") as file:
         file.seek(offset)
         file.write(bytes(500))

@@ -19,12 +19,12 @@ LOGS = REPOSITORY / "jobs/logs"
 MIN_FREE_BYTES = 1 << 30  # for the checkpoints and logs of a run
 # asked for, where the partition has as much
 MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4
-MAX_TASKS = 1000  # of an array: Slurm's MaxArraySize, unless a site has set another
 NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
 SINFO_COLUMNS = ("name", "state", "limit", "cpus", "memory_mb", "gres")
+SQUEUE_COLUMNS = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
 # sbatch's own variables: where one is set, it decides instead of what is asked for here
-MEMORY_VARIABLES = ("SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU")
-GPU_VARIABLES = ("SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES")
+MEMORY_VARIABLES = {"SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"}
+GPU_VARIABLES = {"SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES"}
 STATES = {"0": "done", "": "killed", "130": "stopped", "138": "stopped", "143": "stopped"}
 
 
@@ -73,20 +73,23 @@ def find_partition(name: str) -> dict[str, str]:
     one: of its largest nodes. Raises BadInput where there is none, or it starts no jobs.
     """
     name = name.partition(",")[0]
-    rows = []
+    partitions = {}
     for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines():
-        rows.append(dict(zip(SINFO_COLUMNS, line.split("|"), strict=True)))
-    if not name:
-        name = next((row["name"][:-1] for row in rows if row["name"].endswith("*")), "")
-    wanted = [row for row in rows if row["name"].rstrip("*") == name]
-    if not wanted:
-        names = sorted({row["name"].rstrip("*") for row in rows})
-        sentence = f"no partition {name or 'is the default'}{nearest(name, names)}"
-        raise BadInput(f"{sentence} (there are: {', '.join(names)})")
-    partition = max(wanted, key=lambda row: int(row["cpus"])) | {"name": name}
-    if partition["state"] != "up":
-        raise BadInput(f"partition {name} is {partition['state']}: it starts no jobs")
-    return partition
+        row = dict(zip(SINFO_COLUMNS, line.split("|"), strict=True))
+        is_default = row["name"].endswith("*")
+        row["name"] = row["name"].removesuffix("*")
+        if is_default and not name:
+            name = row["name"]
+        largest = partitions.setdefault(row["name"], row)
+        if int(row["cpus"]) > int(largest["cpus"]):
+            partitions[row["name"]] = row
+    if name not in partitions:
+        sentence = f"no partition {name or 'is the default'}{nearest(name, partitions)}"
+        raise BadInput(f"{sentence} (there are: {', '.join(sorted(partitions))})")
+    state = partitions[name]["state"]
+    if state != "up":
+        raise BadInput(f"partition {name} is {state}: it starts no jobs")
+    return partitions[name]
 
 
 def fit_request(
@@ -100,44 +103,40 @@ def fit_request(
     """
     partition = find_partition(variables["PARTITION"])
     name, has_gpu = partition["name"], "gpu" in partition["gres"]
-    num_ranks, time, cpus = int(variables["NUM_RANKS"]), variables["TIME"], variables["CPUS"]
-    num_cpus = int(partition["cpus"])
+    time, memory = variables["TIME"], variables["MEM"]
+    num_ranks, num_cpus = int(variables["NUM_RANKS"]), int(partition["cpus"])
     allowed = re.search(r"MaxCPUsPerNode=(\d+)", run_command("scontrol", "show", "partition", name))
     if allowed:
         num_cpus = min(num_cpus, int(allowed[1]))
     num_wanted = num_threads or (NUM_GPU_CPUS if has_gpu else NUM_CPUS)
-    num_usable = min(num_wanted, num_cpus // num_ranks)
-    if num_usable < 1 or num_ranks * int(cpus or 1) > num_cpus:
-        sentence = f"{num_ranks} x {cpus or 1} cores do not fit"
+    cpus = int(variables["CPUS"] or max(1, min(num_wanted, num_cpus // num_ranks)))
+    if num_ranks * cpus > num_cpus:
+        sentence = f"{num_ranks} x {cpus} cores do not fit"
         raise BadInput(f"{sentence}: a node of {name} has {num_cpus}")
     limit = minutes_of(partition["limit"])
     minutes = minutes_of(time) if time else min(LIMIT_MINUTES, limit)
     if not 0 < minutes <= limit:  # no minutes would be taken for no limit
         over = f"over the limit of partition {name}, {partition['limit']}"
         raise BadInput(f"TIME={time} is {over if minutes else 'no time at all'}")
-    request = [f"--partition={variables['PARTITION'] or name}"]
-    request += ["--nodes=1", f"--ntasks={num_ranks}"]
-    request += [f"--cpus-per-task={cpus or num_usable}", f"--time={time or int(minutes)}"]
-    if variables["MEM"] or not needs_gpu or not is_any_set(MEMORY_VARIABLES):
+    request = [f"--partition={variables['PARTITION'] or name}", "--nodes=1"]
+    request += [f"--ntasks={num_ranks}", f"--cpus-per-task={cpus}"]
+    request.append(f"--time={time or int(minutes)}")
+    if memory or not needs_gpu or MEMORY_VARIABLES.isdisjoint(os.environ):
         default = min(MEMORY_MB, int(partition["memory_mb"].rstrip("+")))
-        request.append(f"--mem={variables['MEM'] or f'{default}M'}")
+        request.append(f"--mem={memory or f'{default}M'}")
     if saves:  # so many seconds ahead of the limit, and up to 30 more
         request.append(f"--signal=B:USR1@{int(min(120, minutes * 10))}")
-    if needs_gpu and has_gpu and not is_any_set(GPU_VARIABLES):
+    if needs_gpu and has_gpu and GPU_VARIABLES.isdisjoint(os.environ):
         request.append(f"--gpus={num_ranks}")
     return request
 
 
-def is_any_set(names) -> bool:
-    return any(name in os.environ for name in names)
-
-
-def require_disk(folder: Path, num_bytes: int = MIN_FREE_BYTES) -> None:
+def require_disk(num_bytes: int = MIN_FREE_BYTES) -> None:
     """Raise BadInput where a run would fill the disk."""
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(REPOSITORY).free
     if free < num_bytes:
         needed = f"a job needs {num_bytes / 1e9:.1f} GB for its run"
-        raise BadInput(f"{folder} has {free / 1e9:.1f} GB free, {needed}")
+        raise BadInput(f"{REPOSITORY} has {free / 1e9:.1f} GB free, {needed}")
 
 
 def require_jobs(numbers: str) -> None:
@@ -158,8 +157,6 @@ def submit(name: str, work: Work, request: list[str], job: list[str], after: str
     """Submit a job, an array if there are several tasks, with the arguments `job` of job.sh,
     of which the first is the code to run; returns its number. Raises BadInput with sbatch's reason.
     """
-    if len(work.tasks) > MAX_TASKS:
-        raise BadInput(f"{len(work.tasks)} tasks are more than an array takes, {MAX_TASKS}")
     # sbatch makes no folder, and a job without its log ends without a word
     LOGS.mkdir(parents=True, exist_ok=True)
     logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern
@@ -173,12 +170,11 @@ def submit(name: str, work: Work, request: list[str], job: list[str], after: str
     if work.mends:
         options.append("--kill-on-invalid-dep=yes")  # it goes from the queue when no task failed
     # of a job that this is called from, nothing may reach the new one
-    environment = {"SLURM_CONF": os.environ.get("SLURM_CONF")}
-    unwanted = (*MEMORY_VARIABLES, *GPU_VARIABLES) if work.only_reads else ()
+    unwanted = MEMORY_VARIABLES | GPU_VARIABLES if work.only_reads else ()
+    environment = {}
     for key, value in os.environ.items():
-        if not key.startswith("SLURM_") and key not in unwanted:
+        if key == "SLURM_CONF" or not key.startswith("SLURM_") and key not in unwanted:
             environment[key] = value
-    environment = {key: value for key, value in environment.items() if value is not None}
     command = ["sbatch", "--parsable", *options, *request, f"{job[0]}/jobs/job.sh", *job]
     answer = run_command(*command, env=environment)
     # NUMBER or NUMBER;CLUSTER in the last line: a site's sbatch may print a banner above it
@@ -192,14 +188,12 @@ def queued_jobs() -> list[dict[str, str]]:
     """This project's jobs that wait or run, each task of an array by itself; `id` is what its run
     and logs know it by.
     """
-    columns = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
     jobs = []
-    for line in run_command(
-        "squeue", "--me", "-h", "-r", "-o", "%A|%i|%j|%T|%L|%r|%Z"
-    ).splitlines():
-        values = line.split("|", len(columns) - 1)
-        if len(values) == len(columns) and values[-1] == str(REPOSITORY):
-            jobs.append(dict(zip(columns, values, strict=True)))
+    answer = run_command("squeue", "--me", "-h", "-r", "-o", "%A|%i|%j|%T|%L|%r|%Z")
+    for line in answer.splitlines():
+        values = line.split("|", len(SQUEUE_COLUMNS) - 1)
+        if values[-1] == str(REPOSITORY):
+            jobs.append(dict(zip(SQUEUE_COLUMNS, values, strict=True)))
     return jobs
 
 
@@ -207,16 +201,16 @@ def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
     """A row a job, those that are over last: state, run folder, progress, time left, and the last
     words of a failed one.
     """
-    rows, numbers = [dict(job) for job in queued], {job["id"] for job in queued}
-    logs = [log for log in LOGS.glob("*.err") if log.stem not in numbers and log.is_file()]
+    numbers = {job["id"] for job in queued}
+    logs = [log for log in LOGS.glob("*.err") if log.stem not in numbers]
     logs.sort(key=lambda log: log.stat().st_mtime, reverse=True)
-    rows += [describe_ended(log) for log in logs[:NUM_ENDED]]
+    rows = queued + [describe_ended(log) for log in logs[:NUM_ENDED]]
     runs = {}
     for meta in sorted((REPOSITORY / "runs").glob("*/meta.json")):
         runs[job_of(meta).get("SLURM_JOB_ID")] = meta.parent
     for row in rows:
         if row["id"] in runs:
-            row.update(run_progress(runs[row["id"]]))
+            row |= run_progress(runs[row["id"]])
     return rows
 
 
@@ -247,12 +241,9 @@ def run_progress(run: Path) -> dict[str, str]:
         meta = read_json(run / "meta.json")
         num_steps = meta["steps_per_epoch"] * read_run_config(run).epochs
         last_steps = read_csv(steps)[-50:] if steps.is_file() else []
-        num_done, seconds = 0, 0.0
-        for step in last_steps:
-            num_done = int(step["step"])
-            seconds += meta["batch_size"] / float(step["images_per_s"])
-    except (OSError, BadInput, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        # edited, or of another version
+        seconds = sum(meta["batch_size"] / float(step["images_per_s"]) for step in last_steps)
+        num_done = int(last_steps[-1]["step"]) if last_steps else 0
+    except Exception as error:  # edited, or of another version
         return row | {"progress": f"cannot be read: {one_line(error)}"}
     if last_steps:
         row["left"] = format_duration((num_steps - num_done) * seconds / len(last_steps))

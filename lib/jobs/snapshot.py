@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 from lib.command import REPOSITORY
-from lib.files import read_json, write_json
+from lib.files import write_json
 from lib.jobs.slurm import run_command
-from lib.jobs.work import Work, training_options
+from lib.jobs.work import Work, parse_arguments
 from lib.rundir import git_state
 
 SNAPSHOTS = REPOSITORY / "jobs/snapshots"
@@ -53,14 +53,10 @@ def take_snapshot(submission: dict) -> Path:
         return folder
     here, there = ("git", "-C", str(REPOSITORY)), ("git", "-C", str(code))
     run_command("git", "clone", "-q", "--shared", "--no-checkout", str(REPOSITORY), str(code))
-    run_command(*there, "checkout", "-q", "--detach", submission["commit"])
-    changed = run_command(*here, "diff", "--no-renames", "--name-only", "-z", "HEAD")
-    changed += run_command(*here, "ls-files", "--others", "--exclude-standard", "-z")
-    for name in filter(None, changed.split("\0")):
+    run_command(*there, "reset", "-q", submission["commit"])
+    names = run_command(*here, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in filter(None, names.split("\0")):
         source, target = REPOSITORY / name, code / name
-        if target.is_dir() and not target.is_symlink():
-            shutil.rmtree(target)
-        target.unlink(missing_ok=True)
         if source.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
@@ -76,11 +72,11 @@ def freeze_config(work: Work, folder: Path) -> list[str]:
     """The arguments of a work with a copy of its config in the snapshot: the file may be edited
     before the job starts.
     """
-    options, rest = training_options(work.arguments)
-    if work.script != "train.py" or not options.config:
+    config = work.script == "train.py" and parse_arguments("train.py", work.arguments).config
+    if not config:
         return work.arguments
-    frozen = shutil.copy(options.config, folder / "config.yaml")
-    return ["--config", str(frozen), "--runs", options.runs, *rest]
+    # of two the last counts
+    return [*work.arguments, "--config", str(shutil.copy(config, folder / "config.yaml"))]
 
 
 def remove_snapshots() -> None:
@@ -91,8 +87,3 @@ def remove_snapshots() -> None:
         is_old = now - status.st_mtime > SNAPSHOT_S
         if is_old and status.st_uid == os.getuid() and folder.name not in commands:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_submission(code: Path) -> dict:
-    """The submission.json beside the code that a job runs."""
-    return read_json(code.parent / "submission.json")

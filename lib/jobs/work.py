@@ -2,39 +2,47 @@
 
 import argparse
 import re
+import runpy
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.command import BadInput, expand_home, one_line
+from lib.command import REPOSITORY, BadInput, expand_home, one_line
 from lib.files import read_cache
 
-# Make variables: what they may look like, and what they are when not given
+COUNT, COUNT_WORDS = r"[1-9]\d*", "a number from 1 on, such as 2"
+NUMBERS = r"\d+(,\d+)*"
+# Make variables: what they may look like, what they are when not given, and the form in words
 VARIABLES = {
-    "SEED": (r"\d+", "1"),
-    "SEEDS": (r"\d+(,\d+)*", "1,2,3"),
-    "K": (r"[2-9]|[1-9]\d+", "5"),
-    "NUM_RANKS": (r"[1-9]\d*", "1"),
-    "PARTITION": (r"\w[\w.-]*(,\w[\w.-]*)*", ""),
-    "TIME": (r"(\d+-)?\d+(:\d+){0,2}|(?i:infinite|unlimited)", ""),
-    "CPUS": (r"[1-9]\d*", ""),
-    "MEM": (r"[1-9]\d*[MG]", ""),
-    "AFTER": (r"\d+(,\d+)*", ""),
-    "JOB": (r"\d+(_\d+)?", ""),
-    "STAGE_DATA": (r"[01]", "0"),
-    "SEARCH": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", ""),
-    "PROCESSES": (r"[1-9]\d*", "1"),
+    "SEED": (r"\d+", "1", "a number, such as 1"),
+    "SEEDS": (NUMBERS, "1,2,3", "numbers with commas between them, such as 1,2,3"),
+    "K": (r"[2-9]|[1-9]\d+", "5", "a number from 2 on, such as 5"),
+    "NUM_RANKS": (COUNT, "1", COUNT_WORDS),
+    "PARTITION": (
+        r"\w[\w.-]*(,\w[\w.-]*)*",
+        "",
+        "the name of a partition, or several with commas between them",
+    ),
+    "TIME": (
+        r"(\d+-)?\d+(:\d+){0,2}|(?i:infinite|unlimited)",
+        "",
+        "a time, such as 30 (minutes), 0:30:00 or 1-12:00:00",
+    ),
+    "CPUS": (COUNT, "", COUNT_WORDS),
+    "MEM": (r"[1-9]\d*[MG]", "", "a size in M or G, such as 8G"),
+    "AFTER": (NUMBERS, "", "numbers of jobs with commas between them, such as 123,124"),
+    "JOB": (r"\d+(_\d+)?", "", "the number of a job, such as 123 or 123_4"),
+    "STAGE_DATA": (r"[01]", "0", "1 to copy the data to the node first, or 0"),
+    "SEARCH": (
+        r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}",
+        "",
+        "a name of at most 40 letters, digits, _ and -, such as lr-1",
+    ),
+    "PROCESSES": (COUNT, "1", COUNT_WORDS),
 }
 FREE_VARIABLES = ("ARGS", "DATA", "OUT", "SPACE")
 # sbatch's own variables, which count where the Make variable is not given
 SBATCH_VARIABLES = {"PARTITION": "SBATCH_PARTITION", "TIME": "SBATCH_TIMELIMIT"}
-EXAMPLES = {
-    "TIME": "30 (minutes), 0:30:00 or 1-12:00:00",
-    "MEM": "8G",
-    "SEEDS": "1,2,3",
-    "AFTER": "123",
-    "JOB": "123 or 123_4",
-}
 
 
 def read_variables(environment) -> dict[str, str]:
@@ -42,15 +50,12 @@ def read_variables(environment) -> dict[str, str]:
     what it is for.
     """
     values = {name: expand_home(environment.get(name, "")) for name in FREE_VARIABLES}
-    for name, (form, default) in VARIABLES.items():
-        source = name
-        if not environment.get(name) and name in SBATCH_VARIABLES:
-            source = SBATCH_VARIABLES[name]
-        values[name] = environment.get(source) or default
-        if values[name] and not re.fullmatch(form, values[name], re.ASCII):
-            example = f", such as {EXAMPLES[name]}" if name in EXAMPLES else ""
-            sentence = f"{source} is {values[name]!r}, it must be of the form {form}{example}"
-            raise BadInput(sentence)
+    for name, (form, default, words) in VARIABLES.items():
+        source = name if environment.get(name) else SBATCH_VARIABLES.get(name, name)
+        value = environment.get(source) or default
+        if value and not re.fullmatch(form, value, re.ASCII):
+            raise BadInput(f"{source} is {value!r}, it must be {words}")
+        values[name] = value
     return values
 
 
@@ -60,6 +65,11 @@ def split_arguments(text: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise BadInput(f"ARGS {text!r}: {one_line(error).lower()}") from None
+
+
+def parse_arguments(script: str, arguments: list[str]) -> argparse.Namespace:
+    """A script's arguments as it parses them itself. Raises BadInput for what it does not know."""
+    return runpy.run_path(str(REPOSITORY / script))["parse"](arguments)
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,14 @@ class Work:
 def build_work(target: str, variables: dict[str, str]) -> Work:
     """The work of `make TARGET`."""
     arguments, data, out = split_arguments(variables["ARGS"]), variables["DATA"], variables["OUT"]
+    out_options = ["--out", out] if out else []
     if target == "audit":
         if not data or not Path(data).is_dir():
             raise BadInput(f"make audit needs DATA=DIR, the PCam folder to audit, {data!r} is none")
-        options = ["--out", out] if out else []
-        return Work("audit.py", ["data", data, *options, *arguments])
+        return Work("audit.py", ["data", data, *out_options, *arguments])
     if target == "bench":
         options = ["--data", data] if data else []
-        options += ["--out", out] if out else []
-        return Work("benchmark.py", ["all", *options, *arguments])
+        return Work("benchmark.py", ["all", *options, *out_options, *arguments])
     if data:
         arguments.append(f"data_dir={data}")
     if target == "seeds":
@@ -119,18 +128,12 @@ def sweep_stages(name: str, num_rows: list[int], arguments: list[str]) -> list[W
         which = [name, "--rung", str(rung)]
         ending = ["promote", *which] if rung < last_rung else ["champion", name]
         rows = tuple(map(str, range(num)))
-        stages.append(Work("sweep.py", ["run", *which, *arguments], "--row", rows))
-        stages.append(Work("sweep.py", ["run", *which, "--all", *arguments], mends=True))
-        stages.append(Work("sweep.py", [*ending, *arguments], only_reads=True))
+        stages += [
+            Work("sweep.py", ["run", *which, *arguments], "--row", rows),
+            Work("sweep.py", ["run", *which, "--all", *arguments], mends=True),
+            Work("sweep.py", [*ending, *arguments], only_reads=True),
+        ]
     return stages
-
-
-def training_options(arguments) -> tuple[argparse.Namespace, list[str]]:
-    """What says, among train.py's arguments, which run it is and where, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option, default in (("--config", ""), ("--runs", "runs"), ("--resume", None)):
-        parser.add_argument(option, default=default)
-    return parser.parse_known_args(arguments)
 
 
 def job_of(meta: Path) -> dict:
@@ -147,12 +150,14 @@ def requeued_arguments(arguments: list[str], environment) -> list[str]:
     The run remembers its job, in meta.json, so that there is no second file that has to agree with
     it.
     """
-    options, rest = training_options(arguments)
+    args = parse_arguments("train.py", arguments)
     names = ("SLURM_JOB_ID", "SLURM_CLUSTER_NAME")
     own_job = [environment.get(name) for name in names]
-    for meta in sorted(Path(options.runs).glob("*/meta.json"), reverse=True):
+    for meta in sorted(Path(args.runs).glob("*/meta.json"), reverse=True):
         job = job_of(meta)
         if [job.get(name) for name in names] == own_job:
-            flags = [word for word in rest if word.startswith("-") or "=" not in word]
-            return ["--runs", options.runs, "--resume", str(meta.parent), *flags]
+            # the run has its own config
+            in_config = {*args.overrides, "--config", args.config, f"--config={args.config}"}
+            flags = [word for word in arguments if word not in in_config]
+            return [*flags, "--resume", str(meta.parent)]
     return arguments

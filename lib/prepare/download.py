@@ -14,15 +14,17 @@ from typing import NamedTuple
 from lib.command import BadInput, one_line, say
 from lib.files import atomic_write, file_digest, require_space
 from lib.pcam import PATCH_BYTES, split_path
-from lib.prepare.target import begun_folder
 from lib.progress import Progress
 from lib.published import OFFICIAL
+from lib.splitwriter import sole_writer
 
 ZENODO = "https://zenodo.org/records/2546921/files/NAME?download=1"
 USER_AGENT = "pcam-pipeline/0.1"  # Zenodo refuses the one of Python
 NUM_TRIES = 6
 LONGEST_WAIT_S, LONGEST_ASKED_WAIT_S = 60.0, 900.0
 BLOCK_BYTES = 1 << 22
+# about the bytes of a row; small files first: a wrong server shows at once
+ROW_BYTES = {"meta": 80, "y": 1, "x": PATCH_BYTES}
 
 
 class WrongContent(Exception):
@@ -36,28 +38,18 @@ class Cut(Exception):
 
 
 class Wanted(NamedTuple):
-    """A file to fetch: its official path, whether it is published packed, its MD5 as published,
-    about its size unpacked.
+    """A file to fetch: its official path, the name and MD5 that it is published with, and about its
+    size unpacked. It is packed where its name ends in .gz.
     """
 
     path: Path
-    is_packed: bool
+    name: str
     md5: str
     num_bytes: int
 
-    @property
-    def name(self) -> str:
-        """As it is published."""
-        return f"{self.path.name}.gz" if self.is_packed else self.path.name
-
 
 def download(
-    directory,
-    base_url=ZENODO,
-    splits=tuple(OFFICIAL),
-    official=OFFICIAL,
-    timeout_s=30.0,
-    backoff_s=1.0,
+    directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=OFFICIAL, timeout_s=30.0
 ) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that
     were fetched. A packed file that is there already, fetched by hand, is unpacked.
@@ -73,26 +65,31 @@ def download(
     files = []
     for split in splits:
         files += list_wanted(directory, split, official[split])
-    with begun_folder(directory):
-        begun_bytes = sum(part.stat().st_size for part in directory.glob("camelyonpatch_*.part"))
+    with sole_writer(directory):
+        for leftover in directory.glob(".*.tmp"):  # of a killed download
+            leftover.unlink()
+        begun_bytes = sum(part.stat().st_size for part in directory.glob("*.part"))
         sizes = [file.num_bytes for file in files]
         # all unpacked, the largest packed beside
-        require_space(directory, max(0, sum(sizes) + max(sizes, default=0) - begun_bytes))
+        require_space(directory, sum(sizes) + max(sizes, default=0) - begun_bytes)
         for file in files:
-            bring(file, url.replace("NAME", file.name), timeout_s, backoff_s)
+            bring(file, url.replace("NAME", file.name), timeout_s)
     return [file.path.name for file in files]
 
 
 def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
     """The files of a split that are not there. Raises BadInput for another one under its name."""
     files = []
-    # small files first: a wrong server shows at once
-    for part, row_bytes in (("meta", 80), ("y", 1), ("x", PATCH_BYTES)):
-        path, is_packed = split_path(directory, split, part), part != "meta"
-        packed_md5, md5 = published[part] if is_packed else (published[part], published[part])
+    for part, row_bytes in ROW_BYTES.items():
+        path = split_path(directory, split, part)
+        name, md5 = path.name, published[part]
+        unpacked_md5 = md5
+        if part != "meta":
+            name = f"{path.name}.gz"
+            md5, unpacked_md5 = published[part]
         if not path.exists():
-            files.append(Wanted(path, is_packed, packed_md5, published["rows"] * row_bytes))
-        elif file_digest(path, "md5") != md5:
+            files.append(Wanted(path, name, md5, published["rows"] * row_bytes))
+        elif file_digest(path, "md5") != unpacked_md5:
             raise BadInput(
                 f"{path} is there and is not the published file; move it away, or choose another"
                 " folder"
@@ -100,7 +97,7 @@ def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
     return files
 
 
-def bring(file: Wanted, url: str, timeout_s: float, backoff_s: float) -> None:
+def bring(file: Wanted, url: str, timeout_s: float) -> None:
     """Fetch a file, once more where its content is wrong, and give it its official name."""
     by_hand = file.path.with_name(file.name)
     part = file.path.with_name(f"{file.name}.part")
@@ -108,35 +105,34 @@ def bring(file: Wanted, url: str, timeout_s: float, backoff_s: float) -> None:
         if by_hand.exists():
             by_hand.rename(part)
         else:
-            fetch(url, part, timeout_s, backoff_s)
-        wrong = unpack(part, file)
-        part.unlink(missing_ok=True)
-        if not wrong:
+            fetch(url, part, timeout_s)
+        md5 = file_digest(part, "md5")
+        if md5 == file.md5:
+            unpack(part, file)
             return
+        part.unlink()
+        wrong = f"MD5 {md5} is not the published {file.md5}"
         say(f"{file.name}: {wrong}")
     raise WrongContent(f"{file.name} from {url}, fetched twice: {wrong}")
 
 
-def unpack(part: Path, file: Wanted) -> str:
-    """Give a whole transfer its official name, unpacked. Gives what is wrong with it, or ''."""
-    md5 = file_digest(part, "md5")
-    if md5 != file.md5:
-        return f"MD5 {md5} is not the published {file.md5}"
-    if file.is_packed:
-        say(f"unpack {file.name}")
-        with atomic_write(file.path) as target, gzip.open(part) as unpacked:
-            shutil.copyfileobj(unpacked, target, BLOCK_BYTES)
-    else:
+def unpack(part: Path, file: Wanted) -> None:
+    """Give a whole transfer its official name, unpacked."""
+    if not file.name.endswith(".gz"):
         part.rename(file.path)
-    return ""
+        return
+    say(f"unpack {file.name}")
+    with atomic_write(file.path) as target, gzip.open(part) as unpacked:
+        shutil.copyfileobj(unpacked, target, BLOCK_BYTES)
+    part.unlink()
 
 
-def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
+def fetch(url: str, part: Path, timeout_s: float) -> None:
     """Download into `part`, going on at its end. Raises BadInput after NUM_TRIES in a row that got
     no further.
     """
     furthest, num_failures = 0, 0
-    with Progress(0, part.name.removesuffix(".part"), "bytes") as progress:
+    with Progress(0, part.stem, "bytes") as progress:
         while True:
             try:
                 with open(part, "ab") as file:
@@ -149,36 +145,34 @@ def fetch(url: str, part: Path, timeout_s: float, backoff_s: float) -> None:
                 return
             except Cut as cut:
                 why, asked_s = cut.args
-                size = part.stat().st_size
-                if size > furthest:
-                    furthest, num_failures = size, 0
-                num_failures += 1
-                if num_failures == NUM_TRIES:
-                    raise BadInput(
-                        f"{url} cannot be fetched: {why}; {size:,} bytes are kept for the next run"
-                    ) from None
-                wait_s = asked_s or min(LONGEST_WAIT_S, backoff_s * 2 ** (num_failures - 1))
-                say(f"{part.name}: {why} at {size:,} bytes, going on in {wait_s:.0f} s")
-                time.sleep(wait_s)
+            size = part.stat().st_size
+            if size > furthest:
+                furthest, num_failures = size, 0
+            num_failures += 1
+            if num_failures == NUM_TRIES:
+                kept = f"{size:,} bytes are kept for the next run"
+                raise BadInput(f"{url} cannot be fetched: {why}; {kept}")
+            wait_s = asked_s or min(LONGEST_WAIT_S, 2.0 ** (num_failures - 1))
+            say(f"{part.name}: {why} at {size:,} bytes, going on in {wait_s:.0f} s")
+            time.sleep(wait_s)
 
 
 def stream(url: str, start: int, timeout_s: float):
     """Yield (offset, total or None, bytes) of a file from `start`, or from 0 where the server knows
     no ranges, until a Cut. Raises BadInput for what another try cannot mend.
     """
-    headers = {"User-Agent": USER_AGENT}
+    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
     if start:
-        headers["Range"] = f"bytes={start}-"
+        request.add_header("Range", f"bytes={start}-")
     try:
-        request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             offset = start if response.status == 206 else 0
-            total = offset + response.length if response.length is not None else None
+            total = None if response.length is None else offset + response.length
             # what has come; read() would lose it in a stall
             for block in iter(lambda: response.read1(BLOCK_BYTES), b""):
                 yield offset, total, block
                 offset += len(block)
-            if total is not None and offset < total:
+            if response.length:  # what is still to come
                 raise Cut("the connection was cut", 0)
     except (OSError, http.client.HTTPException) as error:
         code = getattr(error, "code", 500)  # what is no answer of the server may pass
@@ -192,10 +186,6 @@ def stream(url: str, start: int, timeout_s: float):
                 f"{url} is refused ({one_line(error)}): {remedy}fetch it with a browser, put it"
                 " into the folder of --to as it is, and run this again"
             ) from None
-        raise Cut(one_line(error), asked_wait(error)) from None
-
-
-def asked_wait(error: Exception) -> float:
-    """The seconds that a server's answer asks to wait, 0 where it does not."""
-    text = getattr(error, "headers", {}).get("Retry-After", "")
-    return min(LONGEST_ASKED_WAIT_S, float(text)) if text.isdecimal() else 0.0
+        wait = getattr(error, "headers", {}).get("Retry-After", "")
+        wait_s = min(LONGEST_ASKED_WAIT_S, float(wait)) if wait.isdecimal() else 0.0
+        raise Cut(one_line(error), wait_s) from None

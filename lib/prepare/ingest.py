@@ -7,7 +7,6 @@ import itertools
 import os
 import re
 import shutil
-import stat
 import tarfile
 import tempfile
 from collections import Counter
@@ -30,7 +29,7 @@ from lib.inputs import (
     walk_tar,
 )
 from lib.pcam import SPLITS
-from lib.prepare.target import fill_folder, read_journal
+from lib.prepare.target import new_folder, require_unused, write_splits
 from lib.progress import Progress
 
 BLOCK_ROWS = 1024
@@ -39,22 +38,21 @@ WILDS_SPLITS = {"1": "valid", "2": "test"}  # by centre
 
 
 class File(NamedTuple):
-    """A file below a source: a plain one, or `size` bytes of a tar. `size` is None for a pipe."""
+    """A file of a source: a plain one, or `size` bytes of an open tar."""
 
     name: str
-    path: str
-    archive: BinaryIO | None
-    offset: int
-    size: int | None
-    changed_ns: int
+    path: Path
+    archive: BinaryIO | None = None
+    offset: int = 0
+    size: int = 0
 
     def __str__(self):
-        return f"{self.path}: {self.name}" if self.archive else self.path
+        return f"{self.path}: {self.name}" if self.archive else str(self.path)
 
     def read(self) -> bytes:
         if self.archive:
             return os.pread(self.archive.fileno(), self.size, self.offset)
-        return Path(self.path).read_bytes()
+        return self.path.read_bytes()
 
 
 class Place(NamedTuple):
@@ -72,7 +70,7 @@ def import_images(path, directory, valid_share: float = 0.1) -> dict:
     {reason: files}}.
     """
     path, directory = Path(path), Path(directory)
-    read_journal(directory)
+    require_unused(directory)
     modes = {}
 
     def read_blocks(split):
@@ -87,10 +85,10 @@ def import_images(path, directory, valid_share: float = 0.1) -> dict:
 
     with ThreadPoolExecutor(NUM_THREADS) as pool, contextlib.ExitStack() as stack:
         files = list_files(path, nearest_folder(directory), stack)
-        images, skipped, digest = index_source(path, files, valid_share)
+        images, skipped = index_source(path, files, valid_share)
         sizes = {split: len(rows) for split, rows in images.items()}
-        source = f"{path.resolve()} (SHA-256 {digest})"
-        splits = fill_folder(directory, source, sizes, read_blocks)
+        with new_folder(directory):
+            splits, _ = write_splits(directory, sizes, read_blocks)
     for split, counts in modes.items():
         del counts["RGB"]
         splits[split]["converted"] = dict(counts)
@@ -107,35 +105,30 @@ def decode_image(image: tuple[Place, File]) -> tuple[np.ndarray, str]:
 def index_source(path: Path, files, valid_share: float):
     """Look through `files` for images that a table, or else SPLIT/LABEL/NAME, gives a place.
 
-    Gives {split: [(Place, File)]} in the order of rows, {reason: files left out} and a digest of
-    it all. Raises BadInput for an image without its file, one that is there twice, and no images.
+    Gives {split: [(Place, File)]} in the order of rows, and {reason: files left out}. Raises
+    BadInput for an image without its file, one that is there twice, and no images.
     """
     table = read_table(path, valid_share)
     images, skipped, first_files = {}, Counter(), {}
-    digest = hashlib.sha256()
     with Progress(0, f"look through {path.name}", "files") as progress:
         for file in files:
             progress.add()
-            name = PurePosixPath(file.name)
-            if file.size is None or not is_image(name.name):
-                skipped[describe_other(name.name)] += 1
+            base = PurePosixPath(file.name).name
+            if not is_image(base):
+                skipped[describe_other(base)] += 1
                 continue
             place = table.get(file.name.rpartition(".")[0]) if table else place_by_folder(file)
             if place is None:
                 skipped["no label"] += 1
                 continue
             first = first_files.setdefault(place.key, file)
-            is_named_twice = table or first.name == file.name
             # an archive beside its own content; other content may be of another hospital
-            if first is not file and (is_named_twice or first.read() == file.read()):
+            if first is not file and (table or first.read() == file.read()):
                 raise BadInput(f"{first} and {file} are one image: leave one of the two out")
-            if place.split not in SPLITS:
+            if place.split in SPLITS:
+                images.setdefault(place.split, []).append((place, file))
+            else:
                 skipped[place.split] += 1
-                continue
-            images.setdefault(place.split, []).append((place, file))
-            digest.update(
-                repr((place, file.name, file.offset, file.size, file.changed_ns)).encode()
-            )
     absent = [key for key in table if key not in first_files]
     if absent:
         raise BadInput(
@@ -151,15 +144,14 @@ def index_source(path: Path, files, valid_share: float):
         )
     for rows in images.values():
         rows.sort(key=lambda image: (image[0].order, image[0].label, image[1].name))
-    return images, skipped, digest.hexdigest()
+    return images, skipped
 
 
 def explain_no_images(path: Path) -> str:
     """Words for what to do where a source holds no images with labels."""
-    for folder in (path.parent, *path.glob("*/")):
-        for name in TABLES:
-            if (folder / name).is_file():
-                return f"{folder} holds {name}: import that folder"
+    for folder, name in itertools.product((path.parent, *path.glob("*/")), TABLES):
+        if (folder / name).is_file():
+            return f"{folder} holds {name}: import that folder"
     return "unpack zips first, HDF5 is read by repack"
 
 
@@ -186,14 +178,12 @@ def read_table(path: Path, valid_share: float) -> dict[str, Place]:
     """{path of an image without its ending: place} of a source's table, {} where it has none."""
     table = {}
     for name, (columns, find_place) in TABLES.items():
-        if not (path / name).is_file():
-            continue
-        for number, row in enumerate(read_edited_csv(path / name, columns)):
+        rows = read_edited_csv(path / name, columns) if (path / name).is_file() else []
+        for number, row in enumerate(rows):
             place = find_place(row, number, valid_share)
             if place.key in table:
                 raise BadInput(f"{path / name} lists {place.key} twice")
             table[place.key] = place
-        break
     return table
 
 
@@ -211,10 +201,8 @@ def place_wilds(row: dict, number: int, _valid_share: float) -> Place:
     """The place of an image of Camelyon17-WILDS, in the splits of the benchmark (Koh et al. 2021):
     one hospital validates, another one tests; `split` 1 shares the slides of train.
     """
-    slide = "patient_{patient}_node_{node}".format_map(row)
-    name = "patches/{slide}/patch_{slide}_x_{x_coord}_y_{y_coord}".format_map(
-        row | {"slide": slide}
-    )
+    slide = f"patient_{row['patient']}_node_{row['node']}"
+    name = f"patches/{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}"
     label = parse_label(row["tumor"], name)
     split = WILDS_SPLITS.get(row["center"])
     if not split:
@@ -242,26 +230,20 @@ def parse_label(text: str, name: str) -> int:
 
 def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
     """Yield every File of a tar, or of a folder and the tars in it; `stack` closes the archives."""
-    if not path.is_dir() and not path.is_file():
+    if not path.exists():
         raise BadInput(f"no file or folder {path}")
     for full in walk_folder(path) if path.is_dir() else [path]:
-        status = full.stat()
-        changed_ns = status.st_mtime_ns
-        if full == path or is_tar(full):
-            archive = stack.enter_context(open_archive(full, scratch))
-            for name, member, _ in walk_tar(full, archive):
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise BadInput(
-                        f"{full}: the member '{name}' is a link or a device, only plain files are"
-                        " taken"
-                    )
-                offset, size = member.offset_data, member.size
-                yield File(name, str(full), archive, offset, size, changed_ns)
-        else:
-            size = status.st_size if stat.S_ISREG(status.st_mode) else None
-            yield File(full.relative_to(path).as_posix(), str(full), None, 0, size, changed_ns)
+        if full != path and not is_tar(full):
+            yield File(full.relative_to(path).as_posix(), full)
+            continue
+        archive = stack.enter_context(open_archive(full, scratch))
+        for name, member, _ in walk_tar(full, archive):
+            if member.isfile():
+                yield File(name, full, archive, member.offset_data, member.size)
+            elif not member.isdir():
+                raise BadInput(
+                    f"{full}: the member '{name}' is a link or a device, only plain files are taken"
+                )
 
 
 def open_archive(path: Path, scratch: Path) -> BinaryIO:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import atomic_write, read_csv
+from lib.files import write_csv
 from lib.pcam import (
     find_scale,
     open_patches,
@@ -18,9 +18,8 @@ from lib.pcam import (
     split_path,
     to_uint8,
 )
-from lib.prepare.target import fill_folder, read_journal
+from lib.prepare.target import new_folder, remove_files, write_splits
 from lib.prepare.verify import require_splits
-from lib.progress import Progress
 
 LOSSES_FILE = "repack_losses.csv"
 LOSSES_HEADER = ("split", "row", "kind", "num_values", "lowest", "highest")
@@ -32,47 +31,33 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
     """Write a folder of PCam-like HDF5 files of any number type, layout and compression in the
     official form.
 
-    Gives {written, splits: {split: {scaled_by, losses: {kind: {values, patches}}, ...}}}. Unless
-    `allow_loss`, what uint8 cannot hold is counted first, and nothing is written if there is any;
-    else its rows are kept in repack_losses.csv.
+    Gives {written, splits: {split: {scaled_by, losses: {kind: {values, patches}}, ...}}}. The rows
+    that lose what uint8 cannot hold are kept in repack_losses.csv. Unless `allow_loss`, nothing
+    stays written if there are any.
     """
     path, directory = Path(path), Path(directory)
-    read_journal(directory)
-    plans = {split: plan_repack(path, split) for split in require_splits(path)}
-    sizes = {split: num for split, (num, _) in plans.items()}
-    splits, losses = {split: {} for split in plans}, []
+    sizes, factors = {}, {}
+    for split in require_splits(path):
+        sizes[split], factors[split] = plan_repack(path, split)
 
     def read_blocks(split):
         for part in ("meta", "mask"):
-            copy_file(split_path(path, split, part), split_path(directory, split, part))
-        return convert_split(path, split, plans[split][1])
+            source = split_path(path, split, part)
+            if source.exists():
+                shutil.copyfile(source, split_path(directory, split, part))
+        return convert_split(path, split, factors[split])
 
-    if not allow_loss:
-        for split, (num, factor) in plans.items():
-            with Progress(num, f"count the losses of {split}") as progress:
-                for patches, _, _, rows in convert_split(path, split, factor):
-                    losses += rows
-                    progress.add(len(patches))
-    is_written = not losses
-    if is_written:
-        states = []
-        for file in sorted(path.glob("camelyonpatch_*")):
-            status = file.stat()
-            states.append((file.name, status.st_size, status.st_mtime_ns))
-        source = f"{path.resolve()} ({'with losses' if allow_loss else 'without loss'}, {states})"
-        splits = fill_folder(directory, source, sizes, read_blocks, (LOSSES_FILE, *LOSSES_HEADER))
-        # which holds those that an earlier start wrote, too
-        losses = [list(row.values()) for row in read_csv(directory / LOSSES_FILE)]
+    with new_folder(directory):
+        splits, losses = write_splits(directory, sizes, read_blocks)
+        is_written = allow_loss or not losses
+        if is_written:
+            write_csv(directory / LOSSES_FILE, LOSSES_HEADER, losses)
+        else:
+            remove_files(directory)
     for split, facts in splits.items():
-        of_split = [row for row in losses if row[0] == split]
-        facts |= {"scaled_by": plans[split][1], "losses": summarise_losses(of_split)}
+        facts["scaled_by"] = factors[split]
+        facts["losses"] = summarise_losses(row for row in losses if row[0] == split)
     return {"written": is_written, "splits": splits}
-
-
-def copy_file(source: Path, target: Path) -> None:
-    if source.exists():
-        with open(source, "rb") as original, atomic_write(target) as copy:
-            shutil.copyfileobj(original, copy)
 
 
 def plan_repack(path: Path, split: str) -> tuple[int, float]:
@@ -95,10 +80,10 @@ def convert_split(path: Path, split: str, factor: float):
         chunk = dataset.chunks[0] if dataset.chunks and dataset.chunks[0] <= MOST_ROWS else 1
         num_rows = -(-BLOCK_ROWS // chunk) * chunk  # whole chunks, so that each is decoded once
         for start in range(0, len(labels), num_rows):
-            values = read_rows(dataset, slice(start, start + num_rows))
-            patches, losses = convert_patches(values, factor)
+            block = slice(start, start + num_rows)
+            patches, losses = convert_patches(read_rows(dataset, block), factor)
             rows = [(split, start + row, *loss) for row, *loss in losses]
-            yield patches, labels[start : start + num_rows], (), rows
+            yield patches, labels[block], (), rows
 
 
 def convert_patches(values: np.ndarray, factor: float) -> tuple[np.ndarray, list[tuple]]:
@@ -110,9 +95,10 @@ def convert_patches(values: np.ndarray, factor: float) -> tuple[np.ndarray, list
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             flat = flat * np.float32(factor)  # in 32 bits at least
             whole = np.rint(flat)
-            precision = np.finfo(flat.dtype if values.dtype.kind != "f" else values.dtype).eps
+            stored = values if values.dtype.kind == "f" else flat
             # k/255 comes back as k: storage, not loss
-            flat = np.where(np.abs(flat - whole) <= max(1e-3, 255 * precision), whole, flat)
+            tolerance = max(1e-3, 255 * np.finfo(stored.dtype).eps)
+            flat = np.where(np.abs(flat - whole) <= tolerance, whole, flat)
     patches = to_uint8(flat)
     losses = []
     for row in np.flatnonzero((patches != flat).any(axis=1)):
@@ -124,9 +110,14 @@ def list_losses(values: np.ndarray):
     """Yield (kind, values, lowest, highest) of what uint8 cannot hold of a patch, (27648,)."""
     finite = np.isfinite(values)
     below, above = finite & (values < 0), finite & (values > 255)
-    is_rounded = finite & ~below & ~above & (values != np.rint(values))
-    kinds = ("not_finite", "below_0", "above_255", "rounded")
-    for kind, mask in zip(kinds, (~finite, below, above, is_rounded), strict=True):
+    within = finite & ~below & ~above
+    masks = {
+        "not_finite": ~finite,
+        "below_0": below,
+        "above_255": above,
+        "rounded": within & (values != np.rint(values)),
+    }
+    for kind, mask in masks.items():
         lost = values[mask]
         if len(lost):
             yield kind, len(lost), f"{lost.min():.9g}", f"{lost.max():.9g}"
@@ -137,6 +128,6 @@ def summarise_losses(rows) -> dict:
     losses = {}
     for _, _, kind, num, *_ in rows:
         loss = losses.setdefault(kind, {"values": 0, "patches": 0})
-        loss["values"] += int(num)
+        loss["values"] += num
         loss["patches"] += 1
     return losses

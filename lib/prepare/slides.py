@@ -85,11 +85,14 @@ def _interpolate(knots: np.ndarray, cell_px: int) -> np.ndarray:
     """A map through square `knots` that lie `cell_px` apart, the first outside the slide."""
     # in tiles: products this small stay below the size from which BLAS starts threads of its own,
     # which would fight with ours
-    matrix, (rows, columns) = _spline_matrix(cell_px), TILES
-    left = (matrix.reshape(-1, 4, len(knots)) @ knots).reshape(rows, 1, -1, len(knots))
-    right = matrix.reshape(columns, -1, len(knots)).transpose(0, 2, 1)
+    matrix, num_knots = _spline_matrix(cell_px), len(knots)
+    rows, columns = TILES
+    left = matrix.reshape(-1, 4, num_knots) @ knots
+    left = left.reshape(rows, 1, -1, num_knots)
+    right = matrix.reshape(columns, -1, num_knots).transpose(0, 2, 1)
     values = np.empty((SLIDE_PX, SLIDE_PX), np.float32)
-    np.matmul(left, right, out=values.reshape(rows, columns, columns, rows).transpose(0, 2, 1, 3))
+    tiles = values.reshape(rows, columns, columns, rows).transpose(0, 2, 1, 3)
+    np.matmul(left, right, out=tiles)
     return values
 
 
@@ -145,9 +148,11 @@ def _nucleus_bank(
     """
     per_nucleus = (num, 1, 1)
     radii = radius * np.exp(spread * rng.standard_normal(per_nucleus))
-    radii = np.clip(radii, 0.6 * radius, min(1.7 * radius, 10)).astype(np.float32)
+    largest = min(1.7 * radius, 10)
+    radii = np.clip(radii, 0.6 * radius, largest).astype(np.float32)
     half = int(np.ceil(radii.max() * aspect**0.5 * (1 + irregular)))
-    pixels = np.indices((2 * half + 1, 2 * half + 1), np.float32)[:, None] - half
+    side = 2 * half + 1
+    pixels = np.indices((side, side), np.float32)[:, None] - half
     y, x = pixels + rng.random((2, *per_nucleus), dtype=np.float32) - 0.5
     if angle is None:
         angle = rng.uniform(0, np.pi, num)
@@ -163,17 +168,21 @@ def _nucleus_bank(
     outline = 1
     for order in (1, 2, 3):
         wave = wave * unit
-        cosine, sine = irregular / order * rng.standard_normal((2, *per_nucleus), dtype=np.float32)
+        drawn = rng.standard_normal((2, *per_nucleus), dtype=np.float32)
+        cosine, sine = irregular / order * drawn
         outline = outline + cosine * wave.real + sine * wave.imag
     rho = distance / (radii * np.clip(outline, 0.6, 1.5))
 
     # the chromatin
-    grain = _blur(_white_noise(rng, *rho.shape), 1) * 2.8
-    density = 1 - vesicular * np.clip(1.1 - rho**3, 0, 1) + clumping * grain
+    noise = _white_noise(rng, *rho.shape)
+    grain = _blur(noise, 1) * 2.8
+    pallor = np.clip(1.1 - rho**3, 0, 1)
+    density = 1 - vesicular * pallor + clumping * grain
     for _ in range(nucleoli):
         x, y = (rng.random((2, *per_nucleus), dtype=np.float32) - 0.5) * radii
-        spot = np.exp(((z.real - x) ** 2 + (z.imag - y) ** 2) / -1.6)
-        density += spot * rng.choice(np.float32([0, 0.9]), per_nucleus)
+        distance = (z.real - x) ** 2 + (z.imag - y) ** 2
+        strength = rng.choice(np.float32([0, 0.9]), per_nucleus)
+        density += np.exp(distance / -1.6) * strength
     inside = np.clip((1 - rho) * radii / 0.8 + 0.5, 0, 1)
     return np.clip(density, 0.1, 2) * inside
 
@@ -185,7 +194,8 @@ def _place(rng, pitch: float, chance: np.ndarray) -> np.ndarray:
     num = SLIDE_PX / pitch
     row, column = np.mgrid[0 : num / 0.87, 0:num].astype(np.float32)
     grid = np.stack([row * 0.87, column + row % 2 / 2])
-    points = (grid + rng.normal(0, 0.17, grid.shape)) * pitch
+    jitter = rng.normal(0, 0.17, grid.shape)
+    points = (grid + jitter) * pitch
     points = np.clip(points, 1, SLIDE_PX - 2).astype(np.int32).reshape(2, -1)
     is_placed = rng.random(points.shape[1], dtype=np.float32) < chance[*points]
     return points[:, is_placed]
@@ -203,9 +213,10 @@ def _stamp(canvas, rng, bank, points, gain: float, spread: float, which=None) ->
     corner = MARGIN_PX - side // 2
     window = (row + corner) * CANVAS_PX + column + corner
     values = bank.reshape(len(bank), -1)[:, used][which]
-    values *= gain * np.exp(spread * rng.standard_normal((len(y), 1), dtype=np.float32))
-    pixels = (y * CANVAS_PX + x)[:, None] + window
-    np.maximum.at(canvas.reshape(-1), pixels, values)
+    deviation = rng.standard_normal((len(y), 1), dtype=np.float32)
+    values *= gain * np.exp(spread * deviation)
+    origins = y * CANVAS_PX + x
+    np.maximum.at(canvas.reshape(-1), origins[:, None] + window, values)
 
 
 def _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase) -> np.ndarray:
@@ -218,16 +229,19 @@ def _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase) -> np.ndarray:
     bank = _nucleus_bank(rng, 192, u(3.3, 4.0), 0.1, 1.4, 0.06, 0.15, 0.2)
     in_stroma = 0.92 * crowd * (1 - 0.7 * loose)
     chance = 0.03 + in_stroma * (1 - epithelium) + u(0, 0.25) * epithelium
-    _stamp(canvas, rng, bank, _place(rng, u(6.9, 8.4), chance), u(1.2, 2.4), 0.2)
+    points = _place(rng, u(6.9, 8.4), chance)
+    _stamp(canvas, rng, bank, points, u(1.2, 2.4), 0.2)
 
     # spindles lie along the fibres
     angle = np.arange(96) * np.pi / 96
     bank = _nucleus_bank(rng, 96, 4.0, 0.15, 4.0, 0.05, 0.2, 0.15, angle=angle)
-    y, x = points = _place(rng, 18, (1 - epithelium) * (1 - crowd) * 0.4)
+    chance = (1 - epithelium) * (1 - crowd) * 0.4
+    y, x = points = _place(rng, 18, chance)
     rise_x = phase[y, x + 1] - phase[y, x - 1]
     rise_y = phase[y - 1, x] - phase[y + 1, x]
     along = np.arctan2(rise_x, rise_y) * (96 / np.pi)
-    _stamp(canvas, rng, bank, points, 1.1, 0.25, along.astype(np.int32) % 96)
+    which = along.astype(np.int32) % 96
+    _stamp(canvas, rng, bank, points, 1.1, 0.25, which)
 
     # regular nuclei of benign nests, and those of tumour
     radius = u(4.0, 5.0)
@@ -258,7 +272,8 @@ def _fat_walls(rng, pitch: float) -> np.ndarray:
         y, x = pixels - seeds[:, row + dy, column + dx]
         distances.append(np.sqrt(y**2 + x**2))
     first, second = np.partition(distances, 1, axis=0)[:2]
-    return _interpolate(np.pad((second - first) / 2, (1, 3), mode="edge"), FAT_STEP_PX)
+    knots = np.pad((second - first) / 2, (1, 3), mode="edge")
+    return _interpolate(knots, FAT_STEP_PX)
 
 
 def _draw_nests(rng, share: float) -> np.ndarray:
@@ -267,7 +282,8 @@ def _draw_nests(rng, share: float) -> np.ndarray:
     """
     nests = _smooth_field(rng, rng.uniform(50, 160))
     weight = rng.uniform(0.2, 0.7)
-    return _soft_step(nests + weight * _smooth_field(rng, rng.uniform(18, 40)), share, 0.08)
+    detail = _smooth_field(rng, rng.uniform(18, 40))
+    return _soft_step(nests + weight * detail, share, 0.08)
 
 
 def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -275,7 +291,8 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray]:
     bool.
     """
     u = rng.uniform
-    grain = _blur(_white_noise(rng, SLIDE_PX, SLIDE_PX), 1) * 2.25
+    noise = _white_noise(rng, SLIDE_PX, SLIDE_PX)
+    grain = _blur(noise, 1) * 2.25
     nest = np.zeros_like(grain)
     if tumour:
         nest = _draw_nests(rng, u(0.45, 0.7))
@@ -286,20 +303,26 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray]:
     lean = u(0, np.pi)
     x = np.arange(SLIDE_PX, dtype=np.float32)
     phase = 4 * math.cos(lean) * x + 4 * math.sin(lean) * x[:, None]
-    phase = phase + 220 * _smooth_field(rng, 110) + 35 * _smooth_field(rng, 20)
-    stripes = np.interp(np.arange(8192), np.arange(0, 8193, 12), rng.standard_normal(683))
-    fibre = stripes.astype(np.float32)[phase.astype(np.int32) & 8191]
+    phase = phase + 220 * _smooth_field(rng, 110)
+    phase = phase + 35 * _smooth_field(rng, 20)
+    stripes = rng.standard_normal(683)
+    stripes = np.interp(np.arange(8192), np.arange(0, 8193, 12), stripes).astype(np.float32)
+    fibre = stripes[phase.astype(np.int32) & 8191]
 
     # it is loose in places; in others lymphocytes crowd
-    loose = _soft_step(_rough_field(rng, 120, 0.3, 30), u(0.05, 0.3), 0.6)
-    crowd = _soft_step(_rough_field(rng, u(80, 200), 0.3, 25), u(0.45, 0.95), 0.4)
-    gaps = np.clip(_smooth_field(rng, u(6, 9)) + 0.5 * grain - u(-0.5, 1), 0, 1)
+    field = _rough_field(rng, 120, 0.3, 30)
+    loose = _soft_step(field, u(0.05, 0.3), 0.6)
+    field = _rough_field(rng, u(80, 200), 0.3, 25)
+    crowd = _soft_step(field, u(0.45, 0.95), 0.4)
+    field = _smooth_field(rng, u(6, 9))
+    gaps = np.clip(field + 0.5 * grain - u(-0.5, 1), 0, 1)
     patchy = 0.15 * _smooth_field(rng, 14) + 0.14 * grain
     stroma = u(0.4, 0.6) + 0.16 * fibre + patchy - u(0.2, 0.6) * loose
     stroma = stroma - u(0.2, 0.9) * crowd * gaps
     cytoplasm = u(0.4, 0.75) + patchy - u(0, 0.6) * gaps
     eosin = np.maximum(stroma + (cytoplasm - stroma) * epithelium, 0)
-    haematoxylin = eosin * (u(0.05, 0.2) + u(0, 0.25) * epithelium + u(0, 0.2) * crowd)
+    share = u(0.05, 0.2) + u(0, 0.25) * epithelium + u(0, 0.2) * crowd
+    haematoxylin = eosin * share
 
     nuclei = _draw_nuclei(rng, tumour, nest, benign, loose, crowd, phase)
     eosin *= 1 - 0.6 * np.minimum(nuclei, 1)
@@ -307,13 +330,17 @@ def _draw_tissue(rng, tumour: bool) -> tuple[np.ndarray, np.ndarray]:
 
     # what is white, air beside the tissue and fat; then a fold, where two layers of tissue lie on
     # each other
-    air = _soft_step(_rough_field(rng, 220, 0.15, 40) + 0.3 * patchy, u(0, 0.12), 0.05)
-    fat = _soft_step(_rough_field(rng, 130, 0.2, 30), u(0, 0.35), 0.05) * (1 - nest)
-    fat *= np.clip((_fat_walls(rng, u(45, 80)) - u(2.0, 3.6)) / 1.5, 0, 1)
+    field = _rough_field(rng, 220, 0.15, 40)
+    air = _soft_step(field + 0.3 * patchy, u(0, 0.12), 0.05)
+    field = _rough_field(rng, 130, 0.2, 30)
+    fat = _soft_step(field, u(0, 0.35), 0.05) * (1 - nest)
+    distance = _fat_walls(rng, u(45, 80))
+    fat *= np.clip((distance - u(2.0, 3.6)) / 1.5, 0, 1)
     tissue = 1 - np.maximum(air, fat)
     thickness = u(0, 1.3)
     distance = np.abs(_smooth_field(rng, 300) - u(-2, 2))
-    tissue *= 1 + thickness * np.clip(1.5 - 25 * distance, 0, 1)
+    fold = np.clip(1.5 - 25 * distance, 0, 1)
+    tissue *= 1 + thickness * fold
     return np.stack([haematoxylin, eosin]) * tissue, (nest > 0.5) & (air < 0.5)
 
 
@@ -325,9 +352,11 @@ def _scan(rng, stains: np.ndarray, laboratory: int, blurred: bool) -> np.ndarray
     vectors = np.asarray(STAINS[laboratory]) + rng.normal(0, 0.03, (2, 3))
     # the scanner's gamma multiplies the optical density, and so does the strength of a stain
     gamma = u(0.9, 1.1)
-    strength = gamma * np.exp(rng.normal((0.05, -0.05), 0.18)) / np.linalg.norm(vectors, axis=1)
+    strength = gamma * np.exp(rng.normal((0.05, -0.05), 0.18))
+    strength = strength / np.linalg.norm(vectors, axis=1)
     vectors = (vectors * strength[:, None]).astype(np.float32)
-    white = np.clip(rng.normal((248, 245, 248), 3), 230, 255).astype(np.float32)
+    white = rng.normal((248, 245, 248), 3)
+    white = np.clip(white, 230, 255).astype(np.float32)
     noise = _white_noise(rng, SLIDE_PX + 4, SLIDE_PX)
     # level 2 was thinned out from finer pixels: the grain of tissue is sharp to the pixel and grows
     # with the stain

@@ -13,10 +13,10 @@ import numpy as np
 
 from lib.command import BadInput
 from lib.damage import alter_patch, damage_patch
-from lib.files import read_csv
+from lib.files import write_csv
 from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS
 from lib.prepare.slides import SLIDE_PX, Slide, draw_slide, is_tumour_slide
-from lib.prepare.target import fill_folder, read_journal
+from lib.prepare.target import new_folder, write_splits
 
 PATCH_PX, CENTRE = 96, slice(32, 64)
 # a grid of patches leaves 32 px of a slide, so that it can lie at any of 33 x 33 offsets
@@ -24,7 +24,7 @@ GRID = 12
 GRID_PX = GRID * PATCH_PX
 PATCHES_PER_SLIDE = 120
 NUM_AHEAD = 8  # slides drawn before their patches are written
-TRUTH_TABLE = ("truth.csv", "split", "index", "kind", "detail")
+TRUTH_FILE, TRUTH_HEADER = "truth.csv", ("split", "index", "kind", "detail")
 # what can be planted. shared_slides: valid and test slides that are train slides, cut elsewhere;
 # class_skew: negatives per positive in train; all others: shares of the slides, of the patches or,
 # for the trigger, of the positives
@@ -52,7 +52,6 @@ class SyntheticPlan:
         least = min(self.seed, *self.sizes.values())
         if least < 0:
             raise BadInput(f"a number of patches or the seed is {least}; allowed: 0 or more")
-        share = 0.0
         for kind, rate in self.plant.items():
             if kind not in PLANTS:
                 raise BadInput(f"plant '{kind}' is unknown; allowed: {', '.join(PLANTS)}")
@@ -61,10 +60,6 @@ class SyntheticPlan:
                 raise BadInput(f"plant {kind} has rate {rate}; allowed: {low} to {high}")
             if kind in FLOATS_ONLY and self.dtype == "uint8":
                 raise BadInput(f"plant {kind} cannot be stored as uint8; --float32 can hold it")
-            if kind not in WHOLE_SLIDE:
-                share += 2 * rate if kind in DUPLICATES else rate
-        if share > 1:
-            raise BadInput("planted rates, those of duplicates taken twice, add up to more than 1")
 
     def rng(self, split: str, *position: int):
         """Random numbers that depend on the seed, the split and a position alone."""
@@ -170,14 +165,16 @@ def draw_block(plan, split, start, source, number, num, num_positive):
     rng = plan.rng(split, start, 1)
     block = cut_patches(slide, num, rng, num_positive)
     block.images = block.images.astype(plan.dtype, copy=False)
-    meta, truth = [], [(split, *row) for row in plant_damage(plan, block, start, rng)]
-    for index, (label, yx) in enumerate(zip(block.labels, block.coords, strict=True), start):
+    truth = [(split, *row) for row in plant_damage(plan, block, start, rng)]
+    rows = range(start, start + num)
+    if source != split:
+        truth += [(split, row, "shared_slides", slide.name) for row in rows]
+    if slide.blurred:
+        truth += [(split, row, "blurred_scanner", "scanner_3_blurred") for row in rows]
+    meta = []
+    for label, yx in zip(block.labels, block.coords, strict=True):
         has_tumour = label or cut(slide.mask, yx).any()
         meta.append((*yx.tolist(), bool(has_tumour), bool(label), slide.name))
-        if source != split:
-            truth.append((split, index, "shared_slides", slide.name))
-        if slide.blurred:
-            truth.append((split, index, "blurred_scanner", "scanner_3_blurred"))
     return block.images, block.labels, meta, sorted(truth)
 
 
@@ -220,23 +217,24 @@ def write_synthetic(plan: SyntheticPlan, directory) -> dict:
     `planted` by kind, rate.
     """
     directory, began_s = Path(directory), time.perf_counter()
-    read_journal(directory)
     sizes = {split: num for split, num in plan.sizes.items() if num}
     storage = {"dtype": plan.dtype}
     patch_bytes = PATCH_BYTES * np.dtype(plan.dtype).itemsize
     if plan.compression:
-        chunk = (min(32, *sizes.values()), *PATCH_SHAPE)
-        storage |= {"chunks": chunk, "compression": "gzip"}
+        storage |= {"chunks": (min(32, *sizes.values()), *PATCH_SHAPE), "compression": "gzip"}
         patch_bytes = 0  # not known beforehand
 
     def read_blocks(split):
         return generate_split(plan, split)
 
-    fill_folder(directory, str(plan), sizes, read_blocks, TRUTH_TABLE, patch_bytes, **storage)
+    with new_folder(directory):
+        _, truth = write_splits(directory, sizes, read_blocks, patch_bytes, **storage)
+        write_csv(directory / TRUTH_FILE, TRUTH_HEADER, truth)
     wall_s = time.perf_counter() - began_s
-    result = {f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS}
-    result["seed"] = plan.seed
-    result["planted"] = Counter(row["kind"] for row in read_csv(directory / TRUTH_TABLE[0]))
-    result["wall_s"] = wall_s
-    result["patches_per_s"] = sum(sizes.values()) / wall_s
-    return result
+    return {
+        **{f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS},
+        "seed": plan.seed,
+        "planted": Counter(kind for _, _, kind, _ in truth),
+        "wall_s": wall_s,
+        "patches_per_s": sum(sizes.values()) / wall_s,
+    }

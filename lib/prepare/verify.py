@@ -2,8 +2,6 @@
 test exchanged.
 """
 
-from dataclasses import replace
-
 import numpy as np
 
 from lib.pcam import SPLITS, Split, open_split, require_file, split_path
@@ -18,8 +16,8 @@ def require_splits(directory) -> list[str]:
     has_test = any(split_path(directory, "test", part).exists() for part in "xy")
     splits = list(SPLITS if has_test else SPLITS[:2])
     for split in splits:
-        require_file(split_path(directory, split, "x"))
-        require_file(split_path(directory, split, "y"))
+        for part in "xy":
+            require_file(split_path(directory, split, part))
     return splits
 
 
@@ -51,14 +49,13 @@ def verify_folder(
 
 def list_facts(split: Split) -> dict:
     positive = int(split.labels.sum())
-    images = split.images
     return {
         "split": split.name,
         "patches": len(split),
         "negative": len(split) - positive,
         "positive": positive,
-        "bytes": images.path.stat().st_size,
-        "layout": images.layout if images.mapped is None else "contiguous uint8",
+        "bytes": split.images.path.stat().st_size,
+        "layout": split.images.layout,
         "slides": None if split.slides is None else len(np.unique(split.slides)),
         "slide_names": compare_slide_names(split),
     }
@@ -70,7 +67,7 @@ def read_extremes(split: Split) -> set[int]:
     """
     values = set()
     with Progress(0, f"read {split.name}") as progress:
-        for _, patches in replace(split.images, mapped=None).blocks():
+        for _, patches in split.images.blocks():
             values |= {int(patches.min()), int(patches.max())}
             progress.add(len(patches))
     return values
