@@ -407,3 +407,6 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(quick_run, tmp_path):
     ):
         code, result = audit_here(*arguments)
         assert code == 2 and sentence in result["error"] and not out.exists()
+    write_split(tmp_path / "black", np.zeros_like(patches), labels)
+    code, result = audit_here(quick_run, tmp_path / "black", out, "--parts", "slices")
+    assert code == 2 and "leave out the part slices" in result["error"]

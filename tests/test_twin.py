@@ -150,7 +150,7 @@ def test_runs_from_elsewhere_are_compared(copies, compare):
     """B differs, but nothing here makes it so: what differs in the inputs is named, and that no
     replay shows it.
     """
-    change_rows(copies[1], **{"loss": "0" * 64, "loss.loss": "0" * 64})
+    change_rows(copies[1], loss="0" * 64)  # and no part of it, as where B has one more
     meta = read_json(copies[1] / "meta.json")
     meta["machine"]["cpu_capability"], meta["commit"] = "OTHER", "f00"
     write_json(copies[1] / "meta.json", meta)
@@ -166,6 +166,7 @@ def test_runs_from_elsewhere_are_compared(copies, compare):
         (lambda run: change_rows(run, lambda step: step < 9), "trace.csv is cut"),
         (lambda run: change_rows(run, lambda step: step % 2 == 0), "are of other lengths"),
         (lambda run: (run / "summary.json").unlink(), "did not finish"),
+        (lambda run: write_csv(run / "trace.csv", ["step"], [[1]]), "it lacks the column rows"),
     ],
 )
 def test_a_damaged_trace_is_refused(copies, compare, damage, sentence):

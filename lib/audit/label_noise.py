@@ -42,7 +42,7 @@ def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray]:
 
     rate, probs = rate.item(), probs[0].numpy()
     given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
-    true = (given - rate) / (1 - 2 * rate)
+    true = (given - rate) / max(1 - 2 * rate, 1e-9)
     wrong = np.clip(rate * (1 - true) / given, 0, 1)
     return rate, float(np.quantile(rates[1:].numpy(), 0.05)), wrong
 

@@ -463,6 +463,11 @@ def check_slices(audit: Audit) -> None:
     if slides is not None:
         copies = link_copies(audit.split.images)[audit.rows]
     rows = measure_slices(build_slices(audit.features, copies, answers.rows[0]), answers)
+    if not rows:
+        raise BadInput(
+            f"the patches of split {audit.split.name} all look the same, there is nothing to"
+            " compare: leave out the part slices"
+        )
     if slides is not None:
         # a slide lies in one half: its own patches are halved, by what they share
         slides = slides[audit.rows]

@@ -191,7 +191,9 @@ def headline_blocks(scores: dict) -> list:
         overall | {"of": "all patches"},
         dict(zip((*NAMES, "of"), (*constants, "always positive"), strict=True)),
     ]
-    note = f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."
+    note = "Slices were not judged."
+    if scores["num_slices"]:
+        note = f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."
     if worst:
         rest = {name: worst.get(f"rest_{name}") for name in NAMES}
         rows += [worst | {"of": f"worst slice: {slice_name(worst)}"}, rest | {"of": "the rest"}]

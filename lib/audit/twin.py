@@ -4,6 +4,7 @@ layer at which they part.
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.replay import KINDS, Fault, train, ulp_distance
-from lib.command import BadInput, run_script, say
+from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, run_script, say
 from lib.config import Config
 from lib.files import read_csv, read_json
 from lib.rundir import find_run, is_finished, resume_config
@@ -46,8 +47,10 @@ def make_run(argv: list[str], fault: Fault | None = None) -> Path:
     """The run folder of a training in a process of its own or, with a fault, in this one. Raises
     BadInput as train.py does.
     """
-    result = train(argv, fault)[0] if fault else run_script("train.py", *argv, shows_progress=True)
-    return Path(result["run"])
+    if fault:
+        return Path(train(argv, fault)[0]["run"])
+    codes = (EXIT_DONE, EXIT_FINDING)  # a run that diverged has said where
+    return Path(run_script("train.py", *argv, codes=codes, shows_progress=True)["run"])
 
 
 def read_side(path) -> Side:
@@ -62,7 +65,11 @@ def read_side(path) -> Side:
             " compared"
         )
     summary = read_json(run / "summary.json")
-    trace = {int(row["step"]): row for row in read_csv(trace_path)}
+    rows = read_csv(trace_path)
+    for name in ("step", *QUANTITIES):
+        if rows and name not in rows[0]:
+            raise BadInput(f"{trace_path} is of another version: it lacks the column {name}")
+    trace = {int(row["step"]): row for row in rows}
     every = min(trace, default=1)
     steps = range(every, summary["num_steps"] + 1, every)
     if list(trace) != list(steps):
@@ -124,7 +131,7 @@ def find_parting(a: Side, b: Side) -> dict:
         differing = [name for name in ours if ours[name] != b.trace[step].get(name)]
         for quantity in QUANTITIES:
             if quantity in differing:
-                layers = [name for name in differing if name.startswith(f"{quantity}.")]
+                layers = [name for name in differing if name.startswith(f"{quantity}.")] or [""]
                 # gradients come about from the last layer on
                 layer = layers[-1 if quantity == "gradients" else 0].partition(".")[2]
                 return {"step": step, "equal_step": before, "quantity": quantity, "layer": layer}
@@ -182,10 +189,11 @@ def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
     others = [read_json(find_run(run) / "summary.json") for run in seeds]
     rows = []
     for name in SCORES:
-        row = {"score": name, "a": a.summary[name], "b": b.summary[name]}
-        row["difference"] = abs(row["a"] - row["b"])
+        # a run that diverged in its first epoch has no scores
+        ours, theirs = (side.summary.get(name, math.nan) for side in (a, b))
+        row = {"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs)}
         if len(others) > 1:
-            values = [summary[name] for summary in others]
+            values = [summary.get(name, math.nan) for summary in others]
             row["seed_deviation"] = float(np.std(values, ddof=1))
         rows.append(row)
     return rows

@@ -43,12 +43,15 @@ def check_labels(
         rows = rows[survey.labels[rows] >= 0]
         if logits is not None:
             rows = rows[~np.isnan(logits[rows])] if survey.name == "train" else rows[:0]
-        if np.bincount(survey.labels[rows], minlength=2).min() >= LEAST_ROWS:
+        group = groups_of[survey.name][rows]
+        is_alone = logits is None and len(np.unique(group)) == 1  # no fold is left to learn from
+        if np.bincount(survey.labels[rows], minlength=2).min() >= LEAST_ROWS and not is_alone:
             judged.append(survey)
             rows_of.append(rows)
-            groups.append(groups_of[survey.name][rows])
+            groups.append(group)
         else:
-            measured, limit = "too few labels to learn from", f"{LEAST_ROWS} of each class"
+            measured = "too few labels to learn from"
+            limit = f"{LEAST_ROWS} of each class, of two slides or more"
             findings.append(survey.finding("labels", "note", measured, limit, "not checked"))
     if not judged:
         return findings

@@ -172,5 +172,5 @@ def flood(mask: np.ndarray, start: tuple, reach: int) -> np.ndarray:
     while num != part.sum():
         num = part.sum()
         windows = sliding_window_view(np.pad(part, reach), (2 * reach + 1, 2 * reach + 1))
-        part = windows.any((2, 3)) & mask
-    return part
+        part |= windows.any((2, 3)) & mask
+    return part & mask
