@@ -8,6 +8,7 @@ python sweep.py champion NAME [--finish] [--open-test]
 
 import argparse
 import getpass
+import json
 import sys
 from pathlib import Path
 
@@ -63,6 +64,9 @@ def parse(argv) -> argparse.Namespace:
         help="put over the config; after plan only keys that do not change the weights",
     )
     args = parser.parse_intermixed_args(argv)
+    for word in args.overrides:
+        if "=" not in word:
+            parser.error(f"unrecognized argument {word}")
     if args.verb == "run" and args.row is None and not args.all:
         parser.error("run needs --row N or --all")
     return args
@@ -196,11 +200,11 @@ def open_test(sweep, run: str | None, args) -> dict:
     """Score the champion's run on the test split, once for these data and folder of searches, and
     write down who did.
 
-    The record comes before the score, so that no crash can hide an opening. Without a score it may
-    be tried again.
+    The record comes before the score, so that no crash can hide an opening. Without a score the
+    same run may be tried again.
     """
     from lib.config import load_config
-    from lib.files import read_cache, utc_now, write_json
+    from lib.files import read_json, utc_now, write_json
     from lib.fingerprint import fingerprint
     from lib.rundir import git_state
 
@@ -209,10 +213,6 @@ def open_test(sweep, run: str | None, args) -> dict:
     data = load_config(sweep.folder / "config.yaml", args.overrides).data_dir
     digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())
     record = Path(args.sweeps) / f"test-opened-{digest}.json"
-    earlier = read_cache(record)
-    if earlier.get("auc") is not None:
-        first = "by {who} at {when_utc} for {run} (commit {commit}): AUC {auc}".format(**earlier)
-        raise BadInput(f"the test split is opened once, and was, {first}; see {record}")
     opening = {
         "when_utc": utc_now(),
         "who": getpass.getuser(),
@@ -221,7 +221,15 @@ def open_test(sweep, run: str | None, args) -> dict:
         "run": run,
         "auc": None,
     }
-    write_json(record, opening)
+    try:
+        with open(record, "x") as file:  # of two at once one gets it
+            file.write(json.dumps(opening))
+    except FileExistsError:
+        opening = read_json(record)
+        if opening["auc"] is not None or opening["run"] != run:
+            first = "by {who} at {when_utc} for {run} (commit {commit}): AUC {auc}"
+            reason = f"opened once, and was, {first.format(**opening)}; see {record}"
+            raise BadInput(f"the test split is {reason}") from None
     out = sweep.folder / "test_predictions.csv"
     arguments = ("--ckpt", run, data, "--split", "test", "--out", out, "--device", args.device)
     scores = run_script("inference.py", *arguments, shows_progress=True)["scores"]

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
@@ -159,7 +158,8 @@ def prepare_pages(path: Path, about: dict) -> None:
         if is_cold:
             open_source.cache_clear()  # a page that is mapped cannot be dropped
             gc.collect()
-            os.fsync(file.fileno())  # nor one that waits to be written
+            with contextlib.suppress(OSError):  # of a read-only file system that has no fsync
+                os.fsync(file.fileno())  # nor one that waits to be written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif resident_share(path) < WARM_SHARE:
             while file.read(1 << 24):
@@ -233,6 +233,8 @@ def copy(case, *_):
 
 def matrix_product(case, device, about):
     """Products of square matrices in the case's precision, of the side that is the fastest here."""
+    from torch.utils.benchmark import Timer  # looks for CUDA's compiler, and warns without a GPU
+
     rates, threads = {}, torch.get_num_threads()
     for side in GPU_MATRIX_SIDES if device.type == "cuda" else MATRIX_SIDES:
         matrix = torch.randn(side, side, device=device).to(DTYPES[case.cfg.precision])

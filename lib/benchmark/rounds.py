@@ -2,6 +2,7 @@
 interval over the rounds.
 """
 
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -80,19 +81,30 @@ def time_group(cases: list[Case], seconds: float, cache_dir: str):
     """
     context, pool = multiprocessing.get_context("spawn"), None
     options = {"mp_context": context, "initializer": set_up, "initargs": (cache_dir,)}
+    workers = []  # the one process of the pool
     try:
         for case in cases:
             pool = pool or ProcessPoolExecutor(1, **options)
             try:
-                outcome = pool.submit(time_case, case, seconds).result()
+                future = pool.submit(time_case, case, seconds)
+                workers = multiprocessing.active_children() or workers
+                outcome = future.result()
             except BrokenProcessPool:
-                note = "its process was killed, as the kernel and Slurm do where memory runs out"
-                outcome = {"status": OUT_OF_MEMORY, "note": note}
+                pool = end(pool)
+                outcome = describe_death(workers[0].exitcode)
             if "status" in outcome:
                 pool = end(pool)
             yield outcome
     finally:
         end(pool)
+
+
+def describe_death(exit_code: int) -> dict:
+    """The outcome of a case whose process has died."""
+    if exit_code == -signal.SIGKILL:
+        note = "its process was killed, as the kernel and Slurm do where memory runs out"
+        return {"status": OUT_OF_MEMORY, "note": note}
+    return {"status": "error", "note": f"its process ended with exit code {exit_code}"}
 
 
 def end(pool: ProcessPoolExecutor | None) -> None:
@@ -154,9 +166,10 @@ def describe_job(machine: dict, about: dict) -> dict:
     node = os.environ.get("SLURMD_NODENAME")  # a shell of salloc is on no node
     if node:
         command = ["scontrol", "-o", "show", "node", node]
-        answer = subprocess.run(command, capture_output=True, text=True).stdout
-        features = re.search(r"ActiveFeatures=([^ (]+)", answer)  # or (null)
-        node_type = features[1] if features else node_type
+        with contextlib.suppress(OSError):  # a container has no scontrol
+            answer = subprocess.run(command, capture_output=True, text=True).stdout
+            features = re.search(r"ActiveFeatures=([^ (]+)", answer)  # or (null)
+            node_type = features[1] if features else node_type
     commit = (about["commit"] or "none")[:10]
     if about["uncommitted_patch"]:
         commit += " with changes"

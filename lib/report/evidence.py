@@ -161,9 +161,11 @@ class Evidence:
             problems += filter(None, [problem])
             rows += filter(None, [row])
         problems += differing(rows, "code", "commit and patch")
+        if self.champion != CHAMPION and (self.root / self.champion / "summary.json").is_file():
+            problems += filter(None, [self.why_foreign(self.champion)])
         is_shown = any(name.startswith(f"{self.champion}/") for name in self.sources)
         if is_shown:
-            rows.append(read_run(self.root / self.champion))
+            rows += filter(None, [read_run(self.root / self.champion)])
         problems += differing(rows, "data", "data")
         for name in self.sources:
             try:

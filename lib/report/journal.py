@@ -91,6 +91,8 @@ def read_directives(text: str) -> list[Directive]:
         filled = match["filled"]
         words, options = parse_words(kind, match["text"], f"line {line}")
         is_open = filled is None and FILLED.match(text, match.end())
+        if kind == "value":  # may stand before a table, or in one
+            is_open = is_open and text.startswith("*Missing:", match.end())
         if is_open or (kind == "value" and "\n" in (filled or "")):
             raise BadInput(
                 f"line {line}: {match[0].splitlines()[0]} lacks its {END}: write it where the part"
@@ -204,7 +206,7 @@ def settle(e: Evidence, directive: Directive) -> Directive:
         text = shlex.join(words)
     elif directive.kind in ("table", "figure", "value"):
         file = e.resolve(words[0])
-        if not words[0].startswith("champion/"):
+        if file != words[0] and not words[0].startswith("champion/"):
             text = text.replace(words[0], shlex.quote(file), 1)
         words = (file, *words[1:])
     if words and words[0] in AT_COMMIT and "at" not in options:

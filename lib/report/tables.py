@@ -74,10 +74,11 @@ def build_table(
     file, _, key = source.partition(":")
     chosen, constants = read_rows(e, file, key)
     column = sort.removeprefix("-")
-    chosen = select_runs(chosen, where, column, descending=sort != column)
+    chosen = select_runs(chosen, where)
     if only:
         by_name = {str(next(iter(row.values()))): row for row in chosen}
         chosen = [by_name[name] for name in only.split(",") if name in by_name]
+    chosen = select_runs(chosen, (), column, descending=sort != column)
     if not chosen:
         return [Words("None.")]
     names = columns.split(",") if columns else list(chosen[0])[:MOST_COLUMNS]

@@ -154,4 +154,8 @@ def load_plan(folder: Path) -> dict:
     digests = [plan.get("sha256"), plan.get("config_sha256")]
     if digests != [plan_digest(plan), file_digest(folder / "config.yaml")]:
         raise BadInput(f"{folder}: plan.json or config.yaml was changed after the plan was frozen")
+    name = plan.get("name", folder.name)
+    if name != folder.name:  # two folders of one plan would train the same runs
+        reason = f"was planned as {name}, after which its runs are called: give it that name again"
+        raise BadInput(f"{folder} {reason}")
     return plan

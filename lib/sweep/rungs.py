@@ -55,7 +55,7 @@ class Sweep:
         return max(1, num // KEPT_SHARE**rung)
 
     def run_name(self, trial: str) -> str:
-        return f"{self.plan['name']}-{self.plan['sha256'][:6]}-{trial}"
+        return f"{self.folder.name}-{self.plan['sha256'][:6]}-{trial}"
 
     def run_of(self, row: Row) -> Path | None:
         """The run folder of a row, known by its name; one without a config is none."""

@@ -16,9 +16,10 @@ from lib.command import (
     REPOSITORY,
     STOP_SIGNALS,
     BadInput,
+    one_line,
     say,
 )
-from lib.files import errors_name, read_json, try_lock, write_json
+from lib.files import read_json, try_lock, write_json
 from lib.fingerprint import fingerprint
 from lib.machine import resolve_threads
 from lib.progress import Progress
@@ -63,9 +64,12 @@ def claim(sweep: Sweep, row: Row) -> BinaryIO | None:
     """
     path = file_of(sweep, row, "logs", "err")
     log = open(path, "ab")  # noqa: SIM115 (open as long as the claim is)
-    with errors_name(path):
+    try:
         if try_lock(log):
             return log
+    except OSError as error:
+        reason = f"this file system has no locks ({one_line(error)}); --sweeps takes another"
+        raise BadInput(f"{path}: {reason}") from None
     log.close()
     return None
 
@@ -137,15 +141,19 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
         for row in rows:
             while len(running) == num_processes and not stop:
                 wait()
-            log = None if stop else claim(sweep, row)
+            if stop:
+                break
+            log = claim(sweep, row)
             if not log:
-                num_elsewhere += not stop
+                num_elsewhere += 1
+                bar.add()
             elif outcome(sweep, row)["state"] == "todo":
                 slot = next(slot for slot in range(num_processes) if slot not in running)
                 trainer = start_trainer(sweep, row, log, arguments, threads, slot)
                 running[slot] = (row, log, trainer)
             else:
                 log.close()
+                bar.add()
         while running and not stop:
             wait()
         for _, _, trainer in running.values():
