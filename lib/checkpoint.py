@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -111,6 +112,10 @@ def load_pickle_free(path) -> object:
     if path.suffix == ".safetensors":
         raise BadInput(f"{path}: save its tensors with torch.save as a state dict, which is read")
     try:
+        # torch does not compare the zip's checksums: with a flipped bit it loads another weight
+        damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
         with warnings.catch_warnings(action="ignore"):  # torch's remarks about old files
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose text advises to run the code

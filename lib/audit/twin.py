@@ -14,10 +14,15 @@ import numpy as np
 
 from lib.audit import finding
 from lib.audit.replay import KINDS, Fault, train, ulp_distance
+from lib.batches import PatchSource, open_train_valid
+from lib.checkpoint import load_model
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, run_script, say
 from lib.config import Config
+from lib.device import choose_device
 from lib.files import read_csv, read_json
+from lib.predict import predict_rows
 from lib.rundir import find_run, is_finished, resume_config
+from lib.seeding import set_determinism
 from lib.sources import locate_sources
 from lib.trace import KEPT, QUANTITIES
 
@@ -182,6 +187,21 @@ def replay_parting(
     return result
 
 
+def compare_decisions(a: Side, b: Side, device: str | None) -> dict:
+    """How many decisions at 0.5 on the validation rows differ between both best.pt."""
+    set_determinism(a.cfg.deterministic)
+    target = choose_device(device or "auto")
+    _, (split, rows) = open_train_valid(a.cfg)
+    source = PatchSource(split.images, a.cfg.data_residence, target)
+    logits = []
+    for side in (a, b):
+        model = load_model(side.run)[0].to(target)
+        logits.append(predict_rows(model, source, rows.index, a.cfg, 1))
+    num_flipped = int(((logits[0] >= 0) != (logits[1] >= 0)).sum())
+    difference = float(np.abs(logits[0] - logits[1]).max())
+    return {"num_flipped": num_flipped, "num": len(rows), "max_logit_difference": difference}
+
+
 def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
     """Scores of both beside the standard deviation over `seeds`, two or more runs that differ in
     nothing but the seed.
@@ -230,14 +250,19 @@ def compare(
         add("time line", "error", measured, [parting], limit="identical", advice=advice)
         if not Path(a.cfg.data_dir).is_dir():
             add("replay", "warning", f"nothing replayed: there is no {a.cfg.data_dir} here")
-        elif parting["quantity"] not in BEFORE_MODEL:
-            replayed = replay_parting(a, b, parting, fault, device)
-            result["replay"] = replayed
-            if replayed:
-                measured = "{phase}: {what} of {module}".format(**replayed)
-                add("replay", "error", measured, [replayed])
-            else:
-                add("replay", "note", "equal twice on this machine")
+        else:
+            if parting["quantity"] not in BEFORE_MODEL:
+                replayed = replay_parting(a, b, parting, fault, device)
+                result["replay"] = replayed
+                if replayed:
+                    measured = "{phase}: {what} of {module}".format(**replayed)
+                    add("replay", "error", measured, [replayed])
+                else:
+                    add("replay", "note", "equal twice on this machine")
+            decisions = compare_decisions(a, b, device)
+            result |= decisions
+            measured = "{num_flipped} of {num} flipped".format(**decisions)
+            add("predictions", "note", measured, [decisions], split="valid")
     add("scores", "note", f"final weights are {weights}", compare_scores(a, b, seeds))
     if fault:
         place = result.get("step"), result.get("replay", {}).get("module", "")

@@ -126,8 +126,8 @@ def require_predictions(dest: Path) -> None:
 
 
 def fetch_wheels(folder, names, machine: str, python: str) -> None:
-    """Have pip download the packages `names` in this environment's versions, torch in its CPU build
-    where pip finds that.
+    """Have pip download the packages `names` in this environment's versions, torch in a CPU build
+    where pip finds one.
     """
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"
     interpreter = sys.executable if python == here else shutil.which(f"python{python}")
@@ -137,23 +137,31 @@ def fetch_wheels(folder, names, machine: str, python: str) -> None:
             f"--python {python}: python{python} is not on PATH, and its wheels are for it to choose"
         )
     tags = [*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"]
-    command = [interpreter, "-m", "pip", "download", "--quiet", "--dest", folder, "pip"]
-    command += ["--only-binary=:all:", "--python-version", python]
-    command += [f"--platform={tag}_{machine}" for tag in tags]
-    for build in ("+cpu", ""):
-        pins = []
-        for name in names:
-            version = importlib.metadata.version(name).partition("+")[0]
-            pins.append(f"{name}=={version}" + build * name.startswith("torch"))
-        say(f"fetching {pins[0]} and what a prediction needs")
-        result = subprocess.run([*command, *pins], capture_output=True, text=True)
-        if not result.returncode:
-            return
-        if build:
-            say(
-                "pip finds no CPU build of this torch, so this will be large; PIP_EXTRA_INDEX_URL"
-                " or PIP_FIND_LINKS can name a place"
-            )
+    target = ["--only-binary=:all:", "--python-version", python]
+    target += [f"--platform={tag}_{machine}" for tag in tags]
+
+    def pip(*arguments) -> subprocess.CompletedProcess:
+        command = [interpreter, "-m", "pip", *arguments, *target]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
+    builds = re.findall(r"[\d.]+\+cpu\b", pip("index", "versions", "torch").stdout)
+    if f"{installed['torch']}+cpu" in builds:
+        wanted = {name: "+cpu" if name.startswith("torch") else "" for name in names}
+        installed = {name: version + wanted[name] for name, version in installed.items()}
+    elif builds and "torchvision" not in names:
+        # of another version: a checkpoint opens in it, and the self-test is the judge
+        installed["torch"] = builds[0]
+    else:
+        say(
+            "pip finds no CPU build of torch, so this will be large; PIP_EXTRA_INDEX_URL or"
+            " PIP_FIND_LINKS can name a place"
+        )
+    say(f"fetching torch {installed['torch']} and what a prediction needs")
+    pins = [f"{name}=={version}" for name, version in installed.items()]
+    result = pip("download", "--quiet", "--dest", folder, "pip", *pins)
+    if not result.returncode:
+        return
     errors = re.findall("(?m)^.*ERROR.*$", result.stderr)
     raise BadInput(f"pip download failed: {one_line((errors or [result.stderr])[0])}")
 
