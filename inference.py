@@ -129,7 +129,7 @@ def main(argv=None) -> int:
 
 
 def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
-    """(rows, features float64 (N, 6), calibrated logits float32 (N,)) of all patches in the inputs,
+    """(rows, features float64 (N, 6), calibrated logits float64 (N,)) of all patches in the inputs,
     in their order. They are predicted block by block. The logits stay on the device until all are
     there.
     """
@@ -166,7 +166,8 @@ def prediction_columns(
     reference: dict | None,
 ) -> dict:
     """The columns of predictions.csv, {name: values (N,)}. The columns label, drift, unlike and
-    error are left out where nothing is known.
+    error are left out where nothing is known. `unlike` names the feature in which a patch beyond
+    the reference's limit differs most.
     """
     from lib.features import farthest_features, patch_scores
     from lib.metrics import sigmoid
@@ -209,7 +210,7 @@ def report_drift(features: np.ndarray, reference: dict) -> dict:
 
 
 def report_scores(labels: np.ndarray, logits: np.ndarray, threshold: float) -> dict:
-    """Print the scores of logits (N,) against labels (N,); the result's part on them."""
+    """Print the scores of logits (N,) against labels (N,), and return them for the result."""
     from lib.metrics import compute_metrics, constant_baselines
 
     scores = compute_metrics(labels, logits, threshold)

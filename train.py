@@ -68,7 +68,7 @@ def parse(argv) -> argparse.Namespace:
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    # torch is imported after this, which is most of the time to the first step
+    # the clock starts before the import of torch, which takes most of the time to the first step
     args.started_at = time.monotonic()
 
     from lib.config import DEFAULT_PATH, load_config
@@ -90,8 +90,8 @@ def main(argv=None) -> int:
 
 
 def start(cfg, args, run: Path | None = None) -> int:
-    """Train on the chosen device; under torchrun, or srun with several tasks, as one of several
-    ranks.
+    """Choose the device, join the other ranks under torchrun or srun, and train. Returns the exit
+    code. `run` is the folder of a resumed run, None for a new one.
     """
     import torch
 
@@ -129,7 +129,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.seeding import set_determinism
     from lib.trace import Trace
 
-    # how busy others keep the cores is measured from here on, while the data are opened
+    # how busy other processes keep the cores is measured while the data are opened
     watched_from, busy_s = time.monotonic(), others_busy_s()
 
     # open the data; whatever can be refused is refused before a folder is made
@@ -159,7 +159,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     loss_weights = training.class_weights(train_rows.labels, cfg, device)
 
-    # a resumed run cannot change its number of threads, and ranks would count each other as others
+    # advice for a new run: a resumed one can change neither threads nor precision. Several ranks
+    # would count each other as other processes
     if device.type == "cpu" and ranks.num == 1 and not run:
         note_busy_cores(cfg.threads, watched_from, busy_s)
         note_slow_precision(cfg.precision, device)
@@ -204,8 +205,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             while progress["epoch"] < until_epoch and not training.is_over(progress, cfg):
                 # train an epoch, or the rest of it
                 epoch = progress["epoch"]
-                keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
-                batch_keys = keys[: steps_per_epoch * batch_size].split(batch_size)
+                epoch_keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
+                batch_keys = epoch_keys[: steps_per_epoch * batch_size].split(batch_size)
                 own_keys = [ranks.part(keys) for keys in batch_keys[progress["step"] :]]
                 log.start_epoch()
                 with Progress(len(own_keys) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
@@ -273,7 +274,7 @@ def note_start(run: Path, cfg, state, device, facts: dict) -> None:
         "model": {"name": cfg.model, "num_parameters": num_weights},
         "start_step": state.progress["num_steps"],
     }
-    meta["versions"]["schema"] = SCHEMA  # with another one a step gives other bits
+    meta["versions"]["schema"] = SCHEMA  # a step gives other bits under another schema
     rundir.say_what_changed(run, meta)
     rundir.write_meta(run, meta)
     num_train, num_valid = facts["rows"]["train"]["num"], facts["rows"]["valid"]["num"]
@@ -285,7 +286,9 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
     """Calibrate the best epoch's model, and score it over the views of the config. Then write the
     page and, last, summary.json: it says that the run is over.
 
-    Of a run that has `diverged`, summary.json says where instead.
+    `parts` holds (split, rows) of training, the same of validation, and validation's patches.
+    `diverged` is None or the error that ended the run. After an error nothing is calibrated, and
+    summary.json gives the step and the rows.
     """
     from lib import rundir
     from lib.calibration import complete_checkpoint

@@ -70,6 +70,7 @@ def draw_at(position: int | torch.Tensor, keys: torch.Tensor, cfg: Config) -> Dr
     offset = (1 - gain) + cfg.brightness_jitter * spread[:, :1]
     return Draws(
         bits[:, 0] & (7 if turns_patches(cfg) else 0),
+        # 31 bits with their sign, of which `%` leaves 0 to 2 * shift
         (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
         gain,
         offset,
@@ -99,7 +100,7 @@ def turned_views(images: torch.Tensor, shift=VIEW_SHIFT, num: int = 8):
     reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
     wide = images.index_select(1, reads).index_select(2, reads)
     for symmetry in VIEWS[num]:
-        y, x = shift[::-1] if symmetry & TRANSPOSE else shift  # as it is before the symmetry
+        y, x = shift[::-1] if symmetry & TRANSPOSE else shift  # before the symmetry
         top = margin + (y if symmetry & FLIP_Y else -y)
         left = margin + (x if symmetry & FLIP_X else -x)
         view = wide[:, top : top + size, left : left + size]
@@ -117,7 +118,7 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
     pixel (i, j) reads pixel along_rows[i] + along_columns[j] of the batch.
     """
     num, size, device = len(images), images.shape[1], images.device
-    # only on a CPU: a GPU would answer after all steps that it has been given
+    # not asked of a GPU, which would answer only after all steps that it has been given
     if device.type == "cpu" and not draws.symmetry.any():
         return cut_windows(images, draws.shift, crop)
     centre = torch.arange(crop, device=device) + (size - crop) // 2

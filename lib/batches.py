@@ -23,7 +23,7 @@ from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
-# most host memory that `auto` takes for a split: others may need the rest of the machine
+# the most host memory that `auto` takes for a split: others may need the rest of the machine
 HOST_BYTES = 1 << 30
 NUM_BUFFERS = 3  # one that the model uses, one ready, one being filled
 # part of a position in lib/seeding.py: the purpose of a draw, so that no two purposes share bits
@@ -56,8 +56,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,) on one device. A key
-    tells for which sample the augmentation is drawn.
+    """Patches uint8 (B, 96, 96, 3), labels float32 (B,) and `keys` int64 (B,) on one device. The
+    augmentation of a sample is drawn by its key, which `epoch_order` makes.
     """
 
     images: torch.Tensor
@@ -135,18 +135,19 @@ def read_whole(images: Images, device: torch.device) -> torch.Tensor:
     is fast.
     """
     patches = torch.empty((images.num, *PATCH_SHAPE), dtype=torch.uint8, device=device)
-    with Progress(images.num, f"reading {images.path.name}") as progress:
+    with Progress(images.num, f"reading {images.path.name}") as bar:
         for start, block in images.blocks():
             patches[start : start + len(block)] = torch.from_numpy(block)
-            progress.add(len(block))
+            bar.add(len(block))
     return patches
 
 
 def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     """The rows of a split that a run uses: its folds, without quarantined rows, up to the limit.
 
-    With folds, `held_out` selects the config's fold, else all others. Raises BadInput where less
-    than two classes are left, and for folds of a split whose groups are not known.
+    `held_out` asks for the rows to validate on: with folds those of the config's fold. Raises
+    BadInput where less than two classes are left, and for folds of a split whose groups are not
+    known.
     """
     index, left_out = np.arange(len(split)), {}
     if cfg.num_folds:
@@ -200,8 +201,8 @@ def fold_of_rows(names: np.ndarray, num_folds: int) -> np.ndarray:
     _, first_row, group, sizes = np.unique(
         names, return_index=True, return_inverse=True, return_counts=True
     )
-    # The groups get a random order, drawn by the number of each group's first row. A group goes
-    # to the fold that its number of rows before it falls into: folds have nearly equal sizes.
+    # The groups get a random order, drawn by the number of each group's first row. The number of
+    # rows in the groups before it decides the fold of a group: folds have nearly equal sizes.
     order = torch.argsort(position_bits(torch.from_numpy(first_row), FOLD), stable=True).numpy()
     rows_before = np.empty_like(sizes)
     rows_before[order] = np.cumsum(sizes[order]) - sizes[order]
@@ -289,7 +290,7 @@ def gather_ahead(
     shape = (NUM_BUFFERS, max(len(rows) for rows in batches), *PATCH_SHAPE)
     buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
     copied = [None] * NUM_BUFFERS  # for each buffer, the event after which the GPU has its patches
-    # a stream of its own, or copies would queue behind the model's steps
+    # a stream of its own: otherwise copies would queue behind the model's steps
     stream = torch.cuda.Stream(source.device) if on_gpu else None
 
     def fill(number: int) -> torch.Tensor:

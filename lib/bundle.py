@@ -1,5 +1,5 @@
-"""The bundle, a folder that predicts with a run's checkpoint on a machine without a network: what
-report.py handover, which writes it, and audit.py handover both need.
+"""The bundle: a folder that predicts with a run's checkpoint on a machine without a network.
+report.py handover writes it, and audit.py handover checks it.
 """
 
 from importlib.metadata import distributions

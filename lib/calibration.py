@@ -168,15 +168,16 @@ def complete_checkpoint(
     has the patches of `valid`; its device predicts.
 
     Calibration and threshold are fitted to one half of the validation rows and judged on the other.
-    Slides, or groups of copies, stay whole. Returns (scores of all rows at threshold 0.5, over the
-    views of the config; for summary.json the threshold and its scores on the other half).
+    Slides, or groups of copies, stay whole. Returns (scores, summary). `scores` are those of all
+    rows at threshold 0.5, over the views of the config and before calibration. `summary` is the
+    result of `summarise`, empty without a calibration.
     """
     model, _, checkpoint = load_model(ckpt)
     split, rows = valid
     logits = predict_rows(model.to(source.device), source, rows.index, cfg, cfg.views)
     groups = groups_for_halves(split, cfg.data_dir)
-    # Halves are cut from the order in which folds are cut. A half of the whole split could hold the
-    # fold as a whole, so the fold alone is cut.
+    # Halves and folds are cut from the same order of groups. A fold could lie within one half of
+    # the whole split, so with folds its own rows alone are cut.
     if cfg.num_folds:
         half_of_row = fold_of_rows(groups[rows.index], 2)
     else:

@@ -30,8 +30,8 @@ def symmetry_reads(size: int) -> torch.Tensor:
 
 
 def orientation_reads() -> torch.Tensor:
-    """The orientation of a filter that becomes orientation h of its copy g: g^-1 h, int64 (8, 8) at
-    (g, h).
+    """Which orientation of a filter each orientation of its copies is read from: int64 (8, 8). At
+    (g, h) stands g^-1 h, which becomes orientation h of copy g.
     """
     reads = symmetry_reads(3)  # enough cells to tell the symmetries apart
     composed = reads[:, reads]  # (8, 8, 9): h after g, at (h, g)
@@ -63,7 +63,7 @@ class GroupConv(nn.Module):
     num_in * H * size^2).
 
     The first one of a network is `lifting`: it reads plain channels (H = 1). With a stride, on a
-    grid of even sides, `size` must be even, or a turned grid is sampled at other places.
+    grid of even sides, `size` must be even: otherwise a turned grid is sampled at other places.
     """
 
     def __init__(self, num_in, num_out, size, orientations, lifting=False, **geometry):

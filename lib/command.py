@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def expand_home(path: str) -> str:
-    """A path as the shell expands it. Raises BadInput for `~` of a user without a home folder, or
-    a folder of that name would be made.
+    """A path as the shell expands it. Raises BadInput for `~` of a user without a home folder:
+    otherwise a folder named `~` would be made.
     """
     expanded = os.path.expanduser(path)
     if f"{expanded}/".startswith("~/"):

@@ -38,6 +38,7 @@ NonNegative = Annotated[float, 0]
 AboveZero = Annotated[float, 1e-12]
 Share = Annotated[float, 0, 1]
 Place = typing.NewType("Place", str)  # a file or folder
+# the reasons for which quarantine.csv may list a row
 Reason = Literal[
     "nan",
     "range",
@@ -85,7 +86,7 @@ class Config:
     weights: Place
 
     symmetries: bool
-    # with these the 32 pixels in the centre are whole cells of the model's last grid
+    # with each of these the 32 pixels in the centre are 2 x 2 whole cells of the model's last grid
     crop: Literal[32, 64, 96]
     crop_epochs: Natural
     shift: Annotated[int, 0, 48]
@@ -257,7 +258,7 @@ def read_yaml(path) -> dict:
 
 
 def plain(value) -> str:
-    """A value as it would be typed."""
+    """A value as text, as it would be typed on the command line."""
     if isinstance(value, (list, tuple)):
         return ",".join(map(plain, value))
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""What a training takes of a machine: its memory and time, measured on a few steps beforehand."""
+"""The memory and time that a training needs, estimated beforehand from a few steps."""
 
 import dataclasses
 import resource
@@ -25,12 +25,12 @@ NUM_MEASURED = 16  # patches: so few take seconds on a busy machine
 
 
 def measure_training(cfg: Config) -> dict:
-    """What a training takes on this machine's CPU: its memory and seconds, by the peak and the pace
-    of two steps and an evaluation, with the patches that it keeps in memory.
+    """The memory and seconds that a training needs on this machine's CPU, the number of its threads
+    and the available memory: {memory_bytes, seconds, num_threads, available_bytes}.
 
-    Few patches are measured, whole ones, and what they take is scaled to a batch. The pace is that
-    of one thread: the seconds are what its threads need at best. Raises BadInput where the data
-    cannot be used.
+    Two steps and an evaluation of a few whole patches are measured, and scaled to a batch. Memory
+    includes the splits that the training keeps there. The pace of one thread, times the number of
+    threads, gives the seconds at best. Raises BadInput where the data cannot be used.
     """
     cfg = resolve_threads(dataclasses.replace(cfg, crop_epochs=0))
     # one thread: on a busy machine several wait for each other, and a login node is busy

@@ -1,5 +1,5 @@
-"""The evidence that a journal needs: where each piece lies in a checkout, and which command makes
-it.
+"""The evidence that the journal, JOURNAL.md, needs: where each piece lies in a checkout, and which
+command makes it.
 """
 
 import re

@@ -114,8 +114,8 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     """Reference statistics as plain values: mean, deviation and correlation of the features (N, 6)
     of training patches, and two limits set on validation patches (M, 6).
 
-    `limit` is that of a single patch's score. `shift_limit` is that of the mean of a batch, which
-    is about as far away as the mean of one of the `groups` (M,), such as slides, may be.
+    `limit` is that of a single patch's score. `shift_limit` is that of the mean of a batch: it lies
+    MAX_SHIFT beyond the farthest mean of the `groups` (M,), such as slides, or of all patches.
     """
     mean = train.mean(0)
     deviation = np.maximum(train.std(0), 1e-6)
@@ -175,6 +175,7 @@ def judge_batch(features: np.ndarray, reference: dict) -> dict:
     shift_limit = float(reference["shift_limit"] + CHANCE / np.sqrt(num))
     is_beyond = patch_scores(features, reference) > reference["limit"]
     share_beyond = float(is_beyond.mean())
+    # 20 times the share in validation, which makes 0.02, and CHANCE standard errors of that
     share_limit = float(20 * (1 - CERTAINTY) + CHANCE * np.sqrt(0.02 / num))
     return {
         "shift": shift,

@@ -63,7 +63,7 @@ def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
 
 
 def line_style(number: int) -> dict[str, str]:
-    """The colour and the dashes of a line among others; 32 differ, 8 of them without colours."""
+    """The colour and the dashes of line `number`; 32 lines differ, 4 of them without colours."""
     dashes = number + number // len(COLOURS)
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[dashes % len(LINES)]}
 

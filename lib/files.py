@@ -38,8 +38,8 @@ def utc_now() -> str:
 
 @contextlib.contextmanager
 def errors_name(path, temporary=None):
-    """Put the file name `path` into an OSError from the block that names no file, such as that of
-    a full disk, or that names the file `temporary`.
+    """Let an OSError from the block name the file `path` in place of `temporary`, or where it names
+    no file, such as for a full disk.
     """
     try:
         yield
@@ -89,8 +89,8 @@ def require_writable(path) -> None:
 
 
 def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: bytes = b"") -> str:
-    """Words for why the file at `path` cannot be read: what it is instead, as its first bytes tell
-    unless they are `allowed`, or else `why` and a remedy.
+    """Words for why the file at `path` cannot be read: the kind that its first bytes show. Where
+    they show none, or the one that is `allowed`, the words are `why` and the remedy.
     """
     with open(path, "rb") as file:
         head = file.read(64).lstrip().lower()
@@ -215,7 +215,7 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
             file.seek(0)
             # Excel writes ; where the comma is the decimal point
             delimiter = ";" if ";" in header and "," not in header else ","
-            # strict, or a quote that is not closed would take the next rows into its cell
+            # strict: otherwise a quote that is not closed takes the next rows into its cell
             reader = csv.DictReader(file, strict=True, delimiter=delimiter)
             columns = reader.fieldnames or []
             rows = list(reader)
@@ -240,8 +240,8 @@ def row_number(text: str) -> int | None:
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        # csv quotes a cell with a character of its line end. With this line end that includes \r,
-        # which a file's name may hold; the lines in the file end with \n alone
+        # csv quotes a cell that holds a character of the line end: with \r\n also \r, which a name
+        # of a file may hold. The lines that are written end with \n alone
         lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
         csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
 

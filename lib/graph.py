@@ -13,8 +13,8 @@ from lib.command import is_out_of_memory, one_line, say
 class StepGraph:
     """Runs steps of one shape as a CUDA graph.
 
-    The first step of a shape runs without a graph, which chooses algorithms and makes constants.
-    The second is captured, and from then on the graph is replayed. All give the same bits. The next
+    The first step of a shape runs without a graph: it chooses algorithms and makes constants. The
+    second is captured, and from then on the graph is replayed. All give the same bits. The next
     replay overwrites what a replay returned.
     """
 

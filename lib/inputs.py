@@ -45,8 +45,9 @@ TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
 # pixel types that become 8-bit RGB in one way only
 EXACT_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
-MAX_BYTES = 1 << 20  # read of an image at most: a patch has less, and a slide is not read whole
-READ_ROWS = 256  # read of HDF5 at a time
+# an image is read up to this many bytes: a patch has fewer, and a slide is not read whole
+MAX_BYTES = 1 << 20
+READ_ROWS = 256  # rows that are read from HDF5 at a time
 
 # the header of a whole slide is read, for its size in the error; its pixels are not
 Image.MAX_IMAGE_PIXELS = None
@@ -225,6 +226,7 @@ def _list_inputs(paths: list[Path], split: str):
 
 
 def _list_input(path: Path, split: str):
+    """(Row, stored patch) of every input at one path: a folder, HDF5 file, tar or image."""
     if path.is_dir():
         if any(path.glob("camelyonpatch_level_2_split_*")):
             return _list_split(path, split)

@@ -134,8 +134,9 @@ def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
 
 
 def others_busy_s() -> float:
-    """The seconds for which others have kept the cores of this process busy since the machine
-    started: neither it nor its children that have ended. A system without /proc/stat counts none.
+    """The seconds of computing by other processes on this process's cores since the machine
+    started. The time of this process, and of its children that have ended, is subtracted. A system
+    without /proc/stat counts none.
     """
     names = {f"cpu{core}" for core in affinity()}
     num_ticks = 0
@@ -150,8 +151,8 @@ def others_busy_s() -> float:
 
 
 def cores_used_by_others(busy_s: float, started_at: float) -> float:
-    """The cores of this process that others have used, on average, since others_busy_s() was
-    `busy_s`, at `started_at`, a time of time.monotonic().
+    """The mean number of this process's cores that others have used since `started_at`, a time of
+    time.monotonic(). `busy_s` is what others_busy_s() gave at that time.
     """
     return max(0.0, others_busy_s() - busy_s) / (time.monotonic() - started_at)
 

@@ -12,8 +12,8 @@ from lib.config import Config
 # al. 2024), and how often it is applied
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NUM_ITERATIONS = 5
-# most filters that are made orthogonal to each other. A matrix of more rows is cut into blocks, or
-# the products of its rows would cost as much as the network
+# the most filters that are made orthogonal to each other. A matrix of more rows is cut into blocks:
+# otherwise the products of its rows would cost as much as the network
 MAX_ROWS = 64
 
 

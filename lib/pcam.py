@@ -1,5 +1,5 @@
-"""PatchCamelyon as it is published: one HDF5 pair and one meta CSV per split, in one folder, under
-the official names.
+"""The format of PatchCamelyon, and its readers: one HDF5 pair and one meta CSV per split, in one
+folder, under the official names.
 
 Source: Veeling et al. 2018, https://zenodo.org/records/2546921. `x` is uint8 (N, 96, 96, 3), `y` is
 uint8 (N, 1, 1, 1).
@@ -49,7 +49,7 @@ def split_path(directory, split: str, part: str) -> Path:
 
 
 def require_file(path: Path) -> Path:
-    """`path` if it is a file. Raises BadInput otherwise, with where it is or what stands for it."""
+    """`path` if it is a file. Else raises BadInput, with a hint where the file may be instead."""
     if path.is_file():
         return path
     folder = path.parent
@@ -171,8 +171,8 @@ class Images:
     path: Path
     num: int
     mapped: np.ndarray | None
-    layout: str
-    offset: int = 0  # of the mapped array in the file
+    layout: str  # how the file stores x, in words
+    offset: int = 0  # bytes from the start of the file to the mapped array
 
     @property
     def num_bytes(self) -> int:
@@ -236,10 +236,10 @@ def find_scale(dataset) -> float:
     sample = read_rows(dataset, slice(None, None, step)).reshape(-1, PATCH_BYTES)
     sample = np.where(np.isfinite(sample), sample, np.nan)
     lowest, highest = np.fmin.reduce(sample, axis=1), np.fmax.reduce(sample, axis=1)
-    is_shown = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
-    if not is_shown.any():
+    is_informative = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
+    if not is_informative.any():
         return 1
-    low, high = np.median([lowest[is_shown], highest[is_shown]], axis=1)
+    low, high = np.median([lowest[is_informative], highest[is_informative]], axis=1)
     path = dataset.file.filename
     if low < 0:
         raise BadInput(
@@ -256,7 +256,7 @@ def find_scale(dataset) -> float:
 
 
 def open_images(path) -> Images:
-    """Open an `x` file. Raises BadInput for a wrong shape or type, damage, and values in [0, 1]."""
+    """Open an `x` file. Raises BadInput for a wrong shape, type or scale, and for damage."""
     path = Path(path)
     with open_patches(path) as dataset:
         num, dtype = len(dataset), dataset.dtype

@@ -21,7 +21,7 @@ from lib.ranks import ALONE, Ranks
 
 CPU_BATCH = 64  # so few patches that their activations stay in a core's cache
 GPU_BATCH = 256  # so many patches that a GPU is busy while the next ones are copied to it
-MAX_WORKERS = 16  # most blocks that are predicted at a time: each needs memory for activations
+MAX_WORKERS = 16  # the most blocks predicted at a time: each needs memory for activations
 
 
 def block_size(device: torch.device) -> int:

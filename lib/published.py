@@ -1,4 +1,4 @@
-"""PatchCamelyon as it was published: rows, checksums and slide names, and whether files differ."""
+"""The published files of PatchCamelyon: rows, checksums, slide names, and how to compare files."""
 
 import numpy as np
 

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from lib.command import STOP_SIGNALS, BadInput, one_line, say
 from lib.machine import read_count
 
-# ranks ask each other every so many steps whether one was told to stop: to ask, all wait for the
-# slowest
+# steps from one exchange of stop flags to the next: in an exchange all ranks wait for the slowest
 ASK_EVERY = 8
 # how long a rank waits for another one, which may be reading data
 PATIENCE = datetime.timedelta(minutes=30)
@@ -102,8 +101,8 @@ class Ranks:
         self.gather(torch.zeros(1))
 
     def tree_sum(self, parts: list[torch.Tensor]) -> torch.Tensor:
-        """The sum of the parts of all ranks, a power of two in all, added as a binary tree
-        ((a+b)+(c+d)). The order does not depend on which rank has a part.
+        """The sum of the parts of all ranks, added as a binary tree ((a+b)+(c+d)). Their number is
+        a power of two. The order does not depend on which rank has a part.
         """
         return _tree(self.gather(_tree(parts)))
 
@@ -163,7 +162,7 @@ def _share_a_gpu(num_ranks: int, device: torch.device) -> bool:
 
 
 def meet(rank: int, num: int, device: torch.device) -> Ranks:
-    """Ranks that have made a first exchange."""
+    """Connect this process to the other ranks, and make a first exchange with them."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     # Python's handlers do not run while torch waits for the others: a signal ends the process
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}

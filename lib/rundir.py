@@ -66,6 +66,7 @@ HARDWARE = (
 )
 MAX_UNTRACKED = 1000  # names of untracked files in meta.json
 
+# the scores of an evaluation that stand in epochs.csv, with val_ before their names
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
 
 
@@ -201,7 +202,7 @@ def _lock(run: Path) -> BinaryIO:
 
 
 def is_finished(run: Path) -> bool:
-    """summary.json is written last: without one the run did not finish."""
+    """Whether a run is over, finished or diverged: summary.json is written last."""
     return (run / "summary.json").is_file()
 
 

@@ -13,7 +13,7 @@ from lib.files import CsvLog, read_csv
 from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES
 
-MAX_PENDING = 64  # most steps that wait in memory until a GPU has computed their loss
+MAX_PENDING = 64  # the most steps that wait in memory until a GPU has computed their loss
 STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
 BASELINES = (
     "always_positive_f2",
@@ -93,7 +93,7 @@ class RunLog:
                 self.earlier_eval_s += float(row["eval_s"])
         self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
         self.last_step = self.last_done = self.host_values = None
-        self.note = ""
+        self.note = ""  # for the progress bar
         self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
         self.started_at, self.first_step_s = started_at, None  # by time.monotonic()
 

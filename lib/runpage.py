@@ -94,8 +94,8 @@ def score_table(scores: dict, constants: dict, prefix: str = "") -> Table:
 
 
 def mark_score(name: str, value, constants: dict, shown: str = ""):
-    """A value; of a score that is worse than that of a constant answer a text that says so, which
-    begins with `shown`, by default the value.
+    """`shown`, by default the value itself. A warning is added where the score is worse than that
+    of a constant answer.
 
     `constants` has the scores of constant answers under the names of SHOWN_SCORES.
     """
@@ -109,7 +109,7 @@ def mark_score(name: str, value, constants: dict, shown: str = ""):
 
 
 def constant_of(name: str, constants: dict):
-    """What a constant answer gets of a score, such as val_auc; None of what is no score."""
+    """The score `name`, such as val_auc, of a constant answer. None where `name` is no score."""
     score = name.removeprefix("val_").removeprefix("half_")
     return constants.get(CONSTANTS.get(score))
 

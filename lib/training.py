@@ -35,7 +35,7 @@ class TrainState:
     averaged: nn.Module | None
     optimizer: torch.optim.Optimizer
     progress: dict
-    graph: StepGraph | None = None  # on a GPU; without one each step gives the same, but slower
+    graph: StepGraph | None = None  # None on a CPU; without a graph a step gives the same, slower
     metrics: dict = field(default_factory=dict)  # scores of the last evaluation
 
     def checkpoint(self, cfg: Config, data: dict, with_optimizer: bool = True) -> dict:
@@ -87,10 +87,10 @@ def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> Trai
         "num_steps": 0,
         "loss_sum": 0.0,  # of the epoch
         "lr_scale": 1.0,
-        "best": None,
+        "best": None,  # value of select_metric
         "best_epoch": 0,
         "best_scores": {},
-        "stale_epochs": 0,
+        "stale_epochs": 0,  # since the best one
     }
     graph = StepGraph(why_not_captured(cfg, ranks)) if device.type == "cuda" else None
     return TrainState(model, averaged, build_optimizer(model, cfg), progress, graph)
@@ -113,7 +113,7 @@ def restore_state(state: TrainState, checkpoint: dict, source) -> None:
             logit_layer(model).is_float32 = checkpoint["float32_logits"]
     try:
         state.optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError):  # the last: best.pt has none
+    except (ValueError, KeyError, TypeError, AttributeError):  # best.pt has no optimizer
         raise BadInput(f"{source}: the optimizer's state does not fit the config") from None
     state.progress.update(checkpoint["progress"])
     state.metrics = checkpoint["metrics"]
@@ -190,6 +190,7 @@ def training_step(
 
     state.model.train()
     position = draw_position(cfg, progress["epoch"])
+    # the share by which the averaged weights move
     averaging = 1 - average_decay(cfg, progress["num_steps"] + 1)
     numbers = as_scalars((position, lr, averaging), batch.images.device)
     inputs = (batch.images, batch.labels, batch.keys, *numbers)
@@ -226,6 +227,9 @@ def compute_gradients(
     model, inputs, labels, cfg: Config, loss_weights, position, ranks: Ranks = ALONE
 ) -> torch.Tensor:
     """Set the gradients and batch-norm statistics of a batch and return its loss ().
+
+    `inputs` (B, 3, S, S) and `labels` (B,) are this rank's part of the batch. `position` is that of
+    dropout: a tuple, to which the number of the shard is added.
 
     The batch is cut into `shards` equal parts. Each shard starts from the same running statistics.
     Losses, gradients and statistics of the shards are added in one fixed binary tree, so their mean
