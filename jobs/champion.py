@@ -91,6 +91,7 @@ def copy_run(run: Path, champion: Path) -> None:
         shutil.copy(run / name, champion)
     meta = read_json(run / "meta.json")
     public = {name: value for name, value in meta.items() if name not in PRIVATE}
+    public["machine"].pop("host", None)
     write_json(champion / "meta.json", public)
 
 

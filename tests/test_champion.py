@@ -69,7 +69,8 @@ def test_make_champion_makes_a_run_the_champion_with_its_calibration_and_audit(
         run_script("jobs/champion.py", quick_run, *options, check=0)
     champion = assets / "champion"
     _, _, checkpoint = load_model(champion)
-    assert checkpoint["calibration"] and "cwd" not in read_json(champion / "meta.json")
+    meta = read_json(champion / "meta.json")
+    assert checkpoint["calibration"] and "cwd" not in meta and "host" not in meta["machine"]
     audited = read_json(tmp_path / "audit-champion" / "scores.json")["checkpoint"]
     assert audited["sha256"] == file_digest(champion / "best.pt")
     before = {path: path.read_bytes() for path in champion.iterdir()}

@@ -223,6 +223,11 @@ def open_audit(ckpt, directory, split_name: str, overrides, device, limit: int) 
     audit = Audit(split, rows, groups, model, device, cfg, checkpoint)
     half = fold_of_rows(groups, 2)
     labels = split.labels[rows]
+    if len(np.unique(labels)) < 2:
+        raise BadInput(
+            f"{directory}: all patches of split {split_name} have the label {labels[0]}, both are"
+            " needed"
+        )
     if any(len(np.unique(labels[half == side])) < 2 for side in (0, 1)):
         raise BadInput(
             f"{directory}: the {audit.kind_of_groups} of split {split_name} do not make two"
