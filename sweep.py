@@ -32,6 +32,16 @@ VERBS = {
     "promote": "write the next rung: the best third of one that is over",
     "champion": "the best three and the plain config on fresh seeds; the page",
 }
+# options that only some verbs have
+VERBS_OF = {
+    "new_name": ("plan",),
+    "config": ("plan",),
+    "row": ("run",),
+    "all": ("run",),
+    "rung": ("run", "promote"),
+    "finish": ("promote",),
+    "open_test": ("champion",),
+}
 
 
 def parse(argv) -> argparse.Namespace:
@@ -67,6 +77,11 @@ def parse(argv) -> argparse.Namespace:
     for word in args.overrides:
         if "=" not in word:
             parser.error(f"unrecognized argument {word}")
+    for name, verbs in VERBS_OF.items():
+        is_given = getattr(args, name) != parser.get_default(name)
+        if is_given and args.verb not in verbs:
+            option = "--" + name.removeprefix("new_").replace("_", "-")
+            parser.error(f"{option} is of {' and '.join(verbs)}, not of {args.verb}")
     if args.verb == "run" and args.row is None and not args.all:
         parser.error("run needs --row N or --all")
     return args

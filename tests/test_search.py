@@ -372,6 +372,7 @@ def test_rows_are_the_plans_and_comparable_or_refused_and_nothing_is_recorded(
         (("promote", "t"), "is no planned search"),
         (("promote", "s"), "rung 0 of"),
         (("run", "s", "--all", "--rows"), "unrecognized argument"),
+        (("run", "s", "--all", "--open-test"), "is of champion, not of run"),
     ],
 )
 def test_what_cannot_be_carried_out_is_said(words, sentence, tmp_path, call):
