@@ -114,7 +114,7 @@ audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: 
 	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }
 	$(run) here audit.py model --ckpt "$${RUN:-assets/champion}" "$$DATA" $${OUT:+--out "$$OUT"}
 
-champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN [DATA=DIR]
+champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN or RUN=sweeps/NAME
 	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }
 	$(run) here jobs/champion.py "$$RUN" $${DATA:+--data "$$DATA"}
 

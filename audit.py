@@ -1,10 +1,10 @@
 """Audits: findings with evidence.
 
-python audit.py data DIR --out OUT [--checks files,values,...] [--plant] [key=value ...]
+python audit.py data DIR [--out OUT] [--checks files,values,...] [--plant] [key=value ...]
 python audit.py twin [A [B]] [--out OUT] [--inject KIND:LAYER@STEP] [--seeds RUN ...]
                      [key=value ...]
 python audit.py twin --sources
-python audit.py model --ckpt RUN|FILE DIR [--split valid] --out OUT [--parts LIST] [--limit N]
+python audit.py model --ckpt RUN|FILE DIR [--split valid] [--out OUT] [--parts LIST] [--limit N]
                       [--store] [--without-patches]
 python audit.py handover DIR [--out OUT]
 """
@@ -119,7 +119,7 @@ def parse(argv) -> argparse.Namespace:
     model = add_verb(
         audit_model,
         "model",
-        "where a model fails: slices, the price of thresholds, shortcuts, its worst errors",
+        "where a model fails: slices, the price of thresholds, a shortcut, its worst errors",
         "audit-model-NAME of DIR",
     )
     model.add_argument(
@@ -166,7 +166,7 @@ def parse(argv) -> argparse.Namespace:
         audit_handover,
         "handover",
         "a handover folder, or a repository's submission checklist, item by item",
-        "audit-handover",
+        "audit-handover, of a handover folder audit-handover-NAME",
     )
     handover.add_argument(
         "folder", metavar="DIR", help="what report.py handover wrote, or a repository such as ."
@@ -286,16 +286,18 @@ def audit_handover(args) -> int:
     from lib.files import write_json
 
     folder = Path(args.folder)
-    path = Path(args.out or "audit-handover", "findings.json")
+    out = args.out or "audit-handover"
     if (folder / "inference.py").is_file():
         findings = audit_checklist(folder)
     elif (folder / "verify.py").is_file():
+        out = args.out or f"audit-handover-{folder.resolve().name}"
         findings = audit_folder(folder)
         # no code of a damaged folder is run
         if all(finding["severity"] != "error" for finding in findings):
             findings += audit_checklist(folder / "code")
     else:
         raise BadInput(f"{folder} is neither a handover folder nor a repository of this program")
+    path = Path(out, "findings.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, findings)
     missing = [finding["check"] for finding in findings if finding["severity"] == "error"]

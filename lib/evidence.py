@@ -62,7 +62,7 @@ EVIDENCE = [
         "a finished search",
         "sweeps/*/champion.json",
         1,
-        "make sweep SPACE=assets/space.yaml",
+        "make sweep SPACE=assets/space.yaml DATA=data/pcam",
         "5.2",
     ),
     Evidence(
@@ -70,7 +70,7 @@ EVIDENCE = [
         "a champion from a run of this checkout",
         "assets/champion/summary.json",
         1,
-        "make champion RUN=runs/RUN",
+        "make champion RUN=sweeps/NAME",
         "5.2",
     ),
     Evidence(

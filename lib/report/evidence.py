@@ -201,6 +201,8 @@ class Evidence:
         if not path.is_file():
             return [f"{folder} is not finished: sweep.py champion {Path(folder).name}"]
         run = read_json(path)["run"]
+        if not run:  # no trial beats the base, nor the constant answers
+            return []
         is_named = self.champion != CHAMPION
         if is_named or weights_of(self.root / run) == weights_of(self.root / self.champion):
             return []
