@@ -210,7 +210,7 @@ def test_the_mean_over_seeds_has_students_interval_within_what_is_possible(tmp_p
     [
         (["seed=1"], {}, "share seed 1"),
         (["seed=2", "lr=1e-3"], {}, "lr is '0.02' in"),
-        (["seed=2", "views=1"], {}, "views is '8' in"),
+        (["seed=2", "views=1"], {}, "views is '4' in"),
         (["seed=2"], {"data": "cd"}, "data is "),
         (["seed=2"], {"rows": {"train": {"num": 99}}}, "num_train is '100' in"),
         (["seed=2"], {"status": ""}, "is running: only finished"),
