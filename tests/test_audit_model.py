@@ -399,7 +399,7 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(quick_run, tmp_path):
     torch.save({"kind": "another"}, other)
     for sentence, *arguments in (
         ("no file camelyonpatch_level_2_split_test_x.h5", quick_run, fine, out, "--split", "test"),
-        ("do not make two halves", quick_run, alike, out),
+        ("have the label 1", quick_run, alike, out),
         ("is not a checkpoint of this program", other, fine, out),
         ("did you mean 'slices'", quick_run, fine, out, "--parts", "slides"),
         ("lr changes the weights", quick_run, fine, out, "lr=1"),
