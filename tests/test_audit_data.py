@@ -485,6 +485,7 @@ def test_damaged_files_are_findings(tmp_path):
         assert result["not_run"] == ["valid"], "without slides the other checks run"
 
 
+@pytest.mark.slow
 def test_what_is_planted_is_found_and_the_clean_copy_gives_no_alarm(tmp_path):
     folder = write_split(tmp_path / "data", "train", *draw_patches(900, 2), np.uint8)
     write_split(folder, "valid", *draw_patches(300, 8), np.uint8)

@@ -334,6 +334,7 @@ def test_a_shortened_call_measures_what_it_names_and_its_page_begins_with_that(
         assert paragraph.startswith(words), paragraph
 
 
+@pytest.mark.slow
 def test_the_loader_stands_beside_torchvisions_best(pcam_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rounds, "time_group", time_here)
     options = ["--cases", "torchvision_0_workers,ready,raw", "batch_size=8"]
@@ -362,6 +363,7 @@ def test_what_was_measured_is_kept_when_interrupted(pcam_dir, tmp_path, monkeypa
     assert row["num_repeats"] == 1 and row["images_per_s"] == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "slowed, residence, owner, stage",
     [

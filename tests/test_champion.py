@@ -26,6 +26,7 @@ def test_the_champion_is_small_and_its_files_belong_together():
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_before_schema_3_predicts_to_the_bit_as_the_plain_last_layer_did():
     model, cfg, checkpoint = load_model(CHAMPION)
     assert torch.load(CHAMPION / "best.pt", weights_only=True)["schema"] == 2
@@ -60,6 +61,7 @@ def test_the_champion_ranks_real_patches(tmp_path):
     assert auc == pytest.approx(read_json(CHAMPION / "summary.json")["val_auc"], abs=0.03)
 
 
+@pytest.mark.slow
 def test_make_champion_makes_a_run_the_champion_with_its_calibration_and_audit(
     quick_run, pcam_dir, tmp_path
 ):

@@ -75,7 +75,9 @@ def fake_gpu():
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("model", ["p4m", "cnn", "resnet18", "densenet121", "mlp"])
+@pytest.mark.parametrize(
+    "model", ["p4m", "cnn", "resnet18", pytest.param("densenet121", marks=pytest.mark.slow), "mlp"]
+)
 def test_no_step_but_its_backward_pass_reads_a_value_or_copies_from_the_cpu(
     model, monkeypatch, request
 ):

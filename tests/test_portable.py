@@ -29,6 +29,7 @@ def test_training_prediction_and_audit_need_nothing_that_only_linux_has(tmp_path
     run("audit.py", "data", data, *checks, "--out", tmp_path / "audit", codes=(0, 1))
 
 
+@pytest.mark.slow
 def test_a_page_is_drawn_whatever_backend_a_notebook_hands_down(pcam_dir, tmp_path, monkeypatch):
     """A cell `!python ...` inherits the backend of its kernel, which is not installed here."""
     monkeypatch.setenv("MPLBACKEND", "module://no_such_package.backend_inline")
@@ -37,6 +38,7 @@ def test_a_page_is_drawn_whatever_backend_a_notebook_hands_down(pcam_dir, tmp_pa
     assert "data:image/png" in (tmp_path / "audit" / "audit.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_tilde_that_no_shell_saw_is_the_home_folder(tmp_path, monkeypatch):
     write_pcam(tmp_path / "home" / "pcam", 64, 32)
     (tmp_path / "c.yaml").write_text("data_dir: ~/pcam\n")

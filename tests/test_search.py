@@ -288,6 +288,7 @@ def killed(tmp_path_factory, pcam_dir) -> rungs.Sweep:
     return sweep
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_where_it_was_and_each_row_is_done_once(killed):
     rows = killed.rows(0)
     assert len(list(killed.runs_dir.iterdir())) == len(rows), "one run a row"
@@ -296,6 +297,7 @@ def test_a_killed_search_goes_on_where_it_was_and_each_row_is_done_once(killed):
     assert last["reason"].startswith("diverged after step")
 
 
+@pytest.mark.slow
 def test_a_promoted_trial_ends_with_the_weights_of_a_run_that_never_paused(
     killed, pcam_dir, tmp_path
 ):

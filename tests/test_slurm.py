@@ -292,6 +292,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sentence", REFUSED)
 def test_a_job_that_cannot_work_is_not_submitted(project, fake, sentence):
     variables = {"ARGS": " ".join(SHORT)} | REFUSED[sentence]
@@ -415,6 +416,7 @@ def test_sbatchs_own_variables_count_where_make_is_given_none(project, fake):
     assert named["DATA"] == str(Path("~/data").expanduser())
 
 
+@pytest.mark.slow
 def test_variables_of_the_shell_are_no_make_variables_and_are_named(project, fake):
     shell = {"DATA": "nowhere", "TIME": "$(touch pwned)", "K": "x", "SEED": "y", "ARGS": "--no"}
     result = make(project, fake(**shell), "folds", arguments=SHORT, OUT="x")
@@ -440,6 +442,7 @@ def test_code_of_which_git_tells_nothing_is_submitted_with_gits_reason_and_remed
     assert not (code / ".git").exists() and not (code / "runs").exists()
 
 
+@pytest.mark.slow
 def test_check_says_whether_a_training_fits_and_submits_nothing(project, fake):
     result = make(project, fake(), "check", arguments=SHORT).json
     assert result["fits"] and result["seconds"] > 0 and "--mem=16000M" in result["request"]
@@ -454,6 +457,7 @@ def test_a_full_disk_is_seen():
         slurm.require_disk(10**18)
 
 
+@pytest.mark.slow
 def test_without_slurm_seeds_run_one_after_the_other_once_they_can_work(project, tmp_path):
     for name in ("make", "bash", "git"):
         (tmp_path / name).symlink_to(shutil.which(name))
