@@ -42,12 +42,11 @@ def write_run_page(
     `predictions` is a CSV of inference.py with labels, decided at `threshold`. Raises BadInput
     where the run has no finished epoch, and where the predictions cannot be shown.
     """
-    epochs, steps = read_csv(run / "epochs.csv"), read_csv(run / "steps.csv")
-    if not epochs or not steps:
+    epochs = read_csv(run / "epochs.csv")
+    if not epochs:
         raise BadInput(f"{run} is {summary.get('status')}: it has no finished epoch to show")
     cfg = read_run_config(run)
     by_epoch = figure_png(plot_columns(epochs, "epoch", EPOCH_PANELS))
-    by_step = figure_png(plot_columns(steps, "step", STEP_PANELS))
     blocks = [
         Words(remark, "note"),
         Heading("The run"),
@@ -57,9 +56,11 @@ def write_run_page(
         Words("Scores of the best epoch on validation, decided at 0.5.", "note"),
         Heading("Epoch by epoch"),
         Figure("Loss and scores per epoch, beside constant answers", by_epoch),
-        Heading("Step by step"),
-        Figure("Loss, gradient norm and learning rate per step", by_step),
     ]
+    if (run / "steps.csv").exists():  # which a champion does not keep
+        by_step = figure_png(plot_columns(read_csv(run / "steps.csv"), "step", STEP_PANELS))
+        words = "Loss, gradient norm and learning rate per step"
+        blocks += [Heading("Step by step"), Figure(words, by_step)]
     if predictions:
         blocks += prediction_blocks(predictions, threshold)
     values = [(key, plain(value)) for key, value in dataclasses.asdict(cfg).items()]

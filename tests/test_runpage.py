@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, REPOSITORY
 
 import inference
 import report
@@ -13,6 +13,7 @@ import train
 from lib.blocks import show
 from lib.files import read_json
 from lib.rundir import read_run_config
+from lib.runpage import write_run_page
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,10 @@ def test_what_cannot_be_shown_is_refused(quick_run, predictions, tmp_path, capsy
     header = (run / "epochs.csv").read_text().splitlines()[0]
     (run / "epochs.csv").write_text(header + "\n")
     assert call_report("run", run) == 2 and "no finished epoch" in capsys.readouterr().err
+
+
+def test_a_champion_which_keeps_no_steps_has_a_page(tmp_path):
+    champion = REPOSITORY / "assets" / "champion"
+    page = write_run_page(champion, tmp_path / "p.html", read_json(champion / "summary.json"))
+    text = page.read_text()
+    assert "Epoch by epoch" in text and "Step by step" not in text

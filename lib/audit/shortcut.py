@@ -261,7 +261,7 @@ def judge_shortcuts(rows: list[dict]) -> list[dict]:
             undecided > MOST_UNDECIDED,
             f"the eight views do not agree on {undecided:.1%} of the patches",
             f"{MOST_UNDECIDED:.0%}",
-            "answers hang on where a patch happens to be cut: keep views=8",
+            "answers hang on where a patch happens to be cut: keep several views",
         ),
     )
     return [judged_finding(f"shortcut: {name}", *check) for name, *check in checks]
