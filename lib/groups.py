@@ -3,7 +3,7 @@ slide names, patches that are copies or overlap, from the groups.csv of `audit.p
 groups`.
 """
 
-import contextlib
+import functools
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -87,15 +87,20 @@ def read_groups(path, split: Split, directory) -> np.ndarray:
     Raises BadInput where it does not list each row once. It does not notice that patches were
     replaced by as many others; the name of a cached file, a digest of the patches, would.
     """
-    rows = []
-    with contextlib.suppress(BadInput):
-        rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == split.name]
+    try:
+        return _parse_groups(path, file_digest(path), split.name, len(split))
+    except BadInput as error:
+        raise BadInput(f"{error}; `{groups_command(directory)}` writes it anew") from None
+
+
+# a training asks three times, and a file may have 262,144 rows; `_digest` is in the cache's key so
+# that a file that was written anew is read anew
+@functools.lru_cache(maxsize=4)
+def _parse_groups(path, _digest, name: str, num: int) -> np.ndarray:
+    rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == name]
     index = [row_number(row["index"]) for row in rows]
-    if Counter(index) != Counter(range(len(split))):
-        raise BadInput(
-            f"{path} does not list each of the {len(split):,} rows of {split.name} once;"
-            f" `{groups_command(directory)}` writes it anew"
-        )
+    if Counter(index) != Counter(range(num)):
+        raise BadInput(f"{path} does not list each of the {num:,} rows of {name} once")
     groups = np.array([row["group"] for row in rows])
     return groups[np.argsort(index)]
 

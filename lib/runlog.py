@@ -1,6 +1,7 @@
 """The log of a run while it trains: a row for each step and each epoch, and the time spent."""
 
 import collections
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class RunLog:
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
             for row in read_csv(self.steps.path):
-                self.earlier_train_s += batch_size / float(row["images_per_s"])
+                # 0.0 where a step stood still, as with a laptop that was closed
+                self.earlier_train_s += batch_size / (float(row["images_per_s"]) or math.inf)
             for row in read_csv(self.epochs.path):
                 self.earlier_eval_s += float(row["eval_s"])
         self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
@@ -234,6 +236,8 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        errors = (OSError,) if kind else ()  # the first error is the one to report
         for log in self.logs:
-            log.close()
+            with contextlib.suppress(*errors):
+                log.close()

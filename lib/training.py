@@ -318,7 +318,8 @@ def note_epoch(progress: dict, scores: dict, cfg: Config) -> bool:
     """
     sign = -1 if cfg.select_metric == "loss" else 1
     value, best = scores[cfg.select_metric], progress["best"]
-    if best is None or sign * value > sign * best:
+    has_best = best is not None and math.isfinite(best)
+    if not has_best or sign * value > sign * best:
         epoch = progress["epoch"] + 1
         progress.update(best=value, best_epoch=epoch, best_scores=scores, stale_epochs=0)
         return True

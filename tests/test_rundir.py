@@ -2,6 +2,7 @@
 resumed run starts from.
 """
 
+import os
 import re
 import subprocess
 import time
@@ -117,6 +118,23 @@ def test_a_log_has_one_row_a_step_and_a_resumed_one_drops_what_came_after_the_ch
     # the time of the steps that count is that of both processes
     train_s = sum(2 / float(row["images_per_s"]) for row in rows)
     assert log.times()["train_s"] == pytest.approx(train_s, abs=2e-3)
+
+
+def test_a_run_of_which_a_step_stood_still_goes_on_and_its_first_error_is_told(tmp_path):
+    progress = new_progress()
+    with open_log(tmp_path, progress) as log:
+        note_steps(log, progress, [1.0])
+        log.flush()
+    path = tmp_path / "steps.csv"
+    (row,) = read_csv(path)
+    path.write_text(path.read_text().replace(f",{row['images_per_s']},", ",0.0,"))
+    with (
+        pytest.raises(RuntimeError, match="the first"),
+        open_log(tmp_path, new_progress(num_steps=1)) as log,
+    ):
+        assert log.earlier_train_s == 0
+        os.close(log.steps.file.fileno())  # so that closing the log fails, too
+        raise RuntimeError("the first")
 
 
 class Event:

@@ -203,6 +203,15 @@ def test_best_is_the_first_epoch_with_the_best_value(metric, sign):
     assert [is_best for is_best, _, _ in notes] == [True, True, False, False]
 
 
+def test_an_epoch_without_a_score_is_followed_by_a_better_one():
+    progress, notes = note_epochs("auc", [math.nan, 0.6, 0.5])
+    assert progress["best_epoch"] == 2 and [is_best for is_best, _, _ in notes] == [
+        True,
+        True,
+        False,
+    ]
+
+
 def test_plateaus_decay_the_rate_and_early_stop_waits_as_long_as_asked():
     plateau = {"schedule": "plateau", "decay_epochs": 2, "decay_factor": 0.1}
     aucs = [0.6, 0.7, 0.7, 0.6, 0.8, 0.7, 0.7, 0.7, 0.7]
