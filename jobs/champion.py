@@ -13,7 +13,6 @@ from lib.bundle import RUN_FILES
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
-    EXIT_USAGE,
     BadInput,
     Parser,
     place,
@@ -47,7 +46,9 @@ def main(argv=None) -> int:
             champion.rename(before)
         try:
             copy_run(run, champion)
-            result = audit_model(champion, cfg.data_dir, "--out", model, "--store", *options)
+            audit = ("model", "--ckpt", champion, cfg.data_dir, "--out", model, "--store", *options)
+            codes = (EXIT_DONE, EXIT_FINDING)
+            result = run_script("audit.py", *audit, codes=codes, shows_progress=True)
         except BaseException:
             shutil.rmtree(champion, ignore_errors=True)
             if before.exists():
@@ -56,16 +57,6 @@ def main(argv=None) -> int:
     say(f"{run} is {champion} now; {result['num_warnings']} warnings of its audit, {model}")
     print_result({"run": str(run), "champion": str(champion), "model": str(model)})
     return EXIT_DONE
-
-
-def audit_model(checkpoint: Path, *arguments) -> dict:
-    """What audit.py model gives. Where it fails it has said why, and this program says no more."""
-    command = ("audit.py", "model", "--ckpt", checkpoint, *arguments)
-    try:
-        return run_script(*command, codes=(EXIT_DONE, EXIT_FINDING), shows_progress=True)
-    except BadInput as error:
-        print_result({"error": str(error), "exit": EXIT_USAGE})
-        raise SystemExit(EXIT_USAGE) from None
 
 
 def find_winner(folder: Path) -> Path:

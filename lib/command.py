@@ -23,6 +23,10 @@ class BadInput(Exception):
     """Input that cannot be used. Its text is one sentence: what, where, what is allowed."""
 
 
+class Reported(BadInput):
+    """Bad input of a program that this one has run, which has said so at the terminal itself."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with wrong use reported as one sentence instead of the whole usage, and with `~`
     expanded at the start of an argument, where quotes kept it from the shell.
@@ -117,8 +121,8 @@ def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeo
     path, absolute or below the repository.
 
     With `shows_progress` the program writes to this process's stderr. No .pyc is written beside it.
-    Raises BadInput with the last line of the program's stderr where it prints no object or its exit
-    code is not among `codes`, and where it runs longer than `timeout_s` seconds.
+    Raises BadInput with the program's error, or the last line of its stderr, where it prints no
+    object or its exit code is not among `codes`, and where it runs longer than `timeout_s` seconds.
     """
     command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
     options = {"text": True, "errors": "replace", "timeout": timeout_s}
@@ -131,6 +135,8 @@ def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeo
     except ValueError:
         result = {}
     if completed.returncode not in codes or not result:
+        if shows_progress and result.get("error"):
+            raise Reported(result["error"])
         last_words = last_line(completed.stderr or "").removeprefix("error: ")
         raise BadInput(result.get("error") or last_words)
     return result
@@ -181,12 +187,14 @@ def script(main):
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
         except KeyboardInterrupt:
-            sentence, code = "interrupted", EXIT_INTERRUPTED
+            sentence, code, is_said = "interrupted", EXIT_INTERRUPTED, False
         except Exception as error:
             sentence, code = printable(explain(error)), EXIT_USAGE
+            is_said = isinstance(error, Reported)
             if not sentence:
                 raise
-        say(f"error: {sentence}")
+        if not is_said:
+            say(f"error: {sentence}")
         print_result({"error": sentence, "exit": code})
         return code
 

@@ -120,3 +120,14 @@ def test_of_another_program_the_last_line_is_read_and_a_failure_is_told_in_its_w
         assert result == {"arguments": ["a", "1"]}
         assert capfd.readouterr().err == "a line\n" * shows_progress
     assert os.listdir(tmp_path) == ["program.py"], "no .pyc beside it"
+
+
+def test_what_a_program_has_said_at_the_terminal_is_not_said_again(capfd):
+    @script
+    def main(_argv=None):
+        return run_script("prepare.py", "verify", "nowhere", shows_progress=True)
+
+    assert main() == 2
+    said = capfd.readouterr()
+    assert said.err.count("nowhere") == 1
+    assert "nowhere" in json.loads(said.out)["error"]

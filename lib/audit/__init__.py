@@ -23,8 +23,7 @@ def build_finding(
 
 def say_finding(row: dict) -> None:
     """Print a finding as one line for the person at the terminal."""
-    texts = [row["measured"], row["limit"], row["advice"]]
-    words = "; ".join(text for text in texts if text not in ("", "none"))
+    words = "; ".join(filter(None, (row["measured"], row["limit"], row["advice"])))
     check = f"{row['check']} in {row['split']}" if row["split"] else row["check"]
     say(f"{row['severity']:8}{check:28} {words}")
 

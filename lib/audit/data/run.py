@@ -199,9 +199,7 @@ def audit_data(
         raise BadInput(f"{directory}: no such folder")
     if directory.resolve() == out.resolve():
         raise BadInput(f"{directory}: OUT may not be the data themselves")
-    cfg = load_config(
-        overrides=overrides
-    )  # whatever is wrong with it is said before an hour's work
+    cfg = load_config(overrides=overrides)  # what is wrong there is said before an hour's work
 
     def predict(audit: Audit) -> np.ndarray | None:
         if not (runs or train_folds):
