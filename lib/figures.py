@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from lib.metrics import curve_points
 
 # Okabe and Ito 2008: eight colours that the colour-blind tell apart; black last
+CLASSES = ("normal", "tumour")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 # what tells lines and points apart where colours do not
 LINES, MARKS = ("-", "--", ":", "-."), "osD^vP*X"
@@ -125,11 +126,21 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float):
         axes.legend()
 
     called = probs >= threshold
-    counts = np.bincount(2 * labels + called, minlength=4).reshape(2, 2)
-    matrix.imshow(counts, cmap="Blues", vmin=0, vmax=len(labels))
-    for (label, call), count in np.ndenumerate(counts):
-        matrix.text(call, label, f"{count:,}", ha="center", va="center", fontsize=12)
-    matrix.set(title="confusion matrix", xlabel="prediction", ylabel="label")
-    matrix.set(xticks=(0, 1), yticks=(0, 1))
-    matrix.grid(False)
+    draw_confusion(matrix, np.bincount(2 * labels + called, minlength=4), "confusion matrix")
     return figure
+
+
+def draw_confusion(axes, counts, title: str) -> None:
+    """A confusion matrix, label by prediction, with shares of each label; counts (4,) are tn, fp,
+    fn, tp.
+    """
+    counts = np.reshape(counts, (2, 2))
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4)
+    for (label, call), count in np.ndenumerate(counts):
+        text = f"{count:,.0f}\n{shares[label, call]:.1%}"
+        axes.text(call, label, text, ha="center", va="center", fontsize=12)
+    axes.set(title=title, xlabel="prediction", ylabel="label")
+    axes.set_xticks((0, 1), CLASSES)
+    axes.set_yticks((0, 1), CLASSES, rotation=90, va="center")
+    axes.grid(False)

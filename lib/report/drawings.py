@@ -7,7 +7,15 @@ from matplotlib.ticker import MaxNLocator
 
 from lib.blocks import Figure, Heading, Table, Words, write_page
 from lib.command import BadInput
-from lib.figures import COLOURS, add_legend, column, figure_png, line_style, new_figure
+from lib.figures import (
+    COLOURS,
+    add_legend,
+    column,
+    draw_confusion,
+    figure_png,
+    line_style,
+    new_figure,
+)
 from lib.files import read_csv
 
 MOST_DRAWN = 32  # lines that eight colours in four styles tell apart
@@ -15,7 +23,6 @@ MOST_POINTS = 150  # of a line, where several are drawn together
 # a spike: a norm of so many times the median of the steps around it
 WINDOW = 101
 SPIKE = 2.0
-CLASSES = ("normal", "tumour")
 # curves: file, column, title, scale
 LOSS = ("steps.csv", "loss", "training loss (nats)", "linear")
 GRADIENT_NORM = ("steps.csv", "grad_norm", "global gradient norm, before clipping", "log")
@@ -116,7 +123,8 @@ def plot_front(seeds: list[dict], champion: dict, errors: list):
     """
     figure, panels = new_figure(3 if errors else 2, height=3.6)
     draw_dots(panels[0], seeds, champion)
-    draw_confusion(panels[1], champion)
+    counts = [champion[f"val_{name}"] for name in ("tn", "fp", "fn", "tp")]
+    draw_confusion(panels[1], counts, "champion, decided at 0.5")
     if errors:
         panels[2].axis("off")
         panels[2].set_title("errors of the champion")
@@ -143,23 +151,6 @@ def draw_dots(axes, seeds: list[dict], champion: dict) -> None:
     axes.hlines(answers, places - 0.3, places + 0.35, "k", ":", label="constant answer")
     axes.set(title="scores on validation", ylim=(None, 1), xlim=(-0.5, 1.6))
     axes.set_xticks(places, ("AUC", "F2 at 0.5"))
-
-
-def draw_confusion(axes, champion: dict) -> None:
-    """The confusion matrix of a run on validation, label by prediction, with shares of each
-    label.
-    """
-    counts = [champion[f"val_{name}"] for name in ("tn", "fp", "fn", "tp")]
-    counts = np.reshape(counts, (2, 2))
-    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.4)
-    for (label, call), count in np.ndenumerate(counts):
-        text = f"{count:,.0f}\n{shares[label, call]:.1%}"
-        axes.text(call, label, text, ha="center", va="center", fontsize=12)
-    axes.set(title="champion, decided at 0.5", xlabel="prediction", ylabel="label")
-    axes.set_xticks((0, 1), CLASSES)
-    axes.set_yticks((0, 1), CLASSES, rotation=90, va="center")
-    axes.grid(False)
 
 
 def plot_patches(groups: dict[str, list]):
