@@ -1,9 +1,9 @@
 """Pages and tables from what runs have left on disk.
 
 python report.py run RUN [--predictions FILE] [--threshold T] [--out FILE]
-python report.py runs [--runs DIR] [--where 'val_auc>0.9'] [--sort NAME] [--html FILE]
-python report.py seeds RUN...|--where ... [--folds RUN...] [--html FILE]
-python report.py folds RUN...|--where ... [--seeds RUN...] [--html FILE]
+python report.py runs [--runs DIR] [--where 'val_auc>0.9'] [--sort=-val_auc] [--html FILE]
+python report.py seeds RUN...|--where ... [--html FILE]
+python report.py folds RUN...|--where ... [--html FILE]
 python report.py export --to tensorboard|mlflow --out DIR [--runs DIR] [--where ...]
 python report.py handover [RUN] --to DIR [--platform P] [--python 3.X] [--wheels DIR]
 python report.py journal [FILE] [--check]
@@ -29,11 +29,11 @@ from lib.command import (
     script,
 )
 
-JOURNAL = REPOSITORY / "JOURNAL.md"
 CHAMPION = REPOSITORY / "assets" / "champion"
+SYSTEM = "manylinux_2_28"  # the oldest that torch asks for
 SPREAD_NOTE = (
-    "Low and high bound the 95% interval of the mean (Student's t). Folds share most of their"
-    " training patches, so that theirs is narrower than it should be (Bengio and Grandvalet 2004)."
+    "The interval is that of the mean (Student's t). Folds share most of their training patches, so"
+    " that theirs is narrower than it should be (Bengio and Grandvalet 2004)."
 )
 
 
@@ -46,93 +46,40 @@ def parse(argv) -> argparse.Namespace:
 
     add = commands["run"].add_argument
     add("run", metavar="RUN", help="a run folder")
-    add(
-        "--predictions",
-        metavar="FILE",
-        help="a predictions.csv with labels, for scores and examples",
-    )
-    add(
-        "--threshold",
-        type=probability,
-        metavar="T",
-        help="of the decision (default: the stored one)",
-    )
+    add("--predictions", metavar="FILE", help="a predictions.csv with labels: scores and examples")
+    add("--threshold", type=probability, metavar="T", help="default: the stored one")
     add("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
     add("--out", metavar="FILE", help="default: RUN/report.html")
 
-    add = commands["runs"].add_argument
-    add(
-        "--sort",
-        default="run",
-        metavar="NAME",
-        help="a column to order by (default: run, which is by start)",
-    )
-    add("--descending", action="store_true", help="the largest first")
-
-    for varied, other in (("seeds", "folds"), ("folds", "seeds")):
-        add = commands[varied].add_argument
-        add(
-            varied,
-            nargs="*",
-            metavar="RUN",
-            help=f"finished runs that differ in the {varied[:-1]} alone",
-        )
-        add(f"--{other}", nargs="+", metavar="RUN", help=f"the spread over {other}, set beside it")
-
-    add = commands["export"].add_argument
-    add("--to", required=True, choices=("tensorboard", "mlflow"))
-    add("--out", required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
-
     for name in ("runs", "seeds", "folds", "export"):
         add = commands[name].add_argument
-        add(
-            "--runs",
-            default="runs",
-            type=place,
-            metavar="DIR",
-            help="the folder that holds them (default: runs)",
+        if name in ("seeds", "folds"):
+            add("folders", nargs="*", metavar="RUN", help="finished runs that differ in it alone")
+        add("--runs", default="runs", type=place, metavar="DIR", help="where they are: runs/")
+        conditions = (
+            "only runs of which this holds, such as 'val_auc>0.9' or seed=1; all of several"
         )
-        add(
-            "--where",
-            action="append",
-            default=[],
-            metavar="CONDITION",
-            help="only runs of which this holds, such as 'val_auc>0.9', seed=1 or status!=dead;"
-            " all of several",
-        )
+        add("--where", action="append", default=[], metavar="CONDITION", help=conditions)
         if name != "export":
             add("--html", metavar="FILE", help="a page with their curves together")
+    columns = "a column to order by, the largest first after a - (default: by start)"
+    commands["runs"].add_argument("--sort", default="run", metavar="NAME", help=columns)
 
-    add = commands["handover"].add_argument
-    add(
-        "run",
-        nargs="?",
-        default=CHAMPION,
-        metavar="RUN",
-        help="a finished run (default: assets/champion)",
-    )
-    add("--to", required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
-    system = f"manylinux_2_28_{platform.machine()}"
-    add("--platform", default=system, metavar="P", help="default: %(default)s")
+    for name in ("export", "handover"):
+        add = commands[name].add_argument
+        option = "--out" if name == "export" else "--to"
+        add(option, required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
+    commands["export"].add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
+    add("run", nargs="?", default=CHAMPION, metavar="RUN", help="default: assets/champion")
+    systems = [f"{SYSTEM}_x86_64", f"{SYSTEM}_aarch64"]
+    add("--platform", default=f"{SYSTEM}_{platform.machine()}", choices=systems, metavar="P")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     add("--python", default=python, metavar="3.X", help="default: %(default)s")
-    add(
-        "--wheels",
-        type=place,
-        metavar="DIR",
-        help="a folder of wheels to take instead of fetching them",
-    )
+    add("--wheels", type=place, metavar="DIR", help="a folder of wheels, so that none is fetched")
 
     add = commands["journal"].add_argument
-    add(
-        "file",
-        nargs="?",
-        default=JOURNAL,
-        type=place,
-        metavar="FILE",
-        help="the journal; its files are found from its folder (default: JOURNAL.md of the"
-        " repository)",
-    )
+    journal = REPOSITORY / "JOURNAL.md"
+    add("file", nargs="?", default=journal, type=place, metavar="FILE", help="default: JOURNAL.md")
     add("--check", action="store_true", help="name what the files no longer say; write nothing")
     return parser.parse_args(argv)
 
@@ -172,15 +119,15 @@ def report_journal(args) -> int:
 
     path = Path(args.file)
     result = check_journal(path) if args.check else write_journal(path)
+    result["num_differing"] = len(result["differing"])
     for kind in ("missing", "differing"):
         for sentence in result.get(kind, ()):
             say(f"{kind}: {sentence}")
     if not args.check:
-        say(f"{result['num_filled']} parts are filled in, {len(result['missing'])} things missing")
-        say(f"{len(result['unanswered'])} questions have no words yet; page {result['page']}")
+        counts = f"{result['num_filled']} parts are filled in, {len(result['missing'])} missing"
+        say(f"{counts}; page {result['page']}")
     elif not result["differing"]:
         say(f"{path}: what is filled in agrees with its files")
-    result["num_differing"] = len(result["differing"])
     print_result(result)
     return EXIT_FINDING if result["differing"] else EXIT_DONE
 
@@ -189,20 +136,12 @@ def report_assignment(_args) -> int:
     """Print each piece of evidence that the journal needs, where it lies or the command that makes
     it, and the next command.
     """
-    from lib.blocks import Table
-    from lib.evidence import EVIDENCE, command_of, find_evidence
+    from lib.blocks import table_of
+    from lib.evidence import list_evidence
 
-    rows = []
-    commands = []
-    for piece in EVIDENCE:
-        folders = find_evidence(REPOSITORY, piece.name)
-        if len(folders) >= piece.num:
-            state = str(folders[-1].relative_to(REPOSITORY))
-        else:
-            commands.append(command_of(REPOSITORY, piece.name))
-            state = f"missing: {commands[-1]}"
-        rows.append((piece.questions, piece.what, state))
-    say(Table(("question", "evidence", "where, or the command"), rows).to_text())
+    rows = list_evidence(REPOSITORY)
+    say(table_of(rows, ["questions", "evidence", "folder", "command"]).to_text())
+    commands = [row["command"] for row in rows if row["command"]]
     next_command = [*commands, "make journal"][0]
     say(f"next: {next_command}")
     print_result({"num_missing": len(commands), "next": next_command})
@@ -213,61 +152,45 @@ def report_runs(args) -> int:
     """List runs, and draw their curves together."""
     from lib.report.runs import list_runs, select_runs, table_of_runs
 
-    rows = select_runs(list_runs(args.runs), args.where, args.sort, args.descending)
+    rows = select_runs(list_runs(args.runs), args.where, args.sort)
     table = table_of_runs(rows)
     say(table.to_text())
     result = {"num_runs": len(rows), **Counter(sorted(row["status"] for row in rows))}
     if args.html:
-        from lib.report.drawings import LOSS, VAL_AUC, VAL_LOSS, write_together
+        from lib.report.drawings import TRAIN_LOSS, VAL_AUC, VAL_LOSS, write_together
 
         folders = [Path(args.runs, row["run"]) for row in rows]
-        curves = (LOSS, VAL_LOSS, VAL_AUC)
+        curves = (TRAIN_LOSS, VAL_LOSS, VAL_AUC)
         result["page"] = write_together(args.html, f"Runs in {args.runs}", table, folders, curves)
     print_result(result)
     return EXIT_DONE
 
 
 def report_spread(args) -> int:
-    """Say how far scores lie apart between seeds, and between folds."""
+    """Say how far scores lie apart between seeds, or between folds."""
     from lib.report.drawings import GRADIENT_NORM, LEARNING_RATE, LOSS, write_together
-    from lib.report.runs import average_scores, differing, read_run
-    from lib.report.tables import tabulate_spreads
+    from lib.report.runs import average_scores, differing, list_runs, read_run, select_runs
+    from lib.report.tables import spread_table
     from lib.rundir import find_run
 
-    names = {args.what: getattr(args, args.what) or choose_runs(args)}
-    other = "folds" if args.what == "seeds" else "seeds"
-    if getattr(args, other):
-        names[other] = getattr(args, other)
-    folders = []
-    rows = []
-    spreads = {}
-    for varied in names:
-        runs = [find_run(name) for name in names[varied]]
-        folders += runs
-        rows += [read_run(run) for run in runs]
-        spreads[varied] = average_scores(rows[-len(runs) :], varied[:-1])
-    for sentence in differing(rows, "code", "commit and patch"):
+    folders = [find_run(name) for name in args.folders]
+    if args.where:
+        chosen = select_runs(list_runs(args.runs), args.where)
+        folders += [Path(args.runs, row["run"]) for row in chosen]
+    rows = [read_run(folder) for folder in folders]
+    spreads = average_scores(rows, args.what.removesuffix("s"))
+    for sentence in differing(rows, "code"):
         say(f"note: {sentence}")
-    table = tabulate_spreads(spreads, rows[0])
+    table = spread_table(spreads, rows[0], args.what)
     say(table.to_text())
-    result = spreads | {"num_runs": len(folders)}
+    result = {args.what: spreads, "num_runs": len(rows)}
     if args.html:
-        title = f"Scores over {' and '.join(names)}"
+        title = f"Scores over {args.what}"
         curves = (LOSS, GRADIENT_NORM, LEARNING_RATE)
-        result["page"] = write_together(args.html, title, table, folders, curves, SPREAD_NOTE)
+        words = (True, SPREAD_NOTE)
+        result["page"] = write_together(args.html, title, table, folders, curves, *words)
     print_result(result)
     return EXIT_DONE
-
-
-def choose_runs(args) -> list[Path]:
-    """The folders of the runs that meet `--where`. Raises BadInput where there are none."""
-    from lib.report.runs import list_runs, select_runs
-
-    chosen = select_runs(list_runs(args.runs), args.where) if args.where else []
-    if not chosen:
-        met = f", and none in {args.runs} meets the conditions" if args.where else ""
-        raise BadInput(f"{args.what}: no run is named{met}")
-    return [Path(args.runs, row["run"]) for row in chosen]
 
 
 def report_export(args) -> int:
@@ -296,7 +219,10 @@ def report_run(args) -> int:
         threshold = load_checkpoint(run / "best.pt")["threshold"]
     out = args.out or run / "report.html"
     summary = read_json(run / "summary.json")
-    page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
+    try:
+        page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
+    except KeyError as error:
+        raise BadInput(f"{run} is of an older or another program: it has no {error}") from None
     say(f"page {page}")
     print_result({"page": str(page), "run": str(run)})
     return EXIT_DONE
@@ -308,10 +234,7 @@ COMMANDS = {
     "seeds": (report_spread, "the mean over seeds, its interval and the spread"),
     "folds": (report_spread, "the mean over folds, its interval and the spread"),
     "export": (report_export, "runs as TensorBoard or MLflow read them"),
-    "handover": (
-        report_handover,
-        "a folder that predicts on a machine without a network, for a USB stick",
-    ),
+    "handover": (report_handover, "a folder for a USB stick, to predict without a network"),
     "journal": (report_journal, "start JOURNAL.md, fill in its directives, and write its page"),
     "assignment": (report_assignment, "what of the journal's evidence is there, what is next"),
 }

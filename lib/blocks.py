@@ -17,12 +17,18 @@ from lib.config import plain
 from lib.files import atomic_write
 
 MOST_WIDE = 8  # a table of more columns has small print
+MOST_HEADINGS = 8  # of a page without a table of contents
 ALARMS = ("warning", "error", "failed", "diverged", "dead")  # cells that are coloured
 # marks of Markdown within a paragraph; each group is named as its tag in HTML
 INLINE = re.compile(
     r"`(?P<code>[^`]+)`|\*\*(?P<b>[^*]+)\*\*|(?<![\w*])\*(?P<i>[^*\s][^*]*)\*(?!\w)"
     r"|\[(?P<text>[^\]]+)\]\((?P<link>[^)\s]+)\)|(?P<a>https?://[^\s)]+)"
 )
+NUMBER = re.compile(r"[-+]?[\d.,]+ ?%?|-?")
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title}</title>
+<link rel="icon" href="data:,"><style>{style}</style></head><body><h1>{title}</h1>
+"""
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.7rem}h2{font-size:1.25rem;margin-top:2.5rem;border-bottom:1px solid #ccc}
@@ -65,18 +71,17 @@ for (const head of document.querySelectorAll("th")) {
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading of level 2 or 3; one with an anchor stands in the page's table of contents."""
+    """A heading of level 2 or 3."""
 
     text: str
     level: int = 2
-    anchor: str = ""
 
     def to_markdown(self) -> str:
         return f"{'#' * self.level} {self.text}"
 
     def to_html(self) -> str:
-        anchor = f' id="{html.escape(self.anchor)}"' if self.anchor else ""
-        return f"<h{self.level}{anchor}>{html.escape(self.text)}</h{self.level}>"
+        text = html.escape(self.text)
+        return f'<h{self.level} id="{text}">{text}</h{self.level}>'
 
 
 @dataclass(frozen=True)
@@ -122,12 +127,12 @@ class Table:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        first_row = (self.rows or [self.header])[0]
-        kinds = [cell_kind(cell) for cell in first_row]  # a head is aligned like the cell below
-        head = html_row(self.header, kinds, "th")
-        body = "".join(html_row(row, map(cell_class, row), "td") for row in self.rows)
+        # a head is aligned like the cell below
+        rows = [html_row(self.header, [*self.rows, self.header][0], "th")]
+        rows += [html_row(row, row, "td") for row in self.rows]
         kind = "dense" if len(self.header) > MOST_WIDE else "wide"
-        return f'<table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table>'
+        body = "".join(rows[1:])
+        return f'<table class="{kind}"><thead>{rows[0]}</thead><tbody>{body}</tbody></table>'
 
 
 @dataclass(frozen=True)
@@ -204,27 +209,23 @@ def to_markdown(blocks) -> str:
 def write_page(path, title: str, blocks) -> Path:
     """Write blocks as one HTML page that needs no other file, atomically, and return its path.
 
-    The page begins with a table of contents of the headings that have anchors. Figures that have a
-    path are written there too.
+    A long page begins with its headings of level 2 as links. Figures that have a path are written
+    there too.
     """
     links = []
     for block in blocks:
         if isinstance(block, Figure) and block.path:
             with atomic_write(Path(path).parent / block.path) as file:
                 file.write(block.png)
-        if isinstance(block, Heading) and block.anchor:
-            target, label = html.escape(block.anchor), html.escape(block.text)
-            links.append(f'<li><a href="#{target}">{label}</a></li>')
-    contents = f"<nav><ul>{''.join(links)}</ul></nav>" if links else ""
-    title = html.escape(title)
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f'<title>{title}</title><link rel="icon" href="data:,">'
+        if isinstance(block, Heading) and block.level == 2:
+            text = html.escape(block.text)
+            links.append(f'<li><a href="#{text}">{text}</a></li>')
+    contents = f"<nav><ul>{''.join(links)}</ul></nav>" if len(links) > MOST_HEADINGS else ""
+    parts = [PAGE.format(title=html.escape(title), style=STYLE), contents]
+    parts += [block.to_html() for block in blocks]
+    parts.append(f"<script>{SORTING}</script></body></html>\n")
     with atomic_write(path, "w") as file:
-        file.write(f'<!doctype html><html lang="en"><head>{head}<style>{STYLE}</style></head>\n')
-        file.write(f"<body><h1>{title}</h1>{contents}\n")
-        for block in blocks:
-            file.write(block.to_html() + "\n")
-        file.write(f"<script>{SORTING}</script></body></html>\n")
+        file.write("\n".join(parts))
     return Path(path)
 
 
@@ -239,22 +240,18 @@ def show(value) -> str:
     return str(value)
 
 
-def html_row(cells, kinds, tag: str) -> str:
+def html_row(cells, values, tag: str) -> str:
+    """A row of cells, each with the CSS classes that fit its value: `words` are on the left and
+    wrap; `alarm` is a verdict of ALARMS.
+    """
     texts = []
-    for cell, kind in zip(cells, kinds, strict=True):
+    for cell, value in zip(cells, values, strict=True):
+        is_number = not isinstance(value, str) or NUMBER.fullmatch(value)
+        kind = "number" if is_number else "words"
+        if cell in ALARMS:
+            kind += " alarm"
         texts.append(f'<{tag} class="{kind}">{inline(show(cell))}</{tag}>')
     return f"<tr>{''.join(texts)}</tr>"
-
-
-def cell_kind(cell) -> str:
-    """The CSS class of a cell: `words`, which are on the left and wrap, or `number`."""
-    is_number = not isinstance(cell, str) or re.fullmatch(r"[-+]?[\d.,]+ ?%?|-?", cell)
-    return "number" if is_number else "words"
-
-
-def cell_class(cell) -> str:
-    """The CSS classes of a cell; `alarm` is added for a verdict of ALARMS."""
-    return f"{cell_kind(cell)} alarm" if cell in ALARMS else cell_kind(cell)
 
 
 def html_image(png: bytes, description: str) -> str:

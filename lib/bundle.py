@@ -41,9 +41,9 @@ def read_licence(meta) -> str:
     first line of its licence text.
     """
     classifiers = meta.get_all("Classifier", [])
-    names = [text.split(" :: ")[-1] for text in classifiers if text.startswith("License ::")]
-    text = one_line(meta.get("License") or "not stated")
-    return meta.get("License-Expression") or "; ".join(names) or text
+    names = [text.rpartition(" :: ")[2] for text in classifiers if text.startswith("License ::")]
+    text = meta.get("License-Expression") or "; ".join(names) or meta.get("License", "not stated")
+    return one_line(text)
 
 
 def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
@@ -53,12 +53,11 @@ def read_wheels(folder: Path, machine: str, python: str) -> list[dict]:
     as 3.11, on `machine`, such as x86_64.
     """
     packages = []
-    own_tag = f"cp{python.replace('.', '')}"
+    tags = (f"cp{python.replace('.', '')}", "py3", "abi3")
     for path in sorted(folder.glob("*.whl")):
-        python_tag, abi, system = path.stem.split("-")[-3:]
-        fits_python = own_tag in python_tag.split(".") or "py3" in python_tag or abi == "abi3"
-        fits_machine = system == "any" or system.endswith(machine)
-        if not (fits_python and fits_machine):
+        *_, python_tag, abi, system = path.stem.split("-")
+        fits_python = any(tag in f"{python_tag}.{abi}".split(".") for tag in tags)
+        if not (fits_python and system.endswith(("any", machine))):
             raise BadInput(f"{path} is not for Python {python} on Linux {machine}")
         distribution = next(distributions(path=[str(path)]), None)
         if not distribution:

@@ -132,12 +132,22 @@ def command_of(root: Path, name: str) -> str:
     return BY_NAME[name].command.replace("data/pcam", shlex.quote(data_dir or "data/pcam"))
 
 
-def list_missing(root: Path) -> list[dict]:
-    """A row for each piece of evidence that `root` lacks: evidence, questions, command."""
+def list_evidence(root: Path) -> list[dict]:
+    """A row for each piece of evidence: evidence, questions, and its newest folder in `root`, or
+    the command that makes it.
+    """
     rows = []
     for piece in EVIDENCE:
-        if len(find_evidence(root, piece.name)) < piece.num:
-            command = command_of(root, piece.name)
-            row = {"evidence": piece.what, "questions": piece.questions, "command": command}
-            rows.append(row)
+        folders = find_evidence(root, piece.name)
+        row = {"evidence": piece.what, "questions": piece.questions, "folder": "", "command": ""}
+        if len(folders) < piece.num:
+            row["command"] = command_of(root, piece.name)
+        else:
+            row["folder"] = str(folders[-1].relative_to(root))
+        rows.append(row)
     return rows
+
+
+def list_missing(root: Path) -> list[dict]:
+    """The rows of the evidence that `root` lacks."""
+    return [row for row in list_evidence(root) if row["command"]]

@@ -3,7 +3,6 @@ figures for a page or a file.
 """
 
 import io
-import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -117,16 +116,17 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float):
     figure, (roc, pr, matrix) = new_figure(3, height=3.6)
     draw_constants(roc, pr, labels.mean())
     points = curve_points(labels, probs)
-    rates = [points[name] for name in ("false_positive_rate", "recall", "precision")]
-    rates = np.insert(rates, 0, (0, 0, math.nan), axis=1)  # above the highest probability
-    place = np.searchsorted(-points["threshold"], -threshold, side="right")
-    for axes, x, y in ((roc, rates[0], rates[1]), (pr, rates[1], rates[2])):
-        axes.plot(x, y)
-        axes.plot(x[place], y[place], "o", color="black", label=f"threshold {threshold:.3g}")
+    roc.plot(points["false_positive_rate"], points["recall"])
+    pr.plot(points["recall"], points["precision"])
+    counts = np.bincount(2 * labels + (probs >= threshold), minlength=4)
+    negative, false_alarms, misses, hits = counts
+    recall = hits / max(1, hits + misses)
+    mark = {"color": "black", "marker": "o", "label": f"threshold {threshold:.3g}"}
+    roc.plot(false_alarms / max(1, negative + false_alarms), recall, **mark)
+    pr.plot(recall, hits / max(1, hits + false_alarms), **mark)
+    for axes in (roc, pr):
         axes.legend()
-
-    called = probs >= threshold
-    draw_confusion(matrix, np.bincount(2 * labels + called, minlength=4), "confusion matrix")
+    draw_confusion(matrix, counts, "confusion matrix")
     return figure
 
 

@@ -26,12 +26,11 @@ SHOWN_SCORES = {  # a score and what a constant answer gets
     "log loss (nats)": ("loss", "prior_loss"),
 }
 CONSTANTS = dict(SHOWN_SCORES.values())
-EXAMPLES = (  # title, label, whether it is called tumour
-    ("Found: tumour called tumour, the most certain first", 1, True),
-    ("Cleared: normal called normal, the most certain first", 0, False),
-    ("Missed: tumour called normal, the most certain errors first", 1, False),
-    ("False alarms: normal called tumour, the most certain errors first", 0, True),
-)
+EXAMPLES = {  # by label and whether it is called tumour
+    "Found: tumour called tumour": (1, True),
+    "Missed: tumour called normal": (1, False),
+    "False alarms: normal called tumour": (0, True),
+}
 
 
 def write_run_page(
@@ -70,19 +69,20 @@ def write_run_page(
 
 def fact_table(run: Path, cfg, meta: dict, summary: dict) -> Table:
     """What was trained on what, where and how fast."""
-    machine, num_train = meta["machine"], meta["rows"]["train"]["num"]
-    images_per_s = summary["images_per_s"] or 0
-    facts = {
-        "run": run.name,
-        "status": summary["status"],
-        "model": f"{cfg.model}, {meta['model']['num_parameters']:,} parameters",
-        "trained on": f"{num_train:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}",
-        "speed": f"{images_per_s:,.0f} images/s on {machine['cpu']}, {machine['device']}",
-        "wall time": f"{summary['wall_s']:.0f} s",
-        "commit": meta["commit"] or "not in a git repository",
-        "weights SHA-256": summary["weights_sha256"],
-    }
-    return Table(("what", "value"), list(facts.items()))
+    machine = meta["machine"]
+    num_train = meta["rows"]["train"]["num"]
+    facts = [
+        ("run", run.name),
+        ("status", summary["status"]),
+        ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
+        ("trained on", f"{num_train:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
+        ("images/s", summary["images_per_s"]),
+        ("machine", f"{machine['cpu']}, {machine['device']}"),
+        ("wall time (s)", summary["wall_s"]),
+        ("commit", meta["commit"] or "not in a git repository"),
+        ("weights SHA-256", summary["weights_sha256"]),
+    ]
+    return Table(("what", "value"), facts)
 
 
 def score_table(scores: dict, constants: dict, prefix: str = "") -> Table:
@@ -101,11 +101,11 @@ def mark_score(name: str, value, constants: dict, shown: str = ""):
     `constants` has the scores of constant answers under the names of SHOWN_SCORES.
     """
     constant = constant_of(name, constants)
-    if not isinstance(value, (int, float)) or not isinstance(constant, (int, float)):
-        return shown or value
-    is_worse = value > constant if name.endswith("loss") else value < constant
-    if is_worse:
-        return f"{shown or show(value)} **(worse than the constant answer, {show(constant)})**"
+    if isinstance(value, float) and constant is not None:
+        sign = -1 if name.endswith("loss") else 1
+        if sign * value < sign * constant:
+            warning = f"**(worse than the constant answer, {show(constant)})**"
+            return f"{shown or show(value)} {warning}"
     return shown or value
 
 
@@ -130,36 +130,28 @@ def prediction_blocks(path, threshold: float) -> list:
         score_table(scores, constant_baselines(labels)),
         Words(note, "note"),
         Figure("ROC, precision-recall and confusion matrix", drawn),
-        Heading("Example predictions"),
+        Heading("Example predictions, the most certain first"),
     ]
     called = probs >= threshold
-    for title, label, is_called in EXAMPLES:
-        places = np.flatnonzero((labels == label) & (called == is_called))
-        # the most certain first: far from the threshold, right or wrong
-        order = np.argsort(-probs[places] if is_called else probs[places], kind="stable")
-        chosen = places[order[:NUM_EXAMPLES]]
-        captions = [f"row {rows[place]['index']}, p = {probs[place]:.3f}" for place in chosen]
+    by_certainty = np.argsort(np.where(called, -probs, probs), kind="stable")
+    for title, (label, is_called) in EXAMPLES.items():
+        is_example = (labels == label) & (called == is_called)
+        places = by_certainty[is_example[by_certainty]]
+        shown = [rows[place] for place in places[:NUM_EXAMPLES]]
+        captions = [f"row {row['index']}, p = {float(row['probability']):.3f}" for row in shown]
+        patches = [open_images(row["source"]).read([row["index"]])[0] for row in shown]
         blocks.append(Heading(f"{title} ({len(places):,})", 3))
-        blocks.append(Gallery([read_patch(rows[place]) for place in chosen], captions))
+        blocks.append(Gallery(patches, captions))
     return blocks
 
 
 def read_predictions(path) -> tuple[list[dict], np.ndarray, np.ndarray]:
     """The rows of a predictions.csv that have a probability, labels int (N,), probabilities float
-    (N,). Raises BadInput for rows without a label, and for probabilities outside 0 to 1.
+    (N,). Raises BadInput where there are none with a label.
     """
     columns = ("source", "index", "probability", "label")
     rows = [row for row in read_edited_csv(path, columns) if row["probability"]]
-    try:
-        labels, probs = column(rows, "label"), column(rows, "probability")
-        is_sound = np.isin(labels, (0, 1)) & (probs >= 0) & (probs <= 1)
-    except ValueError:
-        is_sound = np.zeros(1, bool)
-    if not rows or not is_sound.all():
-        raise BadInput(f"{path} needs rows with a label 0 or 1 and a probability from 0 to 1")
-    return rows, labels.astype(int), probs
-
-
-def read_patch(row: dict) -> np.ndarray:
-    """The patch uint8 (96, 96, 3) of an HDF5 file that a row of predictions.csv names."""
-    return open_images(row["source"]).read([row["index"]])[0]
+    labels = column(rows, "label")
+    if not rows or not np.isin(labels, (0, 1)).all():
+        raise BadInput(f"{path} needs rows with a label 0 or 1")
+    return rows, labels.astype(int), column(rows, "probability")

@@ -1,6 +1,5 @@
 """The page of a run: written by train.py, whole by itself, and of nothing that is not there."""
 
-import dataclasses
 import re
 import shutil
 
@@ -11,7 +10,8 @@ import inference
 import report
 import train
 from lib.blocks import show
-from lib.files import read_json
+from lib.config import HINTS
+from lib.files import read_json, write_json
 from lib.rundir import read_run_config
 from lib.runpage import write_run_page
 
@@ -25,24 +25,24 @@ def predictions(quick_run, pcam_dir, tmp_path_factory):
 
 
 def call_report(*arguments) -> int:
-    return report.main(list(map(str, arguments)))
+    return report.main(["run", *map(str, arguments)])
 
 
 def test_a_page_holds_all_that_it_shows(quick_run, predictions, tmp_path):
     out = tmp_path / "p.html"
-    assert call_report("run", quick_run, "--predictions", predictions, "--out", out) == 0
+    assert call_report(quick_run, "--predictions", predictions, "--out", out) == 0
     page = out.read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
     assert sources and all(source.startswith("data:") for source in sources)
-    assert "constant answer" in page and page.count("<figure") > 12 and "64 patches" in page
+    assert "constant answer" in page and "64 patches" in page and page.count("<figure") > 8
 
 
 def test_train_writes_the_page_of_its_run_with_scores_and_config(quick_run):
     page, last = quick_run / "report.html", quick_run / "summary.json"
-    summary, cfg = read_json(last), read_run_config(quick_run)
+    summary = read_json(last)
     cells = set(re.findall(r"<td[^>]*>(.*?)</td>", page.read_text()))
     assert {show(summary["val_auc"]), show(summary["always_positive_f2"])} <= cells
-    assert set(dataclasses.asdict(cfg)) | {summary["weights_sha256"]} <= cells
+    assert {*HINTS, summary["weights_sha256"]} <= cells
     assert page.stat().st_mtime_ns <= last.stat().st_mtime_ns
 
 
@@ -52,27 +52,32 @@ def test_a_page_that_cannot_be_drawn_fails_no_training(quick_run, tmp_path, monk
 
     monkeypatch.setattr("lib.runpage.write_run_page", refuse)
     data = f"data_dir={read_run_config(quick_run).data_dir}"
-    overrides = [pair for pair in QUICK if pair != "epochs=2"]
-    assert train.main(["--runs", str(tmp_path), data, *overrides, "epochs=1"]) == 0
+    overrides = [*QUICK[1:], "epochs=1", "limit_train=32"]
+    assert train.main(["--runs", str(tmp_path), data, *overrides]) == 0
     (run,) = tmp_path.iterdir()
     assert (run / "summary.json").is_file() and not (run / "report.html").exists()
-    warnings = [line for line in capsys.readouterr().err.splitlines() if "no fonts" in line]
-    assert len(warnings) == 1 and "at all" not in warnings[0]
+    assert "no fonts" in capsys.readouterr().err
 
 
 def test_what_cannot_be_shown_is_refused(quick_run, predictions, tmp_path, capsys):
-    damaged, out = tmp_path / "p.csv", tmp_path / "p.html"
-    for pattern, replacement, words in (
-        ("probability", "prob", "lacks the column probability"),
-        (r"(?s)(?<=\n).*", "", "needs rows"),
-    ):
-        damaged.write_text(re.sub(pattern, replacement, predictions.read_text()))
-        assert call_report("run", quick_run, "--predictions", damaged, "--out", out) == 2
-        assert words in capsys.readouterr().err and not out.exists()
+    damaged = tmp_path / "p.csv"
     run = shutil.copytree(quick_run, tmp_path / "run")
-    header = (run / "epochs.csv").read_text().splitlines()[0]
-    (run / "epochs.csv").write_text(header + "\n")
-    assert call_report("run", run) == 2 and "no finished epoch" in capsys.readouterr().err
+
+    def refused(*arguments) -> str:
+        assert call_report(run, "--out", tmp_path / "p.html", *arguments) == 2
+        return capsys.readouterr().err
+
+    text = predictions.read_text()
+    damaged.write_text(text.replace("probability", "prob"))
+    assert "lacks the column probability" in refused("--predictions", damaged)
+    damaged.write_text(text.splitlines()[0] + "\n")
+    assert "needs rows" in refused("--predictions", damaged)
+    meta = read_json(run / "meta.json")
+    del meta["machine"]
+    write_json(run / "meta.json", meta)
+    assert "no 'machine'" in refused(), "a run of an older or another program"
+    (run / "epochs.csv").write_text((run / "epochs.csv").read_text().splitlines()[0] + "\n")
+    assert "no finished epoch" in refused() and not (tmp_path / "p.html").exists()
 
 
 def test_a_champion_which_keeps_no_steps_has_a_page(tmp_path):

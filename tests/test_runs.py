@@ -22,7 +22,7 @@ import report
 from lib import rundir, runlog
 from lib.command import BadInput
 from lib.config import dump_config, load_config, read_yaml
-from lib.files import read_csv, read_json, write_csv, write_json
+from lib.files import read_csv, read_json, write_json
 from lib.report.runs import (
     SILENT_S,
     average_scores,
@@ -91,9 +91,8 @@ def test_the_state_of_a_run_is_told_from_its_folder_and_its_process(tmp_path):
     gone = {"pid": ended.pid, "process_start": rundir.process_start(ended.pid)}
     ended.kill()
     ended.wait()
-    made = {
+    runs = {
         "finished": write_run(tmp_path),
-        "diverged": write_run(tmp_path, status="diverged"),
         "running": write_run(tmp_path, status="", auc=0.75),
         "dead": write_run(tmp_path, status="", **gone),
         "running elsewhere": write_run(tmp_path, status="", **elsewhere),
@@ -104,20 +103,29 @@ def test_the_state_of_a_run_is_told_from_its_folder_and_its_process(tmp_path):
         "unreadable": write_run(tmp_path),
     }
     for name in ("dead elsewhere", "running"):  # the latter lives, so it may take its time
-        for path in made[name].iterdir():
+        for path in runs[name].iterdir():
             os.utime(path, (time.time() - SILENT_S - 60,) * 2)
-    rundir.write_stop(made["interrupted"], "interrupted", 3)
-    (made["unreadable"] / "summary.json").write_text("{")
+    rundir.write_stop(runs["interrupted"], "interrupted", 3)
+    (runs["unreadable"] / "summary.json").write_text("{")
     (tmp_path / "no run").mkdir()
     (tmp_path / "a file").write_text("")
     statuses = {row["run"]: row["status"] for row in list_runs(tmp_path)}
-    assert statuses == {run.name: re.split("[ ,]", status)[0] for status, run in made.items()}
-    row = read_run(made["running"])
-    best = (row["val_auc"], row["num_epochs"], row["num_steps"])
-    assert best == (0.75, 1, 3), "of the best epoch so far"
-    rundir.write_meta(made["interrupted"], read_json(made["running"] / "meta.json"))  # resumed
-    row = read_run(made["interrupted"])
-    assert row["status"] == "running" and row["num_starts"] == 2
+    assert statuses == {run.name: re.split("[ ,]", status)[0] for status, run in runs.items()}
+    row = read_run(runs["running"])
+    assert (row["val_auc"], row["num_epochs"]) == (0.75, 1), "of the best epoch so far"
+    rundir.write_meta(runs["interrupted"], read_json(runs["running"] / "meta.json"))  # resumed
+    assert read_run(runs["interrupted"])["status"] == "running"
+
+
+def test_a_run_of_an_older_or_another_program_is_a_row_with_blanks(tmp_path, capsys):
+    for seed in (1, 2):
+        run = tmp_path / f"old-s{seed}"
+        run.mkdir()
+        (run / "config.yaml").write_text(f"seed: {seed}\n")
+        write_json(run / "summary.json", {"status": "finished", "val_auc": 0.9})
+    assert call(capsys, "runs", "--runs", tmp_path)[0] == {"num_runs": 2, "finished": 2}
+    result, _ = call(capsys, "seeds", *sorted(tmp_path.iterdir()))
+    assert list(result["seeds"]) == ["val_auc"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,6 @@ def test_the_state_of_a_run_is_told_from_its_folder_and_its_process(tmp_path):
     [
         (),
         ("name=a: b # 'c'", 'data_dir=/x/"y" - {z}', "quarantine=yes"),
-        (f"data_dir={'long words ' * 30}", f"mlp_hidden={','.join(map(str, range(100, 160)))}"),
         ("name=1e3", "lr=1e-5", "data_dir=ü: \t"),
         ("data_dir=line: one\nline: two",),
     ],
@@ -138,13 +145,11 @@ def test_values_are_read_line_by_line_as_from_the_whole_file(overrides, tmp_path
 
 # ---- selecting and comparing
 
-COLUMNS = ("run", "status", "seed", "lr", "symmetries", "mlp_hidden", "val_auc", "job")
-VALUES = (
-    ("a", "finished", 1, 0.01, True, [2, 3], 0.91, None),
-    ("b", "dead", 2, 0.001, False, [2, 3], None, None),
-    ("c", "finished", 10, 0.01, True, [4], 0.88, "7"),
-)
-ROWS = [dict(zip(COLUMNS, values, strict=True)) for values in VALUES]
+ROWS = [
+    {"run": "a", "status": "finished", "seed": 1, "lr": 0.01, "symmetries": True, "val_auc": 0.91},
+    {"run": "b", "status": "dead", "seed": 2, "lr": 0.001, "mlp_hidden": [2, 3]},
+    {"run": "c", "status": "finished", "seed": 10, "lr": 0.01, "val_auc": 0.88, "job": "7"},
+]
 
 
 def names_of(*arguments) -> str:
@@ -159,99 +164,91 @@ def test_conditions_choose_runs_and_are_never_code():
         "lr=1e-2": "ac",
         "seed>=2": "bc",
         "status!=dead": "ac",
-        "symmetries=true": "ac",
-        "mlp_hidden=2,3": "ab",
+        "symmetries=true": "a",
+        "mlp_hidden=2,3": "b",
         "job=7": "c",
         "run>a": "bc",
-        "val_auc>high": "",
-        "lr==0.01 or 1=1": "",
-        "lr==0.001": "b",
+        "lr=0.01 or 1=1": "",
     }
     assert {condition: names_of([condition]) for condition in expected} == expected
-    assert names_of(["val_auc>0", "seed>1"]) == "c" and names_of(["seed>99", "lr=1"]) == ""
+    assert names_of(["val_auc>0", "seed>1"]) == "c"
     for wrong in ("", "val_auc", "val_auc>>1", "vall_auc>1", "__import__('os')=1", "=1"):
         with pytest.raises(BadInput, match="--where"):
             names_of([wrong])
 
 
 def test_runs_are_ordered_by_numbers_as_numbers_and_what_is_missing_comes_last():
-    assert names_of((), "seed") == "abc" and names_of((), "seed", True) == "cba"
-    assert names_of((), "val_auc") == "cab" and names_of((), "val_auc", True) == "acb"
-    assert names_of((), "mlp_hidden") == "abc"
+    assert names_of((), "seed") == "abc" and names_of((), "-seed") == "cba"
+    assert names_of((), "val_auc") == "cab" and names_of((), "-val_auc") == "acb"
     with pytest.raises(BadInput, match="did you mean 'seed'"):
         names_of((), "sed")
 
 
 def test_only_keys_that_differ_are_compared():
     table = table_of_runs([ROWS[0], ROWS[2]])
-    assert table.header[:5] == ["run", "status", "seed", "mlp_hidden", "num_epochs"]
-    assert table.rows[1][:4] == ["c", "finished", 10, [4]]
-    assert table_of_runs([]).header == table_of_runs(ROWS[:1]).header
+    assert table.header[:5] == ["run", "status", "seed", "symmetries", "num_epochs"]
+    assert table.rows[1][:3] == ["c", "finished", 10]
 
 
 # ---- seeds and folds
 
 
 def test_the_mean_over_seeds_has_students_interval_within_what_is_possible(tmp_path):
-    stats = pytest.importorskip("scipy.stats")
-
     def spread(*scores) -> dict:
         runs = [write_run(tmp_path, f"seed={seed}", auc=auc) for seed, auc in enumerate(scores)]
         return average_scores([read_run(run) for run in runs], "seed")["val_auc"]
 
-    low, high = stats.t.interval(0.95, 2, 0.73, 0.03 / 3**0.5)
+    margin = 4.302652729749  # Student's t of two degrees of freedom, from a table
+    low, high = 0.73 - margin * 0.03 / 3**0.5, 0.73 + margin * 0.03 / 3**0.5
     expected = {"mean": 0.73, "deviation": 0.03, "low": low, "high": high, "num": 3}
     assert spread(0.70, 0.73, 0.76) == pytest.approx(expected, abs=1e-8)
     assert spread(0.99, 1.0, 0.95)["high"] == 1.0
 
 
-@pytest.mark.parametrize(
-    "overrides, meta, sentence",
-    [
-        (["seed=1"], {}, "share seed 1"),
-        (["seed=2", "lr=1e-3"], {}, "lr is '0.02' in"),
-        (["seed=2", "views=1"], {}, "views is '4' in"),
-        (["seed=2"], {"data": "cd"}, "data is "),
-        (["seed=2"], {"rows": {"train": {"num": 99}}}, "num_train is '100' in"),
-        (["seed=2"], {"status": ""}, "is running: only finished"),
-        (["seed=2"], {"status": "diverged"}, "is diverged: only finished"),
-        (["seed=2", "num_folds=3", "fold=1"], {}, "fold is '0' in"),
-    ],
+NO_REPETITIONS = (
+    (["seed=1"], {}, "3 runs with 2 seed"),
+    (["seed=2", "lr=1e-3"], {}, "another lr than .*: 0.001, not 0.02"),
+    (["seed=2"], {"data": "cd"}, "another data"),
+    (["seed=2"], {"rows": {"train": {"num": 99}}}, "another num_train"),
+    (["seed=2"], {"status": ""}, "is running: only finished"),
+    (["seed=2", "num_folds=3", "fold=1"], {}, "another fold"),
 )
-def test_runs_that_are_no_repetitions_are_not_averaged(overrides, meta, sentence, tmp_path):
+
+
+def test_runs_that_are_no_repetitions_are_not_averaged(tmp_path):
     rows = [read_run(write_run(tmp_path, "seed=1"))]
-    with pytest.raises(BadInput, match="at least two"):
+    with pytest.raises(BadInput, match="two or more"):
         average_scores(rows, "seed")
     free = ("name=x", "data_dir=/elsewhere", "data_residence=host", "checkpoint_every_steps=3")
     rows.append(read_run(write_run(tmp_path, "seed=5", *free)))
     assert average_scores(rows, "seed")["val_auc"]["num"] == 2
-    rows.append(read_run(write_run(tmp_path, *overrides, **meta)))
-    with pytest.raises(BadInput, match=sentence):
-        average_scores(rows, "seed")
+    for overrides, meta, sentence in NO_REPETITIONS:
+        row = read_run(write_run(tmp_path, *overrides, **meta))
+        with pytest.raises(BadInput, match=sentence):
+            average_scores([*rows, row], "seed")
 
 
-def test_the_spread_over_folds_stands_beside_that_over_seeds(tmp_path, capsys):
+def test_seeds_and_folds_are_averaged_on_a_page_of_their_own(tmp_path, capsys):
     seeds = [write_run(tmp_path, "seed=1", auc=0.9), write_run(tmp_path, "seed=2", auc=0.92)]
     keys = ("num_folds=3", "seed=4")
     folds = []
     for fold in range(3):
         folds.append(write_run(tmp_path, *keys, f"fold={fold}", auc=0.7 + fold / 10))
     page = tmp_path / "p.html"
-    result, err = call(capsys, "seeds", *seeds, "--folds", *folds, "--html", page)
-    assert result["num_runs"] == 5 and result["seeds"]["val_auc"]["mean"] == pytest.approx(0.91)
-    assert result["folds"]["val_auc"]["deviation"] == pytest.approx(0.1) and "0.0141421" in err
-    assert "0.5 **(worse than the constant answer, 0.8333)**" in err
+    result, err = call(capsys, "seeds", *seeds, "--html", page)
+    assert result["num_runs"] == 2 and result["seeds"]["val_auc"]["mean"] == pytest.approx(0.91)
+    assert "0.910 ± 0.014" in err and "worse than the constant answer, 0.8333" in err
     text = page.read_text()
     for source in re.findall(r'(?:src|href)="([^"]{0,30})', text):
         assert source.startswith("data:"), "self-contained"
-    assert "gradient norm" in text and "learning rate" in text and "deviation over folds" in text
-    _, err = call(capsys, "folds", *folds[:2], "--seeds", *folds, code=2)
-    assert "share seed 4" in err
+    assert "gradient norm" in text and "learning rate" in text
+    result, _ = call(capsys, "folds", "--runs", tmp_path, "--where", "num_folds=3")
+    assert result["folds"]["val_auc"]["deviation"] == pytest.approx(0.1)
     _, err = call(capsys, "folds", *seeds, code=2)
-    assert "share fold 0" in err
+    assert "2 runs with 1 fold" in err
     patched = write_run(tmp_path, "seed=3", uncommitted_patch="+x")
     _, err = call(capsys, "seeds", *seeds, patched)
-    assert "another commit and patch" in err
+    assert "another code" in err
     sets = [[row["seed"] for row in group] for group in group_seeds(list_runs(tmp_path))]
     assert sets[0] == [1, 2] and [3] in sets
 
@@ -259,21 +256,21 @@ def test_the_spread_over_folds_stands_beside_that_over_seeds(tmp_path, capsys):
 def test_report_lists_runs_and_draws_those_that_are_chosen(tmp_path, capsys):
     runs = tmp_path / "runs"
     page = tmp_path / "runs.html"
-    for seed in range(4):
+    for seed in range(3):
         status = "finished" if seed else ""
         write_run(runs, f"seed={seed}", "name=a & b", auc=0.8 + seed / 100, status=status)
     capsys.readouterr()
     command = ["runs", "--runs", runs]
-    options = ["--sort", "val_auc", "--descending", "--where", "status=finished", "--html", page]
-    result, err = call(capsys, *command, *options, "--where", "seed>1")
+    options = ["--sort=-val_auc", "--where", "status=finished", "--html", page]
+    result, err = call(capsys, *command, *options, "--where", "seed>0")
     assert result == {"num_runs": 2, "finished": 2, "page": str(page)}
     order = [re.search(r"-s(\d)-", line)[1] for line in err.splitlines()[1:]]
-    assert order == ["3", "2"] and "a &amp; b-s3" in page.read_text()
+    assert order == ["2", "1"] and "a &amp; b-s2" in page.read_text()
     assert call(capsys, *command, "--where", "seed>9")[0] == {"num_runs": 0}
     _, err = call(capsys, *command, "--where", "seed>9", "--html", page, code=2)
     assert "0 runs cannot be drawn" in err
     _, err = call(capsys, "runs", "--runs", tmp_path / "nowhere", code=2)
-    assert "no folder" in err
+    assert "nowhere" in err
 
 
 # ---- many processes, and processes that are killed
@@ -286,23 +283,20 @@ def _start_run(runs, seed: int, barrier) -> None:
     write_run(runs, f"seed={seed}", auc=seed / 1000, number=seed)
 
 
-def start_at_once(runs, num: int) -> None:
-    """`num` processes start a run each in one folder at the same moment; all must be there, and
-    each its own.
-    """
-    barrier = forked.Barrier(num)
-    starts = [(runs, seed, barrier) for seed in range(num)]
+def test_processes_that_start_at_once_get_a_folder_each(tmp_path):
+    barrier = forked.Barrier(8)
+    starts = [(tmp_path, seed, barrier) for seed in range(8)]
     processes = [forked.Process(target=_start_run, args=start) for start in starts]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    rows = sorted(list_runs(runs), key=lambda row: row["seed"])
-    for (_, seed, _), process, row in zip(starts, processes, rows, strict=True):
-        meta = read_json(Path(runs, row["run"], "meta.json"))
+        assert not process.exitcode
+    rows = sorted(list_runs(tmp_path), key=lambda row: row["seed"])
+    for seed, (process, row) in enumerate(zip(processes, rows, strict=True)):
+        meta = read_json(tmp_path / row["run"] / "meta.json")
         assert meta["pid"] == process.pid and meta["number"] == seed == round(row["val_auc"] * 1000)
-        assert row["status"] == "finished" and not process.exitcode
-        assert len(read_csv(Path(runs, row["run"], "steps.csv"))) == 3
+        assert len(read_csv(tmp_path / row["run"] / "steps.csv")) == 3
 
 
 def _write_for_ever(run, num_steps: int, pipe) -> None:
@@ -314,18 +308,16 @@ def _write_for_ever(run, num_steps: int, pipe) -> None:
             log.flush()
             os.write(pipe, b"%d\n" % progress["num_steps"])
             note_steps(log, progress, number % 3)  # rows that are not on disk yet
-            write_json(run / "extra.json", {"number": number, "filler": "x" * (number % 5000)})
-            rows = [[number, step] for step in range(number % 50)]
-            write_csv(run / "extra.csv", ["a", "b"], rows)
+            write_json(run / "extra.json", {"filler": "x" * (number % 5000)})
 
 
 def read_if_there(path: Path) -> list[dict]:
     return read_csv(path) if path.is_file() else []
 
 
-def kill_while_writing(run: Path, delay_s: float) -> tuple[int, int]:
-    """SIGKILL a process that writes into `run`, reading all the while: (rows lost that were
-    flushed, temporary files left).
+def kill_while_writing(run: Path, delay_s: float) -> int:
+    """SIGKILL a process that writes into `run`, reading all the while: how many rows were lost that
+    were flushed.
     """
     before = len(read_if_there(run / "steps.csv"))
     reading, writing = os.pipe()
@@ -343,22 +335,17 @@ def kill_while_writing(run: Path, delay_s: float) -> tuple[int, int]:
         assert read_run(run)["status"] == ("dead" if is_over else "running")
         steps = [int(row["step"]) for row in read_if_there(run / "steps.csv")]
         assert steps == list(range(1, len(steps) + 1))
-        read_if_there(run / "extra.csv")
         if (run / "extra.json").is_file():
             assert not read_json(run / "extra.json")["filler"].strip("x")
     with os.fdopen(reading, "rb") as pipe:
         flushed = int((written + pipe.read()).split(b"\n")[-2])
-    return max(0, flushed - len(steps)), len(list(run.glob(".*.tmp")))
-
-
-def test_processes_that_start_at_once_get_a_folder_each(tmp_path):
-    start_at_once(tmp_path / "runs", 12)
+    return max(0, flushed - len(steps))
 
 
 def test_a_killed_process_leaves_a_folder_that_reads_and_loses_no_row_that_was_flushed(tmp_path):
     run = rundir.create_run(tmp_path, load_config())
-    lost = [kill_while_writing(run, delay_s)[0] for delay_s in (0.0, 0.003, 0.02, 0.05)]
-    assert lost == [0] * 4 and len(read_csv(run / "steps.csv")) > 5
+    lost = [kill_while_writing(run, delay_s) for delay_s in (0.0, 0.003, 0.02)]
+    assert lost == [0] * 3 and len(read_csv(run / "steps.csv")) > 5
 
 
 # ---- other programs
@@ -388,18 +375,13 @@ def test_a_program_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch)
 def test_tensorboard_reads_what_was_exported(tmp_path, capsys):
     name = "tensorboard.backend.event_processing.event_accumulator"
     library = pytest.importorskip(name)
-    first, second = sorted(
-        export("tensorboard", tmp_path, capsys).iterdir(), key=lambda run: "-s2-" in run.name
-    )
-    points = {}
-    for run in (first, second):
-        events = library.EventAccumulator(str(run)).Reload()
-        for tag in events.Tags()["scalars"]:
-            points[run, tag] = [(event.step, event.value) for event in events.Scalars(tag)]
-    norms = [(1, 1.0), (2, 1 / 2), (3, pytest.approx(1 / 3))]
-    assert points[first, "train/grad_norm"] == norms and (first, "train/lr") in points
-    assert points[first, "epoch/val_auc"] == [(3, pytest.approx(0.91))]
-    assert len(points[second, "train/loss"]) == 2
+    out = export("tensorboard", tmp_path, capsys)
+    (run,) = out.glob("*-s1-*")
+    events = library.EventAccumulator(str(run)).Reload()
+    norms = [(event.step, event.value) for event in events.Scalars("train/grad_norm")]
+    assert norms == [(1, 1.0), (2, 1 / 2), (3, pytest.approx(1 / 3))]
+    (auc,) = events.Scalars("epoch/val_auc")
+    assert (auc.step, auc.value) == (3, pytest.approx(0.91))
 
 
 def test_mlflow_reads_what_was_exported(tmp_path, capsys):
@@ -411,7 +393,6 @@ def test_mlflow_reads_what_was_exported(tmp_path, capsys):
     first, second = sorted(runs, key=lambda run: run.data.params["seed"])
     assert (first.info.status, second.info.status) == ("FINISHED", "RUNNING")
     assert "-s1-" in first.info.run_name and first.data.metrics["final/val_auc"] == 0.91
-    assert first.data.params["quarantine_reasons"].startswith("nan,range")
     history = client.get_metric_history(first.info.run_id, "train/grad_norm")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
     assert second.info.start_time == 1767225600000

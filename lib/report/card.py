@@ -2,21 +2,10 @@
 
 from pathlib import Path
 
-from lib.blocks import Table
 from lib.files import file_digest, read_json
 from lib.metrics import share_interval
-from lib.models import num_parameters
+from lib.runpage import score_table
 
-SCORES = {  # a score, and what a constant answer gets
-    "ROC-AUC": ("auc", "constant_auc"),
-    "PR-AUC": ("pr_auc", "constant_pr_auc"),
-    "accuracy": ("accuracy", "majority_accuracy"),
-    "sensitivity (recall)": ("recall", 1.0),
-    "specificity": ("specificity", 0.0),
-    "F1": ("f1", "always_positive_f1"),
-    "F2": ("f2", "always_positive_f2"),
-    "log loss (nats)": ("loss", "prior_loss"),
-}
 CARD = """# Model card: {run}
 
 ## Use
@@ -39,7 +28,7 @@ positive from probability {threshold:g}. best.pt: SHA-256 `{digest}`.
 ## Data
 
 PatchCamelyon (Veeling et al. 2018, from Camelyon16, CC0) or patches in its format, folder
-`{folder}`; validation: {num:,} patches, {num_positive:,} of them positive. {trained}
+`{folder}`; validation: {valid[num]:,} patches, {valid[num_positive]:,} of them positive. {trained}
 {files}
 
 ## Training
@@ -50,11 +39,13 @@ learning rate {cfg.lr:g}, seed {cfg.seed}. Commit {commit}. All parameters: `mod
 
 ## Scores
 
-On the validation split, at threshold 0.5. 95% intervals over patches: of the AUC after Hanley and
-McNeil (1982), of shares after Wilson (1927). They take patches for independent; patches of one
-slide are not, so the truth is less certain.
+On the validation split, at threshold 0.5:
 
 {scores}
+
+95% intervals over patches: {intervals}. That of the AUC is after Hanley and McNeil (1982), those of
+shares after Wilson (1927). They take patches for independent; patches of one slide are not, so the
+truth is less certain.
 
 The constant answers always positive; for accuracy it is the larger class, for the log loss the
 prevalence.
@@ -80,53 +71,44 @@ prevalence.
 """
 
 
-def model_card(run: Path, model, cfg, checkpoint: dict, packages: list[dict]) -> str:
+def model_card(run: Path, cfg, checkpoint: dict, packages: list[dict]) -> str:
     """The model card as Markdown."""
     summary = read_json(run / "summary.json")
     meta = read_json(run / "meta.json")
     versions = {package["package"]: package["version"] for package in packages}
     trained = "Trained on {num:,} patches, {num_positive:,} positive."
-    counts = {name: summary[f"val_{name}"] for name in ("tp", "fp", "fn", "tn")}
     files = [f"- {name}: SHA-256 `{digest}`" for name, digest in checkpoint["data"].items()]
     return CARD.format(
         run=run.resolve().name,
         torch=versions["torch"],
         trained_torch=meta["versions"]["torch"],
         cfg=cfg,
-        num_parameters=num_parameters(model),
+        num_parameters=meta["model"]["num_parameters"],
         threshold=checkpoint["threshold"],
         digest=file_digest(run / "best.pt"),
         folder=Path(cfg.data_dir).name,
-        num=sum(counts.values()),
-        num_positive=counts["tp"] + counts["fn"],
+        valid=meta["rows"]["valid"],
         trained=trained.format(**meta["rows"]["train"]),
         files="\n".join(files),
         summary=summary,
         commit=meta["commit"] or "not recorded",
-        scores=score_table(summary, **counts).to_markdown(),
+        scores=score_table(summary, summary, "val_").to_markdown(),
+        intervals=describe_intervals(summary),
         decision=describe_decision(checkpoint),
         num_packages=len(packages),
     )
 
 
-def score_table(summary: dict, tp: int, fp: int, fn: int, tn: int) -> Table:
-    """Scores on validation with intervals, beside those of a constant answer."""
-    num_positive = tp + fn
-    num_negative = fp + tn
+def describe_intervals(summary: dict) -> str:
+    """The 95% intervals of AUC, sensitivity and specificity on validation."""
+    tp, fn, tn, fp = (summary[f"val_{name}"] for name in ("tp", "fn", "tn", "fp"))
     intervals = {
-        "ROC-AUC": auc_interval(summary["val_auc"], num_positive, num_negative),
-        "accuracy": share_interval(tp + tn, num_positive + num_negative),
-        "sensitivity (recall)": share_interval(tp, num_positive),
-        "specificity": share_interval(tn, num_negative),
+        "AUC": auc_interval(summary["val_auc"], tp + fn, tn + fp),
+        "sensitivity (recall)": share_interval(tp, tp + fn),
+        "specificity": share_interval(tn, tn + fp),
     }
-    scores = summary | {"val_recall": tp / num_positive, "val_specificity": tn / num_negative}
-    cells = []
-    for title, (name, constant) in SCORES.items():
-        low, high = intervals.get(title, (None, None))
-        interval = "-" if low is None else f"{low:.4f} to {high:.4f}"
-        answer = summary.get(constant, constant)
-        cells.append([title, f"{scores[f'val_{name}']:.4f}", interval, f"{answer:.4f}"])
-    return Table(["score", "model", "95% interval", "constant answer"], cells)
+    bounds = [f"{name} {low:.4f} to {high:.4f}" for name, (low, high) in intervals.items()]
+    return ", ".join(bounds)
 
 
 def describe_decision(checkpoint: dict) -> str:

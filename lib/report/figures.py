@@ -3,8 +3,8 @@ drawn.
 """
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import io
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -12,7 +12,7 @@ from PIL import Image
 from lib.blocks import Figure
 from lib.command import BadInput, nearest
 from lib.figures import column, figure_png, plot_decisions
-from lib.files import atomic_write
+from lib.files import file_digest
 from lib.pcam import open_split
 from lib.report.drawings import (
     GRADIENT_NORM,
@@ -25,7 +25,7 @@ from lib.report.drawings import (
     plot_patches,
     plot_runs,
 )
-from lib.report.evidence import Evidence, Missing
+from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.tables import read_seeds
 
 FOLDER = "assets/journal"
@@ -47,139 +47,115 @@ SEED_FIGURES = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A PNG below the folder of the journal. `source` says what it shows, with digests; `draw`
-    gives its bytes; a drawing that is a copy has the same bytes as its source.
+def is_current(figure: Figure, root: Path) -> bool:
+    """Whether the PNG at a figure's path is the same, or was drawn from the same files: another
+    version of matplotlib draws other bytes.
     """
-
-    name: str
-    title: str
-    source: str
-    draw: Callable
-    is_copy: bool = False
-
-    def to_markdown(self) -> str:
-        return Figure(self.title, path=self.name).to_markdown()
-
-    def is_current(self, root: Path) -> bool:
-        """Whether the PNG shows what its sources say now."""
-        path = root / self.name
-        if self.is_copy:
-            return path.is_file() and path.read_bytes() == self.draw()
-        try:
-            with Image.open(path) as image:
-                return image.info.get("Source") == self.source
-        except OSError:  # it is not there, or no picture
-            return False
-
-    def write(self, root: Path) -> None:
-        """Draw the PNG, unless it is current."""
-        if not self.is_current(root):
-            path = root / self.name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            png = self.draw()
-            with atomic_write(path) as file:
-                file.write(png)
+    path = root / figure.path
+    if not path.is_file():
+        return False
+    png = path.read_bytes()
+    return png == figure.png or read_source(png) == (read_source(figure.png) or None)
 
 
-def build_figure(e: Evidence, source: str, title: str = "", patches: str = "yes") -> list[Drawing]:
+def read_source(png: bytes) -> str:
+    """What a PNG says that it was drawn from; empty where it says nothing, or is no picture."""
+    try:
+        with Image.open(io.BytesIO(png)) as image:
+            return image.info.get("Source", "")
+    except OSError:
+        return ""
+
+
+def build_figure(e: Evidence, source: str, *, title: str = "") -> list[Figure]:
     """The drawing of `<!-- figure NAME|FILE.png ... -->`."""
     if source.endswith(".png"):
-        drawing = copy_figure(e, source)
+        figure = copy_figure(e, source)
+    elif source in SEED_FIGURES:
+        figure = draw_seeds(e, source)
     elif source in FIGURES:
-        drawing = FIGURES[source](e, source, patches != "no")
+        figure = FIGURES[source](e)
     else:
-        raise BadInput(
-            f"no figure {source}{nearest(source, FIGURES)}"
-            f" (allowed: {', '.join(FIGURES)}, or FILE.png)"
-        )
-    return [replace(drawing, title=title or drawing.title)]
+        names = [*FIGURES, *SEED_FIGURES]
+        hint = nearest(source, names)
+        raise BadInput(f"no figure {source}{hint} (allowed: {', '.join(names)}, or FILE.png)")
+    return [replace(figure, title=title or figure.title)]
 
 
-def make_drawing(e: Evidence, name: str, title: str, files, plot, *arguments) -> Drawing:
-    """A drawing of the matplotlib figure that `plot(*arguments)` gives, from files."""
-    source = e.digests(files)
-    path = f"{FOLDER}/{name}.png"
-    return Drawing(path, title, source, lambda: figure_png(plot(*arguments), source))
+def make_figure(e: Evidence, name: str, title: str, files, plotted) -> Figure:
+    """A matplotlib figure as PNG below the folder of the journal, with the files that it shows and
+    the first digits of their SHA-256.
+    """
+    sources = [f"{file} {file_digest(e.path(file))[:NUM_DIGITS]}" for file in files]
+    return Figure(title, figure_png(plotted, ", ".join(sources)), f"{FOLDER}/{name}.png")
 
 
-def copy_figure(e: Evidence, name: str) -> Drawing:
+def copy_figure(e: Evidence, name: str) -> Figure:
     """A PNG that another script has drawn. One below assets/ is shown where it lies."""
     path = e.path(name)
     target = name if name.startswith("assets/") else f"{FOLDER}/{'-'.join(path.parts[-2:])}"
-    title = path.stem.replace("-", " ")
-    return Drawing(target, title, e.digests([name]), path.read_bytes, is_copy=True)
+    return Figure(path.stem.replace("-", " "), path.read_bytes(), target)
 
 
-def draw_seeds(e: Evidence, name: str, _has_patches: bool) -> Drawing:
+def draw_seeds(e: Evidence, name: str) -> Figure:
     """Curves of the seeds and their mean."""
     title, curves = SEED_FIGURES[name]
-    file = curves[0][0]
-    tables = {}
-    files = [f"{run}/{file}" for run in e.find_seeds()]
-    for row, path in zip(read_seeds(e, e.find_seeds()), files, strict=True):
-        tables[f"seed {row['seed']}", file] = e.csv(path)
+    folders = e.find("seeds")
+    rows = read_seeds(e, folders)
+    runs = {f"seed {row['seed']}": e.root / run for row, run in zip(rows, folders, strict=True)}
+    files = [f"{run}/{curves[0][0]}" for run in folders]
     title = f"{title}, {len(files)} seeds"
-    return make_drawing(e, name, title, files, plot_runs, tables, curves, True)
+    return make_figure(e, name, title, files, plot_runs(runs, curves, with_mean=True))
 
 
-def draw_front(e: Evidence, name: str, has_patches: bool) -> Drawing:
-    """Seeds, champion, confusion matrix and, unless `patches=no`, four errors."""
-    runs = e.find_seeds()
-    champion = e.find_champion()
+def draw_front(e: Evidence) -> Figure:
+    """Seeds, champion, confusion matrix and, where their patches are here, four errors."""
+    runs = e.find("seeds")
+    (champion,) = e.find("champion")
     files = [f"{run}/summary.json" for run in [*runs, champion]]
     errors = {}
-    if has_patches:
-        with contextlib.suppress(Missing):  # an audit of the champion comes later
-            errors = read_errors(e, NUM_FRONT_ERRORS)
-    if errors:
-        files.append(e.resolve("model-audit/errors.csv"))
-    title = "Three seeds and the champion beside constant answers"
-    shown = (read_seeds(e, runs), e.run(champion), sum(errors.values(), []))
-    return make_drawing(e, name, title, files, plot_front, *shown)
+    with contextlib.suppress(Missing):  # an audit of the champion comes later
+        errors = read_errors(e, NUM_FRONT_ERRORS)
+        files.append("model-audit/errors.csv")
+    title = "The seeds and the champion beside constant answers"
+    plotted = plot_front(read_seeds(e, runs), e.run(champion), sum(errors.values(), []))
+    return make_figure(e, "front", title, files, plotted)
 
 
-def draw_errors(e: Evidence, name: str, _has_patches: bool) -> Drawing:
+def draw_errors(e: Evidence) -> Figure:
     """The most confident false positives and false negatives as pictures."""
     errors = read_errors(e, NUM_ERRORS)
-    if not errors:
-        raise Missing("the patches of the audit are not here: their folder is not on this machine")
     title = "The most confident false positives and false negatives"
-    files = [e.resolve("model-audit/errors.csv")]
-    return make_drawing(e, name, title, files, plot_patches, errors)
+    return make_figure(e, "errors", title, ["model-audit/errors.csv"], plot_patches(errors))
 
 
 def read_errors(e: Evidence, num: int) -> dict[str, list]:
     """{kind: [(patch uint8 (96, 96, 3), caption)]} of the champion's `num` most confident errors of
-    each kind; empty where the data are not here.
+    each kind. Raises Missing where the data are not here.
     """
-    rows = e.csv(e.resolve("model-audit/errors.csv"))
-    scores = e.document(e.resolve("model-audit/scores.json"))
-    directory = Path(scores["data"]["directory"])
+    rows = e.document("model-audit/errors.csv")
+    directory = e.root / e.document("model-audit/scores.json")["data"]["directory"]
+    if not directory.is_dir():
+        raise Missing(f"the patches of the audit are not here: {directory} is no folder")
     errors = {}
-    for row in rows if directory.is_dir() else []:
+    for row in rows:
         if int(row["rank"]) <= num:
             images = open_split(directory, row["split"]).images
             patch = images.read([int(row["index"])])[0]
-            caption = f"{row['kind']}, p = {float(row['probability']):.3f}"
+            caption = f"{row['kind']}\np = {float(row['probability']):.3f}"
             errors.setdefault(f"{row['kind']}s", []).append((patch, caption))
     return errors
 
 
-def draw_decisions(e: Evidence, name: str, _has_patches: bool) -> Drawing:
+def draw_decisions(e: Evidence) -> Figure:
     """ROC, precision-recall and confusion matrix of the champion at its threshold."""
-    files = [e.resolve(f"model-audit/{file}") for file in ("predictions.csv", "scores.json")]
-    rows = [row for row in e.csv(files[0]) if row["label"] and row["probability"]]
+    files = ["model-audit/predictions.csv", "model-audit/scores.json"]
+    rows = [row for row in e.document(files[0]) if row["label"] and row["probability"]]
     labels = column(rows, "label").astype(int)
     probs = column(rows, "probability")
     threshold = e.document(files[1])["checkpoint"]["threshold"]
     title = f"The champion on validation, calibrated, at its threshold {threshold:.3g}"
-    return make_drawing(e, name, title, files, plot_decisions, labels, probs, threshold)
+    return make_figure(e, "decisions", title, files, plot_decisions(labels, probs, threshold))
 
 
-FIGURES = dict.fromkeys(SEED_FIGURES, draw_seeds) | {
-    "front": draw_front,
-    "errors": draw_errors,
-    "decisions": draw_decisions,
-}
+FIGURES = {"front": draw_front, "errors": draw_errors, "decisions": draw_decisions}

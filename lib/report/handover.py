@@ -2,13 +2,13 @@
 what a reader asks of it.
 """
 
-import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,14 @@ from PIL import Image
 from lib.bundle import NEEDED, RUN_FILES, SUMS, predict_samples, read_wheels, tracked_files
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
-from lib.command import REPOSITORY, BadInput, one_line, run_script, say
-from lib.files import atomic_write, file_digest, require_space, write_csv, write_json
+from lib.command import REPOSITORY, BadInput, last_line, run_script, say
+from lib.files import atomic_write, file_digest, write_csv, write_json
 from lib.metrics import sigmoid
 from lib.models import HEADS
 from lib.pcam import open_split
 from lib.predict import predict_batch, ready_to_predict
 from lib.progress import Progress
 from lib.report.card import model_card
-from lib.rundir import git_state
 
 STICK = REPOSITORY / "jobs" / "stick"
 # of manylinux_2_N: what torch asks for, down to the oldest that wheels are still made for
@@ -43,73 +42,60 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
     a folder of wheels, or None to have pip fetch them.
 
     `system` is a tag such as manylinux_2_28_x86_64, `python` a version such as 3.11. Raises
-    BadInput for a run that is not finished, wheels that do not fit, a disk too small.
+    BadInput for a run that is not finished, and wheels that do not fit.
     """
-    if not all((run / name).is_file() for name in RUN_FILES):
-        raise BadInput(f"{run} is no finished run: a handover takes its {', '.join(RUN_FILES)}")
+    lacking = [name for name in RUN_FILES if not (run / name).is_file()]
+    if lacking:
+        raise BadInput(f"{run} is no finished run: it has no {lacking[0]}")
     machine = system.removeprefix("manylinux_2_28_")
-    if machine not in ("x86_64", "aarch64"):
-        raise BadInput(
-            f"--platform {system}: allowed are manylinux_2_28_x86_64 and manylinux_2_28_aarch64"
-        )
     model, cfg, checkpoint = load_model(run)
     with tempfile.TemporaryDirectory(prefix="wheels-") as scratch:
         if not wheels:
             wheels = scratch
-            names = [*NEEDED, "torchvision"] if cfg.model in HEADS else NEEDED
-            fetch_wheels(scratch, names, machine, python)
+            fetch_wheels(scratch, cfg.model in HEADS, machine, python)
         packages = read_wheels(Path(wheels), machine, python)
         copy_files(run, dest, Path(wheels), packages)
     samples = write_samples(dest, model, cfg, checkpoint)
-    state = git_state()
     made_for = {"python": python, "system": "Linux", "machine": machine, "platform": system}
-    made_from = {
-        "run": run.resolve().name,
-        "commit": state["commit"],
-        "uncommitted_changes": bool(state["uncommitted_patch"]),
-    }
-    write_json(dest / "stick.json", made_for | samples | made_from)
+    write_json(dest / "stick.json", made_for | samples)
     write_csv(dest / "packages.csv", packages[0], [package.values() for package in packages])
     pins = [f"{package['package']}=={package['version']}" for package in packages]
-    write_lines(dest / "wheels" / "requirements.txt", pins)
-    card = model_card(run, model, cfg, checkpoint, packages)
-    write_lines(dest / "MODEL_CARD.md", card.splitlines())
+    write_text(dest / "wheels" / "requirements.txt", "\n".join(pins))
+    write_text(dest / "MODEL_CARD.md", model_card(run, cfg, checkpoint, packages))
     require_predictions(dest)
     os.sync()  # first what is summed up, then the sums
-    paths = {path.relative_to(dest).as_posix(): path for path in dest.rglob("*") if path.is_file()}
-    sums = [f"{file_digest(path)}  {name}" for name, path in sorted(paths.items())]
-    write_lines(dest / SUMS, sums)
+    paths = sorted(path for path in dest.rglob("*") if path.is_file())
+    sums = [f"{file_digest(path)}  {path.relative_to(dest).as_posix()}" for path in paths]
+    write_text(dest / SUMS, "\n".join(sums))
     return {
         "handover": str(dest),
-        "num_files": len(sums),
-        "num_bytes": sum(path.stat().st_size for path in paths.values()),
+        "num_files": len(paths),
+        "num_bytes": sum(path.stat().st_size for path in paths),
         "torch": next(package["version"] for package in packages if package["package"] == "torch"),
         **samples,
         "sha256sums": file_digest(dest / SUMS),
     }
 
 
-def write_lines(path: Path, lines: list[str]) -> None:
+def write_text(path: Path, text: str) -> None:
     with atomic_write(path, "w") as file:
-        file.writelines(f"{line}\n" for line in lines)
+        file.write(f"{text.rstrip()}\n")
 
 
 def copy_files(run: Path, dest: Path, wheels: Path, packages: list[dict]) -> None:
-    """Copy into `dest` what stands in a file already. Raises BadInput where the disk is too
-    small.
-    """
-    # first: they say of half a folder that it is
+    """Copy into `dest` what stands in a file already."""
     copies = {path.name: path for path in STICK.iterdir() if path.is_file()}
-    copies |= {f"code/{name}": REPOSITORY / name for name in tracked_files()}
-    copies |= {f"model/{name}": run / name for name in (*RUN_FILES, "meta.json")}
-    copies |= {f"wheels/{package['wheel']}": wheels / package["wheel"] for package in packages}
-    num_bytes = sum(path.stat().st_size for path in copies.values())
-    require_space(dest, num_bytes + (16 << 20))
-    with Progress(num_bytes, f"writing {dest}", "bytes") as progress:
+    for name in tracked_files():
+        copies[f"code/{name}"] = REPOSITORY / name
+    for name in (*RUN_FILES, "meta.json"):
+        copies[f"model/{name}"] = run / name
+    for package in packages:
+        copies[f"wheels/{package['wheel']}"] = wheels / package["wheel"]
+    with Progress(len(copies), f"writing {dest}", "files") as progress:
         for name, path in copies.items():
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, dest / name)  # with its mode: run.sh is called
-            progress.add(path.stat().st_size)
+            progress.add()
 
 
 def require_predictions(dest: Path) -> None:
@@ -120,50 +106,44 @@ def require_predictions(dest: Path) -> None:
         try:
             predict_samples(dest, Path(scratch, "patches.csv"))
         except BadInput as error:
-            raise BadInput(
-                f"{dest} cannot predict (is every file of the program tracked by git?): {error}"
-            ) from None
+            question = "is every file of the program tracked by git?"
+            raise BadInput(f"{dest} cannot predict ({question}): {error}") from None
 
 
-def fetch_wheels(folder, names, machine: str, python: str) -> None:
-    """Have pip download the packages `names` in this environment's versions, torch in a CPU build
-    where pip finds one.
+def fetch_wheels(folder, with_torchvision: bool, machine: str, python: str) -> None:
+    """Have pip download what a prediction needs in this environment's versions, torch in a CPU
+    build where pip finds one.
     """
-    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    interpreter = sys.executable if python == here else shutil.which(f"python{python}")
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
     # pip reads a requirement's `python_version < ...` as that of the interpreter that it runs in
+    interpreter = sys.executable if python == here else shutil.which(f"python{python}")
     if not interpreter:
-        raise BadInput(
-            f"--python {python}: python{python} is not on PATH, and its wheels are for it to choose"
-        )
-    tags = [*(f"manylinux_2_{minor}" for minor in GLIBC_MINORS), "manylinux2014"]
-    target = ["--only-binary=:all:", "--python-version", python]
-    target += [f"--platform={tag}_{machine}" for tag in tags]
+        raise BadInput(f"--python {python}: python{python} is not on PATH, to fetch its wheels")
+    tags = [f"--platform=manylinux_2_{minor}_{machine}" for minor in GLIBC_MINORS]
+    tags.append(f"--platform=manylinux2014_{machine}")
+    target = ["--only-binary=:all:", f"--python-version={python}", *tags]
 
     def pip(*arguments) -> subprocess.CompletedProcess:
         command = [interpreter, "-m", "pip", *arguments, *target]
         return subprocess.run(command, capture_output=True, text=True)
 
-    installed = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
-    builds = re.findall(r"[\d.]+\+cpu\b", pip("index", "versions", "torch").stdout)
-    if f"{installed['torch']}+cpu" in builds:
-        wanted = {name: "+cpu" if name.startswith("torch") else "" for name in names}
-        installed = {name: version + wanted[name] for name, version in installed.items()}
-    elif builds and "torchvision" not in names:
+    versions = {name: version(name).partition("+")[0] for name in NEEDED}
+    builds = re.findall(r"([\d.]+)\+cpu\b", pip("index", "versions", "torch").stdout)
+    if not builds:
+        remedy = "PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can name a place"
+        say(f"pip finds no CPU build of torch, so this will be large; {remedy}")
+    elif versions["torch"] not in builds:
         # of another version: a checkpoint opens in it, and the self-test is the judge
-        installed["torch"] = builds[0]
-    else:
-        say(
-            "pip finds no CPU build of torch, so this will be large; PIP_EXTRA_INDEX_URL or"
-            " PIP_FIND_LINKS can name a place"
-        )
-    say(f"fetching torch {installed['torch']} and what a prediction needs")
-    pins = [f"{name}=={version}" for name, version in installed.items()]
-    result = pip("download", "--quiet", "--dest", folder, "pip", *pins)
-    if not result.returncode:
-        return
-    errors = re.findall("(?m)^.*ERROR.*$", result.stderr)
-    raise BadInput(f"pip download failed: {one_line((errors or [result.stderr])[0])}")
+        versions["torch"] = builds[0]
+    if builds:
+        versions["torch"] += "+cpu"
+    pins = ["pip", *(f"{name}=={number}" for name, number in versions.items())]
+    if with_torchvision:
+        pins.append("torchvision")  # of the version that fits torch
+    say(f"fetching torch {versions['torch']} and what a prediction needs")
+    result = pip("download", "--quiet", "--dest", folder, *pins)
+    if result.returncode:
+        raise BadInput(f"pip download failed: {last_line(result.stderr)}")
 
 
 def draw_samples() -> np.ndarray:
@@ -181,36 +161,25 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
 
     Other processors and builds round and sum in another way, by less than what the checkpoint's
     number type costs against float32: the tolerance is that difference, measured, times
-    PRECISION_MARGIN. Patches near the threshold are not taken, so that no rounding can change a
-    decision.
+    PRECISION_MARGIN.
     """
-
-    def predict(images, precision):
-        ready, images = ready_to_predict(model, precision), torch.from_numpy(images)
-        logits = predict_batch(ready, images, precision, cfg.views, checkpoint["preprocessing"])
-        return sigmoid(calibrate(logits.numpy(), checkpoint["calibration"]))
-
     drawn = draw_samples()
-    threshold = checkpoint["threshold"]
-    probs = predict(drawn, cfg.precision)
-    deviation = float(np.abs(probs - predict(drawn, "fp32")).max())
+    images = torch.from_numpy(drawn)
+    probs = {}
+    for precision in ("fp32", cfg.precision):
+        ready = ready_to_predict(model, precision)
+        logits = predict_batch(ready, images, precision, cfg.views, checkpoint["preprocessing"])
+        probs[precision] = sigmoid(calibrate(logits.numpy(), checkpoint["calibration"]))
+    expected = probs[cfg.precision]
+    deviation = float(np.abs(expected - probs["fp32"]).max())
     tolerance = max(LEAST_TOLERANCE, PRECISION_MARGIN * deviation)
-    clear = np.flatnonzero(np.abs(probs - threshold) > 2 * tolerance)
-    if not len(clear):
-        raise BadInput(
-            "the model decides none of the sample patches clearly: nothing could be tested by them"
-        )
-    order = clear[np.argsort(probs[clear])]
-    chosen = np.unique(order[np.linspace(0, len(order) - 1, NUM_PATCHES).round().astype(int)])
     (dest / "patches").mkdir()
     rows = []
-    for row, prob in zip(chosen, predict(drawn[chosen], cfg.precision), strict=True):
+    places = np.linspace(0, NUM_DRAWN - 1, NUM_PATCHES).astype(int)
+    for row in np.argsort(expected)[places]:
         name = f"patches/synthetic_{row:02}.png"
         Image.fromarray(drawn[row]).save(dest / name)
-        rows.append((name, 0, f"{prob:.9g}", int(prob >= threshold)))
+        call = int(expected[row] >= checkpoint["threshold"])
+        rows.append((name, 0, f"{expected[row]:.9g}", call))
     write_csv(dest / "expected.csv", ("source", "index", "probability", "prediction"), rows)
-    return {
-        "tolerance": round(tolerance, 6),
-        "deviation_from_float32": round(deviation, 6),
-        "num_patches": len(rows),
-    }
+    return {"tolerance": round(tolerance, 6), "num_patches": len(rows)}

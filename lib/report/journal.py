@@ -2,34 +2,34 @@
 compared with them.
 """
 
+import difflib
+import inspect
 import re
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from lib.blocks import Table, to_markdown, write_page
-from lib.command import BadInput, nearest, one_line, say
+from lib.blocks import Figure, Table, to_markdown, write_page
+from lib.command import BadInput, say
 from lib.evidence import BY_NAME
 from lib.files import atomic_write
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
-from lib.report.figures import Drawing, build_figure
-from lib.report.markdown import COMMENT, parse_markdown
-from lib.report.quotes import OF_HISTORY, build_code, git
+from lib.report.figures import build_figure, is_current
+from lib.report.markdown import parse_markdown
+from lib.report.quotes import HISTORY, build_code, git
 from lib.report.runs import UNREADABLE
-from lib.report.start import start_journal
 from lib.report.tables import build_seeds, build_table, build_value
 
-# of each kind of directive: what builds its blocks, its options, and the least and the most of its
-# other words
+TEMPLATE = Path(__file__).parent / "template.md"
+# what builds the blocks of each kind of directive, from its words and options
 KINDS = {
-    "table": (build_table, {"columns", "rows", "where", "only", "sort", "at"}, 1, 2),
-    "figure": (build_figure, {"title", "patches"}, 1, 1),
-    "code": (build_code, {"at"}, 1, 1),
-    "value": (build_value, {"digits"}, 2, 2),
-    "seeds": (build_seeds, set(), 0, 99),
-    "sources": (lambda _e: [], set(), 0, 0),  # comes after everything that is read
+    "table": build_table,
+    "figure": build_figure,
+    "code": build_code,
+    "value": build_value,
+    "seeds": build_seeds,
+    "sources": lambda _e: [],  # comes after everything that is read
 }
-OPTION = re.compile(r"([a-z]+)=(.*)", re.DOTALL)
 END = "<!-- end -->"
 # a directive and what stands between it and END, if that comes before the next comment
 DIRECTIVE = re.compile(
@@ -37,217 +37,168 @@ DIRECTIVE = re.compile(
     rf"(?:(?P<filled>(?:(?!<!--).)*?){END})?",
     re.DOTALL,
 )
-# begins what was filled in, but for a value
-FILLED = re.compile(r"\s*(?:\||!\[|\*Missing:|`[^`\n]*`:\n\n````)")
-HEADING = re.compile(r"(?m)^(#{2,3}) +(.*)$")
-# other comments, and their first word
-NO_HINT = re.compile(r"<!-- *(?!end\b|hint\b)([A-Za-z]+)[^\n]*")
-AT_COMMIT = {*OF_HISTORY, "non-determinism"}  # are of a commit, which is noted in the directive
+HEADING = re.compile(r"(?m)^#{2,3} +(.*)$")
+TITLE = re.compile(r"(?m)^# +(.*)$")
+COMMENT = re.compile(r"<!-- *([a-z]+)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Directive:
     """A directive as it stands in the journal: where, its text, the words and options in that, and
-    what is filled in below it (None: nothing yet).
+    what is filled in below it (None: nothing yet). Then what it is to be filled in with, the
+    figures in that, and what is missing or wrong.
     """
 
     line: int
     heading: str
     kind: str
     text: str
-    words: tuple[str, ...]
+    words: list[str]
     options: dict
-    filled: str | None
-
-    def to_markdown(self, filled: str) -> str:
-        """The directive with what it is filled in with."""
-        space = "" if self.kind == "value" else "\n\n"
-        return f"<!-- {self.kind} {self.text}".rstrip() + f" -->{space}{filled}{space}{END}"
-
-
-@dataclass
-class Outcome:
-    """A directive with its new content, the drawings in that, and what is missing or wrong."""
-
-    directive: Directive
-    filled: str
-    drawings: list[Drawing]
+    before: str | None
+    filled: str = ""
+    figures: list[Figure] = field(default_factory=list)
     missing: str = ""
     wrong: str = ""
 
+    def to_markdown(self) -> str:
+        """The directive with what it is filled in with."""
+        space = "" if self.kind == "value" else "\n\n"
+        return f"<!-- {self.kind} {self.text}".rstrip() + f" -->{space}{self.filled}{space}{END}"
+
 
 def read_directives(text: str) -> list[Directive]:
-    """The directives of a journal, in order. Raises BadInput for one that is none, and for one
-    whose END was deleted.
+    """The directives of a journal, in order. Raises BadInput for one that is none, and for an END
+    without its directive.
     """
     directives = []
     for match in DIRECTIVE.finditer(text):
         before = text[: match.start()]
         line = before.count("\n") + 1
-        # what is filled in may quote code, whose comments look like headings
-        headings = HEADING.findall(DIRECTIVE.sub("", before))
-        heading = headings[-1][1] if headings else "front page"
-        kind = match["kind"]
-        filled = match["filled"]
-        words, options = parse_words(kind, match["text"], f"line {line}")
-        is_open = filled is None and FILLED.match(text, match.end())
-        if kind == "value":  # may stand before a table, or in one
-            is_open = is_open and text.startswith("*Missing:", match.end())
-        if is_open or (kind == "value" and "\n" in (filled or "")):
-            raise BadInput(
-                f"line {line}: {match[0].splitlines()[0]} lacks its {END}: write it where the part"
-                " ends that was filled in"
-            )
-        directives.append(Directive(line, heading, kind, match["text"], words, options, filled))
-    require_no_leftovers(text)
-    return directives
-
-
-def require_no_leftovers(text: str) -> None:
-    """Raise BadInput for an END without its directive, and for a comment that is nearly one."""
+        heading = ["front page", *HEADING.findall(before)][-1]
+        words, options = parse_words(match["kind"], match["text"], line)
+        directive = (line, heading, match["kind"], match["text"], words, options, match["filled"])
+        directives.append(Directive(*directive))
     # of the directives only their line ends are left, so that lines keep their numbers
     rest = DIRECTIVE.sub(lambda match: "\n" * match[0].count("\n"), text)
     for number, line in enumerate(rest.splitlines(), 1):
-        if END in line:
-            raise BadInput(f"line {number}: {END} without its directive: delete it")
-        for comment in NO_HINT.finditer(line):
-            hint = nearest(comment[1].lower(), KINDS)
-            if hint:
-                raise BadInput(f"line {number}: {comment[0]} is no directive{hint}")
+        for word in COMMENT.findall(line):
+            if word == "end" or difflib.get_close_matches(word, KINDS, 1, 0.75):
+                sentence = "is no directive, or an end without one: mend or delete it"
+                raise BadInput(f"line {number}: {line.strip()} {sentence}")
+    return directives
 
 
-def parse_words(kind: str, text: str, place: str) -> tuple[tuple[str, ...], dict]:
+def parse_words(kind: str, text: str, line: int) -> tuple[list[str], dict]:
     """The words and the options of a directive. `where` may be given several times."""
-    _, allowed, least, most = KINDS[kind]
-    try:
-        parts = shlex.split(text)
-    except ValueError as error:
-        raise BadInput(f"{place}: {kind} {text}: {error}") from None
     words = []
     options = {}
-    for part in parts:
-        option = OPTION.fullmatch(part)
-        if not option:
-            words.append(part)
-            continue
-        name, value = option.groups()
-        if name not in allowed:
-            hint = nearest(name, allowed) or f" (allowed: {', '.join(sorted(allowed)) or 'none'})"
-            raise BadInput(f"{place}: {kind} has no option {name}={hint}")
-        if name in ("rows", "digits"):
-            if not value.isdecimal():
-                raise BadInput(f"{place}: {part} must be a whole number")
-            value = int(value)
-        options[name] = [*options.get(name, []), value] if name == "where" else value
-    if not least <= len(words) <= most:
-        raise BadInput(f"{place}: {kind} takes {least} to {most} names, not {len(words)}")
-    return tuple(words), options
+    try:
+        for part in shlex.split(text):
+            name, equals, value = part.partition("=")
+            if name == "where":
+                options.setdefault(name, []).append(value)
+            elif equals:
+                options[name] = value
+            else:
+                words.append(part)
+        inspect.signature(KINDS[kind]).bind(None, *words, **options)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"line {line}: {kind} {text}: {error}") from None
+    return words, options
 
 
-def fill(text: str, root: Path) -> tuple[str, list[Outcome], list[str]]:
-    """A journal's text filled in from the files below `root`, what has become of each directive,
-    and a sentence for each disagreement between the files.
+def fill(text: str, root: Path) -> tuple[str, list[Directive], list[str]]:
+    """A journal's text filled in from the files below `root`, its directives, and a sentence for
+    each disagreement between the files.
     """
     e = Evidence(root)
     directives = read_directives(text)
     for directive in directives:
         note_choices(e, directive)
-    outcomes = [fill_directive(e, directive) for directive in directives]
+    for directive in directives:
+        fill_directive(e, directive)
     rows = [[name, digest[:NUM_DIGITS]] for name, digest in sorted(e.sources.items())]
-    for outcome in outcomes:
-        if outcome.directive.kind == "sources":
-            outcome.filled = Table(["file", "SHA-256"], rows).to_markdown()
-    parts = iter([outcome.directive.to_markdown(outcome.filled) for outcome in outcomes])
-    return DIRECTIVE.sub(lambda _: next(parts), text), outcomes, e.check()
+    for directive in directives:
+        if directive.kind == "sources":
+            directive.filled = Table(["file", "SHA-256"], rows).to_markdown()
+    parts = iter([directive.to_markdown() for directive in directives])
+    return DIRECTIVE.sub(lambda _: next(parts), text), directives, e.check()
 
 
 def note_choices(e: Evidence, directive: Directive) -> None:
     """Note the runs, the champion and the folders that a directive names: the others follow it."""
     words = directive.words
-    if directive.kind == "seeds":
-        e.seeds = e.seeds or list(words)
-    elif directive.kind == "table" and words[0] == "champion" and len(words) > 1:
-        e.champion = words[1]
+    if directive.kind == "seeds" and words:
+        e.choices.setdefault("seeds", words)
+    elif directive.kind == "table" and words[0] == "champion" and words[1:]:
+        e.choices["champion"] = words[1:]
     elif directive.kind in ("table", "figure", "value"):
         folder = words[0].rpartition("/")[0]
         for name, piece in BY_NAME.items():
             marker = piece.pattern.rpartition("/")[2]
-            is_choice = folder and name not in ("seeds", "champion")
+            is_choice = folder and marker != "summary.json"
             if is_choice and (e.root / folder / marker).is_file():
-                e.folders.setdefault(name, folder)
+                e.choices.setdefault(name, [folder])
 
 
-def fill_directive(e: Evidence, directive: Directive) -> Outcome:
-    """What a directive is filled in with; the names that it left open are put into it."""
-    try:
-        directive = settle(e, directive)
-        build = KINDS[directive.kind][0]
-        blocks = build(e, *directive.words, **directive.options)
-        drawings = [block for block in blocks if isinstance(block, Drawing)]
-        return Outcome(directive, to_markdown(blocks), drawings)
-    except Missing as error:
-        return Outcome(directive, f"*Missing:* {error}.", [], missing=str(error))
-    except BadInput as error:
-        sentence = str(error)
-    except UNREADABLE as error:
-        sentence = (
-            f"a file is damaged, or of another program ({type(error).__name__}: {one_line(error)})"
-        )
-    return Outcome(directive, f"**Cannot be filled in:** {sentence}.", [], wrong=sentence)
-
-
-def settle(e: Evidence, directive: Directive) -> Directive:
-    """The directive with the runs, the file or the commit that it left open."""
-    text = directive.text
+def fill_directive(e: Evidence, directive: Directive) -> None:
+    """Fill in a directive; the runs or the commit that it left open are put into its text."""
+    kind = directive.kind
     words = directive.words
-    options = directive.options
-    if directive.kind == "seeds":
-        words = tuple(words or e.find_seeds())
-        text = shlex.join(words)
-    elif directive.kind in ("table", "figure", "value"):
-        file = e.resolve(words[0])
-        if file != words[0] and not words[0].startswith("champion/"):
-            text = text.replace(words[0], shlex.quote(file), 1)
-        words = (file, *words[1:])
-    if words and words[0] in AT_COMMIT and "at" not in options:
-        commit = e.commit() if words[0] == "non-determinism" else git("rev-parse", "HEAD")
-        options = options | {"at": commit[:NUM_DIGITS]}
-        text = f"{text} at={commit[:NUM_DIGITS]}" if commit else text
-    return replace(directive, text=text, words=words, options=options)
+    try:
+        if kind == "seeds":
+            directive.words = words or e.find("seeds")
+            directive.text = shlex.join(directive.words)
+        elif kind == "code" and words[0] in HISTORY and not directive.options:
+            commit = git("rev-parse", "HEAD")[:NUM_DIGITS]
+            directive.options = {"at": commit}
+            directive.text = f"{words[0]} at={commit}"
+        blocks = KINDS[kind](e, *directive.words, **directive.options)
+    except Missing as error:
+        directive.missing = str(error)
+        directive.filled = f"*Missing:* {error}."
+    except UNREADABLE as error:
+        is_said = isinstance(error, BadInput)
+        damage = f"a file is damaged, or of another program ({error!r})"
+        directive.wrong = str(error) if is_said else damage
+        directive.filled = f"**Cannot be filled in:** {directive.wrong}."
+    else:
+        directive.filled = to_markdown(blocks)
+        directive.figures = [block for block in blocks if isinstance(block, Figure)]
 
 
 def write_journal(path: Path) -> dict:
     """Fill in the journal, draw its figures and write its page; an empty one is begun where there
     is none. What is missing, and what does not agree, is in the result.
     """
-    if not path.parent.is_dir():
-        raise BadInput(f"no folder {path.parent}")
-    if start_journal(path):
+    if not path.is_file():
+        path.write_bytes(TEMPLATE.read_bytes())
         say(f"{path}: a new journal, with a place for every question")
     text = path.read_text(encoding="utf-8")
-    filled, outcomes, problems = fill(text, path.parent)
+    filled, directives, problems = fill(text, path.parent)
     missing = {}  # the headings that miss the same
-    for outcome in outcomes:
-        for drawing in outcome.drawings:
-            drawing.write(path.parent)
-        if outcome.missing:
-            missing.setdefault(outcome.missing, {})[outcome.directive.heading] = True
+    for directive in directives:
+        for figure in directive.figures:
+            if not is_current(figure, path.parent):
+                (path.parent / figure.path).parent.mkdir(parents=True, exist_ok=True)
+                (path.parent / figure.path).write_bytes(figure.png)
+        if directive.missing:
+            missing.setdefault(directive.missing, {})[directive.heading] = True
     if filled != text:
         # a person may have written between a directive and its end, which is replaced
         path.with_name(f"{path.name}.before").write_text(text, encoding="utf-8")
         with atomic_write(path, "w") as file:
             file.write(filled)
-    title = re.search(r"(?m)^# +(.*)$", filled)
-    body = filled[title.end() :] if title else filled
-    blocks = parse_markdown(body, path.parent)
+    title = TITLE.search(filled)
+    blocks = parse_markdown(TITLE.sub("", filled, count=1), path.parent)
     page = write_page(path.with_name("journal.html"), title[1] if title else path.stem, blocks)
-    wrong = [f"{place_of(path, outcome)}: {outcome.wrong}" for outcome in outcomes if outcome.wrong]
+    wrong = [f"{place_of(path, it)}: {it.wrong}" for it in directives if it.wrong]
     return {
         "journal": str(path),
         "page": str(page),
-        "num_filled": sum(not (outcome.missing or outcome.wrong) for outcome in outcomes),
+        "num_filled": sum(not (it.missing or it.wrong) for it in directives),
         "missing": [f"{'; '.join(headings)}: {text}" for text, headings in missing.items()],
-        "unanswered": find_unanswered(filled),
         "differing": wrong + problems,
     }
 
@@ -258,45 +209,33 @@ def check_journal(path: Path) -> dict:
     """
     if not path.is_file():
         raise BadInput(f"there is no {path} yet: report.py journal begins it")
-    _, outcomes, problems = fill(path.read_text(encoding="utf-8"), path.parent)
+    _, directives, problems = fill(path.read_text(encoding="utf-8"), path.parent)
     sentences = []
-    for outcome in outcomes:
-        sentence = compare(outcome, path.parent)
+    for directive in directives:
+        sentence = compare(directive, path.parent)
         if sentence:
-            sentences.append(f"{place_of(path, outcome)}: {sentence}")
+            sentences.append(f"{place_of(path, directive)}: {sentence}")
     return {"differing": sentences + problems}
 
 
-def compare(outcome: Outcome, root: Path) -> str:
+def compare(directive: Directive, root: Path) -> str:
     """How a filled-in part differs from what its files say; empty where it does not."""
-    directive = outcome.directive
-    if outcome.wrong:
-        return outcome.wrong
-    if directive.filled is None:
+    if directive.wrong:
+        return directive.wrong
+    if directive.before is None:
         return "it is not filled in yet: make journal"
-    ours = directive.filled.strip().splitlines()
-    theirs = outcome.filled.splitlines()
+    ours = directive.before.strip().splitlines()
+    theirs = directive.filled.splitlines()
     for says, should in zip([*ours, "nothing"], [*theirs, "nothing"], strict=False):
         if says != should:
             return f"it says `{says}`, the files say `{should}`"
-    for drawing in outcome.drawings:
-        if not drawing.is_current(root):
-            return f"{drawing.name} was drawn from other files than there are now: {drawing.source}"
+    for figure in directive.figures:
+        if not is_current(figure, root):
+            return f"{figure.path} was drawn from other files than there are now"
     return ""
 
 
-def place_of(path: Path, outcome: Outcome) -> str:
+def place_of(path: Path, directive: Directive) -> str:
     """The line, heading and kind of a directive."""
-    directive = outcome.directive
     words = " ".join([directive.kind, *directive.words[:1]])
     return f"{path.name}:{directive.line} ({directive.heading}), {words}"
-
-
-def find_unanswered(text: str) -> list[str]:
-    """The headings of questions below which the team has written no words."""
-    sections = HEADING.split(COMMENT.sub("", DIRECTIVE.sub("", text)))
-    levels = sections[1::3]
-    headings = sections[2::3]
-    bodies = sections[3::3]
-    parts = zip(levels, headings, bodies, strict=True)
-    return [heading for level, heading, body in parts if level == "###" and not body.strip()]

@@ -1,17 +1,15 @@
-"""Run folders as rows: listed while they are written, selected, compared, averaged over seeds or
-folds, drawn together.
+"""Run folders as rows: listed while they are written, selected, compared, and averaged over seeds
+or folds.
 """
 
-import contextlib
 import functools
 import hashlib
-import itertools
+import math
 import operator
 import os
 import platform
 import re
 import time
-from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -21,7 +19,7 @@ from lib.command import BadInput, nearest, say
 from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
 from lib.files import read_csv, read_json
 from lib.metrics import mean_interval
-from lib.rundir import SCORES, process_start
+from lib.rundir import is_finished, process_start, read_meta
 
 # a run on another machine that has not written for so long is dead: staging or an evaluation takes
 # less
@@ -32,10 +30,7 @@ SHOWN = ("num_epochs", "val_auc", "val_f2", "val_loss", "wall_s")
 # nothing that is compared depends on them
 UNCOMPARED_KEYS = {"name", "data_dir", "data_residence", "checkpoint_every_steps"}
 TRIAL = re.compile(r"-[0-9a-f]{6}-(t\d+|base)$")  # ends the name of a search's run
-COUNTS = {"tp", "fp", "fn", "tn"}
-CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|==?|<|>)\s*((?![<>=!]).*?)\s*")
-# YAML means by it what Python does
-NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+(?:e[-+]\d+)?)?", re.ASCII)
+CONDITION = re.compile(r"(\w+)\s*(<=|>=|!=|=|<|>)\s*(?![<>=!])(.*)")
 OPERATORS = {
     "<": operator.lt,
     "<=": operator.le,
@@ -43,20 +38,26 @@ OPERATORS = {
     ">=": operator.ge,
     "!=": operator.ne,
     "=": operator.eq,
-    "==": operator.eq,
 }
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # both are safe, one is written in C
+# the scores that are averaged, with their titles
+SPREAD_SCORES = {
+    "val_auc": "ROC-AUC",
+    "val_pr_auc": "PR-AUC",
+    "val_loss": "log loss (nats)",
+    "val_f2": "F2 at 0.5",
+    "val_recall": "recall at 0.5",
+    "val_precision": "precision at 0.5",
+    "half_f2": "F2 at the stored threshold",
+    "half_recall": "recall at the stored threshold",
+    "half_precision": "precision at the stored threshold",
+}
 
 
 def list_runs(runs_dir) -> list[dict]:
     """A row for each run folder in `runs_dir`, in the order of their names, which is that of their
     starts.
     """
-    try:
-        names = sorted(os.listdir(runs_dir))
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"no folder {runs_dir} (--runs names the one that holds the runs)") from None
-    rows = [read_run(Path(runs_dir, name)) for name in names]
+    rows = [read_run(Path(runs_dir, name)) for name in sorted(os.listdir(runs_dir))]
     return [row for row in rows if row]
 
 
@@ -65,14 +66,17 @@ def read_run(run: Path) -> dict:
     config.yaml, so no run.
     """
     row = {"run": run.name, "status": "unreadable"}
-    try:
-        config = ADDED_KEYS | read_flat_yaml(f"{run}/config.yaml")
-        meta = read_if_there(f"{run}/meta.json")
-        summary = read_if_there(f"{run}/summary.json")
-        scores = summary or scores_so_far(run) | {"status": run_status(run, meta)}
-        return row | facts_of_meta(meta) | config | scores
-    except (FileNotFoundError, NotADirectoryError):
+    path = run / "config.yaml"
+    if not path.is_file():
         return {}
+    try:
+        meta = read_meta(run)
+        about = facts_of_meta(meta) | ADDED_KEYS | read_flat_yaml(path)
+        if is_finished(run):
+            scores = read_json(run / "summary.json")
+        else:
+            scores = scores_so_far(run) | {"status": run_status(run, meta)}
+        return row | about | scores
     except UNREADABLE as error:
         say(f"{run} cannot be read: {error}")
         return row
@@ -82,26 +86,19 @@ def facts_of_meta(meta: dict) -> dict:
     """What a row says of a run's meta.json. `code` is its commit and, of a run with uncommitted
     changes, a digest of the patch.
     """
-    job = meta.get("job", {})
-    data = meta.get("data")
-    commit = (meta.get("commit") or "")[:10]
-    patch = meta.get("uncommitted_patch") or ""
     machine = meta.get("machine", {})
+    code = (meta.get("commit") or "")[:10]
+    patch = meta.get("uncommitted_patch")
+    if patch:
+        code += f" with patch {digest_of(patch)}"
     torch = meta.get("versions", {}).get("torch")
-    starts = [*meta.get("earlier_starts", []), meta]
     return {
-        "started_utc": starts[0].get("started_utc"),
-        "commit": commit,
-        "patched": bool(patch),
-        "code": f"{commit} with patch {digest_of(patch)}" if patch else commit,
-        "host": machine.get("host"),
+        "code": code,
         "environment": f"torch {torch}, {machine.get('gpu') or machine.get('cpu')}",
         "submission": (meta.get("submitted") or {}).get("id"),
-        "job": job.get("SLURM_JOB_ID"),
-        "array_index": job.get("SLURM_ARRAY_TASK_ID"),
-        "data": data and digest_of(repr(sorted(data.items()))),
+        "job": meta.get("job", {}).get("SLURM_JOB_ID"),
+        "data": digest_of(str(sorted(meta.get("data", {}).items()))),
         "num_train": meta.get("rows", {}).get("train", {}).get("num"),
-        "num_starts": len(starts),
     }
 
 
@@ -110,34 +107,17 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def read_if_there(path: str) -> dict:
-    """The object in a JSON file that need not be there yet; asking first would cost as much as
-    reading.
-    """
-    try:
-        return read_json(path)
-    except FileNotFoundError:
-        return {}
-
-
 @functools.cache
-def _parse_line(line: str):
-    # of which there are too many to remember, and YAML is slow
-    key, _, value = line.partition(": ")
-    if NUMBER.fullmatch(value):
-        return key, float(value) if "." in value else int(value)
-    ((key, value),) = yaml.load(line, LOADER).items()  # noqa: S506 (safe)
+def parse_line(line: str):
+    """The key and the value of a line of YAML: the same lines stand in many runs."""
+    ((key, value),) = yaml.load(line, yaml.CSafeLoader).items()  # noqa: S506 (safe)
     return key, value
 
 
-def read_flat_yaml(path: str) -> dict:
-    """The values of a config.yaml: most of its lines stand in many runs, and each is parsed
-    once.
-    """
-    with open(path, encoding="utf-8") as file:
-        lines = file.read().splitlines()
+def read_flat_yaml(path: Path) -> dict:
+    """The values of a config.yaml, each different line of which is parsed once."""
     try:
-        return dict(map(_parse_line, lines))
+        return dict(map(parse_line, path.read_text(encoding="utf-8").splitlines()))
     except (yaml.YAMLError, AttributeError, ValueError):  # a value over several lines, a comment
         return read_yaml(path)
 
@@ -148,12 +128,11 @@ def scores_so_far(run: Path) -> dict:
     """
     path = run / "epochs.csv"
     epochs = read_csv(path) if path.is_file() else []
-    scores = {"num_epochs": len(epochs), "num_steps": 0}
-    for row in epochs:
-        scores["num_steps"] = int(row["step"])
-        if row["is_best"] == "1":
-            best = {name: value for name, value in row.items() if name.startswith("val_")}
-            scores |= {name: float(value) for name, value in best.items() if value}
+    scores = {"num_epochs": len(epochs)}
+    best = [row for row in epochs if row["is_best"] == "1"]
+    for name, text in best[-1].items() if best else ():
+        if name.startswith("val_") and text:
+            scores[name] = float(text)
     return scores
 
 
@@ -178,49 +157,49 @@ def require_column(name: str, rows: list[dict], source: str) -> None:
     """Raise BadInput where there are rows, but none has the column, with the nearest that there
     is.
     """
-    names = dict.fromkeys(column for row in rows for column in row)
-    if rows and name not in names:
-        hint = nearest(name, names) or f" (allowed: {', '.join(names)})"
+    if rows and not any(name in row for row in rows):
+        hint = nearest(name, rows[0]) or f" (allowed: {', '.join(rows[0])})"
         raise BadInput(f"{source}: there is no column {name}{hint}")
 
 
-def build_condition(text: str, rows: list[dict]):
-    """`val_auc>0.9` as a function of a row: numbers are compared as numbers, else text; what a row
-    lacks meets only `!=`.
-    """
-    match = CONDITION.fullmatch(text)
+def parse_condition(text: str, rows: list[dict]) -> tuple[str, str, str]:
+    """`val_auc>0.9` as column, sign and value. Raises BadInput where it is none of these rows."""
+    match = CONDITION.fullmatch(text.strip())
     if not match:
+        signs = " ".join(OPERATORS)
+        example = "such as 'val_auc>0.9'"
         raise BadInput(
-            f"--where {text!r}: it must be a name, one of {' '.join(OPERATORS)}, and a value, such"
-            " as 'val_auc>0.9'"
+            f"--where {text!r}: it must be a name, one of {signs}, and a value, {example}"
         )
-    name, sign, wanted = match.groups()
-    require_column(name, rows, f"--where {text!r}")
-    compare = OPERATORS[sign]
-
-    def holds(row) -> bool:
-        value = row.get(name)
-        if value is None:
-            return sign == "!="
-        with contextlib.suppress(TypeError, ValueError):
-            if not isinstance(value, (str, bool)):
-                return compare(float(value), float(wanted))
-        return compare(plain(value), wanted)
-
-    return holds
+    require_column(match[1], rows, f"--where {text!r}")
+    return match.groups()
 
 
-def select_runs(rows: list[dict], conditions=(), sort="", descending=False) -> list[dict]:
-    """The rows that meet every condition, in the order of a column, numbers before texts; those
-    that lack it come last.
+def meets(row: dict, name: str, sign: str, wanted: str) -> bool:
+    """Whether a condition holds: numbers are compared as numbers, else text; what a row lacks meets
+    only `!=`.
     """
+    value = row.get(name)
+    if value is None:
+        return sign == "!="
+    try:
+        return OPERATORS[sign](float(value), float(wanted))
+    except (TypeError, ValueError):
+        return OPERATORS[sign](plain(value), wanted)
+
+
+def select_runs(rows: list[dict], conditions=(), sort="") -> list[dict]:
+    """The rows that meet every condition, in the order of the column `sort`, numbers before texts,
+    or with a `-` before its name in reverse; those that lack it come last.
+    """
+    name = sort.removeprefix("-")
     if sort:
-        require_column(sort, rows, f"--sort {sort}")
-    for holds in [build_condition(text, rows) for text in conditions]:
-        rows = list(filter(holds, rows))
-    present = [row for row in rows if row.get(sort) not in (None, "")]
-    lacking = [row for row in rows if row.get(sort) in (None, "")]
-    present.sort(key=lambda row: (isinstance(row[sort], str), row[sort]), reverse=descending)
+        require_column(name, rows, f"--sort {sort}")
+    for condition in [parse_condition(text, rows) for text in conditions]:
+        rows = [row for row in rows if meets(row, *condition)]
+    present = [row for row in rows if row.get(name) not in (None, "")]
+    lacking = [row for row in rows if row.get(name) in (None, "")]
+    present.sort(key=lambda row: (isinstance(row[name], str), row[name]), reverse=sort != name)
     return present + lacking
 
 
@@ -230,30 +209,29 @@ def table_of_runs(rows: list[dict]) -> Table:
     return table_of(rows, ["run", "status", *(key for key in keys if key != "name"), *SHOWN])
 
 
+def compared_keys(varied: str) -> list[str]:
+    """What has to be equal in runs that are averaged: config and data, but for what `varied`
+    changes.
+    """
+    keys = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied}
+    if varied == "seed":
+        keys.add("num_train")
+    return sorted(keys)
+
+
 def require_alike(rows: list[dict], varied: str) -> None:
     """Raise BadInput unless these are two or more finished runs, all of which differ in `varied`,
     and in nothing else.
     """
-    first = rows[0]
-    if len(rows) < 2:
-        raise BadInput(f"{first['run']} is one run: a spread over {varied}s needs at least two")
-    same = {*HINTS, "data"} - UNCOMPARED_KEYS - {varied}
-    if varied == "seed":
-        same.add("num_train")
     for row in rows:
         if row["status"] != "finished":
             raise BadInput(f"{row['run']} is {row['status']}: only finished runs are averaged")
-    value, num = Counter(row[varied] for row in rows).most_common(1)[0]
-    if num > 1:
-        raise BadInput(f"{num} of the runs share {varied} {value}: that is one result, not {num}")
-    for row, key in itertools.product(rows, sorted(same)):
-        ours = plain(first.get(key))
-        theirs = plain(row.get(key))
-        if ours != theirs:
-            raise BadInput(
-                f"{key} is {ours!r} in {first['run']}, {theirs!r} in {row['run']}: runs that are"
-                f" averaged may differ in {varied} alone"
-            )
+    num = len({row.get(varied) for row in rows})
+    if num < max(2, len(rows)):
+        raise BadInput(f"{len(rows)} runs with {num} {varied}(s): a spread needs two or more")
+    for key in compared_keys(varied):
+        for sentence in differing(rows, key):
+            raise BadInput(f"{sentence}: runs that are averaged may differ in {varied} alone")
 
 
 def group_seeds(rows: list[dict]) -> list[list[dict]]:
@@ -261,44 +239,50 @@ def group_seeds(rows: list[dict]) -> list[list[dict]]:
     search belong to none.
     """
     groups = {}
-    keys = sorted({*HINTS, "data", "code"} - UNCOMPARED_KEYS - {"seed"})
+    keys = ["code", *compared_keys("seed")]
     for row in rows:  # in the order of their starts
         if row["status"] == "finished" and not TRIAL.search(str(row.get("name"))):
-            same = repr([row.get(key) for key in keys])
-            groups.setdefault(same, {})[row["seed"]] = row
+            same = str([row.get(key) for key in keys])
+            groups.setdefault(same, {})[row.get("seed")] = row
     return [list(group.values()) for group in groups.values()]
 
 
-def differing(rows: list[dict], key: str, what: str) -> list[str]:
+def differing(rows: list[dict], key: str) -> list[str]:
     """A sentence for each run that differs from the first one in `key`."""
     sentences = []
+    first = plain(rows[0].get(key)) if rows else ""
     for row in rows[1:]:
-        ours = row.get(key) or "none"
-        theirs = rows[0].get(key) or "none"
-        if ours != theirs:
-            sentences.append(
-                f"{row['run']} has another {what} than {rows[0]['run']}: {ours}, not {theirs}"
-            )
+        value = plain(row.get(key))
+        if value != first:
+            names = f"{row['run']} has another {key} than {rows[0]['run']}"
+            sentences.append(f"{names}: {value or 'none'}, not {first or 'none'}")
     return sentences
 
 
 def average_scores(rows: list[dict], varied: str) -> dict[str, dict]:
-    """{score: {mean, deviation, low, high, num}} over runs that differ in `varied` alone. Raises
-    BadInput for others.
+    """{score: {mean, deviation, low, high, num}} of SPREAD_SCORES, without those that a run lacks,
+    over runs that differ in `varied` alone. Raises BadInput for other runs.
+
+    The interval of the mean ends at what is possible: no share is above 1.
     """
     require_alike(rows, varied)
+    rows = [row | rates_of(row) for row in rows]
     spreads = {}
-    for name in [f"val_{score}" for score in SCORES if score not in COUNTS]:
+    for name in SPREAD_SCORES:
         values = [row.get(name) for row in rows]
         if None not in values:
-            spreads[name] = score_interval(values, name)
+            spread = mean_interval(values)
+            highest = math.inf if name == "val_loss" else 1.0
+            spread.update(low=max(0.0, spread["low"]), high=min(highest, spread["high"]))
+            spreads[name] = spread
     return spreads
 
 
-def score_interval(values: list[float], name: str) -> dict[str, float]:
-    """The `mean_interval` of a score, within what is possible: no share is above 1."""
-    spread = mean_interval(values)
-    spread["low"] = max(0.0, spread["low"])
-    if "loss" not in name:
-        spread["high"] = min(1.0, spread["high"])
-    return spread
+def rates_of(row: dict) -> dict:
+    """Recall and precision of a run at 0.5; empty where it lacks the counts."""
+    counts = [row.get(f"val_{name}") for name in ("tp", "fn", "fp")]
+    if None in counts:
+        return {}
+    hits, misses, false_alarms = counts
+    recall = hits / max(1, hits + misses)
+    return {"val_recall": recall, "val_precision": hits / max(1, hits + false_alarms)}
