@@ -86,7 +86,9 @@ def make_figure(e: Evidence, name: str, title: str, files, plotted) -> Figure:
     """A matplotlib figure as PNG below the folder of the journal, with the files that it shows and
     the first digits of their SHA-256.
     """
-    sources = [f"{file} {file_digest(e.path(file))[:NUM_DIGITS]}" for file in files]
+    sources = []
+    for path in map(e.path, files):
+        sources.append(f"{path.relative_to(e.root)} {file_digest(path)[:NUM_DIGITS]}")
     return Figure(title, figure_png(plotted, ", ".join(sources)), f"{FOLDER}/{name}.png")
 
 
