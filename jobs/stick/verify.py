@@ -44,118 +44,75 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def read_rows(path):
+def read_about(stick):
+    return json.loads((stick / "stick.json").read_text(encoding="utf-8"))
+
+
+def read_probabilities(path):
     with open(path, encoding="utf-8", newline="") as file:
-        return {os.path.basename(row["source"]): row for row in csv.DictReader(file)}
+        return [float(row["probability"] or "nan") for row in csv.DictReader(file)]
 
 
 def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_ours(name):
-    return name not in LEFT_BY_SYSTEMS and not name.startswith("._")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def list_files(stick):
-    """Names of all files below the stick but SHA256SUMS and what an operating system has left; a
-    link counts as a file, it is followed nowhere.
-    """
-    names = {}
+    """Names of all files below the stick but SHA256SUMS and what an operating system has left."""
+    names = set()
     for folder, folders, files in os.walk(stick):
-        folders[:] = filter(is_ours, folders)
-        for path in [Path(folder, name) for name in [*filter(is_ours, files), *folders]]:
-            if path.is_symlink() or not path.is_dir():
-                names[path.relative_to(stick).as_posix()] = path
-    del names[SUMS]
-    return names
-
-
-def is_changed(path, digest):
-    """Whether a file has another digest, or is none: a pipe would never end."""
-    try:
-        return path.is_symlink() or not path.is_file() or sha256(path) != digest
-    except OSError:  # a medium that cannot be read there any more
-        return True
+        for name in [*folders, *files]:
+            path = Path(folder, name)
+            if name in LEFT_BY_SYSTEMS or name.startswith("._"):
+                folders[:] = [other for other in folders if other != name]
+            elif not path.is_dir() or path.is_symlink():
+                names.add(path.relative_to(stick).as_posix())
+    return names - {SUMS}
 
 
 def check_files(stick):
-    """{"changed", "missing", "additional": names} against SHA256SUMS."""
+    """{"changed", "missing", "additional": names} against SHA256SUMS, and what is wrong."""
     expected = {}
-    with open(stick / SUMS, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-        for line in file:
-            digest, _, name = line.rstrip("\n").partition("  ")
-            expected[name] = digest
-    paths = list_files(stick)
-    wrong = {"changed": [], "missing": [], "additional": []}
-    for name in sorted({*paths, *expected}):
-        if name not in paths:
-            kind = "missing"
-        elif name not in expected:
-            kind = "additional"
-        elif is_changed(paths[name], expected[name]):
-            kind = "changed"
-        else:
-            continue
-        say(f"{kind}: {name}")
-        wrong[kind].append(name)
-    return dict(wrong, num_files=len(expected), sha256sums=sha256(stick / SUMS))
+    for line in (stick / SUMS).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        expected[name] = digest
+    names = list_files(stick)
+    both = sorted(names & expected.keys())
+    wrong = {
+        "changed": [name for name in both if sha256(stick / name) != expected[name]],
+        "missing": sorted(expected.keys() - names),
+        "additional": sorted(names - expected.keys()),
+    }
+    for kind in wrong:
+        for name in wrong[kind]:
+            say(f"{kind}: {name}")
+    is_wrong = any(wrong.values())
+    error = "files are not as they were written; nothing is installed or run" if is_wrong else ""
+    return dict(wrong, num_files=len(expected), sha256sums=sha256(stick / SUMS)), error
 
 
-def check_python(made_for):
+def check_python(stick):
     """A sentence if this Python cannot use the wheels, or an empty text."""
-    wanted = "Python {python} on {system} {machine}".format(**made_for)
+    wanted = "Python {python} on {system} {machine}".format(**read_about(stick))
     version = "{}.{}".format(*sys.version_info)
     here = f"Python {version} on {platform.system()} {platform.machine()}"
-    remedy = "PCAM_PYTHON=/path/to/python names another"
     if here == wanted:
         return ""
-    return f"the wheels on this stick are for {wanted}, this is {here}; {remedy}"
+    return f"the wheels are for {wanted}, this is {here}; PCAM_PYTHON=/path/to/python names another"
 
 
-def check_predictions(path, stick, tolerance):
-    """Names of the sample patches whose probability is off by more than the tolerance, or whose
-    decision differs.
-    """
-    expected = read_rows(stick / "expected.csv")
-    rows = read_rows(path)
-    wrong = []
-    for name, row in expected.items():
-        other = rows.get(name, {"probability": "", "prediction": "none"})
-        off = abs(float(row["probability"]) - float(other["probability"] or "nan"))
-        if not off <= tolerance or other["prediction"] != row["prediction"]:
-            wanted = f"{row['probability']} within {tolerance:g}"
-            say(f"{name}: probability {other['probability']}, expected {wanted}")
-            wrong.append(name)
-    return {"wrong": wrong, "num_patches": len(expected), "tolerance": tolerance}
-
-
-def judge(args):
-    """(exit code, the result as JSON has it, a sentence on what is wrong)."""
-    if not (args.stick / SUMS).is_file():
-        sentence = "it was not written to its end, or it is no handover folder"
-        return 2, {}, f"{args.stick} has no {SUMS}: {sentence}"
-    if args.predictions:
-        made_for = json.loads((args.stick / "stick.json").read_text(encoding="utf-8"))
-        result = check_predictions(args.predictions, args.stick, made_for["tolerance"])
-        counts = f"{len(result['wrong'])} of {result['num_patches']}"
-        sentence = f"{counts} sample patches get another answer here"
-        return (1, result, sentence) if result["wrong"] else (0, result, "")
-    result = check_files(args.stick)
-    num_wrong = sum(len(result[kind]) for kind in ("changed", "missing", "additional"))
-    if num_wrong:
-        sentence = "files are not as they were written; nothing is installed or run"
-        return 1, result, f"{num_wrong} {sentence}"
-    if args.python:
-        misfit = check_python(json.loads((args.stick / "stick.json").read_text(encoding="utf-8")))
-        if misfit:
-            return 2, result, misfit
-    say(f"{result['num_files']} files are as they were written")
-    return 0, result, ""
+def check_predictions(path, stick):
+    """How many probabilities of the sample patches are those of the sender, and what is wrong."""
+    expected = read_probabilities(stick / "expected.csv")
+    ours = read_probabilities(path)
+    tolerance = read_about(stick)["tolerance"]
+    num_alike = 0
+    for one, other in zip(expected, ours, strict=False):
+        num_alike += abs(one - other) <= tolerance
+    result = {"num_patches": len(expected), "num_alike": num_alike, "tolerance": tolerance}
+    if num_alike == len(expected) == len(ours):
+        return result, ""
+    return result, f"{num_alike} of {len(expected)} sample patches get the same answer here"
 
 
 def main():
@@ -164,18 +121,26 @@ def main():
     )
     here = Path(__file__).absolute().parent
     parser.add_argument("--stick", default=here, type=Path, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--python", action="store_true", help="does this Python fit the wheels, too"
-    )
-    parser.add_argument(
-        "--predictions", metavar="FILE", help="compare predictions of patches/ instead"
-    )
-    code, result, sentence = judge(parser.parse_args())
-    if sentence:
-        say(f"error: {sentence}")
-        result["error"] = sentence
+    parser.add_argument("--python", action="store_true")
+    parser.add_argument("--predictions", metavar="FILE")
+    args = parser.parse_args()
+    code = 1
+    if not (args.stick / SUMS).is_file():
+        code = 2
+        result = {}
+        error = f"{args.stick} has no {SUMS}: it was not written to its end"
+    elif args.predictions:
+        result, error = check_predictions(args.predictions, args.stick)
+    else:
+        result, error = check_files(args.stick)
+        if args.python and not error:
+            code = 2
+            error = check_python(args.stick)
+    if error:
+        say(f"error: {error}")
+        result["error"] = error
     print(json.dumps(result))
-    return code
+    return code if error else 0
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     (dest / "patches").mkdir()
     rows = []
     places = np.linspace(0, NUM_DRAWN - 1, NUM_PATCHES).astype(int)
-    for row in np.argsort(expected)[places]:
+    for row in np.sort(np.argsort(expected)[places]):  # as a folder lists them
         name = f"patches/synthetic_{row:02}.png"
         Image.fromarray(drawn[row]).save(dest / name)
         call = int(expected[row] >= checkpoint["threshold"])
