@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.config import plain
 from lib.files import atomic_write
 
 MOST_WIDE = 8  # a table of more columns has small print
@@ -109,12 +108,8 @@ class Table:
     rows: list[list]
 
     def to_text(self) -> str:
-        """Aligned columns for a terminal; floats have six digits."""
-        lines = [list(self.header)]
-        for row in self.rows:
-            lines.append(
-                [f"{cell:.6g}" if isinstance(cell, float) else plain(cell) for cell in row]
-            )
+        """Aligned columns for a terminal."""
+        lines = [list(map(show, row)) for row in (self.header, *self.rows)]
         widths = [max(map(len, texts)) for texts in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

@@ -12,7 +12,6 @@ from lib.config import read_yaml
 from lib.files import read_json
 
 NUM_SEEDS = 3
-SEED = re.compile(r"-s(\d+)-[0-9a-f]+$")  # in the name of a run folder
 # audits of some checks alone, and the self-test of the comparison of twins
 NO_EVIDENCE = re.compile(r"^audit-(groups|part)-|-injected$")
 
@@ -103,8 +102,9 @@ def find_evidence(root: Path, name: str) -> list[Path]:
     if name == "champion":
         folders = [folder for folder in folders if find_origin(folder, root / "runs")]
     if name == "seeds":
-        named = [(SEED.search(folder.name), folder) for folder in folders]
-        folders = sorted({seed[1]: folder for seed, folder in named if seed}.values())
+        # a name ends like -s1-4239
+        seeds = {folder.name.rpartition("-s")[2].partition("-")[0]: folder for folder in folders}
+        folders = sorted(seeds.values())
     return [folder for folder in folders if not NO_EVIDENCE.search(folder.name)]
 
 

@@ -118,15 +118,9 @@ def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float):
     points = curve_points(labels, probs)
     roc.plot(points["false_positive_rate"], points["recall"])
     pr.plot(points["recall"], points["precision"])
+    roc.legend()
     counts = np.bincount(2 * labels + (probs >= threshold), minlength=4)
-    negative, false_alarms, misses, hits = counts
-    recall = hits / max(1, hits + misses)
-    mark = {"color": "black", "marker": "o", "label": f"threshold {threshold:.3g}"}
-    roc.plot(false_alarms / max(1, negative + false_alarms), recall, **mark)
-    pr.plot(recall, hits / max(1, hits + false_alarms), **mark)
-    for axes in (roc, pr):
-        axes.legend()
-    draw_confusion(matrix, counts, "confusion matrix")
+    draw_confusion(matrix, counts, f"decided at probability {threshold:.3g}")
     return figure
 
 

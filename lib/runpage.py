@@ -16,7 +16,7 @@ from lib.metrics import compute_metrics, constant_baselines
 from lib.pcam import open_images
 from lib.rundir import read_run_config
 
-NUM_EXAMPLES = 12  # patches of each kind
+NUM_EXAMPLES = 24  # patches that the model gets wrong
 SHOWN_SCORES = {  # a score and what a constant answer gets
     "AUC": ("auc", "constant_auc"),
     "PR-AUC": ("pr_auc", "constant_pr_auc"),
@@ -26,11 +26,6 @@ SHOWN_SCORES = {  # a score and what a constant answer gets
     "log loss (nats)": ("loss", "prior_loss"),
 }
 CONSTANTS = dict(SHOWN_SCORES.values())
-EXAMPLES = {  # by label and whether it is called tumour
-    "Found: tumour called tumour": (1, True),
-    "Missed: tumour called normal": (1, False),
-    "False alarms: normal called tumour": (0, True),
-}
 
 
 def write_run_page(
@@ -130,19 +125,16 @@ def prediction_blocks(path, threshold: float) -> list:
         score_table(scores, constant_baselines(labels)),
         Words(note, "note"),
         Figure("ROC, precision-recall and confusion matrix", drawn),
-        Heading("Example predictions, the most certain first"),
     ]
-    called = probs >= threshold
-    by_certainty = np.argsort(np.where(called, -probs, probs), kind="stable")
-    for title, (label, is_called) in EXAMPLES.items():
-        is_example = (labels == label) & (called == is_called)
-        places = by_certainty[is_example[by_certainty]]
-        shown = [rows[place] for place in places[:NUM_EXAMPLES]]
-        captions = [f"row {row['index']}, p = {float(row['probability']):.3f}" for row in shown]
-        patches = [open_images(row["source"]).read([row["index"]])[0] for row in shown]
-        blocks.append(Heading(f"{title} ({len(places):,})", 3))
-        blocks.append(Gallery(patches, captions))
-    return blocks
+    wrong = np.flatnonzero((probs >= threshold) != labels)
+    order = np.argsort(-np.abs(probs[wrong] - threshold), kind="stable")
+    shown = [rows[place] for place in wrong[order[:NUM_EXAMPLES]]]
+    patches = [open_images(row["source"]).read([row["index"]])[0] for row in shown]
+    captions = [
+        f"row {row['index']}: {row['label']}, p = {float(row['probability']):.3f}" for row in shown
+    ]
+    heading = Heading(f"The most certain of {len(wrong):,} errors, with label and probability")
+    return [*blocks, heading, Gallery(patches, captions)]
 
 
 def read_predictions(path) -> tuple[list[dict], np.ndarray, np.ndarray]:

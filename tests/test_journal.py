@@ -311,6 +311,7 @@ WRONG = {
     "<!--table champion-->": "is no directive",
     "<!-- tabel runs -->\n\n| a |": "is no directive",
     "an hour of work\n\n<!-- end -->": "an end without one",
+    "<!-- value a.json x --> words\n\nan hour of work\n\n<!-- end -->": "where the value ends",
 }
 
 
@@ -352,9 +353,9 @@ def test_a_table_shows_the_rows_and_columns_that_are_asked_for(tmp_path):
 
 
 def test_code_is_found_by_name():
-    text = "import x\n\n@x.y\ndef f(a):\n    return a\n\nA, B = 1, 2\nC = {\n 1,\n}\n"
-    assert find_code("a.py", text, "f") == (3, "@x.y\ndef f(a):\n    return a")
-    assert find_code("a.py", text, "C") == (8, "C = {\n 1,\n}")
+    text = "import x\n\ndef f(a):\n    return a\n\nA, B = 1, 2\nC = {\n 1,\n}\n"
+    assert find_code("a.py", text, "f") == (3, "def f(a):\n    return a")
+    assert find_code("a.py", text, "C") == (7, "C = {\n 1,\n}")
     assert find_code("a.py", text, "g") == find_code("a.yml", text, "g:") == (0, "")
     assert find_code("a.yml", "on:\n  push:\n  pull:", "push") == (2, "  push:")
 

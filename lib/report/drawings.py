@@ -8,7 +8,6 @@ from matplotlib.ticker import MaxNLocator
 from lib.blocks import Figure, Heading, Table, Words, write_page
 from lib.command import BadInput
 from lib.figures import (
-    COLOURS,
     add_legend,
     column,
     draw_confusion,
@@ -97,38 +96,30 @@ def plot_front(seeds: list[dict], champion: dict, errors: list):
     confusion matrix and, where there are any, errors (patch, caption).
     """
     figure, panels = new_figure(3 if errors else 2, height=3.6)
-    names = ["val_auc", "val_f2"]
-    scores = np.concatenate([column(seeds, name) for name in names])
-    panels[0].plot(np.repeat((0.0, 1.0), len(seeds)), scores, "o", label="a seed")
-    champions = [champion[name] for name in names]
-    panels[0].plot((0.2, 1.2), champions, "D", color=COLOURS[1], label="champion")
-    answers = [champion[name] for name in ("constant_auc", "always_positive_f2")]
-    panels[0].hlines(answers, (-0.3, 0.7), (0.4, 1.4), "k", ":", label="constant answer")
-    panels[0].set(title="scores on validation", ylim=(None, 1))
+    answer = {"val_auc": champion["constant_auc"], "val_f2": champion["always_positive_f2"]}
+    series = {
+        "a seed": (seeds, "o"),
+        "champion": ([champion], "D"),
+        "constant answer": ([answer], "_"),
+    }
+    for label, (rows, mark) in series.items():
+        scores = np.concatenate([column(rows, "val_auc"), column(rows, "val_f2")])
+        panels[0].plot(np.repeat((0, 1), len(rows)), scores, mark, label=label, alpha=0.8)
+    panels[0].set(title="scores on validation", xlim=(-0.5, 1.5), ylim=(None, 1))
     panels[0].set_xticks((0, 1), ("AUC", "F2 at 0.5"))
     counts = [champion[f"val_{name}"] for name in ("tn", "fp", "fn", "tp")]
     draw_confusion(panels[1], counts, "champion, decided at 0.5")
     if errors:
-        show_patches(panels[2], "errors of the champion", errors)
+        show_patches(panels[2], errors)
     add_legend(figure, panels[0], num_columns=3)
     return figure
 
 
-def plot_patches(groups: dict[str, list]):
-    """A row of patches for each {title: [(patch, caption)]}."""
-    most = max(map(len, groups.values()))
-    figure, panels = new_figure(len(groups), 1.2 * most, 2.2)
-    for axes, (title, patches) in zip(panels, groups.items(), strict=True):
-        show_patches(axes, title, patches)
-    return figure
-
-
-def show_patches(axes, title: str, patches: list) -> None:
-    """Patches uint8 (H, W, 3) side by side, each above its caption."""
+def show_patches(axes, patches: list) -> None:
+    """Errors (patch uint8 (H, W, 3), caption) side by side, each above its caption."""
     strip = np.concatenate([patch for patch, _ in patches], 1)
-    width = strip.shape[1] / len(patches)
+    centres = strip.shape[1] / len(patches) * (np.arange(len(patches)) + 0.5)
     axes.imshow(strip)
+    axes.set(title="errors of the champion", yticks=[])
+    axes.set_xticks(centres, [caption for _, caption in patches], fontsize=8)
     axes.grid(False)
-    axes.set(title=title, yticks=[])
-    captions = [caption for _, caption in patches]
-    axes.set_xticks(width * (np.arange(len(patches)) + 0.5), captions, fontsize=8)

@@ -22,16 +22,13 @@ from lib.report.drawings import (
     VAL_F2,
     VAL_LOSS,
     plot_front,
-    plot_patches,
     plot_runs,
 )
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.tables import read_seeds
 
 FOLDER = "assets/journal"
-# of each kind
-NUM_ERRORS = 5
-NUM_FRONT_ERRORS = 2
+NUM_ERRORS = 2  # of each kind, on the front picture
 # of each figure over seeds: its title and its curves, as `plot_runs` takes them
 SEED_FIGURES = {
     "gradient-norm": ("Global gradient norm per step, before clipping", [GRADIENT_NORM]),
@@ -115,37 +112,29 @@ def draw_front(e: Evidence) -> Figure:
     runs = e.find("seeds")
     (champion,) = e.find("champion")
     files = [f"{run}/summary.json" for run in [*runs, champion]]
-    errors = {}
+    errors = []
     with contextlib.suppress(Missing):  # an audit of the champion comes later
-        errors = read_errors(e, NUM_FRONT_ERRORS)
+        errors = read_errors(e)
         files.append("model-audit/errors.csv")
     title = "The seeds and the champion beside constant answers"
-    plotted = plot_front(read_seeds(e, runs), e.run(champion), sum(errors.values(), []))
+    plotted = plot_front(read_seeds(e, runs), e.run(champion), errors)
     return make_figure(e, "front", title, files, plotted)
 
 
-def draw_errors(e: Evidence) -> Figure:
-    """The most confident false positives and false negatives as pictures."""
-    errors = read_errors(e, NUM_ERRORS)
-    title = "The most confident false positives and false negatives"
-    return make_figure(e, "errors", title, ["model-audit/errors.csv"], plot_patches(errors))
-
-
-def read_errors(e: Evidence, num: int) -> dict[str, list]:
-    """{kind: [(patch uint8 (96, 96, 3), caption)]} of the champion's `num` most confident errors of
-    each kind. Raises Missing where the data are not here.
+def read_errors(e: Evidence) -> list[tuple]:
+    """(patch uint8 (96, 96, 3), caption) of the champion's NUM_ERRORS most confident errors of each
+    kind. Raises Missing where the data are not here.
     """
     rows = e.document("model-audit/errors.csv")
     directory = e.root / e.document("model-audit/scores.json")["data"]["directory"]
     if not directory.is_dir():
         raise Missing(f"the patches of the audit are not here: {directory} is no folder")
-    errors = {}
+    errors = []
     for row in rows:
-        if int(row["rank"]) <= num:
+        if int(row["rank"]) <= NUM_ERRORS:
             images = open_split(directory, row["split"]).images
-            patch = images.read([int(row["index"])])[0]
             caption = f"{row['kind']}\np = {float(row['probability']):.3f}"
-            errors.setdefault(f"{row['kind']}s", []).append((patch, caption))
+            errors.append((images.read([int(row["index"])])[0], caption))
     return errors
 
 
@@ -160,4 +149,4 @@ def draw_decisions(e: Evidence) -> Figure:
     return make_figure(e, "decisions", title, files, plot_decisions(labels, probs, threshold))
 
 
-FIGURES = {"front": draw_front, "errors": draw_errors, "decisions": draw_decisions}
+FIGURES = {"front": draw_front, "decisions": draw_decisions}

@@ -62,7 +62,8 @@ def write_handover(run: Path, dest: Path, system: str, python: str, wheels) -> d
     pins = [f"{package['package']}=={package['version']}" for package in packages]
     write_text(dest / "wheels" / "requirements.txt", "\n".join(pins))
     write_text(dest / "MODEL_CARD.md", model_card(run, cfg, checkpoint, packages))
-    require_predictions(dest)
+    with tempfile.TemporaryDirectory() as scratch:  # a file that git does not track is not there
+        predict_samples(dest, Path(scratch, "patches.csv"))
     os.sync()  # first what is summed up, then the sums
     paths = sorted(path for path in dest.rglob("*") if path.is_file())
     sums = [f"{file_digest(path)}  {path.relative_to(dest).as_posix()}" for path in paths]
@@ -96,18 +97,6 @@ def copy_files(run: Path, dest: Path, wheels: Path, packages: list[dict]) -> Non
             (dest / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, dest / name)  # with its mode: run.sh is called
             progress.add()
-
-
-def require_predictions(dest: Path) -> None:
-    """Raise BadInput unless the bundle's code predicts its sample patches: a file that git does not
-    track is not in it.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            predict_samples(dest, Path(scratch, "patches.csv"))
-        except BadInput as error:
-            question = "is every file of the program tracked by git?"
-            raise BadInput(f"{dest} cannot predict ({question}): {error}") from None
 
 
 def fetch_wheels(folder, with_torchvision: bool, machine: str, python: str) -> None:

@@ -49,7 +49,7 @@ class Directive:
     figures in that, and what is missing or wrong.
     """
 
-    line: int
+    place: str
     heading: str
     kind: str
     text: str
@@ -76,8 +76,11 @@ def read_directives(text: str) -> list[Directive]:
         before = text[: match.start()]
         line = before.count("\n") + 1
         heading = ["front page", *HEADING.findall(before)][-1]
+        if match["kind"] == "value" and "\n" in (match["filled"] or ""):
+            raise BadInput(f"line {line}: write {END} where the value ends")
         words, options = parse_words(match["kind"], match["text"], line)
-        directive = (line, heading, match["kind"], match["text"], words, options, match["filled"])
+        place = f"line {line} ({heading}), {match['kind']}"
+        directive = (place, heading, match["kind"], match["text"], words, options, match["filled"])
         directives.append(Directive(*directive))
     # of the directives only their line ends are left, so that lines keep their numbers
     rest = DIRECTIVE.sub(lambda match: "\n" * match[0].count("\n"), text)
@@ -193,7 +196,7 @@ def write_journal(path: Path) -> dict:
     title = TITLE.search(filled)
     blocks = parse_markdown(TITLE.sub("", filled, count=1), path.parent)
     page = write_page(path.with_name("journal.html"), title[1] if title else path.stem, blocks)
-    wrong = [f"{place_of(path, it)}: {it.wrong}" for it in directives if it.wrong]
+    wrong = [f"{it.place}: {it.wrong}" for it in directives if it.wrong]
     return {
         "journal": str(path),
         "page": str(page),
@@ -214,7 +217,7 @@ def check_journal(path: Path) -> dict:
     for directive in directives:
         sentence = compare(directive, path.parent)
         if sentence:
-            sentences.append(f"{place_of(path, directive)}: {sentence}")
+            sentences.append(f"{directive.place}: {sentence}")
     return {"differing": sentences + problems}
 
 
@@ -233,9 +236,3 @@ def compare(directive: Directive, root: Path) -> str:
         if not is_current(figure, root):
             return f"{figure.path} was drawn from other files than there are now"
     return ""
-
-
-def place_of(path: Path, directive: Directive) -> str:
-    """The line, heading and kind of a directive."""
-    words = " ".join([directive.kind, *directive.words[:1]])
-    return f"{path.name}:{directive.line} ({directive.heading}), {words}"

@@ -3,7 +3,7 @@
 import ast
 
 from lib.blocks import Code
-from lib.command import REPOSITORY, BadInput
+from lib.command import BadInput
 from lib.report.evidence import Evidence, Missing, git
 
 MOST_LINES = 45  # of a quoted merge conflict
@@ -16,13 +16,8 @@ HISTORY = {
 
 
 def read_code(commit: str, name: str) -> str:
-    """A file of the repository at a commit, empty where the commit has none. Without a commit, the
-    file as it is now.
-    """
-    if commit:
-        return git("show", f"{commit}:{name}")
-    path = REPOSITORY / name
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    """A file of the repository at a commit, empty where the commit has none."""
+    return git("show", f"{commit}:{name}")
 
 
 def build_code(e: Evidence, source: str, *, at: str = "") -> list:
@@ -33,12 +28,11 @@ def build_code(e: Evidence, source: str, *, at: str = "") -> list:
         return [quote_history(source, at)]
     file, _, name = source.partition(":")
     commit = e.commit(file)
-    if commit and not git("cat-file", "-t", commit):
-        raise BadInput(f"commit {commit[:10]} is not in this clone (git fetch --unshallow)")
     line, text = find_code(file, read_code(commit, file), name)
-    where = f"at {commit[:10] or 'no commit'}"
+    where = f"at {commit[:10]}"
     if not line:
-        raise BadInput(f"{file} has no {name or 'name in the directive'} {where}")
+        remedy = "git fetch --unshallow gets commits that this clone lacks"
+        raise BadInput(f"{file} has no {name} {where}; {remedy}")
     return [Code(text, f"{file}:{line} {where}")]
 
 
@@ -61,7 +55,6 @@ def find_code(file: str, text: str, name: str) -> tuple[int, str]:
         return (numbers[0] + 1, lines[numbers[0]]) if numbers else (0, "")
     for node in ast.walk(ast.parse(text)):
         names = [ast.unparse(target) for target in getattr(node, "targets", [])]
-        if name == getattr(node, "name", "") or name in names:
-            first = min(part.lineno for part in [node, *getattr(node, "decorator_list", [])])
-            return first, "\n".join(lines[first - 1 : node.end_lineno])
+        if name in [*names, getattr(node, "name", "")]:
+            return node.lineno, "\n".join(lines[node.lineno - 1 : node.end_lineno])
     return 0, ""

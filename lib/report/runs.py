@@ -166,11 +166,7 @@ def parse_condition(text: str, rows: list[dict]) -> tuple[str, str, str]:
     """`val_auc>0.9` as column, sign and value. Raises BadInput where it is none of these rows."""
     match = CONDITION.fullmatch(text.strip())
     if not match:
-        signs = " ".join(OPERATORS)
-        example = "such as 'val_auc>0.9'"
-        raise BadInput(
-            f"--where {text!r}: it must be a name, one of {signs}, and a value, {example}"
-        )
+        raise BadInput(f"--where {text!r}: it must be like val_auc>0.9 ({' '.join(OPERATORS)})")
     require_column(match[1], rows, f"--where {text!r}")
     return match.groups()
 

@@ -176,7 +176,7 @@ def tabulate_sources(e: Evidence) -> list:
     for row in locate_sources(lambda name: read_code(commit, name)):
         if row["where"]:
             cells.append([row["source"], row["control"], ", ".join(row["where"])])
-    return [Table(["source", "control", f"where, at {commit[:10] or 'no commit'}"], cells)]
+    return [Table(["source", "control", f"where, at {commit[:10]}"], cells)]
 
 
 NAMED_TABLES = {
