@@ -87,7 +87,7 @@ def parse(argv) -> argparse.Namespace:
 def new_folder(text: str) -> str:
     """An argument that names a folder which does not exist yet, or is empty."""
     path = Path(place(text))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_file() or any(path.glob("*")):
         raise argparse.ArgumentTypeError(f"{text} holds files already: give a new or empty folder")
     return text
 
@@ -96,10 +96,12 @@ def new_folder(text: str) -> str:
 def main(argv=None) -> int:
     args = parse(argv)
     report, _ = COMMANDS[args.what]
-    return report(args)
+    result = report(args)
+    print_result(result)
+    return EXIT_FINDING if result.get("num_differing") else EXIT_DONE
 
 
-def report_handover(args) -> int:
+def report_handover(args) -> dict:
     """Write a handover folder, and say how large it is."""
     from lib.report.handover import write_handover
     from lib.rundir import find_run
@@ -109,12 +111,11 @@ def report_handover(args) -> int:
     result = write_handover(run, dest, args.platform, args.python, args.wheels)
     size = f"{result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB"
     say(f"{dest}: {size}, torch {result['torch']}")
-    print_result(result)
-    return EXIT_DONE
+    return result
 
 
-def report_journal(args) -> int:
-    """Fill in the journal, or compare it with its files. 1 where they do not agree."""
+def report_journal(args) -> dict:
+    """Fill in the journal, or compare it with its files."""
     from lib.report.journal import check_journal, write_journal
 
     path = Path(args.file)
@@ -128,11 +129,10 @@ def report_journal(args) -> int:
         say(f"{counts}; page {result['page']}")
     elif not result["differing"]:
         say(f"{path}: what is filled in agrees with its files")
-    print_result(result)
-    return EXIT_FINDING if result["differing"] else EXIT_DONE
+    return result
 
 
-def report_assignment(_args) -> int:
+def report_assignment(_args) -> dict:
     """Print each piece of evidence that the journal needs, where it lies or the command that makes
     it, and the next command.
     """
@@ -144,11 +144,10 @@ def report_assignment(_args) -> int:
     commands = [row["command"] for row in rows if row["command"]]
     next_command = [*commands, "make journal"][0]
     say(f"next: {next_command}")
-    print_result({"num_missing": len(commands), "next": next_command})
-    return EXIT_DONE
+    return {"num_missing": len(commands), "next": next_command}
 
 
-def report_runs(args) -> int:
+def report_runs(args) -> dict:
     """List runs, and draw their curves together."""
     from lib.report.runs import list_runs, select_runs, table_of_runs
 
@@ -162,11 +161,10 @@ def report_runs(args) -> int:
         folders = [Path(args.runs, row["run"]) for row in rows]
         curves = (TRAIN_LOSS, VAL_LOSS, VAL_AUC)
         result["page"] = write_together(args.html, f"Runs in {args.runs}", table, folders, curves)
-    print_result(result)
-    return EXIT_DONE
+    return result
 
 
-def report_spread(args) -> int:
+def report_spread(args) -> dict:
     """Say how far scores lie apart between seeds, or between folds."""
     from lib.report.drawings import GRADIENT_NORM, LEARNING_RATE, LOSS, write_together
     from lib.report.runs import average_scores, differing, list_runs, read_run, select_runs
@@ -189,31 +187,27 @@ def report_spread(args) -> int:
         curves = (LOSS, GRADIENT_NORM, LEARNING_RATE)
         words = (True, SPREAD_NOTE)
         result["page"] = write_together(args.html, title, table, folders, curves, *words)
-    print_result(result)
-    return EXIT_DONE
+    return result
 
 
-def report_export(args) -> int:
+def report_export(args) -> dict:
     """Write runs for another program."""
     from lib.report.export import export_runs
     from lib.report.runs import list_runs, select_runs
 
     rows = select_runs(list_runs(args.runs), args.where)
     num_runs = export_runs(rows, Path(args.runs), Path(args.out), args.to)
-    print_result({"num_runs": num_runs, "out": args.out})
-    return EXIT_DONE
+    return {"num_runs": num_runs, "out": args.out}
 
 
-def report_run(args) -> int:
+def report_run(args) -> dict:
     """Write the page of a run."""
     from lib.checkpoint import load_checkpoint
     from lib.files import read_json
-    from lib.rundir import find_run, is_finished
+    from lib.rundir import find_run
     from lib.runpage import write_run_page
 
     run = find_run(args.run)
-    if not is_finished(run):
-        raise BadInput(f"{run} has no summary.json: it did not finish (train.py --resume {run})")
     threshold = args.threshold
     if args.predictions and threshold is None:
         threshold = load_checkpoint(run / "best.pt")["threshold"]
@@ -224,8 +218,7 @@ def report_run(args) -> int:
     except KeyError as error:
         raise BadInput(f"{run} is of an older or another program: it has no {error}") from None
     say(f"page {page}")
-    print_result({"page": str(page), "run": str(run)})
-    return EXIT_DONE
+    return {"page": str(page), "run": str(run)}
 
 
 COMMANDS = {

@@ -3,7 +3,6 @@ drawn.
 """
 
 import contextlib
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,22 +44,17 @@ SEED_FIGURES = {
 
 
 def is_current(figure: Figure, root: Path) -> bool:
-    """Whether the PNG at a figure's path is the same, or was drawn from the same files: another
-    version of matplotlib draws other bytes.
-    """
+    """Whether the PNG of a figure lies at its path."""
     path = root / figure.path
-    if not path.is_file():
-        return False
-    png = path.read_bytes()
-    return png == figure.png or read_source(png) == (read_source(figure.png) or None)
+    return path.is_file() and path.read_bytes() == figure.png
 
 
-def read_source(png: bytes) -> str:
-    """What a PNG says that it was drawn from; empty where it says nothing, or is no picture."""
+def read_source(path: Path) -> str:
+    """What a PNG says that it was drawn from; empty where there is none."""
     try:
-        with Image.open(io.BytesIO(png)) as image:
+        with Image.open(path) as image:
             return image.info.get("Source", "")
-    except OSError:
+    except OSError:  # it is not there, or no picture
         return ""
 
 
@@ -79,14 +73,20 @@ def build_figure(e: Evidence, source: str, *, title: str = "") -> list[Figure]:
     return [replace(figure, title=title or figure.title)]
 
 
-def make_figure(e: Evidence, name: str, title: str, files, plotted) -> Figure:
-    """A matplotlib figure as PNG below the folder of the journal, with the files that it shows and
-    the first digits of their SHA-256.
+def make_figure(e: Evidence, name: str, title: str, files, plot, *arguments) -> Figure:
+    """What `plot(*arguments)` gives as PNG below the folder of the journal, with the files that it
+    shows and the first digits of their SHA-256. A PNG that was drawn from the same files stays:
+    another version of matplotlib draws other bytes.
     """
     sources = []
     for path in map(e.path, files):
         sources.append(f"{path.relative_to(e.root)} {file_digest(path)[:NUM_DIGITS]}")
-    return Figure(title, figure_png(plotted, ", ".join(sources)), f"{FOLDER}/{name}.png")
+    source = ", ".join(sources)
+    name = f"{FOLDER}/{name}.png"
+    path = e.root / name
+    is_drawn = read_source(path) == source
+    png = path.read_bytes() if is_drawn else figure_png(plot(*arguments), source)
+    return Figure(title, png, name)
 
 
 def copy_figure(e: Evidence, name: str) -> Figure:
@@ -104,7 +104,7 @@ def draw_seeds(e: Evidence, name: str) -> Figure:
     runs = {f"seed {row['seed']}": e.root / run for row, run in zip(rows, folders, strict=True)}
     files = [f"{run}/{curves[0][0]}" for run in folders]
     title = f"{title}, {len(files)} seeds"
-    return make_figure(e, name, title, files, plot_runs(runs, curves, with_mean=True))
+    return make_figure(e, name, title, files, plot_runs, runs, curves, True)
 
 
 def draw_front(e: Evidence) -> Figure:
@@ -117,8 +117,8 @@ def draw_front(e: Evidence) -> Figure:
         errors = read_errors(e)
         files.append("model-audit/errors.csv")
     title = "The seeds and the champion beside constant answers"
-    plotted = plot_front(read_seeds(e, runs), e.run(champion), errors)
-    return make_figure(e, "front", title, files, plotted)
+    shown = (read_seeds(e, runs), e.run(champion), errors)
+    return make_figure(e, "front", title, files, plot_front, *shown)
 
 
 def read_errors(e: Evidence) -> list[tuple]:
@@ -146,7 +146,7 @@ def draw_decisions(e: Evidence) -> Figure:
     probs = column(rows, "probability")
     threshold = e.document(files[1])["checkpoint"]["threshold"]
     title = f"The champion on validation, calibrated, at its threshold {threshold:.3g}"
-    return make_figure(e, "decisions", title, files, plot_decisions(labels, probs, threshold))
+    return make_figure(e, "decisions", title, files, plot_decisions, labels, probs, threshold)
 
 
 FIGURES = {"front": draw_front, "decisions": draw_decisions}

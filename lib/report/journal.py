@@ -4,6 +4,7 @@ compared with them.
 
 import difflib
 import inspect
+import itertools
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -210,8 +211,6 @@ def check_journal(path: Path) -> dict:
     """{"differing"}: a sentence for each part of the journal that its file no longer says, and for
     each disagreement between the files.
     """
-    if not path.is_file():
-        raise BadInput(f"there is no {path} yet: report.py journal begins it")
     _, directives, problems = fill(path.read_text(encoding="utf-8"), path.parent)
     sentences = []
     for directive in directives:
@@ -229,7 +228,7 @@ def compare(directive: Directive, root: Path) -> str:
         return "it is not filled in yet: make journal"
     ours = directive.before.strip().splitlines()
     theirs = directive.filled.splitlines()
-    for says, should in zip([*ours, "nothing"], [*theirs, "nothing"], strict=False):
+    for says, should in itertools.zip_longest(ours, theirs, fillvalue="nothing"):
         if says != should:
             return f"it says `{says}`, the files say `{should}`"
     for figure in directive.figures:

@@ -31,14 +31,14 @@ def parse_markdown(text: str, root: Path) -> list:
 def parse_paragraph(text: str, root: Path) -> list:
     """The blocks of lines without an empty one between them."""
     heading = HEADING.match(text)
-    image = IMAGE.match(text)
+    mark = heading or IMAGE.match(text)
     if heading:
-        level = min(3, max(2, len(heading[1])))
-        return [Heading(heading[2], level), *parse_paragraph(text[heading.end() :], root)]
-    if image:
-        path = root / image[2]
-        figure = Figure(image[1], path.read_bytes() if path.is_file() else b"")
-        return [figure, *parse_paragraph(text[image.end() :], root)]
+        blocks = [Heading(heading[2], min(3, max(2, len(heading[1]))))]
+    elif mark:
+        path = root / mark[2]
+        blocks = [Figure(mark[1], path.read_bytes() if path.is_file() else b"")]
+    if mark:
+        return blocks + parse_paragraph(text[mark.end() :], root)
     if text.startswith("|"):
         return [parse_table(text)]
     if ITEM.match(text):

@@ -5,7 +5,6 @@ import contextlib
 from lib.blocks import Table, Words, show, table_of
 from lib.command import BadInput, nearest
 from lib.config import plain
-from lib.files import file_digest
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.quotes import read_code
 from lib.report.runs import SPREAD_SCORES, average_scores, differing, require_column, select_runs
@@ -27,8 +26,8 @@ WORDS = {  # for the head of a table
 }
 RUN_COLUMNS = ("run", "code", "environment", "job", "config (SHA-256)", "weights (SHA-256)", "AUC")
 F2_SENTENCE = (
-    "The stored thresholds, {} to {}, are judged on the half of validation that did not choose"
-    " them. F2 = 5 TP / (5 TP + 4 FN + FP): a missed tumour costs as much as four false alarms, so"
+    "The stored thresholds are judged on the half of validation that did not choose them."
+    " F2 = 5 TP / (5 TP + 4 FN + FP): a missed tumour costs as much as four false alarms, so"
     " a threshold that is chosen for F2 calls many patches tumour."
 )
 
@@ -123,10 +122,8 @@ def build_seeds(e: Evidence, *runs: str) -> list:
     """The blocks of `<!-- seeds RUN... -->`: mean, deviation and interval of each score."""
     rows = read_seeds(e, runs)
     blocks = [spread_table(average_scores(rows, "seed"), rows[0], "seeds")]
-    thresholds = [row["threshold"] for row in rows if "threshold" in row]
-    if thresholds:
-        bounds = map(show, (min(thresholds), max(thresholds)))
-        blocks.append(Words(F2_SENTENCE.format(*bounds)))
+    if "threshold" in rows[0]:
+        blocks.append(Words(F2_SENTENCE))
     return blocks
 
 
@@ -148,9 +145,8 @@ def tabulate_champion(e: Evidence) -> list:
     (folder,) = e.find("champion")
     summary = e.document(f"{folder}/summary.json")
     meta = e.document(f"{folder}/meta.json")
+    e.path(f"{folder}/best.pt")
     facts = fact_table(e.root / folder, read_run_config(e.root / folder), meta, summary)
-    digest = file_digest(e.path(f"{folder}/best.pt"))
-    facts.rows.append(("SHA-256 of best.pt", digest[:NUM_DIGITS]))
     return [facts, score_table(summary, summary, "val_")]
 
 
