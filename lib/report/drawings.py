@@ -104,7 +104,7 @@ def plot_front(seeds: list[dict], champion: dict, errors: list):
     }
     for label, (rows, mark) in series.items():
         scores = np.concatenate([column(rows, "val_auc"), column(rows, "val_f2")])
-        panels[0].plot(np.repeat((0, 1), len(rows)), scores, mark, label=label, alpha=0.8)
+        panels[0].plot(np.repeat((0, 1), len(rows)), scores, mark, label=label, markersize=8)
     panels[0].set(title="scores on validation", xlim=(-0.5, 1.5), ylim=(None, 1))
     panels[0].set_xticks((0, 1), ("AUC", "F2 at 0.5"))
     counts = [champion[f"val_{name}"] for name in ("tn", "fp", "fn", "tp")]
