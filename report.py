@@ -55,7 +55,7 @@ def parse(argv) -> argparse.Namespace:
         add = commands[name].add_argument
         if name in ("seeds", "folds"):
             add("folders", nargs="*", metavar="RUN", help="finished runs that differ in it alone")
-        add("--runs", default="runs", type=place, metavar="DIR", help="where they are: runs/")
+        add("--runs", default="runs", metavar="DIR", help="where they are: runs/")
         conditions = (
             "only runs of which this holds, such as 'val_auc>0.9' or seed=1; all of several"
         )
@@ -75,11 +75,11 @@ def parse(argv) -> argparse.Namespace:
     add("--platform", default=f"{SYSTEM}_{platform.machine()}", choices=systems, metavar="P")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     add("--python", default=python, metavar="3.X", help="default: %(default)s")
-    add("--wheels", type=place, metavar="DIR", help="a folder of wheels, so that none is fetched")
+    add("--wheels", metavar="DIR", help="a folder of wheels, so that none is fetched")
 
     add = commands["journal"].add_argument
     journal = REPOSITORY / "JOURNAL.md"
-    add("file", nargs="?", default=journal, type=place, metavar="FILE", help="default: JOURNAL.md")
+    add("file", nargs="?", default=journal, metavar="FILE", help="default: JOURNAL.md")
     add("--check", action="store_true", help="name what the files no longer say; write nothing")
     return parser.parse_args(argv)
 
@@ -109,8 +109,7 @@ def report_handover(args) -> dict:
     run = find_run(args.run)
     dest = Path(args.to)
     result = write_handover(run, dest, args.platform, args.python, args.wheels)
-    size = f"{result['num_files']} files, {result['num_bytes'] / 1e6:,.0f} MB"
-    say(f"{dest}: {size}, torch {result['torch']}")
+    say(f"{dest}: {result['num_files']} files, torch {result['torch']}")
     return result
 
 

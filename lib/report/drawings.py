@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lib.blocks import Figure, Heading, Table, Words, write_page
+from lib.blocks import Figure, Table, Words, write_page
 from lib.command import BadInput
 from lib.figures import (
     add_legend,
@@ -41,10 +41,9 @@ def write_together(
     if not 0 < len(runs) <= MOST_DRAWN:
         sentence = f"{len(runs)} runs cannot be drawn together, 1 to {MOST_DRAWN} can"
         raise BadInput(f"{path}: {sentence} (--where chooses)")
-    titles = ", ".join(title for _, _, title in curves)
-    drawn = figure_png(plot_runs({run.name: run for run in runs}, curves, with_mean))
-    blocks = [Heading("Runs"), table, Words(remark, "note"), Heading("Curves")]
-    return str(write_page(path, title, [*blocks, Figure(titles, drawn)]))
+    png = figure_png(plot_runs({run.name: run for run in runs}, curves, with_mean))
+    blocks = [table, Words(remark, "note"), Figure("Curves of these runs", png)]
+    return str(write_page(path, title, blocks))
 
 
 def plot_runs(runs: dict[str, Path], curves, with_mean=False):

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from lib.blocks import Figure
-from lib.command import BadInput, nearest
+from lib.command import BadInput
 from lib.figures import column, figure_png, plot_decisions
 from lib.files import file_digest
 from lib.pcam import open_split
@@ -67,9 +67,8 @@ def build_figure(e: Evidence, source: str, *, title: str = "") -> list[Figure]:
     elif source in FIGURES:
         figure = FIGURES[source](e)
     else:
-        names = [*FIGURES, *SEED_FIGURES]
-        hint = nearest(source, names)
-        raise BadInput(f"no figure {source}{hint} (allowed: {', '.join(names)}, or FILE.png)")
+        names = ", ".join([*FIGURES, *SEED_FIGURES])
+        raise BadInput(f"no figure {source} (allowed: {names}, or FILE.png)")
     return [replace(figure, title=title or figure.title)]
 
 

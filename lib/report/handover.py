@@ -129,7 +129,6 @@ def fetch_wheels(folder, with_torchvision: bool, machine: str, python: str) -> N
     pins = ["pip", *(f"{name}=={number}" for name, number in versions.items())]
     if with_torchvision:
         pins.append("torchvision")  # of the version that fits torch
-    say(f"fetching torch {versions['torch']} and what a prediction needs")
     result = pip("download", "--quiet", "--dest", folder, *pins)
     if result.returncode:
         raise BadInput(f"pip download failed: {last_line(result.stderr)}")

@@ -3,7 +3,7 @@
 import contextlib
 
 from lib.blocks import Table, Words, show, table_of
-from lib.command import BadInput, nearest
+from lib.command import BadInput
 from lib.config import plain
 from lib.report.evidence import NUM_DIGITS, Evidence, Missing
 from lib.report.quotes import read_code
@@ -89,7 +89,7 @@ def look_up(document, key: str, file: str):
     for part in key.split(".") if key else []:
         names = value if isinstance(value, dict) else {}
         if part not in names:
-            raise BadInput(f"{file} has no {key}{nearest(part, names)}")
+            raise BadInput(f"{file} has no {key}")
         value = names[part]
     return value
 
