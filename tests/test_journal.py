@@ -22,7 +22,6 @@ from lib.report.journal import (
     DIRECTIVE,
     TEMPLATE,
     check_journal,
-    read_directives,
     write_journal,
 )
 from lib.report.markdown import parse_markdown
@@ -226,31 +225,30 @@ def test_a_score_below_its_constant_answer_is_marked_wherever_it_is_shown(team):
 
 
 def test_seeds_are_finished_runs_of_one_set_and_no_trials_of_a_search(team):
-    seeds = "<!-- seeds -->\n"
     for run in runs_of(team):
         edit_config(shutil.copytree(run, run.with_name(f"{run.name}-other")), lr=0.5)
-    (missing,) = refill(team, seeds)["missing"]
+    (missing,) = refill(team, "<!-- seeds -->\n")["missing"]
     assert missing.count("runs/") == 6 and "±" not in read(team), "two sets to choose from"
     for run in runs_of(team):
         edit_config(run, name="space-7eed90-base")
-    assert "make seeds" in refill(team, seeds)["missing"][0]
+    assert "make seeds" in refill(team)["missing"][0]
+
+
+def test_an_unfinished_search_is_not_shown_as_a_result(team):
+    search = team / "sweeps" / "s"
+    search.mkdir(parents=True)
+    write_json(search / "plan.json", {"ranges": {"lr": {"log": [1, 2]}}})
+    text = "<!-- table search/plan.json -->\n<!-- table sweeps/s/plan.json -->\n<!-- table champion -->"
+    result = refill(team, text)
+    assert "make sweep" in result["missing"][0] and "s is not finished" in result["differing"][0]
+    write_json(search / "champion.json", {"run": f"runs/{runs_of(team)[1].name}"})
+    (sentence,) = refill(team)["differing"]
+    assert "assets/champion is not runs/" in sentence
     # an audit of a part is no evidence
     for name in ("audit-x", "audit-part-x", "audit-groups-x"):
         (team / name).mkdir()
         (team / name / "quarantine.csv").touch()
     assert [folder.name for folder in find_evidence(team, "data-audit")] == ["audit-x"]
-
-
-def test_an_unfinished_search_is_not_shown_as_a_result(team):
-    (team / "sweeps" / "s").mkdir(parents=True)
-    write_json(team / "sweeps" / "s" / "plan.json", {"ranges": {"lr": {"log": [1, 2]}}})
-    text = "<!-- table search/plan.json:ranges -->\n<!-- table sweeps/s/plan.json:ranges -->\n"
-    result = refill(team, text + "<!-- table champion -->\n")
-    assert "make sweep" in result["missing"][0] and "s is not finished" in result["differing"][0]
-    run = f"runs/{runs_of(team)[1].name}"
-    write_json(team / "sweeps" / "s" / "champion.json", {"run": run})
-    (sentence,) = refill(team)["differing"]
-    assert f"assets/champion is not {run}" in sentence
 
 
 # the empty journal, and an earlier one
@@ -275,11 +273,10 @@ def test_an_empty_journal_says_what_is_missing_and_which_command_makes_it(tmp_pa
 def test_every_question_has_its_place_and_every_command_is_a_target_of_make():
     sections = re.findall(r"(?m)^## ([\d.]+) ", TEMPLATE.read_text())
     assert sections == ["1", "2", "3", "4", "5.1", "5.2", "6", "7", "8", "9"]
-    targets = re.findall(r"(?m)^([\w-]+):", (REPOSITORY / "Makefile").read_text())
+    makefile = (REPOSITORY / "Makefile").read_text()
     for piece in EVIDENCE:
         assert set(piece.questions.split(", ")) <= set(sections)
-        assert piece.command.split()[1] in targets
-    assert len(read_directives(TEMPLATE.read_text())) > 40
+        assert f"\n{piece.command.split()[1]}:" in makefile
 
 
 # directives
@@ -365,15 +362,14 @@ def test_markdown_becomes_blocks(tmp_path):
 
 @pytest.mark.browser
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_of_the_page_is_cut(filled, tmp_path, width):
+def test_nothing_of_the_page_is_cut_on_a_phone(filled, tmp_path):
     page = (filled / "journal.html").read_text()
     probe = """<script>onload = () => document.title = JSON.stringify({
         page: document.documentElement.scrollWidth, window: innerWidth,
         broken: [...document.images].filter(image => !image.naturalWidth).length})</script>"""
     (tmp_path / "page.html").write_text(page.replace("</body>", probe + "</body>"))
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    options += [f"--window-size={width},2000", "--virtual-time-budget=5000", "--dump-dom"]
+    options += ["--window-size=390,2000", "--virtual-time-budget=5000", "--dump-dom"]
     command = ["chromium", *options, (tmp_path / "page.html").as_uri()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     facts = json.loads(re.search("<title>(.*?)</title>", result.stdout)[1])
@@ -383,8 +379,7 @@ def test_nothing_of_the_page_is_cut(filled, tmp_path, width):
 def test_the_assignment_names_each_piece_of_evidence_and_the_next_command(capsys):
     assert report.main(["assignment"]) == 0
     out, err = capsys.readouterr()
-    missing = list_missing(REPOSITORY)
-    next_command = missing[0]["command"] if missing else "make journal"
-    result = {"num_missing": len(missing), "next": next_command}
+    commands = [row["command"] for row in list_missing(REPOSITORY)]
+    result = {"num_missing": len(commands), "next": [*commands, "make journal"][0]}
     assert json.loads(out.splitlines()[-1]) == result
     assert all(piece.what in err for piece in EVIDENCE)

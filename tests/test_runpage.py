@@ -4,9 +4,8 @@ import re
 import shutil
 
 import pytest
-from conftest import QUICK, REPOSITORY
+from conftest import QUICK, REPOSITORY, run_script
 
-import inference
 import report
 import train
 from lib.blocks import show
@@ -19,8 +18,8 @@ from lib.runpage import write_run_page
 @pytest.fixture(scope="module")
 def predictions(quick_run, pcam_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("predictions") / "p.csv"
-    arguments = ["--ckpt", quick_run, pcam_dir, "--split", "valid", "--out", path]
-    assert inference.main(list(map(str, arguments))) == 0
+    inputs = ["--ckpt", quick_run, pcam_dir, "--split", "valid", "--out", path]
+    run_script("inference.py", *inputs, check=0)
     return path
 
 

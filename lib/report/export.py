@@ -76,7 +76,7 @@ def mlflow_writer(library, out: Path, name: str):
         started = meta.get("started_utc", "1970-01-01T00:00:00+00:00")
         start_ms = int(datetime.datetime.fromisoformat(started).timestamp() * 1000)
         end_ms = start_ms + int(1000 * row.get("wall_s", 0))
-        tags = {"status": row["status"], "mlflow.source.git.commit": meta.get("commit") or ""}
+        tags = {"mlflow.source.git.commit": meta.get("commit") or ""}
         created = client.create_run(experiment, start_ms, tags, run.name)
         run_id = created.info.run_id
         params = [library.entities.Param(*item) for item in config.items()]

@@ -92,7 +92,7 @@ def copy_figure(e: Evidence, name: str) -> Figure:
     """A PNG that another script has drawn. One below assets/ is shown where it lies."""
     path = e.path(name)
     target = name if name.startswith("assets/") else f"{FOLDER}/{'-'.join(path.parts[-2:])}"
-    return Figure(path.stem.replace("-", " "), path.read_bytes(), target)
+    return Figure(path.stem, path.read_bytes(), target)
 
 
 def draw_seeds(e: Evidence, name: str) -> Figure:
@@ -140,7 +140,7 @@ def read_errors(e: Evidence) -> list[tuple]:
 def draw_decisions(e: Evidence) -> Figure:
     """ROC, precision-recall and confusion matrix of the champion at its threshold."""
     files = ["model-audit/predictions.csv", "model-audit/scores.json"]
-    rows = [row for row in e.document(files[0]) if row["label"] and row["probability"]]
+    rows = e.document(files[0])
     labels = column(rows, "label").astype(int)
     probs = column(rows, "probability")
     threshold = e.document(files[1])["checkpoint"]["threshold"]

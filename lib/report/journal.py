@@ -194,12 +194,11 @@ def write_journal(path: Path) -> dict:
         path.with_name(f"{path.name}.before").write_text(text, encoding="utf-8")
         with atomic_write(path, "w") as file:
             file.write(filled)
-    title = TITLE.search(filled)
+    title = (TITLE.findall(filled) or [path.stem])[0]
     blocks = parse_markdown(TITLE.sub("", filled, count=1), path.parent)
-    page = write_page(path.with_name("journal.html"), title[1] if title else path.stem, blocks)
+    page = write_page(path.with_name("journal.html"), title, blocks)
     wrong = [f"{it.place}: {it.wrong}" for it in directives if it.wrong]
     return {
-        "journal": str(path),
         "page": str(page),
         "num_filled": sum(not (it.missing or it.wrong) for it in directives),
         "missing": [f"{'; '.join(headings)}: {text}" for text, headings in missing.items()],

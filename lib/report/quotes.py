@@ -41,8 +41,7 @@ def quote_history(name: str, commit: str) -> Code:
     lines = [line.rstrip() for line in git(*HISTORY[name], commit, "--").splitlines()]
     if not lines:
         raise Missing(f"the history of this clone has no {name}")
-    more = ["..."] if len(lines) > MOST_LINES else []
-    return Code("\n".join(lines[:MOST_LINES] + more), " ".join(["git", *HISTORY[name]]))
+    return Code("\n".join(lines[:MOST_LINES]), " ".join(["git", *HISTORY[name]]))
 
 
 def find_code(file: str, text: str, name: str) -> tuple[int, str]:

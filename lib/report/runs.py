@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import operator
-import os
 import platform
 import re
 import time
@@ -57,7 +56,7 @@ def list_runs(runs_dir) -> list[dict]:
     """A row for each run folder in `runs_dir`, in the order of their names, which is that of their
     starts.
     """
-    rows = [read_run(Path(runs_dir, name)) for name in sorted(os.listdir(runs_dir))]
+    rows = [read_run(run) for run in sorted(Path(runs_dir).iterdir())]
     return [row for row in rows if row]
 
 
