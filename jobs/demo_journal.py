@@ -95,9 +95,10 @@ def make_demo() -> None:
     Path("space.yaml").write_text(yaml.safe_dump(SPACE))
     plan = ("sweep.py", "plan space.yaml --name demo --sweeps sweeps", SEARCHED)
     make("sweeps/demo/plan.json", *plan)
-    options = "demo --sweeps sweeps --runs runs --processes 2 --finish"
+    options = "demo --sweeps sweeps --runs runs --processes 2"
     for rung in (0, 1):
-        make(f"sweeps/demo/rung-{rung + 1}.json", "sweep.py", "promote", options, "--rung", rung)
+        promote = ("sweep.py", "promote", options, "--finish --rung", rung)
+        make(f"sweeps/demo/rung-{rung + 1}.json", *promote)
     make("sweeps/demo/champion.json", "sweep.py", "champion", options)
     best = read_json("sweeps/demo/champion.json")["finalists"][0]["run"]
     champion = ("jobs/champion.py", best, "--data pcam --assets assets")
