@@ -13,7 +13,6 @@ python report.py assignment
 import argparse
 import platform
 import sys
-from collections import Counter
 from pathlib import Path
 
 from lib.command import (
@@ -30,7 +29,6 @@ from lib.command import (
 )
 
 CHAMPION = REPOSITORY / "assets" / "champion"
-SYSTEM = "manylinux_2_28"  # the oldest that torch asks for
 SPREAD_NOTE = (
     "The interval is that of the mean (Student's t). Folds share most of their training patches, so"
     " that theirs is narrower than it should be (Bengio and Grandvalet 2004)."
@@ -38,17 +36,15 @@ SPREAD_NOTE = (
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(
-        prog="report.py", description="Pages and tables from what runs have left on disk."
-    )
-    verbs = parser.add_subparsers(dest="what", required=True, metavar="|".join(COMMANDS))
+    parser = Parser(description="Pages and tables from what runs have left on disk.")
+    verbs = parser.add_subparsers(dest="what", required=True)
     commands = {name: verbs.add_parser(name, help=words) for name, (_, words) in COMMANDS.items()}
 
     add = commands["run"].add_argument
     add("run", metavar="RUN", help="a run folder")
     add("--predictions", metavar="FILE", help="a predictions.csv with labels: scores and examples")
-    add("--threshold", type=probability, metavar="T", help="default: the stored one")
-    add("--remark", default="", metavar="TEXT", help="a sentence for the top of the page")
+    add("--threshold", type=probability, help="default: the stored one")
+    add("--remark", default="", help="a sentence for the top of the page")
     add("--out", metavar="FILE", help="default: RUN/report.html")
 
     for name in ("runs", "seeds", "folds", "export"):
@@ -59,11 +55,11 @@ def parse(argv) -> argparse.Namespace:
         conditions = (
             "only runs of which this holds, such as 'val_auc>0.9' or seed=1; all of several"
         )
-        add("--where", action="append", default=[], metavar="CONDITION", help=conditions)
+        add("--where", action="append", default=[], help=conditions)
         if name != "export":
             add("--html", metavar="FILE", help="a page with their curves together")
     columns = "a column to order by, the largest first after a - (default: by start)"
-    commands["runs"].add_argument("--sort", default="run", metavar="NAME", help=columns)
+    commands["runs"].add_argument("--sort", default="run", help=columns)
 
     for name in ("export", "handover"):
         add = commands[name].add_argument
@@ -71,10 +67,10 @@ def parse(argv) -> argparse.Namespace:
         add(option, required=True, type=new_folder, metavar="DIR", help="a new or an empty folder")
     commands["export"].add_argument("--to", required=True, choices=("tensorboard", "mlflow"))
     add("run", nargs="?", default=CHAMPION, metavar="RUN", help="default: assets/champion")
-    systems = [f"{SYSTEM}_x86_64", f"{SYSTEM}_aarch64"]
-    add("--platform", default=f"{SYSTEM}_{platform.machine()}", choices=systems, metavar="P")
+    system = f"manylinux_2_28_{platform.machine()}"
+    add("--platform", default=system, help="default: %(default)s")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    add("--python", default=python, metavar="3.X", help="default: %(default)s")
+    add("--python", default=python, help="default: %(default)s")
     add("--wheels", metavar="DIR", help="a folder of wheels, so that none is fetched")
 
     add = commands["journal"].add_argument
@@ -139,8 +135,8 @@ def report_assignment(_args) -> dict:
     from lib.evidence import list_evidence
 
     rows = list_evidence(REPOSITORY)
-    say(table_of(rows, ["questions", "evidence", "folder", "command"]).to_text())
-    commands = [row["command"] for row in rows if row["command"]]
+    say(table_of(rows).to_text())
+    commands = [row["command"] for row in rows if "command" in row]
     next_command = [*commands, "make journal"][0]
     say(f"next: {next_command}")
     return {"num_missing": len(commands), "next": next_command}
@@ -153,7 +149,7 @@ def report_runs(args) -> dict:
     rows = select_runs(list_runs(args.runs), args.where, args.sort)
     table = table_of_runs(rows)
     say(table.to_text())
-    result = {"num_runs": len(rows), **Counter(sorted(row["status"] for row in rows))}
+    result = {"num_runs": len(rows)}
     if args.html:
         from lib.report.drawings import TRAIN_LOSS, VAL_AUC, VAL_LOSS, write_together
 

@@ -45,15 +45,13 @@ CASES = "--cases default,fp32,apart,read,memory_copy,matrix_product"
 
 @script
 def main(argv=None) -> int:
-    parser = Parser(
-        prog="demo_journal.py", description="A journal from synthetic slides, from nothing."
-    )
+    parser = Parser(description="A journal from synthetic slides, from nothing.")
     parser.add_argument("folder", type=place, metavar="DIR", help="what is there already is kept")
     folder = Path(parser.parse_args(argv).folder)
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
     make_demo()
-    print_result({"page": str(folder / "journal.html"), "remark": REMARK})
+    print_result({"page": str(folder / "journal.html")})
     return EXIT_DONE
 
 

@@ -139,7 +139,7 @@ def list_evidence(root: Path) -> list[dict]:
     rows = []
     for piece in EVIDENCE:
         folders = find_evidence(root, piece.name)
-        row = {"evidence": piece.what, "questions": piece.questions, "folder": "", "command": ""}
+        row = {"questions": piece.questions, "evidence": piece.what}
         if len(folders) < piece.num:
             row["command"] = command_of(root, piece.name)
         else:
@@ -150,4 +150,4 @@ def list_evidence(root: Path) -> list[dict]:
 
 def list_missing(root: Path) -> list[dict]:
     """The rows of the evidence that `root` lacks."""
-    return [row for row in list_evidence(root) if row["command"]]
+    return [row for row in list_evidence(root) if "command" in row]

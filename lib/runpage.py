@@ -2,14 +2,12 @@
 of predictions with labels, decisions and examples.
 """
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 
 from lib.blocks import Figure, Gallery, Heading, Table, Words, show, write_page
 from lib.command import BadInput
-from lib.config import plain
 from lib.figures import EPOCH_PANELS, STEP_PANELS, column, figure_png, plot_columns, plot_decisions
 from lib.files import read_csv, read_edited_csv, read_json
 from lib.metrics import compute_metrics, constant_baselines
@@ -57,8 +55,7 @@ def write_run_page(
         blocks += [Heading("Step by step"), Figure(words, by_step)]
     if predictions:
         blocks += prediction_blocks(predictions, threshold)
-    values = [(key, plain(value)) for key, value in dataclasses.asdict(cfg).items()]
-    blocks += [Heading("Config"), Table(("key", "value"), values)]
+    blocks += [Heading("Config"), Table(("key", "value"), list(cfg.as_dict().items()))]
     return write_page(out, f"Run {run.name}", blocks)
 
 
