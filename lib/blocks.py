@@ -190,10 +190,10 @@ class Code:
         return f"{where}<pre><code>{html.escape(self.text)}</code></pre>"
 
 
-def table_of(rows: list[dict], columns=(), **options) -> Table:
+def table_of(rows: list[dict], columns=()) -> Table:
     """A Table of dicts, with the given columns or else those of all rows."""
     columns = columns or list(dict.fromkeys(name for row in rows for name in row))
-    return Table(columns, [[row.get(name) for name in columns] for row in rows], **options)
+    return Table(columns, [[row.get(name) for name in columns] for row in rows])
 
 
 def to_markdown(blocks) -> str:

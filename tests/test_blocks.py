@@ -3,9 +3,9 @@ else.
 """
 
 import base64
+import html
 import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 from PIL import Image
@@ -34,40 +34,17 @@ BLOCKS = [
     Gallery([PATCH], [NASTY]),
     Items([NASTY]),
 ]
-NUM_TEXTS = 1 + 1 + 2 + 1 + 2 + 1 + 1 + 2  # in each block; in title and heading
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page; checks that what is opened is closed."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_a_page_shows_and_escapes_every_text_and_fetches_nothing(tmp_path):
-    html = write_page(tmp_path / "p.html", NASTY, BLOCKS).read_text()
-    page = Page(html)
-    assert page.text.count(NASTY) == NUM_TEXTS
-    assert page.tags.count("script") == 1 and "b" not in page.tags
-    targets = [value for name, value in page.attributes if name in ("src", "href")]
-    assert targets and all(target.startswith("data:") for target in targets)
-    assert '<td class="words alarm">warning' in html
+    page = write_page(tmp_path / "p.html", NASTY, BLOCKS).read_text()
+    escaped = html.escape(NASTY)
+    for block in BLOCKS:
+        assert escaped in block.to_html() and block.to_html() in page
+    assert page.count("<script>") == 1 and "<b>" not in page and f"<h1>{escaped}</h1>" in page
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
+    assert '<td class="words alarm">warning' in page
     assert (tmp_path / "a.png").read_bytes() == patch_png(PATCH), "a figure lies beside it, too"
     for block in BLOCKS[:5]:
         assert NASTY in block.to_markdown().replace("\\|", "|")
@@ -78,8 +55,8 @@ def test_a_page_shows_and_escapes_every_text_and_fetches_nothing(tmp_path):
 
 def test_a_long_page_begins_with_links_to_its_sections(tmp_path):
     headings = [Heading(f"part {number}") for number in range(12)]
-    html = write_page(tmp_path / "p.html", "long", headings).read_text()
-    assert html.count('<a href="#part 7">') == html.count('id="part 7"') == 1
+    page = write_page(tmp_path / "p.html", "long", headings).read_text()
+    assert page.count('<a href="#part 7">') == page.count('id="part 7"') == 1
 
 
 def test_a_table_is_aligned_on_a_terminal_and_whole_in_markdown():
@@ -91,6 +68,6 @@ def test_a_table_is_aligned_on_a_terminal_and_whole_in_markdown():
 
 
 def test_marks_within_words_become_html_and_only_those():
-    html = Words("see `a<b **x**` and **c** at https://x.org/?a=1&b=2").to_html()
-    assert "<code>a&lt;b **x**</code>" in html and "<b>c</b>" in html
-    assert '<a href="https://x.org/?a=1&amp;b=2">' in html
+    text = Words("see `a<b **x**` and **c** at https://x.org/?a=1&b=2").to_html()
+    assert "<code>a&lt;b **x**</code>" in text and "<b>c</b>" in text
+    assert '<a href="https://x.org/?a=1&amp;b=2">' in text

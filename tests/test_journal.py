@@ -25,7 +25,6 @@ from lib.report.journal import (
     write_journal,
 )
 from lib.report.markdown import parse_markdown
-from lib.report.quotes import find_code
 from lib.report.tables import build_table
 
 pytestmark = pytest.mark.slow
@@ -322,14 +321,6 @@ def test_a_table_shows_the_rows_and_columns_that_are_asked_for(tmp_path):
 
 
 # code and history
-
-
-def test_code_is_found_by_name():
-    text = "import x\n\ndef f(a):\n    return a\n\nA, B = 1, 2\nC = {\n 1,\n}\n"
-    assert find_code("a.py", text, "f") == (3, "def f(a):\n    return a")
-    assert find_code("a.py", text, "C") == (7, "C = {\n 1,\n}")
-    assert find_code("a.py", text, "g") == find_code("a.yml", text, "g:") == (0, "")
-    assert find_code("a.yml", "on:\n  push:\n  pull:", "push") == (2, "  push:")
 
 
 @pytest.mark.skipif(

@@ -3,12 +3,12 @@ mixed up.
 """
 
 import json
-import multiprocessing
 import os
 import platform
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import report
 from lib import rundir
 from lib.command import BadInput
 from lib.config import dump_config, load_config, read_yaml
-from lib.files import read_csv, read_json, write_csv, write_json
+from lib.files import write_csv, write_json
 from lib.report.runs import (
     SILENT_S,
     average_scores,
@@ -28,8 +28,6 @@ from lib.report.runs import (
     select_runs,
     table_of_runs,
 )
-
-forked = multiprocessing.get_context("fork")
 
 
 def describe_process() -> dict:
@@ -239,30 +237,16 @@ def test_report_lists_runs_and_draws_those_that_are_chosen(tmp_path, capsys):
     assert "nowhere" in err
 
 
-# ---- many processes
+# ---- many at once
 
 
-def _start_run(runs, seed: int, barrier) -> None:
+def test_runs_that_start_at_once_get_a_folder_each(tmp_path, monkeypatch):
     # so few names that each is wanted more than once
-    rundir.secrets.token_hex = lambda _: os.urandom(1).hex()
-    barrier.wait()
-    write_run(runs, f"seed={seed}", pid_of_writer=os.getpid())
-
-
-def test_processes_that_start_at_once_get_a_folder_each(tmp_path):
-    barrier = forked.Barrier(8)
-    starts = [(tmp_path, seed, barrier) for seed in range(8)]
-    processes = [forked.Process(target=_start_run, args=start) for start in starts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert not process.exitcode
-    rows = sorted(list_runs(tmp_path), key=lambda row: row["seed"])
-    for process, row in zip(processes, rows, strict=True):
-        meta = read_json(tmp_path / row["run"] / "meta.json")
-        assert meta["pid_of_writer"] == process.pid and row["status"] == "finished"
-        assert len(read_csv(tmp_path / row["run"] / "steps.csv")) == 3
+    monkeypatch.setattr(rundir.secrets, "token_hex", lambda _: os.urandom(1).hex())
+    cfg = load_config()
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: rundir.create_run(tmp_path, cfg), range(60)))
+    assert len(set(runs)) == len(list_runs(tmp_path)) == 60
 
 
 # ---- other programs
