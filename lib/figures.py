@@ -84,8 +84,9 @@ def figure_png(figure, source: str = "") -> bytes:
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:
-    """A column of rows, of a CSV or not, as float64, empty cells as NaN."""
-    return np.array([float("nan" if row[name] in ("", None) else row[name]) for row in rows])
+    """A column of rows, of a CSV or not, as float64; what is empty, or not there, is NaN."""
+    values = [row.get(name) for row in rows]
+    return np.array([float("nan" if value in ("", None) else value) for value in values])
 
 
 def plot_columns(rows: list[dict], x: str, panels: dict[str, dict[str, str]]):

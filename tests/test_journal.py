@@ -30,6 +30,7 @@ from lib.report.tables import build_table
 pytestmark = pytest.mark.slow
 
 EXAMPLE = REPOSITORY / "assets" / "example" / "JOURNAL.md"
+RUN = EXAMPLE.parent / "runs" / "20261123T172959Z-proof-7eed90-base-s2-0bdf"
 TEXT = """# Our journal
 
 Group: seven. Our AUC of <!-- value champion/summary.json val_auc digits=3 --> is high.
@@ -74,7 +75,7 @@ def runs_of(root) -> list:
 
 
 @pytest.fixture(scope="module")
-def filled(quick_run, pcam_dir, tmp_path_factory):
+def filled(pcam_dir, tmp_path_factory):
     """A folder with three seeds, a champion from one of them, the files of its audit, and a journal
     that is filled in, which no test may change.
     """
@@ -83,8 +84,8 @@ def filled(quick_run, pcam_dir, tmp_path_factory):
     code = {"commit": git("rev-parse", "HEAD").strip(), "uncommitted_patch": ""}
     for seed in (1, 2, 3):
         run = root / "runs" / f"20260101T00000{seed}Z-quick-s{seed}-000{seed}"
-        shutil.copytree(quick_run, run)
-        edit_config(run, seed=seed)
+        shutil.copytree(RUN, run)
+        edit_config(run, seed=seed, name="quick")
         (run / "best.pt").write_text(f"checkpoint {seed}")
         edit_json(run / "meta.json", **code)
         edit_json(run / "summary.json", weights_sha256=f"{seed:064}", val_auc=0.9 + seed / 100)
