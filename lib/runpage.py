@@ -68,9 +68,8 @@ def fact_table(run: Path, cfg, meta: dict, summary: dict) -> Table:
         ("status", summary["status"]),
         ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
         ("trained on", f"{num_train:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
-        ("images/s", summary["images_per_s"]),
-        ("machine", f"{machine['cpu']}, {machine['device']}"),
-        ("wall time (s)", summary["wall_s"]),
+        ("speed", f"{summary['images_per_s']} images/s on {machine['cpu']}, {machine['device']}"),
+        ("wall time", f"{summary['wall_s']:.0f} s"),
         ("commit", meta["commit"] or "not in a git repository"),
         ("weights SHA-256", summary["weights_sha256"]),
     ]
