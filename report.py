@@ -92,7 +92,12 @@ def new_folder(text: str) -> str:
 def main(argv=None) -> int:
     args = parse(argv)
     report, _ = COMMANDS[args.what]
-    result = report(args)
+    try:
+        result = report(args)
+    except KeyError as error:
+        if "run" not in args:
+            raise
+        raise BadInput(f"{args.run} is of an older or another program: it has no {error}") from None
     print_result(result)
     return EXIT_FINDING if result.get("num_differing") else EXIT_DONE
 
@@ -208,10 +213,7 @@ def report_run(args) -> dict:
         threshold = load_checkpoint(run / "best.pt")["threshold"]
     out = args.out or run / "report.html"
     summary = read_json(run / "summary.json")
-    try:
-        page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
-    except KeyError as error:
-        raise BadInput(f"{run} is of an older or another program: it has no {error}") from None
+    page = write_run_page(run, out, summary, args.predictions, threshold, args.remark)
     say(f"page {page}")
     return {"page": str(page), "run": str(run)}
 
