@@ -31,9 +31,9 @@ def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
     Raises BadInput where that fails.
     """
     bundle = bundle.resolve()
-    inputs = ("--ckpt", bundle / "model", bundle / "patches")
-    outputs = ("--device", "cpu", "--out", out)
-    run_script(bundle / "code" / "inference.py", *inputs, *outputs, timeout_s=timeout_s)
+    script = bundle / "code" / "inference.py"
+    options = ("--ckpt", bundle / "model", "--device", "cpu", "--out", out)
+    run_script(script, bundle / "patches", *options, timeout_s=timeout_s)
 
 
 def read_licence(meta) -> str:

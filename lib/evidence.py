@@ -19,14 +19,12 @@ NO_EVIDENCE = re.compile(r"^audit-(groups|part)-|-injected$")
 @dataclass(frozen=True)
 class Evidence:
     """A piece of evidence: its short name in a directive, what it is, a pattern of the file that
-    shows it, the least number of such files, the command that makes it, and the questions of the
-    journal that it answers.
+    shows it, the command that makes it, and the questions of the journal that it answers.
     """
 
     name: str
     what: str
     pattern: str
-    num: int
     command: str
     questions: str
 
@@ -36,7 +34,6 @@ EVIDENCE = [
         "twin",
         "a comparison of two equal trainings",
         "audit-*/twin.html",
-        1,
         "make twin DATA=data/pcam",
         "1",
     ),
@@ -44,7 +41,6 @@ EVIDENCE = [
         "data-audit",
         "an audit of the data",
         "audit-*/quarantine.csv",
-        1,
         "make audit DATA=data/pcam",
         "2",
     ),
@@ -52,7 +48,6 @@ EVIDENCE = [
         "seeds",
         "three finished runs that differ in the seed alone",
         "runs/*/summary.json",
-        NUM_SEEDS,
         "make seeds SEEDS=1,2,3 DATA=data/pcam",
         "3, 4, 5.1",
     ),
@@ -60,7 +55,6 @@ EVIDENCE = [
         "search",
         "a finished search",
         "sweeps/*/champion.json",
-        1,
         "make sweep SPACE=assets/space.yaml DATA=data/pcam",
         "5.2",
     ),
@@ -68,7 +62,6 @@ EVIDENCE = [
         "champion",
         "a champion from a run of this checkout",
         "assets/champion/summary.json",
-        1,
         "make champion RUN=sweeps/NAME",
         "5.2",
     ),
@@ -76,7 +69,6 @@ EVIDENCE = [
         "model-audit",
         "an audit of the champion",
         "audit-*/scores.json",
-        1,
         "make audit-model DATA=data/pcam",
         "5.2, 6",
     ),
@@ -84,7 +76,6 @@ EVIDENCE = [
         "benchmark",
         "a benchmark",
         "bench/*/benchmark.json",
-        1,
         "make bench PARTITION=thin_course DATA=data/pcam",
         "8",
     ),
@@ -140,7 +131,7 @@ def list_evidence(root: Path) -> list[dict]:
     for piece in EVIDENCE:
         folders = find_evidence(root, piece.name)
         row = {"questions": piece.questions, "evidence": piece.what}
-        if len(folders) < piece.num:
+        if len(folders) < (NUM_SEEDS if piece.name == "seeds" else 1):
             row["command"] = command_of(root, piece.name)
         else:
             row["folder"] = str(folders[-1].relative_to(root))
