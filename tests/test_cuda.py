@@ -2,24 +2,97 @@
 the host.
 """
 
+import contextlib
+import copy
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
-from proofs.trainer import (
-    Trainer,
-    computed_bytes,
-    different_draws,
-    first_wait,
-    launches_of_a_step,
-    logit_difference,
-)
+from conftest import REPOSITORY
+from proofs.trainer import LAUNCHES, WARM_STEPS, Trainer, profile_steps
+from torch.utils._pytree import tree_leaves
 
+from lib.augment import PREPROCESSING, draw_augmentation
+from lib.command import one_line
 from lib.device import choose_device
 from lib.files import read_csv
+from lib.predict import predict_batch, ready_to_predict
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def logit_difference(trainer: Trainer, precision: str, views=1, num=256) -> float:
+    """The greatest difference between the device's logits of the first patches and the CPU's, as a
+    share of the range of these.
+    """
+    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split)))))
+    logits = []
+    for device in (torch.device("cpu"), trainer.device):
+        model = copy.deepcopy(trainer.state.model).to(device)
+        model = ready_to_predict(model, precision)
+        answers = predict_batch(model, images.to(device), precision, views, PREPROCESSING)
+        logits.append(answers.cpu())
+    ours, theirs = logits
+    return float((ours - theirs).abs().max() / (ours.max() - ours.min()))
+
+
+def different_draws(trainer: Trainer) -> list[str]:
+    """What of an epoch's order and augmentation is not equal to the bit on the CPU and on the
+    device.
+    """
+    drawn = []
+    for device in (torch.device("cpu"), trainer.device):
+        keys = trainer.order(1, device)
+        drawn.append({"order": keys, **vars(draw_augmentation(keys, 1, trainer.cfg))})
+    ours, theirs = drawn
+    return [name for name in ours if not torch.equal(ours[name].cpu(), theirs[name].cpu())]
+
+
+def first_wait(trainer: Trainer, run_folder, num=10) -> str:
+    """Where the host first waits for the GPU in `num` steps of training, loading and logging; empty
+    for nowhere.
+    """
+    try:
+        for done in trainer.logged_steps(run_folder, WARM_STEPS + num, trainer.cfg.batch_size):
+            if done == WARM_STEPS:
+                torch.cuda.set_sync_debug_mode("error")
+            elif done == WARM_STEPS + num:
+                torch.cuda.set_sync_debug_mode("default")
+    except RuntimeError as error:
+        where = "outside of lib"
+        for frame in traceback.extract_tb(error.__traceback__):
+            if str(REPOSITORY / "lib") in frame.filename:
+                where = f"{Path(frame.filename).name}:{frame.lineno} ({frame.line})"
+        return f"{one_line(error)}: {where}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
+
+
+def computed_bytes(device: torch.device, data, captured: bool, num=6, **changes) -> list:
+    """All that `num` steps leave, as tensors on the CPU: weights, averages, momenta and each step's
+    loss.
+    """
+    trainer = Trainer(device, data, captured=captured, batch_size=16, **changes)
+    with contextlib.closing(trainer.batches(16)) as loader:
+        losses = [trainer.step(next(loader)).loss.cpu() for _ in range(num)]
+    state = trainer.state
+    tensors = [*state.model.state_dict().values(), *state.averaged.state_dict().values()]
+    moments = tree_leaves(state.optimizer.state_dict())
+    moments = [value for value in moments if torch.is_tensor(value) and value.ndim > 0]
+    return [tensor.cpu() for tensor in (*losses, *tensors, *moments)]
+
+
+def launches_of_a_step(trainer: Trainer, num=4) -> float:
+    """How often the host calls the GPU in a step of training, its batch included."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    profiled = profile_steps(trainer, num, activities)
+    calls = [event for event in profiled.events() if event.name.startswith(LAUNCHES)]
+    return len(calls) / num
 
 
 @pytest.fixture(params=["p4m", "resnet18"])

@@ -49,7 +49,7 @@ def test_a_section_that_fails_or_needs_a_gpu_is_a_row_and_a_second_run_keeps_wha
     second, table, code = prove(tmp_path / "two", "--before", before, "--budget", 0)
     assert second["full_epoch"] == first["full_epoch"] and rows[-1]["measured"] in table
     assert second["throughput"] == first["throughput"] and code == 1
-    assert "budget" in second["batch_sizes"]["rows"][0]["measured"]
+    assert "budget" in second["twins"]["rows"][0]["measured"]
 
 
 def carry_out(function, tmp_path, seconds: float) -> tuple[str, list[dict]]:

@@ -17,6 +17,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,7 +47,6 @@ from lib.command import (
     say,
     script,
 )
-from lib.config import load_config
 from lib.device import choose_device
 from lib.files import atomic_write, read_json
 from lib.machine import describe_machine
@@ -56,11 +56,6 @@ from proofs.rates import plain_images_per_s
 from proofs.trainer import (
     WARM_STEPS,
     Trainer,
-    computed_bytes,
-    different_draws,
-    first_wait,
-    launches_of_a_step,
-    logit_difference,
     median_rates,
     profile_steps,
     wait_for,
@@ -75,25 +70,6 @@ WHOLE_PATCHES = {"crop_epochs": 0}
 SLICE_BYTES = 4864 << 20  # what a 1g.5gb slice of an A100 holds
 FULL_TRAIN = 262_144  # patches of PCam's training split
 GOAL_IMAGES_PER_S, GOAL_EPOCH_S, GOAL_IDLE = 40_000, 7.0, 0.05  # of an H100
-# batch sizes, each with the rule for its learning rate: the power of the factor to the default size
-RULES = {"": 0.0, "sqrt": 0.5, "linear": 1.0}
-RECIPES = (
-    (64, ""),
-    (256, "sqrt"),
-    (1024, "sqrt"),
-    (128, "sqrt"),
-    (512, "sqrt"),
-    (256, "linear"),
-    (1024, "linear"),
-)
-QUICK = [
-    "epochs=1",
-    "warmup_epochs=0.5",
-    "limit_train=64",
-    "limit_valid=64",
-    "views=1",
-    "p4m_width=2",
-]
 # a section starts with everything imported; this process never starts CUDA
 FORK = multiprocessing.get_context("fork")
 SECTIONS = {}
@@ -101,13 +77,12 @@ SECTIONS = {}
 
 @dataclasses.dataclass
 class Context:
-    """What a section is given; `ends_at`, on the monotonic clock, is when it is stopped."""
+    """What a section is given."""
 
     device: torch.device
     small: bool
     data: Path
     scratch: Path
-    ends_at: float = 0.0
 
     def patches(self) -> Path:
         """The PCam folder to measure with: the one that was given, or, made once, one of the tar,
@@ -130,9 +105,6 @@ class Context:
     def goal(self, is_reached: bool) -> bool | None:
         """A goal of speed, which nothing is asked of in small."""
         return self.size(is_reached, None)
-
-    def left(self) -> float:
-        return self.ends_at - time.monotonic()
 
     def trainer(self, **changes) -> Trainer:
         return Trainer(self.device, self.patches(), **changes)
@@ -174,18 +146,20 @@ def peak_memory(device: torch.device) -> str:
 # The sections, in the order in which they run
 
 
-@section(60)
+@section(80)
 def environment(ctx):
-    """The machine, the tests that need CUDA, and the patches"""
+    """The machine, each test that needs CUDA, and the patches"""
     machine = describe_machine(ctx.device)
     keys = ("gpu", "driver", "cuda", "cudnn", "cpu", "num_cores")
     about = "".join(f"{key} {machine[key]}, " for key in keys if key in machine)
     python = sys.version.split()[0]
     yield row("the machine", f"{about}torch {torch.__version__}, python {python}")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "cuda"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-m", "cuda"]
     command.append("tests/test_cuda.py")
     tested = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     say(tested.stdout[-4000:])
+    for outcome, name in re.findall(r"(?m)^(PASSED|FAILED|ERROR) \S+?::(\S+)", tested.stdout):
+        yield row(name.removeprefix("test_"), outcome.lower(), outcome == "PASSED", "passed")
     counts = one_line((tested.stdout + tested.stderr).strip().rpartition("\n")[2])
     is_held = tested.returncode == 0 if ctx.device.type == "cuda" else None
     yield row("the tests that need CUDA pass", counts, is_held, "all")
@@ -197,55 +171,13 @@ def environment(ctx):
 
 
 @section(40, cuda_only=True)
-def agreement(ctx):
-    """The GPU says what the CPU says"""
-    for model in MODELS:
-        trainer = ctx.trainer(model=model)
-        # weights and batch-norm statistics that mean something
-        list(trainer.logged_steps(None, 20, 64))
-        for precision, most in (("fp32", 1e-3), ("bf16", 0.1)):
-            share = logit_difference(trainer, precision)
-            asked = (
-                f"{model}, {precision}: greatest difference between the logits of 256 patches on"
-                " GPU and CPU, over their range"
-            )
-            yield row(asked, f"{share:.2g}", share <= most, f"{most:g}")
-    different = ", ".join(different_draws(trainer))
-    asked = "order and draws of an epoch are equal to the bit on GPU and CPU"
-    yield row(asked, different or "equal", not different, "equal")
-
-
-@section(30, cuda_only=True)
-def waits(ctx):
-    """The host waits for the GPU nowhere"""
-    for model in MODELS:
-        folder = Path(tempfile.mkdtemp(dir=ctx.scratch))
-        waited = first_wait(ctx.trainer(model=model), folder)
-        asked = f"{model}: waits of ten steps of training, loading and logging"
-        yield row(asked, waited or "none", not waited, "none")
-
-
-@section(60, cuda_only=True)
 def graph(ctx):
-    """A step is one CUDA graph"""
-    for model in MODELS:
-        changes = {"model": model, **WHOLE_PATCHES}
-        first, plain, again = (
-            computed_bytes(ctx.device, ctx.patches(), captured, **changes)
-            for captured in (True, False, True)
-        )
-        is_same = all(map(torch.equal, first, plain)) and all(map(torch.equal, first, again))
-        asked = f"{model}: weights, moments and losses of captured, plain and repeated steps"
-        yield equality(asked, is_same)
-        for size in (64, 256):
-            changes["batch_size"] = size
-            captured, plain = ctx.rates(1, changes, changes | {"captured": False})
-            ratio = f"{captured / plain:.2f}x {compare_rates(captured, plain)}"
-            yield row(f"{model}, batch {size}: captured steps against plain ones", ratio)
-        captured = launches_of_a_step(ctx.trainer(**changes))
-        plain = launches_of_a_step(ctx.trainer(captured=False, **changes))
-        asked = f"{model}: calls that put work on the GPU, of a captured step and of a plain one"
-        yield row(asked, f"{captured:.0f} and {plain:.0f}", captured <= 30, "30")
+    """What it is worth that a step is one CUDA graph"""
+    for model, size in itertools.product(MODELS, (64, 256)):
+        changes = {"model": model, "batch_size": size, **WHOLE_PATCHES}
+        captured, plain = ctx.rates(1, changes, changes | {"captured": False})
+        ratio = f"{captured / plain:.2f}x {compare_rates(captured, plain)}"
+        yield row(f"{model}, batch {size}: captured steps against plain ones", ratio)
 
 
 def run_together(*commands) -> list[dict]:
@@ -462,27 +394,6 @@ def small_slice(ctx):
     yield row(asked, measured, streamed >= 0.9 * resident, "90%")
 
 
-@section(150)
-def batch_sizes(ctx):
-    """Larger batches of the default recipe, each with a learning rate to match"""
-    data, base, longest_s = ctx.patches(), load_config(), 0.0
-    where = ("--device", ctx.device.type, "--runs", ctx.scratch / "runs", f"data_dir={data}")
-    for size, rule in RECIPES[: ctx.size(None, 2)]:
-        if ctx.left() < 1.2 * longest_s:
-            yield row(f"train batch_size={size} {rule}", "not run: budget")
-            continue
-        lr = base.lr * (size / base.batch_size) ** RULES[rule]
-        changes = [f"batch_size={size}", f"lr={lr:.4g}"]
-        result = run("train.py", *where, *changes, *ctx.size([], QUICK))
-        longest_s = max(longest_s, result["wall_s"])
-        asked = f"train {' '.join(changes)}{f' ({rule})' if rule else ''}"
-        yield row(asked, f"{result['wall_s']:.1f} s, {describe_outcome(result)}")
-
-
-def describe_outcome(result: dict) -> str:
-    return f"{result['status']}, val_auc {result.get('val_auc') or 0:.4f}"
-
-
 @section(100, cuda_only=True)
 def recipes(ctx):
     """config.yaml and config-gpu.yaml, three seeds each, three trainings at a time"""
@@ -492,7 +403,8 @@ def recipes(ctx):
     for config, seed in jobs:
         commands.append(("train.py", *where, "--config", config, f"seed={seed}", "threads=4"))
     for (config, seed), result in zip(jobs, run_together(*commands), strict=True):
-        yield row(f"train --config {config} seed={seed}", describe_outcome(result))
+        outcome = f"{result['status']}, val_auc {result.get('val_auc') or 0:.4f}"
+        yield row(f"train --config {config} seed={seed}", outcome)
 
 
 # Carrying them out
@@ -505,7 +417,7 @@ def carry_out(function, ctx: Context, seconds: float, keep) -> str:
     What it did to its process, a broken CUDA context say, ends with it; at the deadline all that it
     started ends too.
     """
-    ctx.ends_at = time.monotonic() + seconds
+    ends_at = time.monotonic() + seconds
     receiver, sender = FORK.Pipe(duplex=False)
     process = FORK.Process(target=work, args=(function, ctx, sender))
     process.start()
@@ -514,7 +426,7 @@ def carry_out(function, ctx: Context, seconds: float, keep) -> str:
     try:
         while not state:
             state, line = "unfinished", f"stopped after {seconds:.0f} s"
-            if receiver.poll(max(0.0, ctx.left())):
+            if receiver.poll(max(0.0, ends_at - time.monotonic())):
                 state, line = receiver.recv()
             if isinstance(line, str):  # why it ended
                 line = row(function.__doc__, line, False)
@@ -595,8 +507,7 @@ class Results:
 
     def save(self) -> list[str]:
         """Write gpu.json and gpu.md; gives what was missed."""
-        in_order = {name: self.sections[name] for name in SECTIONS if name in self.sections}
-        return write_results(self.out, in_order)
+        return write_results(self.out, self.sections)
 
     def skip(self, name: str, reason: str, origin: dict) -> None:
         """Note why a section does not run; what was measured before is worth more."""
