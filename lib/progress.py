@@ -23,8 +23,7 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str = "patches"):
         self.total, self.label, self.unit = total, label, unit
-        self.stream = sys.stderr
-        self.live = self.stream.isatty()
+        self.live = sys.stderr.isatty()
         self.num_done, self.note = 0, ""
         self.started_at = self.shown_at = time.monotonic()
 
@@ -38,23 +37,31 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        num, left = f"{self.num_done:,} {self.unit}", ""
+        words = [f"{self.num_done:,} {self.unit}", f"{rate:,.0f}/s"]
         if self.total:
             share = self.num_done / self.total
-            num = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
-            remaining_s = (self.total - self.num_done) / rate if rate else 0.0
-            left = f", {format_duration(remaining_s)} left"
-        note = f", {self.note}" if self.note else ""
-        return f"{self.label}: {num}, {rate:,.0f}/s{left}{note}"
+            words[0] = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
+        if self.total and rate:
+            words.append(f"{format_duration((self.total - self.num_done) / rate)} left")
+        if self.note:
+            words.append(self.note)
+        return f"{self.label}: {', '.join(words)}"
 
-    def show(self, last: bool = False) -> None:
-        text = f"\r\033[K{self.line()}" if self.live else self.line()
-        print(text, end="" if self.live and not last else "\n", file=self.stream, flush=True)
+    def show(self) -> None:
+        start, end = ("\r\033[K", "") if self.live else ("", "\n")
+        print(f"{start}{self.line()}", end=end, file=sys.stderr, flush=True)
+
+    def end_line(self) -> None:
+        """Leave the bar as it is on a terminal: the next output begins a new line."""
+        if self.live:
+            self.show()
+            print(file=sys.stderr)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         # short work in a job log needs no line of its own
-        if self.live or time.monotonic() - self.started_at >= LINE_EVERY_S:
-            self.show(last=True)
+        if not self.live and time.monotonic() - self.started_at >= LINE_EVERY_S:
+            self.show()
+        self.end_line()

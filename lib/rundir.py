@@ -3,7 +3,6 @@ time.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.command import EXIT_USAGE, REPOSITORY, BadInput, nearest, one_line, print_result, say
+from lib.command import REPOSITORY, BadInput, nearest, one_line, print_result, say
 from lib.config import (
     ADDED_KEYS,
     Config,
@@ -56,15 +55,8 @@ VARIABLES = (
     "NCCL_",
     "NVIDIA_TF32_OVERRIDE",
 )
-# places in meta.json of what may change the bits of a computation
-HARDWARE = (
-    ("machine", "device"),
-    ("machine", "gpu"),
-    ("machine", "cpu_capability"),
-    ("versions", "torch"),
-    ("versions", "schema"),
-)
-MAX_UNTRACKED = 1000  # names of untracked files in meta.json
+# keys of meta.json's machine and versions that tell of what may change the bits of a computation
+HARDWARE = ("device", "gpu", "cpu_capability", "torch", "schema")
 
 # the scores of an evaluation that stand in epochs.csv, with val_ before their names
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
@@ -81,13 +73,8 @@ def create_run(runs_dir, cfg: Config) -> Path:
         run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
         with contextlib.suppress(FileExistsError):
             run.mkdir()
-            break
-    try:
-        write_config(run, cfg)
-    except BaseException:
-        run.rmdir()  # without a config it is no run
-        raise
-    return run
+            write_config(run, cfg)
+            return run
 
 
 def write_config(run: Path, cfg: Config) -> None:
@@ -127,23 +114,8 @@ def read_meta(run: Path) -> dict:
 def resume_config(run: Path, overrides) -> Config:
     """The configuration to resume a run with: its own, with changes of keys that do not change the
     weights.
-
-    A relative path is looked up in the working folder, then in the one where the run was started. A
-    quarantine or weights file may have a new path; `require_same_run` compares its content.
     """
-    cfg = read_run_config(run)
-    changes = parse_overrides(overrides)
-    started_in = Path(read_meta(run).get("cwd", ""))
-    moved = {}
-    for key in ("data_dir", "quarantine", "weights"):
-        path = getattr(cfg, key)
-        if not path:
-            continue
-        if key != "data_dir" and changes.get(key):
-            moved[key] = changes.pop(key)
-        elif not Path(path).exists() and (started_in / path).exists():
-            moved[key] = str(started_in / path)
-    return change_free_keys(dataclasses.replace(cfg, **moved), changes)
+    return change_free_keys(read_run_config(run), parse_overrides(overrides))
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str | None) -> None:
@@ -157,8 +129,6 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str |
         raise BadInput(
             f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
         )
-    # a run from before groups.csv existed has no digest of it to compare with
-    groups = groups if "groups" in before else None
     if before.get("identity") != cfg.identity_digest(data, groups):
         raise BadInput(
             f"{run} cannot go on: its config.yaml, the quarantine or weights file named there, or"
@@ -171,12 +141,12 @@ def say_what_changed(run: Path, meta: dict) -> None:
     its bits may then be others.
     """
     before = read_meta(run) or meta
-    for place, key in HARDWARE:
-        old, new = before[place].get(key), meta[place].get(key)
-        if old != new:
+    was, now = before["machine"] | before["versions"], meta["machine"] | meta["versions"]
+    for key in HARDWARE:
+        if was.get(key) != now.get(key):
             say(
-                f"warning: {run} goes on with another {key}, {new or 'none'} instead of"
-                f" {old or 'none'}: other bits may follow"
+                f"warning: {run} goes on with {key} {now.get(key)} instead of {was.get(key)}:"
+                " other bits may follow"
             )
 
 
@@ -206,20 +176,22 @@ def is_finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
 
 
-def run_git(*arguments: str) -> subprocess.CompletedProcess:
-    """A git command in this repository, with its output and exit code. Without git it fails."""
+def run_git(*arguments: str) -> tuple[str, str]:
+    """(output, error) of a git command in this repository. One of them is empty."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
     options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 30}
     try:
-        return subprocess.run(command, **options)
+        result = subprocess.run(command, **options)
     except (OSError, subprocess.SubprocessError) as error:
-        return subprocess.CompletedProcess(command, EXIT_USAGE, "", one_line(error))
+        return "", one_line(error)
+    if result.returncode:
+        return "", " ".join(result.stderr.split())
+    return result.stdout, ""
 
 
 def git(*arguments: str) -> str:
     """The output of a git command in this repository; empty where it fails."""
-    result = run_git(*arguments)
-    return "" if result.returncode else result.stdout
+    return run_git(*arguments)[0]
 
 
 def why_no_commit() -> str:
@@ -227,10 +199,10 @@ def why_no_commit() -> str:
 
     A repository around the folder of the program is not the program's, and may be private.
     """
-    result = run_git("rev-parse", "HEAD", "--show-toplevel")
-    if result.returncode:
-        return f"git says: {' '.join(result.stderr.split())}"
-    top = result.stdout.splitlines()[1]
+    output, error = run_git("rev-parse", "HEAD", "--show-toplevel")
+    if error:
+        return f"git says: {error}"
+    top = output.splitlines()[1]
     if not os.path.samefile(top, REPOSITORY):
         return f"{REPOSITORY} lies in another repository, {top}"
     return ""
@@ -244,11 +216,10 @@ def git_state() -> dict:
     if reason:
         say(f"warning: no commit is recorded, since {reason}")
         return {"commit": None, "uncommitted_patch": "", "untracked_files": []}
-    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
     return {
         "commit": git("rev-parse", "HEAD").strip(),
         "uncommitted_patch": git("diff", "HEAD"),
-        "untracked_files": untracked[:MAX_UNTRACKED],
+        "untracked_files": git("ls-files", "--others", "--exclude-standard").splitlines(),
     }
 
 
@@ -265,18 +236,11 @@ def process_start(pid: int) -> str:
     return "" if state in "ZX" else fields[18]  # Z and X: it has ended
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run uses."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions
-
-
 def environment() -> dict:
     """What runs, and where, for meta.json: argv, commit and patch, versions, environment variables,
     Slurm job.
     """
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
@@ -284,9 +248,9 @@ def environment() -> dict:
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
         **git_state(),
-        "versions": package_versions(),
+        "versions": {"python": platform.python_version(), **versions},
         "variables": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+            name: text for name, text in os.environ.items() if name.startswith(VARIABLES)
         },
         "submitted": json.loads(os.environ.get(SUBMITTED, "null")),
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
@@ -315,6 +279,15 @@ def write_stop(run: Path, status: str, step: int) -> None:
     write_json(run / "meta.json", read_meta(run) | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {shlex.quote(str(run))}")
     print_result({"run": str(run), "status": status, "step": step})
+
+
+def describe_scores(scores: dict, baselines: dict) -> str:
+    """The scores of an evaluation beside those of constant answers, as part of a sentence."""
+    return (
+        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+        f" {baselines['majority_accuracy']:.4f})"
+    )
 
 
 def build_summary(

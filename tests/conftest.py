@@ -2,6 +2,8 @@
 as real processes.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -77,6 +79,14 @@ def run_script(script: str, *arguments, check=None, cwd=REPOSITORY, **options):
     lines = result.stdout.strip().splitlines()
     result.json = json.loads(lines[-1]) if lines else None
     return result
+
+
+def call_script(main, *arguments) -> tuple[int, dict, str]:
+    """A script's main in this process: (exit code, last line of stdout parsed, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
 
 
 def make_old(path) -> None:
