@@ -105,10 +105,10 @@ def make_demo(folder: Path) -> int:
     # a search, and its best finalist as the champion
     options = ("plan", space, "--name", "demo", "--sweeps", sweeps, on_data, *SEARCHED.split())
     make(folder, "sweeps/demo/plan.json", "sweep.py", *options)
-    options = ("demo", "--sweeps", sweeps, "--runs", runs, "--processes", 2, "--finish")
+    options = ("demo", "--sweeps", sweeps, "--runs", runs, "--processes", 2)
     for rung in range(len(SPACE["rungs"])):
         product = f"sweeps/demo/rung-{rung + 1}.json"
-        make(folder, product, "sweep.py", "promote", *options, "--rung", rung)
+        make(folder, product, "sweep.py", "promote", *options, "--finish", "--rung", rung)
     make(folder, "sweeps/demo/champion.json", "sweep.py", "champion", *options)
     best = read_json(sweeps / "demo" / "champion.json")["finalists"][0]["run"]
     options = (best, "--data", data, "--assets", assets)
