@@ -3,7 +3,6 @@
 import collections
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES, describe_scores
 
 MAX_PENDING = 64  # the most steps that wait in memory until a GPU has computed their loss
-STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
+STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s")
 BASELINES = (
     "always_positive_f2",
     "majority_accuracy",
@@ -40,32 +39,11 @@ class Diverged(Exception):
         self.step, self.rows = step, rows
 
 
-@dataclass(frozen=True)
-class LoggedStep:
-    """A step that was made.
-
-    `values` (2,) on the host are its loss and gradient norm. On a GPU they are valid once the event
-    `done` has passed.
-    """
-
-    row: dict  # the columns of steps.csv that are known at once
-    keys: torch.Tensor  # (B,) of its batch
-    num_rows: int  # of the split: a key modulo this is the number of a row
-    wait_s: float
-    host_s: float  # since the step before, on the host's clock
-    values: torch.Tensor
-    done: torch.cuda.Event | None
-
-    @property
-    def is_done(self) -> bool:
-        return self.done is None or self.done.query()
-
-
 class RunLog:
     """Writes steps.csv and epochs.csv of a run, and adds up the time spent.
 
-    The loss of a step is read after the next step was begun. From a GPU it is read when an event
-    says that it is there, so that the GPU never waits for the log.
+    The loss of a step is read from a GPU when an event says that it is there, so that the GPU never
+    waits for the log.
 
     `progress` is that of the training state. It says which rows a resumed run keeps, and holds the
     sum of the epoch's losses. `batch_size` is the number of patches in a step, over all ranks. Only
@@ -89,8 +67,9 @@ class RunLog:
             self.logs = (self.steps, self.epochs)
             earlier = self.times()
             self.started_at -= earlier["train_s"] + earlier["eval_s"]
-        self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
-        self.last_step = self.last_done = None
+        # steps whose loss was not read yet, each as the arguments of _write
+        self.pending = collections.deque()
+        self.last_batch = self.last_done = None
         self.note = ""  # for the progress bar
 
     def start_epoch(self) -> None:
@@ -106,12 +85,11 @@ class RunLog:
         host_s = now - self.step_started_at
         self.step_started_at = now
         self.epoch_images += self.batch_size
-        while self.pending and (self.pending[0].is_done or len(self.pending) == MAX_PENDING):
-            self._write(self.pending.popleft())
         row = {"step": self.progress["num_steps"], "epoch": self.progress["epoch"] + 1, "lr": lr}
         values, done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach())
-        facts = (row, batch.keys, batch.num_rows, batch.wait_s, host_s)
-        self.pending.append(LoggedStep(*facts, values, done))
+        self.pending.append((row, (batch.keys, batch.num_rows), host_s, values, done))
+        while self.pending and self._is_due():
+            self._write(*self.pending.popleft())
 
     def _to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """(values (2,) on the host, the event after which they are valid: None on a CPU)."""
@@ -122,40 +100,40 @@ class RunLog:
         done.record()
         return host, done
 
-    def _write(self, logged: LoggedStep) -> None:
-        seconds = logged.host_s
-        if logged.done:
-            logged.done.synchronize()
+    def _is_due(self) -> bool:
+        """Whether the loss of the first pending step is there, or has to be waited for."""
+        done = self.pending[0][-1]
+        return done is None or done.query() or len(self.pending) > MAX_PENDING
+
+    def _write(self, row: dict, batch: tuple, host_s: float, values: torch.Tensor, done) -> None:
+        seconds = host_s
+        if done:
+            done.synchronize()
             if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
-                seconds = self.last_done.elapsed_time(logged.done) / 1000
-            self.last_done = logged.done
-        loss, grad_norm = logged.values.tolist()
-        self.last_step = logged
+                seconds = self.last_done.elapsed_time(done) / 1000
+            self.last_done = done
+        loss, grad_norm = values.tolist()
+        self.last_step, self.last_batch = row["step"], batch
         if not math.isfinite(loss):
-            self.raise_diverged(f"the loss of step {logged.row['step']} is {loss}")
+            self.raise_diverged(f"the loss of step {row['step']} is {loss}")
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
         if self.logs:
-            self.steps.add(
-                **logged.row,
-                loss=loss,
-                grad_norm=grad_norm,
-                images_per_s=round(self.batch_size / seconds, 1),
-                wait_share=round(logged.wait_s / seconds, 5),
-            )
+            images_per_s = round(self.batch_size / seconds, 1)
+            self.steps.add(**row, loss=loss, grad_norm=grad_norm, images_per_s=images_per_s)
 
     def raise_diverged(self, what: str):
         """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
-        if not self.last_step:
+        if not self.last_batch:
             raise Diverged(self.progress["num_steps"], what, [])
-        keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part
-        rows = sorted((keys % self.last_step.num_rows).tolist())
-        raise Diverged(self.last_step.row["step"], what, rows)
+        keys, num_rows = self.last_batch
+        all_keys = torch.cat(self.ranks.gather(keys))  # each rank has its part
+        raise Diverged(self.last_step, what, sorted((all_keys % num_rows).tolist()))
 
     def flush(self) -> None:
         """Wait for the device and write every row to the disk. Raises Diverged as add_step does."""
         while self.pending:
-            self._write(self.pending.popleft())
+            self._write(*self.pending.popleft())
         for log in self.logs:
             # a checkpoint is synced, too, and must not be ahead of its rows
             log.flush(sync=True)
@@ -193,18 +171,14 @@ class RunLog:
         rows that were kept.
         """
         steps, epochs = read_csv(self.steps.path), read_csv(self.epochs.path)
-        train_s = wait_s = 0.0
-        for row in steps:
-            # a rate of 0.0 is that of a step that stood still, as with a laptop that was closed
-            seconds = self.batch_size / (float(row["images_per_s"]) or math.inf)
-            train_s += seconds
-            wait_s += seconds * float(row["wait_share"])
+        # a rate of 0.0 is that of a step that stood still, as with a laptop that was closed
+        rates = [float(row["images_per_s"]) or math.inf for row in steps]
+        train_s = sum(self.batch_size / rate for rate in rates)
         return {
             "wall_s": round(time.monotonic() - self.started_at, 3),
             "train_s": round(train_s, 3),
             "eval_s": round(sum(float(row["eval_s"]) for row in epochs), 3),
             "images_per_s": round(len(steps) * self.batch_size / train_s, 1) if train_s else None,
-            "wait_share": round(wait_s / train_s, 5) if train_s else None,
         }
 
     def __enter__(self):

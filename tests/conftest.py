@@ -119,6 +119,7 @@ def pcam_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def quick_run(pcam_dir, tmp_path_factory) -> Path:
     """A finished run on `pcam_dir` that no test may change."""
+    import train
+
     runs = tmp_path_factory.mktemp("runs")
-    result = run_script("train.py", "--runs", runs, f"data_dir={pcam_dir}", *QUICK, check=0)
-    return Path(result.json["run"])
+    return Path(call_script(train.main, "--runs", runs, f"data_dir={pcam_dir}", *QUICK)[1]["run"])
