@@ -17,6 +17,7 @@ from lib.audit import MODEL_PARTS
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
+    REPOSITORY,
     BadInput,
     Parser,
     nearest,
@@ -203,25 +204,20 @@ def finish(out: Path, result: dict) -> int:
     return EXIT_FINDING if any(objections) else EXIT_DONE
 
 
-def list_sources() -> int:
-    """Every source has its control: 0; one has lost it: 1."""
-    from lib.audit.twin import find_sources
-    from lib.rundir import REPOSITORY
-
-    findings = find_sources(REPOSITORY)
-    num_missing = sum(finding["severity"] == "error" for finding in findings)
-    print_result({"num_sources": len(findings), "num_missing": num_missing})
-    return EXIT_FINDING if num_missing else EXIT_DONE
-
-
 def audit_twin(args) -> int:
-    """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted."""
-    if args.sources:
-        return list_sources()
+    """Identical: 0; they part: 1. With --inject: 0 if the localiser names what was planted. With
+    --sources: 0 if every source of non-determinism has its control.
+    """
     from lib.audit import replay, twin
     from lib.audit.twin_page import write_twin_page
     from lib.config import parse_overrides
     from lib.files import write_json
+
+    if args.sources:
+        findings = twin.find_sources(REPOSITORY)
+        num_missing = sum(finding["severity"] == "error" for finding in findings)
+        print_result({"num_sources": len(findings), "num_missing": num_missing})
+        return EXIT_FINDING if num_missing else EXIT_DONE
 
     runs, overrides = args.runs, parse_overrides(args.overrides)
     if len(runs) > 2 or (runs and overrides) or (args.inject and len(runs) == 2):

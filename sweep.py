@@ -3,12 +3,10 @@
 python sweep.py plan SPACE [--name NAME] [--config F] [key=value ...]
 python sweep.py run NAME --row N | --all [--rung R] [--processes K] [key=value ...]
 python sweep.py promote NAME [--rung R] [--finish]
-python sweep.py champion NAME [--finish] [--open-test]
+python sweep.py champion NAME
 """
 
 import argparse
-import getpass
-import json
 import sys
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from lib.command import (
     place,
     positive,
     print_result,
-    run_script,
     say,
     script,
 )
@@ -56,8 +53,7 @@ def parse(argv) -> argparse.Namespace:
     verb = add_verb("promote", "write the next rung: the best third of one that is over")
     verb.add_argument("--rung", type=int, metavar="R", help="default: the newest one")
     verb.add_argument("--finish", action="store_true", help="first run rows without a result")
-    verb = add_verb("champion", "the best three and the plain config on fresh seeds; the page")
-    verb.add_argument("--open-test", action="store_true", help="score it on test, once, on record")
+    add_verb("champion", "the best three and the plain config on fresh seeds; the page")
     return parser.parse_with_overrides(argv)
 
 
@@ -67,7 +63,10 @@ def main(argv=None) -> int:
     if args.verb == "plan":
         return plan(args)
 
+    from lib.files import write_json
     from lib.sweep import rungs
+    from lib.sweep.champion import choose_champion
+    from lib.sweep.page import write_sweep_page
 
     sweep = rungs.load_sweep(Path(args.sweeps) / args.name, args.runs)
     if args.verb == "champion":
@@ -83,9 +82,15 @@ def main(argv=None) -> int:
         print_result(result)
         return EXIT_INTERRUPTED
     if args.verb == "promote":
-        result |= promote(sweep, rung)
+        result["next"] = str(rungs.promote(sweep, rung))
+        result["trials"] = sweep.promoted(rung)
+        result["page"] = str(write_sweep_page(sweep))
+        say("{next}: {trials}; page {page}".format(**result))
     if args.verb == "champion":
-        result |= choose(sweep, args)
+        champion = choose_champion(sweep)
+        write_json(sweep.folder / "champion.json", champion)
+        say(champion["note"])
+        result |= champion | {"page": str(write_sweep_page(sweep, champion))}
     print_result(result)
     # a finding: a row failed, or has no result and nobody is at it, or there is no champion
     num_open = result.get("num_todo", 0) - result.get("num_elsewhere", 0)
@@ -135,7 +140,6 @@ def plan(args) -> int:
 
 def run_rung(sweep, rung: int, args) -> dict:
     """Carry out a rung, or one row of it; the counts of what has become of the rows."""
-    from lib.device import warn_of_unusable_gpu
     from lib.sweep import trainers
     from lib.sweep.rungs import outcome
 
@@ -148,8 +152,6 @@ def run_rung(sweep, rung: int, args) -> dict:
         rows = rows[args.row : args.row + 1]
     if any(outcome(sweep, row)["state"] == "todo" for row in rows):
         trainers.require_comparable(sweep, args.overrides)
-        if args.device == "auto":
-            warn_of_unusable_gpu()  # here, since what a trainer says goes to its log
     arguments = ["--device", args.device, *args.overrides]
     result = trainers.run_rows(sweep, rows, args.processes, arguments)
     for row in rows:
@@ -159,74 +161,6 @@ def run_rung(sweep, rung: int, args) -> dict:
     counts = "{num_done} done, {num_failed} failed, {num_todo} todo, {num_elsewhere} elsewhere"
     say(f"rung {rung} of {sweep.folder}: {counts.format(**result)}")
     return result
-
-
-def promote(sweep, rung: int) -> dict:
-    """Write the next rung, and the page as it is then."""
-    from lib.sweep import rungs
-    from lib.sweep.page import write_sweep_page
-
-    path = rungs.promote(sweep, rung)
-    trials, page = sweep.promoted(rung), str(write_sweep_page(sweep))
-    say(f"{path}: {', '.join(trials)}; page {page}")
-    return {"next": str(path), "trials": trials, "page": page}
-
-
-def choose(sweep, args) -> dict:
-    """Say which of the trained finalists is the champion, if any."""
-    from lib.files import write_json
-    from lib.sweep.champion import choose_champion
-    from lib.sweep.page import write_sweep_page
-
-    champion = choose_champion(sweep)
-    write_json(sweep.folder / "champion.json", champion)
-    say(champion["note"])
-    result = champion | {"page": str(write_sweep_page(sweep, champion))}
-    if args.open_test:
-        result["test"] = open_test(sweep, champion["run"], args)
-    return result
-
-
-def open_test(sweep, run: str | None, args) -> dict:
-    """Score the champion's run on the test split, once for these data and folder of searches, and
-    write down who did.
-
-    The record comes before the score, so that no crash can hide an opening. Without a score the
-    same run may be tried again.
-    """
-    from lib.config import load_config
-    from lib.files import read_json, utc_now, write_json
-    from lib.fingerprint import fingerprint
-    from lib.rundir import git_state
-
-    if not run:
-        raise BadInput(f"{sweep.folder} has no champion: the test split stays closed")
-    data = load_config(sweep.folder / "config.yaml", args.overrides).data_dir
-    digest = "-".join(value[:8] for value in fingerprint(data, ["test"]).values())
-    record = Path(args.sweeps) / f"test-opened-{digest}.json"
-    opening = {
-        "when_utc": utc_now(),
-        "who": getpass.getuser(),
-        "commit": git_state()["commit"],
-        "search": str(sweep.folder),
-        "run": run,
-        "auc": None,
-    }
-    try:
-        with open(record, "x") as file:  # of two at once one gets it
-            file.write(json.dumps(opening))
-    except FileExistsError:
-        opening = read_json(record)
-        if opening["auc"] is not None or opening["run"] != run:
-            first = "by {who} at {when_utc} for {run} (commit {commit}): AUC {auc}"
-            reason = f"opened once, and was, {first.format(**opening)}; see {record}"
-            raise BadInput(f"the test split is {reason}") from None
-    out = sweep.folder / "test_predictions.csv"
-    arguments = ("--ckpt", run, data, "--split", "test", "--out", out, "--device", args.device)
-    scores = run_script("inference.py", *arguments, shows_progress=True)["scores"]
-    opening |= {"auc": scores["auc"], "scores": scores, "predictions": str(out)}
-    write_json(record, opening)
-    return opening
 
 
 if __name__ == "__main__":

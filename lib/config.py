@@ -218,19 +218,12 @@ def _check_together(cfg: Config) -> None:
     """
     if cfg.shards.bit_count() != 1 or cfg.batch_size % cfg.shards:
         raise BadInput(
-            f"batch_size {cfg.batch_size} must be a multiple of shards, which is {cfg.shards} and"
-            " must be a power of two: their sum is a full binary tree"
+            f"batch_size {cfg.batch_size} must be a multiple of shards {cfg.shards}, a power of two"
         )
     if cfg.num_folds == 1 or cfg.fold >= max(cfg.num_folds, 1):
-        raise BadInput(
-            f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is"
-            " below it"
-        )
+        raise BadInput(f"num_folds must be 0 or at least 2, and above fold, which is {cfg.fold}")
     if not re.fullmatch(r"[^/\\\0\n]{1,60}", cfg.name):
-        raise BadInput(
-            f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a"
-            " folder's name"
-        )
+        raise BadInput(f"name {cfg.name!r} must be 1 to 60 characters without slashes")
 
 
 def read_yaml(path) -> dict:

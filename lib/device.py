@@ -1,14 +1,13 @@
 """Where the computing happens: the device and its number type."""
 
 import contextlib
-import functools
 import re
 import warnings
 
 import torch
 
-from lib.command import BadInput, one_line, say
-from lib.machine import nvidia_smi, read_count
+from lib.command import BadInput, one_line
+from lib.machine import read_count
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -19,15 +18,13 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         local_rank = read_count("LOCAL_RANK", read_count("SLURM_LOCALID", 0))
         name = f"cuda:{local_rank % num}" if num else "cpu"
-        if local_rank == 0:
-            warn_of_unusable_gpu()
     if name == "cpu":
         return torch.device("cpu")
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     index = int(name.partition(":")[2] or 0)
     if index >= num:
-        reason = f", to {why_no_gpu()} (use --device cpu)" if not num else ""
+        reason = "" if num else f", to {why_no_gpu()} (use --device cpu)"
         raise BadInput(f"--device {name}: this machine offers {num} CUDA devices{reason}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -48,16 +45,6 @@ def why_no_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(". ")[0]
     return f"torch {torch.__version__}: {reason}"
-
-
-@functools.cache
-def warn_of_unusable_gpu() -> None:
-    """Warn, once, that torch cannot use the GPU that nvidia-smi lists, and why: a CPU takes hours
-    for what a GPU does in minutes.
-    """
-    gpu = nvidia_smi("name")
-    if gpu and not num_gpus() and not gpu.startswith(("unknown", "No devices")):
-        say(f"warning: there is a GPU ({gpu}), but none for {why_no_gpu()}; this uses the CPU")
 
 
 def input_dtype(precision: str) -> torch.dtype:

@@ -161,7 +161,7 @@ def describe_machine(device: torch.device) -> dict:
     machine = {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": _proc_field("cpuinfo", "model name") or platform.machine(),
         "num_cores": num_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": physical_bytes(),
@@ -183,7 +183,7 @@ def nvidia_smi(field: str) -> str:
     """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
-    return output.decode(errors="replace").partition("\n")[0].strip()
+    return output.partition("\n")[0]

@@ -55,8 +55,14 @@ VARIABLES = (
     "NCCL_",
     "NVIDIA_TF32_OVERRIDE",
 )
-# keys of meta.json's machine and versions that tell of what may change the bits of a computation
-HARDWARE = ("device", "gpu", "cpu_capability", "torch", "schema")
+# places in meta.json of what may change the bits of a computation
+HARDWARE = (
+    ("machine", "device"),
+    ("machine", "gpu"),
+    ("machine", "cpu_capability"),
+    ("versions", "torch"),
+    ("versions", "schema"),
+)
 
 # the scores of an evaluation that stand in epochs.csv, with val_ before their names
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
@@ -89,14 +95,13 @@ def find_run(name, runs_dir="runs") -> Path:
     """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest
     name.
     """
-    for run in (Path(name), Path(runs_dir) / name):
-        if run.is_dir():
-            # the repository has a config.yaml, too, and `--resume .` must not write into it
-            if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
-                return run
-            raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
+    for run in (Path(name), Path(runs_dir, name)):
+        # the repository has a config.yaml, too, and `--resume .` must not write into it
+        if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
+            return run
     names = [entry.name for entry in Path(runs_dir).glob("*")]
-    raise BadInput(f"no run {name}{nearest(Path(name).name, names)}")
+    hint = nearest(Path(name).name, names) or ": no config.yaml of a run is there"
+    raise BadInput(f"no run {name}{hint}")
 
 
 def read_run_config(run: Path) -> Config:
@@ -141,13 +146,10 @@ def say_what_changed(run: Path, meta: dict) -> None:
     its bits may then be others.
     """
     before = read_meta(run) or meta
-    was, now = before["machine"] | before["versions"], meta["machine"] | meta["versions"]
-    for key in HARDWARE:
-        if was.get(key) != now.get(key):
-            say(
-                f"warning: {run} goes on with {key} {now.get(key)} instead of {was.get(key)}:"
-                " other bits may follow"
-            )
+    for place, key in HARDWARE:
+        old, new = before[place].get(key), meta[place].get(key)
+        if old != new:
+            say(f"warning: {run} had {key} {old}, now {new}: other bits may follow")
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -179,10 +181,9 @@ def is_finished(run: Path) -> bool:
 def run_git(*arguments: str) -> tuple[str, str]:
     """(output, error) of a git command in this repository. One of them is empty."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 30}
     try:
-        result = subprocess.run(command, **options)
-    except (OSError, subprocess.SubprocessError) as error:
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:  # there is no git
         return "", one_line(error)
     if result.returncode:
         return "", " ".join(result.stderr.split())
@@ -241,6 +242,7 @@ def environment() -> dict:
     Slurm job.
     """
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions["python"] = platform.python_version()
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
@@ -248,7 +250,7 @@ def environment() -> dict:
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
         **git_state(),
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": versions,
         "variables": {
             name: text for name, text in os.environ.items() if name.startswith(VARIABLES)
         },

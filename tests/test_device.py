@@ -92,21 +92,6 @@ def test_threads_0_are_the_cores_that_the_job_was_given(
         machine.num_cores()
 
 
-@pytest.mark.skipif(HAS_GPU, reason="torch can use the GPU of this machine")
-@pytest.mark.parametrize("gpu, num_warnings", [("NVIDIA A100", 1), ("No devices were found", 0)])
-def test_a_gpu_that_torch_cannot_use_is_told_of_once_with_the_reason(
-    gpu, num_warnings, monkeypatch, tmp_path, capsys
-):
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text(f"#!/bin/sh\necho {gpu}\n")
-    smi.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    device.warn_of_unusable_gpu.cache_clear()
-    assert [choose_device("auto").type for _ in range(2)] == ["cpu", "cpu"]
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == num_warnings == warning.count(device.why_no_gpu())
-
-
 @pytest.mark.skipif(len(CORES) < 2, reason="one core is used by one thread at least")
 def test_cores_that_others_use_are_noted_in_one_line_with_a_remedy(monkeypatch, capsys):
     monkeypatch.setattr(machine, "affinity", lambda: {*CORES[:2]})
