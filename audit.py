@@ -20,7 +20,6 @@ from lib.command import (
     REPOSITORY,
     BadInput,
     Parser,
-    nearest,
     place,
     positive,
     print_result,
@@ -42,8 +41,8 @@ def names_of(allowed):
         names = text.split(",")
         for name in names:
             if name not in allowed:
-                words = f"{name!r} is unknown{nearest(name, allowed)}"
-                raise argparse.ArgumentTypeError(f"{words}; allowed: {', '.join(allowed)}")
+                words = f"{name!r} is unknown; allowed: {', '.join(allowed)}"
+                raise argparse.ArgumentTypeError(words)
         return names
 
     return parse_names

@@ -177,7 +177,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 trace.keep(run / name)
 
     diverged = None
-    num_epochs = min(args.until_epoch or cfg.epochs, cfg.epochs)
+    num_epochs = args.until_epoch or cfg.epochs
     num_left = (num_epochs * steps_per_epoch - progress["num_steps"]) * batch_size
     with StopFlag() as stop, log, Progress(num_left, "training") as bar:
         try:
@@ -209,7 +209,6 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
 
                 # evaluate the averaged weights, where there are any
                 log.flush()
-                bar.end_line()
                 eval_started_at = time.perf_counter()
                 model = state.averaged or state.model
                 scores = state.metrics = evaluate(model, valid_source, valid_rows, cfg, ranks)

@@ -16,6 +16,7 @@ import textwrap
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NEW_LINE = "\r\033[K"  # begins the line of a terminal anew
 # sent by Ctrl-C; at preemption or by scancel; before the time limit
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -113,7 +114,8 @@ def nearest(name, allowed) -> str:
 def say(text) -> None:
     """Print a line on stderr for the person at the terminal; stdout is kept for the result."""
     with contextlib.suppress(OSError):  # a terminal that was closed does not end the program
-        print(text, file=sys.stderr, flush=True)
+        start = NEW_LINE if sys.stderr.isatty() else ""  # over a progress bar
+        print(f"{start}{text}", file=sys.stderr, flush=True)
 
 
 def without_nan(value):

@@ -20,14 +20,13 @@ from lib.command import REPOSITORY, BadInput, expand_home, nearest
 from lib.files import file_digest
 
 DEFAULT_PATH = REPOSITORY / "config.yaml"
-BOOLEANS = {"true": True, "false": False}
-
 # Annotated[type, lowest, highest]: both bounds are allowed values, and the highest may be missing
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
 AboveZero = Annotated[float, 1e-12]
 Share = Annotated[float, 0, 1]
+Switch = Literal[True, False]
 Place = typing.NewType("Place", str)  # a file or folder
 # the reasons for which quarantine.csv may list a row
 Reason = Literal[
@@ -76,7 +75,7 @@ class Config:
     dropout: Share
     weights: Place
 
-    symmetries: bool
+    symmetries: Switch
     # with each of these the 32 pixels in the centre are 2 x 2 whole cells of the model's last grid
     crop: Literal[32, 64, 96]
     crop_epochs: Natural
@@ -100,7 +99,7 @@ class Config:
     ema_decay: Share
     precision: Literal["fp32", "bf16"]
     threads: Natural
-    deterministic: bool
+    deterministic: Switch
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]
     early_stop_epochs: Natural
@@ -180,11 +179,9 @@ def coerce(key: str, value, hint):
                 return kind(number)
         allowed = f"{kind.__name__} from {low} to {high}"
     else:
-        choices = {str(choice): choice for choice in arguments}
-        if hint is bool:
-            choices, text = BOOLEANS, text.lower()
-        if text in choices:
-            return choices[text]
+        choices = {str(choice).lower(): choice for choice in arguments}
+        if text.lower() in choices:
+            return choices[text.lower()]
         allowed = f"one of {', '.join(choices)}{nearest(text, choices)}"
     raise BadInput(f"config key {key}: {text!r} is not allowed, it must be {allowed}")
 

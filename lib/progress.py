@@ -4,6 +4,8 @@ import datetime
 import sys
 import time
 
+from lib.command import NEW_LINE
+
 LINE_EVERY_S = 30.0
 BAR_EVERY_S = 0.1
 
@@ -47,21 +49,14 @@ class Progress:
             words.append(self.note)
         return f"{self.label}: {', '.join(words)}"
 
-    def show(self) -> None:
-        start, end = ("\r\033[K", "") if self.live else ("", "\n")
-        print(f"{start}{self.line()}", end=end, file=sys.stderr, flush=True)
-
-    def end_line(self) -> None:
-        """Leave the bar as it is on a terminal: the next output begins a new line."""
-        if self.live:
-            self.show()
-            print(file=sys.stderr)
+    def show(self, end: str = "") -> None:
+        text = f"{NEW_LINE}{self.line()}{end}" if self.live else f"{self.line()}\n"
+        print(text, end="", file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         # short work in a job log needs no line of its own
-        if not self.live and time.monotonic() - self.started_at >= LINE_EVERY_S:
-            self.show()
-        self.end_line()
+        if self.live or time.monotonic() - self.started_at >= LINE_EVERY_S:
+            self.show(end="\n")

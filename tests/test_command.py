@@ -64,9 +64,8 @@ def test_the_result_is_strict_json_or_on_a_terminal_two_lines(capsys, monkeypatc
     result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     assert result == {"auc": None, "rows": [None, 1.5, [2, None]], "name": "nan"}
     monkeypatch.setattr(command.sys.stdout, "isatty", lambda: True)
-    print_result({"run": "runs/x", "facts": {"a": 1}} | dict.fromkeys(map(str, range(99)), "word"))
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith("run runs/x, 0 word")
+    print_result({"run": "runs/x"} | dict.fromkeys(map(str, range(99)), "word"))
+    assert capsys.readouterr().out.count("\n") == 2
 
 
 REFUSING = """

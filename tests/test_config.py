@@ -11,7 +11,6 @@ from lib.config import (
     DEFAULT_PATH,
     FREE_KEYS,
     Config,
-    change_free_keys,
     config_from_dict,
     dump_config,
     load_config,
@@ -48,7 +47,7 @@ def test_a_value_of_the_wrong_type_or_size_is_refused_by_name():
         "seed": ["-1", "2147483648"],
         "lr": ["0", "-1", "nan", "inf", "fast"],
         "symmetries": ["2", ""],
-        "model": ["CNN", "resnet", {}],
+        "model": ["resnet", {}],
         "mlp_hidden": ["0", "1,x"],
         "quarantine_reasons": ["nan,dark"],
         "shards": ["3"],
@@ -123,12 +122,3 @@ def test_what_changes_the_weights_changes_the_identity(tmp_path):
     assert len(digests) == 7
     assert digest(quarantine=paths[1]) in digests, "the content counts, not the place"
     assert digest(groups="1") in digests, "without folds no row moves by them"
-
-
-def test_a_resumed_run_may_change_free_keys_alone():
-    cfg = load_config()
-    changed = change_free_keys(cfg, {"views": "8", "data_dir": "/elsewhere", "lr": "0.020"})
-    assert changed == dataclasses.replace(cfg, views=8, data_dir="/elsewhere")
-    for change in ({"seed": "2"}, {"sed": "2"}):
-        with pytest.raises(BadInput, match="seed"):
-            change_free_keys(cfg, change)

@@ -13,7 +13,7 @@ from lib import rundir, runlog
 from lib.batches import Batch
 from lib.command import BadInput
 from lib.config import load_config
-from lib.files import read_csv, read_json
+from lib.files import read_csv
 from lib.training import StepResult
 
 
@@ -52,15 +52,6 @@ def test_a_run_has_a_name_of_its_own_by_which_it_is_found(tmp_path, monkeypatch)
     ):
         with pytest.raises(BadInput, match=words):
             rundir.find_run(name, tmp_path)
-
-
-def test_meta_says_who_ran_what_and_keeps_what_earlier_starts_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("SLURM_JOB_ID", "41")
-    for number in range(3):
-        rundir.write_meta(tmp_path, rundir.environment() | {"number": number})
-    meta = read_json(tmp_path / "meta.json")
-    assert set(rundir.PACKAGES) <= meta["versions"].keys() and meta["job"] == {"SLURM_JOB_ID": "41"}
-    assert meta["number"] == 2 and [start["number"] for start in meta["earlier_starts"]] == [0, 1]
 
 
 def test_only_a_repository_whose_top_is_the_programs_folder_tells_a_commit_and_a_patch(
