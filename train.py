@@ -60,21 +60,18 @@ def main(argv=None) -> int:
     from lib.files import read_json
     from lib.rundir import find_run, is_finished, resume_config
 
-    if args.resume is None:
-        return start(load_config(args.config or DEFAULT_PATH, args.overrides), args)
-    run = find_run(args.resume, args.runs)
-    if is_finished(run):
+    run = find_run(args.resume, args.runs) if args.resume is not None else None
+    if run and is_finished(run):
         status = read_json(run / "summary.json").get("status")
         say(f"{run} is {status}, there is nothing to resume")
         print_result({"run": str(run), "status": status})
         return EXIT_DONE if status == "finished" else EXIT_FINDING
-    return start(resume_config(run, args.overrides), args, run)
+    if run:
+        cfg = resume_config(run, args.overrides)
+    else:
+        cfg = load_config(args.config or DEFAULT_PATH, args.overrides)
 
-
-def start(cfg, args, run: Path | None = None) -> int:
-    """Choose the device, join the other ranks under torchrun or srun, and train. Returns the exit
-    code. `run` is the folder of a resumed run, None for a new one.
-    """
+    # choose the device, and join the other ranks under torchrun or srun
     import torch
 
     from lib.device import choose_device
@@ -98,11 +95,17 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     checkpoint.
     """
     from lib import batches, rundir, training
-    from lib.checkpoint import newest_checkpoint, save_checkpoint
+    from lib.checkpoint import SCHEMA, newest_checkpoint, save_checkpoint
     from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
-    from lib.machine import keep_freed_memory, note_busy_cores, others_busy_s
+    from lib.machine import (
+        describe_machine,
+        keep_freed_memory,
+        note_busy_cores,
+        others_busy_s,
+    )
     from lib.metrics import constant_alarm, constant_baselines
+    from lib.models import num_parameters
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.ranks import StopFlag
@@ -150,7 +153,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
         lock = rundir.hold_run(run, cfg)  # noqa: F841 (held until this function ends)
-        facts = {
+        meta = {
+            **rundir.environment(),
+            "machine": describe_machine(device),
             "data": data,
             "groups": groups,
             "identity": cfg.identity_digest(data, groups),
@@ -158,8 +163,15 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
             "batch_size": batch_size,
             "steps_per_epoch": steps_per_epoch,
             "num_ranks": ranks.num,
+            "model": {"num_parameters": num_parameters(state.model)},
+            "start_step": progress["num_steps"],
         }
-        note_start(run, cfg, state, device, facts)
+        meta["versions"]["schema"] = SCHEMA  # a step gives other bits under another schema
+        rundir.say_what_changed(run, meta)
+        rundir.write_meta(run, meta)
+        num_weights = meta["model"]["num_parameters"]
+        say(f"run {run}: {cfg.model} of {num_weights:,} parameters on {device}")
+        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
     log = RunLog(run if ranks.is_first else None, progress, started_at, batch_size, ranks)
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
@@ -233,29 +245,6 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     elif ranks.is_first:
         rundir.write_stop(run, "paused", progress["num_steps"])
     return EXIT_FINDING if diverged else EXIT_DONE
-
-
-def note_start(run: Path, cfg, state, device, facts: dict) -> None:
-    """Write meta.json, what runs where and on what data, and print what is about to be trained."""
-    from lib import rundir
-    from lib.checkpoint import SCHEMA
-    from lib.machine import describe_machine
-    from lib.models import num_parameters
-
-    num_weights = num_parameters(state.model)
-    meta = {
-        **rundir.environment(),
-        "machine": describe_machine(device),
-        **facts,
-        "model": {"num_parameters": num_weights},
-        "start_step": state.progress["num_steps"],
-    }
-    meta["versions"]["schema"] = SCHEMA  # a step gives other bits under another schema
-    rundir.say_what_changed(run, meta)
-    rundir.write_meta(run, meta)
-    num_train, num_valid = facts["rows"]["train"]["num"], facts["rows"]["valid"]["num"]
-    say(f"run {run}: {cfg.model} of {num_weights:,} parameters on {device}")
-    say(f"{num_train:,} patches to train on, {num_valid:,} to validate on")
 
 
 def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverged) -> None:

@@ -104,21 +104,3 @@ def test_the_identity_leaves_out_the_keys_marked_free_and_no_other():
     meta = read_json(CHAMPION / "meta.json")
     cfg = dataclasses.replace(read_run_config(CHAMPION), name="b", views=1)
     assert cfg.identity_digest(meta["data"]) == meta["identity"], "that of an old run stays"
-
-
-def test_what_changes_the_weights_changes_the_identity(tmp_path):
-    paths = [str(tmp_path / name) for name in "abc"]
-    for path, text in zip(paths, "112", strict=True):
-        with open(path, "w") as file:
-            file.write(text)
-
-    def digest(data=(), groups=None, **changes) -> str:
-        cfg = dataclasses.replace(load_config(), **changes)
-        return cfg.identity_digest(dict(data), groups)
-
-    digests = {digest(), digest(seed=2), digest(data={"x": "0"})}
-    digests |= {digest(quarantine=paths[0]), digest(quarantine=paths[2])}
-    digests |= {digest(groups="1", num_folds=2), digest(groups="2", num_folds=2)}
-    assert len(digests) == 7
-    assert digest(quarantine=paths[1]) in digests, "the content counts, not the place"
-    assert digest(groups="1") in digests, "without folds no row moves by them"

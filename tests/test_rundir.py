@@ -143,13 +143,6 @@ def test_of_a_gpu_only_steps_that_it_has_made_are_read_and_the_log_waits_for_non
     assert {float(row["images_per_s"]) for row in rows[1:]} == {4.0}, "by the GPU's clock"
 
 
-def test_a_loss_that_is_no_number_names_its_own_step_and_rows(tmp_path):
-    with open_log(tmp_path) as log, pytest.raises(runlog.Diverged, match=r"\[2, 3\]") as caught:
-        note_steps(log, [1.0, float("inf"), 1.0])
-    assert caught.value.step == 2 and caught.value.rows == [2, 3]
-    assert len(read_csv(tmp_path / "steps.csv")) == 1
-
-
 def test_a_run_is_held_by_one_process_and_says_what_it_goes_on_with(tmp_path):
     run = rundir.create_run(tmp_path, load_config())
     lock = rundir.hold_run(run, load_config(overrides=["views=1"]))
