@@ -217,7 +217,8 @@ def script(main):
                 raise
         if not is_said:
             say(f"error: {sentence}")
-        print_result({"error": sentence, "exit": code})
+        if not sys.stdout.isatty():  # a person has read it
+            print_result({"error": sentence, "exit": code})
         return code
 
     return wrapper
