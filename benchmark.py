@@ -16,7 +16,6 @@ from pathlib import Path
 from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
-    BadInput,
     Parser,
     place,
     positive,
@@ -36,70 +35,40 @@ PLACES = ("argv", "cwd", "host", "pid", "process_start", "submitted")
 
 
 def parse(argv) -> argparse.Namespace:
-    about = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
     parser = Parser(
-        prog="benchmark.py", description="Measure throughput on your own files.", epilog=about
+        prog="benchmark.py",
+        usage="python benchmark.py all --data data/mine",
+        description="Measure throughput on your own files.",
     )
-    add = parser.add_argument
-    add(
-        "what",
-        choices=(*WHAT, "compare"),
-        help="compare A B: does B differ from A by more than the noise",
-    )
-    add("--data", metavar="DIR", type=place, help="PCam folder (default: data_dir of config.yaml)")
-    add(
-        "--out",
-        type=place,
-        metavar="OUT",
-        help="a folder (default: bench/ and the partition and job, or a date)",
-    )
-    add(
-        "--batch-sizes",
-        type=batch_sizes,
-        default=[],
-        metavar="B,...",
-        help="infer and train then measure the models at these, and nothing else (default:"
-        " 1,8,...,512; of loader: batch_size)",
-    )
-    add(
-        "--cases",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="LIST",
-        help="only these, as rows.csv names them (default: all)",
-    )
-    add(
-        "--seconds",
-        type=float,
-        default=0.4,
-        metavar="S",
-        help="measured per case and repeat (default: 0.4)",
-    )
-    add(
-        "--repeats",
-        type=positive,
-        default=3,
-        metavar="N",
-        help="of all cases in turn, at most 10 (default: 3)",
-    )
-    add("--device", default="auto", metavar="D", help="for models (default: auto)")
-    add(
-        "--allow-noise",
-        action="store_true",
-        help="measure on a busy machine too, and mark the rows",
-    )
-    add(
-        "rest",
-        nargs="*",
-        metavar="key=value",
-        help="put over the config, e.g. model=cnn threads=1; compare: A B",
-    )
-    args = parser.parse_intermixed_args(argv)
-    if args.what == "compare" and len(args.rest) != 2:
-        parser.error(f"compare takes two benchmarks, {len(args.rest)} given")
-    if not 0 < args.seconds <= 600 or args.repeats > 10:
-        parser.error("seconds must be above 0 and at most 600, repeats at most 10")
-    return args
+    verbs = parser.add_subparsers(dest="what", required=True, prog="benchmark.py")
+    for what, text in WHAT.items():
+        verb = verbs.add_parser(what, help=text)
+        add = verb.add_argument
+        add("--data", metavar="DIR", type=place, help="PCam folder (default: data_dir)")
+        add("--out", type=place, metavar="OUT", help="a folder (default: below bench/)")
+        add(
+            "--batch-sizes",
+            type=batch_sizes,
+            default=[],
+            metavar="B,...",
+            help="infer and train then measure the models at these, and nothing else (default:"
+            " 1,8,...,512; of loader: batch_size)",
+        )
+        add(
+            "--cases",
+            type=lambda names: names.split(","),
+            default=[],
+            metavar="LIST",
+            help="only these, as rows.csv names them (default: all)",
+        )
+        add("--seconds", type=float, default=0.4, metavar="S", help="of a case (default: 0.4)")
+        add("--repeats", type=positive, default=3, metavar="N", help="of all (default: 3)")
+        add("--allow-noise", action="store_true", help="measure on a busy machine, too")
+        verb.add_device()
+    verb = verbs.add_parser("compare", help="does B differ from A by more than the noise")
+    verb.add_argument("before", metavar="A")
+    verb.add_argument("after", metavar="B")
+    return parser.parse_with_overrides(argv)
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -110,7 +79,7 @@ def batch_sizes(text: str) -> list[int]:
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    return compare(*args.rest) if args.what == "compare" else benchmark(args)
+    return compare(args.before, args.after) if args.what == "compare" else benchmark(args)
 
 
 def benchmark(args) -> int:
@@ -124,24 +93,21 @@ def benchmark(args) -> int:
     from lib.benchmark.verdict import headline, judge
     from lib.config import load_config
     from lib.device import choose_device
-    from lib.machine import control_group_limits, describe_machine, resolve_threads
+    from lib.machine import describe_machine, resolve_threads
     from lib.rundir import environment
 
     data = [f"data_dir={args.data}"] if args.data else []
-    cfg = resolve_threads(load_config(overrides=args.rest + data))
+    cfg = resolve_threads(load_config(overrides=args.overrides + data))
     device = choose_device(args.device)
     sizes, names = args.batch_sizes, args.cases
     if sizes and not names and args.what in ("infer", "train"):
         names = ["default"]
     sizes = sizes or ([cfg.batch_size] if args.what == "loader" else list(plan.SIZES))
-    for size in sizes:
-        if size % cfg.shards:
-            raise BadInput(f"batch size {size} must be a multiple of shards ({cfg.shards})")
     open_train_valid(cfg)
     cases = plan.plan_cases(args.what, cfg, sizes, device, names)
     if not args.allow_noise:
         require_quiet()
-    machine = describe_machine(device) | control_group_limits()
+    machine = describe_machine(device)
     about = environment()
     job = rounds.describe_job(machine, about)
     out = Path(args.out or default_folder(job))
@@ -171,8 +137,7 @@ def benchmark(args) -> int:
     rows, verdict = result["rows"], result["verdict"]
     statuses = Counter(row["status"] for row in rows)
     say("\n".join(verdict["sentences"]))
-    counts = ", ".join(f"{num} rows {status}" for status, num in statuses.items())
-    say(f"{out}/benchmark.md: {counts}")
+    say(f"{out}/benchmark.md: {len(rows)} rows")
     summary = headline(rows, args.what, cfg, plan.size_of_variants(cfg, sizes))
     summary |= {"out": str(out), "statuses": statuses, "verdict": verdict}
     print_result(summary | {"machine": machine, "rows": rows})
@@ -198,15 +163,17 @@ def compare(before: str, after: str) -> int:
     columns = ("what", "case", "model", "batch_size", "precision", "cache", "ratio", "low", "high")
     say(table_of(rows, (*columns, "status", "B is")).to_text())
     answers = Counter(row["B is"] for row in rows)
-    num_compared, num_slower = len(rows), answers["slower"]
-    num_exceeding = num_slower + answers["faster"]
+    counts = {
+        "num_compared": len(rows),
+        "num_exceeding": answers["slower"] + answers["faster"],
+        "num_slower": answers["slower"],
+    }
     say(
-        f"{num_compared} rows compared, {num_exceeding} differ by more than the noise, in"
-        f" {num_slower} of them B is slower"
+        "{num_compared} rows compared, {num_exceeding} differ by more than the noise, in"
+        " {num_slower} of them B is slower".format(**counts)
     )
-    counts = {"num_compared": num_compared, "num_exceeding": num_exceeding}
-    print_result(counts | {"num_slower": num_slower, "rows": rows})
-    return EXIT_FINDING if num_slower else EXIT_DONE
+    print_result({**counts, "rows": rows})
+    return EXIT_FINDING if answers["slower"] else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -24,45 +24,42 @@ from lib.command import (
 )
 from lib.files import require_writable, write_csv
 
+COLUMNS = ("source", "index", "probability", "prediction", "label", "drift", "unlike", "error")
 MAX_ERRORS_SHOWN = 5  # inputs that could not be read
 
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(
         prog="inference.py",
+        usage="python inference.py --ckpt runs/RUN INPUT... [options]",
         description="Apply a checkpoint to patches: one row of probability and decision each.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--ckpt",
         required=True,
         metavar="RUN|FILE",
         help="a run folder (its best.pt is taken) or a checkpoint",
     )
-    parser.add_argument(
+    add(
         "inputs",
         nargs="+",
         metavar="INPUT",
         type=place,
         help="PCam folder, .h5, image, folder or tar of images",
     )
-    parser.add_argument(
-        "--split", default="", help="which split of a PCam folder: train, valid or test"
-    )
-    parser.add_argument(
-        "--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv"
-    )
-    parser.add_argument(
+    add("--split", default="", help="which split of a PCam folder: train, valid or test")
+    add("--out", default="predictions.csv", metavar="FILE", help="default: predictions.csv")
+    add(
         "--threshold", type=probability, metavar="T", help="positive from here on (default: stored)"
     )
-    parser.add_argument(
+    add(
         "--views",
         type=int,
         choices=(1, 4, 8),
         help="test-time augmentation: 4 or 8 turned and shifted (default: stored)",
     )
-    parser.add_argument(
-        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
+    parser.add_device()
     return parser.parse_intermixed_args(argv)
 
 
@@ -72,13 +69,18 @@ def main(argv=None) -> int:
 
     from lib.checkpoint import load_model, warn_of_views
     from lib.device import choose_device
+    from lib.features import judge_batch
     from lib.machine import keep_freed_memory
+    from lib.metrics import compute_metrics, constant_baselines, sigmoid
+    from lib.rundir import describe_scores
     from lib.seeding import set_determinism
 
     # load
     device = choose_device(args.device)
     keep_freed_memory()
-    require_output_file(args.out)
+    if Path(args.out).exists() and Path(args.out).suffix != ".csv":
+        raise BadInput(f"--out {args.out} is there and is no CSV file: name a .csv file")
+    require_writable(args.out)
     model, cfg, checkpoint = load_model(args.ckpt)
     set_determinism(cfg.deterministic)
     views = args.views or cfg.views
@@ -94,36 +96,47 @@ def main(argv=None) -> int:
         raise BadInput(f"none of {len(rows)} inputs could be read; the first: {failed[0]}")
 
     # write a row for each input
+    probs = sigmoid(logits)
     reference = checkpoint["reference"]
-    columns = prediction_columns(rows, is_read, features, logits, threshold, reference)
-    write_csv(args.out, list(columns), zip(*columns.values(), strict=True))
+    write_predictions(args.out, rows, features, probs, threshold, reference)
 
     # report
+    num_positive = int((probs[is_read] >= threshold).sum())
     result = {
         "predictions": args.out,
         "num": len(rows),
         "num_failed": len(failed),
         "threshold": threshold,
         "views": views,
-        "num_positive": int((columns["prediction"] == "1").sum()),
+        "num_positive": num_positive,
         "wall_s": round(time.monotonic() - started_at, 3),
         "calibrated": checkpoint["calibration"] is not None,
         "weights_sha256": checkpoint["weights_sha256"],
     }
     say(
-        f"{args.out}: {len(rows):,} patches, {result['num_positive']:,} called positive at"
-        f" {threshold:g}, {views} view(s)"
+        f"{args.out}: {len(rows):,} patches, {num_positive:,} called positive at {threshold:g},"
+        f" {views} view(s)"
     )
     if not result["calibrated"]:
         say("warning: this checkpoint is not calibrated; take its probabilities as ranks")
     for error in failed[:MAX_ERRORS_SHOWN]:
         say(f"not read: {printable(error)}")
     if reference:
-        result["drift"] = report_drift(features[is_read], reference)
-    if "label" in columns:
-        is_labelled = columns["label"] != ""
-        labels = columns["label"][is_labelled].astype(int)
-        result |= report_scores(labels, logits[is_labelled], threshold)
+        drift = result["drift"] = judge_batch(features[is_read], reference)
+        if drift["drifted"]:
+            say(
+                "WARNING: these patches do not look like those the model was trained on: mean"
+                f" {drift['feature']} is {drift['shift']:+.2f} deviations away (limit"
+                f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
+                " a single patch; probabilities and threshold may not hold"
+            )
+    labelled = np.array([row.label is not None for row in rows]) & is_read
+    if labelled.any():
+        labels = np.array([row.label for row in rows])[labelled].astype(int)
+        scores = compute_metrics(labels, logits[labelled], threshold)
+        baselines = constant_baselines(labels)
+        say(describe_scores(scores, baselines))
+        result |= {"scores": scores, "constant_baselines": baselines}
     print_result(result)
     return EXIT_FINDING if failed else EXIT_DONE
 
@@ -152,85 +165,39 @@ def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
             logits.append(block_logits)
             bar.add(len(block.rows))
     logits = calibrate(torch.cat(logits).cpu().numpy(), checkpoint["calibration"])
-    if not np.isfinite(logits).all():
-        raise BadInput(f"{args.ckpt} answers a patch with no number: its weights are damaged")
     return rows, np.concatenate(features), logits
 
 
-def prediction_columns(
-    rows: list,
-    is_read: np.ndarray,
-    features: np.ndarray,
-    logits: np.ndarray,
-    threshold: float,
-    reference: dict | None,
-) -> dict:
-    """The columns of predictions.csv, {name: values (N,)}. The columns label, drift, unlike and
-    error are left out where nothing is known. `unlike` names the feature in which a patch beyond
-    the reference's limit differs most.
+def write_predictions(
+    path, rows: list, features: np.ndarray, probs: np.ndarray, threshold: float, reference
+) -> None:
+    """Write predictions.csv. Columns of which nothing is known are left out. `unlike` names the
+    feature in which a patch beyond the reference's limit differs most.
     """
     from lib.features import farthest_features, patch_scores
-    from lib.metrics import sigmoid
 
-    probs = sigmoid(logits)
-    columns = {
-        "source": [row.source for row in rows],
-        "index": [row.index for row in rows],
-        "probability": np.where(is_read, [f"{prob:.9g}" for prob in probs], ""),
-        "prediction": np.where(is_read, (probs >= threshold).astype(int), ""),
-    }
-    labels = np.array(["" if row.label is None or row.error else str(row.label) for row in rows])
-    if (labels != "").any():
-        columns["label"] = labels
     if reference:
         distances = patch_scores(features, reference)  # from the training data
-        is_unlike = is_read & (distances > reference["limit"])
-        columns["drift"] = np.where(is_read, [f"{distance:.4g}" for distance in distances], "")
-        columns["unlike"] = np.where(is_unlike, farthest_features(features, reference), "")
-    if not is_read.all():
-        columns["error"] = [row.error or "" for row in rows]
-    return columns
-
-
-def report_drift(features: np.ndarray, reference: dict) -> dict:
-    """Warn where patches with these features (N, 6), as a batch, do not look like the training
-    data; the verdict.
-    """
-    from lib.features import judge_batch
-
-    drift = judge_batch(features, reference)
-    if drift["drifted"]:
-        say(
-            "WARNING: these patches do not look like those the model was trained on: mean"
-            f" {drift['feature']} is {drift['shift']:+.2f} deviations away (limit"
-            f" {drift['shift_limit']:.2f}), {drift['share_beyond']:.1%} are beyond the limit of"
-            " a single patch; probabilities and threshold may not hold"
+        unlike = np.where(
+            distances > reference["limit"], farthest_features(features, reference), ""
         )
-    return drift
-
-
-def report_scores(labels: np.ndarray, logits: np.ndarray, threshold: float) -> dict:
-    """Print the scores of logits (N,) against labels (N,), and return them for the result."""
-    from lib.metrics import compute_metrics, constant_baselines
-
-    scores = compute_metrics(labels, logits, threshold)
-    baselines = constant_baselines(labels)
-    say(
-        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
-        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
-        f" {baselines['majority_accuracy']:.4f})"
-    )
-    return {"scores": scores, "constant_baselines": baselines}
-
-
-def require_output_file(out: str) -> None:
-    """Raise OSError where `out` cannot be written, and BadInput where it would replace a file that
-    is no CSV, such as an input.
-    """
-    path = Path(out)
-    if path.exists() and not (path.is_file() and path.suffix.lower() == ".csv"):
-        raise BadInput(f"--out {out} is there and is no CSV file: name a .csv file")
-    require_writable(out)
+    lines = []
+    for number, row in enumerate(rows):
+        line = {"source": row.source, "index": row.index}
+        lines.append(line)
+        if row.error:
+            line["error"] = row.error
+            continue
+        line["probability"] = f"{probs[number]:.9g}"
+        line["prediction"] = int(probs[number] >= threshold)
+        if row.label is not None:
+            line["label"] = row.label
+        if reference:
+            line["drift"] = f"{distances[number]:.4g}"
+            line["unlike"] = unlike[number]
+    known = set().union(*lines)
+    header = [name for name in COLUMNS if name in known]
+    write_csv(path, header, ([line.get(name, "") for name in header] for line in lines))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ python train.py --resume RUN [--until-epoch N]
 
 import argparse
 import dataclasses
-import math
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,6 @@ from lib.command import (
     EXIT_DONE,
     EXIT_FINDING,
     EXIT_INTERRUPTED,
-    BadInput,
     Parser,
     one_line,
     positive,
@@ -27,72 +25,53 @@ from lib.command import (
 
 def parse(argv) -> argparse.Namespace:
     parser = Parser(
-        prog="train.py", description="Train one run, from config to run folder, or go on with one."
+        prog="train.py",
+        usage="python train.py data_dir=data/mine seed=2 lr=1e-2 [options]",
+        description="Train one run, with `key=value` put over the config, or go on with one.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--config",
         default="",
         metavar="F",
         help="YAML file whose keys are put over those of config.yaml",
     )
-    parser.add_argument(
-        "--runs", default="runs", metavar="DIR", help="where the run folder is made (default: runs)"
-    )
-    parser.add_argument(
-        "--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    parser.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
-    parser.add_argument(
+    which.add_argument("--resume", metavar="RUN", help="go on with a run from its last checkpoint")
+    add("--runs", default="runs", metavar="DIR", help="of the run folder (default: runs)")
+    parser.add_device()
+    add(
         "--until-epoch",
         type=positive,
         default=0,
         metavar="N",
         help="pause after N epochs, for --resume",
     )
-    parser.add_argument(
-        "--trace", action="store_true", help="write SHA-256 digests of each step to RUN/trace.csv"
-    )
-    parser.add_argument(
-        "--trace-every",
-        type=positive,
-        default=0,
-        metavar="N",
-        help="the same for every Nth step only",
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="put over the config, e.g. seed=2 lr=1e-3"
-    )
-    return parser.parse_intermixed_args(argv)
+    add("--trace", action="store_true", help="write digests of each step to RUN/trace.csv")
+    add("--trace-every", type=positive, default=0, metavar="N", help="only of every Nth step")
+    return parser.parse_with_overrides(argv)
 
 
 @script
 def main(argv=None) -> int:
     args = parse(argv)
-    # the clock starts before the import of torch, which takes most of the time to the first step
-    args.started_at = time.monotonic()
 
     from lib.config import DEFAULT_PATH, load_config
     from lib.files import read_json
     from lib.rundir import find_run, is_finished, resume_config
 
-    if args.resume is None:
-        return start(load_config(args.config or DEFAULT_PATH, args.overrides), args)
-    run = find_run(args.resume, args.runs)
-    if args.config:
-        raise BadInput(f"--config does not go with --resume: {run} has its own config.yaml")
-    if is_finished(run):
+    run = find_run(args.resume, args.runs) if args.resume is not None else None
+    if run and is_finished(run):
         status = read_json(run / "summary.json").get("status")
-        overrides = f", and {' '.join(args.overrides)} has no effect" if args.overrides else ""
-        say(f"{run} is {status}, there is nothing to resume{overrides}")
+        say(f"{run} is {status}, there is nothing to resume")
         print_result({"run": str(run), "status": status})
         return EXIT_DONE if status == "finished" else EXIT_FINDING
-    return start(resume_config(run, args.overrides), args, run)
+    if run:
+        cfg = resume_config(run, args.overrides)
+    else:
+        cfg = load_config(args.config or DEFAULT_PATH, args.overrides)
 
-
-def start(cfg, args, run: Path | None = None) -> int:
-    """Choose the device, join the other ranks under torchrun or srun, and train. Returns the exit
-    code. `run` is the folder of a resumed run, None for a new one.
-    """
+    # choose the device, and join the other ranks under torchrun or srun
     import torch
 
     from lib.device import choose_device
@@ -116,12 +95,17 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     checkpoint.
     """
     from lib import batches, rundir, training
-    from lib.checkpoint import newest_checkpoint, save_checkpoint
-    from lib.device import note_slow_precision
+    from lib.checkpoint import SCHEMA, newest_checkpoint, save_checkpoint
     from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
-    from lib.machine import keep_freed_memory, note_busy_cores, others_busy_s
+    from lib.machine import (
+        describe_machine,
+        keep_freed_memory,
+        note_busy_cores,
+        others_busy_s,
+    )
     from lib.metrics import constant_alarm, constant_baselines
+    from lib.models import num_parameters
     from lib.predict import evaluate
     from lib.progress import Progress
     from lib.ranks import StopFlag
@@ -130,7 +114,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     from lib.trace import Trace
 
     # how busy other processes keep the cores is measured while the data are opened
-    watched_from, busy_s = time.monotonic(), others_busy_s()
+    started_at, busy_s = time.monotonic(), others_busy_s()
 
     # open the data; whatever can be refused is refused before a folder is made
     set_determinism(cfg.deterministic, cfg.threads)
@@ -159,30 +143,36 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         valid_source = batches.PatchSource(valid_split.images, cfg.data_residence, device)
     loss_weights = training.class_weights(train_rows.labels, cfg, device)
 
-    # advice for a new run: a resumed one can change neither threads nor precision. Several ranks
-    # would count each other as other processes
+    # advice for a new run: a resumed one cannot change its threads. Several ranks would count each
+    # other as other processes
     if device.type == "cpu" and ranks.num == 1 and not run:
-        note_busy_cores(cfg.threads, watched_from, busy_s)
-        note_slow_precision(cfg.precision, device)
+        note_busy_cores(cfg.threads, started_at, busy_s)
 
     # write down what runs where
     baselines = constant_baselines(valid_rows.labels)
     if ranks.is_first:
         run = run or rundir.create_run(args.runs, cfg)
         lock = rundir.hold_run(run, cfg)  # noqa: F841 (held until this function ends)
-        facts = {
+        meta = {
+            **rundir.environment(),
+            "machine": describe_machine(device),
             "data": data,
             "groups": groups,
             "identity": cfg.identity_digest(data, groups),
             "rows": {"train": train_rows.describe(), "valid": valid_rows.describe()},
-            "constant_baselines": baselines,
             "batch_size": batch_size,
             "steps_per_epoch": steps_per_epoch,
             "num_ranks": ranks.num,
+            "model": {"num_parameters": num_parameters(state.model)},
+            "start_step": progress["num_steps"],
         }
-        note_start(run, cfg, state, device, facts)
-    log_run = run if ranks.is_first else None
-    log = RunLog(log_run, progress, args.started_at, batch_size, ranks)
+        meta["versions"]["schema"] = SCHEMA  # a step gives other bits under another schema
+        rundir.say_what_changed(run, meta)
+        rundir.write_meta(run, meta)
+        num_weights = meta["model"]["num_parameters"]
+        say(f"run {run}: {cfg.model} of {num_weights:,} parameters on {device}")
+        say(f"{len(train_rows):,} patches to train on, {len(valid_rows):,} to validate on")
+    log = RunLog(run if ranks.is_first else None, progress, started_at, batch_size, ranks)
     trace = Trace(run, state, args.trace_every or int(args.trace), ranks)
 
     def save(name: str) -> None:
@@ -199,34 +189,35 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 trace.keep(run / name)
 
     diverged = None
-    until_epoch = args.until_epoch or cfg.epochs
-    with StopFlag() as stop, log:
+    num_epochs = args.until_epoch or cfg.epochs
+    num_left = (num_epochs * steps_per_epoch - progress["num_steps"]) * batch_size
+    with StopFlag() as stop, log, Progress(num_left, "training") as bar:
         try:
-            while progress["epoch"] < until_epoch and not training.is_over(progress, cfg):
+            while progress["epoch"] < num_epochs and not training.is_over(progress, cfg):
                 # train an epoch, or the rest of it
                 epoch = progress["epoch"]
                 epoch_keys = batches.epoch_order(train_rows, len(train_split), epoch, cfg, device)
                 batch_keys = epoch_keys[: steps_per_epoch * batch_size].split(batch_size)
                 own_keys = [ranks.part(keys) for keys in batch_keys[progress["step"] :]]
                 log.start_epoch()
-                with Progress(len(own_keys) * batch_size, f"epoch {epoch + 1}/{cfg.epochs}") as bar:
-                    for batch in batches.load_batches(train_source, train_split.labels, own_keys):
-                        step, lr_scale = progress["num_steps"], progress["lr_scale"]
-                        lr = training.learning_rate(cfg, step, steps_per_epoch, lr_scale)
-                        result = training.training_step(state, batch, cfg, lr, loss_weights, ranks)
-                        log.add_step(result, batch, lr)
-                        trace.add(batch, result)
-                        bar.add(batch_size, log.note)
+                bar.label = f"epoch {epoch + 1}/{cfg.epochs}"
+                for batch in batches.load_batches(train_source, train_split.labels, own_keys):
+                    step, lr_scale = progress["num_steps"], progress["lr_scale"]
+                    lr = training.learning_rate(cfg, step, steps_per_epoch, lr_scale)
+                    result = training.training_step(state, batch, cfg, lr, loss_weights, ranks)
+                    log.add_step(result, batch, lr)
+                    trace.add(batch, result)
+                    bar.add(batch_size, log.note)
 
-                        # stop if a signal has asked for it, all ranks after the same step
-                        if ranks.any(stop, step + 1):
-                            save("last.pt")
-                            if ranks.is_first:
-                                rundir.write_stop(run, "interrupted", step + 1)
-                            return EXIT_INTERRUPTED
-                        every = cfg.checkpoint_every_steps
-                        if every and (step + 1) % every == 0:
-                            save("last.pt")
+                    # stop if a signal has asked for it, all ranks after the same step
+                    if ranks.any(stop, step + 1):
+                        save("last.pt")
+                        if ranks.is_first:
+                            rundir.write_stop(run, "interrupted", step + 1)
+                        return EXIT_INTERRUPTED
+                    every = cfg.checkpoint_every_steps
+                    if every and (step + 1) % every == 0:
+                        save("last.pt")
 
                 # evaluate the averaged weights, where there are any
                 log.flush()
@@ -234,9 +225,6 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 model = state.averaged or state.model
                 scores = state.metrics = evaluate(model, valid_source, valid_rows, cfg, ranks)
                 eval_s = time.perf_counter() - eval_started_at
-                if not math.isfinite(scores["loss"]):
-                    loss = scores["loss"]
-                    log.raise_diverged(f"the validation loss of epoch {epoch + 1} is {loss}")
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
                 alarm = constant_alarm(scores, valid_rows.labels)
@@ -259,29 +247,6 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     return EXIT_FINDING if diverged else EXIT_DONE
 
 
-def note_start(run: Path, cfg, state, device, facts: dict) -> None:
-    """Write meta.json, what runs where and on what data, and print what is about to be trained."""
-    from lib import rundir
-    from lib.checkpoint import SCHEMA
-    from lib.machine import describe_machine
-    from lib.models import num_parameters
-
-    num_weights = num_parameters(state.model)
-    meta = {
-        **rundir.environment(),
-        "machine": describe_machine(device),
-        **facts,
-        "model": {"name": cfg.model, "num_parameters": num_weights},
-        "start_step": state.progress["num_steps"],
-    }
-    meta["versions"]["schema"] = SCHEMA  # a step gives other bits under another schema
-    rundir.say_what_changed(run, meta)
-    rundir.write_meta(run, meta)
-    num_train, num_valid = facts["rows"]["train"]["num"], facts["rows"]["valid"]["num"]
-    say(f"run {run}: {cfg.model} of {num_weights:,} parameters on {device}")
-    say(f"{num_train:,} patches to train on, {num_valid:,} to validate on")
-
-
 def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverged) -> None:
     """Calibrate the best epoch's model, and score it over the views of the config. Then write the
     page and, last, summary.json: it says that the run is over.
@@ -299,26 +264,21 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
     if diverged:
         status = "diverged"
         details = {"diverged_step": diverged.step, "diverged_rows": diverged.rows}
-        good = "last.pt" if (run / "last.pt").is_file() else "none yet"
-        say(f"error: {diverged}; the last good checkpoint of {run} is {good}")
+        say(f"error: {diverged}; the last good checkpoint is {run}/last.pt, if it is there")
     else:
         status = "finished"
         progress["best_scores"], details = complete_checkpoint(run, *parts, cfg)
     digest = weights_sha256(state.model.state_dict())
     summary = rundir.build_summary(status, digest, progress, baselines, **details, **log.times())
-    write_page(run, summary)
-    rundir.write_summary(run, summary)
-    print_result({"run": str(run), **summary})
-
-
-def write_page(run: Path, summary: dict) -> None:
-    """Write RUN/report.html. Where that fails it prints a warning: the run itself is complete."""
     try:
         from lib.runpage import write_run_page  # matplotlib takes a second to import
 
         write_run_page(run, run / "report.html", summary)
-    except Exception as error:
+    except Exception as error:  # the run itself is complete
         say(f"warning: no page of {run} could be written ({one_line(error)})")
+    rundir.write_summary(run, summary)
+    say(f"{status}: see {run}/report.html; next: python inference.py --ckpt {run} INPUT")
+    print_result({"run": str(run), **summary})
 
 
 if __name__ == "__main__":

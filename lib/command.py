@@ -8,12 +8,15 @@ import difflib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+NEW_LINE = "\r\033[K"  # begins the line of a terminal anew
 # sent by Ctrl-C; at preemption or by scancel; before the time limit
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 EXIT_DONE, EXIT_FINDING, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -35,6 +38,18 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([expand_home(word) for word in words], namespace)
+
+    def parse_with_overrides(self, argv=None) -> argparse.Namespace:
+        """The arguments, and as `overrides` all words `key=value`, wherever they stand."""
+        words = sys.argv[1:] if argv is None else argv
+        overrides = [word for word in words if re.match(r"\w+=", word)]
+        args = self.parse_args([word for word in words if word not in overrides])
+        args.overrides = overrides
+        return args
+
+    def add_device(self) -> None:
+        text = "auto, cpu, cuda or cuda:N (default: auto)"
+        self.add_argument("--device", default="auto", metavar="D", help=text)
 
     def error(self, message):
         raise BadInput(f"{message} (see {self.prog} --help)")
@@ -99,7 +114,8 @@ def nearest(name, allowed) -> str:
 def say(text) -> None:
     """Print a line on stderr for the person at the terminal; stdout is kept for the result."""
     with contextlib.suppress(OSError):  # a terminal that was closed does not end the program
-        print(text, file=sys.stderr, flush=True)
+        start = NEW_LINE if sys.stderr.isatty() else ""  # over a progress bar
+        print(f"{start}{text}", file=sys.stderr, flush=True)
 
 
 def without_nan(value):
@@ -108,9 +124,15 @@ def without_nan(value):
 
 
 def print_result(result: dict) -> None:
-    """Print `result` as the last line of stdout. A pipe that its reader has closed is no error."""
+    """Print `result` as the last line of stdout: one JSON object or, on a terminal, two lines for a
+    person. A pipe that its reader has closed is no error.
+    """
+    text = json.dumps(without_nan(result))
+    if sys.stdout.isatty():
+        words = [f"{name} {value}" for name, value in result.items() if not isinstance(value, dict)]
+        text = textwrap.fill(", ".join(words), width=100, max_lines=2)
     try:
-        print(json.dumps(without_nan(result)), flush=True)
+        print(text, flush=True)
     except OSError:
         # stdout leads nowhere from here on, or the interpreter would fail when it flushes it
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -134,12 +156,12 @@ def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeo
         raise BadInput(f"{name} did not end within {timeout_s} s") from None
     except ValueError:
         result = {}
-    if completed.returncode not in codes or not result:
-        if shows_progress and result.get("error"):
-            raise Reported(result["error"])
-        last_words = last_line(completed.stderr or "").removeprefix("error: ")
-        raise BadInput(result.get("error") or last_words)
-    return result
+    if completed.returncode in codes and result:
+        return result
+    if shows_progress and "error" in result:
+        raise Reported(result["error"])
+    last_words = last_line(completed.stderr or "").removeprefix("error: ")
+    raise BadInput(result.get("error") or last_words)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -195,7 +217,8 @@ def script(main):
                 raise
         if not is_said:
             say(f"error: {sentence}")
-        print_result({"error": sentence, "exit": code})
+        if not sys.stdout.isatty():  # a person has read it
+            print_result({"error": sentence, "exit": code})
         return code
 
     return wrapper

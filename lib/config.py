@@ -20,23 +20,13 @@ from lib.command import REPOSITORY, BadInput, expand_home, nearest
 from lib.files import file_digest
 
 DEFAULT_PATH = REPOSITORY / "config.yaml"
-BOOLEANS = {
-    "true": True,
-    "True": True,
-    "yes": True,
-    "1": True,
-    "false": False,
-    "False": False,
-    "no": False,
-    "0": False,
-}
-
 # Annotated[type, lowest, highest]: both bounds are allowed values, and the highest may be missing
 Natural = Annotated[int, 0]
 Positive = Annotated[int, 1]
 NonNegative = Annotated[float, 0]
 AboveZero = Annotated[float, 1e-12]
 Share = Annotated[float, 0, 1]
+Switch = Literal[True, False]
 Place = typing.NewType("Place", str)  # a file or folder
 # the reasons for which quarantine.csv may list a row
 Reason = Literal[
@@ -82,10 +72,10 @@ class Config:
     cnn_width: Positive
     p4m_width: Positive
     mlp_hidden: tuple[Positive, ...]
-    dropout: Annotated[float, 0, 0.95]
+    dropout: Share
     weights: Place
 
-    symmetries: bool
+    symmetries: Switch
     # with each of these the 32 pixels in the centre are 2 x 2 whole cells of the model's last grid
     crop: Literal[32, 64, 96]
     crop_epochs: Natural
@@ -103,13 +93,13 @@ class Config:
     schedule: Literal["cosine", "step", "plateau", "constant"]
     warmup_epochs: NonNegative
     decay_epochs: Positive
-    decay_factor: Annotated[float, 1e-12, 1]
+    decay_factor: Share
     grad_clip: NonNegative
-    label_smoothing: Annotated[float, 0, 0.5]
-    ema_decay: Annotated[float, 0, 0.99999]
+    label_smoothing: Share
+    ema_decay: Share
     precision: Literal["fp32", "bf16"]
-    threads: Annotated[int, 0, 1024]
-    deterministic: bool
+    threads: Natural
+    deterministic: Switch
 
     select_metric: Literal["auc", "pr_auc", "f2", "f1", "accuracy", "loss"]
     early_stop_epochs: Natural
@@ -126,11 +116,10 @@ class Config:
 
     def free_keys(self) -> list[str]:
         """The keys that do not change the weights of this run."""
-        # where training follows the validation score, the last digits of the score matter, and
-        # they depend on eval_batch_size
-        follows_score = self.schedule == "plateau" or self.early_stop_epochs
-        not_free = ("eval_batch_size",) if follows_score else ()
-        return [key for key in FREE_KEYS if key not in not_free]
+        if self.schedule == "plateau" or self.early_stop_epochs:
+            # training follows the last digits of a score, which depend on eval_batch_size
+            return [key for key in FREE_KEYS if key != "eval_batch_size"]
+        return list(FREE_KEYS)
 
     def identity(self) -> dict:
         """The keys that change the weights, with their values."""
@@ -184,16 +173,15 @@ def coerce(key: str, value, hint):
         return tuple(coerce(key, word, arguments[0]) for word in words)
     if origin is Annotated:
         kind, low, high = (*arguments, math.inf)[:3]
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(text)
-            if low <= number <= high and math.isfinite(number) and number == kind(number):
+            if low <= number <= high and number == kind(number) < math.inf:
                 return kind(number)
-        noun = "an integer" if kind is int else "a number"
-        allowed = f"{noun} from {low} to {high}"
+        allowed = f"{kind.__name__} from {low} to {high}"
     else:
-        choices = BOOLEANS if hint is bool else {str(choice): choice for choice in arguments}
-        if text in choices:
-            return choices[text]
+        choices = {str(choice).lower(): choice for choice in arguments}
+        if text.lower() in choices:
+            return choices[text.lower()]
         allowed = f"one of {', '.join(choices)}{nearest(text, choices)}"
     raise BadInput(f"config key {key}: {text!r} is not allowed, it must be {allowed}")
 
@@ -227,33 +215,22 @@ def _check_together(cfg: Config) -> None:
     """
     if cfg.shards.bit_count() != 1 or cfg.batch_size % cfg.shards:
         raise BadInput(
-            f"batch_size {cfg.batch_size} must be a multiple of shards, which is {cfg.shards} and"
-            " must be a power of two: their sum is a full binary tree"
+            f"batch_size {cfg.batch_size} must be a multiple of shards {cfg.shards}, a power of two"
         )
     if cfg.num_folds == 1 or cfg.fold >= max(cfg.num_folds, 1):
-        raise BadInput(
-            f"num_folds {cfg.num_folds} and fold {cfg.fold}: num_folds is 0 or at least 2, fold is"
-            " below it"
-        )
+        raise BadInput(f"num_folds must be 0 or at least 2, and above fold, which is {cfg.fold}")
     if not re.fullmatch(r"[^/\\\0\n]{1,60}", cfg.name):
-        raise BadInput(
-            f"name {cfg.name!r} must be 1 to 60 characters without slashes: it becomes part of a"
-            " folder's name"
-        )
+        raise BadInput(f"name {cfg.name!r} must be 1 to 60 characters without slashes")
 
 
 def read_yaml(path) -> dict:
-    """The mapping in a YAML file. Raises BadInput for a file that holds none, or a key twice."""
+    """The mapping in a YAML file. Raises BadInput for a file that holds none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or an impossible date
         raise BadInput(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} must hold `key: value` lines")
-    keys = re.findall(r"(?m)^(\w+):", text)
-    if len(keys) > len(values):  # YAML keeps the last
-        raise BadInput(f"{path} holds a key twice: {max(keys, key=keys.count)}")
     return values
 
 
@@ -273,8 +250,6 @@ def parse_overrides(pairs) -> dict[str, str]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise BadInput(f"{pair!r} is not of the form key=value")
-        if key in values:
-            raise BadInput(f"{key} is given twice")
         values[key] = value
     return values
 

@@ -59,25 +59,8 @@ def _read_limits(name: str) -> list[list[str]]:
     limits = []
     for folder in control_groups():
         with contextlib.suppress(OSError):
-            words = (folder / name).read_text().split()
-            if words[0] != "max":
-                limits.append(words)
-    return limits
-
-
-def control_group_limits() -> dict:
-    """The processors and the memory that control groups allow this process; None means no limit.
-
-    The memory limit is read of versions 1 and 2, both of which Slurm sets. The processor quota of
-    version 1 is not read: only containers set it.
-    """
-    cpus = [int(quota) / int(period) for quota, period in _read_limits("cpu.max")]
-    limits = _read_limits("memory.max") + _read_limits("memory.limit_in_bytes")
-    memory = min((int(words[0]) for words in limits), default=physical_bytes())
-    return {
-        "cgroup_cpus": min(cpus, default=None),
-        "cgroup_memory_bytes": memory if memory < physical_bytes() else None,
-    }
+            limits.append((folder / name).read_text().split())
+    return [words for words in limits if words[0] != "max"]
 
 
 def physical_bytes() -> int:
@@ -87,11 +70,12 @@ def physical_bytes() -> int:
 
 def memory_limit_bytes() -> int:
     """The bytes that this process may take at most: what the machine has available, or less where
-    the control groups allow less.
+    its control groups allow less. Slurm sets a limit in version 1 of them, or in version 2.
     """
     available = _proc_field("meminfo", "MemAvailable")  # such as `16315340 kB`
     num_bytes = int(available.split()[0]) * 1024 if available else physical_bytes()
-    return min(num_bytes, control_group_limits()["cgroup_memory_bytes"] or num_bytes)
+    limits = _read_limits("memory.max") + _read_limits("memory.limit_in_bytes")
+    return min([num_bytes, *(int(words[0]) for words in limits)])
 
 
 def _proc_field(file: str, name: str) -> str:
@@ -116,9 +100,8 @@ def num_cores() -> int:
     its Slurm task.
     """
     cores = len(affinity())
-    quota = int(control_group_limits()["cgroup_cpus"] or cores)
-    task = read_count("SLURM_CPUS_PER_TASK", cores)
-    return max(min(cores, quota, task), 1)
+    quotas = [int(quota) / int(period) for quota, period in _read_limits("cpu.max")]
+    return max(int(min(cores, read_count("SLURM_CPUS_PER_TASK", cores), *quotas)), 1)
 
 
 def resolve_threads(cfg: Config, num_processes: int = 1) -> Config:
@@ -144,10 +127,8 @@ def others_busy_s() -> float:
         for line in Path("/proc/stat").read_text().splitlines():
             name, *ticks = line.split()
             if name in names:
-                user, nice, system = ticks[:3]
-                num_ticks += int(user) + int(nice) + int(system)
-    own_s = sum(os.times()[:4])
-    return num_ticks / os.sysconf("SC_CLK_TCK") - own_s
+                num_ticks += sum(map(int, ticks[:3]))  # user, nice, system
+    return num_ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def cores_used_by_others(busy_s: float, started_at: float) -> float:
@@ -180,7 +161,7 @@ def describe_machine(device: torch.device) -> dict:
     machine = {
         "host": platform.node(),
         "system": platform.platform(),
-        "cpu": _proc_field("cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": _proc_field("cpuinfo", "model name") or platform.machine(),
         "num_cores": num_cores(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_bytes": physical_bytes(),
@@ -192,11 +173,9 @@ def describe_machine(device: torch.device) -> dict:
     return machine | {
         "gpu": gpu.name,
         "gpu_memory_bytes": gpu.total_memory,
-        "num_multiprocessors": gpu.multi_processor_count,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": nvidia_smi("driver_version"),
-        "mig": "MIG" in gpu.name,
     }
 
 
@@ -204,7 +183,7 @@ def nvidia_smi(field: str) -> str:
     """A field of the first GPU that nvidia-smi lists, or `unknown` with the reason."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, timeout=10)
+        output = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({one_line(error)})"
-    return output.decode(errors="replace").partition("\n")[0].strip()
+    return output.partition("\n")[0]

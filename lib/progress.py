@@ -4,6 +4,8 @@ import datetime
 import sys
 import time
 
+from lib.command import NEW_LINE
+
 LINE_EVERY_S = 30.0
 BAR_EVERY_S = 0.1
 
@@ -23,8 +25,7 @@ class Progress:
 
     def __init__(self, total: int, label: str, unit: str = "patches"):
         self.total, self.label, self.unit = total, label, unit
-        self.stream = sys.stderr
-        self.live = self.stream.isatty()
+        self.live = sys.stderr.isatty()
         self.num_done, self.note = 0, ""
         self.started_at = self.shown_at = time.monotonic()
 
@@ -38,18 +39,19 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        num, left = f"{self.num_done:,} {self.unit}", ""
+        words = [f"{self.num_done:,} {self.unit}", f"{rate:,.0f}/s"]
         if self.total:
             share = self.num_done / self.total
-            num = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
-            remaining_s = (self.total - self.num_done) / rate if rate else 0.0
-            left = f", {format_duration(remaining_s)} left"
-        note = f", {self.note}" if self.note else ""
-        return f"{self.label}: {num}, {rate:,.0f}/s{left}{note}"
+            words[0] = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
+        if self.total and rate:
+            words.append(f"{format_duration((self.total - self.num_done) / rate)} left")
+        if self.note:
+            words.append(self.note)
+        return f"{self.label}: {', '.join(words)}"
 
-    def show(self, last: bool = False) -> None:
-        text = f"\r\033[K{self.line()}" if self.live else self.line()
-        print(text, end="" if self.live and not last else "\n", file=self.stream, flush=True)
+    def show(self, end: str = "") -> None:
+        text = f"{NEW_LINE}{self.line()}{end}" if self.live else f"{self.line()}\n"
+        print(text, end="", file=sys.stderr, flush=True)
 
     def __enter__(self):
         return self
@@ -57,4 +59,4 @@ class Progress:
     def __exit__(self, *_):
         # short work in a job log needs no line of its own
         if self.live or time.monotonic() - self.started_at >= LINE_EVERY_S:
-            self.show(last=True)
+            self.show(end="\n")

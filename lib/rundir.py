@@ -3,7 +3,6 @@ time.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.command import EXIT_USAGE, REPOSITORY, BadInput, nearest, one_line, print_result, say
+from lib.command import REPOSITORY, BadInput, nearest, one_line, print_result, say
 from lib.config import (
     ADDED_KEYS,
     Config,
@@ -64,7 +63,6 @@ HARDWARE = (
     ("versions", "torch"),
     ("versions", "schema"),
 )
-MAX_UNTRACKED = 1000  # names of untracked files in meta.json
 
 # the scores of an evaluation that stand in epochs.csv, with val_ before their names
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
@@ -81,13 +79,8 @@ def create_run(runs_dir, cfg: Config) -> Path:
         run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
         with contextlib.suppress(FileExistsError):
             run.mkdir()
-            break
-    try:
-        write_config(run, cfg)
-    except BaseException:
-        run.rmdir()  # without a config it is no run
-        raise
-    return run
+            write_config(run, cfg)
+            return run
 
 
 def write_config(run: Path, cfg: Config) -> None:
@@ -102,14 +95,13 @@ def find_run(name, runs_dir="runs") -> Path:
     """A run folder by its path, or by its name under `runs_dir`. Raises BadInput with the nearest
     name.
     """
-    for run in (Path(name), Path(runs_dir) / name):
-        if run.is_dir():
-            # the repository has a config.yaml, too, and `--resume .` must not write into it
-            if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
-                return run
-            raise BadInput(f"{run} is a folder, but no run: it has no config.yaml")
+    for run in (Path(name), Path(runs_dir, name)):
+        # the repository has a config.yaml, too, and `--resume .` must not write into it
+        if (run / "config.yaml").is_file() and run.resolve() != REPOSITORY:
+            return run
     names = [entry.name for entry in Path(runs_dir).glob("*")]
-    raise BadInput(f"no run {name}{nearest(Path(name).name, names)}")
+    hint = nearest(Path(name).name, names) or ": no config.yaml of a run is there"
+    raise BadInput(f"no run {name}{hint}")
 
 
 def read_run_config(run: Path) -> Config:
@@ -127,23 +119,8 @@ def read_meta(run: Path) -> dict:
 def resume_config(run: Path, overrides) -> Config:
     """The configuration to resume a run with: its own, with changes of keys that do not change the
     weights.
-
-    A relative path is looked up in the working folder, then in the one where the run was started. A
-    quarantine or weights file may have a new path; `require_same_run` compares its content.
     """
-    cfg = read_run_config(run)
-    changes = parse_overrides(overrides)
-    started_in = Path(read_meta(run).get("cwd", ""))
-    moved = {}
-    for key in ("data_dir", "quarantine", "weights"):
-        path = getattr(cfg, key)
-        if not path:
-            continue
-        if key != "data_dir" and changes.get(key):
-            moved[key] = changes.pop(key)
-        elif not Path(path).exists() and (started_in / path).exists():
-            moved[key] = str(started_in / path)
-    return change_free_keys(dataclasses.replace(cfg, **moved), changes)
+    return change_free_keys(read_run_config(run), parse_overrides(overrides))
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str | None) -> None:
@@ -157,8 +134,6 @@ def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str |
         raise BadInput(
             f"{cfg.data_dir} is not the data that {run} was trained on: its SHA-256 differs"
         )
-    # a run from before groups.csv existed has no digest of it to compare with
-    groups = groups if "groups" in before else None
     if before.get("identity") != cfg.identity_digest(data, groups):
         raise BadInput(
             f"{run} cannot go on: its config.yaml, the quarantine or weights file named there, or"
@@ -174,10 +149,7 @@ def say_what_changed(run: Path, meta: dict) -> None:
     for place, key in HARDWARE:
         old, new = before[place].get(key), meta[place].get(key)
         if old != new:
-            say(
-                f"warning: {run} goes on with another {key}, {new or 'none'} instead of"
-                f" {old or 'none'}: other bits may follow"
-            )
+            say(f"warning: {run} had {key} {old}, now {new}: other bits may follow")
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -206,20 +178,21 @@ def is_finished(run: Path) -> bool:
     return (run / "summary.json").is_file()
 
 
-def run_git(*arguments: str) -> subprocess.CompletedProcess:
-    """A git command in this repository, with its output and exit code. Without git it fails."""
+def run_git(*arguments: str) -> tuple[str, str]:
+    """(output, error) of a git command in this repository. One of them is empty."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
-    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 30}
     try:
-        return subprocess.run(command, **options)
-    except (OSError, subprocess.SubprocessError) as error:
-        return subprocess.CompletedProcess(command, EXIT_USAGE, "", one_line(error))
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:  # there is no git
+        return "", one_line(error)
+    if result.returncode:
+        return "", " ".join(result.stderr.split())
+    return result.stdout, ""
 
 
 def git(*arguments: str) -> str:
     """The output of a git command in this repository; empty where it fails."""
-    result = run_git(*arguments)
-    return "" if result.returncode else result.stdout
+    return run_git(*arguments)[0]
 
 
 def why_no_commit() -> str:
@@ -227,10 +200,10 @@ def why_no_commit() -> str:
 
     A repository around the folder of the program is not the program's, and may be private.
     """
-    result = run_git("rev-parse", "HEAD", "--show-toplevel")
-    if result.returncode:
-        return f"git says: {' '.join(result.stderr.split())}"
-    top = result.stdout.splitlines()[1]
+    output, error = run_git("rev-parse", "HEAD", "--show-toplevel")
+    if error:
+        return f"git says: {error}"
+    top = output.splitlines()[1]
     if not os.path.samefile(top, REPOSITORY):
         return f"{REPOSITORY} lies in another repository, {top}"
     return ""
@@ -244,11 +217,10 @@ def git_state() -> dict:
     if reason:
         say(f"warning: no commit is recorded, since {reason}")
         return {"commit": None, "uncommitted_patch": "", "untracked_files": []}
-    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
     return {
         "commit": git("rev-parse", "HEAD").strip(),
         "uncommitted_patch": git("diff", "HEAD"),
-        "untracked_files": untracked[:MAX_UNTRACKED],
+        "untracked_files": git("ls-files", "--others", "--exclude-standard").splitlines(),
     }
 
 
@@ -265,18 +237,12 @@ def process_start(pid: int) -> str:
     return "" if state in "ZX" else fields[18]  # Z and X: it has ended
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a run uses."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    return versions
-
-
 def environment() -> dict:
     """What runs, and where, for meta.json: argv, commit and patch, versions, environment variables,
     Slurm job.
     """
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    versions["python"] = platform.python_version()
     return {
         "argv": sys.argv,
         "cwd": os.getcwd(),
@@ -284,9 +250,9 @@ def environment() -> dict:
         "pid": os.getpid(),
         "process_start": process_start(os.getpid()),
         **git_state(),
-        "versions": package_versions(),
+        "versions": versions,
         "variables": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
+            name: text for name, text in os.environ.items() if name.startswith(VARIABLES)
         },
         "submitted": json.loads(os.environ.get(SUBMITTED, "null")),
         "job": {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ},
@@ -315,6 +281,15 @@ def write_stop(run: Path, status: str, step: int) -> None:
     write_json(run / "meta.json", read_meta(run) | {"stopped": stopped})
     say(f"{status} after step {step}; go on with: python train.py --resume {shlex.quote(str(run))}")
     print_result({"run": str(run), "status": status, "step": step})
+
+
+def describe_scores(scores: dict, baselines: dict) -> str:
+    """The scores of an evaluation beside those of constant answers, as part of a sentence."""
+    return (
+        f"AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
+        f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
+        f" {baselines['majority_accuracy']:.4f})"
+    )
 
 
 def build_summary(

@@ -1,10 +1,8 @@
 """The log of a run while it trains: a row for each step and each epoch, and the time spent."""
 
 import collections
-import contextlib
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +10,10 @@ import torch
 from lib.command import say
 from lib.files import CsvLog, read_csv
 from lib.ranks import ALONE, Ranks
-from lib.rundir import SCORES
+from lib.rundir import SCORES, describe_scores
 
 MAX_PENDING = 64  # the most steps that wait in memory until a GPU has computed their loss
-STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
+STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s")
 BASELINES = (
     "always_positive_f2",
     "majority_accuracy",
@@ -41,32 +39,11 @@ class Diverged(Exception):
         self.step, self.rows = step, rows
 
 
-@dataclass(frozen=True)
-class LoggedStep:
-    """A step that was made.
-
-    `values` (2,) on the host are its loss and gradient norm. On a GPU they are valid once the event
-    `done` has passed.
-    """
-
-    row: dict  # the columns of steps.csv that are known at once
-    keys: torch.Tensor  # (B,) of its batch
-    num_rows: int  # of the split: a key modulo this is the number of a row
-    wait_s: float
-    host_s: float  # since the step before, on the host's clock
-    values: torch.Tensor
-    done: torch.cuda.Event | None
-
-    @property
-    def is_done(self) -> bool:
-        return self.done is None or self.done.query()
-
-
 class RunLog:
     """Writes steps.csv and epochs.csv of a run, and adds up the time spent.
 
-    The loss of a step is read after the next step was begun. From a GPU it is read when an event
-    says that it is there, so that the GPU never waits for the log.
+    The loss of a step is read from a GPU when an event says that it is there, so that the GPU never
+    waits for the log.
 
     `progress` is that of the training state. It says which rows a resumed run keeps, and holds the
     sum of the epoch's losses. `batch_size` is the number of patches in a step, over all ranks. Only
@@ -82,22 +59,18 @@ class RunLog:
         ranks: Ranks = ALONE,
     ):
         self.progress, self.batch_size, self.ranks = progress, batch_size, ranks
+        self.started_at = started_at  # by time.monotonic()
         self.logs = ()
-        self.earlier_train_s = self.earlier_eval_s = 0.0
         if run:
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, progress["num_steps"])
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
-            for row in read_csv(self.steps.path):
-                # 0.0 where a step stood still, as with a laptop that was closed
-                self.earlier_train_s += batch_size / (float(row["images_per_s"]) or math.inf)
-            for row in read_csv(self.epochs.path):
-                self.earlier_eval_s += float(row["eval_s"])
-        self.pending = collections.deque()  # each LoggedStep whose loss was not read yet
-        self.last_step = self.last_done = self.host_values = None
+            earlier = self.times()
+            self.started_at -= earlier["train_s"] + earlier["eval_s"]
+        # steps whose loss was not read yet, each as the arguments of _write
+        self.pending = collections.deque()
+        self.last_batch = self.last_done = None
         self.note = ""  # for the progress bar
-        self.num_images = self.train_s = self.wait_s = self.log_s = self.eval_s = 0
-        self.started_at, self.first_step_s = started_at, None  # by time.monotonic()
 
     def start_epoch(self) -> None:
         """Start the clocks of an epoch. All steps before it must be flushed."""
@@ -112,87 +85,68 @@ class RunLog:
         host_s = now - self.step_started_at
         self.step_started_at = now
         self.epoch_images += self.batch_size
-        if self.first_step_s is None:
-            self.first_step_s = round(time.monotonic() - self.started_at, 3)
-        while self.pending and (self.pending[0].is_done or len(self.pending) == MAX_PENDING):
-            self._write(self.pending.popleft())
+        row = {"step": self.progress["num_steps"], "epoch": self.progress["epoch"] + 1, "lr": lr}
+        values, done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach())
+        self.pending.append((row, (batch.keys, batch.num_rows), host_s, values, done))
+        while self.pending and self._is_due():
+            self._write(*self.pending.popleft())
 
-        step = self.progress["num_steps"]
-        row = {"step": step, "epoch": self.progress["epoch"] + 1, "lr": lr}
-        values = torch.stack([result.loss, result.grad_norm]).detach()
-        values, done = self._to_host(values, step)
-        facts = (row, batch.keys, batch.num_rows, batch.wait_s, host_s)
-        self.pending.append(LoggedStep(*facts, values, done))
-        self.log_s += time.perf_counter() - now
-
-    def _to_host(
-        self, values: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    def _to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         """(values (2,) on the host, the event after which they are valid: None on a CPU)."""
         if not values.is_cuda:
             return values, None
-        if self.host_values is None:
-            self.host_values = torch.empty(MAX_PENDING + 1, 2, pin_memory=True)
-        host = self.host_values[step % len(self.host_values)]
-        host.copy_(values, non_blocking=True)
+        host = values.to("cpu", non_blocking=True)  # into pinned memory: nobody waits
         done = torch.cuda.Event(enable_timing=True)
         done.record()
         return host, done
 
-    def _write(self, logged: LoggedStep) -> None:
-        seconds = logged.host_s
-        if logged.done:
-            logged.done.synchronize()
+    def _is_due(self) -> bool:
+        """Whether the loss of the first pending step is there, or has to be waited for."""
+        done = self.pending[0][-1]
+        return done is None or done.query() or len(self.pending) > MAX_PENDING
+
+    def _write(self, row: dict, batch: tuple, host_s: float, values: torch.Tensor, done) -> None:
+        seconds = host_s
+        if done:
+            done.synchronize()
             if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
-                seconds = self.last_done.elapsed_time(logged.done) / 1000
-            self.last_done = logged.done
-        loss, grad_norm = logged.values.tolist()
-        self.last_step = logged
+                seconds = self.last_done.elapsed_time(done) / 1000
+            self.last_done = done
+        loss, grad_norm = values.tolist()
+        self.last_step, self.last_batch = row["step"], batch
         if not math.isfinite(loss):
-            self.raise_diverged(f"the loss of step {logged.row['step']} is {loss}")
-        self.train_s += seconds
-        self.wait_s += logged.wait_s
-        self.num_images += self.batch_size
+            self.raise_diverged(f"the loss of step {row['step']} is {loss}")
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
         if self.logs:
-            self.steps.add(
-                **logged.row,
-                loss=loss,
-                grad_norm=grad_norm,
-                images_per_s=round(self.batch_size / seconds, 1),
-                wait_share=round(logged.wait_s / seconds, 5),
-            )
+            images_per_s = round(self.batch_size / seconds, 1)
+            self.steps.add(**row, loss=loss, grad_norm=grad_norm, images_per_s=images_per_s)
 
     def raise_diverged(self, what: str):
         """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
-        if not self.last_step:
+        if not self.last_batch:
             raise Diverged(self.progress["num_steps"], what, [])
-        keys = torch.cat(self.ranks.gather(self.last_step.keys))  # each rank has its part
-        rows = sorted((keys % self.last_step.num_rows).tolist())
-        raise Diverged(self.last_step.row["step"], what, rows)
+        keys, num_rows = self.last_batch
+        all_keys = torch.cat(self.ranks.gather(keys))  # each rank has its part
+        raise Diverged(self.last_step, what, sorted((all_keys % num_rows).tolist()))
 
     def flush(self) -> None:
         """Wait for the device and write every row to the disk. Raises Diverged as add_step does."""
-        started_at = time.perf_counter()
         while self.pending:
-            self._write(self.pending.popleft())
+            self._write(*self.pending.popleft())
         for log in self.logs:
             # a checkpoint is synced, too, and must not be ahead of its rows
             log.flush(sync=True)
-        self.log_s += time.perf_counter() - started_at
 
     def add_epoch(
         self, scores: dict, baselines: dict, is_best: bool, steps_per_epoch: int, eval_s: float
     ) -> None:
         """Log the scores of an epoch beside those of constant answers, and print them."""
-
         epoch = self.progress["epoch"] + 1
         train_s = time.perf_counter() - self.epoch_started_at - eval_s
         images_per_s = self.epoch_images / train_s
         train_loss = self.progress["loss_sum"] / steps_per_epoch
         self.progress["loss_sum"] = 0.0
-        self.eval_s += eval_s
         if not self.logs:
             return
         self.epochs.add(
@@ -208,36 +162,28 @@ class RunLog:
         )
         say(
             f"epoch {epoch}: train loss {train_loss:.4f}, valid loss {scores['loss']:.4f},"
-            f" AUC {scores['auc']:.4f} (constant 0.5), F2 {scores['f2']:.4f} (constant"
-            f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
-            f" {baselines['majority_accuracy']:.4f}), {images_per_s:,.0f} images/s"
+            f" {describe_scores(scores, baselines)}, {images_per_s:,.0f} images/s"
             f"{', best' if is_best else ''}"
         )
 
-    def times(self) -> dict[str, float]:
-        """The time spent, for summary.json. Seconds include earlier processes of a resumed run, for
-        the steps that were kept. Rates, and shares of the training time, are of this process alone.
+    def times(self) -> dict[str, float | None]:
+        """The time spent, for summary.json. It includes earlier processes of a resumed run, for the
+        rows that were kept.
         """
-
-        def per_train_s(value: float, digits: int) -> float | None:
-            return round(value / self.train_s, digits) if self.train_s else None
-
-        earlier_s = self.earlier_train_s + self.earlier_eval_s
+        steps, epochs = read_csv(self.steps.path), read_csv(self.epochs.path)
+        # a rate of 0.0 is that of a step that stood still, as with a laptop that was closed
+        rates = [float(row["images_per_s"]) or math.inf for row in steps]
+        train_s = sum(self.batch_size / rate for rate in rates)
         return {
-            "wall_s": round(earlier_s + time.monotonic() - self.started_at, 3),
-            "first_step_s": self.first_step_s,
-            "train_s": round(self.earlier_train_s + self.train_s, 3),
-            "eval_s": round(self.earlier_eval_s + self.eval_s, 3),
-            "images_per_s": per_train_s(self.num_images, 1),
-            "wait_share": per_train_s(self.wait_s, 5),
-            "log_share": per_train_s(self.log_s, 5),
+            "wall_s": round(time.monotonic() - self.started_at, 3),
+            "train_s": round(train_s, 3),
+            "eval_s": round(sum(float(row["eval_s"]) for row in epochs), 3),
+            "images_per_s": round(len(steps) * self.batch_size / train_s, 1) if train_s else None,
         }
 
     def __enter__(self):
         return self
 
-    def __exit__(self, kind, *_):
-        errors = (OSError,) if kind else ()  # the first error is the one to report
+    def __exit__(self, *_):
         for log in self.logs:
-            with contextlib.suppress(*errors):
-                log.close()
+            log.close()

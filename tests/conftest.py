@@ -2,6 +2,8 @@
 as real processes.
 """
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -79,6 +81,14 @@ def run_script(script: str, *arguments, check=None, cwd=REPOSITORY, **options):
     return result
 
 
+def call_script(main, *arguments) -> tuple[int, dict, str]:
+    """A script's main in this process: (exit code, last line of stdout parsed, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, json.loads(out.getvalue().splitlines()[-1]), err.getvalue()
+
+
 def make_old(path) -> None:
     """Rewrite a checkpoint as it was before schema 3, when no field said how the last layer
     computes.
@@ -109,6 +119,7 @@ def pcam_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def quick_run(pcam_dir, tmp_path_factory) -> Path:
     """A finished run on `pcam_dir` that no test may change."""
+    import train
+
     runs = tmp_path_factory.mktemp("runs")
-    result = run_script("train.py", "--runs", runs, f"data_dir={pcam_dir}", *QUICK, check=0)
-    return Path(result.json["run"])
+    return Path(call_script(train.main, "--runs", runs, f"data_dir={pcam_dir}", *QUICK)[1]["run"])

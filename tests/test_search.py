@@ -220,25 +220,6 @@ def test_the_champion_beats_the_base_and_constant_answers_or_there_is_none(
         assert best["low"] < best["mean"] < best["high"]
 
 
-@pytest.mark.slow
-def test_the_test_split_is_opened_once_and_on_record(tmp_path, quick_run, pcam_dir, call):
-    data = shutil.copytree(pcam_dir, tmp_path / "data")
-    for part in "xy":
-        name = f"camelyonpatch_level_2_split_valid_{part}.h5"
-        shutil.copy(data / name, data / name.replace("valid", "test"))
-    sweep = finals(tmp_path, *HIGH, *MIDDLE, *MIDDLE, *LOW)
-    for row in sweep.rows(1):
-        shutil.copy(quick_run / "best.pt", sweep.run_of(row))
-    words = ("champion", "s", "--open-test", f"data_dir={data}")
-    code, result, _ = call(*words)
-    (record,) = map(read_json, tmp_path.glob("test-opened-*.json"))
-    assert code == 0 and record["who"] and record["run"] == result["run"]
-    assert 0 < record["auc"] <= 1 and record["auc"] == result["test"]["auc"]
-    code, _, said = call(*words)
-    assert code == 2 and "is opened once" in said and record["when_utc"] in said
-    assert [record] == list(map(read_json, tmp_path.glob("test-opened-*.json")))
-
-
 def test_axes_of_aucs_stay_within_what_is_possible_and_colours_have_a_bar():
     ranges = {"lr": {"log": [0.001, 0.1]}, "batch_size": {"choice": [16, 32]}}
     rows = []
@@ -370,11 +351,11 @@ def test_rows_are_the_plans_and_comparable_or_refused_and_nothing_is_recorded(
     [
         (("run", "s", "--rung", 1, "--all"), "has no rung 1 yet"),
         (("run", "s", "--row", 99), "has the rows 0 to"),
-        (("run", "s"), "run needs --row N or --all"),
+        (("run", "s"), "one of the arguments --row --all is required"),
         (("promote", "t"), "is no planned search"),
         (("promote", "s"), "rung 0 of"),
         (("run", "s", "--all", "--rows"), "unrecognized argument"),
-        (("run", "s", "--all", "--open-test"), "is of champion, not of run"),
+        (("run", "s", "--all", "--finish"), "unrecognized argument"),
     ],
 )
 def test_what_cannot_be_carried_out_is_said(words, sentence, tmp_path, call):

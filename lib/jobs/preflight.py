@@ -38,7 +38,7 @@ def read_config(name: str, arguments: list[str]) -> Config:
         return load_config(Path(args.sweeps, args.name, "config.yaml"), args.overrides)
     if name == "benchmark.py":
         data = [f"data_dir={args.data}"] if args.data else []
-        return load_config(overrides=[*args.rest, *data])
+        return load_config(overrides=[*args.overrides, *data])
     if args.resume:
         return resume_config(find_run(args.resume, args.runs), args.overrides)
     return load_config(args.config or DEFAULT_PATH, args.overrides)
