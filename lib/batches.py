@@ -126,13 +126,13 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
     """`disk`, `host` or `device`. `auto` means the fastest of these that takes at most half of the
     free memory.
     """
-    if residence == "device" and device.type == "cpu":
-        return "host"
-    if residence != "auto":
-        return residence
-    if images.num_bytes < free_device_bytes(device) // 2:
-        return "device"
-    return "host" if images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2) else "disk"
+    if residence == "auto":
+        if images.num_bytes < free_device_bytes(device) // 2:
+            return "device"
+        fits_host = images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2)
+        return "host" if fits_host else "disk"
+    is_on_cpu = residence == "device" and device.type == "cpu"
+    return "host" if is_on_cpu else residence
 
 
 def read_whole(images: Images, device: torch.device) -> torch.Tensor:
@@ -171,11 +171,9 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
         order = position_permutation(len(index), LIMIT).numpy()
         index = np.sort(index[order[:limit]])
     labels = split.labels[index]
-    num_classes = len(np.unique(labels))
-    if num_classes < 2:
+    if len(np.unique(labels)) < 2:
         raise BadInput(
-            f"split {split.name} leaves {len(index):,} patches of {num_classes} class: both are"
-            " needed"
+            f"split {split.name} leaves {len(index):,} patches of one class: both are needed"
         )
     return Rows(index, labels, dict(left_out))
 

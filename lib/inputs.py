@@ -2,7 +2,6 @@
 images. Nothing is unpacked to disk.
 """
 
-import contextlib
 import io
 import itertools
 import os
@@ -143,41 +142,38 @@ def refuse(error: OSError):
     raise error
 
 
-@contextlib.contextmanager
-def explain_tar(path: Path):
-    """Turn what damage provokes in tarfile into BadInput that names the tar."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, BadInput) or getattr(error, "errno", None):  # such as a full disk
-            raise
-        words = explain_foreign(path, one_line(error), allowed=GZIP)
-        raise BadInput(f"{path} is not a whole tar archive{words}") from None
-
-
-def walk_tar(path: Path, archive=None):
-    """Yield (name, member, tar) of each member of a tar, in its order; `archive` is the open file
-    of an unpacked tar, where there is one.
+def walk_tar(path: Path):
+    """Yield (name, data) of each plain file in a tar, in its order; `data` is None for a link or a
+    device, and b"" for a file that is no image.
 
     Raises BadInput for a tar that is damaged or cut off, and for a member whose path climbs out of
     the folder.
     """
-    mode = "r:" if archive else "r"
-    with explain_tar(path), tarfile.open(path, mode, archive) as tar:
-        for member in iter(tar.next, None):
-            tar.members.clear()  # or tarfile keeps 1.5 KB for every member
-            name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts:
-                raise BadInput(
-                    f"{path} holds the path '{name}', which climbs out of its folder: the whole tar"
-                    " is refused"
-                )
-            yield str(name), member, tar
-        # tarfile takes a cut or damage between members for the end; the true end is a block of
-        # zeros
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(512) != bytes(512):
-            raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}")
+    try:
+        with tarfile.open(path) as tar:
+            for member in iter(tar.next, None):
+                tar.members.clear()  # or tarfile keeps 1.5 KB for every member
+                name = PurePosixPath(member.name)
+                if name.is_absolute() or ".." in name.parts:
+                    raise BadInput(
+                        f"{path} holds the path '{name}', which climbs out of its folder: the whole"
+                        " tar is refused"
+                    )
+                data = b"" if member.isfile() else None
+                if member.isfile() and is_image(name.name):
+                    data = tar.extractfile(member).read(MAX_BYTES + 1)
+                if not member.isdir():
+                    yield str(name), data
+            # tarfile takes a cut or damage between members for the end; the true end is a block of
+            # zeros
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):
+                raise BadInput(f"{path} is cut off or damaged at byte {tar.offset:,}")
+    except BadInput:
+        raise
+    except Exception as error:  # whatever damage provokes in tarfile
+        words = explain_foreign(path, one_line(error), allowed=GZIP)
+        raise BadInput(f"{path} is not a whole tar archive{words}") from None
 
 
 def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], Block]]:
@@ -219,8 +215,7 @@ def list_input(path: Path, split: str):
 def list_split(folder: Path, split: str):
     splits = [name for name in SPLITS if split_path(folder, name, "x").exists()]
     if split not in splits:
-        choices = ", ".join(splits) or "none, it has no x file"
-        raise BadInput(f"{folder} is a PCam folder: choose --split from {choices}")
+        raise BadInput(f"{folder} is a PCam folder: choose --split from {', '.join(splits)}")
     if not split_path(folder, split, "y").exists():
         return list_array(open_images(split_path(folder, split, "x")))
     data = open_split(folder, split)
@@ -258,15 +253,8 @@ def files_of_folder(path: Path):
 
 
 def files_of_tar(path: Path):
-    for name, member, tar in walk_tar(path):
-        base = PurePosixPath(name).name
-        if member.isdir():
-            continue
-        data = b""  # of a link, or of a file that is no image
-        if member.isfile() and is_image(base):
-            with explain_tar(path):
-                data = tar.extractfile(member).read(MAX_BYTES + 1)
-        yield f"{path}/{name}", base, data
+    for name, data in walk_tar(path):
+        yield f"{path}/{name}", PurePosixPath(name).name, data or b""
 
 
 def decode_block(items: list[tuple]) -> Block:

@@ -67,12 +67,11 @@ def explain_missing(path: Path) -> str:
         return f", but a link to {os.readlink(path)}, which is not there"
     if path.with_name(f"{path.name}.gz").exists():
         return f", gunzip {path.name}.gz"
-    kaggle_name = OTHER_NAMES.get(path.name, path.name)
+    names = (path.name, OTHER_NAMES.get(path.name, path.name))
     for other in (folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")):
-        if (other / path.name).is_file():
-            return f", it is {other / path.name}: name that folder"
-        if (other / kaggle_name).is_file():
-            return f", it is {other / kaggle_name}: give it this name, beside the other files"
+        for name in names:
+            if (other / name).is_file():
+                return f", it is {other / name}: name that folder, with files of official names"
     return ""
 
 
@@ -302,11 +301,11 @@ def open_split(directory, split: str) -> Split:
     """Open a split of a PCam folder. Raises BadInput where its files are missing, malformed or do
     not belong together.
     """
-    y_path = split_path(directory, split, "y")
-    meta_path = split_path(directory, split, "meta")
     images = open_images(split_path(directory, split, "x"))
+    y_path = split_path(directory, split, "y")
     labels = read_labels(y_path)
     require_rows(y_path, labels, images.num)
+    meta_path = split_path(directory, split, "meta")
     slides = None
     if meta_path.exists():
         slides = np.array([row["wsi"] for row in read_meta(meta_path)])

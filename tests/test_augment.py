@@ -98,19 +98,15 @@ def test_a_draw_is_a_function_of_seed_epoch_and_sample_whatever_the_batch():
 
 
 def test_the_draws_have_the_spread_that_the_config_names_and_are_unrelated():
-    num = 20_000
     cfg = configure("stain_jitter=0.2", "brightness_jitter=0.1")
-    draws = draw_augmentation(torch.arange(num), 0, cfg)
-    for numbers, num_values in ((draws.symmetry, 8), *((axis + 4, 9) for axis in draws.shift.T)):
-        counts = torch.bincount(numbers, minlength=num_values)
-        assert len(counts) == num_values and counts.min() > num / num_values * 0.93
+    draws = draw_augmentation(torch.arange(20_000), 0, cfg)
     brightness = draws.offset - (1 - draws.gain)
-    assert draws.gain.std(0).tolist() == pytest.approx([0.2] * 3, rel=0.03)
-    assert draws.gain.mean() == pytest.approx(1, abs=0.005)
-    assert brightness.std(0).tolist() == pytest.approx([0.1] * 3, rel=0.03)
     assert brightness.std(1).max() < 1e-6, "the same for each channel"
     table = torch.cat([draws.symmetry[:, None], draws.shift, draws.gain, brightness[:, :1]], 1)
-    assert (torch.corrcoef(table.T.double()) - torch.eye(7)).abs().max() < 5 / num**0.5
+    deviations = [(63 / 12) ** 0.5, *[(80 / 12) ** 0.5] * 2, 0.2, 0.2, 0.2, 0.1]  # of uniform ones
+    assert table.std(0).tolist() == pytest.approx(deviations, rel=0.03)
+    assert table.mean(0).tolist() == pytest.approx([3.5, 0, 0, 1, 1, 1, 0], abs=0.06)
+    assert (torch.corrcoef(table.T.double()) - torch.eye(7)).abs().max() < 0.035
 
 
 def test_normalising_is_the_plain_formula_in_channels_last_in_either_precision():
@@ -124,14 +120,6 @@ def test_normalising_is_the_plain_formula_in_channels_last_in_either_precision()
         assert torch.allclose(out.float(), expected, atol=1e-5, rtol=tolerance)
         assert torch.equal(out[20:21], normalise(images[20:21], take(draws, [20]), dtype=dtype))
     assert torch.equal(IMAGES, images), "the source patches stay as they were"
-
-
-def test_white_stays_white_when_stains_fade():
-    white = torch.full((64, 96, 96, 3), 255, dtype=torch.uint8)
-    cfg = configure("stain_jitter=0.5", "brightness_jitter=0")
-    draws = draw_augmentation(torch.arange(64), 0, cfg)
-    expected = normalise(white, no_augmentation(64))
-    assert torch.allclose(model_input(white, draws), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])

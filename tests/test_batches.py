@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import draw_patches, write_pcam
+from conftest import draw_patches
 
 from lib import batches
 from lib.batches import (
@@ -19,12 +19,10 @@ from lib.batches import (
     epoch_order,
     fit_batch_size,
     load_batches,
-    open_train_valid,
     select_rows,
 )
 from lib.command import BadInput
 from lib.config import load_config
-from lib.groups import write_groups
 from lib.pcam import Images, Split, open_images, open_split
 
 CPU = torch.device("cpu")
@@ -90,7 +88,8 @@ def test_a_slow_readers_batch_is_never_overwritten(pcam_dir):
 class CountingSource:
     """A source that counts what was gathered and fails at the 20th batch."""
 
-    residence, device = "disk", CPU
+    residence = "disk"
+    device = CPU
     num_gathered = 0
 
     def __len__(self):
@@ -157,10 +156,6 @@ def test_quarantined_rows_are_left_out_of_training_and_counted_by_reason(quarant
     assert labels_only.left_out == {"label": 1}
     held_out = select_rows(split_of(TEN, name="valid"), configure(listed), held_out=True)
     assert len(held_out) == 10 and held_out.left_out == {}, "validation stays comparable"
-    split = split_of(np.arange(40) % 2, np.arange(40) // 4)
-    listed = quarantine(*(f"train,{row},nan,1" for row in range(20)))
-    rows = select_rows(split, configure("num_folds=4", listed))
-    assert len(rows) + rows.left_out["nan"] in (28, 32), "of the folds in training alone"
 
 
 @pytest.mark.parametrize(
@@ -215,17 +210,6 @@ def test_a_small_split_gives_a_smaller_batch():
         fit_batch_size(configure("batch_size=64", "shards=4"), 3)
 
 
-def test_validation_is_the_valid_split_or_a_fold_of_train_by_its_groups(tmp_path):
-    data = f"data_dir={write_pcam(tmp_path, 24, 10)}"
-    groups = np.arange(24) // 4
-    parts = open_train_valid(configure(data))
-    assert [(split.name, len(rows)) for split, rows in parts] == [("train", 24), ("valid", 10)]
-    write_groups(tmp_path, {"train": groups})
-    (train, rows), (valid, held_out) = open_train_valid(configure(data, "num_folds=3", "fold=1"))
-    assert train is valid and sorted([*rows.index, *held_out.index]) == list(range(24))
-    assert not set(groups[rows.index]) & set(groups[held_out.index])
-
-
 def test_auto_reads_from_the_disk_what_is_more_than_half_of_the_free_memory(monkeypatch):
     huge = Images("x.h5", 100_000, None, "")  # 2.8 GB
     small = Images("x.h5", 100, None, "")
@@ -233,18 +217,3 @@ def test_auto_reads_from_the_disk_what_is_more_than_half_of_the_free_memory(monk
     assert choose_residence(small, "auto", CPU) == choose_residence(huge, "host", CPU) == "host"
     monkeypatch.setattr(batches, "memory_limit_bytes", lambda: 2 * small.num_bytes)
     assert choose_residence(small, "auto", CPU) == "disk"
-
-
-def anonymous_bytes() -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
-
-
-def test_loading_a_mapped_split_takes_no_memory_of_the_splits_size(tmp_path):
-    num = 20_000  # 0.5 GB, sparse on the disk
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        file.create_dataset("x", (num, 96, 96, 3), np.uint8)[num - 1] = 1
-    source = PatchSource(open_images(tmp_path / "x.h5"), "disk", CPU)
-    before = anonymous_bytes()
-    loaded = load_batches(source, np.zeros(num), torch.randperm(num).split(256))
-    assert max(anonymous_bytes() for _ in loaded) - before < 100e6

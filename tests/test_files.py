@@ -14,7 +14,6 @@ from lib.files import (
     read_csv,
     read_edited_csv,
     read_json,
-    require_writable,
     write_csv,
     write_json,
 )
@@ -37,15 +36,6 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask, "others can read it"
-
-
-def test_a_place_is_tried_without_a_trace(tmp_path):
-    require_writable(tmp_path / "p.csv")
-    assert not os.listdir(tmp_path)
-    path = tmp_path / "no folder" / "p.csv"
-    with pytest.raises(OSError) as refusal:
-        require_writable(path)
-    assert refusal.value.filename == str(path)
 
 
 def test_json_comes_back_equal_and_is_strict(tmp_path):

@@ -5,7 +5,6 @@ name; a killed run starts again.
 import io
 import os
 import random
-import signal
 import subprocess
 import sys
 import tarfile
@@ -50,8 +49,8 @@ def write_tree(root, files):
     return root
 
 
-def write_tar(path, files, mode="w", **fields):
-    """A tar whose members come in random order, with some `fields`."""
+def write_tar(path, files, mode="w", kind=tarfile.REGTYPE):
+    """A tar whose members come in random order."""
     names = sorted(files)
     random.Random(1).shuffle(names)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +58,7 @@ def write_tar(path, files, mode="w", **fields):
         for name in names:
             info = tarfile.TarInfo(name)
             info.size = len(files[name])
-            for field, value in fields.items():
-                setattr(info, field, value)
+            info.type = kind
             tar.addfile(info, io.BytesIO(files[name]))
     return path
 
@@ -95,15 +93,6 @@ def test_every_source_gives_the_same_rows_in_the_order_of_the_numbers(
     assert len(list(out.iterdir())) == 4
     with pytest.raises(BadInput, match="already holds files"):
         import_images(tmp_path, out)
-
-
-def test_transparent_pixels_are_white_as_glass_is(tmp_path):
-    clear = np.dstack([PATCH, np.full((96, 96), 255, np.uint8)])
-    clear[60:] = 0  # beyond the scanned area
-    import_images(write_tree(tmp_path / "in", {"train/1/2.png": encode(clear)}), tmp_path / "out")
-    (image,) = imported(tmp_path / "out", "train")
-    np.testing.assert_array_equal(image[:60], PATCH[:60])
-    assert (image[60:] == 255).all()
 
 
 def test_what_is_left_out_is_counted_and_two_hospitals_may_have_equal_names(tmp_path):
@@ -141,11 +130,10 @@ def test_kaggle_keeps_the_order_of_its_csv_and_the_hold_out_is_a_function_of_the
     header, *lines = table.read_text().splitlines()
     table.write_text("\n".join([header, *reversed(lines), ""]))
     import_images(source, tmp_path / "reversed", valid_share=0.3)
-    row_of = {patch.tobytes(): row for row, patch in enumerate(patches)}
     all_rows = []
     for name in NUM:
         split = open_split(tmp_path / "out", name)
-        rows = [row_of[patch.tobytes()] for patch in split.images.mapped]
+        rows = [int((patches == patch).all((1, 2, 3)).argmax()) for patch in split.images.mapped]
         assert rows == sorted(rows) and split.labels.tolist() == labels[rows].tolist()
         np.testing.assert_array_equal(imported(tmp_path / "reversed", name), patches[rows[::-1]])
         all_rows += rows
@@ -182,22 +170,25 @@ def test_wilds_gets_the_splits_of_its_benchmark_and_its_slides(tmp_path):
         name = f"patches/{slide}/patch_{slide}_x_{96 * row + 96}_y_3328.png"
         files[name] = encode(PATCHES["train"][0][row])
     _, skipped = import_images(write_tree(tmp_path / "in", files), tmp_path / "out")
-    for name, row, label, patient in (("train", 0, 0, "004"), ("valid", 2, 1, "017")):
+    assert sum(count for reason, count in skipped.items() if "id_val" in reason) == 1
+    for name, row, label, slide in (
+        ("train", 0, 0, "patient_004_node_4"),
+        ("valid", 2, 1, "patient_017_node_4"),
+        ("test", 3, 0, "patient_020_node_4"),
+    ):
         split = open_split(tmp_path / "out", name)
-        assert split.labels.tolist() == [label]
-        assert split.slides.tolist() == [f"patient_{patient}_node_4"]
+        assert (split.labels.tolist(), split.slides.tolist()) == ([label], [slide])
         np.testing.assert_array_equal(split.images.mapped[0], PATCHES["train"][0][row])
-    (row,) = read_meta(split_path(tmp_path / "out", "test", "meta"))
-    assert (row["coord_y"], row["coord_x"]) == ("3328", "384")
-    assert [count for reason, count in skipped.items() if "id_val" in reason] == [1]
+        (place,) = read_meta(split_path(tmp_path / "out", name, "meta"))
+        assert (place["coord_y"], place["coord_x"]) == ("3328", str(96 * row + 96))
 
 
 def tree_with(name, data):
     return lambda tmp: write_tree(tmp / "in", members(splits=["valid"]) | {name: data})
 
 
-def tar_with(name, **fields):
-    return lambda tmp: write_tar(tmp / "in.tar", {name: b""}, **fields)
+def tar_with(name, kind=tarfile.REGTYPE):
+    return lambda tmp: write_tar(tmp / "in.tar", {name: b""}, kind=kind)
 
 
 def kaggle_with(line):
@@ -232,7 +223,7 @@ BAD_SOURCES = {
     "no file or folder": lambda tmp: tmp / "nowhere",
     "climbs out": tar_with("train/0/../../../1.png"),
     "/1.png', which climbs out": tar_with("/train/0/1.png"),
-    "is a link or a device": tar_with("x", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "is a link or a device": tar_with("x", tarfile.SYMTYPE),
     "in.tar is not a whole tar": cut_tar("in.tar", "w"),
     "in.tar.gz is not a whole tar": cut_tar("in.tar.gz", "w:gz"),
     "train.tar: train/./patch.*/in/train/train/./patch.* are one image": unpacked_beside,
@@ -266,22 +257,18 @@ sys.exit(prepare.main(sys.argv[3:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_import_looks_incomplete_and_the_next_one_takes_its_place(tmp_path, number):
+def test_a_killed_import_looks_incomplete_and_the_next_one_takes_its_place(tmp_path):
     out = tmp_path / "out"
     held = tmp_path / "held"
     arguments = [REPOSITORY, held, "import", SOURCES["folder of tars"](tmp_path), "--to", out]
     process = subprocess.Popen([sys.executable, "-c", HELD_UP, *arguments])
     while not held.exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(number)
-    code = process.wait()
-    if number == signal.SIGKILL:
-        assert split_path(out, "valid", "x").exists()
-        with pytest.raises(BadInput, match="train"):
-            require_splits(out)
-    else:
-        assert code == 130 and not out.exists()
+    process.kill()
+    process.wait()
+    assert split_path(out, "valid", "x").exists()
+    with pytest.raises(BadInput, match="train"):
+        require_splits(out)
     import_images(SOURCES["packed tar"](tmp_path), out)
     assert len(list(out.iterdir())) == 4 and len(imported(out, "train")) == 14
 

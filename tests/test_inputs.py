@@ -106,9 +106,15 @@ def test_a_tar_that_is_cut_or_none_is_refused_by_name(tmp_path):
 
 
 def test_grey_transparent_and_palette_images_become_the_rgb_they_show():
-    for mode in ("RGBA", "L", "LA", "P", "1"):
+    for mode in ("L", "LA", "P", "1"):
         image = Image.fromarray(PATCHES[0]).convert(mode)
         assert np.array_equal(decode_patch(encode(image), "x.png"), image.convert("RGB"))
+    clear = np.zeros((96, 96, 4), np.uint8)
+    clear[:60] = 255
+    clear[:60, :, :3] = PATCHES[0, :60]
+    decoded = decode_patch(encode(Image.fromarray(clear)), "x.png")
+    assert np.array_equal(decoded[:60], PATCHES[0, :60])
+    assert (decoded[60:] == 255).all(), "white, as glass is, beyond the scanned area"
 
 
 SLIDE = encode(Image.new("1", (20_000, 20_000)))
@@ -135,12 +141,8 @@ def test_an_unreadable_image_keeps_its_row_and_says_why(tmp_path):
     (tmp_path / "a.png").write_bytes(encode(PATCHES[0]))
     (tmp_path / "b.png").write_bytes(b"junk")
     (tmp_path / "c.png").symlink_to("nothing.png")
-    with tarfile.open(tmp_path / "t.tar", "w") as tar:
-        link = tarfile.TarInfo("d.png")
-        link.type = tarfile.SYMTYPE
-        tar.addfile(link)
-    rows, images = read_all(tmp_path, tmp_path / "t.tar")
-    assert [row.source[-5:] for row in rows] == ["a.png", "b.png", "c.png", "d.png"]
+    rows, images = read_all(tmp_path)
+    assert [row.source[-5:] for row in rows] == ["a.png", "b.png", "c.png"]
     assert rows[0].error is None and all(row.source in row.error for row in rows[1:])
     assert np.array_equal(images[0], PATCHES[0]) and not images[1:].any()
 

@@ -130,17 +130,3 @@ def test_damage_does_not_move_the_scale(tmp_path, factor):
     _, scales, _ = repack(folder, tmp_path / "out", allow_loss=True)
     assert scales == {"train": factor, "valid": factor}
     np.testing.assert_array_equal(patches_of(tmp_path / "out")[13:19], IMAGES[13:19])
-
-
-BAD_SOURCES = {
-    r"\(20, 3, 96, 96\), it must be": {"images": IMAGES.transpose(0, 3, 1, 2)},
-    "20 rows for 19 patches": {"images": IMAGES[:19]},
-}
-
-
-@pytest.mark.parametrize("text", BAD_SOURCES)
-def test_bad_input_is_refused_and_nothing_is_written(tmp_path, text):
-    folder = write_source(tmp_path / "in", **BAD_SOURCES[text])
-    with pytest.raises(BadInput, match=text):
-        repack(folder, tmp_path / "out", allow_loss=True)
-    assert not (tmp_path / "out").exists()

@@ -18,31 +18,6 @@ from lib.seeding import (
 )
 
 KEYS = torch.arange(1 << 16)
-MASK = (1 << 64) - 1
-
-
-def reference_mix(value: int) -> int:
-    """splitmix64 over Python's integers, without torch's signs and shifts."""
-    value = (value + 0x9E3779B97F4A7C15) & MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & MASK
-    return value ^ value >> 31
-
-
-def reference_bits(key: int, *position: int) -> int:
-    state = 0
-    for part in position:
-        state = reference_mix(state ^ part)
-    return reference_mix(reference_mix(key ^ state) ^ 0xD1B54A32D192ED03)
-
-
-def test_the_mixer_is_splitmix64_for_keys_of_any_size():
-    assert reference_mix(0) == 0xE220A8397B1DCDAF, "as published"
-    keys = torch.tensor([0, 12345, 2**40 + 7, 2**63 - 1])
-    for position in [(), (1, 2, 3), (2**31 - 1, 10**6, 201)]:
-        bits = position_bits(keys, *position).tolist()
-        expected = [reference_bits(key, *position) for key in keys.tolist()]
-        assert [value % 2**64 for value in bits] == expected
 
 
 def test_a_draw_depends_on_its_position_and_on_nothing_else():

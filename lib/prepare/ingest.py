@@ -1,12 +1,9 @@
 """Labelled images as PCam HDF5: folders, tars, the Kaggle edition, Camelyon17-WILDS."""
 
-import contextlib
 import hashlib
 import itertools
 import os
 import re
-import shutil
-import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -22,7 +19,6 @@ from lib.files import read_edited_csv
 from lib.inputs import (
     decode_patch,
     describe_other,
-    explain_tar,
     is_image,
     is_tar,
     walk_folder,
@@ -71,11 +67,12 @@ def import_images(path, directory, valid_share: float = 0.1) -> tuple[list[str],
             meta = [place.meta for place in places if place.meta]
             yield np.stack(patches), labels, meta, ()
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(new_folder(directory))
-        pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS))
-        files = list_files(path, directory, stack)
-        images, skipped = index_source(path, files, valid_share)
+    with (
+        new_folder(directory),
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+        tempfile.TemporaryFile(dir=directory, buffering=0) as scratch,
+    ):
+        images, skipped = index_source(path, list_files(path, scratch), valid_share)
         sizes = {split: len(rows) for split, rows in images.items()}
         write_splits(directory, sizes, read_blocks)
     return [split for split in SPLITS if split in images], dict(skipped)
@@ -210,34 +207,21 @@ def parse_label(text: str, name: str) -> int:
     return int(label)
 
 
-def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
-    """Yield every File of a tar, or of a folder and the tars in it; `stack` closes the archives."""
+def list_files(path: Path, scratch: BinaryIO):
+    """Yield every File of a tar, or of a folder and the tars in it. The images of tars are copied
+    to the end of `scratch`, so that they can be read in any order.
+    """
     if not path.exists():
         raise BadInput(f"no file or folder {path}")
     for full in walk_folder(path) if path.is_dir() else [path]:
         if full != path and not is_tar(full):
             yield File(full.relative_to(path).as_posix(), str(full), full.read_bytes)
             continue
-        archive = stack.enter_context(open_archive(full, scratch))
-        for name, member, _ in walk_tar(full, archive):
-            if member.isfile():
-                read = partial(os.pread, archive.fileno(), member.size, member.offset_data)
-                yield File(name, f"{full}: {name}", read)
-            elif not member.isdir():
+        for name, data in walk_tar(full):
+            if data is None:
                 raise BadInput(
                     f"{full}: the member '{name}' is a link or a device, only plain files are taken"
                 )
-
-
-def open_archive(path: Path, scratch: Path) -> BinaryIO:
-    """A tar as a seekable file; a packed one is unpacked into a file without a name in `scratch`,
-    which is gone with the process.
-    """
-    if path.suffix == ".tar":
-        return path.open("rb")
-    unpacked = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (the caller closes it)
-    with explain_tar(path), tarfile.open(path) as tar:
-        tar.fileobj.seek(0)
-        shutil.copyfileobj(tar.fileobj, unpacked, 1 << 20)
-    unpacked.seek(0)
-    return unpacked
+            read = partial(os.pread, scratch.fileno(), len(data), scratch.tell())
+            scratch.write(data)
+            yield File(name, f"{full}: {name}", read)
