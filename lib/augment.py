@@ -166,10 +166,10 @@ def normalise(
     """
     num, height, width, num_channels = images.shape
     mean, std = on_device((tuple(mean), tuple(std)), images.device)
-    factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
     # a row of a patch is 288 numbers R G B R G B ...; with factors repeated in the same way one
     # long loop serves a row
-    scale, bias = factors.repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
+    scale = (draws.gain / (255.0 * std)).repeat(1, width)[:, None]  # (B, 1, 288)
+    bias = ((draws.offset - mean) / std).repeat(1, width)[:, None]
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num

@@ -102,12 +102,12 @@ class PatchSource:
         if self.residence == "device":
             return self.rows.index_select(0, rows).view(-1, *PATCH_SHAPE)
         if self.rows is None:
-            return out.copy_(torch.from_numpy(self.images.read(rows)))
+            return out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
         if self.residence == "host":
             torch.index_select(self.rows, 0, rows, out=out.flatten(1))
         else:
             # may wait for the disk, so it runs in the background; np.take keeps to that one thread
-            self.images.will_need(rows)
+            self.images.will_need(rows.numpy())
             patches = out.flatten(1).numpy()
             np.take(self.rows.numpy(), rows.numpy(), axis=0, out=patches, mode="clip")
         return out
@@ -182,8 +182,12 @@ def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
     """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such
     reason. Raises BadInput for a file that cannot be read, and a row that the split does not have.
     """
+    try:
+        rows = read_edited_csv(path, ("split", "index", "reason"))
+    except OSError as error:  # which names no config key
+        raise BadInput(f"quarantine={path}: {error.strerror.lower()}") from None
     suspects = {}
-    for number, row in enumerate(read_edited_csv(path, ("split", "index", "reason")), 2):
+    for number, row in enumerate(rows, 2):
         if row["split"] != split.name or row["reason"] not in reasons:
             continue
         index = row_number(row["index"])

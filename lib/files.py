@@ -37,35 +37,28 @@ def utc_now() -> str:
 
 
 @contextlib.contextmanager
-def errors_name(path, temporary=None):
-    """Let an OSError from the block name the file `path` in place of `temporary`, or where it names
-    no file, such as for a full disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename in (None, temporary):
-            error.filename = str(path)
-        raise
-
-
-@contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`. When the block ends without an error the file there is
-    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed.
+    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed. An OSError that
+    names no file, such as for a full disk, or the temporary one gets the name `path`.
     """
     path = Path(path)
     temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
-    with errors_name(path, str(temporary)):
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    # makes the rename durable; file systems that cannot sync a folder are left alone
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(folder)
+    os.close(folder)
 
 
 @contextlib.contextmanager
@@ -97,18 +90,13 @@ def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: byt
     return f" ({why}): {remedy}"
 
 
-def nearest_folder(path) -> Path:
-    """`path` or the closest folder above it that exists."""
-    folder = Path(path).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
-
-
 def require_space(directory, num_bytes: int) -> None:
     """Raise BadInput where fewer than `num_bytes` are free."""
+    folder = Path(directory).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
     needed_mb = num_bytes / 1e6
-    free_mb = shutil.disk_usage(nearest_folder(directory)).free / 1e6
+    free_mb = shutil.disk_usage(folder).free / 1e6
     if needed_mb > free_mb:
         raise BadInput(f"{directory}: {needed_mb:,.1f} MB are needed, {free_mb:,.1f} MB are free")
 
@@ -133,14 +121,6 @@ def lock_if_possible(file, path) -> bool:
     except OSError as error:  # such as NFS mounted without its lock service
         say(f"{path} cannot be locked ({one_line(error)}): let no other process write there")
         return True
-
-
-def sync_folder(path) -> None:
-    """Make renames in a folder durable; file systems that cannot sync a folder are left alone."""
-    folder = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(folder)
-    os.close(folder)
 
 
 def write_json(path, value) -> None:
@@ -251,10 +231,9 @@ class CsvLog:
 
     def flush(self, sync: bool = False) -> None:
         """Hand all rows to the system and, with `sync`, to the disk."""
-        with errors_name(self.path):
-            self.file.flush()
-            if sync:
-                os.fsync(self.file.fileno())
+        self.file.flush()
+        if sync:
+            os.fsync(self.file.fileno())
         self.flushed_at = time.monotonic()
 
     def close(self) -> None:

@@ -122,17 +122,16 @@ def test_normalising_is_the_plain_formula_in_channels_last_in_either_precision()
     assert torch.equal(IMAGES, images), "the source patches stay as they were"
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_inference_sees_what_training_without_augmentation_sees(precision, dtype):
+def test_inference_sees_what_training_without_augmentation_sees():
     inputs = []
 
     def model(batch):  # stands in for a module
         inputs.append(batch)
         return batch.float().mean((1, 2, 3))[:, None]
 
-    predict_batch(model, IMAGES, precision, 1, PREPROCESSING)
+    predict_batch(model, IMAGES, "bf16", 1, PREPROCESSING)
     plain = configure("symmetries=false", "shift=0", "stain_jitter=0", "brightness_jitter=0")
     draws = draw_augmentation(torch.arange(37), 0, plain)
     assert equal(draws, no_augmentation(37)) and torch.equal(move_pixels(IMAGES, draws), IMAGES)
-    trained_on = model_input(IMAGES, draws, dtype=dtype)
+    trained_on = model_input(IMAGES, draws, dtype=torch.bfloat16)
     assert torch.equal(inputs[0], trained_on) and inputs[0].stride() == trained_on.stride()

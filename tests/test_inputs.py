@@ -35,11 +35,12 @@ def read_all(*paths, split="") -> tuple[list[Row], np.ndarray]:
     return rows, np.concatenate([block.images for block in blocks])
 
 
-def write_tar(path, members, mode="w"):
+def write_tar(path, members, mode="w", kind=tarfile.REGTYPE):
     with tarfile.open(path, mode) as tar:
-        for name, data in members.items():
+        for name, data in dict(members).items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
+            info.type = kind
             tar.addfile(info, io.BytesIO(data))
     return path
 

@@ -125,17 +125,14 @@ def test_what_is_planted_is_what_truth_tells_of_and_the_rest_is_untouched(clean,
 
 def test_shared_slides_and_a_blurred_scanner(tmp_path):
     plant = {"shared_slides": 1, "blurred_scanner": 0.5}
-    num = write_synthetic(SyntheticPlan({"train": 240, "valid": 120}, 2, plant), tmp_path)
-    train = open_split(tmp_path, "train")
-    valid = open_split(tmp_path, "valid")
-    assert set(valid.slides) <= set(train.slides) and num["shared_slides"] == 120
-    is_blurred = np.zeros(240, bool)
-    for row in read_csv(tmp_path / "truth.csv"):
-        if row["split"] == "train":
-            is_blurred[int(row["index"])] = True
-    assert is_blurred.sum() == 120, "one of the two slides of this seed is blurred"
+    planted = write_synthetic(SyntheticPlan({"train": 240, "valid": 120}, 2, plant), tmp_path)
+    train, valid = (open_split(tmp_path, name) for name in ("train", "valid"))
+    assert set(valid.slides) <= set(train.slides) and planted["shared_slides"] == 120
+    truth = read_csv(tmp_path / "truth.csv")
+    blurred = [int(row["index"]) for row in truth if row["split"] == "train"]
+    assert len(blurred) == 120, "one of the two slides of this seed is blurred"
     edges = np.abs(np.diff(train.images.mapped.astype(np.int16), axis=2)).mean((1, 2, 3))
-    assert np.median(edges[is_blurred]) < 0.5 * np.median(edges[~is_blurred])
+    assert np.median(edges[blurred]) < 0.7 * np.median(edges)
 
 
 @pytest.mark.parametrize(
