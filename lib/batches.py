@@ -19,7 +19,7 @@ from lib.device import free_device_bytes
 from lib.files import read_edited_csv, row_number
 from lib.groups import groups_for_folds
 from lib.machine import memory_limit_bytes
-from lib.pcam import PATCH_BYTES, PATCH_SHAPE, Images, Split, open_split
+from lib.pcam import PATCH_SHAPE, Images, Split, open_split
 from lib.progress import Progress
 from lib.seeding import position_bits, position_permutation
 
@@ -48,10 +48,11 @@ class Rows:
 
     def describe(self) -> dict:
         """Counts for meta.json, of the data as they are: a sampler may repeat some rows."""
+        num = len(self)
         num_positive = int(self.labels.sum())
         return {
-            "num": len(self),
-            "num_negative": len(self) - num_positive,
+            "num": num,
+            "num_negative": num - num_positive,
             "num_positive": num_positive,
             "left_out": self.left_out,
         }
@@ -79,14 +80,12 @@ class PatchSource:
         self.images = images
         self.device = device
         self.residence = choose_residence(images, residence, device)
-        self.rows = None  # (N, 27648) uint8, unless each patch has to be decoded
+        self.patches = None  # (N, 96, 96, 3) uint8, unless they stay on the disk
         if self.residence == "device":
-            self.rows = read_whole(images, device)
+            self.patches = read_whole(images, device)
         elif self.residence == "host":
-            self.rows = read_whole(images, torch.device("cpu"))
-        elif images.mapped is not None:
-            self.rows = torch.from_numpy(images.mapped).flatten(1)
-        else:
+            self.patches = read_whole(images, torch.device("cpu"))
+        elif images.mapped is None:
             say(
                 f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
                 " prepare.py repack mends that"
@@ -100,16 +99,15 @@ class PatchSource:
         into a fresh tensor.
         """
         if self.residence == "device":
-            return self.rows.index_select(0, rows).view(-1, *PATCH_SHAPE)
-        if self.rows is None:
-            return out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
+            return self.patches.index_select(0, rows)
         if self.residence == "host":
-            torch.index_select(self.rows, 0, rows, out=out.flatten(1))
-        else:
-            # may wait for the disk, so it runs in the background; np.take keeps to that one thread
-            self.images.will_need(rows.numpy())
-            patches = out.flatten(1).numpy()
-            np.take(self.rows.numpy(), rows.numpy(), axis=0, out=patches, mode="clip")
+            return torch.index_select(self.patches, 0, rows, out=out)
+        index = rows.numpy()
+        if self.images.mapped is None:
+            return out.copy_(torch.from_numpy(self.images.read(index)))
+        # may wait for the disk, so it runs in the background; np.take keeps to that one thread
+        self.images.will_need(index)
+        np.take(self.images.mapped, index, axis=0, out=out.numpy(), mode="clip")
         return out
 
     @property
@@ -136,13 +134,13 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
 
 
 def read_whole(images: Images, device: torch.device) -> torch.Tensor:
-    """All patches uint8 (N, 27648) on the device, read in file order, at which a networked disk is
-    fast.
+    """All patches uint8 (N, 96, 96, 3) on the device, read in file order, at which a networked disk
+    is fast.
     """
-    patches = torch.empty((images.num, PATCH_BYTES), dtype=torch.uint8, device=device)
+    patches = torch.empty((images.num, *PATCH_SHAPE), dtype=torch.uint8, device=device)
     with Progress(images.num, f"reading {images.path.name}") as bar:
         for start, block in images.blocks():
-            patches[start : start + len(block)] = torch.from_numpy(block).flatten(1)
+            patches[start : start + len(block)] = torch.from_numpy(block)
             bar.add(len(block))
     return patches
 

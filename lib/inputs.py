@@ -199,11 +199,11 @@ def list_input(path: Path, split: str):
     if path.is_dir():
         if any(path.glob("camelyonpatch_level_2_split_*")):
             return list_split(path, split)
-        return list_files(path, files_of_folder(path))
+        return list_images(path, ((str(file), file) for file in sorted(walk_folder(path))))
     if path.suffix.lower() in (".h5", ".hdf5"):
         return list_array(open_images(path))
     if is_tar(path):
-        return list_files(path, files_of_tar(path))
+        return list_images(path, ((f"{path}/{name}", data) for name, data in walk_tar(path)))
     if is_image(path.name):
         return [(Row(str(path)), path)]
     raise BadInput(
@@ -229,32 +229,23 @@ def list_array(images: Images, labels=None):
             yield Row(str(images.path), index, label), patch
 
 
-def list_files(place: Path, files):
-    """Yield (Row, stored patch) of the images among `files`, which are (source, name, stored
-    patch); say how many others there are. Raises BadInput where there is no image.
+def list_images(place: Path, files):
+    """Yield (Row, stored patch) of the images among `files`, which are (source, stored patch); say
+    how many others there are. Raises BadInput where there is no image.
     """
-    num_images = 0
+    has_images = False
     left_out = Counter()
-    for source, name, stored in files:
+    for source, stored in files:
+        name = PurePosixPath(source).name
         if is_image(name):
-            num_images += 1
-            yield Row(source), stored
+            has_images = True
+            yield Row(source), stored or b""  # a link in a tar has no bytes
         else:
             left_out[describe_other(name)] += 1
     say_left_out(place, left_out)
-    if not num_images:
-        hint = explain_missing(split_path(place, "train", "x")) if place.is_dir() else ""
+    if not has_images:
+        hint = explain_missing(split_path(place, "train", "x"))
         raise BadInput(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
-
-
-def files_of_folder(path: Path):
-    for file in sorted(walk_folder(path)):
-        yield str(file), file.name, file
-
-
-def files_of_tar(path: Path):
-    for name, data in walk_tar(path):
-        yield f"{path}/{name}", PurePosixPath(name).name, data or b""
 
 
 def decode_block(items: list[tuple]) -> Block:

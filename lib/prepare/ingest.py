@@ -130,10 +130,10 @@ def index_source(path: Path, files, valid_share: float):
 
 def explain_no_images(path: Path) -> str:
     """Words for what to do where a source holds no images with labels."""
-    for folder in (path.parent, *path.glob("*/")):
-        for name in TABLES:
-            if (folder / name).is_file():
-                return f"{folder} holds {name}: import that folder"
+    for name in TABLES:
+        for table in (path.parent / name, *path.glob(f"*/{name}")):
+            if table.is_file():
+                return f"{table.parent} holds {name}: import that folder"
     return "unpack zips first, HDF5 is read by repack"
 
 
