@@ -52,13 +52,13 @@ class SplitWriter:
     """
 
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
-        self.directory = Path(directory)
-        self.split = split
+        self.x_path, self.y_path, self.meta_path = (
+            split_path(directory, split, part) for part in ("x", "y", "meta")
+        )
         self.labels = []
         self.meta = []
-        self.path = split_path(directory, split, "x")
         self.stack = contextlib.ExitStack()
-        temporary = self.stack.enter_context(atomic_path(self.path))
+        temporary = self.stack.enter_context(atomic_path(self.x_path))
         # nobody else has the temporary file, and some file systems have no locks
         self.file = h5py.File(temporary, "w", locking=False)
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
@@ -69,7 +69,7 @@ class SplitWriter:
         """
         assert images.dtype == self.x.dtype, images.dtype
         start = len(self.labels)
-        with explain_full_disk(self.path):
+        with explain_full_disk(self.x_path):
             self.x[start : start + len(images)] = images
         self.labels.extend(labels)
         self.meta.extend(meta)
@@ -84,11 +84,11 @@ class SplitWriter:
                     self.file.close()
                 raise error
             assert len(self.labels) == len(self.x), len(self.labels)
-            with explain_full_disk(self.path):
+            with explain_full_disk(self.x_path):
                 self.file.close()
             if self.meta:
-                write_meta(split_path(self.directory, self.split, "meta"), self.meta)
-            with atomic_path(split_path(self.directory, self.split, "y")) as temporary:
+                write_meta(self.meta_path, self.meta)
+            with atomic_path(self.y_path) as temporary:
                 write_labels(temporary, self.labels)
 
 

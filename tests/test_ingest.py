@@ -232,7 +232,7 @@ from lib.splitwriter import SplitWriter
 add = SplitWriter.add
 def add_and_wait(writer, *rows):
     add(writer, *rows)
-    if writer.split == "train":
+    if "train" in writer.x_path.name:
         open(sys.argv[2], "w").close()
         time.sleep(600)
 SplitWriter.add = add_and_wait
