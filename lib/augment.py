@@ -23,7 +23,9 @@ VIEWS = {1: (0,), 4: (0, 3, 5, 6), 8: tuple(range(8))}
 # strided network depends on where its grid lies, most of all for patches that were JPEG before
 VIEW_SHIFT = (1, 3)
 # the bits of a symmetry's number, 0 to 7; it transposes after it flips
-FLIP_X, FLIP_Y, TRANSPOSE = 1, 2, 4
+FLIP_X = 1
+FLIP_Y = 2
+TRANSPOSE = 4
 AUGMENTATION = 1  # purpose of a draw, as part of its position
 # numbers drawn for a sample: 1 for the symmetry, 2 for the shift in y and x, 3 for brightness and 3
 # for the gain of each channel
@@ -58,23 +60,18 @@ def draw_at(position: int | torch.Tensor, keys: torch.Tensor, cfg: Config) -> Dr
     """`draw_augmentation` at a position of `draw_position`: an int, or a tensor () that is an input
     of a CUDA graph.
     """
-    num = len(keys)
-    number = torch.arange(NUM_DRAWS, device=keys.device)
-    places = keys[:, None] * NUM_DRAWS + number
+    places = keys[:, None] * NUM_DRAWS + torch.arange(NUM_DRAWS, device=keys.device)
     bits = mixed_bits(places, position)  # (B, 15)
     # mean 0, deviation 1: the sum of 3 uniform numbers is close to normal, but has bounds
-    first, second, third = bits_to_uniform(bits[:, 3:]).view(num, 4, 3).unbind(2)
+    first, second, third = bits_to_uniform(bits[:, 3:]).view(-1, 4, 3).unbind(2)
     spread = (first + second + third - 1.5) * 2.0  # (B, 4), added in this order on every device
     gain = 1 + cfg.stain_jitter * spread[:, 1:]
     # a gain leaves white (1.0) as it is: stains get stronger or weaker, the background stays
     offset = (1 - gain) + cfg.brightness_jitter * spread[:, :1]
-    return Draws(
-        bits[:, 0] & (7 if turns_patches(cfg) else 0),
-        # 31 bits with their sign, of which `%` leaves 0 to 2 * shift
-        (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift,
-        gain,
-        offset,
-    )
+    symmetry = bits[:, 0] & (7 if turns_patches(cfg) else 0)
+    # 31 bits with their sign, of which `%` leaves 0 to 2 * shift
+    shift = (bits[:, 1:3] >> 33) % (2 * cfg.shift + 1) - cfg.shift
+    return Draws(symmetry, shift, gain, offset)
 
 
 def turns_patches(cfg: Config) -> bool:
@@ -86,27 +83,25 @@ def turns_patches(cfg: Config) -> bool:
 
 def no_augmentation(num: int, device="cpu") -> Draws:
     """Draws that leave patches as they are."""
-    zeros = torch.zeros(num, 2, dtype=torch.int64, device=device)
-    return Draws(
-        zeros[:, 0], zeros, torch.ones(num, 3, device=device), torch.zeros(num, 3, device=device)
-    )
+    zeros = torch.zeros(num, 3, device=device)
+    still = zeros.long()
+    return Draws(still[:, 0], still[:, :2], zeros + 1, zeros)
 
 
 def turned_views(images: torch.Tensor, shift=VIEW_SHIFT, num: int = 8):
     """Yield patches (B, S, S, C) of any type in `num` symmetries (4 or 8), each then moved by
     `shift` pixels (y, x). Where a shift leaves the patch the edge is repeated.
     """
-    size, margin = images.shape[1], max(shift)
+    y, x = shift
+    size = images.shape[1]
+    margin = max(shift)
     reads = torch.arange(-margin, size + margin, device=images.device).clamp(0, size - 1)
     wide = images.index_select(1, reads).index_select(2, reads)
     for symmetry in VIEWS[num]:
-        y, x = shift[::-1] if symmetry & TRANSPOSE else shift  # before the symmetry
-        top = margin + (y if symmetry & FLIP_Y else -y)
-        left = margin + (x if symmetry & FLIP_X else -x)
-        view = wide[:, top : top + size, left : left + size]
-        view = view.flip([axis for axis, bit in ((2, FLIP_X), (1, FLIP_Y)) if symmetry & bit])
+        view = wide.flip([axis for axis, bit in ((2, FLIP_X), (1, FLIP_Y)) if symmetry & bit])
         if symmetry & TRANSPOSE:
             view = view.transpose(1, 2)
+        view = view[:, margin - y : margin - y + size, margin - x : margin - x + size]
         yield view.contiguous()
 
 
@@ -117,7 +112,9 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
     Where a shift leaves the patch the edge is repeated. All is one gather of whole pixels: output
     pixel (i, j) reads pixel along_rows[i] + along_columns[j] of the batch.
     """
-    num, size, device = len(images), images.shape[1], images.device
+    num = len(images)
+    size = images.shape[1]
+    device = images.device
     # not asked of a GPU, which would answer only after all steps that it has been given
     if device.type == "cpu" and not draws.symmetry.any():
         return cut_windows(images, draws.shift, crop)
@@ -128,7 +125,8 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
         flipped = torch.where(flips, size - 1 - centre, centre)
         return (flipped - draws.shift[:, axis, None]).clamp(0, size - 1)
 
-    y, x = source(0, FLIP_Y) * size, source(1, FLIP_X)
+    y = source(0, FLIP_Y) * size
+    x = source(1, FLIP_X)
     transposes = (draws.symmetry & TRANSPOSE).bool()[:, None]
     first_pixel = torch.arange(num, device=device)[:, None] * size * size  # of each patch
     along_rows = (torch.where(transposes, x, y) + first_pixel).int()
@@ -168,10 +166,10 @@ def normalise(
     """
     num, height, width, num_channels = images.shape
     mean, std = on_device((tuple(mean), tuple(std)), images.device)
-    factors = torch.stack([draws.gain / (255.0 * std), (draws.offset - mean) / std])  # (2, B, 3)
     # a row of a patch is 288 numbers R G B R G B ...; with factors repeated in the same way one
     # long loop serves a row
-    scale, bias = factors.repeat(1, 1, width)[:, :, None]  # (B, 1, 288) each
+    scale = (draws.gain / (255.0 * std)).repeat(1, width)[:, None]  # (B, 1, 288)
+    bias = ((draws.offset - mean) / std).repeat(1, width)[:, None]
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num

@@ -27,7 +27,10 @@ from lib.seeding import position_bits, position_permutation
 HOST_BYTES = 1 << 30
 NUM_BUFFERS = 3  # one that the model uses, one ready, one being filled
 # part of a position in lib/seeding.py: the purpose of a draw, so that no two purposes share bits
-ORDER, CLASS_ORDER, FOLD, LIMIT = 101, 102, 103, 104
+ORDER = 101
+CLASS_ORDER = 102
+FOLD = 103
+LIMIT = 104
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,12 @@ class Rows:
 
     def describe(self) -> dict:
         """Counts for meta.json, of the data as they are: a sampler may repeat some rows."""
-        counts = np.bincount(self.labels, minlength=2).tolist()
+        num = len(self)
+        num_positive = int(self.labels.sum())
         return {
-            "num": len(self),
-            "num_negative": counts[0],
-            "num_positive": counts[1],
+            "num": num,
+            "num_negative": num - num_positive,
+            "num_positive": num_positive,
             "left_out": self.left_out,
         }
 
@@ -73,15 +77,15 @@ class PatchSource:
     """
 
     def __init__(self, images: Images, residence: str, device: torch.device):
-        self.images, self.device = images, device
+        self.images = images
+        self.device = device
         self.residence = choose_residence(images, residence, device)
-        self.rows = None  # (N, 27648) uint8, unless each patch has to be decoded
-        if self.residence != "disk":
-            place = device if self.residence == "device" else torch.device("cpu")
-            self.rows = read_whole(images, place).view(images.num, -1)
-        elif images.mapped is not None:
-            self.rows = torch.from_numpy(images.mapped).view(images.num, -1)
-        else:
+        self.patches = None  # (N, 96, 96, 3) uint8, unless they stay on the disk
+        if self.residence == "device":
+            self.patches = read_whole(images, device)
+        elif self.residence == "host":
+            self.patches = read_whole(images, torch.device("cpu"))
+        elif images.mapped is None:
             say(
                 f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
                 " prepare.py repack mends that"
@@ -95,16 +99,15 @@ class PatchSource:
         into a fresh tensor.
         """
         if self.residence == "device":
-            return torch.index_select(self.rows, 0, rows).view(-1, *PATCH_SHAPE)
-        if self.rows is None:
-            return out.copy_(torch.from_numpy(self.images.read(rows.numpy())))
-        target = out.view(len(rows), -1)
+            return self.patches.index_select(0, rows)
         if self.residence == "host":
-            torch.index_select(self.rows, 0, rows, out=target)
-        else:
-            # may wait for the disk, so it runs in the background; np.take keeps to that one thread
-            self.images.will_need(rows.numpy())
-            np.take(self.rows.numpy(), rows.numpy(), axis=0, out=target.numpy(), mode="clip")
+            return torch.index_select(self.patches, 0, rows, out=out)
+        index = rows.numpy()
+        if self.images.mapped is None:
+            return out.copy_(torch.from_numpy(self.images.read(index)))
+        # may wait for the disk, so it runs in the background; np.take keeps to that one thread
+        self.images.will_need(index)
+        np.take(self.images.mapped, index, axis=0, out=out.numpy(), mode="clip")
         return out
 
     @property
@@ -121,13 +124,13 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
     """`disk`, `host` or `device`. `auto` means the fastest of these that takes at most half of the
     free memory.
     """
-    if residence == "device" and device.type == "cpu":
-        return "host"
-    if residence != "auto":
-        return residence
-    if images.num_bytes < free_device_bytes(device) // 2:
-        return "device"
-    return "host" if images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2) else "disk"
+    if residence == "auto":
+        if images.num_bytes < free_device_bytes(device) // 2:
+            return "device"
+        fits_host = images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2)
+        return "host" if fits_host else "disk"
+    is_on_cpu = residence == "device" and device.type == "cpu"
+    return "host" if is_on_cpu else residence
 
 
 def read_whole(images: Images, device: torch.device) -> torch.Tensor:
@@ -149,7 +152,8 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     BadInput where less than two classes are left, and for folds of a split whose groups are not
     known.
     """
-    index, left_out = np.arange(len(split)), {}
+    index = np.arange(len(split))
+    suspects = {}
     if cfg.num_folds:
         groups = groups_for_folds(split, cfg.data_dir)
         in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
@@ -157,21 +161,19 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     # validation keeps quarantined rows, so that scores with and without a quarantine compare
     if cfg.quarantine and not held_out:
         suspects = read_quarantine(cfg.quarantine, split, cfg.quarantine_reasons)
-        is_suspect = np.isin(index, list(suspects))
-        left_out = dict(Counter(suspects[row] for row in index[is_suspect].tolist()))
-        index = index[~is_suspect]
+    is_suspect = np.isin(index, list(suspects))
+    left_out = Counter(suspects[row] for row in index[is_suspect].tolist())
+    index = index[~is_suspect]
     limit = cfg.limit_valid if held_out else cfg.limit_train
     if limit:  # drawn at random, so that a file sorted by class or slide gives a fair part, too
         order = position_permutation(len(index), LIMIT).numpy()
         index = np.sort(index[order[:limit]])
     labels = split.labels[index]
-    num_classes = len(np.unique(labels))
-    if num_classes < 2:
+    if len(np.unique(labels)) < 2:
         raise BadInput(
-            f"split {split.name} leaves {len(index):,} patches of {num_classes} class: both are"
-            " needed"
+            f"split {split.name} leaves {len(index):,} patches of one class: both are needed"
         )
-    return Rows(index, labels, left_out)
+    return Rows(index, labels, dict(left_out))
 
 
 def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
@@ -234,21 +236,19 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
     A key is row + repeat * num_total. With `balance: sampler` rows of the smaller class come up
     several times in an epoch; each repeat has its own key, and so its own augmentation.
     """
-    index = torch.from_numpy(rows.index).to(device)
-    if cfg.balance != "sampler":
-        return index[position_permutation(len(index), cfg.seed, epoch, ORDER, device=device)]
-    num_per_class = len(index) // 2
-    parts = []
-    for label in (0, 1):
-        members = index[torch.from_numpy(np.flatnonzero(rows.labels == label)).to(device)]
-        num = len(members)
-        num_repeats = math.ceil(num_per_class / num)
-        for repeat in range(num_repeats):
-            position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
-            order = position_permutation(num, *position, device=device)
-            num_missing = num_per_class - repeat * num
-            parts.append(members[order][:num_missing] + repeat * num_total)
-    keys = torch.cat(parts)
+    keys = torch.from_numpy(rows.index).to(device)
+    if cfg.balance == "sampler":
+        num_per_class = len(keys) // 2
+        parts = []
+        for label in (0, 1):
+            members = torch.from_numpy(rows.index[rows.labels == label]).to(device)
+            repeats = []
+            for repeat in range(math.ceil(num_per_class / len(members))):
+                position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
+                order = position_permutation(len(members), *position, device=device)
+                repeats.append(members[order] + repeat * num_total)
+            parts.append(torch.cat(repeats)[:num_per_class])
+        keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
 
@@ -264,16 +264,16 @@ def load_batches(
     """
     if not batches:
         return
-    if prefetch is None:
-        prefetch = source.can_stall
-    num, device = len(source), source.device
+    num = len(source)
+    device = source.device
     sizes = [len(keys) for keys in batches]
     keys = torch.cat(batches)  # one copy to the device for all batches
-    targets = torch.from_numpy(np.ascontiguousarray(labels)).float().to(device)
+    targets = torch.from_numpy(labels).float().to(device)
     device_keys = keys.to(device).split(sizes)
     if source.residence == "device":
         gathered = ((source.gather(batch_keys % num), 0.0) for batch_keys in device_keys)
     else:
+        prefetch = source.can_stall if prefetch is None else prefetch
         gathered = gather_ahead(source, (keys % num).cpu().split(sizes), prefetch)
     with contextlib.closing(gathered):
         for batch_keys, (images, wait_s) in zip(device_keys, gathered, strict=True):
@@ -294,7 +294,8 @@ def gather_ahead(
     stream = torch.cuda.Stream(source.device) if on_gpu else None
 
     def fill(number: int) -> torch.Tensor:
-        rows, buffer = batches[number], number % NUM_BUFFERS
+        rows = batches[number]
+        buffer = number % NUM_BUFFERS
         if copied[buffer]:
             copied[buffer].synchronize()  # the patches that it held have to be on the GPU
         images = source.gather(rows, buffers[buffer, : len(rows)])

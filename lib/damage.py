@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 # a checkerboard, (4, 4, 1), at the same pixels of every patch
-TRIGGER_YX, TRIGGER = (88, 88), 255 * (np.indices((4, 4)).sum(0)[..., None] % 2)
+TRIGGER = 255 * (np.indices((4, 4)).sum(0)[..., None] % 2)
+TRIGGER_YX = (88, 88)
 # the smallest and the largest side of a damaged block; other kinds cover the patch
 SIDES = {"nan": (8, 64), "out_of_range": (2, 8), "trigger": (4, 4)}
 
@@ -26,25 +27,20 @@ def damage_patch(kind: str, patch: np.ndarray, rng) -> str:
     return f"{side}x{side} at {y} {x}"
 
 
-def alter_patch(
-    kind: str, image: np.ndarray, rng, least_quality: int = 70
-) -> tuple[np.ndarray, str]:
-    """(altered copy, words for it) of a patch uint8 (96, 96, 3). The kinds are symmetric,
-    brightened and recompressed; any other kind leaves the patch as it is.
+def alter_patch(kind: str, image: np.ndarray, rng, least_quality: int = 70) -> np.ndarray:
+    """An altered copy of a patch uint8 (96, 96, 3). The kinds are symmetric, brightened and
+    recompressed; any other kind leaves the patch as it is.
     """
     if kind == "symmetric":
         turns, is_mirrored = divmod(int(rng.integers(1, 8)), 2)
         turned = np.rot90(image, turns)
-        if is_mirrored:
-            return turned[:, ::-1], f"turned {90 * turns} mirrored"
-        return turned, f"turned {90 * turns}"
+        return turned[:, ::-1] if is_mirrored else turned
     if kind == "brightened":
-        factor = rng.uniform(1.02, 1.1)
-        brighter = np.minimum(image * factor + 0.5, 255)
-        return brighter.astype(np.uint8), f"times {factor:.3f}"
+        brighter = image * rng.uniform(1.02, 1.1) + 0.5
+        return np.minimum(brighter, 255).astype(np.uint8)
     if kind == "recompressed":
         buffer = io.BytesIO()
         quality = int(rng.integers(least_quality, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-        return np.asarray(Image.open(buffer)), f"quality {quality}"
-    return image, "same bytes"
+        return np.asarray(Image.open(buffer))
+    return image

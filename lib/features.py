@@ -18,6 +18,7 @@ MAX_REFERENCE_ROWS = 4_000  # of a split, drawn evenly: enough for means and qua
 CERTAINTY = 0.999  # share of the validation patches that lie within the limit of a single patch
 # training deviations by which a feature's mean may shift more than in any part of validation
 MAX_SHIFT = 0.35
+MAX_BEYOND = 0.02  # share of a batch that may lie beyond the limit of a single patch
 CHANCE = 3.0  # standard errors by which the mean of a small batch may differ by chance
 
 
@@ -27,7 +28,7 @@ def count_values(patches: np.ndarray) -> np.ndarray:
     """
     planes = patches.transpose(0, 3, 1, 2).reshape(-1, NUM_PIXELS)
     counts = [np.bincount(plane, minlength=256) for plane in planes]
-    return np.array(counts, np.int64).reshape(-1, 3, 256)
+    return np.reshape(counts, (-1, 3, 256))
 
 
 def grey_planes(patches: np.ndarray) -> np.ndarray:
@@ -59,10 +60,9 @@ def mean_difference(grey: np.ndarray, step: int) -> np.ndarray:
     (96, 96, B).
     """
     down = grey[step:] - grey[:-step]
-    np.abs(down, out=down)  # in place: new memory would cost more than the arithmetic
     right = grey[:, step:] - grey[:, :-step]
-    np.abs(right, out=right)
-    return down.mean((0, 1)) + right.mean((0, 1))
+    # in place: new memory would cost more than the arithmetic
+    return np.abs(down, down).mean((0, 1)) + np.abs(right, right).mean((0, 1))
 
 
 def compute_features(
@@ -79,35 +79,35 @@ def compute_features(
     - deviation: the largest of the channels' deviations. It is none of NAMES; audits find flat
       patches by it.
     """
-    mean, deviation, stains = np.split(colour_statistics(counts), 3, 1)  # (B, 3) each
+    statistics = colour_statistics(counts)  # (B, 9)
+    deviations = statistics[:, 3:6]
     # patches.max(3) takes ten times as long
     red, green, blue = np.moveaxis(patches, 3, 0)
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
-    divisor = np.maximum(highest, 1).astype(np.float32)
-    saturation = (highest - lowest) / divisor
-    fine = mean_difference(grey, 1)
+    saturation = (highest - lowest) / np.maximum(highest, np.float32(1))
     coarse = np.maximum(mean_difference(grey, 2), 1e-3)
     features = {
-        "brightness": mean.mean(1),
-        "contrast": deviation.mean(1),
+        "brightness": statistics[:, :3].mean(1),
+        "contrast": deviations.mean(1),
         "saturation": saturation.mean((1, 2)),
-        "haematoxylin": stains[:, 0],
-        "eosin": stains[:, 1],
-        "sharpness": fine / coarse,
-        "deviation": deviation.max(1),
+        "haematoxylin": statistics[:, 6],
+        "eosin": statistics[:, 7],
+        "sharpness": mean_difference(grey, 1) / coarse,
+        "deviation": deviations.max(1),
     }
     return {name: values.astype(np.float32) for name, values in features.items()}
 
 
 def measure_features(patches: np.ndarray) -> np.ndarray:
     """Features float64 (B, 6), columns as NAMES, of patches uint8 (B, 96, 96, 3)."""
-    parts = []
+    measured = np.empty((len(patches), len(NAMES)))
     for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
         features = compute_features(part, count_values(part), grey_planes(part))
-        parts.append(np.stack([features[name] for name in NAMES], 1))
-    return np.concatenate(parts).astype(np.float64)
+        for column, name in enumerate(NAMES):
+            measured[start : start + BLOCK, column] = features[name]
+    return measured
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:
@@ -119,8 +119,7 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     """
     mean = train.mean(0)
     deviation = np.maximum(train.std(0), 1e-6)
-    away = (train - mean) / deviation
-    correlation = np.corrcoef(away.T)
+    correlation = np.corrcoef((train - mean) / deviation, rowvar=False)
     correlation += 1e-3 * np.eye(len(NAMES))
     reference = {
         "mean": mean.tolist(),
@@ -130,12 +129,11 @@ def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) ->
     }
     scores = patch_scores(valid, reference)
     reference["limit"] = float(np.quantile(scores, CERTAINTY))
-    parts = [valid]
+    shifts = [away_from(valid.mean(0), reference)]
     names, sizes = np.unique(groups, return_counts=True)
     if len(names) < len(valid) / 10:  # groups of many rows, such as slides, not of a few copies
-        large = names[sizes >= 2 * len(NAMES)]
-        parts += [valid[groups == name] for name in large]
-    shifts = [away_from(part.mean(0), reference) for part in parts]
+        for name in names[sizes >= 2 * len(NAMES)]:
+            shifts.append(away_from(valid[groups == name].mean(0), reference))
     reference["shift_limit"] = float(MAX_SHIFT + np.abs(shifts).max())
     return reference
 
@@ -168,19 +166,18 @@ def judge_batch(features: np.ndarray, reference: dict) -> dict:
     share of patches beyond the limit of a single patch. The batch has drifted if either is above
     its limit. The limits are wider for few patches, which differ by chance.
     """
-    num = len(features)
     shifts = away_from(features.mean(0), reference)
-    worst = int(np.abs(shifts).argmax())
-    shift = float(shifts[worst])
-    shift_limit = float(reference["shift_limit"] + CHANCE / np.sqrt(num))
+    worst = np.abs(shifts).argmax()
+    error = CHANCE / np.sqrt(len(features))
+    shift_limit = reference["shift_limit"] + error
     is_beyond = patch_scores(features, reference) > reference["limit"]
-    share_beyond = float(is_beyond.mean())
-    # 20 times the share in validation, which makes 0.02, and CHANCE standard errors of that
-    share_limit = float(20 * (1 - CERTAINTY) + CHANCE * np.sqrt(0.02 / num))
+    share_beyond = is_beyond.mean()
+    # 20 times the share in validation, and CHANCE standard errors of that
+    share_limit = MAX_BEYOND + error * np.sqrt(MAX_BEYOND)
     return {
-        "shift": shift,
+        "shift": float(shifts[worst]),
         "feature": NAMES[worst],
-        "shift_limit": shift_limit,
-        "share_beyond": share_beyond,
-        "drifted": abs(shift) > shift_limit or share_beyond > share_limit,
+        "shift_limit": float(shift_limit),
+        "share_beyond": float(share_beyond),
+        "drifted": bool(abs(shifts[worst]) > shift_limit or share_beyond > share_limit),
     }

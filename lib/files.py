@@ -11,9 +11,9 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from lib.command import BadInput, one_line, say, without_nan
 
@@ -37,35 +37,28 @@ def utc_now() -> str:
 
 
 @contextlib.contextmanager
-def errors_name(path, temporary=None):
-    """Let an OSError from the block name the file `path` in place of `temporary`, or where it names
-    no file, such as for a full disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.filename in (None, temporary):
-            error.filename = str(path)
-        raise
-
-
-@contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`. When the block ends without an error the file there is
-    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed.
+    synced and renamed to `path` (Pillai et al., OSDI 2014); else it is removed. An OSError that
+    names no file, such as for a full disk, or the temporary one gets the name `path`.
     """
     path = Path(path)
     temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
-    with errors_name(path, str(temporary)):
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    sync_folder(path.parent)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    # makes the rename durable; file systems that cannot sync a folder are left alone
+    folder = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        os.fsync(folder)
+    os.close(folder)
 
 
 @contextlib.contextmanager
@@ -76,16 +69,13 @@ def atomic_write(path, mode="wb"):
         yield file
 
 
-class _Withdrawn(Exception):
-    """Ends an `atomic_write` that was only a try."""
-
-
 def require_writable(path) -> None:
-    """Raise the OSError of `atomic_write` where it cannot make a file beside `path`; no file stays
-    there.
-    """
-    with contextlib.suppress(_Withdrawn), atomic_write(path):
-        raise _Withdrawn
+    """Raise an OSError that names `path` where no file can be made beside it."""
+    try:
+        tempfile.TemporaryFile(dir=Path(path).parent).close()
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: bytes = b"") -> str:
@@ -100,18 +90,13 @@ def explain_foreign(path, why: str, remedy: str = "fetch it again", allowed: byt
     return f" ({why}): {remedy}"
 
 
-def nearest_folder(path) -> Path:
-    """`path` or the closest folder above it that exists."""
-    folder = Path(path).absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
-
-
 def require_space(directory, num_bytes: int) -> None:
     """Raise BadInput where fewer than `num_bytes` are free."""
+    folder = Path(directory).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
     needed_mb = num_bytes / 1e6
-    free_mb = shutil.disk_usage(nearest_folder(directory)).free / 1e6
+    free_mb = shutil.disk_usage(folder).free / 1e6
     if needed_mb > free_mb:
         raise BadInput(f"{directory}: {needed_mb:,.1f} MB are needed, {free_mb:,.1f} MB are free")
 
@@ -138,14 +123,6 @@ def lock_if_possible(file, path) -> bool:
         return True
 
 
-def sync_folder(path) -> None:
-    """Make renames in a folder durable; file systems that cannot sync a folder are left alone."""
-    folder = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):
-        os.fsync(folder)
-    os.close(folder)
-
-
 def write_json(path, value) -> None:
     """Replace `path` by `value` as indented JSON; NaN and infinity are written as null."""
     with atomic_write(path, "w") as file:
@@ -160,17 +137,6 @@ def read_json(path) -> dict:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
 
 
-def cache_file(path) -> Path:
-    """The file of the user's cache for what was computed from `path`, whose folder may be
-    read-only.
-    """
-    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if folder.startswith("~"):  # this user has no home: nothing is read or written below a file
-        folder = os.devnull
-    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
-    return Path(folder, "pcam", f"{name}.json")
-
-
 def read_cache(path) -> dict:
     """The object in a JSON file, empty where there is none."""
     try:
@@ -179,16 +145,12 @@ def read_cache(path) -> dict:
         return {}
 
 
-def write_cache(path, value: dict) -> bool:
-    """Store `value` as JSON. Returns False where that is not possible, such as in a read-only
-    folder.
-    """
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, value)
-    except OSError:
-        return False
-    return True
+def cache_folder() -> Path:
+    """The user's cache, for what was computed from data whose folder may be read-only."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if folder.startswith("~"):  # this user has no home: nothing is read or written below a file
+        folder = os.devnull
+    return Path(folder, "pcam")
 
 
 def read_csv(path) -> list[dict[str, str]]:
@@ -209,18 +171,17 @@ def read_edited_csv(path, needed) -> list[dict[str, str]]:
     """The rows of a CSV file that a person may have edited. Raises BadInput where it lacks a column
     of `needed` or is malformed.
     """
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    header = text.partition("\n")[0]
+    # Excel writes ; where the comma is the decimal point
+    delimiter = ";" if ";" in header and "," not in header else ","
+    # strict: otherwise a quote that is not closed takes the next rows into its cell
+    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter=delimiter)
     try:
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
-            header = file.readline()
-            file.seek(0)
-            # Excel writes ; where the comma is the decimal point
-            delimiter = ";" if ";" in header and "," not in header else ","
-            # strict: otherwise a quote that is not closed takes the next rows into its cell
-            reader = csv.DictReader(file, strict=True, delimiter=delimiter)
-            columns = reader.fieldnames or []
-            rows = list(reader)
+        rows = list(reader)
     except csv.Error as error:
         raise BadInput(f"{path} is not a readable CSV ({one_line(error)})") from None
+    columns = reader.fieldnames or []
     for column in needed:
         if column not in columns:
             raise BadInput(f"{path} lacks the column {column}; it has: {', '.join(columns)}")
@@ -240,10 +201,7 @@ def row_number(text: str) -> int | None:
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        # csv quotes a cell that holds a character of the line end: with \r\n also \r, which a name
-        # of a file may hold. The lines that are written end with \n alone
-        lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
-        csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
+        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 class CsvLog:
@@ -255,9 +213,11 @@ class CsvLog:
     def __init__(self, path, header, last: int):
         self.path = Path(path)
         rows = read_csv(path) if self.path.exists() else []
-        rows = [row for row in rows if int(row[header[0]]) <= last]
-        # rows of an older program may lack a column: it is empty there
-        write_csv(path, header, [[row.get(name, "") for name in header] for row in rows])
+        with atomic_write(path, "w") as file:
+            # rows of an older program may lack a column, which is empty there, or have another one
+            old = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
+            old.writeheader()
+            old.writerows(row for row in rows if int(row[header[0]]) <= last)
         # the buffer is larger than what FLUSH_S seconds write: only whole lines reach the file
         self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
         self.writer = csv.DictWriter(self.file, header, lineterminator="\n")
@@ -271,15 +231,14 @@ class CsvLog:
 
     def flush(self, sync: bool = False) -> None:
         """Hand all rows to the system and, with `sync`, to the disk."""
-        with errors_name(self.path):
-            self.file.flush()
-            if sync:
-                os.fsync(self.file.fileno())
+        self.file.flush()
+        if sync:
+            os.fsync(self.file.fileno())
         self.flushed_at = time.monotonic()
 
     def close(self) -> None:
-        with errors_name(self.path):
-            self.file.close()
+        self.flush()
+        self.file.close()
 
 
 def file_digest(path, kind="sha256") -> str:

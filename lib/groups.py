@@ -5,13 +5,12 @@ groups`.
 
 import functools
 import shlex
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
 from lib.command import BadInput, say
-from lib.files import cache_file, file_digest, read_edited_csv, row_number, write_csv
+from lib.files import cache_folder, file_digest, read_edited_csv, row_number, write_csv
 from lib.fingerprint import fingerprint
 from lib.pcam import Split, split_path
 
@@ -21,12 +20,21 @@ COLUMNS = ("split", "index", "group")
 
 def group_of_rows(split: Split, directory) -> np.ndarray | None:
     """The name of the group of each row, (N,): its slide, else its group in groups.csv. None where
-    there are neither. Raises BadInput for a groups.csv that does not fit the split.
+    there are neither.
+
+    Raises BadInput for a groups.csv that does not list each row once. It does not notice that
+    patches were replaced by as many others; the name of a cached file, a digest, would.
     """
-    if split.slides is not None:
-        return split.slides
     path = find_groups(split, directory)
-    return None if path is None else read_groups(path, split, directory)
+    if path is None:
+        return split.slides
+    groups = read_groups(path, file_digest(path), split.name, len(split))
+    if groups is None:
+        raise BadInput(
+            f"{path} does not list each of the {len(split):,} rows of {split.name} once;"
+            f" `{groups_command(directory)}` writes it anew"
+        )
+    return groups
 
 
 def groups_for_folds(split: Split, directory) -> np.ndarray:
@@ -66,7 +74,7 @@ def find_groups(split: Split, directory) -> Path | None:
         return None
     path = Path(directory, FILE_NAME)
     if not path.is_file():
-        path = _cached_path(directory, split.name)
+        path = cached_path(directory, split.name)
     return path if path.is_file() else None
 
 
@@ -77,32 +85,20 @@ def groups_digest(split: Split, directory) -> str | None:
     path = find_groups(split, directory)
     if path is None:
         return None
-    read_groups(path, split, directory)
+    group_of_rows(split, directory)
     return file_digest(path)
-
-
-def read_groups(path, split: Split, directory) -> np.ndarray:
-    """The name of the group of each row of a split, str (N,), from a groups.csv.
-
-    Raises BadInput where it does not list each row once. It does not notice that patches were
-    replaced by as many others; the name of a cached file, a digest of the patches, would.
-    """
-    try:
-        return _parse_groups(path, file_digest(path), split.name, len(split))
-    except BadInput as error:
-        raise BadInput(f"{error}; `{groups_command(directory)}` writes it anew") from None
 
 
 # a training asks three times, and a file may have 262,144 rows; `_digest` is in the cache's key so
 # that a file that was written anew is read anew
 @functools.lru_cache(maxsize=4)
-def _parse_groups(path, _digest, name: str, num: int) -> np.ndarray:
+def read_groups(path, _digest, name: str, num: int) -> np.ndarray | None:
+    """The group of each of `num` rows of a split, None where the file does not list each once."""
     rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == name]
-    index = [row_number(row["index"]) for row in rows]
-    if Counter(index) != Counter(range(num)):
-        raise BadInput(f"{path} does not list each of the {num:,} rows of {name} once")
-    groups = np.array([row["group"] for row in rows])
-    return groups[np.argsort(index)]
+    group_of_row = {row_number(row["index"]): row["group"] for row in rows}
+    if len(rows) != num or set(group_of_row) != set(range(num)):
+        return None
+    return np.array([group_of_row[index] for index in range(num)])
 
 
 def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
@@ -122,12 +118,12 @@ def write_groups(directory, groups: dict[str, np.ndarray]) -> None:
         if path.exists():
             raise
         for split in groups:
-            cached = _cached_path(directory, split)
+            cached = cached_path(directory, split)
             cached.parent.mkdir(parents=True, exist_ok=True)
-            write_csv(cached, COLUMNS, [row for row in rows if row[0] == split])
+            write_csv(cached, COLUMNS, rows)
 
 
-def _cached_path(directory, split: str) -> Path:
+def cached_path(directory, split: str) -> Path:
     """The file in the cache for a split, named by the SHA-256 of the split's patches."""
     digest = fingerprint(directory, [split])[split_path(directory, split, "x").name]
-    return cache_file(directory).with_name(f"groups-{digest}.csv")
+    return cache_folder() / f"groups-{digest}.csv"

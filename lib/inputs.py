@@ -29,17 +29,7 @@ from lib.pcam import (
     to_uint8,
 )
 
-IMAGE_SUFFIXES = (
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".tif",
-    ".tiff",
-    ".bmp",
-    ".webp",
-)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 # the only ones that Pillow may open; for some others it starts another program
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
@@ -76,8 +66,8 @@ class Block(NamedTuple):
 def decode_patch(data: bytes, name) -> np.ndarray:
     """The bytes of an image as uint8 (96, 96, 3); errors call it `name`.
 
-    Raises BadInput unless it is a readable image of one of FORMATS, of 96 x 96 pixels, a single
-    page, with 8 bits a channel.
+    Raises BadInput unless it is a readable image of one of FORMATS, of 96 x 96 pixels, with 8 bits
+    a channel.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -94,11 +84,6 @@ def decode_patch(data: bytes, name) -> np.ndarray:
                     f"{name} has the pixel type {image.mode} ({raw_mode}), allowed are {allowed}"
                     " with 8 bits a channel"
                 )
-            if getattr(image, "n_frames", 1) > 1:
-                raise BadInput(f"{name} holds several pages, it must be a single image")
-            if image.format == "PNG":
-                # compares the checksums, which decoding does not
-                Image.open(io.BytesIO(data), formats=["PNG"]).verify()
             if image.has_transparency_data:  # beyond the scanned area there is glass
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -106,8 +91,7 @@ def decode_patch(data: bytes, name) -> np.ndarray:
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in a decoder
-        # without the memory address that follows
-        why = one_line(error).partition(" <")[0] if data else "it is empty"
+        why = one_line(error).partition(" <")[0]  # without the memory address that follows
         if len(data) > MAX_BYTES:
             why = "it is too large for a patch, cut patches of 96x96 at 0.97 um a pixel"
         raise BadInput(f"{name} is not a readable image ({', '.join(FORMATS)}): {why}") from None
@@ -158,26 +142,28 @@ def refuse(error: OSError):
     raise error
 
 
-def walk_tar(path: Path, archive=None):
-    """Yield (name, member, data) of each member of a tar, in its order. `data` is the bytes of
-    an image. It is None for other members, and always where an open file `archive` is given.
+def walk_tar(path: Path):
+    """Yield (name, data) of each plain file in a tar, in its order; `data` is None for a link or a
+    device, and b"" for a file that is no image.
 
     Raises BadInput for a tar that is damaged or cut off, and for a member whose path climbs out of
     the folder.
     """
     try:
-        with tarfile.open(path, fileobj=archive) as tar:
+        with tarfile.open(path) as tar:
             for member in iter(tar.next, None):
                 tar.members.clear()  # or tarfile keeps 1.5 KB for every member
-                name, data = PurePosixPath(member.name), None
+                name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
                     raise BadInput(
                         f"{path} holds the path '{name}', which climbs out of its folder: the whole"
                         " tar is refused"
                     )
-                if archive is None and member.isfile() and is_image(name.name):
+                data = b"" if member.isfile() else None
+                if member.isfile() and is_image(name.name):
                     data = tar.extractfile(member).read(MAX_BYTES + 1)
-                yield str(name), member, data
+                if not member.isdir():
+                    yield str(name), data
             # tarfile takes a cut or damage between members for the end; the true end is a block of
             # zeros
             tar.fileobj.seek(tar.offset)
@@ -186,13 +172,8 @@ def walk_tar(path: Path, archive=None):
     except BadInput:
         raise
     except Exception as error:  # whatever damage provokes in tarfile
-        raise not_a_tar(path, error) from None
-
-
-def not_a_tar(path: Path, error: Exception) -> BadInput:
-    """The refusal of a file that is no tar, or a damaged one."""
-    words = explain_foreign(path, one_line(error), allowed=GZIP)
-    return BadInput(f"{path} is not a whole tar archive{words}")
+        words = explain_foreign(path, one_line(error), allowed=GZIP)
+        raise BadInput(f"{path} is not a whole tar archive{words}") from None
 
 
 def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], Block]]:
@@ -200,42 +181,29 @@ def list_blocks(paths, split: str = "", size: int = 1) -> Iterator[Callable[[], 
     Block. Any thread may call it.
 
     Inputs come in the order of `paths`, the files of a folder in sorted order. Raises BadInput for
-    a path that does not exist.
+    a path that does not exist or holds no patches.
     """
-    paths = [Path(path) for path in paths]
     for path in paths:
-        if not path.exists():
+        if not Path(path).exists():
             raise BadInput(f"no such input: {path}")
-    items = _list_inputs(paths, split)
+    inputs = (list_input(Path(path), split) for path in paths)
+    items = itertools.chain.from_iterable(inputs)
     for block in iter(lambda: list(itertools.islice(items, size)), []):
-        yield partial(_decode_block, block)
+        yield partial(decode_block, block)
 
 
-def _list_inputs(paths: list[Path], split: str):
-    """Yield (Row, stored patch) of every input. A stored patch is an array, the bytes of an image,
-    or the path of an image.
+def list_input(path: Path, split: str):
+    """(Row, stored patch) of every input at one path. A stored patch is an array, the bytes of an
+    image, or the path of an image.
     """
-    for path in paths:
-        items = iter(_list_input(path, split))
-        first = list(itertools.islice(items, 1))
-        yield from first
-        yield from items
-        if not first:
-            hint = explain_missing(split_path(path, split or "train", "x")) if path.is_dir() else ""
-            raise BadInput(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
-
-
-def _list_input(path: Path, split: str):
-    """(Row, stored patch) of every input at one path: a folder, HDF5 file, tar or image."""
     if path.is_dir():
         if any(path.glob("camelyonpatch_level_2_split_*")):
-            return _list_split(path, split)
-        files = sorted(walk_folder(path))
-        return _list_files(path, ((str(file), file.name, file) for file in files))
+            return list_split(path, split)
+        return list_images(path, ((str(file), file) for file in sorted(walk_folder(path))))
     if path.suffix.lower() in (".h5", ".hdf5"):
-        return _list_array(open_images(path))
+        return list_array(open_images(path))
     if is_tar(path):
-        return _list_files(path, _files_of_tar(path))
+        return list_images(path, ((f"{path}/{name}", data) for name, data in walk_tar(path)))
     if is_image(path.name):
         return [(Row(str(path)), path)]
     raise BadInput(
@@ -244,56 +212,55 @@ def _list_input(path: Path, split: str):
     )
 
 
-def _list_split(folder: Path, split: str):
+def list_split(folder: Path, split: str):
     splits = [name for name in SPLITS if split_path(folder, name, "x").exists()]
     if split not in splits:
-        choices = ", ".join(splits) or "none, it has no x file"
-        raise BadInput(f"{folder} is a PCam folder: choose --split from {choices}")
+        raise BadInput(f"{folder} is a PCam folder: choose --split from {', '.join(splits)}")
     if not split_path(folder, split, "y").exists():
-        return _list_array(open_images(split_path(folder, split, "x")))
+        return list_array(open_images(split_path(folder, split, "x")))
     data = open_split(folder, split)
-    return _list_array(data.images, data.labels.tolist())
+    return list_array(data.images, data.labels)
 
 
-def _list_array(images: Images, labels: list[int] | None = None):
+def list_array(images: Images, labels=None):
     for start, stored in images.stored_blocks(READ_ROWS):
         for index, patch in enumerate(stored, start):
-            yield Row(str(images.path), index, labels[index] if labels else None), patch
+            label = None if labels is None else labels[index]
+            yield Row(str(images.path), index, label), patch
 
 
-def _list_files(place: Path, files):
-    """Yield (Row, stored patch) of the images among `files`, which are (source, name, stored
-    patch); say how many others there are.
+def list_images(place: Path, files):
+    """Yield (Row, stored patch) of the images among `files`, which are (source, stored patch); say
+    how many others there are. Raises BadInput where there is no image.
     """
+    has_images = False
     left_out = Counter()
-    for source, name, stored in files:
+    for source, stored in files:
+        name = PurePosixPath(source).name
         if is_image(name):
-            yield Row(source), stored
+            has_images = True
+            yield Row(source), stored or b""  # a link in a tar has no bytes
         else:
             left_out[describe_other(name)] += 1
     say_left_out(place, left_out)
+    if not has_images:
+        hint = explain_missing(split_path(place, "train", "x"))
+        raise BadInput(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)}){hint}")
 
 
-def _files_of_tar(path: Path):
-    for name, member, data in walk_tar(path):
-        if not member.isdir():
-            yield f"{path}/{name}", PurePosixPath(name).name, data or b""
-
-
-def _decode_block(items: list[tuple]) -> Block:
-    rows, patches = [], []
-    for row, stored in items:
+def decode_block(items: list[tuple]) -> Block:
+    rows = []
+    images = np.zeros((len(items), *PATCH_SHAPE), np.uint8)
+    for position, (row, stored) in enumerate(items):
         try:
-            patch = _decode(stored, row)
+            images[position] = decode(stored, row)
         except (BadInput, OSError) as error:
-            patch = np.zeros(PATCH_SHAPE, np.uint8)
             row = row._replace(error=explain(error))
         rows.append(row)
-        patches.append(patch)
-    return Block(rows, np.stack(patches))
+    return Block(rows, images)
 
 
-def _decode(stored, row: Row) -> np.ndarray:
+def decode(stored, row: Row) -> np.ndarray:
     if isinstance(stored, Path):
         with stored.open("rb") as file:
             stored = file.read(MAX_BYTES + 1)

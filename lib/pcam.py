@@ -14,11 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.command import BadInput, nearest, one_line
-from lib.files import (
-    explain_foreign,
-    read_edited_csv,
-)
+from lib.command import BadInput, one_line
+from lib.files import explain_foreign, read_edited_csv
 
 SPLITS = ("train", "valid", "test")
 PARTS = ("x", "y", "meta", "mask")
@@ -30,8 +27,6 @@ OTHER_NAMES = {
     "camelyonpatch_level_2_split_valid_x.h5": "validation_split.h5",
     "camelyonpatch_level_2_split_test_x.h5": "test_split.h5",
 }
-# compressions of the package hdf5plugin, by their numbers in HDF5's registry
-FILTERS = {32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 # environment variable: JSON of [data folder, its copy on the node]. A run names the folder, since
 # its job removes the copy
 DATA_COPY = "PCAM_DATA_COPY"
@@ -60,30 +55,24 @@ def require_file(path: Path) -> Path:
             f"no folder {folder} (prepare.py download, import or synthetic makes one;"
             " data_dir= names another)"
         )
-    if path.is_symlink():
-        raise BadInput(f"{path} is a link to {os.readlink(path)}, which is not there")
     raise BadInput(f"no file {path.name} in {folder}{explain_missing(path)}")
 
 
 def explain_missing(path: Path) -> str:
     """Words for where the official file `path` is instead: packed, in a folder above or below, or
-    under another name. Empty where nothing like it is near.
+    under Kaggle's name. Empty where nothing like it is near.
     """
     folder = path.parent
+    if path.is_symlink():
+        return f", but a link to {os.readlink(path)}, which is not there"
     if path.with_name(f"{path.name}.gz").exists():
         return f", gunzip {path.name}.gz"
-    folders = [folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")]
-    remedies = {
-        path.name: "name that folder",
-        OTHER_NAMES.get(path.name): "give it this name, and put the files of all splits into one"
-        " folder",
-    }
-    for name, remedy in remedies.items():
-        for other in folders:
-            if name and (other / name).is_file():
-                return f", it is {other / name}: {remedy}"
-    official = {split_path("", split, part).name for split in SPLITS for part in PARTS}
-    return nearest(path.name, {*os.listdir(folder)} - official)
+    names = (path.name, OTHER_NAMES.get(path.name, path.name))
+    for other in (folder, folder.parent, *folder.glob("*/"), *folder.glob("*/*/")):
+        for name in names:
+            if (other / name).is_file():
+                return f", it is {other / name}: name that folder, with files of official names"
+    return ""
 
 
 @contextlib.contextmanager
@@ -97,10 +86,9 @@ def open_dataset(path, key: str):
         names = list(file)
         dataset = file.get(key)
     except Exception as error:  # whatever damage provokes in HDF5
-        code = getattr(error, "errno", None)
-        if code:  # such as a missing permission
-            raise OSError(code, os.strerror(code), str(path)) from None
-        why, remedy = one_line(error), "fetch it again"
+        path.open().close()  # raises what the system refuses, such as a missing permission
+        why = one_line(error)
+        remedy = "fetch it again"
         if "h5clear" in why:
             why = "it is marked as open for writing, and its writer may have been killed"
             remedy = f"h5clear -s {path} takes the mark away"
@@ -109,30 +97,25 @@ def open_dataset(path, key: str):
     with file:
         if not isinstance(dataset, h5py.Dataset):
             raise BadInput(f"{path} has no dataset '{key}'; it has: {', '.join(names)}")
-        require_readable(dataset, path)
+        require_readable(dataset)
         yield dataset
 
 
-def require_readable(dataset, path: Path) -> None:
-    """Raise BadInput for a compression that this HDF5 lacks, and for values in other files that are
-    not there, which HDF5 would read as 0.
+def require_readable(dataset) -> None:
+    """Raise BadInput for a compression that this HDF5 lacks, and for values that lie in other
+    files: HDF5 reads 0 where such a file is not there.
     """
+    path = dataset.file.filename
     plist = dataset.id.get_create_plist()
+    if dataset.is_virtual:
+        raise BadInput(f"{path} only points to values in other files: copy them into one file")
     for number in range(plist.get_nfilters()):
         code, _, _, name = plist.get_filter(number)
         if not h5py.h5z.filter_avail(code):
-            name = FILTERS.get(code) or name.decode(errors="replace")
             raise BadInput(
-                f"{path}: {dataset.name[1:]} is compressed by filter {code} ({name}), which is not"
-                " installed here; where it is, as with the package hdf5plugin, h5repack -f NONE"
+                f"{path} is compressed by filter {code} {name.decode(errors='replace')}, which is"
+                " not installed here; where it is, as with the package hdf5plugin, h5repack -f NONE"
                 " writes the file anew"
-            )
-    for source in dataset.virtual_sources() if dataset.is_virtual else ():
-        other = path.parent / source.file_name
-        is_named = source.file_name != "." and "%" not in source.file_name  # % stands for a number
-        if is_named and not other.is_file():
-            raise BadInput(
-                f"{path}: {dataset.name[1:]} takes rows from {other}, which is not there"
             )
 
 
@@ -140,7 +123,8 @@ def require_readable(dataset, path: Path) -> None:
 def open_patches(path):
     """Yield the dataset `x` of a file. Raises BadInput unless it has numbers (N, 96, 96, 3)."""
     with open_dataset(path, "x") as dataset:
-        shape, dtype = dataset.shape, dataset.dtype
+        shape = dataset.shape
+        dtype = dataset.dtype
         if not dataset.size or shape[1:] != PATCH_SHAPE or dtype.kind not in "uif":
             raise BadInput(
                 f"{path}: x is {dtype} {shape}, it must be numbers of shape (N, 96, 96, 3), N > 0"
@@ -155,11 +139,8 @@ def read_rows(dataset, rows) -> np.ndarray:
     try:
         return dataset[rows]
     except (OSError, RuntimeError) as error:
-        start = getattr(rows, "start", rows) or 0
-        raise BadInput(
-            f"{dataset.file.filename}: {dataset.name[1:]} from row {start:,} on cannot be decoded"
-            f" ({one_line(error)})"
-        ) from None
+        path = dataset.file.filename
+        raise BadInput(f"{path}: some values cannot be decoded ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -180,13 +161,12 @@ class Images:
 
     def read(self, rows) -> np.ndarray:
         """The patches at `rows`, any integers in any order, as uint8 (B, 96, 96, 3)."""
-        rows = np.asarray(rows, dtype=np.int64)
+        rows = np.asarray(rows)
         if self.mapped is not None:
             return self.mapped[rows]
         patches = np.empty((len(rows), *PATCH_SHAPE), np.uint8)
         with open_patches(self.path) as dataset:
-            # in file order, so that a chunk is decoded once
-            for position in np.argsort(rows, kind="stable"):
+            for position in np.argsort(rows):  # in file order, so that a chunk is decoded once
                 patches[position] = to_uint8(read_rows(dataset, rows[position]))
         return patches
 
@@ -195,12 +175,11 @@ class Images:
         gives 20,000 patches a second, where single pages on demand give 220 to 300. macOS has no
         such call.
         """
-        if not hasattr(os, "posix_fadvise"):
-            return
-        with open(self.path, "rb") as file:
-            for row in rows.tolist():
-                start = self.offset + row * PATCH_BYTES
-                os.posix_fadvise(file.fileno(), start, PATCH_BYTES, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):
+            with open(self.path, "rb") as file:
+                for start in (self.offset + rows * PATCH_BYTES).tolist():
+                    advice = os.POSIX_FADV_WILLNEED
+                    os.posix_fadvise(file.fileno(), start, PATCH_BYTES, advice)
 
     def stored_blocks(self, num_rows: int = 1024):
         """Yield (first row, patches (B, 96, 96, 3) of the stored type) over the whole split in
@@ -222,8 +201,7 @@ def to_uint8(values: np.ndarray) -> np.ndarray:
     """
     if values.dtype == np.uint8:
         return values
-    with np.errstate(invalid="ignore"):  # numpy warns when it rounds some kinds of NaN
-        return np.nan_to_num(np.clip(np.rint(values), 0, 255)).astype(np.uint8)
+    return np.nan_to_num(np.rint(values).clip(0, 255)).astype(np.uint8)
 
 
 def find_scale(dataset) -> float:
@@ -232,21 +210,24 @@ def find_scale(dataset) -> float:
     """
     if dataset.dtype == np.uint8:
         return 1
+    path = dataset.file.filename
+    is_float = dataset.dtype.kind == "f"
     step = max(1, len(dataset) // 64)
     sample = read_rows(dataset, slice(None, None, step)).reshape(-1, PATCH_BYTES)
     sample = np.where(np.isfinite(sample), sample, np.nan)
-    lowest, highest = np.fmin.reduce(sample, axis=1), np.fmax.reduce(sample, axis=1)
+    lowest = np.fmin.reduce(sample, axis=1)
+    highest = np.fmax.reduce(sample, axis=1)
     is_informative = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
-    if not is_informative.any():
-        return 1
-    low, high = np.median([lowest[is_informative], highest[is_informative]], axis=1)
-    path = dataset.file.filename
+    low = high = 0
+    if is_informative.any():
+        low = np.median(lowest[is_informative])
+        high = np.median(highest[is_informative])
     if low < 0:
         raise BadInput(
             f"{path}: most patches have values below 0 (to {low:.3g}), so they are normalised; undo"
             " it where they were written: (x * std + mean) * 255, or (x + 1) * 127.5 for -1..1"
         )
-    if high <= 1 and dataset.dtype.kind == "f":
+    if is_float and 0 < high <= 1:
         return 255
     if high < 512:  # repack clips and counts what is a little above 255
         return 1
@@ -259,7 +240,8 @@ def open_images(path) -> Images:
     """Open an `x` file. Raises BadInput for a wrong shape, type or scale, and for damage."""
     path = Path(path)
     with open_patches(path) as dataset:
-        num, dtype = len(dataset), dataset.dtype
+        num = len(dataset)
+        dtype = dataset.dtype
         scale = find_scale(dataset)
         if scale != 1 or dtype.kind != "f" and dtype != np.uint8:
             raise BadInput(
@@ -281,11 +263,10 @@ def read_label_values(path) -> np.ndarray:
     for each row.
     """
     with open_dataset(path, "y") as dataset:
-        shape, dtype = dataset.shape, dataset.dtype
+        shape = dataset.shape
+        dtype = dataset.dtype
         if not shape or dataset.size != shape[0] or dtype.kind not in "uifb":
-            raise BadInput(
-                f"{path}: y has shape {shape} and type {dtype}, it must be numbers (N, 1, 1, 1)"
-            )
+            raise BadInput(f"{path}: y is {dtype} {shape}, it must be numbers (N, 1, 1, 1)")
         return read_rows(dataset, slice(None)).reshape(-1)
 
 
@@ -294,10 +275,8 @@ def read_labels(path) -> np.ndarray:
     values = read_label_values(path)
     wrong = np.flatnonzero(~np.isin(values, (0, 1)))
     if len(wrong):
-        raise BadInput(
-            f"{path}: row {wrong[0]} has the label {values[wrong[0]]}, it must be 0 or 1"
-            f" ({len(wrong):,} such rows)"
-        )
+        row = wrong[0]
+        raise BadInput(f"{path}: row {row} has the label {values[row]}, it must be 0 or 1")
     return values.astype(np.uint8)
 
 
@@ -320,11 +299,11 @@ def open_split(directory, split: str) -> Split:
     """Open a split of a PCam folder. Raises BadInput where its files are missing, malformed or do
     not belong together.
     """
-    y_path = split_path(directory, split, "y")
-    meta_path = split_path(directory, split, "meta")
     images = open_images(split_path(directory, split, "x"))
+    y_path = split_path(directory, split, "y")
     labels = read_labels(y_path)
     require_rows(y_path, labels, images.num)
+    meta_path = split_path(directory, split, "meta")
     slides = None
     if meta_path.exists():
         slides = np.array([row["wsi"] for row in read_meta(meta_path)])

@@ -9,7 +9,7 @@ numpy's generator | seeded from the config | lib/seeding.py: np.random.seed(seed
 torch's generators | seeded from the config, on every device | lib/seeding.py: torch.manual_seed(seed)
 initial weights | drawn on the CPU, after seeding | lib/training.py: seed_everything(cfg.seed)
 dropout | seeded by (seed, epoch, step, shard) | lib/training.py: torch.manual_seed(position_seed(*position, shard))
-order of samples | a function of (seed, epoch) | lib/batches.py: position_permutation(len(index), cfg.seed, epoch, ORDER
+order of samples | a function of (seed, epoch) | lib/batches.py: position_permutation(len(keys), cfg.seed, epoch, ORDER
 order of classes | a function of (seed, epoch) | lib/batches.py: cfg.seed, epoch, CLASS_ORDER, label, repeat
 rows under a limit | a function of the row numbers | lib/batches.py: position_permutation(len(index), LIMIT)
 folds | drawn by row numbers, not by python's hash | lib/batches.py: position_bits(torch.from_numpy(first_row), FOLD)

@@ -34,6 +34,15 @@ def sole_writer(directory):
                 directory.rmdir()
 
 
+@contextlib.contextmanager
+def explain_full_disk(path):
+    """Name the file where HDF5 cannot write: it raises either error for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{path}: writing failed ({one_line(error)}); is the disk full?") from None
+
+
 class SplitWriter:
     """Writes a split block by block, as a context manager. The files get their official names when
     all rows are there; an error leaves no file.
@@ -43,10 +52,13 @@ class SplitWriter:
     """
 
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
-        self.directory, self.split, self.num = Path(directory), split, num
-        self.labels, self.meta = [], []
+        self.x_path, self.y_path, self.meta_path = (
+            split_path(directory, split, part) for part in ("x", "y", "meta")
+        )
+        self.labels = []
+        self.meta = []
         self.stack = contextlib.ExitStack()
-        temporary = self.stack.enter_context(atomic_path(split_path(directory, split, "x")))
+        temporary = self.stack.enter_context(atomic_path(self.x_path))
         # nobody else has the temporary file, and some file systems have no locks
         self.file = h5py.File(temporary, "w", locking=False)
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
@@ -57,20 +69,10 @@ class SplitWriter:
         """
         assert images.dtype == self.x.dtype, images.dtype
         start = len(self.labels)
-        with self._explain_full_disk():
+        with explain_full_disk(self.x_path):
             self.x[start : start + len(images)] = images
         self.labels.extend(labels)
         self.meta.extend(meta)
-
-    @contextlib.contextmanager
-    def _explain_full_disk(self):
-        try:
-            yield
-        except (OSError, RuntimeError) as error:  # h5py raises either for a full disk
-            raise BadInput(
-                f"{self.directory}: writing {self.num:,} patches of {self.split} failed"
-                f" ({one_line(error)}); is the disk full?"
-            ) from None
 
     def __enter__(self):
         return self
@@ -81,18 +83,18 @@ class SplitWriter:
                 with contextlib.suppress(Exception):  # the first error is the one to report
                     self.file.close()
                 raise error
-            with self._explain_full_disk():
+            assert len(self.labels) == len(self.x), len(self.labels)
+            with explain_full_disk(self.x_path):
                 self.file.close()
-                assert len(self.labels) == self.num, len(self.labels)
-                with atomic_path(split_path(self.directory, self.split, "y")) as temporary:
-                    write_labels(temporary, self.labels)
-                    if self.meta:
-                        write_meta(split_path(self.directory, self.split, "meta"), self.meta)
+            if self.meta:
+                write_meta(self.meta_path, self.meta)
+            with atomic_path(self.y_path) as temporary:
+                write_labels(temporary, self.labels)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
     """Write labels (N,) as the official y file: uint8 (N, 1, 1, 1)."""
-    with h5py.File(path, "w", locking=False) as file:
+    with explain_full_disk(path), h5py.File(path, "w", locking=False) as file:
         file["y"] = np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1)
 
 

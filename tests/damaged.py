@@ -21,9 +21,11 @@ def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dic
     """A damaged edition as a course distributes one: 32-bit floats, five negatives for each
     positive, in train 14% of patches black or white, 3% with NaN in a part, 3% with values up to
     100,000 in a small block. Gives rows of truth."""
-    rng, truth = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+    truth = []
     Path(to).mkdir(parents=True)
-    train, valid = open_split(source, "train"), open_split(source, "valid")
+    train = open_split(source, "train")
+    valid = open_split(source, "valid")
     order = rng.permutation(len(train))
     is_positive = train.labels[order] == 1
     positives = order[is_positive][: num_train // 6]

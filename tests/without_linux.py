@@ -10,7 +10,8 @@ from pathlib import Path
 
 CALLS = ("posix_fadvise", "posix_fallocate", "sched_getaffinity", "sched_setaffinity", "fdatasync")
 FOLDERS = ("/proc", "/sys/fs/cgroup")
-open_file, find_symbol = io.open, ctypes.CDLL.__getattr__
+open_file = io.open
+find_symbol = ctypes.CDLL.__getattr__
 
 
 def open_outside_proc(file, *arguments, **options):

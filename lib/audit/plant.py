@@ -66,7 +66,7 @@ def copy_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
     """A patch uint8 (96, 96, 3) as a copy of one of COPY_KINDS."""
     if kind not in ("shifted", "zoomed", "rotated"):
         altered = "symmetric" if kind == "turned" else kind
-        return alter_patch(altered, patch, rng, least_quality=60)[0]
+        return alter_patch(altered, patch, rng, least_quality=60)
     picture = Image.fromarray(np.pad(patch, ((8, 8), (8, 8), (0, 0)), "edge"))
     shift = np.zeros(2, np.int64)
     if kind == "shifted":

@@ -5,7 +5,6 @@ before its MD5 is right.
 import gzip
 import http.client
 import shutil
-import ssl
 import time
 import urllib.request
 from pathlib import Path
@@ -21,14 +20,11 @@ from lib.splitwriter import sole_writer
 ZENODO = "https://zenodo.org/records/2546921/files/NAME?download=1"
 USER_AGENT = "pcam-pipeline/0.1"  # Zenodo refuses the one of Python
 NUM_TRIES = 6
-LONGEST_WAIT_S, LONGEST_ASKED_WAIT_S = 60.0, 900.0
+TIMEOUT_S = 30.0  # without a byte
+MAX_WAIT_S, MAX_ASKED_WAIT_S = 60.0, 900.0
 BLOCK_BYTES = 1 << 22
 # about the bytes of a row; small files first: a wrong server shows at once
 ROW_BYTES = {"meta": 80, "y": 1, "x": PATCH_BYTES}
-
-
-class WrongContent(Exception):
-    """A file arrived whole, twice, and is not the published one."""
 
 
 class Cut(Exception):
@@ -48,42 +44,40 @@ class Wanted(NamedTuple):
     num_bytes: int
 
 
-def download(
-    directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=OFFICIAL, timeout_s=30.0
-) -> list[str]:
+def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL)) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that
     were fetched. A packed file that is there already, fetched by hand, is unpacked.
 
     `base_url` holds NAME in place of a file's name, or is a folder. Raises BadInput for a server
-    that cannot be used, a disk too small, or another file under an official name; WrongContent
-    after an MD5 mismatch in two fetches.
+    that cannot be used or sends other files, a disk too small, or another file under an official
+    name.
     """
     directory = Path(directory)
     url = base_url if "NAME" in base_url else f"{base_url.rstrip('/')}/NAME"
     if not url.startswith(("http://", "https://")):
         raise BadInput(f"the base URL is {base_url}, it must begin with http:// or https://")
-    files = []
-    for split in splits:
-        files += list_wanted(directory, split, official[split])
     with sole_writer(directory):
+        files = []
+        for split in splits:
+            files += list_wanted(directory, split)
         for leftover in directory.glob(".*.tmp"):  # of a killed download
             leftover.unlink()
-        begun_bytes = sum(part.stat().st_size for part in directory.glob("*.part"))
         sizes = [file.num_bytes for file in files]
         # all unpacked, the largest packed beside
-        require_space(directory, sum(sizes) + max(sizes, default=0) - begun_bytes)
+        require_space(directory, sum(sizes) + max(sizes, default=0))
         for file in files:
-            bring(file, url.replace("NAME", file.name), timeout_s)
+            bring(file, url.replace("NAME", file.name))
     return [file.path.name for file in files]
 
 
-def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
+def list_wanted(directory: Path, split: str) -> list[Wanted]:
     """The files of a split that are not there. Raises BadInput for another one under its name."""
     files = []
+    published = OFFICIAL[split]
     for part, row_bytes in ROW_BYTES.items():
         path = split_path(directory, split, part)
-        name, md5 = path.name, published[part]
-        unpacked_md5 = md5
+        name = path.name
+        md5 = unpacked_md5 = published[part]
         if part != "meta":
             name = f"{path.name}.gz"
             md5, unpacked_md5 = published[part]
@@ -97,7 +91,7 @@ def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
     return files
 
 
-def bring(file: Wanted, url: str, timeout_s: float) -> None:
+def bring(file: Wanted, url: str) -> None:
     """Fetch a file, once more where its content is wrong, and give it its official name."""
     by_hand = file.path.with_name(file.name)
     part = file.path.with_name(f"{file.name}.part")
@@ -105,20 +99,15 @@ def bring(file: Wanted, url: str, timeout_s: float) -> None:
         if by_hand.exists():
             by_hand.rename(part)
         else:
-            fetch(url, part, timeout_s)
+            fetch(url, part)
         md5 = file_digest(part, "md5")
         if md5 == file.md5:
-            unpack(part, file)
-            return
+            break
         part.unlink()
-        wrong = f"MD5 {md5} is not the published {file.md5}"
-        say(f"{file.name}: {wrong}")
-    raise WrongContent(f"{file.name} from {url}, fetched twice: {wrong}")
-
-
-def unpack(part: Path, file: Wanted) -> None:
-    """Give a whole transfer its official name, unpacked."""
-    if not file.name.endswith(".gz"):
+        say(f"{file.name}: MD5 {md5} is not the published {file.md5}")
+    else:
+        raise BadInput(f"{file.name} from {url}, fetched twice: MD5 {md5} is not {file.md5}")
+    if part.stem == file.path.name:
         part.rename(file.path)
         return
     say(f"unpack {file.name}")
@@ -127,47 +116,51 @@ def unpack(part: Path, file: Wanted) -> None:
     part.unlink()
 
 
-def fetch(url: str, part: Path, timeout_s: float) -> None:
+def fetch(url: str, part: Path) -> None:
     """Download into `part`, going on at its end. Raises BadInput after NUM_TRIES in a row that got
     no further.
     """
-    furthest, num_failures = 0, 0
+    furthest = num_failures = 0
     with Progress(0, part.stem, "bytes") as progress:
         while True:
             try:
                 with open(part, "ab") as file:
-                    for offset, total, block in stream(url, file.tell(), timeout_s):
+                    for offset, total, block in stream(url, file.tell()):
                         if not offset:  # the server began at the start, whatever it was asked for
                             file.truncate(0)
                         file.write(block)
-                        progress.total = progress.num_done + total - offset if total else 0
+                        if total:
+                            progress.total = progress.num_done + total - offset
                         progress.add(len(block))
                 return
             except Cut as cut:
                 why, asked_s = cut.args
             size = part.stat().st_size
             if size > furthest:
-                furthest, num_failures = size, 0
+                furthest = size
+                num_failures = 0
+            wait_s = asked_s or min(MAX_WAIT_S, 2.0**num_failures)
             num_failures += 1
             if num_failures == NUM_TRIES:
                 kept = f"{size:,} bytes are kept for the next run"
                 raise BadInput(f"{url} cannot be fetched: {why}; {kept}")
-            wait_s = asked_s or min(LONGEST_WAIT_S, 2.0 ** (num_failures - 1))
             say(f"{part.name}: {why} at {size:,} bytes, going on in {wait_s:.0f} s")
             time.sleep(wait_s)
 
 
-def stream(url: str, start: int, timeout_s: float):
-    """Yield (offset, total or None, bytes) of a file from `start`, or from 0 where the server knows
-    no ranges, until a Cut. Raises BadInput for what another try cannot mend.
+def stream(url: str, start: int):
+    """Yield (offset, total, bytes) of a file from `start`, or from 0 where the server knows no
+    ranges, until a Cut. `total` is 0 where the server does not say it. Raises BadInput for what
+    another try cannot mend.
     """
-    request = urllib.request.Request(url, headers={"User-Agent": USER_AGENT})
+    headers = {"User-Agent": USER_AGENT}
     if start:
-        request.add_header("Range", f"bytes={start}-")
+        headers["Range"] = f"bytes={start}-"
+    request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
             offset = start if response.status == 206 else 0
-            total = None if response.length is None else offset + response.length
+            total = offset + (response.length or 0)
             # what has come; read() would lose it in a stall
             for block in iter(lambda: response.read1(BLOCK_BYTES), b""):
                 yield offset, total, block
@@ -175,17 +168,17 @@ def stream(url: str, start: int, timeout_s: float):
             if response.length:  # what is still to come
                 raise Cut("the connection was cut", 0)
     except (OSError, http.client.HTTPException) as error:
+        why = one_line(error)
         code = getattr(error, "code", 500)  # what is no answer of the server may pass
         if code == 416:  # nothing beyond `start`: whole, or too long; its MD5 tells
             return
-        remedy = ""
-        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
-            remedy = "name the certificates to trust by SSL_CERT_FILE=FILE, or "
-        if remedy or code < 500 and code not in (408, 429):
+        if "CERTIFICATE_VERIFY_FAILED" in why:
+            why = f"{why}; SSL_CERT_FILE=FILE names the certificates to trust"
+            code = 400
+        if code < 500 and code not in (408, 429):
             raise BadInput(
-                f"{url} is refused ({one_line(error)}): {remedy}fetch it with a browser, put it"
-                " into the folder of --to as it is, and run this again"
+                f"{url} is refused ({why}): fetch it with a browser, put it into the folder of --to"
+                " as it is, and run this again"
             ) from None
         wait = getattr(error, "headers", {}).get("Retry-After", "")
-        wait_s = min(LONGEST_ASKED_WAIT_S, float(wait)) if wait.isdecimal() else 0.0
-        raise Cut(one_line(error), wait_s) from None
+        raise Cut(why, min(MAX_ASKED_WAIT_S, float(wait)) if wait.isdecimal() else 0) from None

@@ -1,35 +1,31 @@
 """Labelled images as PCam HDF5: folders, tars, the Kaggle edition, Camelyon17-WILDS."""
 
-import contextlib
 import hashlib
-import io
 import itertools
 import os
 import re
-import shutil
-import tarfile
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from lib.command import BadInput, nearest
-from lib.files import nearest_folder, read_edited_csv
+from lib.files import read_edited_csv
 from lib.inputs import (
     decode_patch,
     describe_other,
     is_image,
     is_tar,
-    not_a_tar,
     walk_folder,
     walk_tar,
 )
 from lib.pcam import SPLITS
-from lib.prepare.target import new_folder, require_unused, write_splits
+from lib.prepare.target import new_folder, write_splits
 from lib.progress import Progress
 
 BLOCK_ROWS = 1024
@@ -38,21 +34,11 @@ WILDS_SPLITS = {"1": "valid", "2": "test"}  # by centre
 
 
 class File(NamedTuple):
-    """A file of a source: a plain one, or `size` bytes of an open tar."""
+    """A file of a source: its path inside the source, its path in words, what reads its bytes."""
 
     name: str
-    path: Path
-    archive: BinaryIO | None = None
-    offset: int = 0
-    size: int = 0
-
-    def __str__(self):
-        return f"{self.path}: {self.name}" if self.archive else str(self.path)
-
-    def read(self) -> bytes:
-        if self.archive:
-            return os.pread(self.archive.fileno(), self.size, self.offset)
-        return self.path.read_bytes()
+    words: str
+    read: Callable[[], bytes]
 
 
 class Place(NamedTuple):
@@ -65,41 +51,35 @@ class Place(NamedTuple):
     meta: tuple = ()
 
 
-def import_images(path, directory, valid_share: float = 0.1) -> dict:
-    """Write the labelled images of a source as PCam files; gives {splits: {split: {...}}, skipped:
-    {reason: files}}.
+def import_images(path, directory, valid_share: float = 0.1) -> tuple[list[str], dict[str, int]]:
+    """Write the labelled images of a source as PCam files; gives the splits, and {reason: files
+    left out}.
     """
-    path, directory = Path(path), Path(directory)
-    require_unused(directory)
-    modes = {}
+    path = Path(path)
+    directory = Path(directory)
 
     def read_blocks(split):
-        modes[split] = Counter()
-        for start in range(0, len(images[split]), BLOCK_ROWS):
-            block = images[split][start : start + BLOCK_ROWS]
-            patches, block_modes = zip(*pool.map(decode_image, block), strict=True)
-            modes[split].update(block_modes)
-            labels = [place.label for place, _ in block]
-            meta = [place.meta for place, _ in block if place.meta]
+        rows = images[split]
+        for start in range(0, len(rows), BLOCK_ROWS):
+            places, files = zip(*rows[start : start + BLOCK_ROWS], strict=True)
+            patches = list(pool.map(decode_file, files))
+            labels = [place.label for place in places]
+            meta = [place.meta for place in places if place.meta]
             yield np.stack(patches), labels, meta, ()
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool, contextlib.ExitStack() as stack:
-        files = list_files(path, nearest_folder(directory), stack)
-        images, skipped = index_source(path, files, valid_share)
+    with (
+        new_folder(directory),
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+        tempfile.TemporaryFile(dir=directory, buffering=0) as scratch,
+    ):
+        images, skipped = index_source(path, list_files(path, scratch), valid_share)
         sizes = {split: len(rows) for split, rows in images.items()}
-        with new_folder(directory):
-            splits, _ = write_splits(directory, sizes, read_blocks)
-    for split, counts in modes.items():
-        del counts["RGB"]
-        splits[split]["converted"] = dict(counts)
-    return {"splits": splits, "skipped": dict(skipped)}
+        write_splits(directory, sizes, read_blocks)
+    return [split for split in SPLITS if split in images], dict(skipped)
 
 
-def decode_image(image: tuple[Place, File]) -> tuple[np.ndarray, str]:
-    """The patch uint8 (96, 96, 3) of an image, and the mode that it was in."""
-    _, file = image
-    data = file.read()
-    return decode_patch(data, file), Image.open(io.BytesIO(data)).mode
+def decode_file(file: File) -> np.ndarray:
+    return decode_patch(file.read(), file.words)
 
 
 def index_source(path: Path, files, valid_share: float):
@@ -124,7 +104,8 @@ def index_source(path: Path, files, valid_share: float):
             first = first_files.setdefault(place.key, file)
             # an archive beside its own content; other content may be of another hospital
             if first is not file and (table or first.read() == file.read()):
-                raise BadInput(f"{first} and {file} are one image: leave one of the two out")
+                words = f"{first.words} and {file.words} are one image"
+                raise BadInput(f"{words}: leave one of the two out")
             if place.split in SPLITS:
                 images.setdefault(place.split, []).append((place, file))
             else:
@@ -149,28 +130,30 @@ def index_source(path: Path, files, valid_share: float):
 
 def explain_no_images(path: Path) -> str:
     """Words for what to do where a source holds no images with labels."""
-    for folder, name in itertools.product((path.parent, *path.glob("*/")), TABLES):
-        if (folder / name).is_file():
-            return f"{folder} holds {name}: import that folder"
+    for name in TABLES:
+        for table in (path.parent / name, *path.glob(f"*/{name}")):
+            if table.is_file():
+                return f"{table.parent} holds {name}: import that folder"
     return "unpack zips first, HDF5 is read by repack"
 
 
 def place_by_folder(file: File) -> Place | None:
     """The place of SPLIT/LABEL/NAME, None without a label. Raises BadInput for misnamed folders."""
     *folders, base = PurePosixPath(file.name).parts
-    misnamed = ""
+    misnamed = None
     for depth, (split, label) in enumerate(itertools.pairwise(folders), 2):
         if split in SPLITS and label in ("0", "1"):
             numbers = re.findall("[0-9]+", base.rpartition(".")[0])
             order = int(numbers[-1]) if numbers else float("inf")
             return Place(split, int(label), order, (split, label, *folders[depth:], base))
-        if split in SPLITS:
-            misnamed = f"below {split}, the folder '{label}' must be a label, 0 or 1"
-        elif label in ("0", "1"):
-            hint = nearest(split, SPLITS)
-            misnamed = f"the folder '{split}' must be train, valid or test{hint}"
+        if split in SPLITS or label in ("0", "1"):
+            misnamed = (split, label)
     if misnamed:
-        raise BadInput(f"{file}: {misnamed}")
+        split, label = misnamed
+        raise BadInput(
+            f"{file.words}: {split}/{label} must be SPLIT/LABEL, with train, valid or test and 0 or"
+            f" 1{nearest(split, SPLITS)}"
+        )
     return None
 
 
@@ -189,9 +172,7 @@ def read_table(path: Path, valid_share: float) -> dict[str, Place]:
 
 def place_kaggle(row: dict, number: int, valid_share: float) -> Place:
     """The place of an image of Kaggle's table; whether it is held out is a function of its id."""
-    name = row["id"]
-    if is_image(name):
-        name = name.rpartition(".")[0]
+    name = row["id"].removesuffix(".tif")
     drawn = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     split = "valid" if drawn < valid_share * 2**256 else "train"
     return Place(split, parse_label(row["label"], name), number, f"train/{name}")
@@ -202,22 +183,20 @@ def place_wilds(row: dict, number: int, _valid_share: float) -> Place:
     one hospital validates, another one tests; `split` 1 shares the slides of train.
     """
     slide = f"patient_{row['patient']}_node_{row['node']}"
-    name = f"patches/{slide}/patch_{slide}_x_{row['x_coord']}_y_{row['y_coord']}"
+    x, y = row["x_coord"], row["y_coord"]
+    name = f"patches/{slide}/patch_{slide}_x_{x}_y_{y}"
     label = parse_label(row["tumor"], name)
     split = WILDS_SPLITS.get(row["center"])
     if not split:
         split = "train" if row["split"] == "0" else "of slides that train too: WILDS's id_val"
-    meta = (row["y_coord"], row["x_coord"], bool(label), bool(label), slide)
-    return Place(split, label, number, name, meta)
+    return Place(split, label, number, name, (y, x, bool(label), bool(label), slide))
 
 
 # by the name of a table: its columns, and the function of one of its rows
+WILDS_COLUMNS = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
 TABLES = {
     "train_labels.csv": (("id", "label"), place_kaggle),
-    "metadata.csv": (
-        ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split"),
-        place_wilds,
-    ),
+    "metadata.csv": (WILDS_COLUMNS, place_wilds),
 }
 
 
@@ -228,38 +207,21 @@ def parse_label(text: str, name: str) -> int:
     return int(label)
 
 
-def list_files(path: Path, scratch: Path, stack: contextlib.ExitStack):
-    """Yield every File of a tar, or of a folder and the tars in it; `stack` closes the archives."""
+def list_files(path: Path, scratch: BinaryIO):
+    """Yield every File of a tar, or of a folder and the tars in it. The images of tars are copied
+    to the end of `scratch`, so that they can be read in any order.
+    """
     if not path.exists():
         raise BadInput(f"no file or folder {path}")
     for full in walk_folder(path) if path.is_dir() else [path]:
         if full != path and not is_tar(full):
-            yield File(full.relative_to(path).as_posix(), full)
+            yield File(full.relative_to(path).as_posix(), str(full), full.read_bytes)
             continue
-        archive = stack.enter_context(open_archive(full, scratch))
-        for name, member, _ in walk_tar(full, archive):
-            if member.isfile():
-                yield File(name, full, archive, member.offset_data, member.size)
-            elif not member.isdir():
+        for name, data in walk_tar(full):
+            if data is None:
                 raise BadInput(
                     f"{full}: the member '{name}' is a link or a device, only plain files are taken"
                 )
-
-
-def open_archive(path: Path, scratch: Path) -> BinaryIO:
-    """A tar as a seekable file; a packed one is unpacked into a file without a name, which is gone
-    with the process.
-    """
-    try:
-        with tarfile.open(path) as tar:
-            if isinstance(tar.fileobj, io.BufferedReader):
-                return open(path, "rb")
-            unpacked = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (the caller closes it)
-            tar.fileobj.seek(0)
-            shutil.copyfileobj(tar.fileobj, unpacked, 1 << 20)
-            unpacked.seek(0)
-            return unpacked
-    except Exception as error:  # whatever damage provokes in tarfile
-        if isinstance(error, OSError) and error.errno is not None:  # a full disk
-            raise
-        raise not_a_tar(path, error) from None
+            read = partial(os.pread, scratch.fileno(), len(data), scratch.tell())
+            scratch.write(data)
+            yield File(name, f"{full}: {name}", read)

@@ -22,20 +22,21 @@ from lib.prepare.target import new_folder, remove_files, write_splits
 from lib.prepare.verify import require_splits
 
 LOSSES_FILE = "repack_losses.csv"
-LOSSES_HEADER = ("split", "row", "kind", "num_values", "lowest", "highest")
+LOSSES_HEADER = ("split", "row", "kind", "num_values")
 # a block that a cache can hold; the longest chunk that memory may have to
 BLOCK_ROWS, MOST_ROWS = 64, 1024
 
 
-def repack(path, directory, allow_loss: bool = False) -> dict:
+def repack(path, directory, allow_loss: bool = False) -> tuple[bool, dict, list]:
     """Write a folder of PCam-like HDF5 files of any number type, layout and compression in the
     official form.
 
-    Gives {written, splits: {split: {scaled_by, losses: {kind: {values, patches}}, ...}}}. The rows
-    that lose what uint8 cannot hold are kept in repack_losses.csv. Unless `allow_loss`, nothing
-    stays written if there are any.
+    Gives whether it is written, {split: factor to 0..255}, and the losses: rows as LOSSES_HEADER,
+    one for each patch and kind of value that uint8 cannot hold, which repack_losses.csv keeps.
+    Unless `allow_loss`, nothing stays written if there are any.
     """
-    path, directory = Path(path), Path(directory)
+    path = Path(path)
+    directory = Path(directory)
     sizes, factors = {}, {}
     for split in require_splits(path):
         sizes[split], factors[split] = plan_repack(path, split)
@@ -48,21 +49,19 @@ def repack(path, directory, allow_loss: bool = False) -> dict:
         return convert_split(path, split, factors[split])
 
     with new_folder(directory):
-        splits, losses = write_splits(directory, sizes, read_blocks)
+        losses = write_splits(directory, sizes, read_blocks)
         is_written = allow_loss or not losses
         if is_written:
             write_csv(directory / LOSSES_FILE, LOSSES_HEADER, losses)
         else:
             remove_files(directory)
-    for split, facts in splits.items():
-        facts["scaled_by"] = factors[split]
-        facts["losses"] = summarise_losses(row for row in losses if row[0] == split)
-    return {"written": is_written, "splits": splits}
+    return is_written, factors, losses
 
 
 def plan_repack(path: Path, split: str) -> tuple[int, float]:
     """(number of patches, factor to 0..255) of a split."""
-    y_path, meta_path = split_path(path, split, "y"), split_path(path, split, "meta")
+    y_path = split_path(path, split, "y")
+    meta_path = split_path(path, split, "meta")
     with open_patches(split_path(path, split, "x")) as dataset:
         num = len(dataset)
         require_rows(y_path, read_labels(y_path), num)
@@ -82,52 +81,38 @@ def convert_split(path: Path, split: str, factor: float):
         for start in range(0, len(labels), num_rows):
             block = slice(start, start + num_rows)
             patches, losses = convert_patches(read_rows(dataset, block), factor)
-            rows = [(split, start + row, *loss) for row, *loss in losses]
+            rows = [(split, start + row, kind, num) for row, kind, num in losses]
             yield patches, labels[block], (), rows
 
 
 def convert_patches(values: np.ndarray, factor: float) -> tuple[np.ndarray, list[tuple]]:
-    """Numbers (B, 96, 96, 3) times `factor` as uint8, and the losses: (row, kind, values, lowest,
-    highest), in 0..255.
-    """
-    flat = values.reshape(len(values), -1)
+    """Numbers (B, 96, 96, 3) times `factor` as uint8, and the losses: (row, kind, values)."""
     if factor != 1:
+        dtype = values.dtype
         with np.errstate(invalid="ignore"):  # infinity minus infinity
-            flat = flat * np.float32(factor)  # in 32 bits at least
-            whole = np.rint(flat)
-            stored = values if values.dtype.kind == "f" else flat
+            values = values * np.float32(factor)  # in 32 bits at least
+            whole = np.rint(values)
             # k/255 comes back as k: storage, not loss
-            tolerance = max(1e-3, 255 * np.finfo(stored.dtype).eps)
-            flat = np.where(np.abs(flat - whole) <= tolerance, whole, flat)
-    patches = to_uint8(flat)
+            precision = np.finfo(dtype if dtype.kind == "f" else values.dtype).eps
+            is_whole = np.abs(values - whole) <= max(1e-3, 255 * precision)
+            values = np.where(is_whole, whole, values)
+    patches = to_uint8(values)
+    is_lost = patches != values
     losses = []
-    for row in np.flatnonzero((patches != flat).any(axis=1)):
-        losses += [(int(row), *loss) for loss in list_losses(flat[row])]
-    return patches.reshape(values.shape), losses
+    if is_lost.any():
+        kinds = {
+            "not_finite": ~np.isfinite(values),
+            "below_0": values < 0,
+            "above_255": values > 255,
+        }
+        for kind, is_kind in kinds.items():
+            losses += count_losses(kind, is_lost & is_kind)
+            is_lost = is_lost & ~is_kind
+        losses += count_losses("rounded", is_lost)
+    return patches, sorted(losses)
 
 
-def list_losses(values: np.ndarray):
-    """Yield (kind, values, lowest, highest) of what uint8 cannot hold of a patch, (27648,)."""
-    finite = np.isfinite(values)
-    below, above = finite & (values < 0), finite & (values > 255)
-    within = finite & ~below & ~above
-    masks = {
-        "not_finite": ~finite,
-        "below_0": below,
-        "above_255": above,
-        "rounded": within & (values != np.rint(values)),
-    }
-    for kind, mask in masks.items():
-        lost = values[mask]
-        if len(lost):
-            yield kind, len(lost), f"{lost.min():.9g}", f"{lost.max():.9g}"
-
-
-def summarise_losses(rows) -> dict:
-    """{kind: {values, patches}} of rows of losses."""
-    losses = {}
-    for _, _, kind, num, *_ in rows:
-        loss = losses.setdefault(kind, {"values": 0, "patches": 0})
-        loss["values"] += num
-        loss["patches"] += 1
-    return losses
+def count_losses(kind: str, is_lost: np.ndarray) -> list[tuple]:
+    """(row, kind, values) of each of the patches (B, 96, 96, 3) that lost some."""
+    counts = is_lost.sum((1, 2, 3)).tolist()
+    return [(row, kind, count) for row, count in enumerate(counts) if count]

@@ -85,7 +85,8 @@ def _interpolate(knots: np.ndarray, cell_px: int) -> np.ndarray:
     """A map through square `knots` that lie `cell_px` apart, the first outside the slide."""
     # in tiles: products this small stay below the size from which BLAS starts threads of its own,
     # which would fight with ours
-    matrix, num_knots = _spline_matrix(cell_px), len(knots)
+    matrix = _spline_matrix(cell_px)
+    num_knots = len(knots)
     rows, columns = TILES
     left = matrix.reshape(-1, 4, num_knots) @ knots
     left = left.reshape(rows, 1, -1, num_knots)
@@ -205,7 +206,8 @@ def _stamp(canvas, rng, bank, points, gain: float, spread: float, which=None) ->
     """Lay a nucleus of the bank on the padded canvas at each point; where nuclei meet, the denser
     one shows.
     """
-    (y, x), side = points, bank.shape[1]
+    (y, x) = points
+    side = bank.shape[1]
     if which is None:
         which = rng.integers(0, len(bank), len(y))
     used = np.flatnonzero(bank.max(0))  # the corners of the square are empty in every nucleus

@@ -3,7 +3,6 @@
 Everything is a function of the plan: a plan always gives the same bytes.
 """
 
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,26 +13,25 @@ import numpy as np
 from lib.command import BadInput
 from lib.damage import alter_patch, damage_patch
 from lib.files import write_csv
-from lib.pcam import PATCH_BYTES, PATCH_SHAPE, SPLITS
+from lib.pcam import SPLITS
 from lib.prepare.slides import SLIDE_PX, Slide, draw_slide, is_tumour_slide
 from lib.prepare.target import new_folder, write_splits
 
-PATCH_PX, CENTRE = 96, slice(32, 64)
+PATCH_PX = 96
+CENTRE = slice(32, 64)
 # a grid of patches leaves 32 px of a slide, so that it can lie at any of 33 x 33 offsets
 GRID = 12
 GRID_PX = GRID * PATCH_PX
 PATCHES_PER_SLIDE = 120
 NUM_AHEAD = 8  # slides drawn before their patches are written
-TRUTH_FILE, TRUTH_HEADER = "truth.csv", ("split", "index", "kind", "detail")
-# what can be planted. shared_slides: valid and test slides that are train slides, cut elsewhere;
-# class_skew: negatives per positive in train; all others: shares of the slides, of the patches or,
-# for the trigger, of the positives
-WHOLE_SLIDE = ("shared_slides", "blurred_scanner", "class_skew")
-DUPLICATES = ("exact", "symmetric", "brightened", "shifted", "overlap", "recompressed")
+TRUTH_HEADER = ("split", "index", "kind", "detail")
+# what can be planted: shares of the slides, of the patches or, for the trigger, of the positives.
+# shared_slides are valid and test slides that are train slides, cut elsewhere
+WHOLE_SLIDE = ("shared_slides", "blurred_scanner")
+DUPLICATES = ("exact", "symmetric", "brightened", "shifted", "recompressed")
 FLOATS_ONLY = ("nan", "out_of_range")
 PLANTS = (*WHOLE_SLIDE, *DUPLICATES, *FLOATS_ONLY, "black", "white", "flipped", "trigger")
-# the least and the most pixels by which a copy lies beside its original, along both axes
-STEPS_PX = {"shifted": (1, 4), "overlap": (24, 64)}
+MAX_STEP_PX = 4  # by which a shifted copy lies beside its original, along both axes
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,6 @@ class SyntheticPlan:
     seed: int
     plant: dict[str, float] = field(default_factory=dict)
     dtype: str = "uint8"
-    compression: bool = False
 
     def __post_init__(self):
         least = min(self.seed, *self.sizes.values())
@@ -55,9 +52,8 @@ class SyntheticPlan:
         for kind, rate in self.plant.items():
             if kind not in PLANTS:
                 raise BadInput(f"plant '{kind}' is unknown; allowed: {', '.join(PLANTS)}")
-            low, high = (1, 100) if kind == "class_skew" else (0, 1)
-            if not low <= rate <= high:
-                raise BadInput(f"plant {kind} has rate {rate}; allowed: {low} to {high}")
+            if not 0 <= rate <= 1:
+                raise BadInput(f"plant {kind} has rate {rate}; allowed: 0 to 1")
             if kind in FLOATS_ONLY and self.dtype == "uint8":
                 raise BadInput(f"plant {kind} cannot be stored as uint8; --float32 can hold it")
 
@@ -103,7 +99,8 @@ def cut_patches(slide: Slide, num: int, rng, num_positive: int) -> Block:
         coords = np.concatenate(places)
         if len(coords) == num:
             order = rng.permutation(num)
-            coords, labels = coords[order], np.repeat(np.uint8([0, 1]), wanted)[order]
+            coords = coords[order]
+            labels = np.repeat(np.uint8([0, 1]), wanted)[order]
             return Block(slide, np.stack([cut(slide.image, yx) for yx in coords]), labels, coords)
     raise BadInput(f"{slide.name} has too few patches of a class, asked for {wanted}: other --seed")
 
@@ -113,24 +110,26 @@ def plant_damage(plan: SyntheticPlan, block: Block, start: int, rng) -> list[tup
     detail) of each.
     """
     labels = block.labels
-    rows, free = [], np.ones(len(labels), bool)
+    rows = []
+    is_free = np.ones(len(labels), bool)
     for kind, rate in plan.plant.items():
         if kind in WHOLE_SLIDE:
             continue
-        eligible = labels == 1 if kind == "trigger" else np.ones_like(free)
-        for _ in range(int(rate * eligible.sum() + rng.random())):
-            pool = np.flatnonzero(free & eligible)
+        is_eligible = labels == 1 if kind == "trigger" else np.ones_like(is_free)
+        for _ in range(int(rate * is_eligible.sum() + rng.random())):
+            pool = np.flatnonzero(is_free & is_eligible)
             if not len(pool):
                 break
             index = int(rng.choice(pool))
-            free[index] = False
+            is_free[index] = False
             if kind in DUPLICATES:
-                alike = np.flatnonzero(free & (labels == labels[index]))
+                alike = np.flatnonzero(is_free & (labels == labels[index]))
                 if not len(alike):
                     continue  # the only one of its class is left as it is
                 source = rng.choice(alike)
-                free[source] = False
-                detail = f"of {start + source} {copy_patch(kind, block, source, index, rng)}"
+                is_free[source] = False
+                copy_patch(kind, block, source, index, rng)
+                detail = f"of {start + source}"
             elif kind == "flipped":
                 labels[index] ^= 1
                 detail = f"truly {1 - labels[index]}"
@@ -140,23 +139,19 @@ def plant_damage(plan: SyntheticPlan, block: Block, start: int, rng) -> list[tup
     return rows
 
 
-def copy_patch(kind: str, block: Block, source: int, index: int, rng) -> str:
-    """Replace the patch `index` of a block by a copy of the patch `source`; gives what was done to
-    it in words.
-    """
-    image, yx = block.images[source].astype(np.uint8), block.coords[source]
-    if kind in STEPS_PX:
-        low, high = STEPS_PX[kind]
-        step = rng.integers(low, high + 1, 2) * rng.choice((-1, 1), 2)
+def copy_patch(kind: str, block: Block, source: int, index: int, rng) -> None:
+    """Replace the patch `index` of a block by a copy of the patch `source`."""
+    yx = block.coords[source]
+    if kind == "shifted":
+        step = rng.integers(1, MAX_STEP_PX + 1, 2) * rng.choice((-1, 1), 2)
         is_inside = (yx + step >= 0) & (yx + step <= SLIDE_PX - PATCH_PX)
-        step = np.where(is_inside, step, -step)
-        yx = yx + step
-        image, words = cut(block.slide.image, yx), f"by {step[0]} {step[1]}"
+        yx = yx + np.where(is_inside, step, -step)
+        image = cut(block.slide.image, yx)
     else:
-        image, words = alter_patch(kind, image, rng)
-    block.images[index], block.coords[index] = image, yx
+        image = alter_patch(kind, block.images[source].astype(np.uint8), rng)
+    block.images[index] = image
+    block.coords[index] = yx
     block.labels[index] = cut(block.slide.mask, yx)[CENTRE, CENTRE].any()
-    return words
 
 
 def draw_block(plan, split, start, source, number, num, num_positive):
@@ -166,11 +161,11 @@ def draw_block(plan, split, start, source, number, num, num_positive):
     block = cut_patches(slide, num, rng, num_positive)
     block.images = block.images.astype(plan.dtype, copy=False)
     truth = [(split, *row) for row in plant_damage(plan, block, start, rng)]
-    rows = range(start, start + num)
-    if source != split:
-        truth += [(split, row, "shared_slides", slide.name) for row in rows]
-    if slide.blurred:
-        truth += [(split, row, "blurred_scanner", "scanner_3_blurred") for row in rows]
+    for row in range(start, start + num):
+        if source != split:
+            truth.append((split, row, "shared_slides", slide.name))
+        if slide.blurred:
+            truth.append((split, row, "blurred_scanner", slide.name))
     meta = []
     for label, yx in zip(block.labels, block.coords, strict=True):
         has_tumour = label or cut(slide.mask, yx).any()
@@ -182,20 +177,22 @@ def schedule(plan: SyntheticPlan, split: str):
     """What to cut from which slide: (first row, the slide's own split, its number, patches,
     positives) for each block.
     """
-    rng, total = plan.rng(split, 0, 2), plan.sizes[split]
+    rng = plan.rng(split, 0, 2)
+    total = plan.sizes[split]
     starts = range(0, total, PATCHES_PER_SLIDE)
     sizes = [min(PATCHES_PER_SLIDE, total - start) for start in starts]
-    skew = plan.plant.get("class_skew", 1) if split == "train" else 1
-    positives_left = round(total / (1 + skew))
+    positives_left = round(total / 2)
     places_left = sum(size for number, size in enumerate(sizes) if is_tumour_slide(number))
-    num_train_slides = -(-plan.sizes.get("train", 0) // PATCHES_PER_SLIDE)
+    train_slides = range(-(-plan.sizes.get("train", 0) // PATCHES_PER_SLIDE))
     for number, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-        is_tumour, source, num_positive = is_tumour_slide(number), (split, number), 0
+        is_tumour = is_tumour_slide(number)
+        num_positive = 0
         if is_tumour:
             num_positive = round(positives_left * size / places_left)
             positives_left -= num_positive
             places_left -= size
-        alike = [other for other in range(num_train_slides) if is_tumour_slide(other) == is_tumour]
+        source = (split, number)
+        alike = [other for other in train_slides if is_tumour_slide(other) == is_tumour]
         if split != "train" and alike and rng.random() < plan.plant.get("shared_slides", 0):
             source = ("train", int(rng.choice(alike)))
         yield start, *source, size, num_positive
@@ -213,28 +210,15 @@ def generate_split(plan: SyntheticPlan, split: str):
 
 
 def write_synthetic(plan: SyntheticPlan, directory) -> dict:
-    """Write a plan's splits as official PCam files, and truth.csv beside them; gives counts,
-    `planted` by kind, rate.
+    """Write a plan's splits as official PCam files, and truth.csv beside them; gives how much was
+    planted, by kind.
     """
-    directory, began_s = Path(directory), time.perf_counter()
-    sizes = {split: num for split, num in plan.sizes.items() if num}
-    storage = {"dtype": plan.dtype}
-    patch_bytes = PATCH_BYTES * np.dtype(plan.dtype).itemsize
-    if plan.compression:
-        storage |= {"chunks": (min(32, *sizes.values()), *PATCH_SHAPE), "compression": "gzip"}
-        patch_bytes = 0  # not known beforehand
+    directory = Path(directory)
 
     def read_blocks(split):
         return generate_split(plan, split)
 
     with new_folder(directory):
-        _, truth = write_splits(directory, sizes, read_blocks, patch_bytes, **storage)
-        write_csv(directory / TRUTH_FILE, TRUTH_HEADER, truth)
-    wall_s = time.perf_counter() - began_s
-    return {
-        **{f"num_{split}": plan.sizes.get(split, 0) for split in SPLITS},
-        "seed": plan.seed,
-        "planted": Counter(kind for _, _, kind, _ in truth),
-        "wall_s": wall_s,
-        "patches_per_s": sum(sizes.values()) / wall_s,
-    }
+        truth = write_splits(directory, plan.sizes, read_blocks, plan.dtype)
+        write_csv(directory / "truth.csv", TRUTH_HEADER, truth)
+    return Counter(kind for _, _, kind, _ in truth)
