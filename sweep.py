@@ -96,7 +96,10 @@ def main(argv=None) -> int:
     from lib.sweep import rungs
 
     sweep = rungs.load_sweep(Path(args.sweeps) / args.name, args.runs)
-    rung = sweep.newest_rung() if args.rung is None else args.rung
+    rung = args.rung
+    if rung is None:
+        is_repeated = args.verb == "promote" and not args.finish
+        rung = sweep.rung_to_promote() if is_repeated else sweep.newest_rung()
     result = {"rung": rung}
     if args.verb == "champion":
         rung, result = sweep.num_rungs, {}
