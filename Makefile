@@ -99,7 +99,7 @@ bench: $(setup_done)  ## throughput and what limits it: make bench PARTITION=thi
 audit: $(setup_done)  ## what is in the data, and can they be trusted: make audit DATA=data/sample ARGS=--plant
 	$(run) audit
 
-status: $(setup_done)  ## jobs of this project: state, run folder, progress, time left, last words of failed ones
+status: $(setup_done)  ## jobs of this project: state, run folder, and the last lines of each log: progress or error
 	$(run) status
 
 cancel: $(setup_done)  ## end them, or one of them: make cancel JOB=123

@@ -130,9 +130,8 @@ def benchmark(args) -> int:
         result["verdict"] = judge(result["rows"])
         write_benchmark(out, result)
 
-    minutes = rounds.estimate_s(cases, args.seconds, args.repeats) / 60
-    say(f"{len(cases)} cases, {args.repeats} times: about {minutes:.1f} minutes")
-    with tempfile.TemporaryDirectory(prefix="compiled-") as cache:
+    say(f"{len(cases)} cases, {args.repeats} times")
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as cache:
         rounds.run_cases(cases, outcomes, args.seconds, args.repeats, cache, keep)
     rows, verdict = result["rows"], result["verdict"]
     statuses = Counter(row["status"] for row in rows)

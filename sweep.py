@@ -73,8 +73,12 @@ def main(argv=None) -> int:
         rung = sweep.num_rungs
         if sweep.newest_rung() < rung:
             rungs.promote(sweep, rung - 1)
+    elif args.rung is not None:
+        rung = args.rung
+    elif args.verb == "promote" and not args.finish:
+        rung = sweep.rung_to_promote()
     else:
-        rung = sweep.newest_rung() if args.rung is None else args.rung
+        rung = sweep.newest_rung()
     result = {"rung": rung}
     if args.verb != "promote" or args.finish:
         result |= run_rung(sweep, rung, args)

@@ -21,8 +21,8 @@ from lib.command import (
     say,
     script,
 )
-from lib.files import read_json, write_json
-from lib.rundir import find_run, is_finished, resume_config
+from lib.files import read_cache, read_json, write_json
+from lib.rundir import find_run, resume_config
 
 # in meta.json, of the machine alone: a champion is shown to others
 PRIVATE = ("cwd", "host", "pid", "process_start", "submitted", "earlier_starts")
@@ -37,24 +37,24 @@ def main(argv=None) -> int:
     add("--assets", default="assets", type=Path, metavar="DIR", help="default: assets")
     args, options = parser.parse_known_args(argv)  # the others are those of audit.py model
     run = find_winner(Path(args.run))
-    cfg = resume_config(run, [f"data_dir={args.data}"] if args.data else [])
+    data = args.data or resume_config(run, []).data_dir
     champion, model = args.assets / "champion", args.assets.parent / "audit-champion"
     args.assets.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".champion-", dir=args.assets) as folder:
-        before = Path(folder) / "before"
+        before = Path(folder, "before")
         if champion.exists():
             champion.rename(before)
         try:
             copy_run(run, champion)
-            audit = ("model", "--ckpt", champion, cfg.data_dir, "--out", model, "--store", *options)
+            audit = ("model", "--ckpt", champion, data, "--out", model, "--store", *options)
             codes = (EXIT_DONE, EXIT_FINDING)
-            result = run_script("audit.py", *audit, codes=codes, shows_progress=True)
+            run_script("audit.py", *audit, codes=codes, shows_progress=True)
         except BaseException:
             shutil.rmtree(champion, ignore_errors=True)
             if before.exists():
                 before.rename(champion)
             raise
-    say(f"{run} is {champion} now; {result['num_warnings']} warnings of its audit, {model}")
+    say(f"{run} is {champion} now; its audit is {model}")
     print_result({"run": str(run), "champion": str(champion), "model": str(model)})
     return EXIT_DONE
 
@@ -62,15 +62,12 @@ def main(argv=None) -> int:
 def find_winner(folder: Path) -> Path:
     """A finished run by its folder or name, or the winner of a search by the search's folder."""
     if (folder / "plan.json").is_file():
-        choice = folder / "champion.json"
-        if not choice.is_file():
-            raise BadInput(f"{folder} has no champion yet: python sweep.py champion {folder.name}")
-        champion = read_json(choice)
+        champion = read_json(folder / "champion.json")
         if not champion["run"]:
             raise BadInput(f"{folder}: {champion['note']}")
         folder = Path(champion["run"])
     run = find_run(folder)
-    if not is_finished(run) or read_json(run / "summary.json")["status"] != "finished":
+    if read_cache(run / "summary.json").get("status") != "finished":
         raise BadInput(f"{run} did not finish: python train.py --resume {run}")
     return run
 
@@ -81,8 +78,8 @@ def copy_run(run: Path, champion: Path) -> None:
     for name in RUN_FILES:
         shutil.copy(run / name, champion)
     meta = read_json(run / "meta.json")
+    meta["machine"].pop("host", None)
     public = {name: value for name, value in meta.items() if name not in PRIVATE}
-    public["machine"].pop("host", None)
     write_json(champion / "meta.json", public)
 
 

@@ -9,8 +9,6 @@ log=jobs/logs/$SLURM_JOB_ID
 num_starts=$((${SLURM_RESTART_COUNT:-0} + 1)) most_starts=100 # a job that never gets anywhere must end some day
 num_signals=0 step='' timer='' copy=''
 rm -f "$log.exit"
-echo "$SLURM_JOB_NAME" > "$log.name" # for `make status`, when Slurm has forgotten the job
-echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}" > "$log.shown"
 
 # finish CODE: tidy up, and leave the exit code where `make status` finds it; a job without one was killed.
 finish() {

@@ -77,16 +77,11 @@ FAKE_COMMANDS = {
     "sinfo": """
         echo 'thin_course*|up|1:00:00|16|64000|(null)'
         echo 'gpu_course|up|30:00|18|8000|gpu'
-        echo 'closed|down|1:00:00|16|64000|(null)'
-    """,
-    "scontrol": """
-        [ "$2" != job ] || exit 1
-        [ "$3" != gpu_course ] || echo MaxCPUsPerNode=4
     """,
     "squeue": "",
     "scancel": 'echo "scancel $*" >> "$FAKE_LOG"',
     "sbatch": """
-        echo "sbatch $* SBATCH_GPUS=${SBATCH_GPUS-}" >> "$FAKE_LOG"
+        echo "sbatch $*" >> "$FAKE_LOG"
         num=$(grep -c ^sbatch "$FAKE_LOG")
         [ "$num" -le "${FAKE_MAX_JOBS:-9}" ] || { echo QOSMaxSubmitJobPerUserLimit >&2; exit 1; }
         echo "$FAKE_BANNER"

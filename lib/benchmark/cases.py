@@ -14,9 +14,7 @@ import mmap
 import os
 import tempfile
 import time
-import traceback
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +31,17 @@ from lib.augment import (
     PREPROCESSING,
     draw_augmentation,
     model_input,
-    patch_size,
     turns_patches,
 )
 from lib.batches import PatchSource, epoch_order, load_batches, open_train_valid
 from lib.benchmark.plan import Case
-from lib.benchmark.timing import (
-    finish,
-    gpu_power_w,
-    measure,
-    read_energy_j,
-    share_of_others,
-    take,
-)
+from lib.benchmark.timing import finish, gpu_power_w, measure, take
 from lib.command import BadInput, is_out_of_memory, one_line
 from lib.config import Config
 from lib.device import choose_device
 from lib.inputs import list_blocks
-from lib.machine import keep_freed_memory, others_busy_s
+from lib.machine import keep_freed_memory
 from lib.models import build_model
-from lib.optimizers import build_optimizer
 from lib.pcam import PATCH_SHAPE, open_split, split_path
 from lib.predict import predict_batch, predict_blocks, ready_to_predict
 from lib.runlog import RunLog
@@ -62,9 +51,9 @@ OUT_OF_MEMORY = "out of memory"
 EVICTION_REQUESTED = "eviction requested"  # of a file that the page cache may still hold
 MIN_BATCHES = 1000  # of an epoch that is gone through again and again
 WARM_SHARE, COLD_SHARE = 0.95, 0.1  # of a file's pages in memory: at least, and at most
-NUM_COPIED = 8192  # patches, more than any cache holds
+NUM_COPIED = 8192  # patches at a time, more than any cache holds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATRIX_SIDES, GPU_MATRIX_SIDES = (512, 1024, 2048), (2048, 4096, 8192)
+MATRIX_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192)}
 PROBE_S = 0.05  # of each side
 
 
@@ -73,35 +62,28 @@ def time_case(case: Case, seconds: float) -> dict:
     try:
         return time_built(case, seconds)
     except Exception as error:
-        if is_out_of_memory(error):
-            return {"status": OUT_OF_MEMORY, "note": one_line(error)[:200]}
-        if not isinstance(error, BadInput):
-            traceback.print_exc()
-        return {"status": "error", "note": one_line(error)[:200]}
+        status = OUT_OF_MEMORY if is_out_of_memory(error) else "error"
+        return {"status": status, "note": f"{type(error).__name__}: {one_line(error)[:200]}"}
 
 
 def time_built(case: Case, seconds: float) -> dict:
     """Bring the file's pages into the state that a case asks for, build it, and measure."""
     device = choose_device(case.device)
     set_determinism(case.cfg.deterministic, case.cfg.threads)
-    keep_freed_memory(case.keep_memory)
+    keep_freed_memory()
     forget_memory(device)
     about = {"residence": None, "note": "", "cache": case.cache, "parts": {}}
     prepare_pages(split_path(case.cfg.data_dir, "train", "x"), about)
     with contextlib.closing(TIMED[case.kind](case, device, about)) as batches:
-        _, first = take(batches, 0, 1)
-        busy_s, energy_j, started_at = others_busy_s(), read_energy_j(), time.monotonic()
+        take(batches, 0, 1)  # which builds all that it needs
         about |= measure(batches, seconds, is_endless=case.cache == "warm")
-        about["power_w"] = (read_energy_j() - energy_j) / (time.monotonic() - started_at)
-        about["others_share"] = share_of_others(busy_s, started_at)
         about["memory_bytes"] = peak_memory_bytes(device)
         if device.type == "cuda":
-            about["power_w"] = gpu_power_w(device)
-    about["first_batch_s"] = sum(first)  # with building it
+            about["power_w"] = gpu_power_w()
     for stage_s in about["parts"].values():
         del stage_s[: -len(about["samples"])]  # of the warm-up
     if case.kind in ("infer", "train"):
-        about["flops_per_image"] = count_flops(case.vary(batch_size=2))
+        about["flops_per_image"] = count_flops(case.cfg, case.kind == "train")
     return about
 
 
@@ -125,14 +107,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 @functools.cache
-def count_flops(case: Case) -> float:
+def count_flops(cfg: Config, is_training: bool) -> float:
     """FLOPs an image, a product and a sum being two, of the forward pass and, in training, the
     backward pass.
     """
-    is_training = case.kind == "train"
-    size = patch_size(case.cfg, 0) if is_training else 96
-    model, images = build_model(case.cfg), torch.zeros(case.cfg.batch_size, 3, size, size)
-
+    model, images = build_model(cfg), torch.zeros(2, 3, 96, 96)
     with FlopCounterMode(display=False) as counter:
         logits = model(images)
         if is_training:
@@ -146,20 +125,17 @@ def resident_share(path) -> float:
     """
     mapped = np.memmap(path, np.uint8, "r")
     pages = np.ones(-(-len(mapped) // mmap.PAGESIZE), np.uint8)
-    address, target = (ctypes.c_void_p(array.ctypes.data) for array in (mapped, pages))
-    ctypes.CDLL(None).mincore(address, ctypes.c_size_t(len(mapped)), target)
+    ctypes.CDLL(None).mincore(mapped.ctypes, ctypes.c_size_t(len(mapped)), pages.ctypes)
     return float((pages & 1).mean())
 
 
 def prepare_pages(path: Path, about: dict) -> None:
-    """Drop a file from the page cache, or read it in, and note where that had no full effect."""
+    """Drop a file from the page cache, or read it in, and note where the kernel still holds it."""
     is_cold = about["cache"] == "cold"
     with open(path, "rb", buffering=0) as file:
         if is_cold:
             open_source.cache_clear()  # a page that is mapped cannot be dropped
             gc.collect()
-            with contextlib.suppress(OSError):  # of a read-only file system that has no fsync
-                os.fsync(file.fileno())  # nor one that waits to be written
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         elif resident_share(path) < WARM_SHARE:
             while file.read(1 << 24):
@@ -167,7 +143,6 @@ def prepare_pages(path: Path, about: dict) -> None:
     share = resident_share(path)
     if is_cold and share > COLD_SHARE:
         about["cache"] = EVICTION_REQUESTED
-    if about["cache"] == EVICTION_REQUESTED or not is_cold and share < WARM_SHARE:
         about["note"] = f"the page cache holds {share:.0%} of the file"
 
 
@@ -184,14 +159,13 @@ def open_batches(case: Case, device: torch.device, about: dict, keys=None, prefe
     """
     split, source = open_source(case.cfg.data_dir, case.cfg.data_residence, device)
     about["residence"] = source.residence
+    size = case.cfg.batch_size
     if keys is None:
         keys = torch.arange(len(split))
         if case.order == "random":
             keys = position_permutation(len(split), case.cfg.seed)
-    size, num_rounds = case.cfg.batch_size, 1
     if case.cache == "warm":  # a short split over and over, without a new start
-        num_rounds = -(-MIN_BATCHES * size // len(keys))
-    keys = keys.repeat(num_rounds)
+        keys = keys.repeat(-(-MIN_BATCHES * size // len(keys)))
     batches = keys[: len(keys) // size * size].split(size)
     for _ in rounds_of(case):
         yield from load_batches(source, split.labels, batches, prefetch)
@@ -222,55 +196,42 @@ def make_input(cfg: Config, batch) -> torch.Tensor:
     return model_input(batch.images, draws, dtype=DTYPES[cfg.precision])
 
 
-def copy(case, *_):
+def copy(*_):
     """The bytes of patches from one place in memory to another: what no loader can beat."""
     patches = torch.ones(NUM_COPIED, *PATCH_SHAPE, dtype=torch.uint8)
-    target = torch.empty_like(patches[: case.cfg.batch_size])
-    for part in itertools.cycle(patches.split(case.cfg.batch_size)):
-        target[: len(part)].copy_(part)
-        yield len(part)
+    target = torch.empty_like(patches)
+    while True:
+        target.copy_(patches)
+        yield NUM_COPIED
 
 
-def matrix_product(case, device, about):
+def matrix_product(case, device, _about):
     """Products of square matrices in the case's precision, of the side that is the fastest here."""
     from torch.utils.benchmark import Timer  # looks for CUDA's compiler, and warns without a GPU
 
-    rates, threads = {}, torch.get_num_threads()
-    for side in GPU_MATRIX_SIDES if device.type == "cuda" else MATRIX_SIDES:
-        matrix = torch.randn(side, side, device=device).to(DTYPES[case.cfg.precision])
+    def seconds_a_flop(matrix) -> float:
+        threads = torch.get_num_threads()
         timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
-        probe = timer.blocked_autorange(min_run_time=PROBE_S)
-        rates[matrix] = side**3 / probe.median
-    matrix = max(rates, key=rates.get)
-    side = len(matrix)
-    about["note"] = f"the fastest of several shapes: ({side}, {side})"
+        return timer.blocked_autorange(min_run_time=PROBE_S).median / len(matrix) ** 3
+
+    sides, dtype = MATRIX_SIDES[device.type], DTYPES[case.cfg.precision]
+    matrices = [torch.randn(side, side, device=device).to(dtype) for side in sides]
+    matrix = min(matrices, key=seconds_a_flop)
     while True:
         matrix @ matrix
         finish()
-        yield 2 * side**3
-
-
-def alter(model: torch.nn.Module, case: Case) -> torch.nn.Module:
-    """The model in the memory format of the case, compiled if it asks for that."""
-    if not case.channels_last:
-        model.to(memory_format=torch.contiguous_format)
-        model.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    if case.compile:
-        torch.compiler.reset()
-        model.compile()
-    return model
+        yield 2 * len(matrix) ** 3
 
 
 def build_predictor(case: Case, device: torch.device) -> torch.nn.Module:
     seed_everything(case.cfg.seed)
-    model = build_model(case.cfg).to(device)
-    return alter(ready_to_predict(model, case.cfg.precision), case)
+    return ready_to_predict(build_model(case.cfg).to(device), case.cfg.precision)
 
 
 def infer(case, device, about):
     """Logits on the host: one view of patches in file order, the model alone."""
     model = build_predictor(case, device)
-    for batch in open_batches(replace(case, order="sequential"), device, about):
+    for batch in open_batches(case, device, about):
         predict_batch(model, batch.images, case.cfg.precision, 1, PREPROCESSING).cpu()
         yield len(batch.keys)
 
@@ -285,50 +246,36 @@ def end_to_end(case, device, _about):
             yield len(block.rows)
 
 
-def build_training(case: Case, device: torch.device) -> tuple[training.TrainState, torch.Tensor]:
-    """A state in the case's variant, and the sample keys of its first epoch."""
+def build_training(case: Case, device: torch.device) -> tuple:
+    """What the loop of train.py works with: (state, the sample keys of its first epoch, its
+    learning rate).
+    """
     (split, rows), _ = open_train_valid(case.cfg)
     state = training.build_state(case.cfg, device)
-    alter(state.model, case)
-    if not case.channels_last:
-        # which looks at the filters as they lie in memory
-        state.optimizer = build_optimizer(state.model, case.cfg)
-    return state, epoch_order(rows, len(split), 0, case.cfg, device)
-
-
-@contextlib.contextmanager
-def logged(state, batch_size: int):
-    """A run's log in a folder that goes with the block."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        RunLog(Path(folder), state.progress, time.monotonic(), batch_size) as log,
-    ):
-        log.start_epoch()
-        yield log
+    keys = epoch_order(rows, len(split), 0, case.cfg, device)
+    # the first one: patches over and over must not diverge
+    return state, keys, training.learning_rate(case.cfg, 0, MIN_BATCHES)
 
 
 def train(case, device, about):
     """The loop of train.py: batches, the very step, its row of the log."""
-    state, keys = build_training(case, device)
-    # the first one: a batch over and over must not diverge
-    lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
-    with logged(state, case.cfg.batch_size) as log:
-        for batch in open_batches(case, device, about, keys):
-            while True:
+    state, keys, lr = build_training(case, device)
+    with tempfile.TemporaryDirectory() as folder:
+        facts = (Path(folder), state.progress, time.monotonic(), case.cfg.batch_size)
+        with RunLog(*facts) as log:
+            log.start_epoch()
+            for batch in open_batches(case, device, about, keys):
                 log.add_step(training.training_step(state, batch, case.cfg, lr), batch, lr)
                 yield len(batch.keys)
-                if not case.resident:
-                    break
 
 
 def apart(case, device, about):
-    """The same loop with nothing overlapped, and in `about["parts"]` the seconds of each stage,
+    """The same steps with nothing overlapped, and in `about["parts"]` the seconds of each stage,
     which ends where the next begins.
     """
-    state, keys = build_training(case, device)
+    state, keys, lr = build_training(case, device)
     state.graph = None  # whose stages the host does not see
     batches = open_batches(case, device, about, keys, prefetch=False)
-    lr = training.learning_rate(case.cfg, 0, MIN_BATCHES)
     optimizer_step = state.optimizer.step
     ends = []  # (stage, when it ended)
 
@@ -340,27 +287,24 @@ def apart(case, device, about):
         end("backward")  # of the last shard, with the norm of the gradients
         optimizer_step()
 
-    state.model.register_forward_hook(lambda *_: end("forward"))
     state.optimizer.step = optimise
-    with logged(state, case.cfg.batch_size) as log:
-        while True:
-            ends.clear()
-            end("begin")
-            batch = next(batches)
-            end("gather")
-            make_input(case.cfg, batch)
-            end("augment")
-            result = training.training_step(state, batch, case.cfg, lr)
-            end("optimiser")  # and the averaged weights
-            log.add_step(result, batch, lr)
-            end("logging")
-            stage_s = Counter()
-            for (_, started_at), (stage, ended_at) in itertools.pairwise(ends):
-                stage_s[stage] += ended_at - started_at
-            stage_s["forward"] -= stage_s["augment"]  # the step makes its input itself, once more
-            for stage, seconds in stage_s.items():
-                about["parts"].setdefault(stage, []).append(seconds)
-            yield len(batch.keys)
+    state.model.register_forward_hook(lambda *_: end("forward"))
+    while True:
+        ends.clear()
+        end("begin")
+        batch = next(batches)
+        end("gather")
+        make_input(case.cfg, batch)
+        end("augment")
+        training.training_step(state, batch, case.cfg, lr)
+        end("optimiser")  # and the averaged weights
+        stage_s = Counter()
+        for (_, started_at), (stage, ended_at) in itertools.pairwise(ends):
+            stage_s[stage] += ended_at - started_at
+        stage_s["forward"] -= stage_s["augment"]  # the step makes its input itself, once more
+        for stage, seconds in stage_s.items():
+            about["parts"].setdefault(stage, []).append(seconds)
+        yield len(batch.keys)
 
 
 def torchvision(case, *_):
@@ -390,21 +334,19 @@ def plain_transform(cfg: Config) -> transforms.Compose:
     """What makes an image the model's input, augmented like ours, patch by patch: float32
     (3, 96, 96).
     """
+
+    def jitter_colours(patch: torch.Tensor) -> torch.Tensor:
+        gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
+        offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
+        return patch * gain + offset
+
     steps = [transforms.ToTensor()]  # (3, 96, 96) in [0, 1]
     if turns_patches(cfg):
-        transpose = transforms.Lambda(lambda patch: patch.mT)
-        steps += [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip()]
-        steps.append(transforms.RandomApply([transpose]))
+        transpose = transforms.RandomApply([lambda patch: patch.mT])
+        steps += [transforms.RandomHorizontalFlip(), transforms.RandomVerticalFlip(), transpose]
     steps.append(transforms.RandomCrop(96, padding=cfg.shift, padding_mode="edge"))
-    steps.append(transforms.Lambda(functools.partial(jitter_colours, cfg)))
-    steps.append(transforms.Normalize(PCAM_MEAN, PCAM_STD))
+    steps += [jitter_colours, transforms.Normalize(PCAM_MEAN, PCAM_STD)]
     return transforms.Compose(steps)
-
-
-def jitter_colours(cfg: Config, patch: torch.Tensor) -> torch.Tensor:
-    gain = 1 + cfg.stain_jitter * torch.randn(3, 1, 1)
-    offset = 1 - gain + cfg.brightness_jitter * torch.randn(1)
-    return patch * gain + offset
 
 
 TIMED = {

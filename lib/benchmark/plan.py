@@ -1,5 +1,5 @@
 """Which cases a benchmark times: ways to a batch, a small and a large model over batch sizes,
-variants of the small one, the stages of a training step, and what the machine does at most.
+the small one in other precisions, the stages of a training step, and what the machine does at most.
 """
 
 import dataclasses
@@ -22,21 +22,17 @@ WORKERS = (0, 1, 2, 4, 8, 16)  # of torchvision's DataLoader
 
 @dataclass(frozen=True)
 class Case:
-    """One way to be timed: `kind` is its function in cases.py, the config says with what, the flags
-    in which variant.
+    """One way to be timed: `kind` is its function in cases.py, the config says with what, the other
+    fields in which variant.
     """
 
     what: str  # loader | infer | train | stage | limit
     name: str
     kind: str
     cfg: Config
-    channels_last: bool = True
-    compile: bool = False
     cache: str = "warm"  # the file's pages beforehand: warm | cold
     order: str = "random"  # random | sequential
     num_workers: int = 0
-    resident: bool = False  # one batch over and over
-    keep_memory: bool = True
     device: str = "cpu"
 
     @property
@@ -57,30 +53,29 @@ def plan_cases(
     size. With `names`, only the cases that are called so. Raises BadInput for a name of none.
     """
     # whole patches, unless a case says otherwise
-    at = dataclasses.replace(cfg, crop_epochs=0, batch_size=size_of_variants(cfg, sizes))
-    copy = Case("limit", "memory_copy", "copy", at)
+    whole = dataclasses.replace(cfg, crop_epochs=0, batch_size=size_of_variants(cfg, sizes))
+    copy = Case("limit", "memory_copy", "copy", whole)
     base = copy.vary(device=str(device))
-    cases, precisions = [], set()
+    cases = [] if what == "infer" else [copy]
     if what in ("loader", "all"):
-        for size in sizes if what == "loader" else [at.batch_size]:
+        for size in sizes if what == "loader" else [whole.batch_size]:
             cases += plan_loader(copy.vary(batch_size=size), str(device))
     for verb in ("infer", "train"):
         if what in (verb, "all"):
-            models = plan_model(base.vary(what=verb, name="default", kind=verb), sizes)
-            precisions.update(case.cfg.precision for case in models)
-            cases += models
+            default = base.vary(what=verb, name="default", kind=verb, order="sequential")
+            cases += plan_model(default, sizes)
+    precisions = {case.cfg.precision for case in cases if case.what in ("infer", "train")}
+    for precision in sorted(precisions):
+        cases.append(base.vary(name="matrix_product", kind="matrix_product", precision=precision))
     if what in ("train", "all"):
-        cases += plan_training(base, cfg)
-    if what != "infer":
-        cases.append(copy)
-    matrix = base.vary(name="matrix_product", kind="matrix_product")
-    cases += [matrix.vary(precision=precision) for precision in sorted(precisions)]
-    all_names = {case.name for case in cases}
+        images = open_split(cfg.data_dir, "train").images
+        cases += plan_stages(base, choose_residence(images, cfg.data_residence, device))
+    known_names = sorted({case.name for case in cases})
     for name in names:
-        if name not in all_names:
-            hint = f"{nearest(name, all_names)} ({', '.join(sorted(all_names))})"
+        if name not in known_names:
+            hint = f"{nearest(name, known_names)} ({', '.join(known_names)})"
             raise BadInput(f"--cases {name}: {what} has no such case{hint}")
-    chosen = [case for case in cases if case.name in (names or all_names)]
+    chosen = [case for case in cases if case.name in (names or known_names)]
     # cold ones last: the file is read into memory once for all others
     return sorted(chosen, key=lambda case: (case.process, case.cache == "cold"))
 
@@ -98,24 +93,23 @@ def plan_loader(base: Case, device: str) -> list[Case]:
     """
     raw = base.vary(what="loader", name="raw", kind="raw", precision="fp32")
     ready = raw.vary(name="ready", kind="ready")
-    half = ready.vary(precision="bf16")
-    theirs = raw.vary(kind="torchvision", channels_last=False)
+    half = ready.vary(name="ready_bf16", precision="bf16")
     cases = [raw, ready, half]
     if device != "cpu":
         cases.append(half.vary(name="ready_on_gpu", device=device))
     for cache in ("warm", "cold"):
-        for case, order in product((raw, ready), ("random", "sequential")):
-            name = f"{case.name}_file_{order}"
-            cases.append(case.vary(name=name, data_residence="disk", cache=cache, order=order))
+        file = raw.vary(data_residence="disk", cache=cache)
+        for order in ("random", "sequential"):
+            cases.append(file.vary(name=f"raw_file_{order}", order=order))
         for number in WORKERS:
             if number <= num_cores():
-                name = f"torchvision_{number}_workers"
-                cases.append(theirs.vary(name=name, num_workers=number, cache=cache))
+                theirs = raw.vary(name=f"torchvision_{number}_workers", kind="torchvision")
+                cases.append(theirs.vary(num_workers=number, cache=cache))
     return cases
 
 
 def plan_model(default: Case, sizes: list[int]) -> list[Case]:
-    """A small and a large model over batch sizes, and the small one with one thing changed."""
+    """A small and a large model over batch sizes, and the small one in other precisions."""
     cfg = default.cfg
     models = dict.fromkeys((cfg.model, LARGE))
     cases = [default.vary(model=name, batch_size=size) for name, size in product(models, sizes)]
@@ -126,28 +120,15 @@ def plan_model(default: Case, sizes: list[int]) -> list[Case]:
         if default.device != "cpu":
             # training has no scaled loss, without which fp16 does not learn
             precisions.add("fp16")
-    variants = {precision: {"precision": precision} for precision in sorted(precisions)}
-    name = "not_deterministic" if cfg.deterministic else "deterministic"
-    variants[name] = {"deterministic": not cfg.deterministic}
-    variants |= {"nchw": {"channels_last": False}, "compile": {"compile": True}}
-    return cases + [default.vary(name=name, **changes) for name, changes in variants.items()]
+    for precision in sorted(precisions):
+        cases.append(default.vary(name=precision, precision=precision))
+    return cases
 
 
-def plan_training(base: Case, cfg: Config) -> list[Case]:
-    """What `train` has besides: the stages, and techniques."""
-    images = open_split(cfg.data_dir, "train").images
-    residence = choose_residence(images, cfg.data_residence, torch.device(base.device))
-    stage = {"what": "stage", "kind": "apart"}
-    file = {"data_residence": "disk", "cache": "cold", "device": "cpu"}
-    # else all of it is read once, before the first step
-    file["order"] = "random" if residence == "disk" else "sequential"
-    variants = {
-        "apart": stage,
-        "read": stage | file | {"kind": "raw"},
-        "resident_batch": {"resident": True},
-        "memory_returned": {"keep_memory": False},
-    }
-    if cfg.crop < 96 and cfg.crop_epochs:
-        variants[f"centre_{cfg.crop}"] = {"crop_epochs": cfg.epochs}
-    default = base.vary(what="train", kind="train")
-    return [default.vary(name=name, **changes) for name, changes in variants.items()]
+def plan_stages(base: Case, residence: str) -> list[Case]:
+    """The stages of a step, which a single case times, and the reading of a cold file."""
+    apart = base.vary(what="stage", name="apart", kind="apart")
+    read = apart.vary(name="read", kind="raw", data_residence="disk", cache="cold", device="cpu")
+    if residence != "disk":  # all of it is read once, before the first step
+        read = read.vary(order="sequential")
+    return [apart, read]

@@ -1,24 +1,21 @@
-"""How a case is timed: warmed up until steady, every batch a sample, with what others and the power
+"""How a case is timed: warmed up, every batch a sample, with what others and the power
 supply did meanwhile.
 """
 
 import contextlib
 import platform
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
 
 from lib.command import BadInput
-from lib.machine import affinity, cores_used_by_others, others_busy_s
+from lib.machine import affinity, cores_used_by_others, nvidia_smi, others_busy_s
 
-STEADY = 0.05  # two windows of warm-up agree to this share
-WINDOW_SHARE = 0.2  # how long a window is, of the time measured; one batch at least
-MAX_WINDOWS, MIN_BATCHES = 15, 3
+WARM_UP_SHARE = 0.5  # how long the warm-up is, of the time measured
+MIN_BATCHES = 3  # of warm-up and samples
 MAX_BUSY_SHARE = 0.25  # of the cores, used by others before anything is begun
 
 
@@ -44,39 +41,25 @@ def take(batches: Iterator, seconds: float, num_least: int) -> tuple[float, list
     return amount, np.diff(stamps).tolist()
 
 
-def is_steady(window_s: list[float]) -> bool:
-    """Whether the mean batch took as long in the last window as in the one before, to 5%."""
-    return len(window_s) > 1 and abs(window_s[-1] - window_s[-2]) <= STEADY * window_s[-2]
-
-
 def measure(batches: Iterator, seconds: float, is_endless: bool = True) -> dict:
-    """Time an iterator that yields what each batch held: warm-up until steady, then samples.
+    """Time an iterator that yields what each batch held: first a warm-up, then samples, with the
+    share of the cores that others used meanwhile and the power of the processor packages.
 
-    What ends, as a cold file does, has no warm-up: its samples are steady if their halves agree.
-    Raises BadInput where fewer than three batches are left.
+    What ends, as a cold file does, has no warm-up. Raises BadInput where fewer than three batches
+    are left.
     """
-    window_s, num_warmup = [], 0
-    while is_endless and not is_steady(window_s) and len(window_s) < MAX_WINDOWS:
-        _, samples = take(batches, WINDOW_SHARE * seconds, 1)
-        window_s.append(fmean(samples))
-        num_warmup += len(samples)
+    if is_endless:
+        take(batches, WARM_UP_SHARE * seconds, MIN_BATCHES)
+    busy_s, energy_j, started_at = others_busy_s(), read_energy_j(), time.monotonic()
     amount, samples = take(batches, seconds, MIN_BATCHES)
     if len(samples) < MIN_BATCHES:
         raise BadInput(f"the data end {len(samples)} batches after the first: too few to measure")
-    if not is_endless:
-        half = len(samples) // 2
-        window_s = [fmean(samples[:half]), fmean(samples[half:])]
     return {
         "amount": amount,
-        "samples": [round(sample, 9) for sample in samples],
-        "warmup_batches": num_warmup,
-        "steady": is_steady(window_s),
+        "samples": samples,
+        "others_share": share_of_others(busy_s, started_at),
+        "power_w": (read_energy_j() - energy_j) / (time.monotonic() - started_at),
     }
-
-
-def rate_of_repeat(outcome: dict) -> float:
-    """What a case did a second in one repeat: images, or FLOPs of a product."""
-    return outcome["amount"] / sum(outcome["samples"])
 
 
 def share_of_others(busy_s: float, started_at: float) -> float:
@@ -109,13 +92,11 @@ def read_energy_j() -> float:
     return 0.0
 
 
-def gpu_power_w(device: torch.device) -> float:
-    """Watts of a GPU, as nvidia-smi tells them; 0 where it does not, or for a MIG slice, whose
-    share of the GPU's power nobody knows.
+def gpu_power_w() -> float:
+    """Watts of the only GPU, as nvidia-smi tells them. 0 where it does not, where there are
+    several, and for a MIG slice, whose share of the GPU's power nobody knows.
     """
-    gpu = torch.cuda.get_device_properties(device)
-    query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-        if "MIG" not in gpu.name:
-            return float(subprocess.check_output(["nvidia-smi", f"--id=GPU-{gpu.uuid}", *query]))
+    with contextlib.suppress(ValueError):
+        if torch.cuda.device_count() == 1 and "MIG" not in torch.cuda.get_device_name():
+            return float(nvidia_smi("power.draw").removesuffix(" W"))
     return 0.0

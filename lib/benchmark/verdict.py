@@ -10,7 +10,7 @@ from lib.command import BadInput
 from lib.config import Config
 from lib.files import read_json
 
-# what a person can do something about, by the stage: its name, its limit, the remedy
+# what a person can do something about, by the stage, and the remedy
 GROUPS = {
     "gather": "loader",
     "read": "disk",
@@ -18,14 +18,6 @@ GROUPS = {
     "forward": "model",
     "backward": "model",
     "optimiser": "model",
-    "logging": "logging",
-}
-NAMES = {
-    "loader": "the loader",
-    "disk": "the disk",
-    "augment": "turning bytes into the model's input",
-    "model": "the model's computing",
-    "logging": "the logging",
 }
 ADVICE = {
     "loader": "keep the patches in memory (data_residence=host, on a GPU device)",
@@ -34,30 +26,31 @@ ADVICE = {
     "augment": "train on the centre of the patch for more epochs (crop, crop_epochs)",
     "model": "a faster processor or GPU, a smaller model, or a centre crop for more epochs (crop,"
     " crop_epochs); a faster disk or loader changes nothing",
-    "logging": "put the run folder on a faster disk (--runs)",
 }
 MIN_REPEATS = 3  # of each side, or no difference is told
 
 
 def judge(rows: list[dict]) -> dict:
-    """The verdict: `sentences` on batch 1, the best batch, the bottleneck (`sentence` alone) and
+    """The verdict: `sentences` on batch 1, the best batch, the bottleneck (`sentence` alone), and
     what to do; and {first_epoch, later_epochs}, what the bottleneck was judged by.
 
     In the first epoch the file is cold; later ones find it in memory.
     """
     rows = [row for row in rows if row["images_per_s"]]
     scaling = [row for row in rows if row["case"] == "default"]
-    scaling.sort(key=lambda row: (row["what"], row["model"], row["images_per_s"]))
-    best = {(row["what"], row["model"]): row for row in scaling}  # the last one, the fastest
     at_one = [row for row in scaling if row["batch_size"] == 1]
+    best = {}
+    for row in sorted(scaling, key=lambda row: row["images_per_s"]):
+        best[row["what"], row["model"]] = row  # the last one, the fastest
     stages = {row["case"]: row for row in rows if row["what"] == "stage"}
     epochs, sentence, remedy = {}, "Bottleneck: not measured.", "`benchmark.py train` tells"
     if "apart" in stages:
-        in_memory = {name: stage for name, stage in stages.items() if name != "read"}
         if "read" in stages:
             epochs["first_epoch"] = judge_epoch(stages)
-        epochs["later_epochs"] = judge_epoch(in_memory)
-        sentence = describe_bottleneck(epochs, stages, scaling)
+            stages.pop("read")
+        epochs["later_epochs"] = judge_epoch(stages)
+        words = [describe_bottleneck(name, epoch) for name, epoch in epochs.items()]
+        sentence = " ".join(words)
         remedy = ADVICE[epochs["later_epochs"]["bottleneck"]]
     sentences = [
         f"Batch 1: {list_rates(at_one)}.",
@@ -65,10 +58,6 @@ def judge(rows: list[dict]) -> dict:
         sentence,
         f"What to do: {remedy}.",
     ]
-    for row in rows:
-        if (row["case"], row["precision"]) == ("ready", "fp32") and row["factor"]:
-            rate = f"{row['images_per_s']:,.0f} patches/s ready for the model"
-            sentences.append(f"Loader: {rate}, {row['factor']:.3g} times torchvision's best.")
     return {"sentence": sentence, "sentences": sentences, **epochs}
 
 
@@ -106,27 +95,11 @@ def judge_epoch(stages: dict) -> dict:
     }
 
 
-def describe_bottleneck(epochs: dict, stages: dict, scaling: list[dict]) -> str:
-    """The bottlenecks in words, and beside them what a whole step took, with nothing apart."""
-    size, model = stages["apart"]["batch_size"], stages["apart"]["model"]
-    sentences = []
-    for name, epoch in epochs.items():
-        file = f"{stages['read']['cache']} file" if name == "first_epoch" else "from memory"
-        sentences.append(
-            f"Bottleneck of the {name.replace('_', ' ')} ({file}): {NAMES[epoch['bottleneck']]},"
-            f" {1e3 * epoch['bottleneck_s']:.4g} of {1e3 * epoch['expected_s']:.4g} ms a batch of"
-            f" {size}."
-        )
-    for row in scaling:
-        if (row["what"], row["model"], row["batch_size"]) == ("train", model, size):
-            step_ms = 1e3 * size / row["images_per_s"]
-            share = row["share_of_peak"]
-            limit = f", {share:.0%} of the fastest matrix product measured here" if share else ""
-            sentences.append(f"All of it overlapped takes {step_ms:.4g} ms{limit}.")
-    marked = [name for name, row in stages.items() if row["status"] != "ok"]
-    if marked:
-        sentences.append(f"Noisy or unsteady: {', '.join(marked)}.")
-    return " ".join(sentences)
+def describe_bottleneck(name: str, epoch: dict) -> str:
+    """The bottleneck of the first or later epochs, in words."""
+    part_ms, whole_ms = 1e3 * epoch["bottleneck_s"], 1e3 * epoch["expected_s"]
+    share = f"{epoch['bottleneck']}, {part_ms:.4g} of {whole_ms:.4g} ms a batch"
+    return f"Bottleneck of the {name.replace('_', ' ')}: {share}."
 
 
 def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
@@ -136,17 +109,19 @@ def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     """
     verb = what if what in ("infer", "train") else "loader"
     here = {"what": verb, "model": cfg.model, "batch_size": batch_size, "cache": "warm"}
-    here["precision"] = "fp32" if verb == "loader" else cfg.precision
-    cells = {row["case"]: row for row in rows if here.items() <= row.items()}
+    rates, factors = {}, {}
+    for row in rows:
+        if here.items() <= row.items():
+            rates[row["case"]] = row["images_per_s"]
+            factors[row["case"]] = row["factor"]
     if verb != "loader":
-        return {"images_per_s": cells.get("default", {}).get("images_per_s")}
-    raw, ready = cells.get("raw", {}), cells.get("ready", {})
-    rate, ratio = ready.get("images_per_s"), ready.get("factor")
+        return {"images_per_s": rates.get("default")}
+    theirs = [rate for case, rate in rates.items() if rate and case.startswith("torchvision")]
     return {
-        "images_per_s": rate,
-        "torchvision_images_per_s": rate / ratio if ratio else None,
-        "ratio": ratio,
-        "ratio_raw": raw.get("factor"),
+        "images_per_s": rates.get("ready"),
+        "torchvision_images_per_s": max(theirs, default=None),
+        "ratio": factors.get("ready"),
+        "ratio_raw": factors.get("raw"),
     }
 
 
@@ -154,12 +129,7 @@ def read_rows(path) -> dict[tuple, dict]:
     """The rows of a benchmark by their key, from its folder or its JSON. Raises BadInput for what
     is none.
     """
-    path = Path(path)
-    path = path / "benchmark.json" if path.is_dir() else path
-    if not path.is_file():
-        raise BadInput(
-            f"{path}: no such benchmark (a folder that benchmark.py wrote, or its benchmark.json)"
-        )
+    path = Path(path, "benchmark.json") if Path(path).is_dir() else path
     try:
         return {tuple(row[name] for name in KEY): row for row in read_json(path)["rows"]}
     except (TypeError, KeyError):
@@ -172,26 +142,21 @@ def compare_rows(before: dict[tuple, dict], after: dict[tuple, dict]) -> list[di
 
     Chance alone sets the intervals of three repeats apart in about 1% of pairs.
     """
-    compared = []
-    for key in after:
-        if key in before:
-            compared.append(dict(zip(KEY, key, strict=True)) | compare(before[key], after[key]))
+    compared = [compare(before[key], after[key]) for key in after if key in before]
     if not compared:
         raise BadInput("the two benchmarks have no row in common: compare alike ones")
     return compared
 
 
 def compare(old: dict, new: dict) -> dict:
-    """Two rows of one key: their rates, the ratio with its interval, and whether the new one is
-    faster.
-    """
+    """Two rows of one key: the ratio with its interval, and whether the new one is faster."""
+    compared = {name: new[name] for name in KEY}
+    compared |= {"status": f"{old['status']}, {new['status']}", "B is": "cannot be told"}
+    compared |= dict.fromkeys(("ratio", "low", "high"))
     before, after = (row["images_per_s"] or row["flops_per_s"] for row in (old, new))
-    ratios = dict.fromkeys(("ratio", "low", "high"))
-    answer = "cannot be told"
     num_repeats = min(old["num_repeats"], new["num_repeats"])
     if before and after and num_repeats >= MIN_REPEATS:
         low, high = new["low"] / old["high"], new["high"] / old["low"]
-        ratios = {"ratio": after / before, "low": low, "high": high}
         answer = "faster" if low > 1 else "slower" if high < 1 else "within the noise"
-    status = f"{old['status']}, {new['status']}"
-    return {"before": before, "after": after, **ratios, "status": status, "B is": answer}
+        compared |= {"ratio": after / before, "low": low, "high": high, "B is": answer}
+    return compared

@@ -18,24 +18,21 @@ def examine(name: str, arguments: list[str], num_ranks: int, measures: bool) -> 
     """The threads of a script's work, where its data are and, with `measures`, what it needs.
     Raises BadInput for what the script would refuse at its start.
     """
+    args = parse_arguments(name, arguments)
     if name == "audit.py":  # what is wrong with the data is for the audit to find out
-        args = parse_arguments(name, arguments)
         return {"threads": NUM_AUDIT_THREADS, "data_dir": args.dir}
-    cfg = read_config(name, arguments)
+    cfg = read_config(name, args)
     require_equal_shares(cfg.shards, num_ranks)
     (_, rows), _ = open_train_valid(cfg)
     fit_batch_size(cfg, len(rows))
     needs = {"threads": 0 if name == "benchmark.py" else cfg.threads, "data_dir": cfg.data_dir}
-    if measures:
-        needs |= measure_training(cfg)
-    return needs
+    return needs | (measure_training(cfg) if measures else {})
 
 
-def read_config(name: str, arguments: list[str]) -> Config:
-    """The configuration that a script has with these arguments."""
-    args = parse_arguments(name, arguments)
+def read_config(name: str, args) -> Config:
+    """The configuration that a script has with its parsed arguments."""
     if name == "sweep.py":
-        return load_config(Path(args.sweeps, args.name, "config.yaml"), args.overrides)
+        return load_config(Path(args.sweeps, args.name, "config.yaml"))
     if name == "benchmark.py":
         data = [f"data_dir={args.data}"] if args.data else []
         return load_config(overrides=[*args.overrides, *data])

@@ -1,30 +1,23 @@
 """Work as Slurm jobs: what they ask a partition for, how they are submitted, and how they fare.
 
-Options and formats are those of the manual pages of sbatch, sinfo, scontrol and squeue 22.05.
+Options and formats are those of the manual pages of sbatch, sinfo and squeue 22.05.
 """
 
 import os
-import re
 import shutil
 import subprocess
 from pathlib import Path
 
-from lib.command import REPOSITORY, BadInput, nearest, one_line
-from lib.files import read_csv, read_json
-from lib.jobs.work import Work, job_of
-from lib.progress import format_duration
-from lib.rundir import read_run_config
+from lib.command import REPOSITORY, BadInput, one_line
+from lib.files import read_cache
+from lib.jobs.work import Work
 
 LOGS = REPOSITORY / "jobs/logs"
-MIN_FREE_BYTES = 1 << 30  # for the checkpoints and logs of a run
 # asked for, where the partition has as much
 MEMORY_MB, LIMIT_MINUTES, NUM_CPUS, NUM_GPU_CPUS = 16_000, 60, 16, 4
-NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a failed job's stderr; jobs that are over
+NUM_QUOTED_LINES, NUM_ENDED = 3, 20  # of a job's stderr; jobs that are over
 SINFO_COLUMNS = ("name", "state", "limit", "cpus", "memory_mb", "gres")
 SQUEUE_COLUMNS = ("id", "shown", "name", "state", "limit_left", "reason", "folder")
-# sbatch's own variables: where one is set, it decides instead of what is asked for here
-MEMORY_VARIABLES = {"SBATCH_MEM_PER_NODE", "SBATCH_MEM_PER_CPU", "SBATCH_MEM_PER_GPU"}
-GPU_VARIABLES = {"SBATCH_GPUS", "SBATCH_GPUS_PER_NODE", "SBATCH_GPUS_PER_TASK", "SBATCH_GRES"}
 STATES = {"0": "done", "": "killed", "130": "stopped", "138": "stopped", "143": "stopped"}
 
 
@@ -55,102 +48,62 @@ def minutes_of(text: str) -> float:
         return float("inf")
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
-    if not dash and len(parts) < 3:
-        parts.insert(0, 0)  # no hours
-    hours, minutes, seconds = [*parts, 0, 0][:3]
-    return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+    # of two parts the first are minutes, but hours behind days
+    units = (60, 1, 1 / 60) if dash or len(parts) == 3 else (1, 1 / 60)
+    minutes = sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return int(days or 0) * 1440 + minutes
 
 
-def bytes_of(memory: str | None) -> float:
-    """sbatch's `16000M` or `8G`; infinity where sbatch's own variables say how much."""
-    if not memory:
-        return float("inf")
-    return int(memory[:-1]) * {"M": 1 << 20, "G": 1 << 30}[memory[-1]]
-
-
-def find_partition(name: str) -> dict[str, str]:
-    """What sinfo says of the partition of that name, of the first of several, or of the default
-    one: of its largest nodes. Raises BadInput where there is none, or it starts no jobs.
+def find_partition(names: str) -> dict[str, str]:
+    """What sinfo says of the largest nodes of a partition: of that name, the first of several, or
+    the default one. Raises BadInput where there is none.
     """
-    name = name.partition(",")[0]
-    partitions = {}
+    name, rows = names.partition(",")[0], []
     for line in run_command("sinfo", "-h", "-e", "-o", "%P|%a|%l|%c|%m|%G").splitlines():
         row = dict(zip(SINFO_COLUMNS, line.split("|"), strict=True))
         is_default = row["name"].endswith("*")
         row["name"] = row["name"].removesuffix("*")
-        if is_default and not name:
-            name = row["name"]
-        largest = partitions.setdefault(row["name"], row)
-        if int(row["cpus"]) > int(largest["cpus"]):
-            partitions[row["name"]] = row
-    if name not in partitions:
-        sentence = f"no partition {name or 'is the default'}{nearest(name, partitions)}"
-        raise BadInput(f"{sentence} (there are: {', '.join(sorted(partitions))})")
-    state = partitions[name]["state"]
-    if state != "up":
-        raise BadInput(f"partition {name} is {state}: it starts no jobs")
-    return partitions[name]
+        if row["name"] == name or is_default and not name:
+            rows.append(row)
+    if not rows:
+        raise BadInput(f"no partition {name or 'is the default'}: sinfo lists them")
+    return max(rows, key=lambda row: int(row["cpus"]))
 
 
-def fit_request(
-    variables: dict[str, str], num_threads: int, saves: bool = True, needs_gpu: bool = True
-) -> list[str]:
-    """What sbatch asks for: what work with `num_threads` a rank (0: all that it can get) can use
-    and the partition has.
+def fit_request(variables: dict[str, str], num_threads: int, saves: bool) -> list[str]:
+    """What sbatch is asked for: what work with `num_threads` a rank (0: all that it can get) can
+    use and the partition has. Work that `saves` is warned ahead of the time limit.
 
-    Work that `saves` is warned ahead of the time limit. Each rank of work that `needs_gpu` gets one
-    where there are any. Raises BadInput where the partition has less than the variables name.
+    Raises BadInput for a time over the partition's limit, with which a job would wait for ever.
     """
     partition = find_partition(variables["PARTITION"])
-    name, has_gpu = partition["name"], "gpu" in partition["gres"]
-    time, memory = variables["TIME"], variables["MEM"]
-    num_ranks, num_cpus = int(variables["NUM_RANKS"]), int(partition["cpus"])
-    allowed = re.search(r"MaxCPUsPerNode=(\d+)", run_command("scontrol", "show", "partition", name))
-    if allowed:
-        num_cpus = min(num_cpus, int(allowed[1]))
+    has_gpu, num_ranks = "gpu" in partition["gres"], int(variables["NUM_RANKS"])
     num_wanted = num_threads or (NUM_GPU_CPUS if has_gpu else NUM_CPUS)
-    cpus = int(variables["CPUS"] or max(1, min(num_wanted, num_cpus // num_ranks)))
-    if num_ranks * cpus > num_cpus:
-        sentence = f"{num_ranks} x {cpus} cores do not fit"
-        raise BadInput(f"{sentence}: a node of {name} has {num_cpus}")
+    num_cpus = max(1, min(num_wanted, int(partition["cpus"]) // num_ranks))
     limit = minutes_of(partition["limit"])
-    minutes = minutes_of(time) if time else min(LIMIT_MINUTES, limit)
+    time = variables["TIME"] or str(int(min(LIMIT_MINUTES, limit)))
+    minutes = minutes_of(time)
     if not 0 < minutes <= limit:  # no minutes would be taken for no limit
-        over = f"over the limit of partition {name}, {partition['limit']}"
-        raise BadInput(f"TIME={time} is {over if minutes else 'no time at all'}")
-    request = [f"--partition={variables['PARTITION'] or name}", "--nodes=1"]
-    request += [f"--ntasks={num_ranks}", f"--cpus-per-task={cpus}"]
-    request.append(f"--time={time or int(minutes)}")
-    if memory or not needs_gpu or MEMORY_VARIABLES.isdisjoint(os.environ):
-        default = min(MEMORY_MB, int(partition["memory_mb"].rstrip("+")))
-        request.append(f"--mem={memory or f'{default}M'}")
+        longest = f"{partition['limit']}, the limit of the partition"
+        raise BadInput(f"TIME={time} is not between 0 and {longest}")
+    memory = variables["MEM"]
+    if not memory and not is_set("SBATCH_MEM"):
+        memory = f"{min(MEMORY_MB, int(partition['memory_mb'].rstrip('+')))}M"
+    request = [f"--partition={variables['PARTITION'] or partition['name']}", "--nodes=1"]
+    request += [f"--ntasks={num_ranks}", f"--cpus-per-task={variables['CPUS'] or num_cpus}"]
+    request.append(f"--time={time}")
+    if memory:
+        request.append(f"--mem={memory}")
     if saves:  # so many seconds ahead of the limit, and up to 30 more
         request.append(f"--signal=B:USR1@{int(min(120, minutes * 10))}")
-    if needs_gpu and has_gpu and GPU_VARIABLES.isdisjoint(os.environ):
+    if has_gpu and not is_set("SBATCH_G"):
         request.append(f"--gpus={num_ranks}")
     return request
 
 
-def require_disk(num_bytes: int = MIN_FREE_BYTES) -> None:
-    """Raise BadInput where a run would fill the disk."""
-    free = shutil.disk_usage(REPOSITORY).free
-    if free < num_bytes:
-        needed = f"a job needs {num_bytes / 1e9:.1f} GB for its run"
-        raise BadInput(f"{REPOSITORY} has {free / 1e9:.1f} GB free, {needed}")
-
-
-def require_jobs(numbers: str) -> None:
-    """Raise BadInput for a job to wait for that Slurm has never heard of, nor this project: sbatch
-    would not wait at all.
-    """
-    for number in filter(None, numbers.split(",")):
-        if (LOGS / f"{number}.exit").exists():
-            continue
-        try:
-            run_command("scontrol", "show", "job", number)
-        except BadInput:
-            sentence = f"there is no such job, and {LOGS.name}/ has no end of one"
-            raise BadInput(f"AFTER={number}: {sentence}") from None
+def is_set(prefix: str) -> bool:
+    """Whether one of sbatch's own variables, such as those of GPUs, decides in place of this."""
+    return any(name.startswith(prefix) for name in os.environ)
 
 
 def submit(name: str, work: Work, request: list[str], job: list[str], after: str) -> str:
@@ -162,7 +115,7 @@ def submit(name: str, work: Work, request: list[str], job: list[str], after: str
     logs = str(LOGS).replace("%", "%%")  # a % of the project's path is no pattern
     options = [f"--job-name=pcam-{name}", f"--chdir={REPOSITORY}", "--requeue"]
     options += ["--open-mode=append", f"--output={logs}/%j.out", f"--error={logs}/%j.err"]
-    if work.tasks:
+    if work.is_array:
         options.append(f"--array=0-{len(work.tasks) - 1}")
     if after:
         kind = "afternotok" if work.mends else "afterany"
@@ -170,10 +123,10 @@ def submit(name: str, work: Work, request: list[str], job: list[str], after: str
     if work.mends:
         options.append("--kill-on-invalid-dep=yes")  # it goes from the queue when no task failed
     # of a job that this is called from, nothing may reach the new one
-    unwanted = MEMORY_VARIABLES | GPU_VARIABLES if work.only_reads else ()
+    unwanted = ("SLURM_", "SBATCH_G") if work.only_reads else "SLURM_"
     environment = {}
     for key, value in os.environ.items():
-        if key == "SLURM_CONF" or not key.startswith("SLURM_") and key not in unwanted:
+        if key == "SLURM_CONF" or not key.startswith(unwanted):
             environment[key] = value
     command = ["sbatch", "--parsable", *options, *request, f"{job[0]}/jobs/job.sh", *job]
     answer = run_command(*command, env=environment)
@@ -198,53 +151,28 @@ def queued_jobs() -> list[dict[str, str]]:
 
 
 def describe_jobs(queued: list[dict[str, str]]) -> list[dict]:
-    """A row a job, those that are over last: state, run folder, progress, time left, and the last
-    words of a failed one.
+    """A row a job, those that are over last: state, run folder, and the last lines of its log,
+    which are its progress or its error.
     """
     numbers = {job["id"] for job in queued}
-    logs = [log for log in LOGS.glob("*.err") if log.stem not in numbers]
-    logs.sort(key=lambda log: log.stat().st_mtime, reverse=True)
-    rows = queued + [describe_ended(log) for log in logs[:NUM_ENDED]]
+    logs = sorted(LOGS.glob("*.err"), key=lambda log: log.stat().st_mtime, reverse=True)
+    logs = [log for log in logs if log.stem not in numbers]
+    rows = list(queued)
+    for log in logs[:NUM_ENDED]:
+        code = read_end(log.with_suffix(".exit"))  # which job.sh left
+        rows.append({"id": log.stem, "state": STATES.get(code, f"failed, exit {code}")})
     runs = {}
     for meta in sorted((REPOSITORY / "runs").glob("*/meta.json")):
-        runs[job_of(meta).get("SLURM_JOB_ID")] = meta.parent
+        job = read_cache(meta).get("job") or {}
+        runs[job.get("SLURM_JOB_ID")] = str(meta.parent.relative_to(REPOSITORY))
     for row in rows:
-        if row["id"] in runs:
-            row |= run_progress(runs[row["id"]])
+        row["run"] = runs.get(row["id"])
+        row["log"] = read_end(LOGS / f"{row['id']}.err").splitlines()[-NUM_QUOTED_LINES:]
     return rows
-
-
-def describe_ended(log: Path) -> dict:
-    """A row of a job that is over, from what job.sh left beside its stderr."""
-    name, shown, code = (read_end(log.with_suffix(end)) for end in (".name", ".shown", ".exit"))
-    state = STATES.get(code, f"failed, exit {code}")
-    row = {"id": log.stem, "shown": shown or log.stem, "name": name, "state": state}
-    if code != "0":
-        row["stderr"] = read_end(log).splitlines()[-NUM_QUOTED_LINES:]
-    return row
 
 
 def read_end(path: Path, num_bytes: int = 4096) -> str:
     """The last bytes of a text file, stripped; empty where there is none."""
     if not path.is_file():
         return ""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - num_bytes))
-        return file.read().decode(errors="replace").strip()
-
-
-def run_progress(run: Path) -> dict[str, str]:
-    """How far a run has come, and how long it will take at the pace of its last steps."""
-    row = {"run": str(run.relative_to(REPOSITORY)), "left": ""}
-    steps = run / "steps.csv"
-    try:
-        meta = read_json(run / "meta.json")
-        num_steps = meta["steps_per_epoch"] * read_run_config(run).epochs
-        last_steps = read_csv(steps)[-50:] if steps.is_file() else []
-        seconds = sum(meta["batch_size"] / float(step["images_per_s"]) for step in last_steps)
-        num_done = int(last_steps[-1]["step"]) if last_steps else 0
-    except Exception as error:  # edited, or of another version
-        return row | {"progress": f"cannot be read: {one_line(error)}"}
-    if last_steps:
-        row["left"] = format_duration((num_steps - num_done) * seconds / len(last_steps))
-    return row | {"progress": f"step {num_done}/{num_steps}"}
+    return path.read_bytes()[-num_bytes:].decode(errors="replace").strip()

@@ -1,71 +1,52 @@
 """The program as it was submitted: jobs start later, when the working tree may have changed."""
 
 import datetime
-import hashlib
-import os
-import platform
 import secrets
 import shutil
 import time
 from pathlib import Path
 
 from lib.command import REPOSITORY
-from lib.files import write_json
+from lib.files import utc_now, write_json
 from lib.jobs.slurm import run_command
 from lib.jobs.work import Work, parse_arguments
 from lib.rundir import git_state
 
 SNAPSHOTS = REPOSITORY / "jobs/snapshots"
-SNAPSHOT_S = 86_400  # a snapshot stays at least so long
-KEPT_OUT = {REPOSITORY / name for name in ("data", "runs", "sweeps", "jobs/logs", "jobs/snapshots")}
+SNAPSHOT_S = 60 * 86_400  # a snapshot stays so long: its jobs may wait, and be requeued
 
 
 def describe_submission() -> dict:
-    """What a run's meta.json keeps of its submission: the code as it was then, and an id that all
-    its tasks share.
+    """What a run's meta.json keeps of its submission: an id that all its tasks share, and the
+    commit. A warning says why git tells none.
     """
-    now, state = datetime.datetime.now(datetime.UTC), git_state()
-    patch = state.pop("uncommitted_patch").encode()
-    return {
-        "id": f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}",
-        "utc": now.isoformat(timespec="seconds"),
-        "host": platform.node(),
-        "folder": str(REPOSITORY),
-        "uncommitted_patch_sha256": hashlib.sha256(patch).hexdigest(),
-        **state,
-    }
+    now = datetime.datetime.now(datetime.UTC)
+    number = f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    return {"id": number, "utc": utc_now(), "commit": git_state()["commit"]}
 
 
 def take_snapshot(submission: dict) -> Path:
     """A folder with what a chain of jobs needs: `code`, the program as it is now with uncommitted
     changes and new files, and submission.json.
 
-    Of a git repository the code is a clone on the same commit with the same changes, so that a
-    run's meta.json tells the truth.
+    Of a git repository the code is a clone on the same commit, with the changes of what jobs run,
+    so that a run's meta.json tells the truth.
     """
     remove_snapshots()
     folder = SNAPSHOTS / submission["id"]
     code = folder / "code"
     folder.mkdir(parents=True)
     write_json(folder / "submission.json", submission)
-    if not submission["commit"]:
-        shutil.copytree(REPOSITORY, code, ignore=_unneeded)
-        return folder
-    here, there = ("git", "-C", str(REPOSITORY)), ("git", "-C", str(code))
-    run_command("git", "clone", "-q", "--shared", "--no-checkout", str(REPOSITORY), str(code))
-    run_command(*there, "reset", "-q", submission["commit"])
-    names = run_command(*here, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    for name in filter(None, names.split("\0")):
-        source, target = REPOSITORY / name, code / name
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target)
+    if submission["commit"]:
+        run_command("git", "clone", "-q", "--shared", str(REPOSITORY), str(code))
+    unneeded = shutil.ignore_patterns("__pycache__", "logs", "snapshots")
+    for name in ("lib", "jobs"):
+        shutil.rmtree(code / name, ignore_errors=True)
+        shutil.copytree(REPOSITORY / name, code / name, ignore=unneeded)
+    for path in REPOSITORY.iterdir():
+        if path.suffix in (".py", ".yaml"):
+            shutil.copy2(path, code)
     return folder
-
-
-def _unneeded(folder: str, names: list[str]) -> list[str]:
-    hidden = [name for name in names if name.startswith((".", "__pycache__"))]
-    return hidden + [name for name in names if Path(folder, name) in KEPT_OUT]
 
 
 def freeze_config(work: Work, folder: Path) -> list[str]:
@@ -75,15 +56,15 @@ def freeze_config(work: Work, folder: Path) -> list[str]:
     config = work.script == "train.py" and parse_arguments("train.py", work.arguments).config
     if not config:
         return work.arguments
-    # of two the last counts
-    return [*work.arguments, "--config", str(shutil.copy(config, folder / "config.yaml"))]
+    copy = str(shutil.copy(config, folder / "config.yaml"))
+    # `--config F` and `--config=F`
+    return [
+        word.replace(config, copy) if word.endswith(config) else word for word in work.arguments
+    ]
 
 
 def remove_snapshots() -> None:
-    """Remove this user's old snapshots, but those of jobs that wait or run."""
-    commands, now = run_command("squeue", "-h", "-o", "%o"), time.time()
+    """Remove snapshots that are older than any job waits."""
     for folder in SNAPSHOTS.glob("*"):
-        status = folder.stat()
-        is_old = now - status.st_mtime > SNAPSHOT_S
-        if is_old and status.st_uid == os.getuid() and folder.name not in commands:
+        if time.time() - folder.stat().st_mtime > SNAPSHOT_S:
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,102 +11,91 @@ from typing import Annotated, Literal
 from torch.quasirandom import SobolEngine
 
 from lib import config
-from lib.command import BadInput, nearest
-from lib.files import atomic_write, file_digest, read_json, write_json
+from lib.command import BadInput
+from lib.files import atomic_write, read_json, write_json
 
 # below the largest by more than the champion's fresh seeds
 Seed = Annotated[int, 0, 2**31 - 101]
 SPACE = {
     "design": Literal["sobol", "grid"],
-    "trials": config.Positive,
+    "trials": config.Positive,  # of a Sobol sequence; a grid has as many as its choices give
     "seed": Seed,  # of the design
     "seeds": tuple[Seed, ...],  # of training; a trial's score is the mean over them
     "rungs": tuple[config.Positive, ...],  # epochs
     "champion_seeds": Annotated[int, 1, 100],
-    "finalists": config.Positive,  # may be left out
+    "finalists": config.Positive,  # NUM_FINALISTS where a space does not name it
 }
+NUM_FINALISTS = 3
 # the search sets them, or scores could not be compared across them
 FIXED_KEYS = ("name", "seed", "epochs", "data_dir", "limit_valid", "num_folds", "fold", "views")
-KINDS = {
-    "sobol": "log: [low, high], range: [low, high] or choice: [...]",
-    "grid": "choice: [...]",
-}
+KINDS = "log: [low, high], range: [low, high] or choice: [...], on a grid choice: [...]"
 
 
-def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> dict:
+def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> None:
     """Write config.yaml and plan.json of a search, once. Raises BadInput where another plan stands
     there.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", folder.name):
-        allowed = "1 to 40 letters, digits, - and _ (runs are named after it)"
+    if not re.fullmatch(r"[\w-]+", folder.name):
+        allowed = "letters, digits, - and _ (runs are named after it)"
         raise BadInput(f"{folder.name!r} is no name of a search: {allowed}")
     for key in config.parse_overrides(overrides):
         if key in ("name", "seed", "epochs"):
             raise BadInput(f"{key}: the search sets names, seeds (by seeds) and epochs (by rungs)")
-    plan = read_space(config.read_yaml(space_path), space_path)
+    space = read_space(space_path)
     base = config.load_config(config_path, overrides)
-    base = dataclasses.replace(base, epochs=plan["rungs"][-1])
-    plan = build_plan(folder.name, plan, base, space_path)
+    base = dataclasses.replace(base, epochs=space["rungs"][-1])
+    config_text = config.dump_config(base)
+    plan = space | {"trials": name_trials(space, base, space_path)}
+    plan["sha256"] = plan_digest(plan, config_text)
     path = folder / "plan.json"
     if path.is_file():
-        if read_json(path) != plan:
+        if read_json(path)["sha256"] != plan["sha256"]:
             raise BadInput(f"{folder} holds another plan: a plan is frozen, take another --name")
-        return plan
-    folder.mkdir(parents=True, exist_ok=True)
+        return
+    for kind in ("logs", "failed"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
     with atomic_write(folder / "config.yaml", "w") as file:
-        file.write(config.dump_config(base))
+        file.write(config_text)
     write_json(path, plan)
-    return plan
 
 
-def read_space(space: dict, source) -> dict:
-    """The keys of a space with typed values, `ranges` as they stand there. Raises BadInput for keys
-    that are unknown or missing, and for values that are not allowed.
+def read_space(path) -> dict:
+    """A space with typed values, `ranges` as they stand there. Raises BadInput for keys that are
+    unknown or missing, and for values that are not allowed.
     """
-    required = {*SPACE, "ranges", "finalists"}
-    for key in sorted(required ^ {*space, "finalists"}):
-        problem = "unknown" if key in space else "missing"
-        raise BadInput(f"{source}: {problem} key {key!r}{nearest(key, required)}")
-    typed = {}
+    space = {"finalists": NUM_FINALISTS} | config.read_yaml(path)
+    odd = sorted({*SPACE, "ranges"} ^ set(space))
+    if odd:
+        raise BadInput(f"{path}: unknown or missing: {', '.join(odd)} (assets/space.yaml has all)")
     for key, kind in SPACE.items():
-        if key in space:
-            typed[key] = config.coerce(f"{source}: {key}", space[key], kind)
-    rungs, seeds = typed["rungs"], typed["seeds"]
-    if not rungs or not seeds or sorted(set(rungs)) != list(rungs) or len(set(seeds)) < len(seeds):
-        raise BadInput(f"{source}: rungs must rise, seeds must differ, and each needs one or more")
-    return typed | {"ranges": space["ranges"]}
+        space[key] = config.coerce(f"{path}: {key}", space[key], kind)
+    for key in ("rungs", "seeds"):
+        if not space[key] or list(space[key]) != sorted(set(space[key])):
+            raise BadInput(f"{path}: {key} must be one or more numbers that rise")
+    return space
 
 
-def build_plan(name: str, plan: dict, base: config.Config, source) -> dict:
-    """The trials of a space as plain values, each checked against the config, with a SHA-256 over
-    the whole.
-    """
-    points = draw_points(plan, base, source)
-    if len(points) != plan["trials"]:
-        sentence = f"trials is {plan['trials']}, but the grid has {len(points)} points"
-        raise BadInput(f"{source}: {sentence}")
+def name_trials(space: dict, base: config.Config, source) -> dict[str, dict]:
+    """The trials of a space by name, as plain values, each checked against the config."""
     trials = {}
-    for number, point in enumerate(points):
-        values = dict(zip(plan["ranges"], point, strict=True))
+    for number, point in enumerate(draw_points(space, base, source)):
+        values = dict(zip(space["ranges"], point, strict=True))
         typed = {key: config.plain(value) for key, value in values.items()}  # as train.py gets them
         config.config_from_dict(base.as_dict() | typed, source=f"{source}: trial {number}")
         trials[f"t{number:03}"] = values
-    config_sha256 = hashlib.sha256(config.dump_config(base).encode()).hexdigest()
-    plan = plan | {"config_sha256": config_sha256, "trials": trials, "name": name}
-    plan = json.loads(json.dumps(plan))
-    return plan | {"sha256": plan_digest(plan)}
+    return trials
 
 
-def draw_points(plan: dict, base: config.Config, source) -> list[tuple]:
-    """The values of each trial, in the order of the ranges. Raises BadInput for a range that is not
-    of KINDS.
+def draw_points(space: dict, base: config.Config, source) -> list[tuple]:
+    """The values of each trial, in the order of the ranges: `trials` points of a Sobol sequence, or
+    all of a grid. Raises BadInput for a range that is not of KINDS.
     """
-    ranges, design = plan["ranges"], plan["design"]
-    if not isinstance(ranges, dict) or not ranges:
+    ranges, is_grid = space["ranges"], space["design"] == "grid"
+    if not ranges:
         raise BadInput(f"{source}: ranges must hold config keys, each with a range")
     config.refuse_unknown(ranges, f"{source}: ranges")
-    engine = SobolEngine(len(ranges), scramble=True, seed=plan["seed"])
-    draws = engine.draw(plan["trials"]).T.tolist()
+    engine = SobolEngine(len(ranges), scramble=True, seed=space["seed"])
+    draws = engine.draw(space["trials"]).T.tolist()
     columns = []
     for (key, spec), xs in zip(ranges.items(), draws, strict=True):
         if key in FIXED_KEYS:
@@ -114,12 +103,10 @@ def draw_points(plan: dict, base: config.Config, source) -> list[tuple]:
             raise BadInput(f"{source}: {key} cannot be searched over: {reason}")
         try:
             values = [value_at(spec, x, getattr(base, key)) for x in xs]
-            columns.append(values if design == "sobol" else spec["choice"])
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            allowed = f"on a {design} design it must be {KINDS[design]}"
-            raise BadInput(f"{source}: {key} is {spec!r}, {allowed}") from None
-    combine = zip if design == "sobol" else itertools.product
-    return list(combine(*columns))
+            columns.append(spec["choice"] if is_grid else values)
+        except Exception:
+            raise BadInput(f"{source}: {key} is {spec!r}, it must be {KINDS}") from None
+    return list(itertools.product(*columns) if is_grid else zip(*columns, strict=True))
 
 
 def value_at(spec: dict, x: float, like):
@@ -128,8 +115,8 @@ def value_at(spec: dict, x: float, like):
     """
     ((kind, bounds),) = spec.items()
     if kind == "choice":
-        return bounds[min(int(x * len(bounds)), len(bounds) - 1)]
-    low, high = sorted(map(float, bounds))
+        return bounds[int(x * len(bounds))]
+    low, high = map(float, bounds)
     if kind == "log":
         value = low * (high / low) ** x
     elif kind == "range":
@@ -139,23 +126,15 @@ def value_at(spec: dict, x: float, like):
     return round(value) if isinstance(like, int) else float(f"{value:.4g}")
 
 
-def plan_digest(plan: dict) -> str:
-    hashed = {key: value for key, value in plan.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+def plan_digest(plan: dict, config_text: str) -> str:
+    """SHA-256 over a plan and the config that its trials vary."""
+    content = [plan | {"sha256": None}, config_text]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def load_plan(folder: Path) -> dict:
-    """The plan of a search. Raises BadInput where there is none, or the plan or its config was
-    changed afterwards.
-    """
-    if not (folder / "plan.json").is_file():
-        raise BadInput(f"{folder} is no planned search: it has no plan.json (sweep.py plan SPACE)")
+    """The plan of a search. Raises BadInput where the plan or its config was changed afterwards."""
     plan = read_json(folder / "plan.json")
-    digests = [plan.get("sha256"), plan.get("config_sha256")]
-    if digests != [plan_digest(plan), file_digest(folder / "config.yaml")]:
+    if plan["sha256"] != plan_digest(plan, (folder / "config.yaml").read_text()):
         raise BadInput(f"{folder}: plan.json or config.yaml was changed after the plan was frozen")
-    name = plan.get("name", folder.name)
-    if name != folder.name:  # two folders of one plan would train the same runs
-        reason = f"was planned as {name}, after which its runs are called: give it that name again"
-        raise BadInput(f"{folder} {reason}")
     return plan

@@ -10,13 +10,14 @@ import math
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from lib.command import BadInput
 from lib.files import read_cache, read_csv, read_json, write_json
 from lib.sweep.design import load_plan
 
 # one in three trials goes on; `base` is the config with nothing varied
-KEPT_SHARE, NUM_FINALISTS, BASE = 3, 3, "base"
+KEPT_SHARE, BASE = 3, "base"
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,9 @@ class Sweep:
 
     def num_trials(self, rung: int) -> int:
         """The trials of a rung when none fails; of the last rung the finalists, BASE aside."""
-        num = len(self.plan["trials"])
-        if rung == self.num_rungs:
-            return min(num, self.plan.get("finalists", NUM_FINALISTS))
-        return max(1, num // KEPT_SHARE**rung)
+        is_final = rung == self.num_rungs
+        num = max(1, len(self.plan["trials"]) // KEPT_SHARE ** (rung - is_final))
+        return min(num, self.plan["finalists"]) if is_final else num
 
     def run_name(self, trial: str) -> str:
         return f"{self.folder.name}-{self.plan['sha256'][:6]}-{trial}"
@@ -66,27 +66,33 @@ class Sweep:
     def rung_file(self, rung: int) -> Path:
         return self.folder / f"rung-{rung}.json"
 
+    def log_of(self, row: Row) -> Path:
+        return self.folder / "logs" / f"{row}.err"
+
+    def failure_of(self, row: Row) -> Path:
+        return self.folder / "failed" / f"{row}.json"
+
+    def seeds(self, rung: int) -> list[int]:
+        """Those of the plan; of the last rung fresh ones."""
+        seeds = self.plan["seeds"]
+        if rung < self.num_rungs:
+            return seeds
+        return [max(seeds) + number for number in range(1, self.plan["champion_seeds"] + 1)]
+
     def num_rows(self, rung: int) -> int:
         """How many rows a rung has when no trial fails: known before anything ran, so that arrays
         can be submitted.
         """
-        if rung == self.num_rungs:
-            return (self.num_trials(rung) + 1) * self.plan["champion_seeds"]
-        return self.num_trials(rung) * len(self.plan["seeds"])
+        num_base = int(rung == self.num_rungs)
+        return (self.num_trials(rung) + num_base) * len(self.seeds(rung))
 
     def rows(self, rung: int) -> list[Row]:
-        """The rows of a rung. Raises BadInput where it was not written yet."""
-        if rung and not self.rung_file(rung).is_file():
-            remedy = f"sweep.py promote {self.folder.name} writes the next one"
-            raise BadInput(f"{self.folder} has no rung {rung} yet: {remedy}")
-        trials = self.promoted(rung - 1) if rung else self.plan["trials"]
-        seeds, epochs = self.plan["seeds"], self.plan["rungs"]
+        """The rows of a rung. Raises OSError where `promote` has not written its file yet."""
+        trials = read_json(self.rung_file(rung))["trials"] if rung else self.plan["trials"]
         is_final = rung == self.num_rungs
-        if is_final:
-            first = max(seeds) + 1
-            seeds = range(first, first + self.plan["champion_seeds"])
-        num_epochs = epochs[-1] if is_final else epochs[rung]
-        return [Row(trial, seed, num_epochs, is_final) for trial in trials for seed in seeds]
+        epochs = self.plan["rungs"][rung - is_final]
+        seeds = self.seeds(rung)
+        return [Row(trial, seed, epochs, is_final) for trial in trials for seed in seeds]
 
     def promoted(self, rung: int) -> list[str]:
         """The trials that went on from a rung; none before it was promoted."""
@@ -94,10 +100,15 @@ class Sweep:
         return read_json(path)["trials"] if path.is_file() else []
 
     def newest_rung(self) -> int:
-        rung = self.num_rungs
-        while rung and not self.rung_file(rung).is_file():
-            rung -= 1
-        return rung
+        return len(list(self.folder.glob("rung-*.json")))
+
+    def rung_to_promote(self) -> int:
+        """The newest rung; before it has any result, the rung before, which promotes the same ones
+        again.
+        """
+        rung = self.newest_rung()
+        states = {outcome(self, row)["state"] for row in self.rows(rung)}
+        return max(rung - 1, 0) if states == {"todo"} else rung
 
 
 def load_sweep(folder, runs_dir) -> Sweep:
@@ -117,8 +128,8 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     if run and (run / "epochs.csv").is_file():
         epochs = read_csv(run / "epochs.csv")[: row.epochs]
         summary = read_cache(run / "summary.json")
-    failure = read_cache(sweep.folder / "failed" / f"{row}.json")
-    result = {"trial": row.trial, "run": run and str(run), "num_epochs": len(epochs)}
+    failure = read_cache(sweep.failure_of(row))
+    result = {"trial": row.trial, "run": run and str(run)}
     # of the last rung a summary is needed: the last checkpoint might not be written yet
     is_paused = len(epochs) == row.epochs < sweep.plan["rungs"][-1]
     if summary.get("status") == "finished" or is_paused:
@@ -137,9 +148,9 @@ def outcome(sweep: Sweep, row: Row) -> dict:
     return result | {"state": "failed", "reason": reason}
 
 
-def mean_scores(sweep: Sweep, rung: int) -> dict[str, float]:
-    """Mean AUC over the seeds of each trial of a rung, the best first; a trial that failed with any
-    seed has none.
+def trial_scores(sweep: Sweep, rung: int) -> dict[str, dict[str, float]]:
+    """{trial: {run: AUC}} of a rung, a run for each seed, the trial with the best mean first; a
+    trial that failed with any seed is left out.
 
     Raises BadInput while a row has no result, or where no trial has a score.
     """
@@ -149,45 +160,33 @@ def mean_scores(sweep: Sweep, rung: int) -> dict[str, float]:
     if "todo" in states:
         num, first = states.count("todo"), states.index("todo")
         reason = f"{num} of {len(states)} rows have no result, the first is row {first}"
-        remedy = f"sweep.py run {sweep.folder.name} --all"
-        raise BadInput(f"{where} is not over: {reason} ({remedy})")
-    scores = defaultdict(list)
+        raise BadInput(f"{where} is not over: {reason} (sweep.py run {sweep.folder.name} --all)")
+    scores = defaultdict(dict)
     for result in outcomes:
-        scores[result["trial"]].append(result.get("score", math.nan))
-    means = {}
-    for trial, values in sorted(scores.items()):
-        mean = sum(values) / len(values)
-        if math.isfinite(mean):
-            means[trial] = mean
-    if not means:
+        scores[result["trial"]][result["run"]] = result.get("score", math.nan)
+    means = {trial: fmean(by_run.values()) for trial, by_run in scores.items()}
+    ranked = [trial for trial in sorted(means) if math.isfinite(means[trial])]
+    if not ranked:
         reason = outcomes[states.index("failed")]["reason"]
         raise BadInput(f"no trial of {where} has a score; the first failed so: {reason}")
-    ranked = sorted(means, key=means.get, reverse=True)
-    return {trial: means[trial] for trial in ranked}
+    ranked.sort(key=means.get, reverse=True)  # of equal ones the first
+    return {trial: scores[trial] for trial in ranked}
 
 
 def promote(sweep: Sweep, rung: int) -> Path:
-    """Write the rung after `rung`: its best third, or for the champion the best of all with the
-    base config.
+    """Write the rung after `rung`, once: its best third, or for the champion its best finalists
+    with the base config.
 
-    Nothing but the plan and the run folders decides, so that whoever writes it again writes the
-    same bytes.
+    Nothing but the plan and the run folders decides, so that whoever writes it writes the same
+    bytes.
     """
     if rung >= sweep.num_rungs:
         raise BadInput(f"rung {rung} is the last one: sweep.py champion {sweep.folder.name}")
-    scores = mean_scores(sweep, rung)
-    promoted, is_last = list(scores), rung + 1 == sweep.num_rungs
-    for earlier in range(rung)[::-1] if is_last else ():
-        # what went on from there is in the list, or failed later
-        went_on = sweep.promoted(earlier)
-        promoted += [trial for trial in mean_scores(sweep, earlier) if trial not in went_on]
-    promoted = promoted[: sweep.num_trials(rung + 1)]
-    if is_last:
-        promoted.append(BASE)
     path = sweep.rung_file(rung + 1)
-    value = {"plan": sweep.plan["sha256"], "trials": promoted, "scores_before": scores}
-    if path.is_file() and read_json(path) != value:
-        reason = f"is not what the runs of rung {rung} give now: were runs removed or changed?"
-        raise BadInput(f"{path} {reason}")
-    write_json(path, value)
+    if not path.is_file():
+        scores = trial_scores(sweep, rung)
+        promoted = list(scores)[: sweep.num_trials(rung + 1)]
+        if rung + 1 == sweep.num_rungs:
+            promoted.append(BASE)
+        write_json(path, {"trials": promoted, "scores_before": scores})
     return path

@@ -1,57 +1,43 @@
 """Rows carried out: a claim on each, a trainer for it, and the reason where one fails."""
 
 import os
+import queue
 import re
-import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import BinaryIO
 
 from lib import config
+from lib.batches import open_train_valid
 from lib.command import (
     EXIT_INTERRUPTED,
-    EXIT_USAGE,
     REPOSITORY,
     STOP_SIGNALS,
     BadInput,
-    one_line,
-    say,
 )
-from lib.files import read_json, try_lock, write_json
-from lib.fingerprint import fingerprint
+from lib.files import lock_if_possible, write_json
 from lib.machine import resolve_threads
 from lib.progress import Progress
 from lib.ranks import StopFlag
 from lib.sweep.rungs import Row, Sweep, outcome
 
 STOPPED = (EXIT_INTERRUPTED, *(-number for number in STOP_SIGNALS))
-POLL_S = 0.1  # between looks at the trainers
+POLL_S = 0.1  # between looks at a trainer
+ERROR_LINE = r"(?m)^(?:error|[\w.]*(?:Error|Exception)): .*"
 
 
 def require_comparable(sweep: Sweep, overrides: list[str]) -> None:
-    """Raise BadInput for overrides, or data, with which rows would not be the plan's, or not
-    comparable to those so far.
+    """Raise BadInput for overrides with which rows would not be the plan's, and for data that
+    cannot be read.
     """
     changes = config.parse_overrides(overrides)
     for key in ("name", "views"):
         if key in changes:
             raise BadInput(f"{key} cannot be changed after the plan")
-    cfg = config.change_free_keys(config.load_config(sweep.folder / "config.yaml"), changes)
-    splits = ["train"] if cfg.num_folds else ["train", "valid"]
-    digests, path = fingerprint(cfg.data_dir, splits), sweep.folder / "data.json"
-    if path.is_file() and read_json(path) != digests:
-        reason = f"the data that {sweep.folder} was begun with: its SHA-256 differs"
-        raise BadInput(f"{cfg.data_dir} is not {reason}")
-    write_json(path, digests)
-
-
-def file_of(sweep: Sweep, row: Row, kind: str, suffix: str) -> Path:
-    """A file of a row in the folder of its kind, which is made."""
-    folder = sweep.folder / kind
-    folder.mkdir(exist_ok=True)
-    return folder / f"{row}.{suffix}"
+    cfg = config.load_config(sweep.folder / "config.yaml")
+    open_train_valid(config.change_free_keys(cfg, changes))
 
 
 def claim(sweep: Sweep, row: Row) -> BinaryIO | None:
@@ -62,14 +48,10 @@ def claim(sweep: Sweep, row: Row) -> BinaryIO | None:
     trainer inherits it, so that one that outlives its parent keeps its row, and one that is dead
     blocks nobody.
     """
-    path = file_of(sweep, row, "logs", "err")
+    path = sweep.log_of(row)
     log = open(path, "ab")  # noqa: SIM115 (open as long as the claim is)
-    try:
-        if try_lock(log):
-            return log
-    except OSError as error:
-        reason = f"this file system has no locks ({one_line(error)}); --sweeps takes another"
-        raise BadInput(f"{path}: {reason}") from None
+    if lock_if_possible(log, path):
+        return log
     log.close()
     return None
 
@@ -97,20 +79,37 @@ def start_trainer(
 
 
 def note_end(sweep: Sweep, row: Row, code: int) -> None:
-    """Record a trainer that ended without a result: a failure that quotes its last error, not a
-    gap. What could not even start is to be mended, and is no failure of the trial.
+    """Record a trainer that ended without a result and was not stopped: a failure that quotes its
+    last error, not a gap.
     """
-    log = file_of(sweep, row, "logs", "err")
-    pattern = r"(?m)^(?:error|[\w.]*(?:Error|Exception)): .*"
-    errors = re.findall(pattern, log.read_text(errors="replace"))
-    reason = errors[-1] if errors else f"no error in {log}"
-    if code == EXIT_USAGE and not sweep.run_of(row):
-        say(f"{row} could not start: {reason}")
-    elif outcome(sweep, row)["state"] == "todo":
-        ending = f"exit {code}: {reason}"
-        if code < 0:
-            ending = f"killed by {signal.Signals(-code).name}; SIGKILL comes where memory runs out"
-        write_json(file_of(sweep, row, "failed", "json"), {"exit": code, "reason": ending})
+    if code in STOPPED or outcome(sweep, row)["state"] != "todo":
+        return
+    errors = re.findall(ERROR_LINE, sweep.log_of(row).read_text(errors="replace"))
+    reason = f"exit {code}: {errors[-1] if errors else 'it says no error'}"
+    if code < 0:
+        reason = f"killed by signal {-code}; 9 comes where memory runs out"
+    write_json(sweep.failure_of(row), {"reason": reason})
+
+
+def run_row(sweep: Sweep, row: Row, arguments: list[str], threads: int, slots, stop) -> bool:
+    """Carry out a row that has no result yet, with one of the free `slots`. False if another
+    process has it. Once `stop` is true the trainer is told to save and leave.
+    """
+    log = claim(sweep, row)
+    if not log:
+        return False
+    with log:
+        if not stop and outcome(sweep, row)["state"] == "todo":
+            slot = slots.get()
+            trainer = start_trainer(sweep, row, log, arguments, threads, slot)
+            while trainer.poll() is None:
+                time.sleep(POLL_S)
+                if stop:
+                    trainer.terminate()  # once: a second signal may cut the saving short
+                    trainer.wait()
+            slots.put(slot)
+            note_end(sweep, row, trainer.returncode)
+    return True
 
 
 def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[str]) -> dict:
@@ -123,43 +122,16 @@ def run_rows(sweep: Sweep, rows: list[Row], num_processes: int, arguments: list[
     """
     base = config.load_config(sweep.folder / "config.yaml")
     threads = resolve_threads(base, num_processes).threads
-    running, num_elsewhere = {}, 0
-    stop, bar = StopFlag(), Progress(len(rows), sweep.folder.name, "rows")
-
-    def wait() -> None:
-        time.sleep(POLL_S)
-        for slot, (row, log, trainer) in list(running.items()):
-            code = trainer.poll()
-            if code is not None:
-                if not stop and code not in STOPPED:
-                    note_end(sweep, row, code)
-                log.close()
-                del running[slot]
-                bar.add()
-
-    with stop, bar:
-        for row in rows:
-            while len(running) == num_processes and not stop:
-                wait()
-            if stop:
-                break
-            log = claim(sweep, row)
-            if not log:
-                num_elsewhere += 1
-                bar.add()
-            elif outcome(sweep, row)["state"] == "todo":
-                slot = next(slot for slot in range(num_processes) if slot not in running)
-                trainer = start_trainer(sweep, row, log, arguments, threads, slot)
-                running[slot] = (row, log, trainer)
-            else:
-                log.close()
-                bar.add()
-        while running and not stop:
-            wait()
-        for _, _, trainer in running.values():
-            trainer.terminate()  # once: it saves, and a second signal may cut that short
-        while running:
-            wait()
+    slots, num_elsewhere = queue.SimpleQueue(), 0
+    for slot in range(num_processes):
+        slots.put(slot)
+    bar, pool = Progress(len(rows), sweep.folder.name, "rows"), ThreadPoolExecutor(num_processes)
+    with StopFlag() as stop, bar, pool:
+        common = (arguments, threads, slots, stop)
+        futures = [pool.submit(run_row, sweep, row, *common) for row in rows]
+        for future in as_completed(futures):
+            num_elsewhere += not future.result()
+            bar.add()
     states = [outcome(sweep, row)["state"] for row in rows]
     counts = {f"num_{state}": states.count(state) for state in ("done", "failed", "todo")}
     return {**counts, "num_elsewhere": num_elsewhere, "interrupted": bool(stop)}

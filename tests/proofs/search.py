@@ -32,8 +32,7 @@ def search(space: Path, data, scratch: Path) -> tuple[Path, int, float]:
     where = [name, "--sweeps", scratch, "--runs", runs]
     folder = scratch / name
     for _ in read_json(folder / "plan.json")["rungs"]:
-        run("sweep.py", "run", "--all", "--processes", 2, *where)
-        run("sweep.py", "promote", *where)
+        run("sweep.py", "promote", "--finish", "--processes", 2, *where)
     tables = [read_csv(path) for path in runs.glob("*/epochs.csv")]
     last = max(map(len, tables))
     best = max(float(rows[-1]["val_auc"]) for rows in tables if len(rows) == last)
