@@ -13,7 +13,7 @@ from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES, describe_scores
 
 MAX_PENDING = 64  # the most steps that wait in memory until a GPU has computed their loss
-STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s")
+STEP_COLUMNS = ("step", "epoch", "loss", "lr", "grad_norm", "images_per_s", "wait_share")
 BASELINES = (
     "always_positive_f2",
     "majority_accuracy",
@@ -87,7 +87,8 @@ class RunLog:
         self.epoch_images += self.batch_size
         row = {"step": self.progress["num_steps"], "epoch": self.progress["epoch"] + 1, "lr": lr}
         values, done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach())
-        self.pending.append((row, (batch.keys, batch.num_rows), host_s, values, done))
+        times = host_s, batch.wait_s
+        self.pending.append((row, (batch.keys, batch.num_rows), times, values, done))
         while self.pending and self._is_due():
             self._write(*self.pending.popleft())
 
@@ -105,8 +106,8 @@ class RunLog:
         done = self.pending[0][-1]
         return done is None or done.query() or len(self.pending) > MAX_PENDING
 
-    def _write(self, row: dict, batch: tuple, host_s: float, values: torch.Tensor, done) -> None:
-        seconds = host_s
+    def _write(self, row: dict, batch: tuple, times: tuple, values: torch.Tensor, done) -> None:
+        seconds, wait_s = times
         if done:
             done.synchronize()
             if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
@@ -119,8 +120,13 @@ class RunLog:
         self.progress["loss_sum"] += loss
         self.note = f"loss {loss:.4f}"
         if self.logs:
-            images_per_s = round(self.batch_size / seconds, 1)
-            self.steps.add(**row, loss=loss, grad_norm=grad_norm, images_per_s=images_per_s)
+            self.steps.add(
+                **row,
+                loss=loss,
+                grad_norm=grad_norm,
+                images_per_s=round(self.batch_size / seconds, 1),
+                wait_share=round(wait_s / seconds, 5),
+            )
 
     def raise_diverged(self, what: str):
         """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
