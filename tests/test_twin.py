@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import QUICK, REPOSITORY, run_script
 
 import audit
@@ -30,10 +29,11 @@ NOT_TRAINING = ("lib/prepare", "lib/report", "lib/benchmark/cases.py")
 def train_here(pcam_dir, tmp_path_factory):
     """Train in this process, which is faster than a new one: the run folder."""
     config = [f"data_dir={pcam_dir}", *QUICK, "dropout=0.2", "checkpoint_every_steps=3"]
+    config += ["limit_train=96", "limit_valid=40"]  # 6 steps
 
     def train_here(*arguments, fault=None) -> Path:
         runs = str(tmp_path_factory.mktemp("runs"))
-        argv = ["--runs", runs, *config, "limit_valid=40", *arguments]
+        argv = ["--runs", runs, *config, *arguments]
         return Path(replay.train(argv, fault)[0]["run"])
 
     return train_here
@@ -79,16 +79,16 @@ def change_rows(run, keep=bool, **cells) -> None:
 
 
 def test_untouched_twins_are_identical_and_no_self_test_takes_their_place(twins, compare, tmp_path):
-    code, result = compare(*twins)
-    assert (code, result["verdict"], result["num_steps"]) == (0, "identical", 10)
+    code, result = compare(*twins, "--seeds", *twins)
+    assert (code, result["verdict"], result["num_steps"]) == (0, "identical", 6)
     assert result["weights"] == "equal"
     assert (twins[0] / "trace.csv").read_text() == (twins[1] / "trace.csv").read_text()
     findings = (tmp_path / "out/findings.json").read_text()
-    assert all(
-        row["severity"] == "note" or row["check"] == "inputs" for row in json.loads(findings)
-    )
+    rows = {row["check"]: row for row in json.loads(findings)}
+    assert rows["time line"]["severity"] == "note"
+    assert all(row["seed_deviation"] == 0 for row in rows["scores"]["rows"])
     page = (tmp_path / "out/twin.html").read_text()
-    assert "A and B: identical to the bit over 10 traced steps" in page
+    assert "A and B: identical to the bit over 6 traced steps" in page and "<img" in page
     code, result = compare(twins[0], "--inject", "sample@1")
     assert code == 2 and "holds a real comparison" in result["error"]
     assert (tmp_path / "out/findings.json").read_text() == findings
@@ -96,31 +96,22 @@ def test_untouched_twins_are_identical_and_no_self_test_takes_their_place(twins,
 
 @pytest.mark.slow
 def test_a_fault_is_found_by_the_command(twins, tmp_path):
-    """The whole way: a twin with a fault is trained, compared and replayed in processes as a user
-    starts them.
-    """
-    options = ("--inject", f"output:{LAYER}@5", "--out", tmp_path / "out", "--seeds", *twins)
+    """The whole way: a twin with a fault is trained, compared and replayed by one command."""
+    options = ("--inject", f"output:{LAYER}@5", "--out", tmp_path / "out")
     result = run_script("audit.py", "twin", twins[0], *options, check=0).json
     assert (result["step"], result["quantity"], result["named"]) == (5, "buffers", True)
-    replayed = result["replay"]
-    expected = {"phase": "forward", "module": LAYER, "what": "output", "max_ulp": 1}
-    assert replayed | expected == replayed
-    assert replayed["num_unequal"] == replayed["num_elements"]
-    assert replayed["replayed_from"].endswith("trace/00000003.pt")
-    page = (tmp_path / "out/twin.html").read_text()
-    assert (
-        "A and B: part at step 5" in page and "seed_deviation" in page and page.count("<img") == 2
-    )
-    assert "nan" not in re.sub("<img[^>]*>", "", page)
+    expected = {"phase": "forward", "module": LAYER, "what": "output"}
+    assert result["replay"] | expected == result["replay"]
+    assert result["replay"]["replayed_from"].endswith("trace/00000003.pt")
+    assert "A and B: part at step 5" in (tmp_path / "out/twin.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("fault", "quantity", "phase"),
     [
         ("gradient:features.3.0@2", "gradients", "backward"),
-        ("sample@7", "rows", None),
-        (f"draw:{LAYER}@6", "rng", "forward"),
-        ("draw:features.2.norm@1", "rng", "forward"),
+        ("sample@5", "rows", None),
+        pytest.param("draw:features.2.norm@1", "rng", "forward", marks=pytest.mark.slow),
     ],
 )
 def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
@@ -130,19 +121,18 @@ def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
     assert code == 0 and result["named"]
     assert (result["step"], result["quantity"]) == (step, quantity)
     assert (result["replay"].get("module", ""), result["replay"].get("phase")) == (layer, phase)
-    if quantity == "gradients":
-        assert result["layer"] == f"{layer}.weight" and result["replay"]["max_ulp"] == 1
+    assert result["layer"] == (f"{layer}.weight" if quantity == "gradients" else result["layer"])
 
 
 @pytest.mark.slow
 def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
     """With every fourth step traced, the replay of the steps between says which one it was."""
     run = train_here("--trace-every", "4")
-    assert [row["step"] for row in read_csv(run / "trace.csv")] == ["4", "8"]
+    assert [row["step"] for row in read_csv(run / "trace.csv")] == ["4"]
     fault = replay.Fault("output", LAYER, 6)
     other = train_here("--trace-every", "4", fault=fault)
     report, _ = twin.compare(twin.read_side(run), twin.read_side(other), fault, "cpu")
-    assert (report["step"], report["equal_step"]) == (8, 4)
+    assert (report["step"], report["equal_step"]) == (6, 4)
     assert (report["replay"]["step"], report["replay"]["module"]) == (6, LAYER)
 
 
@@ -160,42 +150,27 @@ def test_runs_from_elsewhere_are_compared(copies, compare):
     assert "differ in cpu_capability" in result["cause"] and "differ in commit" in result["cause"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda run: change_rows(run, lambda step: step < 9), "trace.csv is cut"),
-        (lambda run: change_rows(run, lambda step: step % 2 == 0), "are of other lengths"),
-        (lambda run: (run / "summary.json").unlink(), "did not finish"),
-        (lambda run: write_csv(run / "trace.csv", ["step"], [[1]]), "it lacks the column rows"),
-    ],
-)
-def test_a_damaged_trace_is_refused(copies, compare, damage, sentence):
-    damage(copies[1])
-    code, result = compare(*copies)
-    assert code == 2 and sentence in result["error"]
-
-
-def test_wrong_use_is_refused(twins, train_here, compare):
+def test_wrong_use_and_what_are_no_twins_is_refused(twins, copies, compare, tmp_path):
     run = twins[0]
-    other = train_here("--trace", "lr=1e-3")
+    other = shutil.copytree(run, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("lr: 0.02", "lr: 0.001"))
+    write_json(other / "meta.json", read_json(other / "meta.json") | {"identity": "another"})
+    cut, unfinished = copies
+    change_rows(cut, lambda step: step < 6)
+    (unfinished / "summary.json").unlink()
     for sentence, *arguments in (
         ("are no twins: lr is 0.02 in one, 0.001 in the other", run, other),
+        ("hold other steps", run, cut),
+        ("did not finish", run, unfinished),
         ("it must be output:LAYER, gradient:LAYER, draw:LAYER or", run, "--inject", "flood@1"),
         ("layers of this model are features.0.0, ", run, "--inject", "output:features.9@1"),
-        ("@STEP of 1 to 10", run, "--inject", "sample@11"),
+        ("@STEP of 1 to 6", run, "--inject", "sample@7"),
         ("--inject needs a run that is made here", *twins, "--inject", "sample@1"),
         ("twin takes two run folders", *twins, "seed=2"),
     ):
         code, result = compare(*arguments)
         assert code == 2 and sentence in result["error"]
-
-
-def test_distance_in_ulp():
-    values = torch.tensor([-1.0, -0.0, 0.0, 3.5, 1e30])
-    for kind in (values, values.bfloat16()):
-        assert replay.ulp_distance(kind, replay.next_float(kind)).tolist() == [1] * 5
-    smallest = torch.tensor([1.4e-45])
-    assert replay.ulp_distance(-smallest, smallest) == 2
 
 
 def test_every_source_has_its_control(tmp_path, capsys):
