@@ -2,7 +2,6 @@
 is judged on the other.
 """
 
-import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -61,7 +60,6 @@ RULES = {  # for a threshold, as lib/calibration.py takes them
     "recall at least 0.99": ("recall", 0.99, 0),
     "a miss costs 10 false alarms": ("cost", 0, 10),
 }
-RARE = 0.01  # share of tumour among patches, as a clinic may have it
 USED = "as the checkpoint scales them"
 MOST_ECE = 0.03
 MOST_OUTSIDE = 3  # bins of 15 outside their 95% interval: in 100 calibrated models one has more
@@ -178,7 +176,7 @@ def audit_model(
         audit.logits = calibrate(audit.raw, audit.checkpoint["calibration"])
         threshold = audit.checkpoint["threshold"]
         audit.answers = split_answers(audit.labels, sigmoid(audit.logits), threshold, audit.groups)
-        audit.scores = describe_audit(audit, parts)
+        audit.scores = describe_audit(audit)
         check_rows(audit)
         for part, check in zip(MODEL_PARTS, checks, strict=True):
             if part in parts:
@@ -214,7 +212,7 @@ def recalibrate(ckpt, directory, overrides, device: str) -> None:
     complete_checkpoint(ckpt, train, valid, source, cfg)
 
 
-def describe_audit(audit: Audit, parts) -> dict:
+def describe_audit(audit: Audit) -> dict:
     """scores.json before its parts: what was audited, and the global scores."""
     answers = audit.answers
     checkpoint = audit.checkpoint
@@ -239,7 +237,6 @@ def describe_audit(audit: Audit, parts) -> dict:
             "sha256": fingerprint(audit.directory, [split]),
         },
         "commit": git_state()["commit"],
-        "parts": list(parts),
         "num_judged": len(judged),
         "num_groups": len(np.unique(audit.groups[judged])),
         "global": overall,
@@ -286,10 +283,6 @@ def price_thresholds(audit: Audit) -> None:
         row = {"rule": rule, "threshold": threshold}
         for name in PRICED:
             row |= spread(name, scores[name])
-        # by Bayes' rule
-        hits = RARE * row["recall"]
-        false_alarms = (1 - RARE) * (1 - row["specificity"])
-        row["precision_if_rare"] = hits / (hits + false_alarms) if hits else math.nan
         rows.append(row)
     audit.tables["thresholds"] = rows
 

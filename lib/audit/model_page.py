@@ -17,7 +17,15 @@ from lib.figures import COLOURS, column, figure_png, new_figure, plot_decisions
 
 PRICED = ("recall", "specificity", "precision", "f2")
 SHOWN = ("auc", *PRICED)
-TITLES = {"auc": "AUC", "f2": "F2", "num": "patches", "num_positive": "positive"}
+TITLES = {
+    "auc": "AUC",
+    "f2": "F2",
+    "ece": "ECE",
+    "nll": "NLL",
+    "num": "patches",
+    "num_positive": "positive",
+    "always_positive_f2": "F2, always positive",
+}
 CENTRE = {"top": 32, "left": 32, "height": 32, "width": 32}
 PAIRS_A_ROW = 3  # of pictures of errors
 NUM_PICTURES = 12  # of false positives, and of false negatives
@@ -83,7 +91,7 @@ def title_of(name: str) -> str:
 def evaluation_blocks(audit) -> list:
     """Scores of all patches, and of one of each group of equal ones, beside published ones."""
     split = audit.split.name
-    columns = ("rows", "num", "auc", "f2", "recall", "specificity", "always_positive_f2")
+    columns = ("rows", "num", "auc", "f2", "sensitivity", "specificity", "always_positive_f2")
     table = score_table(audit.tables["evaluation"], *columns)
     blocks = [Heading(f"Scores on all of {split}"), table]
     if split == "test":
@@ -121,17 +129,14 @@ def headline_blocks(audit) -> list:
 def threshold_blocks(audit) -> list:
     """What each threshold costs."""
     rows = audit.tables["thresholds"]
-    note = (
-        "Always positive needs no model: a threshold is worth what it has above that. The last"
-        " column is the precision where one patch in a hundred is positive, by Bayes' rule."
-    )
+    note = "Always positive needs no model: a threshold is worth what it has above that."
     labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
     figure = plot_scores(rows, labels, ("recall", "specificity"), audit.scores["global"])
     title = "Scores at each threshold; dotted: at the stored one"
     return [
         Heading("The price of a threshold"),
         Words(note, "note"),
-        score_table(rows, "rule", "threshold", *PRICED, "precision_if_rare"),
+        score_table(rows, "rule", "threshold", *PRICED),
         Figure(title, figure_png(figure), "prices.png"),
     ]
 
@@ -143,7 +148,7 @@ def calibration_blocks(audit) -> list:
     return [
         Heading("What a probability is worth"),
         Words(note, "note"),
-        table_of(audit.scores["calibration"]),
+        score_table(audit.scores["calibration"], "probabilities", "ece", "brier", "nll"),
         Figure("Reliability", figure, "reliability.png"),
     ]
 
@@ -153,11 +158,11 @@ def slice_blocks(audit) -> list:
     rows = audit.tables["slices"]
     note = (
         "A slice is a fifth of the patches by a feature of the image, never by the label or by what"
-        " the model says. Found: AUC, recall or specificity falls behind the rest of the half that"
-        " finds: the interval of the gap lies above 0. Confirmed (orange): so does the interval of"
-        " the gap on the other half, which chance alone does in one of 1,600 comparisons."
+        " the model says. Confirmed (orange): AUC, recall or specificity falls behind the rest on"
+        " both halves, so that the 95% interval of the gap lies above 0. Chance alone does that in"
+        " one of 1,600 comparisons."
     )
-    columns = ("feature", "slice", "found", "confirmed", "num", "num_positive", *JUDGED)
+    columns = ("feature", "slice", "confirmed", "num", "num_positive", *JUDGED)
     labels = [slice_name(row) for row in rows]
     figure = plot_scores(rows, labels, JUDGED, audit.scores["global"])
     return [
@@ -174,7 +179,7 @@ def shortcut_blocks(audit) -> list:
         "The label depends on the centre 32x32 alone. One view each. Tissue beside tumour is mostly"
         " tumour, so the ring tells something without being a cheat."
     )
-    table = score_table(audit.tables["shortcut"], "probe", "num", "auc")
+    table = score_table(audit.tables["shortcut"], "probe", "auc")
     return [Heading("Where the model looks"), Words(note, "note"), table]
 
 

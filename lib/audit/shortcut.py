@@ -34,7 +34,7 @@ def centre_mask() -> torch.Tensor:
 def probe_regions(
     predict: Predict, patches: torch.Tensor, labels, weights: np.ndarray
 ) -> list[dict]:
-    """Rows {probe, num, auc, auc_low, auc_high} for patches uint8 (B, 96, 96, 3) with labels
+    """Rows {probe, auc, auc_low, auc_high} for patches uint8 (B, 96, 96, 3) with labels
     (B,): as they are, and with the centre or the ring of another patch. `weights` (1 + R, B)
     resample them, after a row of ones."""
     order = np.random.default_rng(0).permutation(len(patches))
@@ -49,7 +49,7 @@ def probe_regions(
     rows = []
     for probe, version in versions.items():
         scores = resampled_scores(labels, predict(version), 0.0, weights)
-        rows.append({"probe": probe, "num": len(patches)} | spread("auc", scores["auc"]))
+        rows.append({"probe": probe} | spread("auc", scores["auc"]))
     return rows
 
 

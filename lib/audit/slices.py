@@ -111,18 +111,19 @@ def measure_slice(mask: np.ndarray, answers: Answers) -> dict:
 
 
 def conclude(rows: list[dict]) -> dict | None:
-    """Note by which scores each row of a slice is `found` and `confirmed`, and give the worst
-    confirmed row, with the `measure` by which it is. None where nothing is confirmed.
+    """Note by which scores each row of a slice is `confirmed` to be worse, and give the worst such
+    row, with the `measure` by which it is. None where nothing is confirmed.
 
-    Found: the 95% interval of the gap to the rest lies above zero on the first half. Confirmed:
-    found, and it does so on the second half too, which chance alone does in one of 1,600
-    comparisons. Worst: the largest gap, on the half that finds.
+    Confirmed: the 95% interval of the gap to the rest lies above zero on both halves, which chance
+    alone does in one of 1,600 comparisons. Worst: the largest gap on the first half.
     """
     worst = None
     for row in rows:
-        behind = [name for name in JUDGED if row[f"finding_gap_{name}_low"] > 0]
-        confirmed = [name for name in behind if row[f"gap_{name}_low"] > 0]
-        row |= {"found": " ".join(behind), "confirmed": " ".join(confirmed)}
+        confirmed = []
+        for name in JUDGED:
+            if row[f"finding_gap_{name}_low"] > 0 and row[f"gap_{name}_low"] > 0:
+                confirmed.append(name)
+        row["confirmed"] = " ".join(confirmed)
         for name in confirmed:
             gap = row[f"finding_gap_{name}"]
             if worst is None or gap > worst["finding_gap"]:

@@ -84,13 +84,9 @@ def prove_faults(args, scratch: Path) -> list[dict]:
         # one ULP of a logit may change neither loss nor gradient: then the twins are identical, and
         # have to be called so
         is_same = twins["verdict"] == "identical" and twins["weights"] == "equal"
-        if twins["named"]:
-            num_named += 1
-        elif kind == "output" and is_same:
-            num_rounded += 1
-        else:
-            say(f"not named: {fault}: {twins}")
-        say(f"fault {number + 1}/{count}: {num_named} named, {num_rounded} rounded away")
+        num_named += bool(twins["named"])
+        num_rounded += kind == "output" and is_same and not twins["named"]
+        say(f"{fault}: {'named' if twins['named'] else twins}")
     measured = f"{num_named} of {count}; {num_rounded} rounded away, the twins called identical"
     asked = "planted faults: step, quantity and module named"
     return [row(asked, measured, num_named + num_rounded == count, count)]
@@ -129,18 +125,15 @@ def prove_price(name: str, without: dict, with_it: dict, args, scratch: Path) ->
 
 
 LARGE = {"batch_size": 256}
-PARTS = {
-    "kills": prove_kills,
-    "faults": prove_faults,
-    "trace_price": functools.partial(prove_price, "the trace", {}, {}),
-    "shards_price": functools.partial(prove_price, "shards=4", {}, {"shards": 4}),
-    "shards_of_64_price": functools.partial(
-        prove_price, "batch_size=256 shards=4", LARGE, LARGE | {"shards": 4}
-    ),
-    "determinism_price": functools.partial(
-        prove_price, "deterministic=true", {"deterministic": False}, {}
-    ),
+PRICES = {
+    "trace_price": ("the trace", {}, {}),
+    "shards_price": ("shards=4", {}, {"shards": 4}),
+    "shards_of_64_price": ("batch_size=256 shards=4", LARGE, LARGE | {"shards": 4}),
+    "determinism_price": ("deterministic=true", {"deterministic": False}, {}),
 }
+PARTS = {"kills": prove_kills, "faults": prove_faults}
+for part, price in PRICES.items():
+    PARTS[part] = functools.partial(prove_price, *price)
 
 if __name__ == "__main__":
     options = {"count": None, "data": None, "device": "cpu"}
