@@ -26,26 +26,15 @@ NOT_TRAINING = ("lib/prepare", "lib/report", "lib/benchmark/cases.py")
 
 
 @pytest.fixture(scope="module")
-def train_here(pcam_dir, tmp_path_factory):
-    """Train in this process, which is faster than a new one: the run folder."""
-    config = [f"data_dir={pcam_dir}", *QUICK, "dropout=0.2", "checkpoint_every_steps=3"]
-    config += ["limit_train=96", "limit_valid=40"]  # 6 steps
-
-    def train_here(*arguments, fault=None) -> Path:
-        runs = str(tmp_path_factory.mktemp("runs"))
-        argv = ["--runs", runs, *config, *arguments]
-        return Path(replay.train(argv, fault)[0]["run"])
-
-    return train_here
-
-
-@pytest.fixture(scope="module")
-def twins(train_here, tmp_path_factory):
-    """Two traced runs of one configuration, one by a process of its own, that no test may
-    change.
+def twins(pcam_dir, tmp_path_factory):
+    """Two traced runs of 6 steps of one configuration, one by a process of its own, that no test
+    may change.
     """
-    run = train_here("--trace")
-    options = ("--config", run / "config.yaml", "--runs", tmp_path_factory.mktemp("runs"))
+    runs = str(tmp_path_factory.mktemp("runs"))
+    config = [*QUICK, f"data_dir={pcam_dir}", "dropout=0.2", "checkpoint_every_steps=3"]
+    config += ["limit_train=96", "limit_valid=40"]
+    run = Path(replay.train(["--runs", runs, "--trace", *config])[0]["run"])
+    options = ("--config", run / "config.yaml", "--runs", runs)
     return [run, Path(run_script("train.py", *options, "--trace", check=0).json["run"])]
 
 
@@ -113,18 +102,6 @@ def test_a_planted_fault_is_named(twins, compare, tmp_path, fault, quantity, pha
     assert (result["replay"].get("module", ""), result["replay"].get("phase")) == (layer, phase)
     page = (tmp_path / "out/twin.html").read_text()
     assert f"A and B: part at step {step}" in page and "self-test" in page
-
-
-@pytest.mark.slow
-def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
-    """With every fourth step traced, the replay of the steps between says which one it was."""
-    run = train_here("--trace-every", "4")
-    assert [row["step"] for row in read_csv(run / "trace.csv")] == ["4"]
-    fault = replay.Fault("output", LAYER, 6)
-    other = train_here("--trace-every", "4", fault=fault)
-    report, _ = twin.compare(twin.read_side(run), twin.read_side(other), fault, "cpu")
-    assert (report["step"], report["equal_step"]) == (6, 4)
-    assert (report["replay"]["step"], report["replay"]["module"]) == (6, LAYER)
 
 
 def test_runs_from_elsewhere_are_compared(copies, compare):

@@ -21,7 +21,6 @@ from lib.audit.slices import (
     measure_slices,
     split_answers,
 )
-from lib.augment import PREPROCESSING
 from lib.batches import PatchSource, fold_of_rows, open_train_valid
 from lib.calibration import (
     calibrate,
@@ -129,10 +128,8 @@ class Audit:
         """Logits float64 (B,) of patches uint8 (B, 96, 96, 3), before calibration."""
         logits = []
         for part in torch.as_tensor(patches).split(BLOCK):
-            images = part.to(self.device)
-            part_logits = predict_batch(
-                self.model, images, self.cfg.precision, views, PREPROCESSING
-            )
+            options = self.cfg.precision, views, self.checkpoint["preprocessing"]
+            part_logits = predict_batch(self.model, part.to(self.device), *options)
             logits.append(part_logits.cpu())
         return torch.cat(logits).double().numpy()
 

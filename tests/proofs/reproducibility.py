@@ -33,16 +33,19 @@ FAULTS = ("output", "gradient", "output", "sample", "gradient", "draw")
 
 
 def train_command(args, scratch: Path, checkpoint_every: int) -> list:
-    data = args.data or write_pcam(scratch / "data", 1280, 100)
-    where = ["--trace", "--device", args.device, f"data_dir={data}"]
+    where = ["--trace", "--device", args.device, f"data_dir={find_data(args, scratch)}"]
     return ["train.py", *where, *TINY, f"checkpoint_every_steps={checkpoint_every}"]
+
+
+def find_data(args, scratch: Path) -> str:
+    return args.data or write_pcam(scratch / "data", 1280, 100)
 
 
 def read_outcome(folder: Path) -> list:
     """A run's weights and scores, and every digest of every step."""
     summary = read_json(folder / "summary.json")
-    trace_text = (folder / "trace.csv").read_text()
-    return [summary["weights_sha256"], summary["val_auc"], summary["val_loss"], trace_text]
+    names = ("weights_sha256", "val_auc", "val_loss")
+    return [summary[name] for name in names] + [(folder / "trace.csv").read_text()]
 
 
 def prove_kills(args, scratch: Path) -> list[dict]:
@@ -81,11 +84,10 @@ def prove_faults(args, scratch: Path) -> list[dict]:
         fault = f"{kind}{where}@{random.randint(1, whole['num_steps'])}"
         inject = ("--inject", fault, "--out", scratch / "fault")
         twins = run("audit.py", "twin", whole["run"], *inject)
+        num_named += bool(twins["named"])
         # one ULP of a logit may change neither loss nor gradient: then the twins are identical, and
         # have to be called so
-        is_same = twins["verdict"] == "identical" and twins["weights"] == "equal"
-        num_named += bool(twins["named"])
-        num_rounded += kind == "output" and is_same and not twins["named"]
+        num_rounded += kind == "output" and twins["verdict"] == "identical"
         say(f"{fault}: {'named' if twins['named'] else twins}")
     measured = f"{num_named} of {count}; {num_rounded} rounded away, the twins called identical"
     asked = "planted faults: step, quantity and module named"
@@ -107,13 +109,14 @@ def trace_steps(trainer: Trainer, folder: Path) -> None:
 
 def prove_price(name: str, without: dict, with_it: dict, args, scratch: Path) -> list[dict]:
     """What a thing costs the default recipe's step."""
-    data = args.data or write_pcam(scratch / "data", 1280, 100)
     count = args.count or 15
     cfg = resolve_threads(load_config())
+    device = choose_device(args.device)
+    data = find_data(args, scratch)
     trainers = []
     for changes in (without, with_it):
         values = {"threads": cfg.threads, "p4m_width": cfg.p4m_width, **changes}
-        trainers.append(Trainer(choose_device(args.device), data, **values))
+        trainers.append(Trainer(device, data, **values))
     if name == "the trace":
         trace_steps(trainers[1], scratch)
     measures = [functools.partial(trainer.images_per_s, SECONDS) for trainer in trainers]
