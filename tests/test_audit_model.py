@@ -3,6 +3,7 @@ another way of counting gives.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import json
@@ -70,6 +71,16 @@ def test_a_weak_slice_is_found_on_one_half_and_confirmed_on_the_other():
     assert worst["auc"] == pytest.approx(compute_auc(answers.labels[inside], answers.probs[inside]))
     assert worst["auc_low"] < worst["auc"] < worst["auc_high"] < worst["rest_auc"]
     assert judge_world()[1] is None, "nothing is planted"
+
+
+def test_a_slice_that_one_half_alone_finds_is_not_confirmed():
+    answers = judge_world()[2]
+    inside = np.arange(1500) % 3 == 0
+    wrong = answers.rows[0][inside[answers.rows[0]]]
+    probs = answers.probs.copy()
+    probs[wrong] = 1 - probs[wrong]
+    row = measure_slice(inside, dataclasses.replace(answers, probs=probs))
+    assert row["finding_gap_auc_low"] > 0 and conclude([row]) is None
 
 
 def test_a_slice_is_not_confirmed_where_the_rest_is_as_uncertain():
