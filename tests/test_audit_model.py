@@ -250,11 +250,15 @@ def write_split(folder, patches, labels, name="valid") -> None:
 
 
 def test_few_groups_get_no_verdict(quick_run, tmp_path):
-    """Four slides in each half: no interval, and no warning but that."""
+    """Four slides in each half: no interval, and no warning but that, not even for a threshold that
+    calls every patch positive.
+    """
     write_split(tmp_path, *draw_patches(64, 0))
     write_groups(tmp_path, {"valid": np.arange(64) // 8})
+    ckpt = tmp_path / "best.pt"
+    save_checkpoint(ckpt, load_checkpoint(quick_run / "best.pt") | {"threshold": 0.0})
     out = tmp_path / "out"
-    audit_here(quick_run, tmp_path, out, "--parts", "thresholds,calibration,slices,shortcut")
+    audit_here(ckpt, tmp_path, out, "--parts", "thresholds,slices,shortcut")
     rows = findings_of(out).values()
     assert [row["check"] for row in rows if row["severity"] == "warning"] == ["groups"]
     for name in ("thresholds", "slices", "shortcut"):
