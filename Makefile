@@ -5,7 +5,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all lint train seeds folds sweep bench audit status cancel data demo twin prove prove-audit runs handover
-.PHONY: assignment champion check checklist journal demo-journal clean audit-model prove-model prove-gpu
+.PHONY: assignment champion check checklist evaluate journal demo-journal clean audit-model prove-model prove-gpu
 
 # Recipes get these variables by the environment, as they were given: neither make nor a shell carries out anything in them, and
 # jobs/submit.py checks them. Only make's command line sets them, for a shell may have a DATA or TIME of its own.
@@ -113,6 +113,11 @@ twin: $(setup_done)  ## is a short training reproducible to the bit: make twin D
 audit-model: $(setup_done)  ## where a model fails, and what a threshold costs: make audit-model RUN=runs/RUN DATA=data/sample
 	@test -n "$${DATA:-}" || { echo 'error: make audit-model needs DATA=DIR, a PCam folder with labels' >&2; exit 2; }
 	$(run) here audit.py model --ckpt "$${RUN:-assets/champion}" "$$DATA" $${OUT:+--out "$$OUT"}
+
+evaluate: $(setup_done)  ## the test split, raw and without copies, beside published results: make evaluate RUN=runs/RUN DATA=data/pcam
+	@test -n "$${DATA:-}" || { echo 'error: make evaluate needs DATA=DIR, a PCam folder with a test split' >&2; exit 2; }
+	run="$${RUN:-assets/champion}"; $(run) here audit.py model --ckpt "$$run" "$$DATA" --split test --parts scores \
+	  --out "$${OUT:-evaluation-$$(basename "$$run")}"
 
 champion: $(setup_done)  ## a run, or a search's winner, as assets/champion, calibrated and audited: make champion RUN=runs/RUN or RUN=sweeps/NAME
 	@test -n "$${RUN:-}" || { echo 'error: make champion needs RUN=runs/RUN or RUN=sweeps/NAME' >&2; exit 2; }

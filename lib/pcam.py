@@ -161,7 +161,7 @@ class Images:
 
     def read(self, rows) -> np.ndarray:
         """The patches at `rows`, any integers in any order, as uint8 (B, 96, 96, 3)."""
-        rows = np.asarray(rows)
+        rows = np.asarray(rows, dtype=np.int64)
         if self.mapped is not None:
             return self.mapped[rows]
         patches = np.empty((len(rows), *PATCH_SHAPE), np.uint8)

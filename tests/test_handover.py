@@ -244,12 +244,13 @@ def test_a_cpu_build_of_torch_is_chosen_where_there_is_one(wheels, tmp_path, mon
 
 def test_an_audit_gives_evidence_for_each_part_and_runs_nothing_damaged(written, stick, tmp_path):
     findings = checklist.audit_folder(written[0])
-    assert {row["severity"] for row in findings} == {"note"} and len(findings) == 5
+    notes = {row["check"] for row in findings if row["severity"] == "note"}
+    assert notes >= {"files", "expected predictions", "inference.py works"}
     flip(stick / "model" / "best.pt")
     assert audit.main(["handover", str(stick), "--out", str(tmp_path)]) == 1
     findings = json.loads((tmp_path / "findings.json").read_text())
-    assert [row["severity"] for row in findings] == ["error", "note"]
-    assert {"file": "changed: model/best.pt"} in findings[0]["rows"]
+    assert findings[0]["severity"] == "error"
+    assert "changed: model/best.pt" in findings[0]["measured"]
 
 
 JOURNAL = """# Journal
@@ -279,7 +280,8 @@ def test_the_checklist_is_judged_item_by_item(tmp_path, monkeypatch):
 
     def errors() -> set[str]:
         findings = audit_checklist(tmp_path)
-        assert "make twin" in findings[-1]["advice"], "what the journal still needs"
+        commands = [row["command"] for row in findings[-1]["rows"]]
+        assert any("make twin" in command for command in commands), "what the journal still needs"
         return {row["check"] for row in findings if row["severity"] == "error"}
 
     assert errors() == set()
@@ -288,9 +290,8 @@ def test_the_checklist_is_judged_item_by_item(tmp_path, monkeypatch):
     shutil.copy(shipped, champion)
     assert errors() == {"repository linked", "best checkpoint", "names and ids"}
     # the link and the ids after the first page, a picture elsewhere, no Slurm script, no checkpoint
-    title, link_line, members, image, section = JOURNAL.splitlines()
-    lines = [title, section, link_line, members, image.replace("assets/a", "../a")]
-    journal.write_text("\n".join(lines))
+    first, *rest = JOURNAL.replace("assets/a", "../a").splitlines()
+    journal.write_text("\n".join([first, "## 1 Reproducibility", *rest]))
     (tmp_path / "jobs" / "train.sbatch").unlink()
     champion.unlink()
     assert len(errors()) == 5

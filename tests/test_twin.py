@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import QUICK, REPOSITORY, run_script
 
 import audit
@@ -27,25 +26,15 @@ NOT_TRAINING = ("lib/prepare", "lib/report", "lib/benchmark/cases.py")
 
 
 @pytest.fixture(scope="module")
-def train_here(pcam_dir, tmp_path_factory):
-    """Train in this process, which is faster than a new one: the run folder."""
-    config = [f"data_dir={pcam_dir}", *QUICK, "dropout=0.2", "checkpoint_every_steps=3"]
-
-    def train_here(*arguments, fault=None) -> Path:
-        runs = str(tmp_path_factory.mktemp("runs"))
-        argv = ["--runs", runs, *config, "limit_valid=40", *arguments]
-        return Path(replay.train(argv, fault)[0]["run"])
-
-    return train_here
-
-
-@pytest.fixture(scope="module")
-def twins(train_here, tmp_path_factory):
-    """Two traced runs of one configuration, one by a process of its own, that no test may
-    change.
+def twins(pcam_dir, tmp_path_factory):
+    """Two traced runs of 6 steps of one configuration, one by a process of its own, that no test
+    may change.
     """
-    run = train_here("--trace")
-    options = ("--config", run / "config.yaml", "--runs", tmp_path_factory.mktemp("runs"))
+    runs = str(tmp_path_factory.mktemp("runs"))
+    config = [*QUICK, f"data_dir={pcam_dir}", "dropout=0.2", "checkpoint_every_steps=3"]
+    config += ["limit_train=96", "limit_valid=40"]
+    run = Path(replay.train(["--runs", runs, "--trace", *config])[0]["run"])
+    options = ("--config", run / "config.yaml", "--runs", runs)
     return [run, Path(run_script("train.py", *options, "--trace", check=0).json["run"])]
 
 
@@ -71,79 +60,48 @@ def compare(tmp_path, monkeypatch):
     return compare
 
 
-def change_rows(run, keep=bool, **cells) -> None:
-    """Keep some rows of a trace, and change cells of those from step 4 on."""
-    rows = [row for row in read_csv(run / "trace.csv") if keep(int(row["step"]))]
-    rows = [row | cells if int(row["step"]) >= 4 else row for row in rows]
-    write_csv(run / "trace.csv", list(rows[0]), [list(row.values()) for row in rows])
+def change_rows(run, last_step=99, **cells) -> None:
+    """End a trace at a step, and change cells of its rows from step 4 on."""
+    rows = [row for row in read_csv(run / "trace.csv") if int(row["step"]) <= last_step]
+    for row in rows[3:]:
+        row.update(cells)
+    write_csv(run / "trace.csv", rows[0], [row.values() for row in rows])
 
 
 def test_untouched_twins_are_identical_and_no_self_test_takes_their_place(twins, compare, tmp_path):
-    code, result = compare(*twins)
-    assert (code, result["verdict"], result["num_steps"]) == (0, "identical", 10)
+    code, result = compare(*twins, "--seeds", *twins)
+    assert (code, result["verdict"], result["num_steps"]) == (0, "identical", 6)
     assert result["weights"] == "equal"
     assert (twins[0] / "trace.csv").read_text() == (twins[1] / "trace.csv").read_text()
     findings = (tmp_path / "out/findings.json").read_text()
-    assert all(
-        row["severity"] == "note" or row["check"] == "inputs" for row in json.loads(findings)
-    )
+    rows = {row["check"]: row for row in json.loads(findings)}
+    assert rows["time line"]["severity"] == "note"
+    assert all(row["seed_deviation"] == 0 for row in rows["scores"]["rows"])
     page = (tmp_path / "out/twin.html").read_text()
-    assert "A and B: identical to the bit over 10 traced steps" in page
+    assert "A and B: identical to the bit over 6 traced steps" in page and "<img" in page
     code, result = compare(twins[0], "--inject", "sample@1")
     assert code == 2 and "holds a real comparison" in result["error"]
     assert (tmp_path / "out/findings.json").read_text() == findings
-
-
-@pytest.mark.slow
-def test_a_fault_is_found_by_the_command(twins, tmp_path):
-    """The whole way: a twin with a fault is trained, compared and replayed in processes as a user
-    starts them.
-    """
-    options = ("--inject", f"output:{LAYER}@5", "--out", tmp_path / "out", "--seeds", *twins)
-    result = run_script("audit.py", "twin", twins[0], *options, check=0).json
-    assert (result["step"], result["quantity"], result["named"]) == (5, "buffers", True)
-    replayed = result["replay"]
-    expected = {"phase": "forward", "module": LAYER, "what": "output", "max_ulp": 1}
-    assert replayed | expected == replayed
-    assert replayed["num_unequal"] == replayed["num_elements"]
-    assert replayed["replayed_from"].endswith("trace/00000003.pt")
-    page = (tmp_path / "out/twin.html").read_text()
-    assert (
-        "A and B: part at step 5" in page and "seed_deviation" in page and page.count("<img") == 2
-    )
-    assert "nan" not in re.sub("<img[^>]*>", "", page)
 
 
 @pytest.mark.parametrize(
     ("fault", "quantity", "phase"),
     [
         ("gradient:features.3.0@2", "gradients", "backward"),
-        ("sample@7", "rows", None),
-        (f"draw:{LAYER}@6", "rng", "forward"),
-        ("draw:features.2.norm@1", "rng", "forward"),
+        ("sample@5", "rows", None),
+        (f"output:{LAYER}@5", "buffers", "forward"),
+        pytest.param("draw:features.2.norm@1", "rng", "forward", marks=pytest.mark.slow),
     ],
 )
-def test_a_planted_fault_is_named(twins, compare, fault, quantity, phase):
+def test_a_planted_fault_is_named(twins, compare, tmp_path, fault, quantity, phase):
     layer = fault.partition(":")[2].partition("@")[0]
     step = int(fault.partition("@")[2])
     code, result = compare(twins[0], "--inject", fault)
     assert code == 0 and result["named"]
     assert (result["step"], result["quantity"]) == (step, quantity)
     assert (result["replay"].get("module", ""), result["replay"].get("phase")) == (layer, phase)
-    if quantity == "gradients":
-        assert result["layer"] == f"{layer}.weight" and result["replay"]["max_ulp"] == 1
-
-
-@pytest.mark.slow
-def test_a_fault_between_traced_steps_is_found_by_the_replay(train_here):
-    """With every fourth step traced, the replay of the steps between says which one it was."""
-    run = train_here("--trace-every", "4")
-    assert [row["step"] for row in read_csv(run / "trace.csv")] == ["4", "8"]
-    fault = replay.Fault("output", LAYER, 6)
-    other = train_here("--trace-every", "4", fault=fault)
-    report, _ = twin.compare(twin.read_side(run), twin.read_side(other), fault, "cpu")
-    assert (report["step"], report["equal_step"]) == (8, 4)
-    assert (report["replay"]["step"], report["replay"]["module"]) == (6, LAYER)
+    page = (tmp_path / "out/twin.html").read_text()
+    assert f"A and B: part at step {step}" in page and "self-test" in page
 
 
 def test_runs_from_elsewhere_are_compared(copies, compare):
@@ -160,29 +118,22 @@ def test_runs_from_elsewhere_are_compared(copies, compare):
     assert "differ in cpu_capability" in result["cause"] and "differ in commit" in result["cause"]
 
 
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda run: change_rows(run, lambda step: step < 9), "trace.csv is cut"),
-        (lambda run: change_rows(run, lambda step: step % 2 == 0), "are of other lengths"),
-        (lambda run: (run / "summary.json").unlink(), "did not finish"),
-        (lambda run: write_csv(run / "trace.csv", ["step"], [[1]]), "it lacks the column rows"),
-    ],
-)
-def test_a_damaged_trace_is_refused(copies, compare, damage, sentence):
-    damage(copies[1])
-    code, result = compare(*copies)
-    assert code == 2 and sentence in result["error"]
-
-
-def test_wrong_use_is_refused(twins, train_here, compare):
+def test_wrong_use_and_what_are_no_twins_is_refused(twins, copies, compare, tmp_path):
     run = twins[0]
-    other = train_here("--trace", "lr=1e-3")
+    other = shutil.copytree(run, tmp_path / "other")
+    text = (other / "config.yaml").read_text()
+    (other / "config.yaml").write_text(text.replace("lr: 0.02", "lr: 0.001"))
+    write_json(other / "meta.json", read_json(other / "meta.json") | {"identity": "another"})
+    cut, unfinished = copies
+    change_rows(cut, last_step=5)
+    (unfinished / "summary.json").unlink()
     for sentence, *arguments in (
         ("are no twins: lr is 0.02 in one, 0.001 in the other", run, other),
+        ("hold other steps", run, cut),
+        ("did not finish", run, unfinished),
         ("it must be output:LAYER, gradient:LAYER, draw:LAYER or", run, "--inject", "flood@1"),
         ("layers of this model are features.0.0, ", run, "--inject", "output:features.9@1"),
-        ("@STEP of 1 to 10", run, "--inject", "sample@11"),
+        ("@STEP of 1 to 6", run, "--inject", "sample@7"),
         ("--inject needs a run that is made here", *twins, "--inject", "sample@1"),
         ("twin takes two run folders", *twins, "seed=2"),
     ):
@@ -190,18 +141,9 @@ def test_wrong_use_is_refused(twins, train_here, compare):
         assert code == 2 and sentence in result["error"]
 
 
-def test_distance_in_ulp():
-    values = torch.tensor([-1.0, -0.0, 0.0, 3.5, 1e30])
-    for kind in (values, values.bfloat16()):
-        assert replay.ulp_distance(kind, replay.next_float(kind)).tolist() == [1] * 5
-    smallest = torch.tensor([1.4e-45])
-    assert replay.ulp_distance(-smallest, smallest) == 2
-
-
 def test_every_source_has_its_control(tmp_path, capsys):
     assert audit.main(["twin", "--sources"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["num_sources"] >= 25 and result["num_missing"] == 0
+    assert json.loads(capsys.readouterr().out)["num_missing"] == 0
     shutil.copytree(REPOSITORY / "lib", tmp_path / "lib")
     path = tmp_path / "lib" / "training.py"
     control = "torch.manual_seed(position_seed(*position, shard))"
@@ -211,10 +153,7 @@ def test_every_source_has_its_control(tmp_path, capsys):
 
 
 def test_nothing_that_training_imports_draws_without_control():
-    uncontrolled = []
     for path in [REPOSITORY / "train.py", *(REPOSITORY / "lib").rglob("*.py")]:
         if not path.relative_to(REPOSITORY).as_posix().startswith(NOT_TRAINING):
-            lines = path.read_text().splitlines()
-            uncontrolled += [(path.name, line) for line in lines if UNCONTROLLED.search(line)]
-    assert not uncontrolled
-    assert UNCONTROLLED.search("x = torch.rand(3)") and UNCONTROLLED.search("random.shuffle(x)")
+            assert not UNCONTROLLED.search(path.read_text()), path
+    assert UNCONTROLLED.search("x = torch.rand(3)")

@@ -4,7 +4,7 @@ pages are views of them.
 
 from lib.command import say
 
-MODEL_PARTS = ("thresholds", "calibration", "slices", "shortcut", "errors")
+MODEL_PARTS = ("scores", "thresholds", "calibration", "slices", "shortcut", "errors")
 
 
 def build_finding(
@@ -33,15 +33,6 @@ def finding(*args, **options) -> dict:
     row = build_finding(*args, **options)
     say_finding(row)
     return row
-
-
-def judged_finding(
-    check: str, is_bad: bool, measured: str, limit: str, advice: str, rows=()
-) -> dict:
-    """A warning with advice where what was measured is bad, else a note."""
-    if is_bad:
-        return finding(check, "warning", measured, limit, advice, rows)
-    return finding(check, "note", measured, limit, "", rows)
 
 
 def rank_findings(findings: list[dict]) -> list[dict]:

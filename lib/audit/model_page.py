@@ -1,6 +1,5 @@
 """The page of a model audit: the global figure beside the worst slice, what a threshold costs,
-calibration, slices, shortcuts, and the worst errors in their own colours, with what the model saw
-in them.
+calibration, slices, shortcuts, and the worst errors, with what the model saw in them.
 """
 
 import math
@@ -11,146 +10,53 @@ from matplotlib import colormaps
 
 from lib.audit import rank_findings
 from lib.audit.data_page import outline, plot_gallery
-from lib.audit.model_plots import (
-    TITLES,
-    plot_curves,
-    plot_prices,
-    plot_reliability,
-    plot_slices,
-    slice_name,
-)
-from lib.audit.resampling import PREVALENCES
-from lib.blocks import Figure, Gallery, Heading, Table, Words, table_of, write_page
-from lib.figures import figure_png
+from lib.audit.evaluation import PUBLISHED
+from lib.audit.slices import JUDGED
+from lib.blocks import Figure, Heading, Table, Words, table_of, write_page
+from lib.figures import COLOURS, column, figure_png, new_figure, plot_decisions
 
-PRICED = {"recall": "recall", "specificity": "specificity", "precision": "precision", "f2": "F2"}
-NAMES = TITLES | {"f2": "F2", "precision": "precision"}
-MEANINGS = {"rule": "rule"}
-for share in PREVALENCES:
-    for name, title in {"flagged_share": "flagged", "precision": "precision", "f2": "F2"}.items():
-        MEANINGS[f"{name}_at_{share:g}"] = f"{title}, {share:.0%} positive"
-# of a table of the audit: its name, a title, a note, columns as {name: title}, and what is drawn of
-# it, as {file: (title, function of tables and scores)}
-CHAPTERS = (
-    (
-        "thresholds",
-        "The price of a threshold",
-        "Always positive and always negative need no model: a threshold is worth what it has above"
-        " them.",
-        {"rule": "rule", "threshold": "threshold"} | PRICED,
-        {
-            "prices.png": ("Scores at each threshold; dotted: at the stored one", plot_prices),
-            "curves.png": ("ROC and precision over recall", plot_curves),
-        },
-    ),
-    (
-        "thresholds",
-        "Where tumour is rarer",
-        "By Bayes' rule from recall and specificity above.",
-        MEANINGS,
-        {},
-    ),
-    (
-        "calibration",
-        "What a probability is worth",
-        "ECE of 15 bins of equal width; by chance: what 95 of 100 samples this large show if every"
-        " probability is right. NLL in nats.",
-        {
-            "probabilities": "probabilities",
-            "temperature": "temperature",
-            "offset": "offset",
-            "ece": "ECE",
-            "ece_by_chance": "ECE by chance",
-            "brier": "Brier score",
-            "nll": "NLL",
-        },
-        {"reliability.png": ("Reliability; area: patches in a bin", plot_reliability)},
-    ),
-    (
-        "slices",
-        "Slices",
-        "No slice is defined by a label or by what the model says; of a feature they are fifths of"
-        " the half that finds, and two together at either end. Found: AUC, recall or specificity"
-        " falls behind the rest of that half, corrected for the number of comparisons"
-        " (Benjamini-Hochberg, 5% of false discoveries). Confirmed (orange; found alone: yellow):"
-        " the interval of its gap to the rest on the other half lies above 0. F2 follows how many"
-        " of a slice's patches are positive and is not compared. Undefined: a class is missing; no"
-        " interval: too few groups to resample. A slide lies in one half: its own patches are"
-        " halved, and of slides the 20 are shown that are lowest on the half that finds.",
-        {
-            "feature": "feature",
-            "slice": "slice",
-            "found": "found",
-            "confirmed": "confirmed",
-            "num": "patches",
-            "num_positive": "positive",
-            "f2": "F2",
-            "always_positive_f2": "always positive",
-        }
-        | TITLES,
-        {"slices.png": ("Scores by slice; dotted: of all patches", plot_slices)},
-    ),
-    (
-        "shortcut",
-        "Where the model looks",
-        "The label depends on the centre 32x32 alone. One view each. Tissue beside tumour is mostly"
-        " tumour, so the ring tells something without being a cheat.",
-        {"probe": "probe", "measure": "measure", "value": "value", "constant": "constant model"},
-        {},
-    ),
-)
-MOST_SLIDES = 20  # slides that are shown, those with the lowest scores
+PRICED = ("recall", "specificity", "precision", "f2")
+SHOWN = ("auc", *PRICED)
+TITLES = {
+    "auc": "AUC",
+    "f2": "F2",
+    "ece": "ECE",
+    "nll": "NLL",
+    "num": "patches",
+    "num_positive": "positive",
+    "always_positive_f2": "F2, always positive",
+}
 CENTRE = {"top": 32, "left": 32, "height": 32, "width": 32}
-PAIRS_A_ROW = 4  # of pictures of errors
-GAP_PX = 8
-ZOOM = 2
+PAIRS_A_ROW = 3  # of pictures of errors
+NUM_PICTURES = 12  # of false positives, and of false negatives
 
 
-def write_model_page(path, scores: dict, findings: list[dict], tables: dict, gallery) -> Path:
-    """Write the page. `gallery`: rows of errors, patches uint8 (B, 96, 96, 3) or None, and maps (B,
-    96, 96) of evidence.
+def write_model_page(path, audit, with_patches: bool) -> Path:
+    """Write the page of an Audit of lib/audit/model.py, and its pictures beside it. Without patches
+    it shows maps alone of the errors.
     """
-    half = scores["halves"][1]
-    note = (
-        f"Scores are those of {half['num']:,} patches, one half; thresholds, temperatures and"
-        " slices were chosen on the other; errors are those of all. In brackets: 95% intervals,"
-        f" {half['num_groups']:,} {half['groups']} resampled."
-    )
-    columns = ("severity", "check", "measured", "limit", "advice")
-    blocks = [
-        Words(note, "note"),
-        Heading("The global figure and the worst slice"),
-        *headline_blocks(scores),
-        Heading("What was found"),
-        table_of(rank_findings(findings), columns),
-    ]
-    shown = tables | {"calibration": scores["calibration"]}
-    shown["slices"] = choose_slices(tables.get("slices", []))
-    for table, title, note, columns, figures in CHAPTERS:
-        if shown.get(table):
-            blocks += [Heading(title), Words(note, "note"), score_table(shown[table], columns)]
-            for file, (caption, plot) in figures.items():
-                blocks.append(Figure(caption, figure_png(plot(shown, scores)), file))
-    if "errors" in tables:
-        blocks += [Heading("The most confident errors"), *error_blocks(tables["errors"], *gallery)]
-    blocks += [Heading("What was audited"), *fact_blocks(scores)]
+    scores = audit.scores
     data = scores["data"]
-    title = f"{scores['checkpoint']['path']} on {data['split']} of {data['directory']}"
+    columns = ("severity", "check", "measured", "limit", "advice")
+    blocks = evaluation_blocks(audit) if "evaluation" in audit.tables else []
+    blocks += headline_blocks(audit)
+    blocks += [Heading("What was found"), table_of(rank_findings(audit.findings), columns)]
+    chapters = {
+        "thresholds": threshold_blocks,
+        "reliability": calibration_blocks,
+        "slices": slice_blocks,
+        "shortcut": shortcut_blocks,
+    }
+    for table, build_chapter in chapters.items():
+        if table in audit.tables:
+            blocks += build_chapter(audit)
+    if audit.tables.get("errors"):
+        blocks += error_blocks(audit, with_patches)
+    checkpoint = scores["checkpoint"]
+    facts = f"Checkpoint SHA-256 {checkpoint['sha256']}, commit {scores['commit']}."
+    blocks.append(Words(facts, "note"))
+    title = f"{checkpoint['path']} on {data['split']} of {data['directory']}"
     return write_page(path, f"Model audit: {title}", blocks)
-
-
-def choose_slices(rows: list[dict]) -> list[dict]:
-    """The slices that are shown: all but slides, and the slides with the lowest scores on the half
-    that finds. The other half judges: a slide chosen there would look worse than it is.
-    """
-
-    def lowest_score(row: dict) -> float:
-        scores = [row[f"finding_{name}"] for name in TITLES]
-        return min(np.nan_to_num(scores, nan=1.0))
-
-    slides = [row for row in rows if row["feature"] == "slide"]
-    others = [row for row in rows if row["feature"] != "slide"]
-    return others + sorted(slides, key=lowest_score)[:MOST_SLIDES]
 
 
 def interval_text(value: float, low: float, high: float) -> str:
@@ -163,101 +69,185 @@ def interval_text(value: float, low: float, high: float) -> str:
     return f"{text}\N{NO-BREAK SPACE}({low:.2f}\N{EN DASH}{high:.2f})"
 
 
-def score_table(rows: list[dict], columns: dict[str, str]) -> Table:
-    """A table of rows, with `columns` as {name: title}; of scores with their intervals."""
+def score_table(rows: list[dict], *columns: str) -> Table:
+    """A table of some columns of rows, of scores with their intervals."""
     lines = []
     for row in rows:
         line = []
         for name in columns:
-            # the interval of `value` is low and high
-            prefix = "" if name == "value" else f"{name}_"
             cell = row.get(name)
-            if f"{prefix}low" in row:
-                cell = interval_text(cell, row[f"{prefix}low"], row[f"{prefix}high"])
-            elif cell != cell:
-                cell = "undefined"
+            if f"{name}_low" in row:
+                cell = interval_text(cell, row[f"{name}_low"], row[f"{name}_high"])
             line.append(cell)
         lines.append(line)
-    return Table(list(columns.values()), lines)
+    return Table([title_of(name) for name in columns], lines)
 
 
-def headline_blocks(scores: dict) -> list:
-    """The table that a reader takes away."""
+def title_of(name: str) -> str:
+    """The name of a column in words."""
+    return TITLES.get(name, name.replace("_", " "))
+
+
+def evaluation_blocks(audit) -> list:
+    """Scores of all patches, and of one of each group of equal ones, beside published ones."""
+    split = audit.split.name
+    columns = ("rows", "num", "auc", "f2", "sensitivity", "specificity", "always_positive_f2")
+    table = score_table(audit.tables["evaluation"], *columns)
+    blocks = [Heading(f"Scores on all of {split}"), table]
+    if split == "test":
+        blocks.append(Words("Published, on the official test split:"))
+        blocks.append(Table(["who", "accuracy", "AUC"], PUBLISHED))
+    return blocks
+
+
+def headline_blocks(audit) -> list:
+    """The table that a reader takes away, and the curves."""
+    scores = audit.scores
+    overall = {name: interval_text(*scores["global"][name].values()) for name in SHOWN}
+    rows = [{"patches": "all"} | overall]
     worst = scores["worst_confirmed_slice"]
-    base = scores["constant_baselines"]
-    overall = {name: interval_text(*scores["global"][name].values()) for name in NAMES}
-    constants = (0.5, 1.0, 0.0, base["always_positive_f2"], base["prevalence"])
-    rows = [
-        overall | {"of": "all patches"},
-        dict(zip((*NAMES, "of"), (*constants, "always positive"), strict=True)),
-    ]
-    note = "Slices were not judged."
-    if scores["num_slices"]:
-        note = f"Of {scores['num_slices']} slices none is confirmed to be worse than the rest."
     if worst:
-        rest = {name: worst.get(f"rest_{name}") for name in NAMES}
-        rows += [worst | {"of": f"worst slice: {slice_name(worst)}"}, rest | {"of": "the rest"}]
-        note = (
-            f"{slice_name(worst)}: {worst['num']:,} patches, {worst['num_positive']:,} of them"
-            f" positive; F2 is {worst['always_positive_f2']:.3f} if all are called so. It fell"
-            " furthest behind the rest on the half that finds; here it has"
-            f" {worst['error_ratio']:.1f} times as many errors, by {NAMES[worst['measure']]}."
-        )
-    return [score_table(rows, {"of": "patches"} | NAMES), Words(note, "note")]
+        rest = {name: worst[f"rest_{name}"] for name in JUDGED}
+        rows.append({"patches": f"worst slice: {slice_name(worst)}"} | worst)
+        rows.append({"patches": "the rest"} | rest)
+    always = scores["constant_baselines"]["always_positive_f2"]
+    note = (
+        f"Scores are those of {scores['num_judged']:,} patches, one half; thresholds and slices"
+        " were chosen on the other; errors are those of all. In brackets: 95% intervals,"
+        f" {scores['num_groups']:,} slides or groups resampled. Always positive has F2"
+        f" {always:.3f}."
+    )
+    curves = figure_png(plot_decisions(*audit.answers.half(1), audit.answers.threshold))
+    return [
+        Heading("The global figure and the worst slice"),
+        Words(note, "note"),
+        score_table(rows, "patches", *SHOWN),
+        Figure("ROC, precision over recall, and the decisions", curves, "curves.png"),
+    ]
 
 
-def error_blocks(errors: list[dict], shown: list[dict], patches, maps) -> list:
-    """A gallery of false positives and negatives."""
+def threshold_blocks(audit) -> list:
+    """What each threshold costs."""
+    rows = audit.tables["thresholds"]
+    note = "Always positive needs no model: a threshold is worth what it has above that."
+    labels = [f"{row['rule']} ({row['threshold']:.3g})" for row in rows]
+    figure = plot_scores(rows, labels, ("recall", "specificity"), audit.scores["global"])
+    title = "Scores at each threshold; dotted: at the stored one"
+    return [
+        Heading("The price of a threshold"),
+        Words(note, "note"),
+        score_table(rows, "rule", "threshold", *PRICED),
+        Figure(title, figure_png(figure), "prices.png"),
+    ]
+
+
+def calibration_blocks(audit) -> list:
+    """What a probability is worth."""
+    note = "ECE of 15 bins of equal width. NLL in nats."
+    figure = figure_png(plot_reliability(audit.tables["reliability"]))
+    return [
+        Heading("What a probability is worth"),
+        Words(note, "note"),
+        score_table(audit.scores["calibration"], "probabilities", "ece", "brier", "nll"),
+        Figure("Reliability", figure, "reliability.png"),
+    ]
+
+
+def slice_blocks(audit) -> list:
+    """The scores of each slice."""
+    rows = audit.tables["slices"]
+    note = (
+        "A slice is a fifth of the patches by a feature of the image, never by the label or by what"
+        " the model says. Confirmed (orange): AUC, recall or specificity falls behind the rest on"
+        " both halves, so that the 95% interval of the gap lies above 0. Chance alone does that in"
+        " one of 1,600 comparisons."
+    )
+    columns = ("feature", "slice", "confirmed", "num", "num_positive", *JUDGED)
+    labels = [slice_name(row) for row in rows]
+    figure = plot_scores(rows, labels, JUDGED, audit.scores["global"])
+    return [
+        Heading("Slices"),
+        Words(note, "note"),
+        score_table(rows, *columns),
+        Figure("Scores by slice; dotted: of all patches", figure_png(figure), "slices.png"),
+    ]
+
+
+def shortcut_blocks(audit) -> list:
+    """What exchanged centres and rings do to the AUC."""
+    note = (
+        "The label depends on the centre 32x32 alone. One view each. Tissue beside tumour is mostly"
+        " tumour, so the ring tells something without being a cheat."
+    )
+    table = score_table(audit.tables["shortcut"], "probe", "auc")
+    return [Heading("Where the model looks"), Words(note, "note"), table]
+
+
+def slice_name(row: dict) -> str:
+    """A slice in words: its feature and which part of it."""
+    return f"{row['feature'].replace('_', ' ')} {row['slice']}"
+
+
+def plot_scores(rows: list[dict], labels: list[str], names, overall: dict):
+    """A panel for each of some scores, with a line for each row: its value and interval, beside the
+    `value` over all patches at the stored threshold (dotted). A slice that is confirmed to be worse
+    is orange.
+    """
+    num = len(rows)
+    places = range(num)
+    colours = [COLOURS[1] if row.get("confirmed") else COLOURS[0] for row in rows]
+    figure, panels = new_figure(len(names), width=4.4, height=1.2 + 0.2 * num)
+    for axes, name in zip(panels, names, strict=True):
+        lows = column(rows, f"{name}_low")
+        highs = column(rows, f"{name}_high")
+        axes.hlines(places, lows, highs, colors=colours)
+        axes.scatter(column(rows, name), places, s=16, c=colours)
+        axes.axvline(overall[name]["value"], color="black", linestyle=":")
+        axes.set_title(title_of(name))
+        axes.set_yticks(places, labels if axes is panels[0] else [""] * num, fontsize=8)
+        axes.set_ylim(num - 0.4, -0.6)  # the first on top
+    return figure
+
+
+def plot_reliability(rows: list[dict]):
+    """Share of positives, with its 95% interval, against the mean probability of each bin."""
+    figure, (axes,) = new_figure(1, 6, 4.5)
+    axes.plot((0, 1), (0, 1), color="black", linestyle=":")
+    mean = column(rows, "mean_probability")
+    lows = column(rows, "positive_share_low")
+    highs = column(rows, "positive_share_high")
+    axes.vlines(mean, lows, highs)
+    axes.scatter(mean, column(rows, "positive_share"))
+    axes.set(xlabel="mean probability of a bin", ylabel="share of positives")
+    return figure
+
+
+def error_blocks(audit, with_patches: bool) -> list:
+    """A picture of false positives and negatives."""
     note = (
         "The most confident come first. Beside each: where hiding a block of 16x16 pixels takes"
         " evidence for tumour away (red) or adds to it (blue), each map in its own scale. The frame"
         " is the centre 32x32. errors.csv has all errors."
     )
-    if patches is None:
-        note = f"Pictures of patches are left out. {note}"
-    kinds = [row["kind"] for row in errors]
-    counts = [f"{kinds.count(kind):,} {kind}s" for kind in ("false positive", "false negative")]
-    tiles = [tile.repeat(ZOOM, 0).repeat(ZOOM, 1) for tile in draw_pairs(patches, maps)]
-    gallery = Gallery(tiles, list_captions(shown, maps))
-    return [Words(", ".join(counts)), Words(note, "note"), gallery]
-
-
-def list_captions(shown: list[dict], maps: np.ndarray) -> list[str]:
-    """The kind, the row, the probability and, where it is known, the slide of errors."""
-    captions = []
-    for row, evidence in zip(shown, maps, strict=True):
-        slide = f", {row['slide']}" if row["slide"] else ""
-        place = f"{row['kind']}, row {row['index']}, p = {row['probability']:.3f}{slide}"
-        captions.append(f"{place}; moves the logit by up to {np.abs(evidence).max():.2g}")
-    return captions
-
-
-def draw_pairs(patches, maps: np.ndarray) -> list[np.ndarray]:
-    """Patches and their maps side by side, uint8 (96, 200, 3) each, or the maps alone where patches
-    are None; the centre in a frame.
-    """
+    errors = audit.tables["errors"]
+    shown = [row for row in errors if row["rank"] <= NUM_PICTURES]
     tiles = []
-    for place, evidence in enumerate(maps):
-        reach = np.abs(evidence).max() or 1.0
-        heat = colormaps["RdBu_r"](0.5 + 0.5 * evidence / reach, bytes=True)[..., :3]
-        tile = outline(heat, CENTRE)
-        if patches is not None:
-            gap = np.full((len(heat), GAP_PX, 3), 255, np.uint8)
-            tile = np.concatenate([outline(patches[place], CENTRE), gap, tile], 1)
-        tiles.append(tile)
-    return tiles
+    captions = []
+    for row, patch, evidence in zip(shown, audit.patches, audit.maps, strict=True):
+        tiles.append(draw_error(patch, evidence, with_patches))
+        captions.append(f"{row['kind']}, row {row['index']}, p = {row['probability']:.3f}")
+    picture = figure_png(plot_gallery(tiles, captions, PAIRS_A_ROW))
+    return [
+        Heading("The most confident errors"),
+        Words(note, "note"),
+        Figure(f"The first of {len(errors):,} errors", picture, "errors.png"),
+    ]
 
 
-def plot_errors(shown: list[dict], patches: np.ndarray, maps: np.ndarray):
-    """The gallery as one picture, false positives before false negatives."""
-    return plot_gallery(draw_pairs(patches, maps), list_captions(shown, maps), PAIRS_A_ROW)
-
-
-def fact_blocks(scores: dict) -> list:
-    """What was audited, to be found again."""
-    data = scores["data"]
-    checkpoint = scores["checkpoint"]
-    facts = data | data["sha256"] | (checkpoint["calibration"] or {}) | checkpoint
-    facts["commit"] = scores["commit"] or "not in a git repository"
-    rows = [fact for fact in facts.items() if not isinstance(fact[1], dict)]
-    return [Table(("what", "value"), rows), table_of(scores["halves"])]
+def draw_error(patch: np.ndarray, evidence: np.ndarray, with_patch: bool) -> np.ndarray:
+    """A patch and its map side by side, uint8 (96, 192, 3), the centre in a frame; or the map
+    alone.
+    """
+    reach = np.abs(evidence).max() or 1.0
+    heat = colormaps["RdBu_r"](0.5 + 0.5 * evidence / reach, bytes=True)[..., :3]
+    return np.concatenate([outline(patch, CENTRE), heat], 1) if with_patch else heat

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import runpy
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,13 +49,14 @@ def parse_fault(text: str, cfg: Config, num_steps: int) -> Fault:
     weighted = [name for name, module in modules.items() if module._parameters]
     allowed = {"output": modules, "gradient": weighted, "draw": modules, "sample": [""]}
     match = re.fullmatch(r"(\w+):?([\w.]*)@(\d+)", text)
-    kind, layer, step = match.groups() if match else ("", "", 0)
-    if layer not in allowed.get(kind, ()) or int(step) not in range(1, num_steps + 1):
-        form = f"output:LAYER, gradient:LAYER, draw:LAYER or sample, then @STEP of 1 to {num_steps}"
-        raise BadInput(
-            f"--inject {text}: it must be {form}; layers of this model are {', '.join(weighted)}"
-        )
-    return Fault(kind, layer, int(step))
+    if match:
+        kind, layer, step = match.groups()
+        if layer in allowed.get(kind, ()) and 1 <= int(step) <= num_steps:
+            return Fault(kind, layer, int(step))
+    form = f"output:LAYER, gradient:LAYER, draw:LAYER or sample, then @STEP of 1 to {num_steps}"
+    raise BadInput(
+        f"--inject {text}: it must be {form}; layers of this model are {', '.join(weighted)}"
+    )
 
 
 def next_float(values: torch.Tensor) -> torch.Tensor:
@@ -63,20 +65,6 @@ def next_float(values: torch.Tensor) -> torch.Tensor:
     """
     above = torch.nextafter(values, torch.full_like(values, torch.inf))
     return values + (above - values).detach()
-
-
-def ulp_distance(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """How many floating-point numbers lie between two tensors of one type and shape, element by
-    element: int64.
-    """
-    numbers = []
-    for tensor in (left, right):
-        size = tensor.element_size()
-        kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-        bits = tensor.contiguous().view(kind).long()
-        # sign and magnitude as integers that count up from the least number to the greatest
-        numbers.append(torch.where(bits < 0, -(1 << (8 * size - 1)) - bits, bits))
-    return (numbers[0] - numbers[1]).abs()
 
 
 def drop(values: torch.Tensor) -> torch.Tensor:
@@ -113,41 +101,37 @@ def watch(name: str, module: torch.nn.Module, note) -> list:
             )
 
     def after(_module, _inputs, output):
-        for what, tensor in {"output": output, **dict(module.named_buffers(recurse=False))}.items():
-            note("forward", name, what, tensor)
+        note("forward", name, "output", output)
+        for key, buffer in module.named_buffers(recurse=False):
+            note("forward", name, key, buffer)
         state = torch.cuda.get_rng_state(output.device) if output.is_cuda else torch.get_rng_state()
         # a draw over zeros leaves no other trace
         note("forward", name, "state of the generator", state)
 
-    # what enters a container enters its first module too
-    hooks = [] if any(module.children()) else [module.register_forward_pre_hook(before)]
+    hooks = [module.register_forward_hook(after)]
+    if not any(module.children()):  # what enters a container enters its first module too
+        hooks.append(module.register_forward_pre_hook(before))
     for key, parameter in module.named_parameters(recurse=False):
         after_backward = lambda p, what=f"gradient of {key}": note("backward", name, what, p.grad)  # noqa: E731
         hooks.append(parameter.register_post_accumulate_grad_hook(after_backward))
-    return [*hooks, module.register_forward_hook(after)]
+    return hooks
 
 
 class Replayed(Exception):
     """The steps that were asked for have been made."""
 
 
-def train(
-    argv: list[str], fault: Fault | None = None, window: range = range(0), keep: int | None = None
-) -> tuple:
-    """train.py with `argv` and a fault: (its result, [], None), or, with a window of steps, to the
-    end of that: (None, what was computed as (step, phase, module, what, SHA-256) in order, the
-    tensor number `keep` of these)."""
+def train(argv: list[str], fault: Fault | None = None, window: range = range(0)) -> tuple:
+    """train.py with `argv` and a fault: (its result, []), or, with a window of steps, to the end of
+    that: (None, what was computed as (step, phase, module, what, SHA-256) in order)."""
     original = training.training_step
     events = []
-    tensors = []
 
     def step(state, batch, *rest):
         number = state.progress["num_steps"] + 1
         state.graph = None  # of a step that is replayed as a CUDA graph hooks would see nothing
 
         def note(phase, module, what, tensor):
-            if len(events) == keep:
-                tensors.append(tensor.detach().cpu().clone())
             events.append((number, phase, module, what, state_sha256(tensor)))
 
         hooks = []
@@ -168,13 +152,15 @@ def train(
                 raise Replayed
         return result
 
-    training.training_step = step
     main = runpy.run_path(str(REPOSITORY / "train.py"))["main"].__wrapped__
-    with contextlib.ExitStack() as stack:
-        stack.callback(setattr, training, "training_step", original)
-        stack.enter_context(contextlib.suppress(Replayed))
-        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        if window:
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        main(argv)
-    return json.loads(out.getvalue() or "null"), events, tensors[0] if tensors else None
+    out = io.StringIO()
+    log = io.StringIO() if window else sys.stderr
+    training.training_step = step
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(log):
+            main(argv)
+    except Replayed:
+        return None, events
+    finally:
+        training.training_step = original
+    return json.loads(out.getvalue()), events

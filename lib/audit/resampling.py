@@ -4,29 +4,11 @@ import math
 
 import numpy as np
 
-from lib.metrics import as_arrays, curve_points
+from lib.metrics import as_arrays
 
 NUM_RESAMPLES = 1_000
 CHUNK = 64  # resamples that are computed at once
 LEAST_GROUPS = 8  # fewer of them vary too little: no interval
-PREVALENCES = (0.01, 0.05, 0.1, 0.5)
-
-
-def at_prevalence(recall: float, specificity: float, prevalence: float) -> dict[str, float]:
-    """What a decision with this recall and specificity means where `prevalence` of the patches are
-    positive (Bayes): share flagged, precision, negative predictive value, F2, and the F2 of calling
-    every patch positive.
-    """
-    hits = recall * prevalence
-    flagged = hits + (1 - specificity) * (1 - prevalence)
-    rejected = specificity * (1 - prevalence)
-    return {
-        "flagged_share": flagged,
-        "precision": hits / flagged if flagged else math.nan,
-        "negative_predictive_value": rejected / (1 - flagged) if flagged < 1 else math.nan,
-        "f2": 5 * hits / (4 * prevalence + flagged),
-        "always_positive_f2": 5 * prevalence / (4 * prevalence + 1),
-    }
 
 
 def draw_weights(groups, num: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -65,18 +47,14 @@ def estimate(values: np.ndarray) -> tuple[float, float, float]:
     return value, low, high
 
 
-def score_cells(values: np.ndarray, names=("value", "low", "high")) -> dict[str, float]:
-    """A resampled score as cells of a row: its value and its interval."""
-    return dict(zip(names, estimate(values), strict=True))
-
-
 def spread(name: str, values: np.ndarray) -> dict[str, float]:
-    """Cells of a score that a row has among others."""
-    return score_cells(values, (name, f"{name}_low", f"{name}_high"))
+    """Cells of a resampled score in a row: NAME, NAME_low and NAME_high."""
+    value, low, high = estimate(values)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """auc, f2, recall, specificity, precision and brier, float64 (R,) each, of rows (N,) weighted
+    """auc, f2, recall, specificity and precision, float64 (R,) each, of rows (N,) weighted
     by (R, N). NaN where not defined, and in all but the first where the score rests on fewer than
     LEAST_GROUPS groups.
     """
@@ -89,10 +67,7 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
     starts = np.flatnonzero(np.diff(probs, prepend=-np.inf))  # of rows of equal probability
 
     # each sum over rows is a product of the weights with one column
-    errors = (probs - labels) ** 2
-    hits = labels & called
-    false_alarms = ~labels & called
-    columns = np.stack([labels, ~labels, hits, false_alarms, errors], 1)
+    columns = np.stack([labels, ~labels, labels & called, ~labels & called], 1)
     sums = []
     num_won = []
     for chunk in np.array_split(weights, len(weights) // CHUNK + 1):
@@ -103,7 +78,7 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
         below = np.cumsum(negatives, 1) - negatives / 2  # a tie counts half
         num_won.append((positives * below).sum(1))
 
-    positive, negative, tp, fp, squares = np.concatenate(sums).T
+    positive, negative, tp, fp = np.concatenate(sums).T
     with np.errstate(invalid="ignore", divide="ignore"):
         scores = {
             "auc": np.concatenate(num_won) / (positive * negative),
@@ -111,34 +86,13 @@ def resampled_scores(labels, probs, threshold: float, weights: np.ndarray) -> di
             "recall": tp / positive,
             "specificity": 1 - fp / negative,
             "precision": tp / (tp + fp),
-            "brier": squares / (positive + negative),
         }
     for names, rows in (
         (("auc", "f2", "recall"), labels),
         (("auc", "specificity"), ~labels),
         (("precision",), called),
-        (("brier",), slice(None)),
     ):
         if has_few_groups(weights[:, rows]):
             for name in names:
                 scores[name][1:] = np.nan
     return scores
-
-
-def resampled_curves(labels, probs, weights: np.ndarray, grid: np.ndarray) -> dict[str, np.ndarray]:
-    """`recall` at the false positive rates of the grid (G,), and `precision` at its recalls,
-    float64 (R, G) each, of rows (N,) weighted by (R, N).
-    """
-    recalls = []
-    precisions = []
-    for weight in weights:
-        points = curve_points(labels, probs, weight)
-        # a threshold above all: without it the curve of one tie would be perfect
-        rates = np.append(0.0, points["false_positive_rate"])
-        heights = np.append(0.0, points["recall"])
-        recalls.append(np.interp(grid, rates, heights))
-        # a quotient is not quite that of the grid; the last recall is 1, or 0 without positives
-        place = np.searchsorted(points["recall"], grid - 1e-9)
-        last = len(points["recall"]) - 1
-        precisions.append(points["precision"][place.clip(max=last)])
-    return {"recall": np.stack(recalls), "precision": np.stack(precisions)}

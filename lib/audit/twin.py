@@ -3,7 +3,6 @@ layer at which they part.
 """
 
 import hashlib
-import json
 import math
 import shutil
 import tempfile
@@ -13,16 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from lib.audit import finding
-from lib.audit.replay import KINDS, Fault, train, ulp_distance
-from lib.batches import PatchSource, open_train_valid
-from lib.checkpoint import load_model
+from lib.audit.replay import KINDS, Fault, train
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, run_script, say
 from lib.config import Config
-from lib.device import choose_device
 from lib.files import read_csv, read_json
-from lib.predict import predict_rows
 from lib.rundir import find_run, is_finished, resume_config
-from lib.seeding import set_determinism
 from lib.sources import locate_sources
 from lib.trace import KEPT, QUANTITIES
 
@@ -45,7 +39,7 @@ class Side:
     cfg: Config
     meta: dict
     summary: dict
-    trace: dict[int, dict]
+    trace: dict
 
 
 def make_run(argv: list[str], fault: Fault | None = None) -> Path:
@@ -59,9 +53,7 @@ def make_run(argv: list[str], fault: Fault | None = None) -> Path:
 
 
 def read_side(path) -> Side:
-    """Read a run folder. Raises BadInput unless the run finished and its trace holds every step, or
-    every Nth.
-    """
+    """Read a run folder. Raises BadInput unless the run finished and has a trace."""
     run = find_run(path)
     trace_path = run / "trace.csv"
     if not is_finished(run) or not trace_path.is_file():
@@ -69,17 +61,9 @@ def read_side(path) -> Side:
             f"{run} did not finish, or has no trace.csv: only finished runs of train.py --trace are"
             " compared"
         )
-    summary = read_json(run / "summary.json")
-    rows = read_csv(trace_path)
-    for name in ("step", *QUANTITIES):
-        if rows and name not in rows[0]:
-            raise BadInput(f"{trace_path} is of another version: it lacks the column {name}")
-    trace = {int(row["step"]): row for row in rows}
-    every = min(trace, default=1)
-    steps = range(every, summary["num_steps"] + 1, every)
-    if list(trace) != list(steps):
-        raise BadInput(f"{trace_path} is cut: it does not hold every step, or every {every}th")
-    return Side(run, resume_config(run, []), read_json(run / "meta.json"), summary, trace)
+    trace = {int(row["step"]): row for row in read_csv(trace_path)}
+    meta = read_json(run / "meta.json")
+    return Side(run, resume_config(run, []), meta, read_json(run / "summary.json"), trace)
 
 
 def list_inputs(side: Side) -> dict:
@@ -104,32 +88,21 @@ def compare_inputs(a: Side, b: Side) -> list[dict]:
             rows.append(row)
     if a.meta["identity"] != b.meta["identity"]:
         fixed = a.cfg.identity() | a.meta["data"] | b.meta["data"]
-        texts = [
-            "{what} is {a} in one, {b} in the other".format(**row)
-            for row in rows
-            if row["what"] in fixed
-        ]
+        fixed_rows = [row for row in rows if row["what"] in fixed]
+        texts = ["{what} is {a} in one, {b} in the other".format(**row) for row in fixed_rows]
         reason = "; ".join(texts) or "a file that the config names, or groups.csv, differs"
         raise BadInput(f"{a.run} and {b.run} are no twins: {reason}")
     if list(a.trace) != list(b.trace):
-        lengths = f"{len(a.trace)} steps, and {len(b.trace)} steps"
-        raise BadInput(f"the traces of {a.run} and {b.run} are of other lengths: {lengths}")
+        raise BadInput(
+            f"the traces of {a.run} and {b.run} hold other steps: {len(a.trace)} and {len(b.trace)}"
+            " in number"
+        )
     return rows
-
-
-def describe_side(name: str, side: Side) -> dict:
-    """What a reader has to know of one of the two: where it is, of which code, on which machine,
-    with which final weights.
-    """
-    facts = side.meta | side.meta["machine"] | side.meta["versions"] | side.summary
-    row = {"side": name, "run": side.run.name, "folder": str(side.run)}
-    keys = ("commit", "host", "cpu", "device", "torch", "weights_sha256")
-    return row | {key: facts.get(key) for key in keys}
 
 
 def find_parting(a: Side, b: Side) -> dict:
     """Step, quantity and layer that differ first, in time and then in the order of cause and
-    effect; {} for none.
+    effect, and the last equal step; {} for none.
     """
     before = 0
     for step, ours in a.trace.items():
@@ -143,7 +116,7 @@ def find_parting(a: Side, b: Side) -> dict:
         before = step
     if a.summary["weights_sha256"] == b.summary["weights_sha256"]:
         return {}
-    last = a.summary["num_steps"]
+    last = a.summary["num_steps"]  # after the last traced one
     equal_step = min(before, last - 1)
     return {"step": last, "equal_step": equal_step, "quantity": "parameters", "layer": ""}
 
@@ -153,67 +126,40 @@ def replay_parting(
 ) -> dict:
     """Both runs once more, from the newest kept checkpoint to the step where they part, each on its
     device or on `device`: the first module with equal inputs and unequal output, forward or
-    backward, and the distance; {} if none differs here."""
+    backward; {} if none differs here."""
     window = range(parting["equal_step"] + 1, parting["step"] + 1)
-    paths = [path for side in (a, b) for path in (side.run / KEPT).glob("[0-9]*.pt")]
-    paths = [path for path in paths if int(path.stem) < window[0]]
-    checkpoint = max(paths, key=lambda path: int(path.stem), default=None)
+    earlier = [path for path in sorted((a.run / KEPT).glob("*.pt")) if int(path.stem) < window[0]]
+    checkpoint = earlier[-1] if earlier else None
     say(f"replaying steps {window[0]} to {window[-1]} from {checkpoint or 'the start'}")
 
-    def replay(side, fault=None, keep=None) -> tuple:
+    def replay(side, fault) -> list[tuple]:
         with tempfile.TemporaryDirectory() as folder:
             shutil.copy(a.run / "config.yaml", folder)
             if checkpoint:
                 shutil.copy(checkpoint, Path(folder) / "last.pt")
             used = device or side.meta["machine"]["device"]
             argv = ["--resume", folder, "--device", used, f"data_dir={a.cfg.data_dir}"]
-            return train(argv, fault, window, keep)
+            return train(argv, fault, window)[1]
 
-    _, ours, _ = replay(a)
-    _, theirs, _ = replay(b, fault)
-    is_equal = [left == right for left, right in zip(ours, theirs, strict=False)]
-    if all(is_equal):
-        return {}
-    first = is_equal.index(False)
-    *_, left = replay(a, keep=first)
-    *_, right = replay(b, fault, keep=first)
-    result = dict(zip(("step", "phase", "module", "what"), ours[first], strict=False))
-    result["replayed_from"] = str(checkpoint)
-    if left.is_floating_point():
-        ulps = ulp_distance(left, right)
-        result["max_ulp"] = int(ulps.max())
-        result["num_unequal"] = int((ulps > 0).sum())
-        result["num_elements"] = ulps.numel()
-    return result
-
-
-def compare_decisions(a: Side, b: Side, device: str | None) -> dict:
-    """How many decisions at 0.5 on the validation rows differ between both best.pt."""
-    set_determinism(a.cfg.deterministic)
-    target = choose_device(device or "auto")
-    _, (split, rows) = open_train_valid(a.cfg)
-    source = PatchSource(split.images, a.cfg.data_residence, target)
-    logits = []
-    for side in (a, b):
-        model = load_model(side.run)[0].to(target)
-        logits.append(predict_rows(model, source, rows.index, a.cfg, 1))
-    num_flipped = int(((logits[0] >= 0) != (logits[1] >= 0)).sum())
-    difference = float(np.abs(logits[0] - logits[1]).max())
-    return {"num_flipped": num_flipped, "num": len(rows), "max_logit_difference": difference}
+    for ours, theirs in zip(replay(a, None), replay(b, fault), strict=False):
+        if ours != theirs:
+            step, phase, module, what, _ = ours
+            place = {"step": step, "phase": phase, "module": module, "what": what}
+            return place | {"replayed_from": str(checkpoint)}
+    return {}
 
 
 def compare_scores(a: Side, b: Side, seeds) -> list[dict]:
     """Scores of both beside the standard deviation over `seeds`, two or more runs that differ in
     nothing but the seed.
     """
-    others = [read_json(find_run(run) / "summary.json") for run in seeds]
+    summaries = [read_json(find_run(run) / "summary.json") for run in seeds]
     rows = []
     for name in SCORES:
         # a run that diverged in its first epoch has no scores
-        ours, theirs = (side.summary.get(name, math.nan) for side in (a, b))
-        row = {"score": name, "a": ours, "b": theirs, "difference": abs(ours - theirs)}
-        if len(others) > 1:
-            values = [summary.get(name, math.nan) for summary in others]
+        row = {"score": name, "a": a.summary.get(name), "b": b.summary.get(name)}
+        if len(summaries) > 1:
+            values = [summary.get(name, math.nan) for summary in summaries]
             row["seed_deviation"] = float(np.std(values, ddof=1))
         rows.append(row)
     return rows
@@ -229,49 +175,41 @@ def compare(
     parting = find_parting(a, b)
     is_equal = a.summary["weights_sha256"] == b.summary["weights_sha256"]
     weights = "equal" if is_equal else "not equal"
-    verdict = "parted" if parting else "identical"
-    result = {"verdict": verdict, "weights": weights, "num_steps": len(a.trace), **parting}
-    findings = []
-
-    def add(check: str, severity: str, measured: str, rows=(), **more) -> None:
-        findings.append(finding(check, severity, measured, rows=rows, **more))
-
-    sides = [describe_side("A", a), describe_side("B", b)]
-    add("runs", "note", f"A is {a.run.name}, B is {b.run.name}", sides)
-    add("inputs", "warning" if inputs else "note", f"{len(inputs)} differ", inputs)
-    if not parting:
-        add("time line", "note", f"identical to the bit over {len(a.trace):,} traced steps")
-    else:
+    result = {"verdict": "identical", "weights": weights, "num_steps": len(a.trace)}
+    severity = "warning" if inputs else "note"
+    findings = [
+        finding("runs", "note", f"A is {a.run}, B is {b.run}"),
+        finding("inputs", severity, f"{len(inputs)} differ", rows=inputs),
+    ]
+    if parting:
         causes = [QUANTITIES[parting["quantity"]]]
         causes += [f"they differ in {row['what']}" for row in inputs]
-        result |= {"cause": "; ".join(causes), "replay": {}}
+        cause = "; ".join(causes)
+        result |= {"verdict": "parted", "cause": cause, "replay": {}, **parting}
         measured = "part at step {step}, first in {quantity} {layer}".format(**parting)
-        advice = f"likely cause: {result['cause']}"
-        add("time line", "error", measured, [parting], limit="identical", advice=advice)
+        advice = f"likely cause: {cause}"
+        findings.append(finding("time line", "error", measured, "identical", advice, [parting]))
         if not Path(a.cfg.data_dir).is_dir():
-            add("replay", "warning", f"nothing replayed: there is no {a.cfg.data_dir} here")
-        else:
-            if parting["quantity"] not in BEFORE_MODEL:
-                replayed = replay_parting(a, b, parting, fault, device)
-                result["replay"] = replayed
-                if replayed:
-                    measured = "{phase}: {what} of {module}".format(**replayed)
-                    add("replay", "error", measured, [replayed])
-                else:
-                    add("replay", "note", "equal twice on this machine")
-            decisions = compare_decisions(a, b, device)
-            result |= decisions
-            measured = "{num_flipped} of {num} flipped".format(**decisions)
-            add("predictions", "note", measured, [decisions], split="valid")
-    add("scores", "note", f"final weights are {weights}", compare_scores(a, b, seeds))
+            measured = f"nothing replayed: there is no {a.cfg.data_dir} here"
+            findings.append(finding("replay", "warning", measured))
+        elif parting["quantity"] not in BEFORE_MODEL:
+            place = result["replay"] = replay_parting(a, b, parting, fault, device)
+            measured = "equal twice on this machine"
+            if place:
+                measured = "{phase}: {what} of {module}".format(**place)
+            findings.append(finding("replay", "error" if place else "note", measured))
+    else:
+        measured = f"identical to the bit over {len(a.trace):,} traced steps"
+        findings.append(finding("time line", "note", measured))
+    hashes = " and ".join(side.summary["weights_sha256"][:12] for side in (a, b))
+    measured = f"final weights are {weights}: {hashes}"
+    findings.append(finding("scores", "note", measured, rows=compare_scores(a, b, seeds)))
     if fault:
         place = result.get("step"), result.get("replay", {}).get("module", "")
         is_kind = parting.get("quantity") in KINDS[fault.kind]
         result["named"] = place == (fault.step, fault.layer) and is_kind
-        measured = f"planted: {fault}"
-        if not parting:
-            measured += "; it was rounded away: nothing that was traced differs, plant another"
-        add("self-test", "note" if result["named"] else "error", measured, [vars(fault)])
+        severity = "note" if result["named"] else "error"
+        findings.append(finding("self-test", severity, f"planted: {fault}", rows=[vars(fault)]))
     return result, findings
 
 
@@ -280,10 +218,7 @@ def require_own_folder(out: Path, is_injected: bool) -> None:
     the other way round."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "findings.json"
-    if not path.exists():
-        return
-    checks = [row["check"] for row in json.loads(path.read_text())]
-    if ("self-test" in checks) != is_injected:
+    if path.exists() and ("self-test" in path.read_text()) != is_injected:
         kind = "a real comparison" if is_injected else "a comparison with a planted fault"
         raise BadInput(f"{out} holds {kind}: choose another --out")
 
@@ -294,10 +229,10 @@ def find_sources(repository: Path) -> list[dict]:
     """
     findings = []
     for row in locate_sources(lambda name: (repository / name).read_text()):
-        places = ", ".join(row["where"])
-        if places:
-            findings.append(finding(row["source"], "note", places, row["control"]))
-        else:
+        measured = ", ".join(row["where"])
+        severity = "note"
+        if not measured:
             measured = f"no `{row['statement']}` in {row['file']}"
-            findings.append(finding(row["source"], "error", measured, row["control"]))
+            severity = "error"
+        findings.append(finding(row["source"], severity, measured, row["control"]))
     return findings

@@ -5,7 +5,6 @@ assets/reproducibility]
 """
 
 import functools
-import itertools
 import random
 import sys
 import tempfile
@@ -26,54 +25,47 @@ from lib.ranks import ALONE
 from proofs import is_writing, kill_midway, prove, row, run
 from proofs.trainer import Trainer, median_rates
 
-SIZE = ["limit_train=160", "limit_valid=64", "data_residence=disk"]
-TINY = [*QUICK, *SIZE, "shards=4", "dropout=0.2"]
+TINY = [*QUICK, "limit_train=160", "limit_valid=64", "data_residence=disk"]
+TINY += ["shards=4", "dropout=0.2"]
 SECONDS = 3.0  # of the default recipe, in a turn
 MAX_PERCENT = 10  # what the trace, four shards and determinism may cost
 FAULTS = ("output", "gradient", "output", "sample", "gradient", "draw")
 
 
-def find_data(args, scratch: Path):
-    return args.data or write_pcam(scratch / "data", 1280, 100)
-
-
 def train_command(args, scratch: Path, checkpoint_every: int) -> list:
-    data = find_data(args, scratch)
-    where = ["--trace", "--device", args.device, f"data_dir={data}"]
+    where = ["--trace", "--device", args.device, f"data_dir={find_data(args, scratch)}"]
     return ["train.py", *where, *TINY, f"checkpoint_every_steps={checkpoint_every}"]
+
+
+def find_data(args, scratch: Path) -> str:
+    return args.data or write_pcam(scratch / "data", 1280, 100)
 
 
 def read_outcome(folder: Path) -> list:
     """A run's weights and scores, and every digest of every step."""
     summary = read_json(folder / "summary.json")
-    trace_text = (folder / "trace.csv").read_text()
-    return [summary["weights_sha256"], summary["val_auc"], summary["val_loss"], trace_text]
-
-
-def kill_one(command, scratch: Path, longest_s: float, in_checkpoint: bool) -> tuple[Path, Path]:
-    """The folders of the runs and of the run of a training that was killed at a random instant of
-    its steps, or in a checkpoint. A kill that missed is tried again.
-    """
-    while True:
-        runs = Path(tempfile.mkdtemp(dir=scratch))
-        folder = kill_midway(command, runs, random.uniform(0, longest_s), in_checkpoint)
-        if folder:
-            return runs, folder
+    names = ("weights_sha256", "val_auc", "val_loss")
+    return [summary[name] for name in names] + [(folder / "trace.csv").read_text()]
 
 
 def prove_kills(args, scratch: Path) -> list[dict]:
-    """Kills at random, every other one in a checkpoint."""
-    command, count = train_command(args, scratch, 1), args.count or 100
+    """Kills at random instants, every other one in a checkpoint. One that missed is no kill."""
+    command = train_command(args, scratch, 1)
+    count = args.count or 100
     whole = run(*command, "--runs", scratch / "whole")
     expected = read_outcome(Path(whole["run"]))
     longest_s = whole["train_s"] + whole["eval_s"]
-    num_equal = num_torn = 0
-    for number in range(1, count + 1):
-        runs, folder = kill_one(command, scratch, longest_s, number % 2 == 0)
-        num_torn += is_writing(runs)
-        run("train.py", "--resume", folder, "--trace", "--device", args.device)
-        num_equal += read_outcome(folder) == expected
-        say(f"kill {number}/{count}: {num_equal} equal")
+    num_killed = num_equal = num_torn = 0
+    while num_killed < count:
+        runs = Path(tempfile.mkdtemp(dir=scratch))
+        in_checkpoint = num_killed % 2 == 1
+        folder = kill_midway(command, runs, random.uniform(0, longest_s), in_checkpoint)
+        if folder:
+            num_killed += 1
+            num_torn += is_writing(runs)
+            run("train.py", "--resume", folder, "--trace", "--device", args.device)
+            num_equal += read_outcome(folder) == expected
+            say(f"kill {num_killed}/{count}: {num_equal} equal")
     measured = f"{num_equal} of {count}: {num_torn} left a half-written checkpoint"
     asked = "SIGKILL at random, resumed: weights, scores and every digest equal"
     return [row(asked, measured, num_equal == count, count)]
@@ -81,22 +73,22 @@ def prove_kills(args, scratch: Path) -> list[dict]:
 
 def prove_faults(args, scratch: Path) -> list[dict]:
     """Faults at random steps in every layer in turn: step, quantity and module have to be named."""
-    command = train_command(args, scratch, 3)
-    whole, count = run(*command, "--runs", scratch / "faults"), args.count or 30
+    whole = run(*train_command(args, scratch, 3), "--runs", scratch / "faults")
+    count = args.count or 30
     modules = build_model(load_config(overrides=TINY)).named_modules()
-    layers = itertools.cycle([name for name, module in modules if module._parameters])
+    layers = [name for name, module in modules if module._parameters]
     num_named = num_rounded = 0
-    for number, kind in zip(range(1, count + 1), itertools.cycle(FAULTS), strict=False):
-        where = "" if kind == "sample" else f":{next(layers)}"
+    for number in range(count):
+        kind = FAULTS[number % len(FAULTS)]
+        where = "" if kind == "sample" else f":{layers[number % len(layers)]}"
         fault = f"{kind}{where}@{random.randint(1, whole['num_steps'])}"
-        inject = ["--inject", fault, "--out", scratch / "fault"]
+        inject = ("--inject", fault, "--out", scratch / "fault")
         twins = run("audit.py", "twin", whole["run"], *inject)
+        num_named += bool(twins["named"])
         # one ULP of a logit may change neither loss nor gradient: then the twins are identical, and
         # have to be called so
-        is_same = twins["verdict"] == "identical" and twins["weights"] == "equal"
-        num_named += bool(twins["named"])
-        num_rounded += kind == "output" and is_same and not twins["named"]
-        say(f"fault {number}/{count}: {fault}: {'named' if twins['named'] else twins}")
+        num_rounded += kind == "output" and twins["verdict"] == "identical"
+        say(f"{fault}: {'named' if twins['named'] else twins}")
     measured = f"{num_named} of {count}; {num_rounded} rounded away, the twins called identical"
     asked = "planted faults: step, quantity and module named"
     return [row(asked, measured, num_named + num_rounded == count, count)]
@@ -104,7 +96,8 @@ def prove_faults(args, scratch: Path) -> list[dict]:
 
 def trace_steps(trainer: Trainer, folder: Path) -> None:
     """Let each step of a trainer be traced."""
-    traced, plain_step = trace.Trace(folder, trainer.state, 1, ALONE), trainer.step
+    traced = trace.Trace(folder, trainer.state, 1, ALONE)
+    plain_step = trainer.step
 
     def step(batch):
         result = plain_step(batch)
@@ -116,8 +109,10 @@ def trace_steps(trainer: Trainer, folder: Path) -> None:
 
 def prove_price(name: str, without: dict, with_it: dict, args, scratch: Path) -> list[dict]:
     """What a thing costs the default recipe's step."""
-    data, device, count = find_data(args, scratch), choose_device(args.device), args.count or 15
+    count = args.count or 15
     cfg = resolve_threads(load_config())
+    device = choose_device(args.device)
+    data = find_data(args, scratch)
     trainers = []
     for changes in (without, with_it):
         values = {"threads": cfg.threads, "p4m_width": cfg.p4m_width, **changes}
@@ -132,18 +127,16 @@ def prove_price(name: str, without: dict, with_it: dict, args, scratch: Path) ->
     return [row(asked, measured, percent < MAX_PERCENT, f"{MAX_PERCENT}%")]
 
 
+LARGE = {"batch_size": 256}
 PRICES = {
     "trace_price": ("the trace", {}, {}),
     "shards_price": ("shards=4", {}, {"shards": 4}),
-    "shards_of_64_price": (
-        "batch_size=256 shards=4",
-        {"batch_size": 256},
-        {"batch_size": 256, "shards": 4},
-    ),
+    "shards_of_64_price": ("batch_size=256 shards=4", LARGE, LARGE | {"shards": 4}),
     "determinism_price": ("deterministic=true", {"deterministic": False}, {}),
 }
 PARTS = {"kills": prove_kills, "faults": prove_faults}
-PARTS |= {part: functools.partial(prove_price, *what) for part, what in PRICES.items()}
+for part, price in PRICES.items():
+    PARTS[part] = functools.partial(prove_price, *price)
 
 if __name__ == "__main__":
     options = {"count": None, "data": None, "device": "cpu"}
