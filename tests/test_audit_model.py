@@ -30,7 +30,7 @@ from lib.calibration import choose_threshold
 from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.files import read_csv, read_json
 from lib.groups import groups_for_halves, write_groups
-from lib.metrics import compute_auc, compute_confusion, compute_fbeta, sigmoid
+from lib.metrics import compute_auc, sigmoid
 from lib.pcam import open_split
 from lib.predict import predict_batch
 from lib.splitwriter import SplitWriter
@@ -294,13 +294,13 @@ def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(audited, pcam
     assert len(rows) == 12
     for rule, row in rows.items():
         called = probs >= (math.inf if rule == "always negative" else float(row["threshold"]))
-        confusion = compute_confusion(labels, called)
-        recall = confusion["tp"] / labels.sum()
-        specificity = confusion["tn"] / (labels == 0).sum()
+        recall = called[labels == 1].mean()
+        specificity = 1 - called[labels == 0].mean()
+        f2 = 5 * called[labels == 1].sum() / (4 * labels.sum() + called.sum())
         # of patches of which a tenth is positive
         flagged = 0.1 * recall + 0.9 * (1 - specificity)
         measured = [float(row[name]) for name in ("recall", "f2", "flagged_share_at_0.1")]
-        assert measured == pytest.approx([recall, compute_fbeta(confusion, 2), flagged])
+        assert measured == pytest.approx([recall, f2, flagged])
         assert float(row["f2_low"]) <= float(row["f2"]) <= float(row["f2_high"])
 
 

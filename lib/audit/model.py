@@ -339,7 +339,7 @@ def check_rows(audit: Audit) -> None:
 
 def check_answers(audit: Audit, metrics: dict) -> None:
     """Whether the answers are a constant, and whether the halves have groups enough."""
-    alarm = constant_alarm(metrics, audit.answers.labels)
+    alarm = constant_alarm(metrics)
     if alarm:
         audit.add("answers", "error", alarm.removeprefix("ALARM: "), advice="train again")
     if min(map(len, audit.answers.weights)) == 1:
