@@ -9,7 +9,6 @@ import torch
 from lib.batches import (
     PatchSource,
     choose_residence,
-    epoch_order,
     fit_batch_size,
     load_batches,
     open_train_valid,
@@ -40,28 +39,27 @@ def measure_training(cfg: Config) -> dict:
     state = build_state(cfg, CPU)
     batch_size = fit_batch_size(cfg, len(rows))
     num = min(batch_size, max(NUM_MEASURED, 2 * cfg.shards))
-    keys = epoch_order(rows, len(split), 0, cfg, CPU)[:num]
+    index = rows.index[:num]
+    keys = torch.from_numpy(index)
     before_bytes = peak_bytes()
     source = PatchSource(split.images, "disk", CPU)
     for batch in load_batches(source, split.labels, [keys, keys]):
         started_at = time.perf_counter()
         training_step(state, batch, cfg, 0.0)
-        step_s = (time.perf_counter() - started_at) * batch_size / num
+        train_s = (time.perf_counter() - started_at) / num
     batch_bytes = (peak_bytes() - before_bytes) * max(batch_size, cfg.eval_batch_size) // num
-    index = valid_rows.index[:num]
     started_at = time.perf_counter()
-    predict_rows(state.model, PatchSource(valid_split.images, "disk", CPU), index, cfg, 1)
-    patch_s = (time.perf_counter() - started_at) / len(index)
+    predict_rows(state.model, source, index, cfg, 1)
+    predict_s = (time.perf_counter() - started_at) / num
     resident_bytes = 0
-    parts = {part.path: part for part in (split.images, valid_split.images)}  # folds share one
-    for images in parts.values():
-        if choose_residence(images, cfg.data_residence, CPU) != "disk":
-            resident_bytes += images.num_bytes
+    for part in [split] if cfg.num_folds else [split, valid_split]:
+        if choose_residence(part.images, cfg.data_residence, CPU) != "disk":
+            resident_bytes += part.images.num_bytes
+    num_trained = cfg.epochs * (len(rows) // batch_size * batch_size)
     num_predicted = (cfg.epochs + cfg.views) * len(valid_rows)
-    num_steps = cfg.epochs * (len(rows) // batch_size)
     return {
         "memory_bytes": before_bytes + batch_bytes + resident_bytes,
-        "seconds": (num_steps * step_s + num_predicted * patch_s) / cfg.threads,
+        "seconds": (num_trained * train_s + num_predicted * predict_s) / cfg.threads,
         "num_threads": cfg.threads,
         "available_bytes": memory_limit_bytes(),
     }
