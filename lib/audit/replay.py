@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lib import training
-from lib.checkpoint import state_sha256
+from lib.checkpoint import weights_sha256
 from lib.command import BadInput
 from lib.config import Config
 from lib.models import build_model
@@ -148,7 +148,7 @@ def train(
         def note(phase, module, what, tensor):
             if len(events) == keep:
                 tensors.append(tensor.detach().cpu().clone())
-            events.append((number, phase, module, what, state_sha256(tensor)))
+            events.append((number, phase, module, what, weights_sha256({what: tensor})))
 
         hooks = []
         if number in window:
