@@ -102,10 +102,9 @@ def predict_rows(
     config's precision. The model is not changed.
     """
     model = ready_to_predict(model, cfg.precision)
-    no_labels = np.zeros(len(source), np.uint8)
     rows_of_batches = torch.from_numpy(index).to(source.device).split(cfg.eval_batch_size)
     logits = []
-    for batch in load_batches(source, no_labels, rows_of_batches):
+    for batch in load_batches(source, np.zeros(len(source)), rows_of_batches):
         logits.append(predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING))
     return torch.cat(logits).cpu().numpy()  # one copy at the end: no batch waits for it
 
