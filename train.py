@@ -80,10 +80,10 @@ def main(argv=None) -> int:
 
     device = choose_device(args.device)
     threads = resolve_threads(cfg).threads
-    with join_ranks(device, cfg.shards) as ranks:
+    with join_ranks(cfg.shards) as ranks:
         # all ranks use the smallest number that one of them was given: with unequal numbers of
         # threads their bits would differ
-        threads = int(min(ranks.gather(torch.tensor(threads, device=device))))
+        threads = int(min(ranks.gather(torch.tensor(threads))))
         cfg = dataclasses.replace(cfg, threads=threads)
         exit_code = train(cfg, args, run, device, ranks)
         ranks.wait()  # torchrun ends every rank as soon as one ends with another code than 0
@@ -95,7 +95,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     checkpoint.
     """
     from lib import batches, rundir, training
-    from lib.checkpoint import SCHEMA, newest_checkpoint, save_checkpoint
+    from lib.checkpoint import SCHEMA, save_checkpoint
     from lib.fingerprint import fingerprint
     from lib.groups import groups_digest
     from lib.machine import (
@@ -128,11 +128,10 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
     if run:
         rundir.require_same_run(run, cfg, data, groups)
 
-    # build the state before the first step, or restore that of the newest checkpoint
+    # build the state before the first step, or restore that of the last checkpoint
     state = training.build_state(cfg, device, ranks)
-    newest, newest_path = newest_checkpoint(run)
-    if newest:
-        training.restore_state(state, newest, newest_path)
+    if run and (run / "last.pt").exists():
+        training.restore_state(state, run / "last.pt")
     progress = state.progress
 
     # put the patches where they can be gathered fast
@@ -184,7 +183,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         if ranks.is_first:
             is_last = name == "last.pt"  # the other one, best.pt, is for prediction alone
             checkpoint = state.checkpoint(cfg, data, with_optimizer=is_last)
-            save_checkpoint(run / name, checkpoint, keep_previous=is_last)
+            save_checkpoint(run / name, checkpoint)
             if is_last:
                 trace.keep(run / name)
 
@@ -210,7 +209,7 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                     bar.add(batch_size, log.note)
 
                     # stop if a signal has asked for it, all ranks after the same step
-                    if ranks.any(stop, step + 1):
+                    if ranks.any(stop):
                         save("last.pt")
                         if ranks.is_first:
                             rundir.write_stop(run, "interrupted", step + 1)
@@ -219,15 +218,14 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                     if every and (step + 1) % every == 0:
                         save("last.pt")
 
-                # evaluate the averaged weights, where there are any
+                # evaluate the averaged weights
                 log.flush()
                 eval_started_at = time.perf_counter()
-                model = state.averaged or state.model
-                scores = state.metrics = evaluate(model, valid_source, valid_rows, cfg, ranks)
+                scores = evaluate(state.averaged, valid_source, valid_rows, cfg)
                 eval_s = time.perf_counter() - eval_started_at
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
-                alarm = constant_alarm(scores, valid_rows.labels)
+                alarm = constant_alarm(scores)
                 if alarm and ranks.is_first:
                     say(alarm)
 
@@ -257,9 +255,8 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
     """
     from lib import rundir
     from lib.calibration import complete_checkpoint
-    from lib.checkpoint import PREVIOUS, weights_sha256
+    from lib.checkpoint import weights_sha256
 
-    (run / PREVIOUS).unlink(missing_ok=True)
     progress = state.progress
     if diverged:
         status = "diverged"

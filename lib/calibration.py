@@ -12,8 +12,6 @@ from lib.features import MAX_REFERENCE_ROWS, build_reference, measure_features
 from lib.groups import groups_for_halves
 from lib.metrics import (
     as_arrays,
-    compute_confusion,
-    compute_fbeta,
     compute_log_loss,
     compute_metrics,
     curve_points,
@@ -23,7 +21,7 @@ from lib.pcam import Split
 from lib.predict import predict_rows
 
 NUM_BINS = 15
-MAX_TEMPERATURE = 100.0  # a temperature lies between this and its inverse
+MAX_TEMPERATURE = 100.0  # beyond it a model ranks patches hardly at all
 NEVER = 1.01  # a threshold above every probability: no patch is called positive
 
 
@@ -39,29 +37,25 @@ def fit_scaling(labels, logits) -> tuple[float, float]:
     high = (labels.sum() + 1) / (labels.sum() + 2)
     low = 1 / ((~labels).sum() + 2)
     targets = np.where(labels, high, low)
-    inputs = np.stack([logits, np.ones(len(logits))], 1)
+    inputs = np.stack([logits, np.ones(len(logits))])
 
     def compute_loss(factors) -> float:
-        scaled = inputs @ factors
+        scaled = factors @ inputs
         return (np.logaddexp(0.0, scaled) - targets * scaled).mean()
 
     # Newton's method, with shorter steps where a whole one does not lower the loss
     factors = np.array([1.0, 0.0])  # 1 / T and b
     for _ in range(100):
-        probs = sigmoid(inputs @ factors)
-        gradient = inputs.T @ (probs - targets)
-        weighted = inputs * (probs * (1 - probs))[:, None]
-        step = np.linalg.solve(weighted.T @ inputs + 1e-9 * np.eye(2), gradient)
-        loss = compute_loss(factors)
-        while compute_loss(factors - step) > loss and np.abs(step).max() > 1e-9:
+        probs = sigmoid(factors @ inputs)
+        curvature = (inputs * probs * (1 - probs)) @ inputs.T + 1e-9 * np.eye(2)
+        step = np.linalg.solve(curvature, inputs @ (probs - targets))
+        while compute_loss(factors - step) > compute_loss(factors):
             step = step / 2
         factors = factors - step
         if np.abs(step).max() < 1e-9:
             break
     slope, offset = factors.tolist()
-    if 1 / MAX_TEMPERATURE <= slope <= MAX_TEMPERATURE:
-        return 1 / slope, offset
-    return 1.0, 0.0
+    return (1 / slope, offset) if slope >= 1 / MAX_TEMPERATURE else (1.0, 0.0)
 
 
 def calibrate(logits: np.ndarray, calibration: dict | None) -> np.ndarray:
@@ -113,47 +107,28 @@ def choose_threshold(
         best = np.argmin(false_negative_cost * misses + false_alarms)
     else:
         best = np.argmax(5 * hits / (5 * hits + 4 * misses + false_alarms))  # F2
-    return NEVER if best == 0 else float(thresholds[best : best + 2].mean())
-
-
-def decision_scores(labels, probs, threshold: float) -> dict[str, float]:
-    """The scores of a decision at a threshold on probabilities (N,): threshold, the counts tp, fp,
-    fn, tn, recall, specificity, precision, f2. NaN where a score is not defined.
-    """
-    confusion = compute_confusion(labels, np.asarray(probs) >= threshold)
-    tp, fp, fn, tn = confusion.values()
-    with np.errstate(invalid="ignore"):
-        rates = np.array([tp, tn, tp]) / [tp + fn, tn + fp, tp + fp]
-    recall, specificity, precision = rates.tolist()
-    return {
-        "threshold": threshold,
-        **confusion,
-        "recall": recall,
-        "specificity": specificity,
-        "precision": precision,
-        "f2": compute_fbeta(confusion, 2.0),
-    }
+    return float(thresholds[best : best + 2].mean()) if best else NEVER
 
 
 def fit_calibration(labels, logits, is_fitted: np.ndarray, cfg: Config) -> dict | None:
     """Temperature, offset, views and, in `decision`, threshold: fitted to the rows where
     `is_fitted` bool (N,) and judged on the other rows. None where either half lacks a class.
 
-    `before` and `after` are the calibration scores on the other rows, and `decision` the scores of
-    the threshold there.
+    `after` holds the calibration scores on the other rows, and `decision` the scores of the
+    threshold there.
     """
-    fitted_labels, judged_labels = labels[is_fitted], labels[~is_fitted]
-    if len(np.unique(fitted_labels)) < 2 or len(np.unique(judged_labels)) < 2:
+    judged = np.flatnonzero(~is_fitted)
+    fitted = np.flatnonzero(is_fitted)
+    if min(len(np.unique(labels[half])) for half in (fitted, judged)) < 2:
         return None
-    temperature, offset = fit_scaling(fitted_labels, logits[is_fitted])
+    temperature, offset = fit_scaling(labels[fitted], logits[fitted])
     calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
     scaled = calibrate(logits, calibration)
-    probs = sigmoid(scaled)
     rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
-    threshold = choose_threshold(fitted_labels, probs[is_fitted], *rule)
-    calibration["before"] = calibration_scores(judged_labels, logits[~is_fitted])
-    calibration["after"] = calibration_scores(judged_labels, scaled[~is_fitted])
-    calibration["decision"] = decision_scores(judged_labels, probs[~is_fitted], threshold)
+    threshold = choose_threshold(labels[fitted], sigmoid(scaled[fitted]), *rule)
+    scores = compute_metrics(labels[judged], scaled[judged], threshold)
+    calibration["after"] = calibration_scores(labels[judged], scaled[judged])
+    calibration["decision"] = {"threshold": threshold, **scores}
     return calibration
 
 
@@ -170,7 +145,7 @@ def complete_checkpoint(
     Calibration and threshold are fitted to one half of the validation rows and judged on the other.
     Slides, or groups of copies, stay whole. Returns (scores, summary). `scores` are those of all
     rows at threshold 0.5, over the views of the config and before calibration. `summary` is the
-    result of `summarise`, empty without a calibration.
+    result of `summarise`, or the threshold alone without a calibration.
     """
     model, _, checkpoint = load_model(ckpt)
     split, rows = valid
@@ -183,19 +158,20 @@ def complete_checkpoint(
     else:
         half_of_row = fold_of_rows(groups, 2)[rows.index]
     calibration = fit_calibration(rows.labels, logits, half_of_row == 0, cfg)
-    summary = summarise(calibration) if calibration else {}
-    if not calibration:
+    if calibration:
+        summary = summarise(calibration)
+    else:
+        summary = {"threshold": 0.5}
         say(
             "validation cannot be cut into halves with both classes: the threshold stays 0.5,"
             " probabilities are not calibrated"
         )
-
     train_features, _ = sample_features(*train)
     valid_features, sampled = sample_features(*valid)
     checkpoint["reference"] = build_reference(train_features, valid_features, groups[sampled])
     checkpoint["calibration"] = calibration
-    checkpoint["threshold"] = summary.get("threshold", 0.5)
-    checkpoint["config"] |= {"views": cfg.views}  # the number that the calibration was fitted to
+    checkpoint["threshold"] = summary["threshold"]
+    checkpoint["config"]["views"] = cfg.views  # the number that the calibration was fitted to
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(rows.labels, logits), summary
 
@@ -203,17 +179,14 @@ def complete_checkpoint(
 def summarise(calibration: dict) -> dict[str, float]:
     """The values of a calibration that stand in summary.json."""
     decision = calibration["decision"]
+    names = ("recall", "specificity", "precision", "f2")
     return {
         "threshold": decision["threshold"],
         "temperature": calibration["temperature"],
         "offset": calibration["offset"],
         "views": calibration["views"],
         "half_ece": calibration["after"]["ece"],
-        "half_ece_raw": calibration["before"]["ece"],
-        "half_recall": decision["recall"],
-        "half_specificity": decision["specificity"],
-        "half_precision": decision["precision"],
-        "half_f2": decision["f2"],
+        **{f"half_{name}": decision[name] for name in names},
     }
 
 

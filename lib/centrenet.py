@@ -18,8 +18,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 
 from lib.augment import turned_views
 
-EPSILON = 1e-5  # of batch norm
-
 
 def symmetry_reads(size: int) -> torch.Tensor:
     """For each symmetry of the square, the cell of a grid of size x size that each cell of the
@@ -36,79 +34,60 @@ def orientation_reads() -> torch.Tensor:
     reads = symmetry_reads(3)  # enough cells to tell the symmetries apart
     composed = reads[:, reads]  # (8, 8, 9): h after g, at (h, g)
     is_equal = (composed[:, :, None] == reads).all(-1)
-    product = is_equal.int().argmax(-1).T  # (8, 8): the number of the symmetry g h
-    inverse = product.argmin(1)  # g g^-1 is 0, the identity
-    return product[inverse]
+    product = is_equal.int().argmax(-1).T  # (8, 8): the number of the symmetry g h, at (g, h)
+    return product.argsort(1)  # g h at h is inverted by g^-1 h at h
 
 
 @functools.cache
 @torch.inference_mode(False)  # a constant of inference mode could not be trained with afterwards
-def filter_copies(size: int, lifting: bool, device: torch.device) -> torch.Tensor:
+def filter_copies(size: int, num_read: int, device: torch.device) -> torch.Tensor:
     """A matrix of zeros and ones float32 (H * size^2, 8 * H * size^2). Multiplied by it, a filter
-    of H orientations becomes its eight copies.
+    of H = `num_read` orientations becomes its eight copies.
 
     The product only moves values, so it is exact on any device, and so is its gradient. H is 1 for
-    a `lifting` filter, which reads plain channels, else 8.
+    a lifting filter, which reads plain channels, else 8.
     """
     reads = symmetry_reads(size)[:, None]  # (8, 1, size^2)
-    if not lifting:
+    if num_read > 1:
         reads = orientation_reads()[:, :, None] * size * size + reads  # (8, 8, size^2)
-    copies = torch.zeros(reads[0].numel(), reads.numel())
-    copies[reads.flatten(), torch.arange(reads.numel())] = 1
-    return copies.to(device)
+    copies = functional.one_hot(reads.flatten(), reads[0].numel()).float()
+    return copies.T.contiguous().to(device)
 
 
 class GroupConv(nn.Module):
     """A convolution whose filters are applied in R orientations. Its weight is a matrix (num_out,
     num_in * H * size^2).
 
-    The first one of a network is `lifting`: it reads plain channels (H = 1). With a stride, on a
-    grid of even sides, `size` must be even: otherwise a turned grid is sampled at other places.
+    The first one of a network is lifting: it reads plain channels (H = `num_read` = 1). With a
+    stride, on a grid of even sides, `size` must be even: otherwise a turned grid is sampled at
+    other places.
     """
 
-    def __init__(self, num_in, num_out, size, orientations, lifting=False, **geometry):
+    def __init__(self, num_in, num_out, size, orientations, num_read=None, **geometry):
         super().__init__()
-        self.num_in, self.num_out, self.size = num_in, num_out, size
-        self.orientations, self.lifting = orientations, lifting
+        self.size, self.orientations = size, orientations
+        self.num_read = num_read or orientations  # H
         self.geometry = geometry  # stride and padding
-        num_weights = num_in * (1 if lifting else orientations) * size * size
-        self.weight = nn.Parameter(torch.empty(num_out, num_weights))
+        self.weight = nn.Parameter(torch.empty(num_out, num_in * self.num_read * size * size))
         nn.init.kaiming_normal_(self.weight)
-        self.filters = None  # set within `filters_made_once`
 
     def make_filters(self):
         """The weight as filters (R * num_out, H * num_in, size, size): R turned copies of each."""
-        filters, num_in, num_out, size = self.weight, self.num_in, self.num_out, self.size
+        filters, size, num_out = self.weight, self.size, len(self.weight)
         if self.orientations > 1:
-            copies = filter_copies(size, self.lifting, filters.device)
+            copies = filter_copies(size, self.num_read, filters.device)
             with torch.autocast(filters.device.type, enabled=False):
-                filters = filters.view(num_out * num_in, -1) @ copies
-        filters = filters.view(num_out, num_in, self.orientations, -1, size, size)
+                filters = filters.view(-1, len(copies)) @ copies
+        filters = filters.view(num_out, -1, self.orientations, self.num_read, size, size)
         filters = filters.permute(2, 0, 3, 1, 4, 5)  # (R, num_out, H, num_in, size, size)
         return filters.reshape(self.orientations * num_out, -1, size, size)
 
     def forward(self, x):
-        filters = self.make_filters() if self.filters is None else self.filters
         # the result has the memory format of x
-        return functional.conv2d(x, filters.to(x.dtype), **self.geometry)
+        return functional.conv2d(x, self.make_filters().to(x.dtype), **self.geometry)
 
 
-@contextlib.contextmanager
-def filters_made_once(model: nn.Module, dtype: torch.dtype):
-    """Make the filters of a model once, in `dtype`, for all passes within the block. The weights
-    must not change there.
-    """
-    convs = [module for module in model.modules() if isinstance(module, GroupConv)]
-    for conv in convs:
-        conv.filters = conv.make_filters().to(dtype)
-    try:
-        yield
-    finally:
-        for conv in convs:
-            conv.filters = None
-
-
-class GroupBatchNorm(nn.Module):
+class GroupBatchNorm(nn.BatchNorm2d):
     """Batch norm whose factors and running statistics are shared by the orientations of a feature.
 
     In training each orientation is normalised by its own statistics of the batch. These differ
@@ -116,11 +95,10 @@ class GroupBatchNorm(nn.Module):
     """
 
     def __init__(self, num: int, orientations: int):
-        super().__init__()
+        super().__init__(num)
+        self.track_running_stats = False  # else torch counts batches, which checkpoints do not hold
+        del self.num_batches_tracked
         self.orientations = orientations
-        self.weight, self.bias = nn.Parameter(torch.ones(num)), nn.Parameter(torch.zeros(num))
-        self.register_buffer("running_mean", torch.zeros(num))
-        self.register_buffer("running_var", torch.ones(num))
         self.repeated = None  # set within `norms_repeated`, in training
 
     def repeated_tensors(self):
@@ -129,8 +107,8 @@ class GroupBatchNorm(nn.Module):
         return [tensor.repeat(self.orientations) for tensor in tensors]
 
     def forward(self, x):
-        mean, var, weight, bias = self.repeated or self.repeated_tensors()
-        return functional.batch_norm(x, mean, var, weight, bias, self.training, eps=EPSILON)
+        tensors = self.repeated or self.repeated_tensors()
+        return functional.batch_norm(x, *tensors, self.training, eps=self.eps)
 
 
 @functools.cache
@@ -144,28 +122,30 @@ def repetition(sizes: tuple[int, ...], orientations: int, device: torch.device) 
 
 
 @contextlib.contextmanager
-def norms_repeated(norms: list[GroupBatchNorm], orientations: int):
+def norms_repeated(model: nn.Module, orientations: int):
     """Repeat the tensors of all norms of a model for one batch of training within the block, and
     set their running statistics after it.
 
     That takes three products in all. Done norm by norm, a GPU would spend more time on launches.
     """
-    statistics = [tensor for norm in norms for tensor in (norm.running_mean, norm.running_var)]
-    factors = [tensor for norm in norms for tensor in (norm.weight, norm.bias)]
-    sizes = tuple(len(tensor) for tensor in factors)
+    norms = [layer for layer in model.modules() if isinstance(layer, GroupBatchNorm)]
+    statistics, factors = [], []
+    for norm in norms:
+        statistics += [norm.running_mean, norm.running_var]
+        factors += [norm.weight, norm.bias]
+    sizes = tuple(map(len, factors))
     repeat = repetition(sizes, orientations, factors[0].device)
-    repeated_sizes = [orientations * size for size in sizes]
-    repeated_statistics = torch.cat(statistics) @ repeat
-    repeated_factors = (torch.cat(factors) @ repeat).split(repeated_sizes)
-    views = repeated_statistics.split(repeated_sizes)  # batch norm moves them in place
-    for number, norm in enumerate(norms):
-        own = slice(2 * number, 2 * number + 2)  # a mean and a variance; a weight and a bias
-        norm.repeated = (*views[own], *repeated_factors[own])
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.repeated = None
+    repeated_statistics = torch.cat(statistics) @ repeat  # batch norm moves it in place
+    repeated_factors = torch.cat(factors) @ repeat
+    own_sizes = [2 * orientations * len(norm.weight) for norm in norms]
+    parts = zip(
+        repeated_statistics.split(own_sizes), repeated_factors.split(own_sizes), strict=True
+    )
+    for norm, (own_statistics, own_factors) in zip(norms, parts, strict=True):
+        norm.repeated = (*own_statistics.chunk(2), *own_factors.chunk(2))
+    yield
+    for norm in norms:
+        norm.repeated = None
     means = repeat @ repeated_statistics / orientations
     torch._foreach_copy_(statistics, list(means.split(sizes)))
 
@@ -194,7 +174,7 @@ def fold_group_norm(conv: GroupConv, norm: GroupBatchNorm) -> nn.Conv2d:
     """A plain convolution that gives what a GroupConv and its batch norm give in evaluation."""
     mean, var, weight, bias = norm.repeated_tensors()
     filters = conv.make_filters()
-    filters, bias = fuse_conv_bn_weights(filters, None, mean, var, EPSILON, weight, bias)
+    filters, bias = fuse_conv_bn_weights(filters, None, mean, var, norm.eps, weight, bias)
     num_out, num_in, size, _ = filters.shape
     # on the device meta, without memory: both tensors are replaced
     plain = nn.Conv2d(num_in, num_out, size, **conv.geometry, device="meta")
@@ -251,30 +231,24 @@ class CentreNet(nn.Module):
         super().__init__()
         self.orientations = orientations
         half = math.ceil(width / 2)
-        layers = [
-            conv_norm(3, half, 4, orientations, stride=2, padding=1, lifting=True),
+        self.features = nn.Sequential(
+            conv_norm(3, half, 4, orientations, num_read=1, stride=2, padding=1),
             conv_norm(half, width, 2, orientations, stride=2),
             Residual(width, orientations),
-        ]
-        for num in (width, 2 * width):
-            layers.append(conv_norm(num, 2 * num, 2, orientations, stride=2))
-            layers.append(Residual(2 * num, orientations))
-        self.features = nn.Sequential(*layers)
+            conv_norm(width, 2 * width, 2, orientations, stride=2),
+            Residual(2 * width, orientations),
+            conv_norm(2 * width, 4 * width, 2, orientations, stride=2),
+            Residual(4 * width, orientations),
+        )
         self.head = nn.Sequential(nn.Dropout(dropout), LogitLayer(8 * width, 1))
 
     def forward(self, x):
-        if self.training:
-            norms = [layer for layer in self.modules() if isinstance(layer, GroupBatchNorm)]
-            with norms_repeated(norms, self.orientations):
-                x = self.features(x)
-        else:
+        repeated = norms_repeated(self, self.orientations)
+        with repeated if self.training else contextlib.nullcontext():
             x = self.features(x)
         # (B, R * 4 * width, 6, 6), or fewer cells for a smaller crop
         first = x.shape[-1] // 2 - 1
         centre = x[:, :, first : first + 2, first : first + 2]
-        means = [self.mean_feature(part) for part in (x, centre)]
-        return self.head(torch.cat(means, 1))  # (B, 8 * width) to (B, 1)
-
-    def mean_feature(self, x):
-        """The mean over cells and orientations: (B, 4 * width)."""
-        return x.mean((2, 3)).view(len(x), self.orientations, -1).mean(1)
+        means = torch.cat([x.mean((2, 3)), centre.mean((2, 3))], 1)
+        means = means.view(len(x), 2, self.orientations, -1).mean(2)  # (B, 2, 4 * width)
+        return self.head(means.flatten(1))

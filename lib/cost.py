@@ -9,27 +9,26 @@ import torch
 from lib.batches import (
     PatchSource,
     choose_residence,
-    epoch_order,
     fit_batch_size,
     load_batches,
     open_train_valid,
 )
 from lib.config import Config
 from lib.machine import keep_freed_memory, memory_limit_bytes, resolve_threads
-from lib.predict import predict_rows
 from lib.seeding import set_determinism
 from lib.training import build_state, training_step
 
 CPU = torch.device("cpu")
 NUM_MEASURED = 16  # patches: so few take seconds on a busy machine
+PREDICTION_SHARE = 1 / 3  # of the time of a training step: a forward pass without the backward pass
 
 
 def measure_training(cfg: Config) -> dict:
     """The memory and seconds that a training needs on this machine's CPU, the number of its threads
     and the available memory: {memory_bytes, seconds, num_threads, available_bytes}.
 
-    Two steps and an evaluation of a few whole patches are measured, and scaled to a batch. Memory
-    includes the splits that the training keeps there. The pace of one thread, times the number of
+    Two steps with a few whole patches are measured, and scaled to a batch. Memory includes the
+    splits that the training keeps there. The pace of one thread, times the number of
     threads, gives the seconds at best. Raises BadInput where the data cannot be used.
     """
     cfg = resolve_threads(dataclasses.replace(cfg, crop_epochs=0))
@@ -40,28 +39,23 @@ def measure_training(cfg: Config) -> dict:
     state = build_state(cfg, CPU)
     batch_size = fit_batch_size(cfg, len(rows))
     num = min(batch_size, max(NUM_MEASURED, 2 * cfg.shards))
-    keys = epoch_order(rows, len(split), 0, cfg, CPU)[:num]
+    keys = torch.from_numpy(rows.index[:num])
     before_bytes = peak_bytes()
     source = PatchSource(split.images, "disk", CPU)
     for batch in load_batches(source, split.labels, [keys, keys]):
         started_at = time.perf_counter()
         training_step(state, batch, cfg, 0.0)
-        step_s = (time.perf_counter() - started_at) * batch_size / num
+        train_s = (time.perf_counter() - started_at) / num
     batch_bytes = (peak_bytes() - before_bytes) * max(batch_size, cfg.eval_batch_size) // num
-    index = valid_rows.index[:num]
-    started_at = time.perf_counter()
-    predict_rows(state.model, PatchSource(valid_split.images, "disk", CPU), index, cfg, 1)
-    patch_s = (time.perf_counter() - started_at) / len(index)
     resident_bytes = 0
-    parts = {part.path: part for part in (split.images, valid_split.images)}  # folds share one
-    for images in parts.values():
-        if choose_residence(images, cfg.data_residence, CPU) != "disk":
-            resident_bytes += images.num_bytes
+    for part in [split] if cfg.num_folds else [split, valid_split]:
+        if choose_residence(part.images, cfg.data_residence, CPU) != "disk":
+            resident_bytes += part.images.num_bytes
+    num_trained = cfg.epochs * (len(rows) // batch_size * batch_size)
     num_predicted = (cfg.epochs + cfg.views) * len(valid_rows)
-    num_steps = cfg.epochs * (len(rows) // batch_size)
     return {
         "memory_bytes": before_bytes + batch_bytes + resident_bytes,
-        "seconds": (num_steps * step_s + num_predicted * patch_s) / cfg.threads,
+        "seconds": (num_trained + num_predicted * PREDICTION_SHARE) * train_s / cfg.threads,
         "num_threads": cfg.threads,
         "available_bytes": memory_limit_bytes(),
     }

@@ -19,24 +19,25 @@ MAX_ROWS = 64
 
 def build_optimizer(model: nn.Module, cfg: Config) -> "torch.optim.Optimizer | MuonAdamW":
     """The optimizer that the config names; biases and batch-norm factors are not decayed."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    filters = []
-    if cfg.optimizer == "muon":
-        filters = [weight for weight in weights if len(weight) > 1]
+    filters, weights, others = [], [], []
+    for parameter in model.parameters():
+        if parameter.ndim <= 1:
+            others.append(parameter)
         # the weight of the one logit has a single row, with no other to be orthogonal to
-        weights = [weight for weight in weights if len(weight) == 1]
+        elif cfg.optimizer == "muon" and len(parameter) > 1:
+            filters.append(parameter)
+        else:
+            weights.append(parameter)
     groups = [
         {"params": weights, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
     if cfg.optimizer == "sgd":
-        has_momentum = cfg.momentum > 0
         return torch.optim.SGD(
-            groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=has_momentum, fused=True
+            groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.momentum > 0, fused=True
         )
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, fused=True)
-    return MuonAdamW(filters, adamw, cfg) if cfg.optimizer == "muon" else adamw
+    return MuonAdamW(filters, adamw, cfg) if filters else adamw
 
 
 class MuonAdamW:
@@ -94,14 +95,20 @@ def as_matrix(values: torch.Tensor, filters: torch.Tensor) -> torch.Tensor:
 
 def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> list[torch.Tensor]:
     """For each matrix (rows, columns) the step of Muon: `scale` times a nearly orthogonal matrix of
-    the same singular vectors, in blocks of at most MAX_ROWS rows.
+    the same singular vectors, in equal blocks of at most MAX_ROWS rows. The last block is filled up
+    with rows of zeros, which do not change the others.
 
     An iteration multiplies a block X from the left by a polynomial of its Gram matrix X X^T. So the
     Gram matrices of all blocks are iterated together, in float32, and X is needed only before and
     after. The step of a block with more rows than columns is sqrt(rows / columns) times as large,
     as in Jordan's Muon.
     """
-    blocks = [as_blocks(matrix) for matrix in matrices]
+    blocks = []  # (N, rows, columns) for each matrix
+    for matrix in matrices:
+        num_blocks = math.ceil(len(matrix) / MAX_ROWS)
+        num_missing = -len(matrix) % num_blocks
+        filled = pad(matrix, (0, 0, 0, num_missing)) if num_missing else matrix
+        blocks.append(filled.unflatten(0, (num_blocks, -1)))
     size = max(block.shape[1] for block in blocks)
     grams = []
     for block in blocks:
@@ -113,22 +120,8 @@ def orthogonalise(matrices: list[torch.Tensor], scale: float | torch.Tensor) -> 
     for matrix, block, factor in zip(matrices, blocks, parts, strict=True):
         _, num_rows, num_columns = block.shape
         factor = factor[:, :num_rows, :num_rows] * max(1.0, num_rows / num_columns) ** 0.5
-        step = multiply(factor, block).flatten(0, 1)
-        steps.append(step[: len(matrix)])
+        steps.append(multiply(factor, block).flatten(0, 1)[: len(matrix)])
     return steps
-
-
-def as_blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """The rows of a matrix (rows, columns) in equal blocks of at most MAX_ROWS: (N, size, columns).
-    The last block is filled up with rows of zeros, which do not change the others.
-    """
-    num_rows, num_columns = matrix.shape
-    num_blocks = math.ceil(num_rows / MAX_ROWS)
-    size = math.ceil(num_rows / num_blocks)
-    num_missing = num_blocks * size - num_rows
-    if num_missing:
-        matrix = pad(matrix, (0, 0, 0, num_missing))
-    return matrix.reshape(num_blocks, size, num_columns)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -149,9 +142,8 @@ def newton_schulz_factors(grams: torch.Tensor) -> torch.Tensor:
     grams = grams / squared_norms
     identity = torch.eye(grams.shape[1], device=grams.device)
     factors = identity / squared_norms.sqrt()
-    for iteration in range(NUM_ITERATIONS):
+    for _ in range(NUM_ITERATIONS):
         polynomials = torch.baddbmm(grams, grams, grams, beta=b, alpha=c) + a * identity
         factors = polynomials @ factors
-        if iteration < NUM_ITERATIONS - 1:
-            grams = polynomials @ grams @ polynomials
+        grams = polynomials @ grams @ polynomials
     return factors

@@ -17,7 +17,6 @@ from lib.device import input_dtype, layer_precision
 from lib.features import measure_features
 from lib.inputs import Block
 from lib.metrics import compute_metrics
-from lib.ranks import ALONE, Ranks
 
 CPU_BATCH = 64  # so few patches that their activations stay in a core's cache
 GPU_BATCH = 256  # so many patches that a GPU is busy while the next ones are copied to it
@@ -49,14 +48,13 @@ def predict_batch(
     mean, std = preprocessing["mean"], preprocessing["std"]
     plain = no_augmentation(len(images), images.device)
     inputs = normalise(images, plain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
-    views_of_inputs = [inputs]
-    if views > 1:  # generators, so that one view at a time is in memory
-        turned = turned_views(inputs.permute(0, 2, 3, 1), num=views)
-        views_of_inputs = (view.permute(0, 3, 1, 2) for view in turned)
+    pixels = inputs.permute(0, 2, 3, 1)
+    # generators, so that one view at a time is in memory
+    turned = turned_views(pixels, num=views) if views > 1 else [pixels]
     logits = torch.zeros(len(images), device=images.device)
-    for view in views_of_inputs:
+    for view in turned:
         with layer_precision(images.device, precision):
-            logits += model(view).float().flatten()
+            logits += model(view.permute(0, 3, 1, 2)).float().flatten()
     return logits / views
 
 
@@ -104,27 +102,13 @@ def predict_rows(
     config's precision. The model is not changed.
     """
     model = ready_to_predict(model, cfg.precision)
-    no_labels = np.zeros(len(source), np.uint8)
     rows_of_batches = torch.from_numpy(index).to(source.device).split(cfg.eval_batch_size)
     logits = []
-    for batch in load_batches(source, no_labels, rows_of_batches):
+    for batch in load_batches(source, np.zeros(len(source)), rows_of_batches):
         logits.append(predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING))
     return torch.cat(logits).cpu().numpy()  # one copy at the end: no batch waits for it
 
 
-def evaluate(
-    model: nn.Module, source: PatchSource, rows: Rows, cfg: Config, ranks: Ranks = ALONE
-) -> dict[str, float]:
-    """The scores of a model on `rows`, over one view of each patch, at threshold 0.5.
-
-    Each row is predicted by one rank. Ranks take whole batches, so that a row is in the same batch
-    for any number of ranks, and its logit has the same bits.
-    """
-    batch_of_row = np.arange(len(rows)) // cfg.eval_batch_size
-    is_mine = batch_of_row % ranks.num == ranks.rank
-    logits = torch.zeros(len(rows), device=source.device)
-    if is_mine.any():
-        my_logits = torch.from_numpy(predict_rows(model, source, rows.index[is_mine], cfg, 1))
-        logits[torch.from_numpy(is_mine)] = my_logits.to(logits)
-    all_logits = sum(ranks.gather(logits))  # a rank has zeros for the rows of others
-    return compute_metrics(rows.labels, all_logits.cpu().numpy())
+def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg: Config) -> dict[str, float]:
+    """The scores of a model on `rows`, over one view of each patch, at threshold 0.5."""
+    return compute_metrics(rows.labels, predict_rows(model, source, rows.index, cfg, 1))

@@ -24,9 +24,8 @@ cuDNN's autotuner | off | lib/seeding.py: cudnn.benchmark = not deterministic
 cuBLAS workspaces | of fixed size, before CUDA starts | lib/seeding.py: setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 sum over shards and ranks | one fixed binary tree | lib/ranks.py: return _tree(self.gather(_tree(parts)))
 statistics of shards | each from the same running ones | lib/training.py: buffer.copy_(value)
-evaluation on ranks | whole batches, whoever computes them | lib/predict.py: batch_of_row % ranks.num == ranks.rank
 resumption | weights, moments and position restored | lib/training.py: state.optimizer.load_state_dict(checkpoint[
-a damaged checkpoint | noticed by its checksum | lib/checkpoint.py: if checksum != state_sha256(checkpoint)
+a damaged checkpoint | noticed by its checksums | lib/checkpoint.py: zipfile.ZipFile(path).testzip()
 other data | refused by fingerprint on resumption | lib/rundir.py: if before.get("data") != data
 machine and driver | recorded, compared by twin | lib/machine.py: "driver": nvidia_smi("driver_version")
 packages | recorded, compared by twin | lib/rundir.py: importlib.metadata.version(package)

@@ -4,15 +4,12 @@ the bit, without keeping their tensors.
 
 import contextlib
 import os
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from lib.checkpoint import state_sha256
+from lib.checkpoint import weights_sha256
 from lib.files import CsvLog
-from lib.ranks import Ranks
 
 # the quantities of a step in the order in which they are computed, each with the likely cause where
 # it is the first one that differs between two runs
@@ -44,35 +41,17 @@ QUANTITIES = {
 KEPT = "trace"  # folder of the checkpoints that a traced run keeps, for a replay to start from
 
 
-def step_values(state, batch, result, ranks: Ranks) -> dict[str, dict]:
-    """What a step used and changed, {quantity: {name: tensor or text}}. It is the same for any
-    number of ranks.
-    """
-    device = batch.images.device
-
-    def of_all_ranks(tensors: dict) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.cat(ranks.gather(tensor.to(device))) for name, tensor in tensors.items()
-        }
-
-    def of_last_rank(state_bytes: torch.Tensor) -> torch.Tensor:
-        return ranks.gather(state_bytes.to(device))[-1]
-
-    # the generators of the last rank, which computed the last shard
-    _, numbers, *position = np.random.get_state()
-    rng = {
-        "torch": of_last_rank(torch.get_rng_state()),
-        "numpy": repr((numbers.tobytes(), *position)),
-        "python": repr(random.getstate()),
-    }
-    if device.type == "cuda":
-        rng["cuda"] = of_last_rank(torch.cuda.get_rng_state(device))
+def step_values(state, batch, result) -> dict[str, dict[str, torch.Tensor]]:
+    """What a step used and changed, {quantity: {name: tensor}}."""
+    generators = {"cpu": torch.get_rng_state()}
+    if batch.images.is_cuda:
+        generators["cuda"] = torch.cuda.get_rng_state(batch.images.device)
     parameters = dict(state.model.named_parameters())
     return {
-        "rows": of_all_ranks({"keys": batch.keys, "labels": batch.labels}),
-        "images": of_all_ranks({"uint8": batch.images}),
-        "draws": of_all_ranks(vars(result.draws)),
-        "rng": rng,
+        "rows": {"keys": batch.keys, "labels": batch.labels},
+        "images": {"uint8": batch.images},
+        "draws": vars(result.draws),
+        "rng": generators,
         "buffers": dict(state.model.named_buffers()),
         "loss": {"loss": result.loss},
         # as the optimizer saw them
@@ -85,27 +64,25 @@ class Trace:
     """Writes trace.csv of a run, a row for every `every`th step, and keeps the run's checkpoints. 0
     turns it off.
 
-    The ranks send their parts of a batch to the first rank, which hashes and writes.
+    Of several ranks the first one traces its own part of each batch.
     """
 
-    def __init__(self, run: Path | None, state, every: int, ranks: Ranks):
-        self.run, self.state, self.every, self.ranks = run, state, every, ranks
+    def __init__(self, run: Path | None, state, every: int, ranks):
+        self.run, self.state = run, state
+        self.every = every if ranks.is_first else 0
         self.start_step = state.progress["num_steps"]
         self.log = None
 
     def add(self, batch, result) -> None:
-        """Add a row for the step that was just made from `batch`, this rank's part."""
+        """Add a row for the step that was just made from `batch`."""
         step = self.state.progress["num_steps"]
         if not self.every or step % self.every:
             return
-        values = step_values(self.state, batch, result, self.ranks)
-        if not self.ranks.is_first:
-            return
         row = {"step": step}
-        for quantity, parts in values.items():
-            digests = {f"{quantity}.{name}": state_sha256(part) for name, part in parts.items()}
-            row[quantity] = state_sha256(digests)  # of the digests of its tensors
-            row.update(digests)
+        for quantity, tensors in step_values(self.state, batch, result).items():
+            row[quantity] = weights_sha256(tensors)
+            for name, tensor in tensors.items():
+                row[f"{quantity}.{name}"] = weights_sha256({name: tensor})
         if not self.log:
             self.log = CsvLog(self.run / "trace.csv", list(row), self.start_step)
         self.log.add(**row)

@@ -93,17 +93,11 @@ def make_old(path) -> None:
     """Rewrite a checkpoint as it was before schema 3, when no field said how the last layer
     computes.
     """
-    from lib.checkpoint import FIELDS, KIND, load_checkpoint, state_sha256
+    from lib.checkpoint import FIELDS, KIND, load_checkpoint
 
     checkpoint = load_checkpoint(path)
     fields = {name: checkpoint[name] for name in FIELDS if name != "float32_logits"}
-    header = {
-        "kind": KIND,
-        "schema": 2,
-        "sha256": state_sha256(fields),
-        "weights_sha256": checkpoint["weights_sha256"],
-    }
-    torch.save(header | fields, path)
+    torch.save({"kind": KIND, "schema": 2, **fields}, path)
 
 
 def pytest_collection_modifyitems(items) -> None:

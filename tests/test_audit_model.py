@@ -22,11 +22,11 @@ from lib.audit.slices import conclude, measure_slice, measure_slices, split_answ
 from lib.audit.tissue import compute_tissue
 from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows
-from lib.calibration import choose_threshold, decision_scores
+from lib.calibration import choose_threshold
 from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.files import read_csv, read_json
 from lib.groups import groups_for_halves, write_groups
-from lib.metrics import compute_auc, sigmoid
+from lib.metrics import compute_auc, compute_metrics, sigmoid
 from lib.pcam import open_split
 from lib.predict import predict_batch
 from lib.splitwriter import SplitWriter
@@ -210,7 +210,8 @@ def test_thresholds_are_chosen_on_one_half_and_judged_on_the_other(audited, pcam
     half = fold_of_rows(groups_for_halves(split, pcam_dir), 2)
     chosen = choose_threshold(split.labels[half == 0], probs[half == 0], "f2", 0, 0)
     assert float(best["threshold"]) == pytest.approx(chosen, abs=1e-6)
-    judged = decision_scores(split.labels[half == 1], probs[half == 1], float(best["threshold"]))
+    logits = np.log(probs / (1 - probs))[half == 1]
+    judged = compute_metrics(split.labels[half == 1], logits, float(best["threshold"]))
     for name in ("recall", "specificity", "precision", "f2"):
         assert float(best[name]) == pytest.approx(judged[name])
     assert float(best["f2_low"]) <= float(best["f2"]) <= float(best["f2_high"])

@@ -19,9 +19,9 @@ def test_the_champion_is_small_and_its_files_belong_together():
     assert (CHAMPION / "best.pt").stat().st_size < 5_000_000 and summary["status"] == "finished"
     assert cfg == read_run_config(CHAMPION) and cfg.views == 8
     best = read_csv(CHAMPION / "epochs.csv")[summary["best_epoch"] - 1]
-    assert checkpoint["metrics"]["auc"] == float(best["val_auc"]) < summary["val_auc"], (
-        "of one view, and of eight"
-    )
+    assert (
+        checkpoint["progress"]["best_scores"]["auc"] == float(best["val_auc"]) < summary["val_auc"]
+    ), "of one view, and of eight"
 
 
 @pytest.mark.slow

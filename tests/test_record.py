@@ -5,6 +5,7 @@ writes the record of this machine, which is written anew only where a change of 
 """
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -32,11 +33,9 @@ def machine() -> dict:
     facts = describe_machine(torch.device("cpu"))
     kind = {key: facts[key] for key in ("cpu", "cpu_capability")}
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    for line in reversed(lines):
-        key, _, value = line.partition(":")
-        if key.strip() in ("cpu family", "model", "stepping"):
-            kind[key.strip()] = value.strip()
+    if path.is_file():
+        fields = r"(?m)^(cpu family|model|stepping)\s*: (.+)$"
+        kind |= dict(re.findall(fields, path.read_text()))
     return {"torch": torch.__version__, "numpy": np.__version__, **kind}
 
 

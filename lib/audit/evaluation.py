@@ -2,11 +2,13 @@
 published ones; and when a checkpoint first saw the test split.
 """
 
+import contextlib
+
 import numpy as np
 
 from lib.audit.copies import find_equal, join, print_patches
 from lib.audit.resampling import draw_weights, resampled_scores, spread
-from lib.files import read_cache, utc_now, write_cache
+from lib.files import read_cache, utc_now, write_json
 from lib.metrics import constant_baselines
 from lib.published import compare_md5
 
@@ -63,5 +65,6 @@ def note_opening(audit, digest: str) -> None:
     if key in openings:
         measured = f"this checkpoint has opened these patches before, on {openings[key]}"
         audit.add("opened", "note", measured, split="test")
-    else:
-        write_cache(path, openings | {key: utc_now()})
+        return
+    with contextlib.suppress(OSError):  # in a read-only folder nothing is remembered
+        write_json(path, openings | {key: utc_now()})

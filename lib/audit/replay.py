@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from lib import training
-from lib.checkpoint import state_sha256
+from lib.checkpoint import weights_sha256
 from lib.command import BadInput
 from lib.config import Config
 from lib.models import build_model
@@ -132,7 +132,7 @@ def train(argv: list[str], fault: Fault | None = None, window: range = range(0))
         state.graph = None  # of a step that is replayed as a CUDA graph hooks would see nothing
 
         def note(phase, module, what, tensor):
-            events.append((number, phase, module, what, state_sha256(tensor)))
+            events.append((number, phase, module, what, weights_sha256({what: tensor})))
 
         hooks = []
         if number in window:
