@@ -78,8 +78,6 @@ def test_near_copies_are_found_with_how_they_lie(patches, kind):
     assert pairs <= wanted and len(pairs) >= 0.95 * len(wanted)
     if kind == "shifted":
         assert np.abs(near.shift).max(1).all() and (near.similarity > 0.99).mean() > 0.9
-    if kind == "brightened":
-        assert np.median(near.gain) > 1.01
 
 
 @pytest.mark.parametrize("dy, dx", [(0, 16), (-24, 20)])
