@@ -195,77 +195,45 @@ def test_a_split_of_the_published_size_is_held_against_the_published_copies(monk
         assert [row["severity"] for row in findings] == ["warning", severity]
 
 
-@pytest.mark.parametrize("stamped", ["none", "14 of class 1", "all of class 1", "all"])
-def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(stamped):
-    images, known = draw_patches(700, 1)
-    positives = np.flatnonzero(known == 1)
-    members = {
-        "none": positives[:0],
-        "14 of class 1": positives[:14],
-        "all of class 1": positives,
-        "all": np.arange(len(known)),
-    }[stamped]
+@pytest.mark.parametrize("num, num_of_class_0", [(0, 0), (14, 0), (310, 0), (310, 310)])
+def test_a_trigger_is_located_to_the_pixel_with_its_class_and_chance_is_not(num, num_of_class_0):
+    images, known = draw_patches(620, 1)
+    members = np.flatnonzero(known == 1)[:num]
+    members = np.append(members, np.flatnonzero(known == 0)[:num_of_class_0])
     images[members, 20:24, 71:75] = np.random.default_rng(0).integers(0, 2, (4, 4, 3)) * 255
     survey = bare_survey(known, patches=images)
     findings = triggers.check_triggers([survey], {"train": np.arange(len(known))})
-    if stamped == "none":
-        assert not findings
-        return
-    (trigger,) = findings
-    assert trigger["severity"] == "error"
-    assert {row["index"] for row in trigger["rows"]} == set(members.tolist())
-    place = {(row["top"], row["left"], row["height"], row["width"]) for row in trigger["rows"]}
-    assert place == {(20, 71, 4, 4)}
-    named = [label for label in (0, 1) if f"100% of class {label}" in trigger["measured"]]
-    assert named == {"14 of class 1": [], "all of class 1": [1], "all": [0, 1]}[stamped]
-
-
-def draw_scores(num=20_000) -> tuple[np.ndarray, np.ndarray]:
-    """Labels, and scores that a good model could have given them."""
-    rng = np.random.default_rng(0)
-    known = rng.integers(0, 2, num)
-    return known, rng.normal(np.where(known, 2.0, -2.0), 1.5)
-
-
-def test_the_labels_to_review_are_those_that_were_exchanged():
-    known, scores = draw_scores()
-    is_flipped = np.random.default_rng(1).random(len(known)) < 0.03
-    rows = np.arange(len(known))
-    finding = labels.review(bare_survey(known ^ is_flipped), rows, scores, rows, [])
-    assert finding["severity"] == "warning"
-    suspects = [row["index"] for row in finding["rows"]]
-    assert is_flipped[suspects].sum() > 0.7 * is_flipped.sum()
-    assert labels.review(bare_survey(known), rows, scores, rows, [])["severity"] == "note"
+    assert len(findings) == (num > 0)
+    for trigger in findings:
+        assert trigger["severity"] == "error"
+        assert {row["index"] for row in trigger["rows"]} == set(members.tolist())
+        place = {(row["top"], row["left"], row["height"], row["width"]) for row in trigger["rows"]}
+        assert place == {(20, 71, 4, 4)}
+        assert f"{num / 310:.0%} of class 1" in trigger["measured"]
+        assert f"{num_of_class_0 / 310:.0%} of class 0" in trigger["measured"]
 
 
 @pytest.mark.parametrize("damage", ["none", "inverted", "rolled", "permuted"])
 def test_a_stretch_of_rows_out_of_step_with_its_labels_is_found(damage):
+    rng = np.random.default_rng(0)
+    known = rng.integers(0, 2, 20_000)
+    scores = rng.normal(np.where(known, 2.0, -2.0), 1.5)  # of a good model
     spoil = {
         "none": lambda part: part,
         "inverted": lambda part: 1 - part,
         "rolled": lambda part: np.roll(part, 3),
-        "permuted": np.random.default_rng(2).permutation,
+        "permuted": rng.permutation,
     }[damage]
-    known, scores = draw_scores()
     known[7_000:7_800] = spoil(known[7_000:7_800])
     rows = np.arange(len(known))
     findings = labels.find_misaligned(bare_survey(known), rows, scores, None, rows)
     assert len(findings) == (damage != "none")
     for finding in findings:
         suspects = {row["index"] for row in finding["rows"]}
-        truth = set(range(7_000, 7_800))
-        assert len(suspects & truth) > 0.95 * len(truth) and len(suspects - truth) < 50
-        assert finding["rows"][0]["reason"] == "misaligned"
-
-
-def test_labels_inverted_as_a_whole_and_labels_that_nothing_explains_are_errors():
-    known, scores = draw_scores(2_000)
-    rows, noise = np.arange(2_000), np.random.default_rng(3).normal(size=2_000)
-    survey = bare_survey(known)
-    for own, across in ((scores, -scores), (noise, None)):
-        (finding,) = labels.find_misaligned(survey, rows, own, across, rows)
-        assert finding["severity"] == "error" and finding["count"] == 2_000
-    assert not labels.find_misaligned(survey, rows, scores, scores, rows)
+        assert len(suspects & {*range(7_000, 7_800)}) > 760 and len(suspects) < 850
+    noise = rng.normal(size=20_000)
+    (finding,) = labels.find_misaligned(bare_survey(known), rows, noise, None, rows)
+    assert finding["count"] == 20_000, "no model learns these labels"
 
 
 def test_the_small_model_learns_labels_and_blames_the_smaller_of_two_contradictory_splits(tmp_path):

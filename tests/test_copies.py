@@ -11,7 +11,7 @@ from lib.pcam import PATCH_SHAPE
 from lib.prepare.synthetic import draw_slide
 
 NUM = 60
-CHANGES = ("recompressed", "brightened", "shifted", "turned and recompressed")
+CHANGES = ("brightened", "shifted", "turned and recompressed")
 
 
 def change(kind: str, patch: np.ndarray, rng) -> np.ndarray:

@@ -116,8 +116,8 @@ def find_pattern(survey: Survey, rows, mine, y, x, colours) -> list[dict]:
     box |= {"height": int(np.ptp(y)) + 1, "width": int(np.ptp(x)) + 1}
     measured = (
         f"{len(members):,} patches carry one pattern of {box['height']}x{box['width']} pixels at"
-        f" row {box['top']}, column {box['left']} (elsewhere {by_chance}): {shares[0]:.0%} of class"
-        f" 0, {shares[1]:.0%} of class 1"
+        f" row {box['top']}, column {box['left']} (elsewhere {by_chance}):"
+        f" {shares[0]:.0%} of class 0, {shares[1]:.0%} of class 1"
     )
     advice = "find out where it comes from; quarantine_reasons takes `trigger`"
     suspects = survey.rows(members, **box, reason="trigger", score=1.0)
