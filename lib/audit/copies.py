@@ -9,7 +9,6 @@ lies on the other: a candidate, which the pixels then confirm. A hash of the who
 do: a shift by four pixels changes it as much as another patch does.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -126,9 +125,9 @@ def find_anchors(fine: np.ndarray) -> np.ndarray:
     int64 (4, n), from smoothed planes (90, 90, B).
     """
     blob = find_blobs(fine)
-    is_highest = blob == extreme_around(blob, np.maximum, WINDOW)
-    is_lowest = blob == extreme_around(blob, np.minimum, WINDOW)
-    is_peak = np.where(blob > 0, is_highest, is_lowest & (blob < 0))
+    highest = np.maximum(extreme_around(blob, np.maximum, WINDOW), 0)
+    lowest = np.minimum(extreme_around(blob, np.minimum, WINDOW), 0)
+    is_peak = (blob != 0) & ((blob == highest) | (blob == lowest))
     anchors = np.argwhere(is_peak)
     strength = np.abs(blob[is_peak])
     order = np.lexsort((-strength, anchors[:, 2]))
@@ -190,8 +189,7 @@ def find_equal(prints: Prints, read: Callable) -> np.ndarray:
     for row in np.flatnonzero((sizes[group] > 1) & (prints.key > 0)):
         patch = read(row[None])
         views = [turn(patch, symmetry).tobytes() for symmetry in range(8)]
-        digest = hashlib.sha256(min(views)).digest()
-        first[row] = firsts.setdefault(digest, row)
+        first[row] = firsts.setdefault(hash(min(views)), row)
     return first
 
 
