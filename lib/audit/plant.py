@@ -104,7 +104,7 @@ def write_copy(surveys: list[Survey], rows_of: dict[str, np.ndarray], folder: Pa
 
 def plant_split(name: str, patches, labels, leaks: list[tuple], rng) -> tuple[dict, list, list]:
     """Plant every kind into patches uint8 (N, 96, 96, 3) and, in place, their labels (N,): changed
-    patches by place, the truth as write_copies gives it, and what later splits may leak, as
+    patches by place, the truth as write_copy gives it, and what later splits may leak, as
     (split, place, patch, label).
     """
     num = len(labels)

@@ -109,9 +109,11 @@ def find_pattern(survey: Survey, rows, mine, y, x, colours) -> list[dict]:
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return []
 
-    intact, labels = survey.intact, survey.labels
-    num_carrying = np.bincount(labels[members] + 1, minlength=3)[1:]
-    shares = num_carrying / np.maximum(np.bincount(labels[intact] + 1, minlength=3)[1:], 1)
+    labels = survey.labels[survey.intact]
+    shares = []
+    for label in (0, 1):
+        num_carrying = (survey.labels[members] == label).sum()
+        shares.append(num_carrying / max((labels == label).sum(), 1))
     box = {"top": int(y.min()), "left": int(x.min())}
     box |= {"height": int(np.ptp(y)) + 1, "width": int(np.ptp(x)) + 1}
     measured = (
