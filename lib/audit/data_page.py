@@ -84,9 +84,9 @@ def plot_suspects(path: Path, surveys: list[Survey], findings: list[dict]) -> No
     patches, captions = [], []
     for finding in findings:
         suspects = [row for row in finding["rows"] if row.get("reason")]
-        pictures, _ = read_suspects(by_name, suspects, NUM_SUSPECTS)
+        pictures, names = read_suspects(by_name, suspects, NUM_SUSPECTS)
         patches += pictures
-        captions += [f"{finding['check']} {finding['split']}"] * len(pictures)
+        captions += [f"{finding['check']}, {name.partition(':')[0]}" for name in names]
     if patches:
         path.write_bytes(figure_png(plot_gallery(patches, captions)))
 
