@@ -49,16 +49,18 @@ def learn_filters(patches: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.inference_mode()
 def compute_inputs(survey: Survey, rows: np.ndarray, filters, biases) -> np.ndarray:
-    """The classifier's inputs float16 (N, 61 + 2 K) for the rows of a split: the description of a
-    patch, and the mean and root mean square of each filter in the middle.
+    """The classifier's inputs float16 (N, 61 + 4 K) for the rows of a split: the description of a
+    patch, and of each filter the mean over all, and the mean, largest and root mean square in the
+    middle.
     """
     answers = []
     with Progress(len(rows), f"features of {survey.name}") as progress:
         for part in np.split(rows, range(256, len(rows), 256)):
             answer = torch.relu(F.conv2d(halve_centre(survey.read(part)), filters, biases) - 0.5)
             middle = answer[:, :, MIDDLE, MIDDLE]
-            pooled = torch.cat([middle.mean((2, 3)), middle.square().mean((2, 3)).sqrt()], 1)
-            answers.append(pooled.sqrt().half())
+            pooled = [answer.mean((2, 3)), middle.mean((2, 3)), middle.amax((2, 3))]
+            pooled.append(middle.square().mean((2, 3)).sqrt())
+            answers.append(torch.cat(pooled, 1).sqrt().half())
             progress.add(len(part))
     return np.concatenate([survey.table["appearance"][rows], torch.cat(answers).numpy()], 1)
 
