@@ -27,7 +27,7 @@ def damage_patch(kind: str, patch: np.ndarray, rng) -> str:
     return f"{side}x{side} at {y} {x}"
 
 
-def alter_patch(kind: str, image: np.ndarray, rng, least_quality: int = 70) -> np.ndarray:
+def alter_patch(kind: str, image: np.ndarray, rng) -> np.ndarray:
     """An altered copy of a patch uint8 (96, 96, 3). The kinds are symmetric, brightened and
     recompressed; any other kind leaves the patch as it is.
     """
@@ -40,7 +40,7 @@ def alter_patch(kind: str, image: np.ndarray, rng, least_quality: int = 70) -> n
         return np.minimum(brighter, 255).astype(np.uint8)
     if kind == "recompressed":
         buffer = io.BytesIO()
-        quality = int(rng.integers(least_quality, 96))
+        quality = int(rng.integers(70, 96))
         Image.fromarray(image).save(buffer, "JPEG", quality=quality)
         return np.asarray(Image.open(buffer))
     return image

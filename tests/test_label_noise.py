@@ -29,10 +29,10 @@ BENDS = {
 @pytest.mark.parametrize("bend", BENDS.values(), ids=BENDS)
 def test_a_bent_calibration_is_no_exchange_and_an_exchange_is_seen_through_it(bend):
     labels, logits, _ = draw_labels(bend, seed=1)
-    _, least, _ = fit_label_noise(labels, logits, GROUPS)
+    _, least, _, _ = fit_label_noise(labels, logits, GROUPS)
     assert least < LEAST_RATE, "these labels are right"
     labels, logits, exchanged = draw_labels(bend, seed=1, rate=0.05)
-    rate, least, wrong = fit_label_noise(labels, logits, GROUPS)
+    rate, least, _, wrong = fit_label_noise(labels, logits, GROUPS)
     assert LEAST_RATE < least < rate == pytest.approx(0.05, abs=0.015)
     most_suspect = np.argsort(-wrong)[: 2 * exchanged.sum()]
     assert exchanged[most_suspect].sum() > 0.5 * exchanged.sum()
@@ -45,6 +45,6 @@ def test_copies_of_a_patch_are_one_patch():
     labels, logits, _ = draw_labels(BENDS["affine"], seed=2)
     labels[np.argsort(np.abs(logits[:60]))[-3:]] ^= 1
     rows = np.arange(60).repeat(200)
-    _, least, _ = fit_label_noise(labels[rows], logits[rows], rows)
-    _, naive, _ = fit_label_noise(labels[rows], logits[rows], np.arange(len(rows)))
+    _, least, _, _ = fit_label_noise(labels[rows], logits[rows], rows)
+    _, naive, _, _ = fit_label_noise(labels[rows], logits[rows], np.arange(len(rows)))
     assert least < LEAST_RATE < naive

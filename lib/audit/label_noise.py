@@ -17,9 +17,10 @@ POWERS = (0.6, 1.6)  # of the calibration: 1 is affine, below it the log odds fl
 LEAST_RATE = 0.01  # confident errors of a model on the real sample alone look like 0.5%
 
 
-def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray]:
-    """(rate, least rate, wrong): the share of exchanged labels, the lower end of its 90% interval
-    over resampled groups (N,), and for each label the probability (N,) that it is exchanged.
+def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """(rate, least rate, probs, wrong): the share of exchanged labels, the lower end of its 90%
+    interval over resampled groups (N,), and for each label the probabilities (N,) that it is 1 and
+    that it is exchanged.
 
     Labels are 0 and 1, (N,), logits are out of fold, (N,).
     """
@@ -30,21 +31,21 @@ def fit_label_noise(labels, logits, groups) -> tuple[float, float, np.ndarray]:
     centres = np.bincount(bins, scaled, NUM_BINS) / np.maximum(np.bincount(bins), 1)
 
     names, group = np.unique(groups, return_inverse=True)
-    rng = np.random.default_rng(0)
     equal = np.full(len(names), 1 / len(names))
-    resamples = rng.multinomial(len(names), equal, NUM_RESAMPLES)
+    resamples = np.random.default_rng(0).multinomial(len(names), equal, NUM_RESAMPLES)
     counts = []
-    for drawn in (np.ones(len(names)), *resamples):
-        counts.append(np.bincount(2 * bins + labels, drawn[group], 2 * NUM_BINS))
+    for times in (np.ones(len(names)), *resamples):
+        counts.append(np.bincount(2 * bins + labels, times[group], 2 * NUM_BINS))
     factors = fit_factors(np.stack(counts).reshape(-1, NUM_BINS, 2), centres)
     rates, _ = compute_probs(factors, torch.from_numpy(centres))
+    least = float(np.quantile(rates[1:].numpy(), 0.05))
     rate, probs = compute_probs(factors[:1], torch.from_numpy(scaled))
 
     rate, probs = rate.item(), probs[0].numpy()
     given = np.where(labels == 1, probs, 1 - probs)  # of the label that is there
     true = (given - rate) / max(1 - 2 * rate, 1e-9)
     wrong = np.clip(rate * (1 - true) / given, 0, 1)
-    return rate, float(np.quantile(rates[1:].numpy(), 0.05)), wrong
+    return rate, least, probs, wrong
 
 
 def compute_probs(factors: torch.Tensor, logits: torch.Tensor):
@@ -56,7 +57,7 @@ def compute_probs(factors: torch.Tensor, logits: torch.Tensor):
     offset, right, left, power, rate = factors.split(1, 1)  # (R, 1) each
     distance = logits - offset
     slope = torch.where(distance > 0, right, left).exp()
-    power = POWERS[0] + (POWERS[1] - POWERS[0]) * torch.sigmoid(power)
+    power = torch.lerp(*torch.tensor(POWERS).double(), torch.sigmoid(power))
     log_odds = slope * distance.sign() * (distance.abs() + 1e-9) ** power
     rate = torch.sigmoid(rate) / 2
     probs = rate + (1 - 2 * rate) * torch.sigmoid(log_odds)

@@ -2,202 +2,166 @@
 what of it is found.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 from PIL import Image
 
 from lib.audit import build_finding
-from lib.audit.alterations import PATCH_KINDS, alter
+from lib.audit.alterations import REASONS, alter
 from lib.audit.survey import Survey
 from lib.damage import alter_patch, damage_patch
-from lib.pcam import split_path
-from lib.splitwriter import SplitWriter, write_labels
+from lib.splitwriter import SplitWriter
 
 MOST_ROWS = {"train": 8_000, "valid": 2_000}
 LEAST_POWER = 0.5  # of what is planted: a check that finds less says nothing by finding nothing
-STRETCH = 0.04  # of a split, its last rows: their labels are out of step
 # by check: what it calls what it finds
 REASONS_OF = {
-    "values": "nan range black white constant scaled",
-    "unusual": "colour detail partial blank outlier",
-    "duplicates": "duplicate near_duplicate",
-    "leakage": "leak",
-    "triggers": "trigger",
-    "labels": "label misaligned",
+    "values": ("nan", "range", "black", "white", "constant", "scaled"),
+    "unusual": ("colour", "detail", "partial", "blank", "outlier"),
+    "duplicates": ("duplicate", "near_duplicate"),
+    "leakage": ("leak",),
+    "triggers": ("trigger",),
+    "labels": ("label", "misaligned"),
 }
-# kind: share of a split's patches, the reasons that count as found
+COPY_REASONS = {
+    **dict.fromkeys(("equal", "symmetric"), "duplicate"),
+    **dict.fromkeys(
+        ("recompressed", "brightened", "shifted", "zoomed", "rotated"), "near_duplicate"
+    ),
+}
+# kind: share of a split's patches, the reason that it is found for
 PLANTS = {
     "nan": (0.01, "nan"),
-    "out of range": (0.01, "range"),
+    "out_of_range": (0.01, "range"),
     "scaled": (0.005, "scaled"),
     "black": (0.01, "black"),
     "white": (0.01, "white"),
-    "one colour": (0.005, "constant"),
-    **dict.fromkeys(PATCH_KINDS, (0.005, REASONS_OF["unusual"])),
-    "equal": (0.01, "duplicate"),
-    "turned": (0.01, "duplicate"),
-    "recompressed": (0.01, "near_duplicate"),
-    "brightened": (0.01, "near_duplicate"),
-    "shifted": (0.01, "near_duplicate"),
-    "zoomed": (0.01, "near_duplicate"),
-    "rotated": (0.01, "near_duplicate"),
+    "constant": (0.005, "constant"),
+    **{kind: (0.005, reason) for kind, reason in REASONS.items()},
+    **{kind: (0.01, reason) for kind, reason in COPY_REASONS.items()},
     "leaked": (0.02, "leak"),
     "trigger": (0.01, "trigger"),
     "exchanged label": (0.03, "label"),
-    "out of step": (STRETCH, "misaligned"),
+    "out of step": (0.04, "misaligned"),
 }
-COPY_KINDS = ("equal", "turned", "recompressed", "brightened", "shifted", "zoomed", "rotated")
 
 
-def damage(kind: str, patch: np.ndarray, rng) -> np.ndarray:
-    """A damaged patch float32 (96, 96, 3) from an intact one, which may be changed."""
+def damage(kind: str, patch: np.ndarray, other: np.ndarray, rng) -> np.ndarray:
+    """A damaged patch (96, 96, 3), float32 or uint8, from an intact uint8 one; `other` is another
+    patch.
+    """
+    if kind in REASONS:
+        return alter(kind, patch, other, rng)
+    patch = patch.astype(np.float32)
     if kind == "scaled":
         return patch / 255
-    if kind == "one colour":
+    if kind == "constant":
         return np.broadcast_to(rng.integers(1, 255, 3), patch.shape)
-    damage_patch(kind.replace(" ", "_"), patch, rng)
+    damage_patch(kind, patch, rng)
     return patch
 
 
 def copy_patch(kind: str, patch: np.ndarray, rng) -> np.ndarray:
-    """A patch uint8 (96, 96, 3) as a copy of one of COPY_KINDS."""
+    """A patch uint8 (96, 96, 3) as a copy of a kind of COPY_REASONS; of another kind as it is."""
     if kind not in ("shifted", "zoomed", "rotated"):
-        altered = "symmetric" if kind == "turned" else kind
-        return alter_patch(altered, patch, rng, least_quality=60)
+        return alter_patch(kind, patch, rng)
     picture = Image.fromarray(np.pad(patch, ((8, 8), (8, 8), (0, 0)), "edge"))
-    shift = np.zeros(2, np.int64)
+    y, x = 8, 8
     if kind == "shifted":
-        shift = rng.integers(1, 5, 2) * rng.choice((-1, 1), 2)
+        y, x = 8 + rng.integers(1, 5, 2) * rng.choice((-1, 1), 2)
     elif kind == "zoomed":
         side = round(picture.width * rng.uniform(1.03, 1.08))
         picture = picture.resize((side, side), Image.BILINEAR)
     else:
         picture = picture.rotate(rng.uniform(2, 6) * rng.choice((-1, 1)), Image.BILINEAR)
     size = len(patch)
-    y, x = (picture.width - size) // 2 + shift
     return np.asarray(picture)[y : y + size, x : x + size]
 
 
-@dataclass
-class Part:
-    """Some rows of a split, the labels that their copies get, and places among them that nothing
-    is planted in.
-    """
-
-    survey: Survey
-    rows: np.ndarray
-    labels: np.ndarray
-    free: list[int]
-
-    def read(self, places) -> np.ndarray:
-        """Patches uint8 (B, 96, 96, 3) of the rows at places, as they are."""
-        return self.survey.read(self.rows[places])
-
-
-def write_copies(
-    surveys: list[Survey], rows_of: dict[str, np.ndarray], clean: Path, planted: Path
-) -> list[dict]:
-    """Write some rows of train and valid twice, as they are and with damage planted, both float32;
-    gives rows of kind and places: what is planted where, and what it is a copy of.
+def write_copy(surveys: list[Survey], rows_of: dict[str, np.ndarray], folder: Path) -> list[dict]:
+    """Write some rows of train and valid with damage planted, as float32; gives rows of kind and
+    places: what is planted where, and what it is a copy of.
 
     `rows_of` names the rows that may be used: intact ones, copies once.
     """
-    rng, truth, train = np.random.default_rng(0), [], None
-    clean.mkdir(parents=True, exist_ok=True)
-    planted.mkdir(parents=True, exist_ok=True)
+    rng, truth, leaks = np.random.default_rng(0), [], []
+    folder.mkdir()
     for survey in surveys:
-        name, rows = survey.name, rows_of[survey.name]
-        if name not in MOST_ROWS:
+        if survey.name not in MOST_ROWS:
             continue
-        rows = np.sort(rng.choice(rows, min(MOST_ROWS[name], len(rows)), replace=False))
-        num_in_step = len(rows) - int(STRETCH * len(rows))
-        free = rng.permutation(num_in_step).tolist()
-        part = Part(survey, rows, survey.labels[rows].astype(np.uint8), free)
-        for folder in (clean, planted):
-            with SplitWriter(folder, name, len(rows), np.float32) as writer:
-                for start in range(0, len(rows), 256):
-                    places = slice(start, start + 256)
-                    writer.add(part.read(places).astype(np.float32), part.labels[places])
-        with h5py.File(split_path(planted, name, "x"), "r+") as file:
-            truth += plant_split(part, file["x"], train, rng)
-        part.labels[num_in_step:] = np.roll(part.labels[num_in_step:], 7)
-        for place in range(num_in_step, len(rows)):
-            truth.append({"kind": "out of step", "places": [(name, place)]})
-        write_labels(split_path(planted, name, "y"), part.labels)
-        if name == "train":
-            train = part
+        rows = rng.permutation(rows_of[survey.name])[: MOST_ROWS[survey.name]]
+        rows.sort()
+        patches, labels = survey.read(rows), survey.labels[rows].astype(np.uint8)
+        changed, of_split, leaks = plant_split(survey.name, patches, labels, leaks, rng)
+        truth += of_split
+        with SplitWriter(folder, survey.name, len(patches), np.float32) as writer:
+            for place, patch in enumerate(patches):
+                patch = changed.get(place, patch).astype(np.float32)
+                writer.add(patch[None], labels[place : place + 1])
     return truth
 
 
-def plant_split(part: Part, patches, train: Part | None, rng) -> list[dict]:
-    """Plant every kind into the h5py dataset `patches` of a part, and its labels; gives the truth
-    as write_copies does. Leaks come from `train`.
+def plant_split(name: str, patches, labels, leaks: list[tuple], rng) -> tuple[dict, list, list]:
+    """Plant every kind into patches uint8 (N, 96, 96, 3) and, in place, their labels (N,): changed
+    patches by place, the truth as write_copy gives it, and what later splits may leak, as
+    (split, place, patch, label).
     """
-    truth, name = [], part.survey.name
-    kinds = [
-        kind for kind, (share, _) in PLANTS.items() for _ in range(int(share * len(part.rows)))
-    ]
+    num = len(labels)
+    num_in_step = num - int(PLANTS["out of step"][0] * num)
+    free = rng.permutation(num_in_step).tolist()
+    # a quarter of the places stays as it is, for copies
+    origins = [(name, place, patches[place], labels[place]) for place in free[: num // 4]]
+    free = free[num // 4 :]
+    changed, truth = {}, []
+    kinds = [kind for kind, (share, _) in PLANTS.items() for _ in range(int(share * num))]
     for kind in kinds:
-        free = part.free
-        if kind == "trigger":  # on positives of train
-            free = [place for place in free if part.labels[place] == 1 and train is None]
-        if kind == "out of step" or (kind == "leaked" and train is None) or not free:
+        # a trigger is on positives of train, and leaks are of an earlier split
+        places = free
+        if kind == "trigger":
+            places = [place for place in free if labels[place] == 1 and name == "train"]
+        if kind == "out of step" or not places or (kind == "leaked" and not leaks):
             continue
-        place = free[-1]
-        part.free.remove(place)
-        (patch,) = part.read([place])
-        places = [(name, place)]
+        place = places[-1]
+        free.remove(place)
+        planted = [(name, place)]
         if kind == "exchanged label":
-            part.labels[place] ^= 1
-        elif kind == "leaked" or kind in COPY_KINDS:
-            origin = train if kind == "leaked" else part
-            source = int(rng.choice(origin.free))
-            part.labels[place] = origin.labels[source]
-            places.append((origin.survey.name, source))
-            patch = origin.read([source])[0]
-            if kind != "leaked":
-                part.free.remove(source)
-                patch = copy_patch(kind, patch, rng)
-        elif kind in PATCH_KINDS:
-            (other,) = part.read([rng.integers(len(part.rows))])
-            patch = alter(kind, patch, other, rng)
+            labels[place] ^= 1
+        elif kind == "leaked" or kind in COPY_REASONS:
+            origin = (leaks if kind == "leaked" else origins).pop()
+            split, source, patch, labels[place] = origin
+            changed[place] = copy_patch(kind, patch, rng)
+            planted.append((split, source))
         else:
-            patch = damage(kind, patch.astype(np.float32), rng)
-        patches[place] = patch
-        truth.append({"kind": kind, "places": places})
-    return truth
+            changed[place] = damage(kind, patches[place], patches[rng.integers(num)], rng)
+        truth.append({"kind": kind, "places": planted})
+    labels[num_in_step:] = np.roll(labels[num_in_step:], 7)
+    for place in range(num_in_step, num):
+        truth.append({"kind": "out of step", "places": [(name, place)]})
+    return changed, truth, origins
 
 
-def measure_power(truth: list[dict], planted: list[dict], clean: list[dict]) -> list[dict]:
-    """Per kind: how much was planted, found and missed, and false alarms, from the quarantine rows
-    of both copies.
+def measure_power(truth: list[dict], quarantine: list[dict], reasons: set[str]) -> list[dict]:
+    """Per kind of one of `reasons`: how much was planted and found, and false alarms, from the rows
+    of the quarantine.
 
-    A copy counts as found if it, or what it is a copy of, is listed. `false_alarms` are rows of the
-    planted copy that nothing was planted in, `on_clean` those of the clean copy; both may be true
-    findings of the user's own.
+    A copy counts as found if it, or what it is a copy of, is listed. `false_alarms` are rows that
+    nothing was planted in; they may be true findings of the user's own.
     """
     touched = {place for row in truth for place in row["places"]}
-    rows = []
-    for kind, (_, reasons) in PLANTS.items():
+    power = []
+    for kind, (_, reason) in PLANTS.items():
+        if reason not in reasons:
+            continue
+        accepted = REASONS_OF["unusual"] if kind in REASONS else (reason,)
+        suspects = [row for row in quarantine if row["reason"] in accepted]
+        listed = {(row["split"], row["index"]) for row in suspects}
         places_of = [row["places"] for row in truth if row["kind"] == kind]
-        flagged = [row for row in planted if row["reason"] in reasons.split()]
-        listed = {(row["split"], int(row["index"])) for row in flagged}
-        num_found = sum(not listed.isdisjoint(places) for places in places_of)
-        rows.append(
-            {
-                "planted": kind,
-                "reason": reasons,
-                "num": len(places_of),
-                "found": num_found,
-                "recall": num_found / len(places_of) if places_of else float("nan"),
-                "false_alarms": len(listed - touched),
-                "on_clean": sum(row["reason"] in reasons.split() for row in clean),
-            }
-        )
-    return rows
+        num, num_found = len(places_of), sum(not listed.isdisjoint(places) for places in places_of)
+        recall = num_found / num if num else float("nan")
+        row = {"planted": kind, "reason": reason, "num": num, "found": num_found, "recall": recall}
+        power.append(row | {"false_alarms": len(listed - touched)})
+    return power
 
 
 def judge_power(power: list[dict]) -> list[dict]:
@@ -206,13 +170,9 @@ def judge_power(power: list[dict]) -> list[dict]:
     """
     findings = []
     for row in power:
-        if row["recall"] >= LEAST_POWER:
-            continue
-        measured = "nothing could be planted: the check's power is unknown"
-        if row["num"]:
+        if not row["recall"] >= LEAST_POWER:
             measured = f"{row['found']:,} of {row['num']:,} planted were found"
-        advice = f"that no {row['reason']} is found here says nothing"
-        limit = f"{LEAST_POWER:.0%}"
-        check = f"power: {row['planted']}"
-        findings.append(build_finding(check, "warning", measured, limit, advice))
+            advice = f"that no {row['reason']} is found here says nothing"
+            check, limit = f"power: {row['planted']}", f"{LEAST_POWER:.0%}"
+            findings.append(build_finding(check, "warning", measured, limit, advice))
     return findings

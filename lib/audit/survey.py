@@ -1,13 +1,10 @@
 """One pass over a split: of each patch what its values are, what it looks like, what it is known
 by. All checks read from here.
 
-Files are taken as they are: what cannot be read becomes a finding with its row or byte, and the
-rest is surveyed.
+Files are taken as they are: what cannot be read becomes a finding, and the rest is surveyed.
 """
 
-import contextlib
 import os
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +15,8 @@ import numpy as np
 from lib.audit import build_finding
 from lib.audit.appearance import describe_patches
 from lib.audit.copies import find_prints, in_parts
-from lib.command import BadInput, one_line
+from lib.batches import map_ahead
+from lib.command import BadInput
 from lib.features import compute_features
 from lib.pcam import (
     PATCH_BYTES,
@@ -28,6 +26,7 @@ from lib.pcam import (
     read_label_values,
     read_meta,
     read_rows,
+    require_rows,
     split_path,
     to_uint8,
 )
@@ -41,19 +40,18 @@ FLAT_STD = 6.0  # of every channel: 81 of 23,000 real patches are flatter
 class Survey:
     """A split as it is.
 
+    - layout: how x is stored
     - labels: int8 (N,), -1 where unknown
-    - slides, coords: names (N,) and int64 (N, 2) as y and x, where the meta CSV gives them
+    - slides: names (N,), where the meta CSV gives them
     - table: columns (N, ...) by name. `damage` is a reason of values, empty, or "unreadable";
       `prints` are PRINTS
     - read: gives patches uint8 (B, 96, 96, 3) by their rows
     """
 
     name: str
-    path: Path
     layout: dict
     labels: np.ndarray
     slides: np.ndarray | None
-    coords: np.ndarray | None
     table: dict[str, np.ndarray]
     read: Callable
 
@@ -105,18 +103,19 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
     into `findings`.
     """
     path = split_path(directory, name, "x")
-    lost, parts = [], []
+    lost, parts = {}, []
     with open_patches(path) as dataset:
         layout = describe_layout(dataset, path)
         labels = read_labels(directory, name, len(dataset), findings)
-        slides, coords = read_slides(directory, name, len(dataset), findings)
+        slides = read_slides(directory, name, len(dataset), findings)
         # what is no plain uint8 is unpacked once, to be read at random later
-        plain, unpacked, offset = path, os.devnull, layout["offset"]
-        if offset is None or dataset.dtype != np.uint8:
+        plain, unpacked, offset = path, os.devnull, dataset.id.get_offset()
+        if not layout["is_plain"]:
             plain = unpacked = Path(work, f"{name}.uint8")
             offset = 0
-        with open(unpacked, "wb") as file, Progress(len(dataset), f"survey {name}") as bar:
-            for patches, columns in measure_blocks(dataset, lost):
+        bar = Progress(len(dataset), f"survey {name}")
+        with open(unpacked, "wb") as file, bar, ThreadPoolExecutor(2) as pool:
+            for patches, columns in map_ahead(pool, measure, read_blocks(dataset, lost), 3):
                 parts.append(columns)
                 file.write(patches)
                 bar.add(len(patches))
@@ -129,43 +128,23 @@ def survey_split(directory, name: str, work, findings: list[dict]) -> Survey:
         parts = [os.pread(file_number, PATCH_BYTES, place) for place in places]
         return np.frombuffer(b"".join(parts), np.uint8).reshape(-1, *PATCH_SHAPE)
 
-    survey = Survey(name, path, layout, labels, slides, coords, table, read)
+    survey = Survey(name, layout, labels, slides, table, read)
     if lost:
-        index, words = zip(*lost, strict=True)
-        table["damage"][[*index]] = "unreadable"
-        rows = survey.rows(index, why=words, reason="black", score=1.0)
-        measured = f"{len(lost):,} rows cannot be decoded, the first is row {index[0]:,}"
-        measured += f": {words[0]}"
+        table["damage"][[*lost]] = "unreadable"
+        rows = survey.rows([*lost], why=[*lost.values()], reason="black", score=1.0)
+        measured = f"{len(lost):,} rows cannot be decoded: {rows[0]['why']}"
         advice = "fetch the file again; training stops at these rows unless they are left out"
         findings.append(survey.finding("unreadable rows", "error", measured, "", advice, rows))
     return survey
 
 
-def measure_blocks(dataset, lost: list):
-    """Yield what `measure` gives for block after block of an x: this thread reads, two measure."""
-    with ThreadPoolExecutor(2) as pool:
-        pending = deque()
-        for start in range(0, len(dataset), READ_ROWS):
-            block = read_tolerantly(dataset, start, min(start + READ_ROWS, len(dataset)), lost)
-            for at in range(0, len(block), MEASURE_ROWS):
-                pending.append(pool.submit(measure, block[at : at + MEASURE_ROWS]))
-            while len(pending) > 3:
-                yield pending.popleft().result()
-        for task in pending:
-            yield task.result()
-
-
 def describe_layout(dataset, path: Path) -> dict:
-    """How an x is stored; `offset` is that of the first patch where they lie one behind the
-    other.
-    """
+    """How an x is stored. `is_plain` says that its patches lie as uint8 one behind the other."""
+    chunks = f"chunks of {dataset.chunks}" if dataset.chunks else "contiguous"
     return {
-        "rows": len(dataset),
-        "dtype": str(dataset.dtype),
+        "words": f"{dataset.dtype}, {chunks}, compression {dataset.compression}",
         "itemsize": dataset.dtype.itemsize,
-        "chunks": dataset.chunks and list(dataset.chunks),
-        "compression": dataset.compression,
-        "offset": dataset.id.get_offset(),
+        "is_plain": dataset.dtype == np.uint8 and dataset.id.get_offset() is not None,
         "stored_bytes": dataset.id.get_storage_size(),
         "file_bytes": path.stat().st_size,
     }
@@ -173,73 +152,56 @@ def describe_layout(dataset, path: Path) -> dict:
 
 def read_labels(directory, name: str, num: int, findings: list[dict]) -> np.ndarray:
     """Labels int8 (N,) of a split, -1 where unknown; what is wrong with y goes into `findings`."""
-
-    def add(check, measured, limit="", advice="", rows=()) -> None:
-        findings.append(build_finding(check, "error", measured, limit, advice, rows, name))
-
-    labels = np.full(num, -1, np.int8)
+    path = split_path(directory, name, "y")
+    labels, measured = np.full(num, -1, np.int8), ""
     try:
-        values = read_label_values(split_path(directory, name, "y"))
+        values = read_label_values(path)
+        require_rows(path, values, num)
+        is_label = np.isin(values, (0, 1))
+        labels[is_label] = values[is_label]
+        wrong = np.flatnonzero(~is_label)
+        if len(wrong):
+            measured = f"{len(wrong):,} labels are neither 0 nor 1, the first"
+            measured += f" {values[wrong[0]]:g} at row {wrong[0]:,}"
     except BadInput as error:
-        add("labels", str(error), advice="without them no check by class")
-        return labels
-    if len(values) != num:
-        measured = f"x has {num:,} patches, y has {len(values):,} labels"
-        add("agreement of x and y", measured, "equal", "fetch both again")
-    values = values[:num]
-    is_label = np.isin(values, (0, 1))
-    labels[: len(values)][is_label] = values[is_label]
-    wrong = np.flatnonzero(~is_label)
-    if len(wrong):
-        rows = []
-        for row in wrong.tolist():
-            rows.append({"split": name, "index": row, "value": float(values[row])})
-        measured = f"{len(wrong):,} labels are neither 0 nor 1, the first"
-        measured += f" {values[wrong[0]]:g} at row {wrong[0]:,}"
-        add("labels", measured, "0 or 1", "these patches have no label", rows)
+        measured = str(error)
+    if measured:
+        advice = "fetch x and y again; patches without a label are in no check by class"
+        findings.append(build_finding("labels", "error", measured, "", advice, split=name))
     return labels
 
 
-def read_slides(directory, name: str, num: int, findings: list[dict]):
-    """Slide names (N,) and coordinates int64 (N, 2) of a split, or None twice; what is wrong with
-    meta goes into `findings`.
-    """
+def read_slides(directory, name: str, num: int, findings: list[dict]) -> np.ndarray | None:
+    """Slide names (N,) of a split, or None; what is wrong with meta goes into `findings`."""
     path = split_path(directory, name, "meta")
     if not path.exists():
-        return None, None
+        return None
     try:
-        rows = read_meta(path)
-        if len(rows) != num:
-            raise BadInput(f"{path} has {len(rows):,} rows for {num:,} patches")
-        coords = np.array([(float(row["coord_y"]), float(row["coord_x"])) for row in rows])
-        slides = np.array([row["wsi"] for row in rows])
-        if not np.isfinite(coords).all() or not slides.all():
-            raise BadInput(f"{path} has rows without a coordinate or a slide name")
-    except (BadInput, ValueError) as error:
+        slides = np.array([row["wsi"] for row in read_meta(path)])
+        require_rows(path, slides, num)
+    except BadInput as error:
         advice = "checks by slide are not possible"
-        findings.append(build_finding("meta", "error", one_line(error), "", advice, split=name))
-        return None, None
-    return slides, coords.astype(np.int64)
+        findings.append(build_finding("meta", "error", str(error), "", advice, split=name))
+        return None
+    return slides
 
 
-def read_tolerantly(dataset, start: int, stop: int, lost: list) -> np.ndarray:
-    """Rows of an x as stored; those that cannot be decoded are zeros and go into `lost` as (row,
-    why).
+def read_blocks(dataset, lost: dict[int, str]):
+    """Yield all rows of an x as stored, MEASURE_ROWS at a time. Those that cannot be decoded are
+    zeros, and go into `lost` with the reason.
     """
-    with contextlib.suppress(BadInput):
-        return read_rows(dataset, slice(start, stop))
-    block = np.zeros((stop - start, *PATCH_SHAPE), dataset.dtype)
-    for row in range(start, stop):
+    for start in range(0, len(dataset), READ_ROWS):
+        stop = min(start + READ_ROWS, len(dataset))
         try:
-            block[row - start] = read_rows(dataset, row)
-        except BadInput as error:
-            why = str(error)
-            # what the file says about a chunk that is damaged may be damaged too
-            with contextlib.suppress(Exception):
-                chunk = dataset.id.get_chunk_info_by_coord((row, 0, 0, 0))
-                why += f" in the chunk at byte {chunk.byte_offset:,}"
-            lost.append((row, why))
-    return block
+            block = read_rows(dataset, slice(start, stop))
+        except BadInput:
+            block = np.zeros((stop - start, *PATCH_SHAPE), dataset.dtype)
+            for row in range(start, stop):
+                try:
+                    block[row - start] = read_rows(dataset, row)
+                except BadInput as error:
+                    lost[row] = str(error)
+        yield from np.split(block, range(MEASURE_ROWS, len(block), MEASURE_ROWS))
 
 
 def concatenate_columns(parts: list[dict]) -> dict[str, np.ndarray]:
@@ -255,46 +217,45 @@ def measure(raw: np.ndarray) -> tuple[np.ndarray, dict]:
     num = len(raw)
     flat = raw.reshape(num, PATCH_BYTES)
     low, high = flat.min(1).astype(np.float64), flat.max(1).astype(np.float64)
-    is_integer = np.ones(num, bool)
-    if raw.dtype.kind == "f":
-        is_integer = (flat == np.rint(flat)).all(1)
-    is_scaled = (low >= -1) & (high <= 1) & ~is_integer
-    num_bad, has_nan = np.zeros(num, np.int32), np.zeros(num, bool)
-    box = np.full((num, 4), -1, np.int16)  # first and last row and column of bad values
+    damage = np.full(num, "", "U10")
+    num_bad = np.zeros(num, np.int32)
+    box = np.zeros((num, 4), np.int16)  # top, left, height and width of what is bad
+    is_scaled = (low >= -1) & (high <= 1)
+    if is_scaled.any():  # not where all values are 0 or 1
+        is_scaled &= (flat != np.rint(flat)).any(1)
     is_within = (low >= 0) & (high <= 255)  # not where there are NaN
     for row in np.flatnonzero(~is_within & ~is_scaled):
         patch = raw[row]
+        damage[row] = "nan"
         is_bad = ~np.isfinite(patch)
-        if not is_bad.all():
-            low[row], high[row] = patch[~is_bad].min(), patch[~is_bad].max()
-        has_nan[row] = is_bad.any()
-        if not has_nan[row]:
+        if not is_bad.any():
+            damage[row] = "range"
             is_bad = (patch < 0) | (patch > 255)
+        elif not is_bad.all():
+            low[row], high[row] = patch[~is_bad].min(), patch[~is_bad].max()
         num_bad[row] = is_bad.sum()
         y, x, _ = np.nonzero(is_bad)
-        box[row] = y.min(), y.max(), x.min(), x.max()
-
+        box[row] = y.min(), x.min(), np.ptp(y) + 1, np.ptp(x) + 1
     if is_scaled.any():
+        damage[is_scaled] = "scaled"
         raw = raw.astype(np.float32)
         is_centred = is_scaled & (low < 0)
         raw[is_centred] = raw[is_centred] / 2 + 0.5
         raw[is_scaled] *= 255
+
     patches = to_uint8(raw)
-    columns = {"low": low, "high": high, "is_integer": is_integer, "num_bad": num_bad, "box": box}
-    columns |= concatenate_columns(in_parts(measure_intact, patches))
+    columns = concatenate_columns(in_parts(measure_intact, patches))
     has_one_colour = columns["prints"]["key"] == 0
-    is_bad = num_bad > 0
     conditions = {
-        "nan": is_bad & has_nan,
-        "range": is_bad,
-        "scaled": is_scaled,
         "black": has_one_colour & (high <= 0),
         "white": has_one_colour & (low >= 255),
         "constant": has_one_colour,
         "flat": columns["deviation"] < FLAT_STD,
     }
     # a patch has the first that holds
-    columns["damage"] = np.select([*conditions.values()], [*conditions], "").astype("U10")
+    others = np.select([*conditions.values()], [*conditions], "")
+    damage = np.where(damage == "", others, damage).astype("U10")
+    columns |= {"low": low, "high": high, "num_bad": num_bad, "box": box, "damage": damage}
     return patches, columns
 
 

@@ -1,10 +1,10 @@
 """Predictions of labels by a small fast model that has not seen them: fixed features, and a linear
 classifier for each fold.
 
-The features are the survey's description of a patch, the stains of its centre, and answers of
-filters of 6 x 6 pixels, which are clusters of whitened pieces of the patches (Coates, Lee and Ng
-2011). Random features (Rahimi and Recht 2008) of the first two join them. The classifier is a
-least-squares one, whose sums over rows are computed once for all folds.
+The features are the survey's description of a patch, and answers of filters of 6 x 6 pixels in its
+centre, which are clusters of whitened pieces of the patches (Coates, Lee and Ng 2011). Random
+features (Rahimi and Recht 2008) of the description join them. The classifier is a least-squares
+one, whose sums over rows are computed once for all folds.
 """
 
 import numpy as np
@@ -13,15 +13,12 @@ import torch.nn.functional as F
 
 from lib.audit.appearance import RandomFeatures
 from lib.audit.survey import Survey
-from lib.features import DENSITY, UNMIX
 from lib.progress import Progress
 
 CROP, SIDE, NUM_FILTERS = 64, 6, 256  # pixels of the patch's centre, then halved
 NUM_PIECES, NUM_PATCHES, NUM_ITERATIONS = 60_000, 3_000, 8  # that filters are clustered from
+MIDDLE = slice(6, 21)  # answers of filters where the 32 pixels are that a label speaks of
 RIDGE = 100.0
-# in the second round the classifiers learn without this share of the rows, the most doubtful ones
-ROUNDS, DOUBTFUL = 2, 0.06
-AROUND = slice(24, 72)  # pixels: the 32 that a label speaks of, and 8 on each side
 PART = 4_096  # rows worked on at a time
 NUM_FOLDS = 5
 
@@ -35,9 +32,9 @@ def halve_centre(patches: np.ndarray) -> torch.Tensor:
 
 def learn_filters(patches: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Filters (K, 3, 6, 6) and their biases (K,), from patches uint8 (B, 96, 96, 3)."""
-    rng = np.random.default_rng(0)
     pieces = F.unfold(halve_centre(patches), SIDE).transpose(1, 2).reshape(-1, 3 * SIDE**2)
-    pieces = pieces[torch.from_numpy(rng.integers(0, len(pieces), NUM_PIECES))]
+    chosen = np.random.default_rng(0).integers(0, len(pieces), NUM_PIECES)
+    pieces = pieces[torch.from_numpy(chosen)]
     mean = pieces.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov((pieces - mean).T))
     whiten = vectors @ torch.diag((values + 1e-3).rsqrt()) @ vectors.T
@@ -50,48 +47,59 @@ def learn_filters(patches: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     return filters.reshape(-1, 3, SIDE, SIDE), -(filters @ mean)
 
 
-def measure_centre(patches: np.ndarray) -> np.ndarray:
-    """Quantiles and deviations of the stains in the centre of patches, and quantiles around it,
-    float16 (B, 33).
-    """
-    stains = DENSITY.astype(np.float32)[patches[:, AROUND, AROUND]] @ UNMIX.astype(np.float32)
-    inner = stains[:, 8:40, 8:40].reshape(len(patches), -1, 3)
-    outer = np.concatenate([stains[:, :8], stains[:, 40:]], 1).reshape(len(patches), -1, 3)
-    middle = np.quantile(inner[:, ::2], (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95), 1)
-    beside = np.quantile(outer[:, ::2], (0.1, 0.5, 0.9), 1)
-    columns = [*middle, *beside, inner.std(1)]
-    return np.concatenate(columns, 1).astype(np.float16)
-
-
 @torch.inference_mode()
-def compute_answers(survey: Survey, rows: np.ndarray, filters, biases) -> np.ndarray:
-    """float16 (N, 33 + 4 K) for the rows of a split: the stains of the centre, and of each filter
-    the mean, largest and root mean square in the middle, and the mean over all.
+def compute_inputs(survey: Survey, rows: np.ndarray, filters, biases) -> np.ndarray:
+    """The classifier's inputs float16 (N, 61 + 4 K) for the rows of a split: the description of a
+    patch, and of each filter the mean over all, and the mean, largest and root mean square in the
+    middle.
     """
-    parts = []
+    answers = []
     with Progress(len(rows), f"features of {survey.name}") as progress:
-        for part in np.array_split(rows, -(-len(rows) // 256)):
-            patches = survey.read(part)
-            answers = torch.relu(F.conv2d(halve_centre(patches), filters, biases) - 0.5)
-            middle = answers[:, :, 6:21, 6:21]
-            pooled = [middle.mean((2, 3)), answers.mean((2, 3)), middle.amax((2, 3))]
+        for part in np.split(rows, range(256, len(rows), 256)):
+            answer = torch.relu(F.conv2d(halve_centre(survey.read(part)), filters, biases) - 0.5)
+            middle = answer[:, :, MIDDLE, MIDDLE]
+            pooled = [answer.mean((2, 3)), middle.mean((2, 3)), middle.amax((2, 3))]
             pooled.append(middle.square().mean((2, 3)).sqrt())
-            pooled = torch.cat(pooled, 1).sqrt().half().numpy()
-            parts.append(np.concatenate([measure_centre(patches), pooled], 1))
+            answers.append(torch.cat(pooled, 1).sqrt().half())
             progress.add(len(part))
-    return np.concatenate(parts)
+    return np.concatenate([survey.table["appearance"][rows], torch.cat(answers).numpy()], 1)
 
 
-def compute_inputs(surveys: list[Survey], rows_of: list[np.ndarray]) -> list[np.ndarray]:
-    """The classifier's inputs float16 (N, D) for the rows of each split."""
-    first, rows = max(zip(surveys, rows_of, strict=True), key=lambda pair: len(pair[1]))
-    step = -(-len(rows) // NUM_PATCHES)
-    filters, biases = learn_filters(first.read(rows[::step]))
-    inputs = []
-    for survey, rows in zip(surveys, rows_of, strict=True):
-        answers = compute_answers(survey, rows, filters, biases)
-        inputs.append(np.concatenate([survey.table["appearance"][rows], answers], 1))
-    return inputs
+def predict_out_of_fold(parts: list[tuple]) -> list[tuple]:
+    """Scores (N,) of the rows of each split, twice: by classifiers of the split's other folds, and
+    by one of the first split, None for that one itself.
+
+    A part is a survey, its rows (N,) and their groups (N,), the largest first; no group is in two
+    folds.
+    """
+    scores, features, weights = [], None, None
+    for survey, rows, groups in parts:
+        labels, across = survey.labels[rows], None
+        if features is None:
+            filters = learn_filters(survey.read(rows[:: -(-len(rows) // NUM_PATCHES)]))
+        inputs = compute_inputs(survey, rows, *filters)
+        if features is None:
+            features = RandomFeatures(inputs, survey.table["appearance"].shape[1])
+        else:
+            across = score(features, inputs, weights)
+        own, products = cross_validate(features, inputs, labels, groups)
+        if weights is None:
+            weights = solve(products)
+        scores.append((own, across))
+    return scores
+
+
+def cross_validate(features: RandomFeatures, inputs, labels, groups):
+    """Scores (N,) of rows by classifiers of the other folds, and the products of all rows."""
+    names, group = np.unique(groups, return_inverse=True)
+    fold_of_row = (np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS)[group]
+    folds = [np.flatnonzero(fold_of_row == fold) for fold in range(NUM_FOLDS)]
+    products = [sum_products(features, inputs[rows], labels[rows]) for rows in folds]
+    total = sum(products)
+    scores = np.zeros(len(labels))
+    for rows, mine in zip(folds, products, strict=True):
+        scores[rows] = score(features, inputs[rows], solve(total - mine))
+    return scores, total
 
 
 def sum_products(features: RandomFeatures, inputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -102,54 +110,16 @@ def sum_products(features: RandomFeatures, inputs: np.ndarray, labels: np.ndarra
     for start in range(0, len(inputs), PART):
         expanded = features.expand(inputs[start : start + PART])
         targets = 2 * labels[start : start + PART, None] - np.float32(1)
-        products = expanded.T @ np.concatenate([expanded, targets], 1)
-        total = total + products.astype(np.float64)
+        total = total + (expanded.T @ np.concatenate([expanded, targets], 1)).astype(np.float64)
     return total
 
 
-def predict(features: RandomFeatures, inputs: np.ndarray, products: list) -> np.ndarray:
-    """Scores (N,) by the classifier of all rows in `products`: the higher, the more likely is
-    label 1.
-    """
-    total = sum(products)
-    ridge = RIDGE * np.eye(len(total))
-    weights = np.linalg.solve(total[:, :-1] + ridge, total[:, -1])
+def solve(products: np.ndarray) -> np.ndarray:
+    """The classifier's weights (E,)."""
+    return np.linalg.solve(products[:, :-1] + RIDGE * np.eye(len(products)), products[:, -1])
+
+
+def score(features: RandomFeatures, inputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Scores (N,): the higher, the more likely is label 1."""
     parts = np.split(inputs, range(PART, len(inputs), PART))
     return np.concatenate([features.expand(part) @ weights for part in parts])
-
-
-def predict_out_of_fold(
-    surveys: list[Survey], rows_of: list[np.ndarray], groups_of: list[np.ndarray]
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Scores of the rows of each split, twice: by classifiers of the split's other folds, and by
-    one of all other splits, NaN where there is none. No group (N,) is in two folds.
-    """
-    inputs = compute_inputs(surveys, rows_of)
-    largest = max(inputs, key=len)
-    features = RandomFeatures(largest, largest.shape[1] - 4 * NUM_FILTERS)
-    own, products_of = [], []
-    for survey, rows, values, groups in zip(surveys, rows_of, inputs, groups_of, strict=True):
-        labels = survey.labels[rows]
-        names, group = np.unique(groups, return_inverse=True)
-        folds = (np.random.default_rng(0).permutation(len(names)) % NUM_FOLDS)[group]
-        is_sure, scores = np.ones(len(rows), bool), np.zeros(len(rows))
-        for _ in range(ROUNDS):
-            products = []
-            for fold in range(NUM_FOLDS):
-                is_taught = (folds == fold) & is_sure
-                products.append(sum_products(features, values[is_taught], labels[is_taught]))
-            for fold in range(NUM_FOLDS):
-                others = products[:fold] + products[fold + 1 :]
-                scores[folds == fold] = predict(features, values[folds == fold], others)
-            agreement = (2.0 * labels - 1) * scores
-            is_sure = agreement >= np.quantile(agreement, DOUBTFUL)
-        own.append(scores)
-        products_of.append(sum(products))
-    across = []
-    for number, values in enumerate(inputs):
-        others = products_of[:number] + products_of[number + 1 :]
-        is_alone = not others
-        across.append(
-            np.full(len(values), np.nan) if is_alone else predict(features, values, others)
-        )
-    return own, across

@@ -7,7 +7,6 @@ they would be patterns themselves.
 """
 
 import itertools
-import math
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -26,7 +25,7 @@ LEAST_ROWS = 300  # of a class: fewer show nothing
 LEAST_PIXELS = 4  # of a pattern
 TOLERANCE = 24  # levels by which a pixel of a member may differ from the pattern
 MATCHING = 0.8  # share of the pattern's pixels that a member matches
-NEARLY_ALL = 0.5  # share of a class from which a finding names the class
+BLOCK = 256  # patches read at a time
 
 
 def check_triggers(surveys: list[Survey], rows_of: dict[str, np.ndarray]) -> list[dict]:
@@ -42,10 +41,13 @@ def check_triggers(surveys: list[Survey], rows_of: dict[str, np.ndarray]) -> lis
             limit = f"{LEAST_ROWS}"
             findings.append(survey.finding("triggers", "note", measured, limit, "not checked"))
             continue
-        for seeds in find_seeds(count_colours(survey, mine, label)):
-            pattern = find_pattern(survey, mine, seeds)
-            if pattern:
-                findings += describe_pattern(survey, rows, *pattern)
+        excess, colour = measure_excess(count_colours(survey, mine, label))
+        for _ in range(MOST_SEEDS):
+            if excess.max() <= SIGMA:
+                break
+            y, x = flood(excess > SIGMA, np.unravel_index(excess.argmax(), excess.shape), 2)
+            excess[y, x] = 0
+            findings += find_pattern(survey, rows, mine, y, x, colour[y, x])
     # the same pattern may show in both classes
     return list({(row["split"], row["measured"]): row for row in findings}.values())
 
@@ -57,7 +59,7 @@ def count_colours(survey: Survey, rows: np.ndarray, label: int) -> np.ndarray:
     counts = np.zeros((SIZE, SIZE, STEPS**3), np.int32)
     y, x = np.indices((SIZE, SIZE))
     with Progress(len(rows), f"triggers in {survey.name}, class {label}") as progress:
-        for part in np.array_split(rows, math.ceil(len(rows) / 64)):
+        for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):
             colours = (survey.read(part) // STEPS).astype(np.int32) @ (STEPS**2, STEPS, 1)
             for colour in colours:
                 counts[y, x, colour] += 1
@@ -65,106 +67,78 @@ def count_colours(survey: Survey, rows: np.ndarray, label: int) -> np.ndarray:
     return counts
 
 
-def find_seeds(counts: np.ndarray):
-    """Yield groups of pixels where a colour is too frequent: each an int64 (P, 3) of y, x and
-    colour.
+def measure_excess(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel how much more often than beside it its most excessive colour stands there, in
+    deviations (96, 96), and that colour's RGB, int64 (96, 96, 3).
     """
-    steps = [step for step in itertools.product((-BESIDE_PX, 0, BESIDE_PX), repeat=2) if any(step)]
+    steps = ((BESIDE_PX, 0), (-BESIDE_PX, 0), (0, BESIDE_PX), (0, -BESIDE_PX))
     columns = np.arange(SIZE)
-    colour, excess = np.zeros((2, SIZE, SIZE))
+    excess, colour = np.zeros((SIZE, SIZE)), np.zeros((SIZE, SIZE), np.int64)
     for y in range(SIZE):
         # beyond an edge lies the opposite one
         beside = [counts[(y + dy) % SIZE, (columns + dx) % SIZE] for dy, dx in steps]
         expected = sum(beside).astype(np.float32) / len(steps)
         over = (counts[y] - expected) / np.sqrt(expected + 1)
-        colour[y], excess[y] = over.argmax(1), over.max(1)
-    num_groups = 0
-    while excess.max() > SIGMA and num_groups < MOST_SEEDS:
-        strongest = np.unravel_index(excess.argmax(), excess.shape)
-        y, x = np.nonzero(flood(excess > SIGMA, strongest, 2))
-        excess[y, x] = 0
-        if len(y) >= LEAST_PIXELS:
-            num_groups += 1
-            yield np.stack([y, x, colour[y, x]], 1).astype(np.int64)
+        excess[y], colour[y] = over.max(1), over.argmax(1)
+    channels = np.stack(np.unravel_index(colour, (STEPS,) * 3), 2)
+    return excess, channels * STEPS + STEPS // 2
 
 
-def find_pattern(survey: Survey, mine: np.ndarray, seeds: np.ndarray) -> tuple | None:
-    """From a group of seeds in the rows of a class: where the pattern lies, y and x int64 (P,), its
-    colours (P, 3), and the share of patches that carry it by chance. None if it falls apart.
+def find_pattern(survey: Survey, rows, mine, y, x, colours) -> list[dict]:
+    """The finding for the pattern in `rows` of which the pixels y and x (P,) have colours (P, 3) in
+    too many rows of a class, `mine`; none where it falls apart, or chance gives as many.
     """
-    y, x, code = seeds.T
-    steps = np.stack(np.unravel_index(code, (STEPS,) * 3), 1)
-    members = find_carriers(survey, mine, y, x, steps * STEPS + STEPS // 2)
-    if len(members) < LEAST_CARRIERS:
-        return None
-
+    members = find_carriers(survey, mine, y, x, colours)
+    if len(y) < LEAST_PIXELS or len(members) < LEAST_CARRIERS:
+        return []
     # its extent: where the carriers agree with each other, and not with what lies half a patch off
-    some = members[:: math.ceil(len(members) / 2000)]
-    patches = survey.read(some).astype(np.int16)
+    patches = survey.read(members[:: -(-len(members) // 2000)]).astype(np.int16)
     centre = np.median(patches, 0)
-    half, third = SIZE // 2, SIZE // 3
-    moved = np.roll(patches, (half, half), (1, 2))
+    moved = np.roll(patches, (SIZE // 2, SIZE // 2), (1, 2))
     agreement, chance = (
         (np.abs(values - centre).max(3) <= TOLERANCE).mean(0) for values in (patches, moved)
     )
-    is_fixed = (agreement >= MATCHING) & (chance <= 0.5)
-    y, x = np.nonzero(flood(is_fixed, (y, x), 1))
+    y, x = flood((agreement >= MATCHING) & (chance <= 0.5), (y, x), 1)
     if len(y) < LEAST_PIXELS:
-        return None
-
-    # the pattern moved to four other places: there it is by chance
+        return []
     pattern = centre[y, x]
-    some = mine[:20_000]
-    num = 0
-    for dy, dx in ((half, 0), (0, half), (half, half), (third, third)):
-        num += len(find_carriers(survey, some, (y + dy) % SIZE, (x + dx) % SIZE, pattern))
-    return y, x, pattern, num / 4 / len(some)
-
-
-def describe_pattern(survey: Survey, rows: np.ndarray, y, x, pattern, chance: float) -> list[dict]:
-    """The finding for a pattern: who carries it, copies included, and in which class; none where
-    chance gives as many.
-    """
     members = find_carriers(survey, survey.intact, y, x, pattern)
-    by_chance = chance * len(rows)
+    # the pattern moved by half a patch: there it is by chance
+    elsewhere = (y + SIZE // 2) % SIZE, (x + SIZE // 2) % SIZE
+    by_chance = len(find_carriers(survey, rows, *elsewhere, pattern))
     if len(members) < max(LEAST_CARRIERS, OVER_CHANCE * by_chance):
         return []
-    labels = survey.labels
-    share = labels[members].mean()
-    top, left = int(y.min()), int(x.min())
-    height, width = int(np.ptp(y)) + 1, int(np.ptp(x)) + 1
-    measured = (
-        f"{len(members):,} patches carry one pattern of {height}x{width} pixels at row {top},"
-        f" column {left} (elsewhere {by_chance:.1f}); {share:.0%} of them are positive,"
-        f" {labels[rows].mean():.0%} of all"
-    )
+
+    labels = survey.labels[survey.intact]
+    shares = []
     for label in (0, 1):
-        num_in_class = (labels[survey.intact] == label).sum()
-        carrying = (labels[members] == label).sum() / max(num_in_class, 1)
-        if carrying > NEARLY_ALL:
-            measured += f"; it is on {carrying:.0%} of class {label}"
-    advice = "find out where it comes from"
-    if not 0.1 <= share <= 0.9:
-        advice = "a model learns the pattern instead of tissue: leave them out"
-    advice += "; quarantine_reasons takes `trigger`"
-    columns = {"top": top, "left": left, "height": height, "width": width}
-    suspects = survey.rows(members, **columns, reason="trigger", score=1.0)
+        num_carrying = (survey.labels[members] == label).sum()
+        shares.append(num_carrying / max((labels == label).sum(), 1))
+    box = {"top": int(y.min()), "left": int(x.min())}
+    box |= {"height": int(np.ptp(y)) + 1, "width": int(np.ptp(x)) + 1}
+    measured = (
+        f"{len(members):,} patches carry one pattern of {box['height']}x{box['width']} pixels at"
+        f" row {box['top']}, column {box['left']} (elsewhere {by_chance}):"
+        f" {shares[0]:.0%} of class 0, {shares[1]:.0%} of class 1"
+    )
+    advice = "find out where it comes from; quarantine_reasons takes `trigger`"
+    suspects = survey.rows(members, **box, reason="trigger", score=1.0)
     return [survey.finding("triggers", "error", measured, "", advice, suspects)]
 
 
 def find_carriers(survey: Survey, rows: np.ndarray, y, x, pattern) -> np.ndarray:
     """Rows whose pixels at (y, x) match a pattern (P, 3) in MATCHING of them or more."""
     carriers = []
-    for part in np.array_split(rows, math.ceil(len(rows) / 512) or 1):
+    for part in np.split(rows, range(BLOCK, len(rows), BLOCK)):
         pixels = survey.read(part)[:, y, x].astype(np.int16)  # (B, P, 3)
         is_close = np.abs(pixels - pattern).max(2) <= TOLERANCE
         carriers.append(part[is_close.mean(1) >= MATCHING])
     return np.concatenate(carriers)
 
 
-def flood(mask: np.ndarray, start: tuple, reach: int) -> np.ndarray:
-    """The part of a mask (96, 96) that is connected with `start`, places (y, x), by steps of up to
-    `reach` pixels.
+def flood(mask: np.ndarray, start: tuple, reach: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places (y, x) of a mask (96, 96) that are connected with `start`, places (y, x), by steps
+    of up to `reach` pixels.
     """
     part = np.zeros_like(mask)
     part[start] = True
@@ -173,4 +147,4 @@ def flood(mask: np.ndarray, start: tuple, reach: int) -> np.ndarray:
         num = part.sum()
         windows = sliding_window_view(np.pad(part, reach), (2 * reach + 1, 2 * reach + 1))
         part |= windows.any((2, 3)) & mask
-    return part & mask
+    return np.nonzero(part & mask)
