@@ -133,10 +133,12 @@ def norms_repeated(model: nn.Module, orientations: int):
     for norm in norms:
         statistics += [norm.running_mean, norm.running_var]
         factors += [norm.weight, norm.bias]
-    sizes = tuple(map(len, factors))
-    repeat = repetition(sizes, orientations, factors[0].device)
-    repeated_statistics = torch.cat(statistics) @ repeat  # batch norm moves it in place
-    repeated_factors = torch.cat(factors) @ repeat
+    sizes, device = tuple(map(len, factors)), factors[0].device
+    repeat = repetition(sizes, orientations, device)
+    # autocast would round them to bf16, in which a running mean stops moving near its goal
+    with torch.autocast(device.type, enabled=False):
+        repeated_statistics = torch.cat(statistics) @ repeat  # batch norm moves it in place
+        repeated_factors = torch.cat(factors) @ repeat
     own_sizes = [2 * orientations * len(norm.weight) for norm in norms]
     parts = zip(
         repeated_statistics.split(own_sizes), repeated_factors.split(own_sizes), strict=True
@@ -146,7 +148,8 @@ def norms_repeated(model: nn.Module, orientations: int):
     yield
     for norm in norms:
         norm.repeated = None
-    means = repeat @ repeated_statistics / orientations
+    with torch.autocast(device.type, enabled=False):
+        means = repeat @ repeated_statistics / orientations
     torch._foreach_copy_(statistics, list(means.split(sizes)))
 
 

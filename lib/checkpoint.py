@@ -16,7 +16,8 @@ from lib.files import atomic_write
 from lib.models import build_model, fit_state, logit_layer
 
 KIND = "pcam-checkpoint"
-SCHEMA = 4  # from 4 on Muon works in blocks, and batch norms add in another order: other bits
+# 4: Muon works in blocks, and batch norms add in another order; 5: bf16 leaves batch norms alone
+SCHEMA = 5
 FIELDS = (
     "config",
     "model",  # raw weights after the last step

@@ -7,7 +7,7 @@ import torch
 import torchvision
 
 from lib.augment import model_input, no_augmentation, turned_views
-from lib.centrenet import filter_copies, fold_norms
+from lib.centrenet import GroupBatchNorm, filter_copies, fold_norms
 from lib.command import BadInput
 from lib.config import load_config
 from lib.models import BUILDERS, HEADS, build_model, fit_state, fit_weights, logit_layer
@@ -40,6 +40,19 @@ def with_statistics(model):
             if tensor.is_floating_point() and tensor.ndim == 1:
                 tensor.add_(0.2 * torch.rand_like(tensor))
     return model.eval()
+
+
+@pytest.mark.parametrize("name", ["cnn", "p4m"])
+def test_in_bf16_running_means_reach_those_of_the_batch(name):
+    model, x = build(name).train(), draw_inputs(2)[..., :32, :32].bfloat16()
+    norm = next(layer for layer in model.modules() if isinstance(layer, GroupBatchNorm))
+    seen = []
+    norm.register_forward_pre_hook(lambda _norm, args: seen.append(args[0].detach().float()))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(80):
+            model(x)
+    means = seen[-1].mean((0, 2, 3)).view(norm.orientations, -1).mean(0)
+    assert torch.allclose(norm.running_mean, means, rtol=0.003, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BUILDERS)
