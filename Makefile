@@ -37,8 +37,7 @@ UV := .venv/bin/uv pip install --quiet --python .venv/bin/python
 INSTALL := $(PIP) uv && $(UV) --torch-backend cpu -c requirements-lock.txt
 endif
 DEMO_DATA := --train 4000 --valid 1000 --test 1000
-# fp32, since most laptops have no fast bf16, which the demo would take half an hour with
-DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1 precision=fp32
+DEMO_TRAINING := epochs=5 crop_epochs=3 warmup_epochs=1
 
 $(foreach name,$(variables),$(eval override $(name) := $$(value $(name))))
 export $(variables) IGNORED

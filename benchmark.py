@@ -92,13 +92,14 @@ def benchmark(args) -> int:
     from lib.benchmark.timing import require_quiet
     from lib.benchmark.verdict import headline, judge
     from lib.config import load_config
-    from lib.device import choose_device
+    from lib.device import choose_device, resolve_precision
     from lib.machine import describe_machine, resolve_threads
     from lib.rundir import environment
 
     data = [f"data_dir={args.data}"] if args.data else []
-    cfg = resolve_threads(load_config(overrides=args.overrides + data))
     device = choose_device(args.device)
+    cfg = resolve_threads(load_config(overrides=args.overrides + data))
+    cfg = resolve_precision(cfg, device)
     sizes, names = args.batch_sizes, args.cases
     if sizes and not names and args.what in ("infer", "train"):
         names = ["default"]

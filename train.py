@@ -74,17 +74,18 @@ def main(argv=None) -> int:
     # choose the device, and join the other ranks under torchrun or srun
     import torch
 
-    from lib.device import choose_device
+    from lib.device import choose_device, resolve_precision
     from lib.machine import resolve_threads
     from lib.ranks import join_ranks
 
     device = choose_device(args.device)
-    threads = resolve_threads(cfg).threads
+    cfg = resolve_precision(resolve_threads(cfg), device)
     with join_ranks(cfg.shards) as ranks:
-        # all ranks use the smallest number that one of them was given: with unequal numbers of
-        # threads their bits would differ
-        threads = int(min(ranks.gather(torch.tensor(threads))))
-        cfg = dataclasses.replace(cfg, threads=threads)
+        # all ranks use the least that one of them was given: with unequal threads or precision
+        # their bits would differ
+        given = torch.tensor([cfg.threads, cfg.precision == "bf16"])
+        threads, is_bf16 = torch.stack(ranks.gather(given)).amin(0).tolist()
+        cfg = dataclasses.replace(cfg, threads=threads, precision="bf16" if is_bf16 else "fp32")
         exit_code = train(cfg, args, run, device, ranks)
         ranks.wait()  # torchrun ends every rank as soon as one ends with another code than 0
         return exit_code

@@ -97,7 +97,7 @@ class Config:
     grad_clip: NonNegative
     label_smoothing: Share
     ema_decay: Share
-    precision: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16"]
     threads: Natural
     deterministic: Switch
 

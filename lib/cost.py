@@ -14,6 +14,7 @@ from lib.batches import (
     open_train_valid,
 )
 from lib.config import Config
+from lib.device import resolve_precision
 from lib.machine import keep_freed_memory, memory_limit_bytes, resolve_threads
 from lib.seeding import set_determinism
 from lib.training import build_state, training_step
@@ -32,6 +33,7 @@ def measure_training(cfg: Config) -> dict:
     threads, gives the seconds at best. Raises BadInput where the data cannot be used.
     """
     cfg = resolve_threads(dataclasses.replace(cfg, crop_epochs=0))
+    cfg = resolve_precision(cfg, CPU)
     # one thread: on a busy machine several wait for each other, and a login node is busy
     set_determinism(cfg.deterministic, 1)
     keep_freed_memory()

@@ -1,12 +1,14 @@
 """Where the computing happens: the device and its number type."""
 
 import contextlib
+import dataclasses
 import re
 import warnings
 
 import torch
 
 from lib.command import BadInput, one_line
+from lib.config import Config
 from lib.machine import read_count
 
 
@@ -45,6 +47,31 @@ def why_no_gpu() -> str:
     except (RuntimeError, AssertionError) as error:
         reason = one_line(error).partition(". ")[0]
     return f"torch {torch.__version__}: {reason}"
+
+
+def fast_precision(device: torch.device) -> str:
+    """`bf16` where a device computes it faster than float32: a GPU with bf16 units, or an x86
+    processor with AVX-512. Elsewhere it is `fp32`: bf16 would be emulated, many times more slowly.
+    """
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bf16" if has_bf16 else "fp32"
+
+
+def resolve_precision(cfg: Config, device: torch.device) -> Config:
+    """`cfg` with `precision: auto` replaced by what is fast on the device."""
+    if cfg.precision != "auto":
+        return cfg
+    return dataclasses.replace(cfg, precision=fast_precision(device))
+
+
+def precision_to_predict(precision: str, device: torch.device) -> str:
+    """The precision in which a device predicts with a model that was trained in `precision`: equal
+    up to rounding, and float32 where bf16 is slow.
+    """
+    return precision if fast_precision(device) == "bf16" else "fp32"
 
 
 def input_dtype(precision: str) -> torch.dtype:

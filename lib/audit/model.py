@@ -32,7 +32,7 @@ from lib.calibration import (
 from lib.checkpoint import checkpoint_path, load_model, warn_of_views
 from lib.command import BadInput, say, without_nan
 from lib.config import change_free_keys, parse_overrides
-from lib.device import choose_device
+from lib.device import choose_device, precision_to_predict
 from lib.files import file_digest, write_csv, write_json
 from lib.fingerprint import fingerprint
 from lib.groups import groups_for_halves
@@ -81,7 +81,8 @@ class Audit:
         set_determinism(self.cfg.deterministic)
         warn_of_views(self.checkpoint["calibration"], self.cfg.views)
         self.device = choose_device(device)
-        self.model = ready_to_predict(model.to(self.device), self.cfg.precision)
+        self.precision = precision_to_predict(self.cfg.precision, self.device)
+        self.model = ready_to_predict(model.to(self.device), self.precision)
         self.directory = directory
         self.split = open_split(directory, split_name)
         self.rows = spaced(len(self.split), limit or len(self.split))
@@ -128,7 +129,7 @@ class Audit:
         """Logits float64 (B,) of patches uint8 (B, 96, 96, 3), before calibration."""
         logits = []
         for part in torch.as_tensor(patches).split(BLOCK):
-            options = self.cfg.precision, views, self.checkpoint["preprocessing"]
+            options = self.precision, views, self.checkpoint["preprocessing"]
             part_logits = predict_batch(self.model, part.to(self.device), *options)
             logits.append(part_logits.cpu())
         return torch.cat(logits).double().numpy()

@@ -12,6 +12,7 @@ import torch
 from lib import batches, pcam, predict, runlog, seeding, training
 from lib.augment import PREPROCESSING
 from lib.config import load_config
+from lib.device import resolve_precision
 
 # steps before a measurement; steps that the host may be ahead of the device in one
 WARM_STEPS, AHEAD = 3, 8
@@ -60,7 +61,7 @@ class Trainer:
     def __init__(self, device: torch.device, data, residence="device", captured=True, **changes):
         values = {"data_dir": data, **(ON_GPU if device.type == "cuda" else ON_CPU), **changes}
         overrides = [f"{key}={value}" for key, value in values.items()]
-        self.cfg, self.device = load_config(overrides=overrides), device
+        self.cfg, self.device = resolve_precision(load_config(overrides=overrides), device), device
         self.split = pcam.open_split(data, "train")
         self.rows = batches.select_rows(self.split, self.cfg)
         seeding.set_determinism(self.cfg.deterministic, self.cfg.threads)
