@@ -40,6 +40,21 @@ def test_auto_takes_the_gpu_where_there_is_one_and_ranks_take_gpus_in_turn(monke
         assert choose_device("auto") == torch.device(name)
 
 
+@pytest.mark.parametrize(
+    "capability, fast", [("AVX512", "bf16"), ("AVX2", "fp32"), ("DEFAULT", "fp32")]
+)
+def test_auto_precision_is_bf16_where_the_processor_computes_it_fast(capability, fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cpu = torch.device("cpu")
+    resolved = {}
+    for given in ("auto", "bf16", "fp32"):
+        cfg = load_config(overrides=[f"precision={given}"])
+        resolved[given] = device.resolve_precision(cfg, cpu).precision
+    assert resolved == {"auto": fast, "bf16": "bf16", "fp32": "fp32"}, "what is named is trained in"
+    assert device.precision_to_predict("bf16", cpu) == fast
+    assert device.precision_to_predict("fp32", cpu) == "fp32"
+
+
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:-1", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
     with pytest.raises(BadInput, match=f"^--device {name}: [^\n]*$"):
