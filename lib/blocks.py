@@ -79,8 +79,7 @@ class Heading:
         return f"{'#' * self.level} {self.text}"
 
     def to_html(self) -> str:
-        text = html.escape(self.text)
-        return f'<h{self.level} id="{text}">{text}</h{self.level}>'
+        return f'<h{self.level} id="{anchor(self.text)}">{html.escape(self.text)}</h{self.level}>'
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def write_page(path, title: str, blocks) -> Path:
                 file.write(block.png)
         if isinstance(block, Heading) and block.level == 2:
             text = html.escape(block.text)
-            links.append(f'<li><a href="#{text}">{text}</a></li>')
+            links.append(f'<li><a href="#{anchor(block.text)}">{text}</a></li>')
     contents = f"<nav><ul>{''.join(links)}</ul></nav>" if len(links) > MOST_HEADINGS else ""
     parts = [PAGE.format(title=html.escape(title), style=STYLE), contents]
     parts += [block.to_html() for block in blocks]
@@ -222,6 +221,11 @@ def write_page(path, title: str, blocks) -> Path:
     with atomic_write(path, "w") as file:
         file.write("\n".join(parts))
     return Path(path)
+
+
+def anchor(text: str) -> str:
+    """The name of a heading in the page: links may not hold spaces."""
+    return re.sub(r"\W+", "-", text)
 
 
 def show(value) -> str:

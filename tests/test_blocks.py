@@ -56,7 +56,7 @@ def test_a_page_shows_and_escapes_every_text_and_fetches_nothing(tmp_path):
 def test_a_long_page_begins_with_links_to_its_sections(tmp_path):
     headings = [Heading(f"part {number}") for number in range(12)]
     page = write_page(tmp_path / "p.html", "long", headings).read_text()
-    assert page.count('<a href="#part 7">') == page.count('id="part 7"') == 1
+    assert page.count('<a href="#part-7">') == page.count('id="part-7"') == 1
 
 
 def test_a_table_is_aligned_on_a_terminal_and_whole_in_markdown():
