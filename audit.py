@@ -38,7 +38,7 @@ def names_of(allowed):
     """The type of an argument that lists some of the `allowed` names, with commas between."""
 
     def parse_names(text: str) -> list[str]:
-        names = text.split(",")
+        names = [name.strip() for name in text.split(",")]
         for name in names:
             if name not in allowed:
                 words = f"{name!r} is unknown; allowed: {', '.join(allowed)}"

@@ -68,7 +68,10 @@ def parse(argv) -> argparse.Namespace:
     verb = verbs.add_parser("compare", help="does B differ from A by more than the noise")
     verb.add_argument("before", metavar="A")
     verb.add_argument("after", metavar="B")
-    return parser.parse_with_overrides(argv)
+    args = parser.parse_with_overrides(argv)
+    if args.what != "compare" and not 0 < args.seconds <= 600:
+        parser.error("--seconds must be above 0, and 600 at most")
+    return args
 
 
 def batch_sizes(text: str) -> list[int]:

@@ -78,7 +78,8 @@ def main(argv=None) -> int:
     # load
     device = choose_device(args.device)
     keep_freed_memory()
-    if Path(args.out).exists() and Path(args.out).suffix != ".csv":
+    is_csv = Path(args.out).is_file() and args.out.lower().endswith(".csv")
+    if Path(args.out).exists() and not is_csv:
         raise BadInput(f"--out {args.out} is there and is no CSV file: name a .csv file")
     require_writable(args.out)
     model, cfg, checkpoint = load_model(args.ckpt)
@@ -167,6 +168,8 @@ def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
             logits.append(block_logits)
             bar.add(len(block.rows))
     logits = calibrate(torch.cat(logits).cpu().numpy(), checkpoint["calibration"])
+    if not np.isfinite(logits).all():
+        raise BadInput(f"{args.ckpt} answers a patch with no number: its weights are damaged")
     return rows, np.concatenate(features), logits
 
 

@@ -27,8 +27,9 @@ PLANT_HELP = (
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="prepare.py", description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    usage = "python prepare.py verify data/mine [options]"
+    parser = Parser(prog="prepare.py", usage=usage, description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", prog="prepare.py")
 
     def add_verb(name, run, help, *places):
         verb = verbs.add_parser(name, help=help, description=help)

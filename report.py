@@ -36,8 +36,11 @@ SPREAD_NOTE = (
 
 
 def parse(argv) -> argparse.Namespace:
-    parser = Parser(description="Pages and tables from what runs have left on disk.")
-    verbs = parser.add_subparsers(dest="what", required=True)
+    parser = Parser(
+        usage="python report.py runs --html runs.html [options]",
+        description="Pages and tables from what runs have left on disk.",
+    )
+    verbs = parser.add_subparsers(dest="what", required=True, prog="report.py")
     commands = {name: verbs.add_parser(name, help=words) for name, (_, words) in COMMANDS.items()}
 
     add = commands["run"].add_argument

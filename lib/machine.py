@@ -31,8 +31,7 @@ def keep_freed_memory(keep: bool = True) -> None:
     """Let the C library keep memory that a step frees for the next step, or not (glibc's mallopt).
 
     By default glibc returns large blocks to the kernel, which then clears the pages of every
-    activation anew. `memory_returned` of benchmark.py train measures what that costs. Another C
-    library is left as it is.
+    activation anew. Another C library is left as it is.
     """
     m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h; without `keep`, glibc's defaults
     with contextlib.suppress(AttributeError, OSError):

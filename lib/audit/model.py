@@ -139,6 +139,14 @@ class Audit:
         return calibrate(self.predict(patches, 1), self.checkpoint["calibration"])
 
 
+def require_own(directory, out: Path) -> None:
+    """Raise BadInput where OUT is the data, or holds predictions that no audit of a model wrote."""
+    if Path(directory).resolve() == out.resolve():
+        raise BadInput(f"{directory}: OUT may not be the data themselves")
+    if (out / "predictions.csv").exists() and not (out / "scores.json").exists():
+        raise BadInput(f"{out} holds a predictions.csv that is no audit's: choose another --out")
+
+
 def audit_model(
     ckpt,
     directory,
@@ -165,6 +173,7 @@ def audit_model(
         check_shortcuts,
         show_errors,
     )
+    require_own(directory, out)
     with sole_writer(out):
         say_duration(audit, parts)
         blocks = audit.blocks(f"predicting {split_name}")

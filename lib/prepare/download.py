@@ -63,8 +63,9 @@ def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL)) -> list[str]:
         for leftover in directory.glob(".*.tmp"):  # of a killed download
             leftover.unlink()
         sizes = [file.num_bytes for file in files]
-        # all unpacked, the largest packed beside
-        require_space(directory, sum(sizes) + max(sizes, default=0))
+        # all unpacked, the largest packed beside, without what a killed download has brought
+        begun = sum(path.stat().st_size for path in directory.glob("*.part"))
+        require_space(directory, sum(sizes) + max(sizes, default=0) - begun)
         for file in files:
             bring(file, url.replace("NAME", file.name))
     return [file.path.name for file in files]

@@ -172,7 +172,9 @@ def read_table(path: Path, valid_share: float) -> dict[str, Place]:
 
 def place_kaggle(row: dict, number: int, valid_share: float) -> Place:
     """The place of an image of Kaggle's table; whether it is held out is a function of its id."""
-    name = row["id"].removesuffix(".tif")
+    name = row["id"]
+    if is_image(name):
+        name = name.rpartition(".")[0]
     drawn = int(hashlib.sha256(name.encode()).hexdigest(), 16)
     split = "valid" if drawn < valid_share * 2**256 else "train"
     return Place(split, parse_label(row["label"], name), number, f"train/{name}")

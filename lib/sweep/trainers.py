@@ -13,9 +13,11 @@ from lib import config
 from lib.batches import open_train_valid
 from lib.command import (
     EXIT_INTERRUPTED,
+    EXIT_USAGE,
     REPOSITORY,
     STOP_SIGNALS,
     BadInput,
+    say,
 )
 from lib.files import lock_if_possible, write_json
 from lib.machine import resolve_threads
@@ -86,6 +88,9 @@ def note_end(sweep: Sweep, row: Row, code: int) -> None:
         return
     errors = re.findall(ERROR_LINE, sweep.log_of(row).read_text(errors="replace"))
     reason = f"exit {code}: {errors[-1] if errors else 'it says no error'}"
+    if code == EXIT_USAGE and not sweep.run_of(row):
+        say(f"{row.trial}, seed {row.seed}, could not start and stays to be done: {reason}")
+        return
     if code < 0:
         reason = f"killed by signal {-code}; 9 comes where memory runs out"
     write_json(sweep.failure_of(row), {"reason": reason})
