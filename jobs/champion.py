@@ -62,6 +62,8 @@ def main(argv=None) -> int:
 def find_winner(folder: Path) -> Path:
     """A finished run by its folder or name, or the winner of a search by the search's folder."""
     if (folder / "plan.json").is_file():
+        if not (folder / "champion.json").is_file():
+            raise BadInput(f"{folder} has no champion yet: python sweep.py champion {folder.name}")
         champion = read_json(folder / "champion.json")
         if not champion["run"]:
             raise BadInput(f"{folder}: {champion['note']}")

@@ -90,6 +90,8 @@ def find_evidence(root: Path, name: str) -> list[Path]:
     part, a self-test of the comparison of twins, nor a second run with the seed of another.
     """
     folders = sorted(path.parent for path in root.glob(BY_NAME[name].pattern))
+    if name == "twin":
+        folders = [folder for folder in folders if not is_injected(folder)]
     if name == "champion":
         folders = [folder for folder in folders if find_origin(folder, root / "runs")]
     if name == "seeds":
@@ -97,6 +99,12 @@ def find_evidence(root: Path, name: str) -> list[Path]:
         seeds = {folder.name.rpartition("-s")[2].partition("-")[0]: folder for folder in folders}
         folders = sorted(seeds.values())
     return [folder for folder in folders if not NO_EVIDENCE.search(folder.name)]
+
+
+def is_injected(folder: Path) -> bool:
+    """Whether a comparison of twins is a self-test with a planted fault."""
+    path = folder / "findings.json"
+    return path.is_file() and '"self-test"' in path.read_text()
 
 
 def find_origin(folder: Path, runs_dir: Path) -> Path | None:

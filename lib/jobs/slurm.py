@@ -87,7 +87,7 @@ def fit_request(variables: dict[str, str], num_threads: int, saves: bool) -> lis
         longest = f"{partition['limit']}, the limit of the partition"
         raise BadInput(f"TIME={time} is not between 0 and {longest}")
     memory = variables["MEM"]
-    if not memory and not is_set("SBATCH_MEM"):
+    if not memory and not is_set("SBATCH_MEM_PER_"):
         memory = f"{min(MEMORY_MB, int(partition['memory_mb'].rstrip('+')))}M"
     request = [f"--partition={variables['PARTITION'] or partition['name']}", "--nodes=1"]
     request += [f"--ntasks={num_ranks}", f"--cpus-per-task={variables['CPUS'] or num_cpus}"]
@@ -96,14 +96,14 @@ def fit_request(variables: dict[str, str], num_threads: int, saves: bool) -> lis
         request.append(f"--mem={memory}")
     if saves:  # so many seconds ahead of the limit, and up to 30 more
         request.append(f"--signal=B:USR1@{int(min(120, minutes * 10))}")
-    if has_gpu and not is_set("SBATCH_G"):
+    if has_gpu and not is_set("SBATCH_GPUS", "SBATCH_GRES"):
         request.append(f"--gpus={num_ranks}")
     return request
 
 
-def is_set(prefix: str) -> bool:
+def is_set(*prefixes: str) -> bool:
     """Whether one of sbatch's own variables, such as those of GPUs, decides in place of this."""
-    return any(name.startswith(prefix) for name in os.environ)
+    return any(name.startswith(prefixes) for name in os.environ if name != "SBATCH_GRES_FLAGS")
 
 
 def submit(name: str, work: Work, request: list[str], job: list[str], after: str) -> str:

@@ -57,10 +57,8 @@ def freeze_config(work: Work, folder: Path) -> list[str]:
     if not config:
         return work.arguments
     copy = str(shutil.copy(config, folder / "config.yaml"))
-    # `--config F` and `--config=F`
-    return [
-        word.replace(config, copy) if word.endswith(config) else word for word in work.arguments
-    ]
+    frozen = {config: copy, f"--config={config}": f"--config={copy}"}
+    return [frozen.get(word, word) for word in work.arguments]
 
 
 def remove_snapshots() -> None:

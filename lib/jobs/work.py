@@ -30,6 +30,7 @@ VARIABLES = {
     "SEARCH": (r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}", "", "lr-1"),
     "PROCESSES": (COUNT, "1", "2"),
 }
+RESOLVED = {"threads=0", "precision=auto"}  # a run's config has what they stood for
 FREE_VARIABLES = ("ARGS", "DATA", "OUT", "SPACE")
 # sbatch's own variables, which count where the Make variable is not given
 SBATCH_VARIABLES = {"PARTITION": "SBATCH_PARTITION", "TIME": "SBATCH_TIMELIMIT"}
@@ -88,7 +89,8 @@ def build_chain(target: str, variables: dict[str, str], submission: dict) -> lis
     """The works of `make TARGET`. Behind the array of `seeds` or `folds`, the tasks that failed go
     on one after the other, and then all are averaged.
     """
-    arguments, data = split_arguments(variables["ARGS"]), variables["DATA"]
+    arguments = [expand_home(word) for word in split_arguments(variables["ARGS"])]
+    data = variables["DATA"]
     out = option("--out", variables["OUT"])
     if target == "audit":
         if not os.path.isdir(data):
@@ -148,11 +150,11 @@ def resumed_arguments(arguments: list[str], submission: str) -> list[str]:
         if (read_cache(path).get("submitted") or {}).get("id") != submission:
             continue
         try:
-            resume_config(path.parent, args.overrides)
+            resume_config(path.parent, [word for word in args.overrides if word not in RESOLVED])
         except BadInput:  # the run of another task
             continue
         # the run has its own config
         config = {"--config", args.config, f"--config={args.config}"}
-        words = [word for word in arguments if word not in config]
+        words = [word for word in arguments if word not in config | RESOLVED]
         return [*words, "--resume", str(path.parent)]
     return arguments

@@ -2,6 +2,7 @@
 compared with them.
 """
 
+import contextlib
 import difflib
 import inspect
 import itertools
@@ -40,7 +41,7 @@ DIRECTIVE = re.compile(
 )
 HEADING = re.compile(r"(?m)^#{2,3} +(.*)$")
 TITLE = re.compile(r"(?m)^# +(.*)$")
-COMMENT = re.compile(r"<!-- *([a-z]+)")
+COMMENT = re.compile(r"<!-- *([A-Za-z]+)")
 
 
 @dataclass
@@ -87,7 +88,7 @@ def read_directives(text: str) -> list[Directive]:
     rest = DIRECTIVE.sub(lambda match: "\n" * match[0].count("\n"), text)
     for number, line in enumerate(rest.splitlines(), 1):
         for word in COMMENT.findall(line):
-            if word == "end" or difflib.get_close_matches(word, KINDS, 1, 0.75):
+            if word == "end" or difflib.get_close_matches(word.lower(), KINDS, 1, 0.75):
                 sentence = "is no directive, or an end without one: mend or delete it"
                 raise BadInput(f"line {number}: {line.strip()} {sentence}")
     return directives
@@ -120,6 +121,9 @@ def fill(text: str, root: Path) -> tuple[str, list[Directive], list[str]]:
     directives = read_directives(text)
     for directive in directives:
         note_choices(e, directive)
+    if any(directive.kind == "code" for directive in directives):
+        with contextlib.suppress(Missing):
+            e.find("seeds")  # whose commit is quoted
     for directive in directives:
         fill_directive(e, directive)
     rows = [[name, digest[:NUM_DIGITS]] for name, digest in sorted(e.sources.items())]
@@ -168,7 +172,8 @@ def fill_directive(e: Evidence, directive: Directive) -> None:
         directive.wrong = str(error) if is_said else damage
         directive.filled = f"**Cannot be filled in:** {directive.wrong}."
     else:
-        directive.filled = to_markdown(blocks)
+        # a quoted comment would count as a directive, or as the end of this one
+        directive.filled = to_markdown(blocks).replace("<!--", "<!\N{ZERO WIDTH SPACE}--")
         directive.figures = [block for block in blocks if isinstance(block, Figure)]
 
 
@@ -210,6 +215,8 @@ def check_journal(path: Path) -> dict:
     """{"differing"}: a sentence for each part of the journal that its file no longer says, and for
     each disagreement between the files.
     """
+    if not path.is_file():
+        raise BadInput(f"there is no {path}: report.py journal begins it")
     _, directives, problems = fill(path.read_text(encoding="utf-8"), path.parent)
     sentences = []
     for directive in directives:

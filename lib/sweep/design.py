@@ -91,7 +91,7 @@ def draw_points(space: dict, base: config.Config, source) -> list[tuple]:
     all of a grid. Raises BadInput for a range that is not of KINDS.
     """
     ranges, is_grid = space["ranges"], space["design"] == "grid"
-    if not ranges:
+    if not isinstance(ranges, dict) or not ranges:
         raise BadInput(f"{source}: ranges must hold config keys, each with a range")
     config.refuse_unknown(ranges, f"{source}: ranges")
     engine = SobolEngine(len(ranges), scramble=True, seed=space["seed"])

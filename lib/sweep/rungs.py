@@ -87,7 +87,9 @@ class Sweep:
         return (self.num_trials(rung) + num_base) * len(self.seeds(rung))
 
     def rows(self, rung: int) -> list[Row]:
-        """The rows of a rung. Raises OSError where `promote` has not written its file yet."""
+        """The rows of a rung. Raises BadInput where `promote` has not written its file yet."""
+        if rung and not self.rung_file(rung).is_file():
+            raise BadInput(f"{self.folder} has no {self.rung_file(rung).name} yet: promote first")
         trials = read_json(self.rung_file(rung))["trials"] if rung else self.plan["trials"]
         is_final = rung == self.num_rungs
         epochs = self.plan["rungs"][rung - is_final]
