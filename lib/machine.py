@@ -27,18 +27,25 @@ def read_count(name: str, default: int) -> int:
     return int(text) if text else default
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Let the C library keep memory that a step frees for the next step, or not (glibc's mallopt).
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that a step frees for the next step (glibc's mallopt).
 
     By default glibc returns large blocks to the kernel, which then clears the pages of every
-    activation anew. `memory_returned` of benchmark.py train measures what that costs. Another C
-    library is left as it is.
+    activation anew. Another C library is left as it is.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h; without `keep`, glibc's defaults
+    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0 if keep else 65536)
-        mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _read_lines(path) -> list[str]:
+    """The lines of a file that the kernel writes; none where it does not."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def control_groups() -> list[Path]:
@@ -46,11 +53,10 @@ def control_groups() -> list[Path]:
     be set above the group of its step.
     """
     folders = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)  # version 2 names no controllers
-            folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
-            folders += [folder, *folder.parents]
+    for line in _read_lines("/proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)  # version 2 names no controllers
+        folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
+        folders += [folder, *folder.parents]
     return folders
 
 
@@ -58,8 +64,7 @@ def _read_limits(name: str) -> list[list[str]]:
     """The words of the file `name` of each control group that sets a limit in it."""
     limits = []
     for folder in control_groups():
-        with contextlib.suppress(OSError):
-            limits.append((folder / name).read_text().split())
+        limits += [line.split() for line in _read_lines(folder / name)]
     return [words for words in limits if words[0] != "max"]
 
 
@@ -80,11 +85,10 @@ def memory_limit_bytes() -> int:
 
 def _proc_field(file: str, name: str) -> str:
     """The text behind `name:` in a file of /proc; empty on a system without it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == name:
-                return value.strip()
+    for line in _read_lines(Path("/proc", file)):
+        field, _, value = line.partition(":")
+        if field.strip() == name:
+            return value.strip()
     return ""
 
 
@@ -123,11 +127,10 @@ def others_busy_s() -> float:
     """
     names = {f"cpu{core}" for core in affinity()}
     num_ticks = 0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *ticks = line.split()
-            if name in names:
-                num_ticks += sum(map(int, ticks[:3]))  # user, nice, system
+    for line in _read_lines("/proc/stat"):
+        name, *ticks = line.split()
+        if name in names:
+            num_ticks += sum(map(int, ticks[:3]))  # user, nice, system
     return num_ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 

@@ -69,7 +69,7 @@ class RunLog:
             self.started_at -= earlier["train_s"] + earlier["eval_s"]
         # steps whose loss was not read yet, each as the arguments of _write
         self.pending = collections.deque()
-        self.last_batch = self.last_done = None
+        self.last_rows = self.last_done = None
         self.note = ""  # for the progress bar
 
     def start_epoch(self) -> None:
@@ -87,9 +87,12 @@ class RunLog:
         self.epoch_images += self.batch_size
         row = {"step": self.progress["num_steps"], "epoch": self.progress["epoch"] + 1, "lr": lr}
         values, done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach())
-        times = host_s, batch.wait_s
-        self.pending.append((row, (batch.keys, batch.num_rows), times, values, done))
-        while self.pending and self._is_due():
+        rows = batch.keys, batch.num_rows
+        self.pending.append((row, rows, host_s, batch.wait_s, values, done))
+        while self.pending:
+            done = self.pending[0][-1]
+            if done and not done.query() and len(self.pending) <= MAX_PENDING:
+                break  # the GPU has not computed this loss yet
             self._write(*self.pending.popleft())
 
     def _to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -101,20 +104,14 @@ class RunLog:
         done.record()
         return host, done
 
-    def _is_due(self) -> bool:
-        """Whether the loss of the first pending step is there, or has to be waited for."""
-        done = self.pending[0][-1]
-        return done is None or done.query() or len(self.pending) > MAX_PENDING
-
-    def _write(self, row: dict, batch: tuple, times: tuple, values: torch.Tensor, done) -> None:
-        seconds, wait_s = times
+    def _write(self, row: dict, rows: tuple, seconds: float, wait_s: float, values, done) -> None:
         if done:
             done.synchronize()
             if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
                 seconds = self.last_done.elapsed_time(done) / 1000
             self.last_done = done
         loss, grad_norm = values.tolist()
-        self.last_step, self.last_batch = row["step"], batch
+        self.last_step, self.last_rows = row["step"], rows
         if not math.isfinite(loss):
             self.raise_diverged(f"the loss of step {row['step']} is {loss}")
         self.progress["loss_sum"] += loss
@@ -130,9 +127,9 @@ class RunLog:
 
     def raise_diverged(self, what: str):
         """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
-        if not self.last_batch:
+        if not self.last_rows:
             raise Diverged(self.progress["num_steps"], what, [])
-        keys, num_rows = self.last_batch
+        keys, num_rows = self.last_rows
         all_keys = torch.cat(self.ranks.gather(keys))  # each rank has its part
         raise Diverged(self.last_step, what, sorted((all_keys % num_rows).tolist()))
 
