@@ -138,22 +138,19 @@ def print_result(result: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeout_s=None) -> dict:
+def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False) -> dict:
     """Run a Python program and return the JSON object that it prints last. `name` is the program's
     path, absolute or below the repository.
 
     With `shows_progress` the program writes to this process's stderr. No .pyc is written beside it.
     Raises BadInput with the program's error, or the last line of its stderr, where it prints no
-    object or its exit code is not among `codes`, and where it runs longer than `timeout_s` seconds.
+    object or its exit code is not among `codes`.
     """
     command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
-    options = {"text": True, "errors": "replace", "timeout": timeout_s}
-    stderr = None if shows_progress else subprocess.PIPE
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if shows_progress else subprocess.PIPE}
+    completed = subprocess.run(command, **pipes, text=True, errors="replace")
     try:
-        completed = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, **options)
         result = json.loads(completed.stdout.strip().rpartition("\n")[2])
-    except subprocess.TimeoutExpired:
-        raise BadInput(f"{name} did not end within {timeout_s} s") from None
     except ValueError:
         result = {}
     if completed.returncode in codes and result:

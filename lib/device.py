@@ -1,6 +1,5 @@
 """Where the computing happens: the device and its number type."""
 
-import contextlib
 import dataclasses
 import re
 import warnings
@@ -81,13 +80,7 @@ def input_dtype(precision: str) -> torch.dtype:
 
 def layer_precision(device: torch.device, precision: str):
     """The context in which layers compute: autocast for `bf16` and for `fp16`, which only
-    benchmark.py uses, or none for `fp32`.
+    benchmark.py uses, or one without effect for `fp32`.
     """
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """The bytes of free memory of a CUDA device; 0 for the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
