@@ -277,7 +277,7 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
         **{f"val_{name}": value for name, value in progress["best_scores"].items()},
         **baselines,
         **details,
-        **log.times(),
+        "wall_s": log.wall_s(),
     }
     try:
         from lib.runpage import write_run_page  # matplotlib takes a second to import

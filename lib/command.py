@@ -169,12 +169,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """An error as one sentence for the user: bad input, or what the system refuses. Empty for a
     bug.
     """
     if isinstance(error, BadInput):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib."):
         remedy = "make setup, then . .venv/bin/activate"
         return f"{sys.executable} lacks the package {error.name}: {remedy}"
@@ -205,17 +207,15 @@ def script(main):
             return main(argv)
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
-        except KeyboardInterrupt:
-            sentence, code, is_said = "interrupted", EXIT_INTERRUPTED, False
-        except Exception as error:
-            sentence, code = printable(explain(error)), EXIT_USAGE
-            is_said = isinstance(error, Reported)
+        except (Exception, KeyboardInterrupt) as error:
+            sentence = printable(explain(error))
             if not sentence:
                 raise
-        if not is_said:
-            say(f"error: {sentence}")
-        if not sys.stdout.isatty():  # a person has read it
-            print_result({"error": sentence, "exit": code})
-        return code
+            if not isinstance(error, Reported):
+                say(f"error: {sentence}")
+            code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USAGE
+            if not sys.stdout.isatty():  # a person has read it
+                print_result({"error": sentence, "exit": code})
+            return code
 
     return wrapper

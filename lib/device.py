@@ -2,11 +2,10 @@
 
 import dataclasses
 import re
-import warnings
 
 import torch
 
-from lib.command import BadInput, one_line
+from lib.command import BadInput
 from lib.config import Config
 from lib.machine import read_count
 
@@ -25,27 +24,17 @@ def choose_device(name: str = "auto") -> torch.device:
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     index = int(name.partition(":")[2] or 0)
     if index >= num:
-        reason = "" if num else f", to {why_no_gpu()} (use --device cpu)"
-        raise BadInput(f"--device {name}: this machine offers {num} CUDA devices{reason}")
+        raise BadInput(
+            f"--device {name}: torch {torch.__version__} finds {num} CUDA devices here;"
+            " --device auto takes what there is"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def num_gpus() -> int:
-    """The GPUs that torch can use."""
-    # an old driver warns at length; why_no_gpu gives the reason in one line
-    with warnings.catch_warnings(action="ignore"):
-        return torch.cuda.device_count() if torch.cuda.is_available() else 0
-
-
-def why_no_gpu() -> str:
-    """torch's version, and why torch can use no GPU: `torch VERSION: REASON`."""
-    reason = "it finds none"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        reason = one_line(error).partition(". ")[0]
-    return f"torch {torch.__version__}: {reason}"
+    """The GPUs that torch can use. torch itself warns of a driver that is too old."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def fast_precision(device: torch.device) -> str:

@@ -11,20 +11,15 @@ from pathlib import Path
 
 import torch
 
-from lib.command import BadInput, one_line, say
+from lib.command import one_line, say
 from lib.config import Config
-
-MIN_WATCHED_S = 0.2  # the use of cores by others is measured over at least this time
 
 
 def read_count(name: str, default: int) -> int:
     """The number in an environment variable, which Slurm or torchrun sets; `default` where it is
-    missing or empty. Raises BadInput for any other text.
+    missing or empty.
     """
-    text = os.environ.get(name, "").strip()
-    if text and not text.isdigit():
-        raise BadInput(f"the environment variable {name} is {text!r}, it must be a number")
-    return int(text) if text else default
+    return int(os.environ.get(name) or default)
 
 
 def keep_freed_memory() -> None:
@@ -146,7 +141,6 @@ def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
     name a number of threads that is faster. `started_at` and `busy_s` are those of
     `cores_used_by_others`.
     """
-    time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
     num_busy = cores_used_by_others(busy_s, started_at)
     num_all = len(affinity())
     num_free = max(round(num_all - num_busy), 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lib.command import say
-from lib.files import CsvLog, read_csv
+from lib.files import CsvLog
 from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES, describe_scores
 
@@ -40,14 +40,14 @@ class Diverged(Exception):
 
 
 class RunLog:
-    """Writes steps.csv and epochs.csv of a run, and adds up the time spent.
+    """Writes steps.csv and epochs.csv of a run, and measures the time spent.
 
     The loss of a step is read from a GPU when an event says that it is there, so that the GPU never
     waits for the log.
 
     `progress` is that of the training state. It says which rows a resumed run keeps, and holds the
-    sum of the epoch's losses. `batch_size` is the number of patches in a step, over all ranks. Only
-    the first rank has a `run` to write to.
+    sum of the epoch's losses and the time spent. `batch_size` is the number of patches in a step,
+    over all ranks. Only the first rank has a `run` to write to.
     """
 
     def __init__(
@@ -59,14 +59,13 @@ class RunLog:
         ranks: Ranks = ALONE,
     ):
         self.progress, self.batch_size, self.ranks = progress, batch_size, ranks
-        self.started_at = started_at  # by time.monotonic()
+        # by time.monotonic(), as if the processes before this one had only just ended
+        self.started_at = started_at - progress["wall_s"]
         self.logs = ()
         if run:
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, progress["num_steps"])
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
-            earlier = self.times()
-            self.started_at -= earlier["train_s"] + earlier["eval_s"]
         # steps whose loss was not read yet, each as the arguments of _write
         self.pending = collections.deque()
         self.last_rows = self.last_done = None
@@ -137,6 +136,7 @@ class RunLog:
         """Wait for the device and write every row to the disk. Raises Diverged as add_step does."""
         while self.pending:
             self._write(*self.pending.popleft())
+        self.progress["wall_s"] = self.wall_s()
         for log in self.logs:
             # a checkpoint is synced, too, and must not be ahead of its rows
             log.flush(sync=True)
@@ -169,20 +169,9 @@ class RunLog:
             f"{', best' if is_best else ''}"
         )
 
-    def times(self) -> dict[str, float | None]:
-        """The time spent, for summary.json. It includes earlier processes of a resumed run, for the
-        rows that were kept.
-        """
-        steps, epochs = read_csv(self.steps.path), read_csv(self.epochs.path)
-        # a rate of 0.0 is that of a step that stood still, as with a laptop that was closed
-        rates = [float(row["images_per_s"]) or math.inf for row in steps]
-        train_s = sum(self.batch_size / rate for rate in rates)
-        return {
-            "wall_s": round(time.monotonic() - self.started_at, 3),
-            "train_s": round(train_s, 3),
-            "eval_s": round(sum(float(row["eval_s"]) for row in epochs), 3),
-            "images_per_s": round(len(steps) * self.batch_size / train_s, 1) if train_s else None,
-        }
+    def wall_s(self) -> float:
+        """The seconds that the run has taken, in earlier processes up to their last checkpoint."""
+        return round(time.monotonic() - self.started_at, 3)
 
     def __enter__(self):
         return self
