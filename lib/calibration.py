@@ -3,6 +3,8 @@ checkpoint together with the reference statistics of the training data.
 """
 
 import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lib.batches import PatchSource, Rows, fold_of_rows
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
@@ -38,23 +40,24 @@ def fit_scaling(labels, logits) -> tuple[float, float]:
     num_positive = labels.sum()
     num_negative = len(labels) - num_positive
     targets = np.where(labels, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
-    inputs = np.stack([logits, np.ones(len(logits))])
+    inputs, targets = torch.tensor(logits), torch.tensor(targets)
+    factors = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)  # 1 / T and b
+    optimizer = torch.optim.LBFGS(
+        [factors],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
 
-    def compute_loss(factors) -> float:
-        scaled = factors @ inputs
-        return (np.logaddexp(0.0, scaled) - targets * scaled).mean()
+    def compute_loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scaled = factors[0] * inputs + factors[1]
+        loss = binary_cross_entropy_with_logits(scaled, targets)
+        loss.backward()
+        return loss
 
-    # Newton's method, with shorter steps where a whole one does not lower the loss
-    factors = np.array([1.0, 0.0])  # 1 / T and b
-    for _ in range(100):
-        probs = sigmoid(factors @ inputs)
-        curvature = (inputs * probs * (1 - probs)) @ inputs.T + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, inputs @ (probs - targets))
-        while compute_loss(factors - step) > compute_loss(factors):
-            step = step / 2
-        factors = factors - step
-        if np.abs(step).max() < 1e-9:
-            break
+    optimizer.step(compute_loss)
     slope, offset = factors.tolist()
     return (1 / slope, offset) if slope >= 1 / MAX_TEMPERATURE else (1.0, 0.0)
 
