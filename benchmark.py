@@ -31,7 +31,7 @@ WHAT = {
     "all": "all of these",
 }
 # of this machine alone: a benchmark is shown to others
-PLACES = ("argv", "cwd", "host", "pid", "process_start", "submitted")
+PLACES = ("argv", "cwd", "host", "pid", "submitted")
 
 
 def parse(argv) -> argparse.Namespace:

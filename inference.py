@@ -152,14 +152,14 @@ def predict_inputs(args, model, cfg, checkpoint: dict, views: int) -> tuple:
     from lib.calibration import calibrate
     from lib.device import precision_to_predict
     from lib.inputs import list_blocks
-    from lib.predict import block_size, predict_blocks, ready_to_predict
+    from lib.predict import BLOCK_SIZES, predict_blocks, ready_to_predict
     from lib.progress import Progress
 
     device = next(model.parameters()).device
     precision = precision_to_predict(cfg.precision, device)
     model = ready_to_predict(model, precision)
-    blocks = list_blocks(args.inputs, args.split, block_size(device))
-    predicted = predict_blocks(model, blocks, precision, views, checkpoint["preprocessing"])
+    blocks = list_blocks(args.inputs, args.split, BLOCK_SIZES[device.type])
+    predicted = predict_blocks(model, blocks, precision, views)
     rows, features, logits = [], [], []
     with Progress(0, "predicting") as bar:
         for block, block_features, block_logits in predicted:

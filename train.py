@@ -105,9 +105,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
         note_busy_cores,
         others_busy_s,
     )
-    from lib.metrics import constant_alarm, constant_baselines
+    from lib.metrics import compute_metrics, constant_alarm, constant_baselines
     from lib.models import num_parameters
-    from lib.predict import evaluate
+    from lib.predict import predict_rows
     from lib.progress import Progress
     from lib.ranks import StopFlag
     from lib.runlog import Diverged, RunLog
@@ -222,7 +222,8 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 # evaluate the averaged weights
                 log.flush()
                 eval_started_at = time.perf_counter()
-                scores = evaluate(state.averaged, valid_source, valid_rows, cfg)
+                logits = predict_rows(state.averaged, valid_source, valid_rows.index, cfg, views=1)
+                scores = compute_metrics(valid_rows.labels, logits)
                 eval_s = time.perf_counter() - eval_started_at
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
@@ -254,9 +255,9 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
     `diverged` is None or the error that ended the run. After an error nothing is calibrated, and
     summary.json gives the step and the rows.
     """
-    from lib import rundir
     from lib.calibration import complete_checkpoint
     from lib.checkpoint import weights_sha256
+    from lib.files import write_json
 
     progress = state.progress
     if diverged:
@@ -266,15 +267,25 @@ def finish_run(run: Path, cfg, state, baselines: dict, parts: tuple, log, diverg
     else:
         status = "finished"
         progress["best_scores"], details = complete_checkpoint(run, *parts, cfg)
-    digest = weights_sha256(state.model.state_dict())
-    summary = rundir.build_summary(status, digest, progress, baselines, **details, **log.times())
+    summary = {
+        "status": status,
+        "weights_sha256": weights_sha256(state.model.state_dict()),
+        "num_steps": progress["num_steps"],
+        "num_epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"],
+        # of best.pt, over the views of the config
+        **{f"val_{name}": value for name, value in progress["best_scores"].items()},
+        **baselines,
+        **details,
+        "wall_s": log.wall_s(),
+    }
     try:
         from lib.runpage import write_run_page  # matplotlib takes a second to import
 
         write_run_page(run, run / "report.html", summary)
     except Exception as error:  # the run itself is complete
         say(f"warning: no page of {run} could be written ({one_line(error)})")
-    rundir.write_summary(run, summary)
+    write_json(run / "summary.json", summary)
     say(f"{status}: see {run}/report.html; next: python inference.py --ckpt {run} INPUT")
     print_result({"run": str(run), **summary})
 

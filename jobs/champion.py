@@ -25,7 +25,7 @@ from lib.files import read_cache, read_json, write_json
 from lib.rundir import find_run, resume_config
 
 # in meta.json, of the machine alone: a champion is shown to others
-PRIVATE = ("cwd", "host", "pid", "process_start", "submitted", "earlier_starts")
+PRIVATE = ("cwd", "host", "pid", "submitted", "earlier_starts")
 
 
 @script

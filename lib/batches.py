@@ -15,7 +15,6 @@ import torch
 
 from lib.command import BadInput, say
 from lib.config import Config
-from lib.device import free_device_bytes
 from lib.files import read_edited_csv, row_number
 from lib.groups import groups_for_folds
 from lib.machine import memory_limit_bytes
@@ -125,7 +124,7 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
     free memory.
     """
     if residence == "auto":
-        if images.num_bytes < free_device_bytes(device) // 2:
+        if device.type == "cuda" and images.num_bytes < torch.cuda.mem_get_info(device)[0] // 2:
             return "device"
         fits_host = images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2)
         return "host" if fits_host else "disk"

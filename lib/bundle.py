@@ -26,14 +26,14 @@ def tracked_files() -> list[str]:
     return names
 
 
-def predict_samples(bundle: Path, out: Path, timeout_s=None) -> None:
+def predict_samples(bundle: Path, out: Path) -> None:
     """Predict a bundle's sample patches with its own code, on the CPU, into the CSV file `out`.
     Raises BadInput where that fails.
     """
     bundle = bundle.resolve()
     script = bundle / "code" / "inference.py"
     options = ("--ckpt", bundle / "model", "--device", "cpu", "--out", out)
-    run_script(script, bundle / "patches", *options, timeout_s=timeout_s)
+    run_script(script, bundle / "patches", *options)
 
 
 def read_licence(meta) -> str:

@@ -3,6 +3,8 @@ checkpoint together with the reference statistics of the training data.
 """
 
 import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from lib.batches import PatchSource, Rows, fold_of_rows
 from lib.checkpoint import checkpoint_path, load_model, save_checkpoint
@@ -22,6 +24,7 @@ from lib.predict import predict_rows
 
 NUM_BINS = 15
 MAX_TEMPERATURE = 100.0  # beyond it a model ranks patches hardly at all
+HALF_SCORES = ("recall", "specificity", "precision", "f2")  # of the threshold, in summary.json
 NEVER = 1.01  # a threshold above every probability: no patch is called positive
 
 
@@ -34,26 +37,27 @@ def fit_scaling(labels, logits) -> tuple[float, float]:
     which changes nothing, for a model that ranks patches in the wrong order, or hardly at all.
     """
     labels, logits = as_arrays(labels, logits)
-    high = (labels.sum() + 1) / (labels.sum() + 2)
-    low = 1 / ((~labels).sum() + 2)
-    targets = np.where(labels, high, low)
-    inputs = np.stack([logits, np.ones(len(logits))])
+    num_positive = labels.sum()
+    num_negative = len(labels) - num_positive
+    targets = np.where(labels, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
+    inputs, targets = torch.tensor(logits), torch.tensor(targets)
+    factors = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)  # 1 / T and b
+    optimizer = torch.optim.LBFGS(
+        [factors],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-15,
+        line_search_fn="strong_wolfe",
+    )
 
-    def compute_loss(factors) -> float:
-        scaled = factors @ inputs
-        return (np.logaddexp(0.0, scaled) - targets * scaled).mean()
+    def compute_loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        scaled = factors[0] * inputs + factors[1]
+        loss = binary_cross_entropy_with_logits(scaled, targets)
+        loss.backward()
+        return loss
 
-    # Newton's method, with shorter steps where a whole one does not lower the loss
-    factors = np.array([1.0, 0.0])  # 1 / T and b
-    for _ in range(100):
-        probs = sigmoid(factors @ inputs)
-        curvature = (inputs * probs * (1 - probs)) @ inputs.T + 1e-9 * np.eye(2)
-        step = np.linalg.solve(curvature, inputs @ (probs - targets))
-        while compute_loss(factors - step) > compute_loss(factors):
-            step = step / 2
-        factors = factors - step
-        if np.abs(step).max() < 1e-9:
-            break
+    optimizer.step(compute_loss)
     slope, offset = factors.tolist()
     return (1 / slope, offset) if slope >= 1 / MAX_TEMPERATURE else (1.0, 0.0)
 
@@ -96,6 +100,7 @@ def choose_threshold(
     """
     labels, probs = as_arrays(labels, probs)
     points = curve_points(labels, probs)
+    # the first one calls no patch positive
     thresholds = np.concatenate([[NEVER], points["threshold"], [0.0]])
     recalls = np.append(0.0, points["recall"])
     hits = recalls * labels.sum()
@@ -117,17 +122,16 @@ def fit_calibration(labels, logits, is_fitted: np.ndarray, cfg: Config) -> dict 
     `after` holds the calibration scores on the other rows, and `decision` the scores of the
     threshold there.
     """
-    judged = np.flatnonzero(~is_fitted)
-    fitted = np.flatnonzero(is_fitted)
-    if min(len(np.unique(labels[half])) for half in (fitted, judged)) < 2:
+    fitted, judged = labels[is_fitted], labels[~is_fitted]
+    if min(len(np.unique(fitted)), len(np.unique(judged))) < 2:
         return None
-    temperature, offset = fit_scaling(labels[fitted], logits[fitted])
+    temperature, offset = fit_scaling(fitted, logits[is_fitted])
     calibration = {"temperature": temperature, "offset": offset, "views": cfg.views}
     scaled = calibrate(logits, calibration)
     rule = cfg.threshold_rule, cfg.least_recall, cfg.false_negative_cost
-    threshold = choose_threshold(labels[fitted], sigmoid(scaled[fitted]), *rule)
-    scores = compute_metrics(labels[judged], scaled[judged], threshold)
-    calibration["after"] = calibration_scores(labels[judged], scaled[judged])
+    threshold = choose_threshold(fitted, sigmoid(scaled[is_fitted]), *rule)
+    scores = compute_metrics(judged, scaled[~is_fitted], threshold)
+    calibration["after"] = calibration_scores(judged, scaled[~is_fitted])
     calibration["decision"] = {"threshold": threshold, **scores}
     return calibration
 
@@ -144,8 +148,8 @@ def complete_checkpoint(
 
     Calibration and threshold are fitted to one half of the validation rows and judged on the other.
     Slides, or groups of copies, stay whole. Returns (scores, summary). `scores` are those of all
-    rows at threshold 0.5, over the views of the config and before calibration. `summary` is the
-    result of `summarise`, or the threshold alone without a calibration.
+    rows at threshold 0.5, over the views of the config and before calibration. `summary` is what
+    summary.json says of the calibration, or the threshold alone without one.
     """
     model, _, checkpoint = load_model(ckpt)
     split, rows = valid
@@ -159,7 +163,15 @@ def complete_checkpoint(
         half_of_row = fold_of_rows(groups, 2)[rows.index]
     calibration = fit_calibration(rows.labels, logits, half_of_row == 0, cfg)
     if calibration:
-        summary = summarise(calibration)
+        decision = calibration["decision"]
+        summary = {
+            "threshold": decision["threshold"],
+            "temperature": calibration["temperature"],
+            "offset": calibration["offset"],
+            "views": calibration["views"],
+            "half_ece": calibration["after"]["ece"],
+            **{f"half_{name}": decision[name] for name in HALF_SCORES},
+        }
     else:
         summary = {"threshold": 0.5}
         say(
@@ -174,20 +186,6 @@ def complete_checkpoint(
     checkpoint["config"]["views"] = cfg.views  # the number that the calibration was fitted to
     save_checkpoint(checkpoint_path(ckpt), checkpoint)
     return compute_metrics(rows.labels, logits), summary
-
-
-def summarise(calibration: dict) -> dict[str, float]:
-    """The values of a calibration that stand in summary.json."""
-    decision = calibration["decision"]
-    names = ("recall", "specificity", "precision", "f2")
-    return {
-        "threshold": decision["threshold"],
-        "temperature": calibration["temperature"],
-        "offset": calibration["offset"],
-        "views": calibration["views"],
-        "half_ece": calibration["after"]["ece"],
-        **{f"half_{name}": decision[name] for name in names},
-    }
 
 
 def sample_features(split: Split, rows: Rows) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib.command import BadInput, say
-from lib.config import ADDED_KEYS, Config, config_from_dict
+from lib.config import Config, config_from_dict
 from lib.files import atomic_write
 from lib.models import build_model, fit_state, logit_layer
 
@@ -80,8 +80,8 @@ def load_pickle_free(path) -> dict:
 
 
 def load_checkpoint(path) -> dict:
-    """The fields of a checkpoint and the `weights_sha256` of its evaluated weights. Fields and
-    config keys that an older schema lacks are filled in.
+    """The fields of a checkpoint and the `weights_sha256` of its evaluated weights. Fields
+    that an older schema lacks are filled in.
 
     Raises BadInput for a file that is cut, altered, foreign, of a newer schema, or that holds code.
     """
@@ -97,7 +97,6 @@ def load_checkpoint(path) -> dict:
         )
     checkpoint = {name: loaded.get(name) for name in FIELDS}
     checkpoint["float32_logits"] = bool(checkpoint["float32_logits"])
-    checkpoint["config"] = ADDED_KEYS | checkpoint["config"]
     checkpoint["weights_sha256"] = weights_sha256(evaluated_weights(checkpoint))
     return checkpoint
 

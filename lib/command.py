@@ -138,22 +138,19 @@ def print_result(result: dict) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False, timeout_s=None) -> dict:
+def run_script(name, *arguments, codes=(EXIT_DONE,), shows_progress=False) -> dict:
     """Run a Python program and return the JSON object that it prints last. `name` is the program's
     path, absolute or below the repository.
 
     With `shows_progress` the program writes to this process's stderr. No .pyc is written beside it.
     Raises BadInput with the program's error, or the last line of its stderr, where it prints no
-    object or its exit code is not among `codes`, and where it runs longer than `timeout_s` seconds.
+    object or its exit code is not among `codes`.
     """
     command = [sys.executable, "-B", str(REPOSITORY / name), *map(str, arguments)]
-    options = {"text": True, "errors": "replace", "timeout": timeout_s}
-    stderr = None if shows_progress else subprocess.PIPE
+    pipes = {"stdout": subprocess.PIPE, "stderr": None if shows_progress else subprocess.PIPE}
+    completed = subprocess.run(command, **pipes, text=True, errors="replace")
     try:
-        completed = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, **options)
         result = json.loads(completed.stdout.strip().rpartition("\n")[2])
-    except subprocess.TimeoutExpired:
-        raise BadInput(f"{name} did not end within {timeout_s} s") from None
     except ValueError:
         result = {}
     if completed.returncode in codes and result:
@@ -172,12 +169,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
-def explain(error: Exception) -> str:
+def explain(error: BaseException) -> str:
     """An error as one sentence for the user: bad input, or what the system refuses. Empty for a
     bug.
     """
     if isinstance(error, BadInput):
         return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lib."):
         remedy = "make setup, then . .venv/bin/activate"
         return f"{sys.executable} lacks the package {error.name}: {remedy}"
@@ -208,17 +207,15 @@ def script(main):
             return main(argv)
         except SystemExit as stop:  # argparse leaves this way after --help
             return int(stop.code or 0)
-        except KeyboardInterrupt:
-            sentence, code, is_said = "interrupted", EXIT_INTERRUPTED, False
-        except Exception as error:
-            sentence, code = printable(explain(error)), EXIT_USAGE
-            is_said = isinstance(error, Reported)
+        except (Exception, KeyboardInterrupt) as error:
+            sentence = printable(explain(error))
             if not sentence:
                 raise
-        if not is_said:
-            say(f"error: {sentence}")
-        if not sys.stdout.isatty():  # a person has read it
-            print_result({"error": sentence, "exit": code})
-        return code
+            if not isinstance(error, Reported):
+                say(f"error: {sentence}")
+            code = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_USAGE
+            if not sys.stdout.isatty():  # a person has read it
+                print_result({"error": sentence, "exit": code})
+            return code
 
     return wrapper

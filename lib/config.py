@@ -191,6 +191,7 @@ def config_from_dict(values: dict, source="config") -> Config:
     the wrong type or value.
     """
     refuse_unknown(values, source)
+    values = ADDED_KEYS | values
     missing = [key for key in HINTS if key not in values]
     if missing:
         raise BadInput(
@@ -245,13 +246,7 @@ def plain(value) -> str:
 
 def parse_overrides(pairs) -> dict[str, str]:
     """`["lr=1e-3", ...]` as a dict of text."""
-    values = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise BadInput(f"{pair!r} is not of the form key=value")
-        values[key] = value
-    return values
+    return dict(pair.split("=", 1) for pair in pairs)
 
 
 def load_config(path=DEFAULT_PATH, overrides=()) -> Config:
@@ -270,11 +265,11 @@ def dump_config(cfg: Config) -> str:
     )
 
 
-def change_free_keys(cfg: Config, changes: dict[str, str]) -> Config:
+def change_free_keys(cfg: Config, overrides: list[str]) -> Config:
     """`cfg` with changes of its free keys. Raises BadInput for a key that changes the weights: that
     would be another run.
     """
-    changed = config_from_dict(cfg.as_dict() | changes, source="command line")
+    changed = config_from_dict(cfg.as_dict() | parse_overrides(overrides), "command line")
     for key in cfg.identity():
         if getattr(changed, key) != getattr(cfg, key):
             raise BadInput(

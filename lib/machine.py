@@ -11,33 +11,36 @@ from pathlib import Path
 
 import torch
 
-from lib.command import BadInput, one_line, say
+from lib.command import one_line, say
 from lib.config import Config
-
-MIN_WATCHED_S = 0.2  # the use of cores by others is measured over at least this time
 
 
 def read_count(name: str, default: int) -> int:
     """The number in an environment variable, which Slurm or torchrun sets; `default` where it is
-    missing or empty. Raises BadInput for any other text.
+    missing or empty.
     """
-    text = os.environ.get(name, "").strip()
-    if text and not text.isdigit():
-        raise BadInput(f"the environment variable {name} is {text!r}, it must be a number")
-    return int(text) if text else default
+    return int(os.environ.get(name) or default)
 
 
-def keep_freed_memory(keep: bool = True) -> None:
-    """Let the C library keep memory that a step frees for the next step, or not (glibc's mallopt).
+def keep_freed_memory() -> None:
+    """Let the C library keep memory that a step frees for the next step (glibc's mallopt).
 
     By default glibc returns large blocks to the kernel, which then clears the pages of every
     activation anew. Another C library is left as it is.
     """
-    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h; without `keep`, glibc's defaults
+    m_trim_threshold, m_mmap_max = -1, -4  # numbers in malloc.h
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(m_mmap_max, 0 if keep else 65536)
-        mallopt(m_trim_threshold, 2**31 - 1 if keep else 128 * 1024)
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _read_lines(path) -> list[str]:
+    """The lines of a file that the kernel writes; none where it does not."""
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def control_groups() -> list[Path]:
@@ -45,11 +48,10 @@ def control_groups() -> list[Path]:
     be set above the group of its step.
     """
     folders = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)  # version 2 names no controllers
-            folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
-            folders += [folder, *folder.parents]
+    for line in _read_lines("/proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)  # version 2 names no controllers
+        folder = Path(f"/sys/fs/cgroup/{controllers}/{group}")
+        folders += [folder, *folder.parents]
     return folders
 
 
@@ -57,8 +59,7 @@ def _read_limits(name: str) -> list[list[str]]:
     """The words of the file `name` of each control group that sets a limit in it."""
     limits = []
     for folder in control_groups():
-        with contextlib.suppress(OSError):
-            limits.append((folder / name).read_text().split())
+        limits += [line.split() for line in _read_lines(folder / name)]
     return [words for words in limits if words[0] != "max"]
 
 
@@ -79,11 +80,10 @@ def memory_limit_bytes() -> int:
 
 def _proc_field(file: str, name: str) -> str:
     """The text behind `name:` in a file of /proc; empty on a system without it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc", file).read_text().splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == name:
-                return value.strip()
+    for line in _read_lines(Path("/proc", file)):
+        field, _, value = line.partition(":")
+        if field.strip() == name:
+            return value.strip()
     return ""
 
 
@@ -122,11 +122,10 @@ def others_busy_s() -> float:
     """
     names = {f"cpu{core}" for core in affinity()}
     num_ticks = 0
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/stat").read_text().splitlines():
-            name, *ticks = line.split()
-            if name in names:
-                num_ticks += sum(map(int, ticks[:3]))  # user, nice, system
+    for line in _read_lines("/proc/stat"):
+        name, *ticks = line.split()
+        if name in names:
+            num_ticks += sum(map(int, ticks[:3]))  # user, nice, system
     return num_ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
@@ -142,7 +141,6 @@ def note_busy_cores(threads: int, started_at: float, busy_s: float) -> None:
     name a number of threads that is faster. `started_at` and `busy_s` are those of
     `cores_used_by_others`.
     """
-    time.sleep(max(started_at + MIN_WATCHED_S - time.monotonic(), 0))
     num_busy = cores_used_by_others(busy_s, started_at)
     num_all = len(affinity())
     num_free = max(round(num_all - num_busy), 1)

@@ -9,23 +9,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING, no_augmentation, normalise, turned_views
-from lib.batches import PatchSource, Rows, load_batches, map_ahead
+from lib.augment import no_augmentation, normalise, turned_views
+from lib.batches import PatchSource, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
 from lib.device import input_dtype, layer_precision
 from lib.features import measure_features
 from lib.inputs import Block
-from lib.metrics import compute_metrics
 
 CPU_BATCH = 64  # so few patches that their activations stay in a core's cache
-GPU_BATCH = 256  # so many patches that a GPU is busy while the next ones are copied to it
+# the number of patches in a block for `predict_blocks`. 256 keep a GPU busy while the next ones are
+# copied to it
+BLOCK_SIZES = {"cpu": CPU_BATCH, "cuda": 256}
 MAX_WORKERS = 16  # the most blocks predicted at a time: each needs memory for activations
-
-
-def block_size(device: torch.device) -> int:
-    """The number of patches in a block for `predict_blocks`."""
-    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
@@ -35,19 +31,16 @@ def ready_to_predict(model: nn.Module, precision: str) -> nn.Module:
 
 @torch.inference_mode()
 def predict_batch(
-    model: nn.Module, images: torch.Tensor, precision: str, views: int, preprocessing: dict
+    model: nn.Module, images: torch.Tensor, precision: str, views: int
 ) -> torch.Tensor:
     """Logits float32 (B,) of patches uint8 (B, 96, 96, 3) on the model's device. With 4 or 8
     `views` they are the mean over so many symmetries of a patch, each of them shifted.
     """
     if images.device.type == "cpu" and len(images) > CPU_BATCH:
         parts = images.split(CPU_BATCH)
-        return torch.cat(
-            [predict_batch(model, part, precision, views, preprocessing) for part in parts]
-        )
-    mean, std = preprocessing["mean"], preprocessing["std"]
+        return torch.cat([predict_batch(model, part, precision, views) for part in parts])
     plain = no_augmentation(len(images), images.device)
-    inputs = normalise(images, plain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
+    inputs = normalise(images, plain, dtype=input_dtype(precision))  # (B, 3, 96, 96)
     pixels = inputs.permute(0, 2, 3, 1)
     # generators, so that one view at a time is in memory
     turned = turned_views(pixels, num=views) if views > 1 else [pixels]
@@ -63,7 +56,6 @@ def predict_blocks(
     blocks: Iterable[Callable[[], Block]],
     precision: str,
     views: int,
-    preprocessing: dict,
 ) -> Iterator[tuple[Block, np.ndarray, torch.Tensor]]:
     """Yield (block, features float64 (B, 6), logits float32 (B,)) for each of `blocks`, functions
     from `lib.inputs.list_blocks` that decode a block. The logits are on the model's device, and the
@@ -78,7 +70,7 @@ def predict_blocks(
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         images = images.to(device, non_blocking=True)
-        return predict_batch(model, images, precision, views, preprocessing)
+        return predict_batch(model, images, precision, views)
 
     def work(decode: Callable[[], Block]) -> tuple[Block, np.ndarray, torch.Tensor]:
         block = decode()
@@ -105,10 +97,5 @@ def predict_rows(
     rows_of_batches = torch.from_numpy(index).to(source.device).split(cfg.eval_batch_size)
     logits = []
     for batch in load_batches(source, np.zeros(len(source)), rows_of_batches):
-        logits.append(predict_batch(model, batch.images, cfg.precision, views, PREPROCESSING))
+        logits.append(predict_batch(model, batch.images, cfg.precision, views))
     return torch.cat(logits).cpu().numpy()  # one copy at the end: no batch waits for it
-
-
-def evaluate(model: nn.Module, source: PatchSource, rows: Rows, cfg: Config) -> dict[str, float]:
-    """The scores of a model on `rows`, over one view of each patch, at threshold 0.5."""
-    return compute_metrics(rows.labels, predict_rows(model, source, rows.index, cfg, 1))

@@ -16,9 +16,6 @@ from lib.machine import read_count
 
 # how long a rank waits for another one, which may be reading data
 PATIENCE = datetime.timedelta(minutes=30)
-# the variables for rank and number of ranks in the environment, as torchrun sets them, and srun
-TORCHRUN = ("RANK", "WORLD_SIZE")
-SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
 
 def set_handlers(handlers: dict) -> dict:
@@ -80,7 +77,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag of any rank is set. All ranks give the same answer."""
-        return any(self.gather(torch.tensor(int(bool(flag)))))
+        return any(self.gather(torch.tensor(bool(flag))))
 
     def wait(self) -> None:
         """Wait until every rank has called this."""
@@ -128,7 +125,9 @@ def join_ranks(num_shards: int) -> Iterator[Ranks]:
     Raises BadInput where they cannot share out the shards equally, or do not reach each other. It
     names the variables that make this a rank: a shell inside a job may have them left over.
     """
-    rank_name, num_name = TORCHRUN if "WORLD_SIZE" in os.environ else SRUN
+    rank_name, num_name = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        rank_name, num_name = "RANK", "WORLD_SIZE"
     rank, num = read_count(rank_name, 0), read_count(num_name, 1)
     if num == 1:
         yield ALONE

@@ -17,12 +17,10 @@ from typing import BinaryIO
 
 from lib.command import REPOSITORY, BadInput, nearest, one_line, print_result, say
 from lib.config import (
-    ADDED_KEYS,
     Config,
     change_free_keys,
     config_from_dict,
     dump_config,
-    parse_overrides,
     read_yaml,
 )
 from lib.files import atomic_write, lock_if_possible, read_json, utc_now, write_json
@@ -55,14 +53,8 @@ VARIABLES = (
     "NCCL_",
     "NVIDIA_TF32_OVERRIDE",
 )
-# places in meta.json of what may change the bits of a computation
-HARDWARE = (
-    ("machine", "device"),
-    ("machine", "gpu"),
-    ("machine", "cpu_capability"),
-    ("versions", "torch"),
-    ("versions", "schema"),
-)
+# what may change the bits of a computation, of `machine` and `versions` in meta.json
+BIT_SOURCES = ("device", "gpu", "cpu_capability", "torch", "schema")
 
 # the scores of an evaluation that stand in epochs.csv, with val_ before their names
 SCORES = ("loss", "accuracy", "f1", "f2", "auc", "pr_auc", "positive_share", "tp", "fp", "fn", "tn")
@@ -107,7 +99,7 @@ def find_run(name, runs_dir="runs") -> Path:
 def read_run_config(run: Path) -> Config:
     """The configuration in a run's config.yaml, as of its last start."""
     path = run / "config.yaml"
-    return config_from_dict(ADDED_KEYS | read_yaml(path), source=str(path))
+    return config_from_dict(read_yaml(path), source=str(path))
 
 
 def read_meta(run: Path) -> dict:
@@ -120,7 +112,7 @@ def resume_config(run: Path, overrides) -> Config:
     """The configuration to resume a run with: its own, with changes of keys that do not change the
     weights.
     """
-    return change_free_keys(read_run_config(run), parse_overrides(overrides))
+    return change_free_keys(read_run_config(run), overrides)
 
 
 def require_same_run(run: Path, cfg: Config, data: dict[str, str], groups: str | None) -> None:
@@ -146,10 +138,11 @@ def say_what_changed(run: Path, meta: dict) -> None:
     its bits may then be others.
     """
     before = read_meta(run) or meta
-    for place, key in HARDWARE:
-        old, new = before[place].get(key), meta[place].get(key)
-        if old != new:
-            say(f"warning: {run} had {key} {old}, now {new}: other bits may follow")
+    old = before["machine"] | before["versions"]
+    new = meta["machine"] | meta["versions"]
+    for key in BIT_SOURCES:
+        if old.get(key) != new.get(key):
+            say(f"warning: {run} had {key} {old.get(key)}, now {new[key]}: other bits may follow")
 
 
 def hold_run(run: Path, cfg: Config) -> BinaryIO:
@@ -224,19 +217,6 @@ def git_state() -> dict:
     }
 
 
-def process_start(pid: int) -> str:
-    """The start of a live process of this machine, in ticks since the boot. It tells the process
-    from a later one with the same number.
-
-    Empty where there is no such process, or no /proc.
-    """
-    try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if state in "ZX" else fields[18]  # Z and X: it has ended
-
-
 def environment() -> dict:
     """What runs, and where, for meta.json: argv, commit and patch, versions, environment variables,
     Slurm job.
@@ -248,7 +228,6 @@ def environment() -> dict:
         "cwd": os.getcwd(),
         "started_utc": utc_now(),
         "pid": os.getpid(),
-        "process_start": process_start(os.getpid()),
         **git_state(),
         "versions": versions,
         "variables": {
@@ -290,24 +269,3 @@ def describe_scores(scores: dict, baselines: dict) -> str:
         f" {baselines['always_positive_f2']:.4f}), accuracy {scores['accuracy']:.4f} (constant"
         f" {baselines['majority_accuracy']:.4f})"
     )
-
-
-def build_summary(
-    status: str, weights_digest: str, progress: dict, baselines: dict, **details
-) -> dict:
-    """The content of summary.json. val_* are the scores of best.pt over `views` views."""
-    return {
-        "status": status,
-        "weights_sha256": weights_digest,
-        "num_steps": progress["num_steps"],
-        "num_epochs": progress["epoch"],
-        "best_epoch": progress["best_epoch"],
-        **{f"val_{name}": value for name, value in progress["best_scores"].items()},
-        **baselines,
-        **details,
-    }
-
-
-def write_summary(run: Path, summary: dict) -> None:
-    """Write summary.json, the last file of a run."""
-    write_json(run / "summary.json", summary)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lib.command import say
-from lib.files import CsvLog, read_csv
+from lib.files import CsvLog
 from lib.ranks import ALONE, Ranks
 from lib.rundir import SCORES, describe_scores
 
@@ -40,14 +40,14 @@ class Diverged(Exception):
 
 
 class RunLog:
-    """Writes steps.csv and epochs.csv of a run, and adds up the time spent.
+    """Writes steps.csv and epochs.csv of a run, and measures the time spent.
 
     The loss of a step is read from a GPU when an event says that it is there, so that the GPU never
     waits for the log.
 
     `progress` is that of the training state. It says which rows a resumed run keeps, and holds the
-    sum of the epoch's losses. `batch_size` is the number of patches in a step, over all ranks. Only
-    the first rank has a `run` to write to.
+    sum of the epoch's losses and the time spent. `batch_size` is the number of patches in a step,
+    over all ranks. Only the first rank has a `run` to write to.
     """
 
     def __init__(
@@ -59,17 +59,16 @@ class RunLog:
         ranks: Ranks = ALONE,
     ):
         self.progress, self.batch_size, self.ranks = progress, batch_size, ranks
-        self.started_at = started_at  # by time.monotonic()
+        # by time.monotonic(), as if the processes before this one had only just ended
+        self.started_at = started_at - progress["wall_s"]
         self.logs = ()
         if run:
             self.steps = CsvLog(run / "steps.csv", STEP_COLUMNS, progress["num_steps"])
             self.epochs = CsvLog(run / "epochs.csv", EPOCH_COLUMNS, progress["epoch"])
             self.logs = (self.steps, self.epochs)
-            earlier = self.times()
-            self.started_at -= earlier["train_s"] + earlier["eval_s"]
         # steps whose loss was not read yet, each as the arguments of _write
         self.pending = collections.deque()
-        self.last_batch = self.last_done = None
+        self.last_rows = self.last_done = None
         self.note = ""  # for the progress bar
 
     def start_epoch(self) -> None:
@@ -87,9 +86,12 @@ class RunLog:
         self.epoch_images += self.batch_size
         row = {"step": self.progress["num_steps"], "epoch": self.progress["epoch"] + 1, "lr": lr}
         values, done = self._to_host(torch.stack([result.loss, result.grad_norm]).detach())
-        times = host_s, batch.wait_s
-        self.pending.append((row, (batch.keys, batch.num_rows), times, values, done))
-        while self.pending and self._is_due():
+        rows = batch.keys, batch.num_rows
+        self.pending.append((row, rows, host_s, batch.wait_s, values, done))
+        while self.pending:
+            done = self.pending[0][-1]
+            if done and not done.query() and len(self.pending) <= MAX_PENDING:
+                break  # the GPU has not computed this loss yet
             self._write(*self.pending.popleft())
 
     def _to_host(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
@@ -101,20 +103,14 @@ class RunLog:
         done.record()
         return host, done
 
-    def _is_due(self) -> bool:
-        """Whether the loss of the first pending step is there, or has to be waited for."""
-        done = self.pending[0][-1]
-        return done is None or done.query() or len(self.pending) > MAX_PENDING
-
-    def _write(self, row: dict, batch: tuple, times: tuple, values: torch.Tensor, done) -> None:
-        seconds, wait_s = times
+    def _write(self, row: dict, rows: tuple, seconds: float, wait_s: float, values, done) -> None:
         if done:
             done.synchronize()
             if self.last_done:  # by the clock of the GPU: the host's is ahead of its steps
                 seconds = self.last_done.elapsed_time(done) / 1000
             self.last_done = done
         loss, grad_norm = values.tolist()
-        self.last_step, self.last_batch = row["step"], batch
+        self.last_step, self.last_rows = row["step"], rows
         if not math.isfinite(loss):
             self.raise_diverged(f"the loss of step {row['step']} is {loss}")
         self.progress["loss_sum"] += loss
@@ -130,9 +126,9 @@ class RunLog:
 
     def raise_diverged(self, what: str):
         """Raise Diverged for the last step whose loss was read, which is the same on every rank."""
-        if not self.last_batch:
+        if not self.last_rows:
             raise Diverged(self.progress["num_steps"], what, [])
-        keys, num_rows = self.last_batch
+        keys, num_rows = self.last_rows
         all_keys = torch.cat(self.ranks.gather(keys))  # each rank has its part
         raise Diverged(self.last_step, what, sorted((all_keys % num_rows).tolist()))
 
@@ -140,6 +136,7 @@ class RunLog:
         """Wait for the device and write every row to the disk. Raises Diverged as add_step does."""
         while self.pending:
             self._write(*self.pending.popleft())
+        self.progress["wall_s"] = self.wall_s()
         for log in self.logs:
             # a checkpoint is synced, too, and must not be ahead of its rows
             log.flush(sync=True)
@@ -172,20 +169,9 @@ class RunLog:
             f"{', best' if is_best else ''}"
         )
 
-    def times(self) -> dict[str, float | None]:
-        """The time spent, for summary.json. It includes earlier processes of a resumed run, for the
-        rows that were kept.
-        """
-        steps, epochs = read_csv(self.steps.path), read_csv(self.epochs.path)
-        # a rate of 0.0 is that of a step that stood still, as with a laptop that was closed
-        rates = [float(row["images_per_s"]) or math.inf for row in steps]
-        train_s = sum(self.batch_size / rate for rate in rates)
-        return {
-            "wall_s": round(time.monotonic() - self.started_at, 3),
-            "train_s": round(train_s, 3),
-            "eval_s": round(sum(float(row["eval_s"]) for row in epochs), 3),
-            "images_per_s": round(len(steps) * self.batch_size / train_s, 1) if train_s else None,
-        }
+    def wall_s(self) -> float:
+        """The seconds that the run has taken, in earlier processes up to their last checkpoint."""
+        return round(time.monotonic() - self.started_at, 3)
 
     def __enter__(self):
         return self

@@ -77,6 +77,7 @@ def build_state(cfg: Config, device: torch.device, ranks: Ranks = ALONE) -> Trai
         "epoch": 0,
         "step": 0,  # of the epoch
         "num_steps": 0,
+        "wall_s": 0.0,
         "loss_sum": 0.0,  # of the epoch
         "lr_scale": 1.0,
         "best": None,  # value of select_metric

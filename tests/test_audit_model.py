@@ -20,7 +20,6 @@ from lib.audit import shortcut, slices
 from lib.audit.resampling import draw_weights
 from lib.audit.slices import conclude, measure_slice, measure_slices, split_answers
 from lib.audit.tissue import compute_tissue
-from lib.augment import PREPROCESSING
 from lib.batches import fold_of_rows
 from lib.calibration import choose_threshold
 from lib.checkpoint import load_checkpoint, save_checkpoint
@@ -122,7 +121,7 @@ class Sees(torch.nn.Module):
 def predictor(region):
     """Patches to the logits of a model that sees a region."""
     model = Sees(region)
-    return lambda patches: predict_batch(model, patches, "fp32", 1, PREPROCESSING).double().numpy()
+    return lambda patches: predict_batch(model, patches, "fp32", 1).double().numpy()
 
 
 @pytest.mark.parametrize("seen", ["centre", "ring"])

@@ -129,7 +129,7 @@ def test_inference_sees_what_training_without_augmentation_sees():
         inputs.append(batch)
         return batch.float().mean((1, 2, 3))[:, None]
 
-    predict_batch(model, IMAGES, "bf16", 1, PREPROCESSING)
+    predict_batch(model, IMAGES, "bf16", 1)
     plain = configure("symmetries=false", "shift=0", "stain_jitter=0", "brightness_jitter=0")
     draws = draw_augmentation(torch.arange(37), 0, plain)
     assert equal(draws, no_augmentation(37)) and torch.equal(move_pixels(IMAGES, draws), IMAGES)

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from proofs.trainer import LAUNCHES, WARM_STEPS, Trainer, profile_steps
 from torch.utils._pytree import tree_leaves
 
-from lib.augment import PREPROCESSING, draw_augmentation
+from lib.augment import draw_augmentation
 from lib.command import one_line
 from lib.device import choose_device
 from lib.files import read_csv
@@ -34,7 +34,7 @@ def logit_difference(trainer: Trainer, precision: str, views=1, num=256) -> floa
     for device in (torch.device("cpu"), trainer.device):
         model = copy.deepcopy(trainer.state.model).to(device)
         model = ready_to_predict(model, precision)
-        answers = predict_batch(model, images.to(device), precision, views, PREPROCESSING)
+        answers = predict_batch(model, images.to(device), precision, views)
         logits.append(answers.cpu())
     ours, theirs = logits
     return float((ours - theirs).abs().max() / (ours.max() - ours.min()))

@@ -88,5 +88,5 @@ def test_intervals_agree_with_published_ones():
     """Wilson's for 0 of 10 and 50 of 100 (Newcombe 1998); Student's t of 1, 4 and 30."""
     assert share_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
     assert share_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=5e-5)
-    quantiles = [student_t(num_free) for num_free in (1, 4, 30)]
-    assert quantiles == pytest.approx([12.7062, 2.7764, 2.0423], abs=5e-5)
+    quantiles = [student_t(num_free) for num_free in (1, 4, 11, 30)]
+    assert quantiles == pytest.approx([12.7062, 2.7764, 2.2010, 2.0423], abs=5e-5)

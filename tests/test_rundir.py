@@ -30,7 +30,7 @@ def note_steps(log, losses):
 
 
 def open_log(folder, num_steps=0) -> runlog.RunLog:
-    progress = {"epoch": 0, "num_steps": num_steps, "loss_sum": 0.0}
+    progress = {"epoch": 0, "num_steps": num_steps, "loss_sum": 0.0, "wall_s": 30.0}
     log = runlog.RunLog(folder, progress, time.monotonic(), 2)
     log.start_epoch()
     return log
@@ -86,8 +86,7 @@ def test_a_log_has_one_row_a_step_and_a_resumed_one_drops_what_came_after_the_ch
     stored = [float(torch.tensor(loss)) for loss in losses]
     assert log.progress["loss_sum"] == sum(stored)
     path = tmp_path / "steps.csv"
-    # the first step stood still, as with a laptop that was closed; the last row is torn
-    path.write_text(re.sub(r"[\d.]+,0.0\n", "0.0,0.0\n", path.read_text(), count=1) + "7,1,0.5")
+    path.write_text(path.read_text() + "7,1,0.5")  # the last row is torn
     with open_log(tmp_path, num_steps=4) as log:
         time.sleep(0.1)
         note_steps(log, [2.0] * 2)
@@ -96,11 +95,7 @@ def test_a_log_has_one_row_a_step_and_a_resumed_one_drops_what_came_after_the_ch
     assert tuple(rows[0]) == runlog.STEP_COLUMNS
     assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [float(row["loss"]) for row in rows] == [*stored[:4], 2.0, 2.0]
-    # the time of the steps that count is that of both processes
-    times = log.times()
-    train_s = sum(2 / float(row["images_per_s"]) for row in rows[1:])
-    assert times["train_s"] == pytest.approx(train_s, abs=1e-3)
-    assert times["images_per_s"] == pytest.approx(12 / train_s, rel=0.02)
+    assert 30.1 < log.progress["wall_s"] < 60, "the time before counts"
     assert float(rows[4]["images_per_s"]) < 2 / 0.1, "the images of a batch count"
 
 

@@ -73,7 +73,7 @@ def repeatable(run) -> tuple:
     best, last = load_checkpoint(run / "best.pt"), load_checkpoint(run / "last.pt")
     weights = weights_sha256(best["averaged"]), weights_sha256(last["averaged"])
     digest = read_json(run / "summary.json")["weights_sha256"]
-    return digest, steps, epochs, weights, last["progress"]
+    return digest, steps, epochs, weights, last["progress"] | {"wall_s": None}
 
 
 @pytest.fixture(autouse=True)
@@ -225,13 +225,17 @@ def test_best_pt_is_the_epoch_with_the_best_score_by_the_averaged_weights(
     pcam_dir, tmp_path, monkeypatch
 ):
     evaluated, aucs = [], iter([0.6, 0.8, 0.7])
-    evaluate = predict.evaluate
+    predict_rows, note_epoch = predict.predict_rows, training.note_epoch
 
-    def scripted(model, *rest):
+    def recording(model, *rest, **options):
         evaluated.append(weights_sha256(model.state_dict()))
-        return evaluate(model, *rest) | {"auc": next(aucs)}
+        return predict_rows(model, *rest, **options)
 
-    monkeypatch.setattr(predict, "evaluate", scripted)
+    def scripted(progress, scores, cfg):
+        return note_epoch(progress, scores | {"auc": next(aucs)}, cfg)
+
+    monkeypatch.setattr(predict, "predict_rows", recording)
+    monkeypatch.setattr(training, "note_epoch", scripted)
     run, result, _ = start(tmp_path, pcam_dir, "epochs=6", "early_stop_epochs=1")
     assert result["num_epochs"] == 3 and result["best_epoch"] == 2, "stopped early"
     best = load_checkpoint(run / "best.pt")

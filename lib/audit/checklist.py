@@ -23,7 +23,6 @@ MEMBER = re.compile(r"(?i)[^\W\d]{2,}[^\n|,;]*?\b[a-z]{0,2}\d{4,}\b")  # a name,
 PLACEHOLDER = re.compile(
     r"(?i)to[- ]be[- ]filled|\b(?:todo|tbd|x{3,}|0{4,}|your|example\.(?:org|com))\b|<[^>]*\bname\b"
 )
-SECONDS = 300
 MOST_NAMED = 20  # files in a sentence
 CHAMPION = "assets/champion"
 # the weights that this program comes with: those of a team are others
@@ -43,7 +42,7 @@ def judge(check: str, advice: str, function, *arguments) -> dict:
 def verify(folder: Path, *arguments) -> dict:
     """What verify.py prints of a bundle. Raises BadInput where something is wrong with it."""
     codes = (EXIT_DONE, EXIT_FINDING)
-    result = run_script(VERIFY, "--stick", folder, *arguments, codes=codes, timeout_s=SECONDS)
+    result = run_script(VERIFY, "--stick", folder, *arguments, codes=codes)
     if "error" in result:
         kinds = ("changed", "missing", "additional")
         names = [f"{kind}: {name}" for kind in kinds for name in result.get(kind, ())]
@@ -59,7 +58,7 @@ def check_files(folder: Path) -> str:
 def check_samples(folder: Path) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         predictions = Path(scratch, "predictions.csv")
-        predict_samples(folder, predictions, SECONDS)
+        predict_samples(folder, predictions)
         compared = verify(folder, "--predictions", predictions)
     return f"{compared['num_patches']} probabilities are within {compared['tolerance']:g}"
 
@@ -88,10 +87,10 @@ def check_inference(folder: Path) -> str:
         data = Path(scratch, "pcam")
         folder = folder.resolve()
         sizes = ("--train", 0, "--valid", 0, "--test", 8)
-        run_script("prepare.py", "synthetic", "--to", data, *sizes, timeout_s=SECONDS)
+        run_script("prepare.py", "synthetic", "--to", data, *sizes)
         inputs = ("--ckpt", folder / CHAMPION, data, "--split", "test")
         out = Path(scratch, "predictions.csv")
-        run_script(folder / "inference.py", *inputs, "--out", out, timeout_s=SECONDS)
+        run_script(folder / "inference.py", *inputs, "--out", out)
     return "8 drawn patches predicted"
 
 

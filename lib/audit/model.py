@@ -31,7 +31,7 @@ from lib.calibration import (
 )
 from lib.checkpoint import checkpoint_path, load_model, warn_of_views
 from lib.command import BadInput, say, without_nan
-from lib.config import change_free_keys, parse_overrides
+from lib.config import change_free_keys
 from lib.device import choose_device, precision_to_predict
 from lib.files import file_digest, write_csv, write_json
 from lib.fingerprint import fingerprint
@@ -77,7 +77,7 @@ class Audit:
     def __init__(self, ckpt, directory, split_name: str, overrides, device, limit: int):
         self.path = checkpoint_path(ckpt)
         model, cfg, self.checkpoint = load_model(ckpt)
-        self.cfg = change_free_keys(cfg, parse_overrides(overrides))
+        self.cfg = change_free_keys(cfg, overrides)
         set_determinism(self.cfg.deterministic)
         warn_of_views(self.checkpoint["calibration"], self.cfg.views)
         self.device = choose_device(device)
@@ -129,9 +129,8 @@ class Audit:
         """Logits float64 (B,) of patches uint8 (B, 96, 96, 3), before calibration."""
         logits = []
         for part in torch.as_tensor(patches).split(BLOCK):
-            options = self.precision, views, self.checkpoint["preprocessing"]
-            part_logits = predict_batch(self.model, part.to(self.device), *options)
-            logits.append(part_logits.cpu())
+            part = part.to(self.device)
+            logits.append(predict_batch(self.model, part, self.precision, views).cpu())
         return torch.cat(logits).double().numpy()
 
     def predict_one_view(self, patches) -> np.ndarray:
@@ -211,8 +210,7 @@ def recalibrate(ckpt, directory, overrides, device: str) -> None:
     """Calibrate a checkpoint anew, in place, on a folder's train and valid splits. `overrides` may
     change free keys.
     """
-    changes = {"data_dir": str(directory), **parse_overrides(overrides)}
-    cfg = change_free_keys(load_model(ckpt)[1], changes)
+    cfg = change_free_keys(load_model(ckpt)[1], [f"data_dir={directory}", *overrides])
     set_determinism(cfg.deterministic)
     train, valid = open_train_valid(cfg)
     source = PatchSource(valid[0].images, cfg.data_residence, choose_device(device))

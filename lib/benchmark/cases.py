@@ -28,7 +28,6 @@ from lib import training
 from lib.augment import (
     PCAM_MEAN,
     PCAM_STD,
-    PREPROCESSING,
     draw_augmentation,
     model_input,
     turns_patches,
@@ -232,7 +231,7 @@ def infer(case, device, about):
     """Logits on the host: one view of patches in file order, the model alone."""
     model = build_predictor(case, device)
     for batch in open_batches(case, device, about):
-        predict_batch(model, batch.images, case.cfg.precision, 1, PREPROCESSING).cpu()
+        predict_batch(model, batch.images, case.cfg.precision, 1).cpu()
         yield len(batch.keys)
 
 
@@ -242,7 +241,7 @@ def end_to_end(case, device, _about):
     path = split_path(case.cfg.data_dir, "train", "x")
     while True:
         blocks = list_blocks([path], size=case.cfg.batch_size)
-        for block, _, _ in predict_blocks(model, blocks, case.cfg.precision, 1, PREPROCESSING):
+        for block, _, _ in predict_blocks(model, blocks, case.cfg.precision, 1):
             yield len(block.rows)
 
 

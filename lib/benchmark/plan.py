@@ -13,7 +13,7 @@ from lib.command import BadInput, nearest
 from lib.config import Config
 from lib.machine import num_cores
 from lib.pcam import open_split
-from lib.predict import block_size
+from lib.predict import BLOCK_SIZES
 
 SIZES = (1, 8, 16, 32, 64, 128, 256, 512)
 LARGE = "resnet18"  # beside the config's model
@@ -115,7 +115,7 @@ def plan_model(default: Case, sizes: list[int]) -> list[Case]:
     cases = [default.vary(model=name, batch_size=size) for name, size in product(models, sizes)]
     precisions = {"fp32", "bf16"} - {cfg.precision}
     if default.kind == "infer":
-        size = block_size(torch.device(default.device))
+        size = BLOCK_SIZES[torch.device(default.device).type]
         cases.append(default.vary(name="end_to_end", kind="end_to_end", batch_size=size))
         if default.device != "cpu":
             # training has no scaled loss, without which fp16 does not learn

@@ -155,7 +155,7 @@ def write_samples(dest: Path, model, cfg, checkpoint: dict) -> dict:
     probs = {}
     for precision in ("fp32", cfg.precision):
         ready = ready_to_predict(model, precision)
-        logits = predict_batch(ready, images, precision, cfg.views, checkpoint["preprocessing"])
+        logits = predict_batch(ready, images, precision, cfg.views)
         probs[precision] = sigmoid(calibrate(logits.numpy(), checkpoint["calibration"]))
     expected = probs[cfg.precision]
     deviation = float(np.abs(expected - probs["fp32"]).max())

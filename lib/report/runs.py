@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import operator
-import platform
 import re
 import time
 from pathlib import Path
@@ -18,10 +17,9 @@ from lib.command import BadInput, nearest, say
 from lib.config import ADDED_KEYS, HINTS, plain, read_yaml
 from lib.files import read_csv, read_json
 from lib.metrics import mean_interval
-from lib.rundir import is_finished, process_start, read_meta
+from lib.rundir import is_finished, read_meta
 
-# a run on another machine that has not written for so long is dead: staging or an evaluation takes
-# less
+# a run that has not written for so long is dead: staging or an evaluation takes less
 SILENT_S = 900.0
 # what a file that was edited by hand, or is of another program, provokes
 UNREADABLE = (OSError, BadInput, AttributeError, LookupError, TypeError, ValueError)
@@ -138,18 +136,12 @@ def scores_so_far(run: Path) -> dict:
 def run_status(run: Path, meta: dict) -> str:
     """Of a run that is not over: running; interrupted or paused, when it was told to stop and has
     saved; or dead.
-
-    On its own machine the process tells; from another one the last sign of life counts.
     """
     if "stopped" in meta:
         return meta["stopped"]["status"]
-    if meta.get("process_start") and meta["machine"]["host"] == platform.node():
-        is_alive = process_start(meta["pid"]) == meta["process_start"]
-    else:
-        paths = [run / name for name in ("steps.csv", "meta.json", "config.yaml")]
-        written_at = max(path.stat().st_mtime for path in paths if path.exists())
-        is_alive = time.time() - written_at < SILENT_S
-    return "running" if is_alive else "dead"
+    paths = [run / name for name in ("steps.csv", "meta.json", "config.yaml")]
+    written_at = max(path.stat().st_mtime for path in paths if path.exists())
+    return "running" if time.time() - written_at < SILENT_S else "dead"
 
 
 def require_column(name: str, rows: list[dict], source: str) -> None:

@@ -34,12 +34,11 @@ def require_comparable(sweep: Sweep, overrides: list[str]) -> None:
     """Raise BadInput for overrides with which rows would not be the plan's, and for data that
     cannot be read.
     """
-    changes = config.parse_overrides(overrides)
-    for key in ("name", "views"):
-        if key in changes:
+    for key in config.parse_overrides(overrides):
+        if key in ("name", "views"):
             raise BadInput(f"{key} cannot be changed after the plan")
     cfg = config.load_config(sweep.folder / "config.yaml")
-    open_train_valid(config.change_free_keys(cfg, changes))
+    open_train_valid(config.change_free_keys(cfg, overrides))
 
 
 def claim(sweep: Sweep, row: Row) -> BinaryIO | None:

@@ -10,7 +10,6 @@ from collections import deque
 import torch
 
 from lib import batches, pcam, predict, runlog, seeding, training
-from lib.augment import PREPROCESSING
 from lib.config import load_config
 from lib.device import resolve_precision
 
@@ -106,7 +105,7 @@ class Trainer:
         images = torch.from_numpy(self.split.images.read(range(size))).to(self.device)
         precision = self.cfg.precision
         model = predict.ready_to_predict(self.state.model, precision)
-        step = functools.partial(predict.predict_batch, model, images, precision, 1, PREPROCESSING)
+        step = functools.partial(predict.predict_batch, model, images, precision, 1)
         return rate(step, seconds, self.device) * size
 
     def logged_steps(self, run_folder, num: int, size: int):
