@@ -4,8 +4,10 @@ files come right or fail by name.
 
 import gzip
 import re
+import ssl
 import threading
 import time
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -158,6 +160,19 @@ def test_a_refusal_says_how_to_fetch_by_hand_and_takes_what_was_fetched_so(tmp_p
     (tmp_path / X).write_bytes(server.files[X])
     fetch()
     assert server.faults[X] == ["403"] and server.waits_s == []
+
+
+def test_an_unknown_certificate_is_refused_at_once_with_the_remedy(server, fetch, monkeypatch):
+    """The Python of python.org on macOS knows no certificates before they are installed."""
+
+    def refuse(*_, **_options):
+        error = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] unable to get")
+        raise urllib.error.URLError(error)
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    with pytest.raises(BadInput, match="CERTIFICATE_VERIFY_FAILED.*SSL_CERT_FILE"):
+        fetch()
+    assert server.waits_s == []
 
 
 def test_what_does_not_come_right_fails_by_name_and_leaves_nothing_wrong(
