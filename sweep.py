@@ -73,12 +73,8 @@ def main(argv=None) -> int:
         rung = sweep.num_rungs
         if sweep.newest_rung() < rung:
             rungs.promote(sweep, rung - 1)
-    elif args.rung is not None:
-        rung = args.rung
-    elif args.verb == "promote" and not args.finish:
-        rung = sweep.rung_to_promote()
     else:
-        rung = sweep.newest_rung()
+        rung = sweep.newest_rung() if args.rung is None else args.rung
     result = {"rung": rung}
     if args.verb != "promote" or args.finish:
         result |= run_rung(sweep, rung, args)
@@ -157,14 +153,16 @@ def run_rung(sweep, rung: int, args) -> dict:
     if any(outcome(sweep, row)["state"] == "todo" for row in rows):
         trainers.require_comparable(sweep, args.overrides)
     arguments = ["--device", args.device, *args.overrides]
-    result = trainers.run_rows(sweep, rows, args.processes, arguments)
+    num_elsewhere, is_stopped = trainers.run_rows(sweep, rows, args.processes, arguments)
+    result = {"num_done": 0, "num_failed": 0, "num_todo": 0, "num_elsewhere": num_elsewhere}
     for row in rows:
         ending = outcome(sweep, row)
+        result[f"num_{ending['state']}"] += 1
         if ending["state"] == "failed":
             say(f"{row} failed: {ending['reason']}")
     counts = "{num_done} done, {num_failed} failed, {num_todo} todo, {num_elsewhere} elsewhere"
     say(f"rung {rung} of {sweep.folder}: {counts.format(**result)}")
-    return result
+    return result | {"interrupted": is_stopped}
 
 
 if __name__ == "__main__":

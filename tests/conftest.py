@@ -16,7 +16,6 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-REAL_SAMPLE = REPOSITORY.parent / "shared" / "pcam-sample"
 sys.path.insert(0, str(REPOSITORY))
 
 # `make test` hands its own variables on, and a test that calls make as a user does has none of them
@@ -37,10 +36,6 @@ QUICK = [
 
 # the files that take longest begin first, so that no worker is left alone with one at the end
 LONGEST = ("test_slurm.py", "test_search.py", "test_train.py", "test_audit_data.py")
-
-real_sample = pytest.mark.skipif(
-    not REAL_SAMPLE.is_dir(), reason="needs the real patches in ../shared/pcam-sample"
-)
 
 
 def draw_patches(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

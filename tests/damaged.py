@@ -8,42 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from lib.damage import damage_patch
 from lib.pcam import open_split, split_path
-from lib.splitwriter import SplitWriter, write_labels
-
-# the kinds of lib/damage.py in a damaged edition: its share, and the reason that the audit gives
-SHARES = {"black": 0.07, "white": 0.07, "nan": 0.03, "out_of_range": 0.03}
-REASONS = {"black": "black", "white": "white", "nan": "nan", "out_of_range": "range"}
-
-
-def write_damaged_edition(source, to, num_train: int, seed: int = 0) -> list[dict]:
-    """A damaged edition as a course distributes one: 32-bit floats, five negatives for each
-    positive, in train 14% of patches black or white, 3% with NaN in a part, 3% with values up to
-    100,000 in a small block. Gives rows of truth."""
-    rng = np.random.default_rng(seed)
-    truth = []
-    Path(to).mkdir(parents=True)
-    train = open_split(source, "train")
-    valid = open_split(source, "valid")
-    order = rng.permutation(len(train))
-    is_positive = train.labels[order] == 1
-    positives = order[is_positive][: num_train // 6]
-    negatives = order[~is_positive][: num_train - len(positives)]
-    rows = np.sort(np.concatenate([negatives, positives]))
-    intact = 1 - sum(SHARES.values())
-    kinds = rng.choice(["", *SHARES], len(rows), p=[intact, *SHARES.values()])
-    with SplitWriter(to, "train", len(rows), np.float32) as writer:
-        for place, (row, kind) in enumerate(zip(rows.tolist(), kinds.tolist(), strict=True)):
-            patches = train.images.read([row]).astype(np.float32)
-            if kind:
-                damage_patch(kind, patches[0], rng)
-                truth.append({"split": "train", "index": place, "reason": REASONS[kind]})
-            writer.add(patches, train.labels[[row]])
-    with SplitWriter(to, "valid", len(valid), np.float32) as writer:
-        for start, block in valid.images.blocks(256):
-            writer.add(block.astype(np.float32), valid.labels[start : start + len(block)])
-    return truth
+from lib.splitwriter import write_labels
 
 
 def write_flipped_edition(source, to, share: float, seed: int = 0) -> list[dict]:
@@ -59,19 +25,6 @@ def write_flipped_edition(source, to, share: float, seed: int = 0) -> list[dict]
     labels[rows] ^= 1
     write_labels(train_y, labels)
     return [{"split": "train", "index": row, "reason": "label"} for row in rows.tolist()]
-
-
-def score_quarantine(truth: list[dict], quarantine: list[dict], reason: str) -> dict:
-    """Recall and precision of the rows that quarantine.csv lists for a reason."""
-    planted, listed = (
-        {(row["split"], int(row["index"])) for row in rows if row["reason"] == reason}
-        for rows in (truth, quarantine)
-    )
-    hits = len(planted & listed)
-    scores = {"reason": reason, "planted": len(planted), "listed": len(listed)}
-    scores["recall"] = hits / len(planted) if planted else float("nan")
-    scores["precision"] = hits / len(listed) if listed else float("nan")
-    return scores
 
 
 def with_picture(change):

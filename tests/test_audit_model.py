@@ -3,7 +3,6 @@ another way of counting gives.
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -19,7 +18,6 @@ import inference
 from lib.audit import shortcut, slices
 from lib.audit.resampling import draw_weights
 from lib.audit.slices import conclude, measure_slice, measure_slices, split_answers
-from lib.audit.tissue import compute_tissue
 from lib.batches import fold_of_rows
 from lib.calibration import choose_threshold
 from lib.checkpoint import load_checkpoint, save_checkpoint
@@ -32,17 +30,6 @@ from lib.splitwriter import SplitWriter
 
 CENTRE = shortcut.centre_mask()[..., 0]
 LABELS = np.arange(120) % 2
-
-
-def test_nuclei_are_counted_and_tissue_is_told_from_glass():
-    patches = np.full((2, 96, 96, 3), (240, 238, 240), np.uint8)
-    patches[1, :48] = (220, 150, 200)  # cytoplasm
-    y, x = np.indices((96, 96))
-    for centre in (20, 40, 60):
-        patches[1, (y - 22) ** 2 + (x - centre) ** 2 <= 12] = (90, 60, 140)
-    features = compute_tissue(patches)
-    np.testing.assert_array_equal(features["nuclear_density"], [0, 3])
-    np.testing.assert_allclose(features["tissue_share"], [0, 0.5], atol=0.001)
 
 
 @functools.cache
@@ -70,16 +57,6 @@ def test_a_weak_slice_is_found_on_one_half_and_confirmed_on_the_other():
     assert worst["auc"] == pytest.approx(compute_auc(answers.labels[inside], answers.probs[inside]))
     assert worst["auc_low"] < worst["auc"] < worst["auc_high"] < worst["rest_auc"]
     assert judge_world()[1] is None, "nothing is planted"
-
-
-def test_a_slice_that_one_half_alone_finds_is_not_confirmed():
-    answers = judge_world()[2]
-    inside = np.arange(1500) % 3 == 0
-    wrong = answers.rows[0][inside[answers.rows[0]]]
-    probs = answers.probs.copy()
-    probs[wrong] = 1 - probs[wrong]
-    row = measure_slice(inside, dataclasses.replace(answers, probs=probs))
-    assert row["finding_gap_auc_low"] > 0 and conclude([row]) is None
 
 
 def test_a_slice_is_not_confirmed_where_the_rest_is_as_uncertain():
@@ -136,14 +113,6 @@ def test_probes_tell_a_model_that_sees_the_centre_from_one_that_sees_the_ring(se
     other = {"centre": "ring", "ring": "centre"}[seen]
     assert values["as it is"] == values[f"{other} of another patch"] == 1.0
     assert 0.3 < values[f"{seen} of another patch"] < 0.7
-
-
-def test_a_map_is_positive_where_a_block_speaks_for_tumour():
-    patch = np.full((1, 96, 96, 3), 230, np.uint8)
-    patch[:, 32:48, 48:64] = 60
-    (evidence,) = shortcut.map_evidence(predictor(CENTRE), torch.from_numpy(patch))
-    assert np.unravel_index(evidence.argmax(), (96, 96)) == (32, 48)
-    assert evidence[32:48, 48:64].min() > 0 and np.abs(evidence[~CENTRE.numpy()]).max() < 1e-6
 
 
 def audit_here(ckpt, data, out, *options) -> tuple[int, dict]:

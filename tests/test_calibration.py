@@ -137,20 +137,6 @@ def test_the_reference_is_the_training_data_and_its_limits_are_those_of_validati
     assert sum(judge_batch(row[None], reference)["drifted"] for row in valid) <= 2
 
 
-def test_few_groups_have_no_interval():
-    """Neither in all, nor for the class that a score rests on: one group drawn twice is itself."""
-    few = np.arange(400) % 7
-    groups = np.where(FEW_LABELS, few, np.arange(400))
-    of_few, of_mixed = (
-        resampled_scores(FEW_LABELS, FEW_PROBS, 0.4, draw_weights(names, 200))
-        for names in (few, groups)
-    )
-    for values in (*of_few.values(), of_mixed["recall"]):
-        assert values[0] > 0 and np.isnan(estimate(values)[1:]).all()
-    _, low, high = estimate(of_mixed["specificity"])
-    assert low < high
-
-
 def test_an_interval_holds_its_value_and_groups_widen_it():
     def auc_interval(groups):
         copies = np.repeat(np.arange(100), 4)

@@ -1,9 +1,8 @@
 """What only a GPU can show: it never waits for the host, and a captured step has the bits of a plain
-one. `make prove-gpu` compares its logits and draws with the CPU's.
+one.
 """
 
 import contextlib
-import copy
 import traceback
 from pathlib import Path
 
@@ -17,39 +16,11 @@ from lib.augment import draw_augmentation
 from lib.command import one_line
 from lib.device import choose_device
 from lib.files import read_csv
-from lib.predict import predict_batch, ready_to_predict
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-
-
-def logit_difference(trainer: Trainer, precision: str, views=1, num=256) -> float:
-    """The greatest difference between the device's logits of the first patches and the CPU's, as a
-    share of the range of these.
-    """
-    images = torch.from_numpy(trainer.split.images.read(range(min(num, len(trainer.split)))))
-    logits = []
-    for device in (torch.device("cpu"), trainer.device):
-        model = copy.deepcopy(trainer.state.model).to(device)
-        model = ready_to_predict(model, precision)
-        answers = predict_batch(model, images.to(device), precision, views)
-        logits.append(answers.cpu())
-    ours, theirs = logits
-    return float((ours - theirs).abs().max() / (ours.max() - ours.min()))
-
-
-def different_draws(trainer: Trainer) -> list[str]:
-    """What of an epoch's order and augmentation is not equal to the bit on the CPU and on the
-    device.
-    """
-    drawn = []
-    for device in (torch.device("cpu"), trainer.device):
-        keys = trainer.order(1, device)
-        drawn.append({"order": keys, **vars(draw_augmentation(keys, 1, trainer.cfg))})
-    ours, theirs = drawn
-    return [name for name in ours if not torch.equal(ours[name].cpu(), theirs[name].cpu())]
 
 
 def first_wait(trainer: Trainer, run_folder, num=10) -> str:
@@ -98,6 +69,16 @@ def launches_of_a_step(trainer: Trainer, num=4) -> float:
 @pytest.fixture(params=["p4m", "resnet18"])
 def trainer(pcam_dir, request):
     return Trainer(choose_device("cuda"), pcam_dir, model=request.param, batch_size=16)
+
+
+def test_order_and_draws_are_those_of_the_cpu_and_a_step_is_a_few_calls(trainer):
+    keys = trainer.order(1)
+    alike = trainer.order(1, torch.device("cpu"))
+    assert torch.equal(keys.cpu(), alike)
+    ours = vars(draw_augmentation(keys, 1, trainer.cfg))
+    theirs = vars(draw_augmentation(alike, 1, trainer.cfg))
+    assert all(torch.equal(ours[name].cpu(), theirs[name]) for name in ours)
+    assert launches_of_a_step(trainer) < 30
 
 
 def test_training_never_waits_for_the_gpu_and_logs_every_step(trainer, tmp_path):

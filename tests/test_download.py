@@ -147,12 +147,6 @@ def test_every_request_asks_only_for_what_a_fault_left_missing(server, fetch, fa
     assert [start for name, start in server.asked if name == X] == pytest.approx(starts, abs=1e-3)
 
 
-def test_a_part_that_is_whole_is_used(tmp_path, server, fetch):
-    (tmp_path / f"{X}.part").write_bytes(server.files[X])
-    fetch()
-    assert (X, 1) in server.asked
-
-
 def test_a_server_that_asks_to_wait_is_waited_for_as_long_as_it_says(server, fetch):
     server.faults[X] = ["429", "cut"]
     fetch()

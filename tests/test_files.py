@@ -9,7 +9,6 @@ import pytest
 
 from lib.command import BadInput
 from lib.files import (
-    CsvLog,
     atomic_write,
     read_csv,
     read_edited_csv,
@@ -69,17 +68,3 @@ def test_whatever_is_cut_off_the_end_readers_see_only_whole_rows(tmp_path):
     for num_bytes in range(len(whole) + 1):
         path.write_bytes(whole[:num_bytes])
         assert read_csv(path) == rows[: max(0, whole[:num_bytes].count(b"\n") - 1)]
-
-
-def test_a_continued_log_has_one_header_and_the_whole_rows_up_to_the_last(tmp_path, monkeypatch):
-    path = tmp_path / "s.csv"
-    path.write_text("step,loss,old\n1,0.5,x\n2,0.4,x\n3,0.9,x\n3,0.25")
-    log = CsvLog(path, ["step", "loss", "lr"], 2)  # one column came later, one is gone
-    log.add(loss=0.3, lr=0.1, step=3)
-    assert len(read_csv(path)) == 2, "rows wait in memory"
-    log.flush(sync=True)
-    assert path.read_text() == "step,loss,lr\n1,0.5,\n2,0.4,\n3,0.3,0.1\n"
-    monkeypatch.setattr("lib.files.FLUSH_S", 0)
-    log.add(step=4)
-    assert len(read_csv(path)) == 4, "until their time comes"
-    log.close()

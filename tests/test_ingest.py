@@ -178,13 +178,10 @@ def kaggle_with(line):
     return lambda tmp: write_kaggle(tmp / "in", "id,label\n{rows}" + line, num=4)[0]
 
 
-def cut_tar(name, mode):
-    def write(tmp):
-        path = write_tar(tmp / name, members(), mode)
-        os.truncate(path, path.stat().st_size // 2)
-        return path
-
-    return write
+def cut_tar(tmp):
+    path = write_tar(tmp / "in.tar", members())
+    os.truncate(path, path.stat().st_size // 2)
+    return path
 
 
 def unpacked_beside(tmp):
@@ -205,13 +202,10 @@ BAD_SOURCES = {
     ),
     "no file or folder": lambda tmp: tmp / "nowhere",
     "climbs out": tar_with("train/0/../../../1.png"),
-    "/1.png', which climbs out": tar_with("/train/0/1.png"),
     "is a link or a device": tar_with("x", tarfile.SYMTYPE),
-    "in.tar is not a whole tar": cut_tar("in.tar", "w"),
-    "in.tar.gz is not a whole tar": cut_tar("in.tar.gz", "w:gz"),
+    "in.tar is not a whole tar": cut_tar,
     "train.tar: train/./patch.*/in/train/train/./patch.* are one image": unpacked_beside,
     "ff has the label '2'": kaggle_with("ff,2\n"),
-    "lists train/ff twice": kaggle_with("ff,1\nff,0\n"),
     r"2 images that are not there \(train/ab, train/cd\): take": kaggle_with("ab,1\ncd,0\n"),
 }
 

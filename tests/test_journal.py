@@ -24,7 +24,6 @@ from lib.report.journal import (
     check_journal,
     write_journal,
 )
-from lib.report.markdown import parse_markdown
 from lib.report.tables import build_table
 
 pytestmark = pytest.mark.slow
@@ -334,22 +333,6 @@ def test_the_example_agrees_with_its_files_and_its_code():
 
 
 # the page
-
-
-def test_markdown_becomes_blocks(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    text = (
-        "## A\n\n### B\nwords *of* **ours**\n\n- one\n  goes on\n- two\n\n1. first\n\n"
-        "| a | b |\n| --- | --- |\n| x\\|y | 1 |\n\n![t](a.png)\n\n*t.*\n\n"
-        "````\n<!-- kept -->\n\n# no heading\n````\n\n<!-- gone -->\n"
-    )
-    blocks = parse_markdown(text, tmp_path)
-    kinds = [type(block).__name__ for block in blocks]
-    assert kinds == ["Heading", "Heading", "Words", "Items", "Items", "Table", "Figure", "Code"]
-    html = "".join(block.to_html() for block in blocks)
-    for part in ("<b>ours</b>", "<li>one goes on</li>", "<ol>", ">x|y<", "&lt;!-- kept --&gt;"):
-        assert part in html
-    assert "gone" not in html and html.count("t.") == 1
 
 
 @pytest.mark.browser

@@ -55,7 +55,13 @@ def test_in_bf16_running_means_reach_those_of_the_batch(name):
     assert torch.allclose(norm.running_mean, means, rtol=0.003, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+LARGE = ("resnet18", "densenet121")  # which take a quarter of a minute
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in BUILDERS],
+)
 def test_every_model_learns_gives_one_logit_a_patch_and_computes_the_same_when_folded(name):
     model, x = build(name), draw_inputs(4)
     assert equal(model, build(name)) and not equal(model, build(name, 2))

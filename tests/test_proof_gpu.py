@@ -4,16 +4,13 @@ rest.
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPOSITORY
-from proofs import gpu, row, run
+from proofs import run
 
 from lib.command import BadInput
 
@@ -45,50 +42,10 @@ def test_a_section_that_fails_or_needs_a_gpu_is_a_row_and_a_second_run_keeps_wha
     assert all(line["measured"] in table for line in (failed, skipped, *rows))
 
     # what is done stays; what failed or was skipped is what is left to do
-    before = tmp_path / "one" / "gpu.json"
-    second, table, code = prove(tmp_path / "two", "--before", before, "--budget", 0)
+    second, table, code = prove(tmp_path / "one", "--budget", 0)
     assert second["full_epoch"] == first["full_epoch"] and rows[-1]["measured"] in table
     assert second["throughput"] == first["throughput"] and code == 1
     assert "budget" in second["twins"]["rows"][0]["measured"]
-
-
-def carry_out(function, tmp_path, seconds: float) -> tuple[str, list[dict]]:
-    rows = []
-    ctx = gpu.Context(torch.device("cpu"), True, tmp_path, tmp_path)
-    state = gpu.carry_out(function, ctx, seconds, rows.append)
-    assert rows[0]["measured"] == "first" and rows[1]["asked"] == function.__doc__
-    assert rows[1]["held"] is False
-    return state, rows
-
-
-def test_at_its_deadline_a_section_ends_with_all_that_it_began_and_its_rows_stay(tmp_path):
-    mark = tmp_path / "pid"
-
-    def endless(_ctx):
-        """It never ends"""
-        process = subprocess.Popen(["sleep", "60"])
-        mark.write_text(str(process.pid))
-        yield row("one", "first")
-        time.sleep(60)
-
-    started = time.monotonic()
-    assert carry_out(endless, tmp_path, 2.0)[0] == "unfinished"
-    assert time.monotonic() - started < 20
-    process = Path("/proc", mark.read_text(), "stat")
-    assert not process.exists() or ") Z " in process.read_text(), "it has ended"
-
-
-@pytest.mark.parametrize("ending, reason", [("killed", "-9"), ("raised", "no luck")])
-def test_a_section_that_breaks_its_process_or_raises_is_a_row(tmp_path, ending, reason):
-    def broken(_ctx):
-        """It breaks"""
-        yield row("one", "first")
-        if ending == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise RuntimeError("no luck\nand much more")
-
-    state, rows = carry_out(broken, tmp_path, 30.0)
-    assert state == "failed" and reason in rows[1]["measured"]
 
 
 def test_a_section_can_start_cuda_since_the_process_it_comes_from_has_not_asked_for_it():
@@ -105,8 +62,3 @@ def test_a_section_can_start_cuda_since_the_process_it_comes_from_has_not_asked_
 def test_what_a_rank_refused_is_said_although_torchrun_ends_with_the_code_of_a_finding():
     with pytest.raises(BadInput, match="no folder there"):
         run("-c", 'import sys; print(\'{"error": "no folder there", "exit": 2}\'); sys.exit(1)')
-
-
-def test_time_in_which_kernels_overlap_counts_once():
-    spans = [(0, 10), (5, 10), (30, 5), (31, 1)]
-    assert gpu.busy_us([{"ts": start, "dur": duration} for start, duration in spans]) == 20

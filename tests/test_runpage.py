@@ -10,7 +10,7 @@ import report
 import train
 from lib.blocks import show
 from lib.config import HINTS
-from lib.files import read_json, write_json
+from lib.files import read_json
 from lib.rundir import read_run_config
 from lib.runpage import write_run_page
 
@@ -69,12 +69,6 @@ def test_what_cannot_be_shown_is_refused(quick_run, predictions, tmp_path, capsy
     text = predictions.read_text()
     damaged.write_text(text.replace("probability", "prob"))
     assert "lacks the column probability" in refused("--predictions", damaged)
-    damaged.write_text(text.splitlines()[0] + "\n")
-    assert "needs rows" in refused("--predictions", damaged)
-    meta = read_json(run / "meta.json")
-    del meta["machine"]
-    write_json(run / "meta.json", meta)
-    assert "no 'machine'" in refused(), "a run of an older or another program"
     (run / "epochs.csv").write_text((run / "epochs.csv").read_text().splitlines()[0] + "\n")
     assert "no finished epoch" in refused() and not (tmp_path / "p.html").exists()
 

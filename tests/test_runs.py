@@ -5,7 +5,6 @@ mixed up.
 import json
 import os
 import re
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,6 @@ from lib.report.runs import (
     read_flat_yaml,
     read_run,
     select_runs,
-    table_of_runs,
 )
 
 
@@ -146,27 +144,14 @@ def test_runs_are_ordered_by_numbers_as_numbers_and_what_is_missing_comes_last()
         names_of((), "sed")
 
 
-def test_only_keys_that_differ_are_compared():
-    table = table_of_runs([ROWS[0], ROWS[2]])
-    assert table.header[:5] == ["run", "status", "seed", "symmetries", "num_epochs"]
-    assert table.rows[1][:3] == ["c", "finished", 10]
-
-
 # ---- seeds and folds
 
 
-def test_the_mean_over_seeds_has_students_interval_within_what_is_possible():
-    def spread(*scores) -> dict:
-        rows = []
-        for seed, auc in enumerate(scores):
-            rows.append({"run": seed, "status": "finished", "seed": seed, "val_auc": auc})
-        return average_scores(rows, "seed")["val_auc"]
-
-    margin = 4.302652729749 * 0.03 / 3**0.5  # Student's t of two degrees of freedom, from a table
-    bounds = {"low": 0.73 - margin, "high": 0.73 + margin}
-    expected = {"mean": 0.73, "deviation": 0.03, "num": 3} | bounds
-    assert spread(0.70, 0.73, 0.76) == pytest.approx(expected, abs=1e-8)
-    assert spread(0.99, 1.0, 0.95)["high"] == 1.0
+def test_the_interval_over_seeds_stays_within_what_is_possible():
+    rows = []
+    for seed, auc in enumerate((0.99, 1.0, 0.95)):
+        rows.append({"run": seed, "status": "finished", "seed": seed, "val_auc": auc})
+    assert average_scores(rows, "seed")["val_auc"]["high"] == 1.0
 
 
 NO_REPETITIONS = (
@@ -248,13 +233,6 @@ def export(program: str, tmp_path, capsys) -> Path:
     command = ["export", "--to", program, "--runs", runs, "--out", out]
     assert call(capsys, *command)[0]["num_runs"] == 2
     return out
-
-
-def test_a_program_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
-    # as Python notes a module that cannot be imported
-    monkeypatch.setitem(sys.modules, "mlflow", None)
-    command = ["export", "--to", "mlflow", "--runs", tmp_path, "--out", tmp_path / "out"]
-    assert "needs the package mlflow-skinny" in call(capsys, *command, code=2)[1]
 
 
 def test_tensorboard_reads_what_was_exported(tmp_path, capsys):

@@ -212,15 +212,6 @@ def test_a_quarantine_or_groups_that_were_changed_are_not_resumed_as_the_same_ru
         path.write_text(before)
 
 
-def test_a_damaged_last_checkpoint_is_refused_in_a_line(pcam_dir, tmp_path):
-    with stopped_at(3):
-        run = start(tmp_path, pcam_dir, "checkpoint_every_steps=2", expect=130)[0]
-    last = run / "last.pt"
-    last.write_bytes(last.read_bytes()[:9999])
-    _, err = resume(run, expect=2)
-    assert "last.pt" in err and len(err.strip().splitlines()) == 1
-
-
 def test_best_pt_is_the_epoch_with_the_best_score_by_the_averaged_weights(
     pcam_dir, tmp_path, monkeypatch
 ):

@@ -47,7 +47,6 @@ from lib.runlog import RunLog
 from lib.seeding import position_permutation, seed_everything, set_determinism
 
 OUT_OF_MEMORY = "out of memory"
-EVICTION_REQUESTED = "eviction requested"  # of a file that the page cache may still hold
 MIN_BATCHES = 1000  # of an epoch that is gone through again and again
 WARM_SHARE, COLD_SHARE = 0.95, 0.1  # of a file's pages in memory: at least, and at most
 NUM_COPIED = 8192  # patches at a time, more than any cache holds
@@ -71,7 +70,7 @@ def time_built(case: Case, seconds: float) -> dict:
     set_determinism(case.cfg.deterministic, case.cfg.threads)
     keep_freed_memory()
     forget_memory(device)
-    about = {"residence": None, "note": "", "cache": case.cache, "parts": {}}
+    about = {"note": "", "cache": case.cache, "parts": {}}
     prepare_pages(split_path(case.cfg.data_dir, "train", "x"), about)
     with contextlib.closing(TIMED[case.kind](case, device, about)) as batches:
         take(batches, 0, 1)  # which builds all that it needs
@@ -110,7 +109,8 @@ def count_flops(cfg: Config, is_training: bool) -> float:
     """FLOPs an image, a product and a sum being two, of the forward pass and, in training, the
     backward pass.
     """
-    model, images = build_model(cfg), torch.zeros(2, 3, 96, 96)
+    model = build_model(cfg)
+    images = torch.zeros(2, 3, 96, 96)
     with FlopCounterMode(display=False) as counter:
         logits = model(images)
         if is_training:
@@ -141,7 +141,7 @@ def prepare_pages(path: Path, about: dict) -> None:
                 pass
     share = resident_share(path)
     if is_cold and share > COLD_SHARE:
-        about["cache"] = EVICTION_REQUESTED
+        about["cache"] = "eviction requested"  # the page cache may still hold the file
         about["note"] = f"the page cache holds {share:.0%} of the file"
 
 
@@ -213,7 +213,8 @@ def matrix_product(case, device, _about):
         timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=threads)
         return timer.blocked_autorange(min_run_time=PROBE_S).median / len(matrix) ** 3
 
-    sides, dtype = MATRIX_SIDES[device.type], DTYPES[case.cfg.precision]
+    dtype = DTYPES[case.cfg.precision]
+    sides = MATRIX_SIDES[device.type]
     matrices = [torch.randn(side, side, device=device).to(dtype) for side in sides]
     matrix = min(matrices, key=seconds_a_flop)
     while True:

@@ -22,13 +22,26 @@ NOISE_SHARE = 0.05  # of the cores, used by others while a case is timed
 # what a row is of, what was measured, where and when
 KEY = ("what", "case", "model", "batch_size", "precision", "threads", "cache")
 PERCENTILES = ("p50_s", "p90_s", "p99_s")
-MEASURED = (
-    *("images_per_s", "low", "high", "factor", *PERCENTILES, "num_repeats"),
-    *("flops_per_image", "flops_per_s", "share_of_peak", "memory_bytes", "energy_j_per_image"),
-    *("residence", "others_share", "status", "note"),
-)
 JOB = ("partition", "node_type", "job_id", "gpu")
-COLUMNS = (*KEY, *MEASURED, *JOB)
+COLUMNS = (
+    *KEY,
+    "images_per_s",
+    "low",
+    "high",
+    "factor",
+    *PERCENTILES,
+    "num_repeats",
+    "flops_per_image",
+    "flops_per_s",
+    "share_of_peak",
+    "memory_bytes",
+    "energy_j_per_image",
+    "residence",
+    "others_share",
+    "status",
+    "note",
+    *JOB,
+)
 
 
 def time_all(sender, cases: list[Case], seconds: float, cache_dir: str) -> None:
@@ -50,7 +63,8 @@ def time_group(cases: list[Case], seconds: float, cache_dir: str):
     """Yield what each case measured, or a status and a note that say why nothing was. All are timed
     in one process, until it fails or dies: then a new one goes on.
     """
-    context, process = multiprocessing.get_context("spawn"), None
+    context = multiprocessing.get_context("spawn")
+    process = None
     try:
         for number in range(len(cases)):
             if not process:
@@ -109,16 +123,6 @@ def find_failure(outcomes: list[dict]) -> dict | None:
     return next((outcome for outcome in outcomes if "status" in outcome), None)
 
 
-def rate_interval(rates: list[float]) -> tuple[float, float | None, float | None]:
-    """The geometric mean of rates and its 95% interval, Student's of the logarithms; one rate has
-    none.
-    """
-    if len(rates) == 1:
-        return rates[0], None, None
-    spread = mean_interval(np.log(rates))
-    return tuple(math.exp(spread[name]) for name in ("mean", "low", "high"))
-
-
 def describe_job(machine: dict, about: dict) -> dict:
     """What every row carries of where and when it was measured."""
     job, features = about["job"], ""
@@ -148,14 +152,19 @@ def build_rows(results: dict, job: dict) -> list[dict]:
 
 
 def build_row(case: Case, outcomes: list[dict], job: dict) -> dict:
-    """A row of `COLUMNS`. A case that failed, in whichever repeat, has no number."""
+    """A row of `COLUMNS`. A case that failed, in whichever repeat, has no number; one that was
+    measured once has no interval.
+    """
     fields = vars(case.cfg) | vars(case) | {"case": case.name, "num_repeats": len(outcomes)} | job
     row = {column: fields.get(column) for column in COLUMNS}
     failure = find_failure(outcomes)
     if failure:
         return row | failure
-    rates = [outcome["amount"] / sum(outcome["samples"]) for outcome in outcomes]
-    rate, row["low"], row["high"] = rate_interval(rates)
+    logs = [math.log(outcome["amount"] / sum(outcome["samples"])) for outcome in outcomes]
+    rate = math.exp(np.mean(logs))  # the geometric mean of the repeats
+    if len(logs) > 1:
+        spread = mean_interval(logs)
+        row["low"], row["high"] = math.exp(spread["low"]), math.exp(spread["high"])
     row["flops_per_s" if case.kind == "matrix_product" else "images_per_s"] = rate
     samples = np.concatenate([outcome["samples"] for outcome in outcomes])
     quantiles = np.quantile(samples, [0.5, 0.9, 0.99]).tolist()

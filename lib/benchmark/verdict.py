@@ -49,8 +49,7 @@ def judge(rows: list[dict]) -> dict:
             epochs["first_epoch"] = judge_epoch(stages)
             stages.pop("read")
         epochs["later_epochs"] = judge_epoch(stages)
-        words = [describe_bottleneck(name, epoch) for name, epoch in epochs.items()]
-        sentence = " ".join(words)
+        sentence = " ".join(map(describe_bottleneck, epochs, epochs.values()))
         remedy = ADVICE[epochs["later_epochs"]["bottleneck"]]
     sentences = [
         f"Batch 1: {list_rates(at_one)}.",
@@ -77,7 +76,8 @@ def judge_epoch(stages: dict) -> dict:
         background = ("read", "gather")
     elif apart["residence"] == "host" and apart["gpu"] != "none":
         background = ("gather",)
-    stage_s, lanes = {}, (Counter(), Counter())
+    stage_s = {}
+    lanes = (Counter(), Counter())
     for stage, group in GROUPS.items():
         if stage in stages:
             seconds = apart["batch_size"] / stages[stage]["images_per_s"]
@@ -111,12 +111,12 @@ def headline(rows: list[dict], what: str, cfg: Config, batch_size: int) -> dict:
     here = {"what": verb, "model": cfg.model, "batch_size": batch_size, "cache": "warm"}
     rates, factors = {}, {}
     for row in rows:
-        if here.items() <= row.items():
+        if row["images_per_s"] and here.items() <= row.items():
             rates[row["case"]] = row["images_per_s"]
             factors[row["case"]] = row["factor"]
     if verb != "loader":
         return {"images_per_s": rates.get("default")}
-    theirs = [rate for case, rate in rates.items() if rate and case.startswith("torchvision")]
+    theirs = [rates[case] for case in rates if case.startswith("torchvision")]
     return {
         "images_per_s": rates.get("ready"),
         "torchvision_images_per_s": max(theirs, default=None),
@@ -152,8 +152,8 @@ def compare(old: dict, new: dict) -> dict:
     """Two rows of one key: the ratio with its interval, and whether the new one is faster."""
     compared = {name: new[name] for name in KEY}
     compared |= {"status": f"{old['status']}, {new['status']}", "B is": "cannot be told"}
-    compared |= dict.fromkeys(("ratio", "low", "high"))
-    before, after = (row["images_per_s"] or row["flops_per_s"] for row in (old, new))
+    before = old["images_per_s"] or old["flops_per_s"]
+    after = new["images_per_s"] or new["flops_per_s"]
     num_repeats = min(old["num_repeats"], new["num_repeats"])
     if before and after and num_repeats >= MIN_REPEATS:
         low, high = new["low"] / old["high"], new["high"] / old["low"]

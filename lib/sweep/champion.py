@@ -18,22 +18,23 @@ def choose_champion(sweep: Sweep) -> dict:
     """
     scores = trial_scores(sweep, sweep.num_rungs)
     finalists = [describe_finalist(trial, by_run) for trial, by_run in scores.items()]
-    best, note = finalists[0], compare(finalists)
+    best = finalists[0]
+    note = compare(finalists)
     failed = set(sweep.promoted(sweep.num_rungs - 1)) - set(scores)
     if failed:
         note += f"; {', '.join(sorted(failed))} failed"
-    answer = {"champion": best["trial"], "run": best["run"], "note": note, "finalists": finalists}
-    if best["trial"] == BASE or best["mean"] <= CONSTANT_AUC:
+    champion, run = best["trial"], best["run"]
+    if champion == BASE or best["mean"] <= CONSTANT_AUC:
+        champion = run = None
         base = f"the config as it is and of a constant answer, {CONSTANT_AUC}"
         note = f"no champion: no trial has a mean AUC above that of {base}; {note}"
-        answer |= {"champion": None, "run": None, "note": note}
-    return answer
+    return {"champion": champion, "run": run, "note": note, "finalists": finalists}
 
 
 def describe_finalist(trial: str, scores: dict[str, float]) -> dict:
     """A finalist's best run, and its mean AUC with the 95% interval over its seeds."""
     run = max(scores, key=scores.get)
-    spread = {"mean": scores[run], "deviation": None, "low": None, "high": None, "num": 1}
+    spread = {"mean": scores[run], "low": None, "high": None, "num": 1}
     if len(scores) > 1:
         spread = mean_interval(list(scores.values()))
     return {"trial": trial, "run": run, **spread}

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -35,11 +34,8 @@ def freeze(folder: Path, space_path, config_path, overrides: list[str]) -> None:
     """Write config.yaml and plan.json of a search, once. Raises BadInput where another plan stands
     there.
     """
-    if not re.fullmatch(r"[\w-]+", folder.name):
-        allowed = "letters, digits, - and _ (runs are named after it)"
-        raise BadInput(f"{folder.name!r} is no name of a search: {allowed}")
-    for key in config.parse_overrides(overrides):
-        if key in ("name", "seed", "epochs"):
+    for key in FIXED_KEYS[:3]:
+        if key in config.parse_overrides(overrides):
             raise BadInput(f"{key}: the search sets names, seeds (by seeds) and epochs (by rungs)")
     space = read_space(space_path)
     base = config.load_config(config_path, overrides)
@@ -94,13 +90,14 @@ def draw_points(space: dict, base: config.Config, source) -> list[tuple]:
     if not isinstance(ranges, dict) or not ranges:
         raise BadInput(f"{source}: ranges must hold config keys, each with a range")
     config.refuse_unknown(ranges, f"{source}: ranges")
+    fixed = set(ranges).intersection(FIXED_KEYS)
+    if fixed:
+        reason = "the search sets it, or scores could not be compared"
+        raise BadInput(f"{source}: {fixed.pop()} cannot be searched over: {reason}")
     engine = SobolEngine(len(ranges), scramble=True, seed=space["seed"])
     draws = engine.draw(space["trials"]).T.tolist()
     columns = []
     for (key, spec), xs in zip(ranges.items(), draws, strict=True):
-        if key in FIXED_KEYS:
-            reason = "the search sets it, or scores could not be compared"
-            raise BadInput(f"{source}: {key} cannot be searched over: {reason}")
         try:
             values = [value_at(spec, x, getattr(base, key)) for x in xs]
             columns.append(spec["choice"] if is_grid else values)
@@ -130,11 +127,3 @@ def plan_digest(plan: dict, config_text: str) -> str:
     """SHA-256 over a plan and the config that its trials vary."""
     content = [plan | {"sha256": None}, config_text]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def load_plan(folder: Path) -> dict:
-    """The plan of a search. Raises BadInput where the plan or its config was changed afterwards."""
-    plan = read_json(folder / "plan.json")
-    if plan["sha256"] != plan_digest(plan, (folder / "config.yaml").read_text()):
-        raise BadInput(f"{folder}: plan.json or config.yaml was changed after the plan was frozen")
-    return plan

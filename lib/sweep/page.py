@@ -4,9 +4,8 @@ failed.
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LogNorm, Normalize
 
 from lib.blocks import Figure, Heading, Words, table_of, write_page
 from lib.figures import figure_png, new_figure
@@ -22,15 +21,15 @@ CHAMPION_NOTE = (
 def write_sweep_page(sweep: Sweep, champion: dict | None = None) -> Path:
     """Write SWEEP/sweep.html and its figure; gives its path."""
     plan = sweep.plan
-    trials = f"{len(plan['trials'])} trials, {plan['design']}, rungs of {plan['rungs']} epochs"
-    blocks = [Words(f"{trials}; plan SHA-256 {plan['sha256']}.", "note")]
+    facts = "{design}, rungs of {rungs} epochs; plan SHA-256 {sha256}.".format(**plan)
+    blocks = [Words(f"{len(plan['trials'])} trials, {facts}", "note")]
     if champion:
         columns = ("trial", "mean", "low", "high", "run")
         blocks += [Heading("Champion"), Words(champion["note"], "alarm")]
         blocks += [table_of(champion["finalists"], columns), Words(CHAMPION_NOTE, "note")]
     rows = trial_rows(sweep)
     first = [row for row in rows if row["epochs"] == plan["rungs"][0] and row["AUC"] is not None]
-    png = figure_png(plot_parallel(plan["ranges"], first, sweep.promoted(0)))
+    png = figure_png(plot_parallel(plan["ranges"], first))
     blocks += [Heading("Every trial"), Figure("Every trial", png, "trials.png")]
     blocks += [Heading("Trials"), table_of(rows)]
     return write_page(sweep.folder / "sweep.html", f"Search {sweep.folder.name}", blocks)
@@ -50,7 +49,7 @@ def trial_rows(sweep: Sweep) -> list[dict]:
     return rows
 
 
-def plot_parallel(ranges: dict, rows: list[dict], promoted: list[str]):
+def plot_parallel(ranges: dict, rows: list[dict]):
     """Trials as lines over axes: one for each parameter of `ranges`, the last for the AUC."""
     figure, (axes,) = new_figure(1, 1.6 * (len(ranges) + 2), 3.6)
     scores = [row["AUC"] for row in rows]
@@ -58,8 +57,7 @@ def plot_parallel(ranges: dict, rows: list[dict], promoted: list[str]):
     ranges = ranges | {"AUC": {"range": [round(score, 4) for score in colours.get_clim()]}}
     for row in sorted(rows, key=lambda row: row["AUC"]):  # the best ones on top
         heights = [height_of(spec, row[name]) for name, spec in ranges.items()]
-        width = 2.4 if row["trial"] in promoted else 0.9
-        axes.plot(heights, color=colours.to_rgba(row["AUC"]), linewidth=width)
+        axes.plot(heights, color=colours.to_rgba(row["AUC"]))
     for number, spec in enumerate(ranges.values()):
         axes.axvline(number, color="black", linewidth=0.8)
         (bounds,) = spec.values()
@@ -68,7 +66,7 @@ def plot_parallel(ranges: dict, rows: list[dict], promoted: list[str]):
             axes.text(*place, bound, fontsize=8, va="center", backgroundcolor="#fffc")
     figure.colorbar(colours, ax=axes, label="AUC after the first rung")
     axes.set(xticks=range(len(ranges)), xticklabels=ranges, yticks=())
-    axes.set_title("every trial after its first rung; thick: promoted")
+    axes.set_title("every trial after its first rung")
     axes.grid(False)
     return figure
 
@@ -78,7 +76,5 @@ def height_of(spec: dict, value) -> float:
     ((kind, bounds),) = spec.items()
     if kind == "choice":
         return bounds.index(value) / max(len(bounds) - 1, 1)
-    ends, value = sorted(map(float, bounds)), float(value)
-    if kind == "log":
-        ends, value = np.log(ends), np.log(value)
-    return float(np.interp(value, ends, (0, 1)))
+    scale = LogNorm if kind == "log" else Normalize
+    return float(scale(*sorted(map(float, bounds)))(float(value)))

@@ -6,6 +6,7 @@ no schedule knows of rungs, and a trial that is promoted ends with the weights, 
 that never paused.
 """
 
+import glob
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from statistics import fmean
 
 from lib.command import BadInput
 from lib.files import read_cache, read_csv, read_json, write_json
-from lib.sweep.design import load_plan
+from lib.sweep.design import plan_digest
 
 # one in three trials goes on; `base` is the config with nothing varied
 KEPT_SHARE, BASE = 3, "base"
@@ -59,8 +60,8 @@ class Sweep:
 
     def run_of(self, row: Row) -> Path | None:
         """The run folder of a row, known by its name; one without a config is none."""
-        pattern = f"*Z-{self.run_name(row.trial)}-s{row.seed}-*/config.yaml"
-        configs = sorted(self.runs_dir.glob(pattern))
+        name = glob.escape(f"{self.run_name(row.trial)}-s{row.seed}")
+        configs = sorted(self.runs_dir.glob(f"*Z-{name}-*/config.yaml"))
         return configs[0].parent if configs else None
 
     def rung_file(self, rung: int) -> Path:
@@ -90,32 +91,27 @@ class Sweep:
         """The rows of a rung. Raises BadInput where `promote` has not written its file yet."""
         if rung and not self.rung_file(rung).is_file():
             raise BadInput(f"{self.folder} has no {self.rung_file(rung).name} yet: promote first")
-        trials = read_json(self.rung_file(rung))["trials"] if rung else self.plan["trials"]
+        trials = self.promoted(rung - 1) if rung else self.plan["trials"]
         is_final = rung == self.num_rungs
         epochs = self.plan["rungs"][rung - is_final]
         seeds = self.seeds(rung)
         return [Row(trial, seed, epochs, is_final) for trial in trials for seed in seeds]
 
     def promoted(self, rung: int) -> list[str]:
-        """The trials that went on from a rung; none before it was promoted."""
-        path = self.rung_file(rung + 1)
-        return read_json(path)["trials"] if path.is_file() else []
+        """The trials that went on from a rung. Raises OSError as `rows` does."""
+        return read_json(self.rung_file(rung + 1))["trials"]
 
     def newest_rung(self) -> int:
         return len(list(self.folder.glob("rung-*.json")))
 
-    def rung_to_promote(self) -> int:
-        """The newest rung; before it has any result, the rung before, which promotes the same ones
-        again.
-        """
-        rung = self.newest_rung()
-        states = {outcome(self, row)["state"] for row in self.rows(rung)}
-        return max(rung - 1, 0) if states == {"todo"} else rung
-
 
 def load_sweep(folder, runs_dir) -> Sweep:
-    """A planned search. Raises BadInput as load_plan does."""
-    return Sweep(Path(folder), Path(runs_dir), load_plan(Path(folder)))
+    """A planned search. Raises BadInput where the plan or its config was changed afterwards."""
+    folder = Path(folder)
+    plan = read_json(folder / "plan.json")
+    if plan["sha256"] != plan_digest(plan, (folder / "config.yaml").read_text()):
+        raise BadInput(f"{folder}: plan.json or config.yaml was changed after the plan was frozen")
+    return Sweep(folder, Path(runs_dir), plan)
 
 
 def outcome(sweep: Sweep, row: Row) -> dict:
@@ -131,23 +127,19 @@ def outcome(sweep: Sweep, row: Row) -> dict:
         epochs = read_csv(run / "epochs.csv")[: row.epochs]
         summary = read_cache(run / "summary.json")
     failure = read_cache(sweep.failure_of(row))
-    result = {"trial": row.trial, "run": run and str(run)}
+    result = {"trial": row.trial, "run": run and str(run), "state": "failed"}
     # of the last rung a summary is needed: the last checkpoint might not be written yet
     is_paused = len(epochs) == row.epochs < sweep.plan["rungs"][-1]
     if summary.get("status") == "finished" or is_paused:
         scored = summary if row.is_final else epochs[-1]
-        text = str(scored["val_auc"])  # without a score: nan, or null in JSON
-        score = float(text.replace("None", "nan"))
-        if math.isfinite(score):
-            return result | {"state": "done", "score": score}
+        score = scored["val_auc"]  # without one: nan, or null in JSON
+        if score not in (None, "nan"):
+            return result | {"state": "done", "score": float(score)}
         reason = "no AUC: validation lacks a class, or no logit was finite"
-    elif summary:
-        reason = f"diverged after step {summary['diverged_step']}"
-    elif failure:
-        reason = failure["reason"]
-    else:
-        return result | {"state": "todo"}
-    return result | {"state": "failed", "reason": reason}
+        return result | {"reason": reason}
+    if summary:
+        return result | {"reason": f"diverged after step {summary['diverged_step']}"}
+    return result | (failure or {"state": "todo"})
 
 
 def trial_scores(sweep: Sweep, rung: int) -> dict[str, dict[str, float]]:
@@ -160,14 +152,13 @@ def trial_scores(sweep: Sweep, rung: int) -> dict[str, dict[str, float]]:
     states = [result["state"] for result in outcomes]
     where = f"rung {rung} of {sweep.folder}"
     if "todo" in states:
-        num, first = states.count("todo"), states.index("todo")
-        reason = f"{num} of {len(states)} rows have no result, the first is row {first}"
+        reason = f"row {states.index('todo')} has no result"
         raise BadInput(f"{where} is not over: {reason} (sweep.py run {sweep.folder.name} --all)")
     scores = defaultdict(dict)
     for result in outcomes:
         scores[result["trial"]][result["run"]] = result.get("score", math.nan)
-    means = {trial: fmean(by_run.values()) for trial, by_run in scores.items()}
-    ranked = [trial for trial in sorted(means) if math.isfinite(means[trial])]
+    means = {trial: fmean(by_run.values()) for trial, by_run in sorted(scores.items())}
+    ranked = [trial for trial in means if math.isfinite(means[trial])]
     if not ranked:
         reason = outcomes[states.index("failed")]["reason"]
         raise BadInput(f"no trial of {where} has a score; the first failed so: {reason}")
@@ -186,9 +177,8 @@ def promote(sweep: Sweep, rung: int) -> Path:
         raise BadInput(f"rung {rung} is the last one: sweep.py champion {sweep.folder.name}")
     path = sweep.rung_file(rung + 1)
     if not path.is_file():
-        scores = trial_scores(sweep, rung)
-        promoted = list(scores)[: sweep.num_trials(rung + 1)]
+        promoted = list(trial_scores(sweep, rung))[: sweep.num_trials(rung + 1)]
         if rung + 1 == sweep.num_rungs:
             promoted.append(BASE)
-        write_json(path, {"trials": promoted, "scores_before": scores})
+        write_json(path, {"trials": promoted})
     return path

@@ -67,14 +67,6 @@ def made_now() -> dict[str, str]:
     }
 
 
-def start(*command) -> subprocess.Popen:
-    """A script of the repository, started without output."""
-    command = [sys.executable, *map(str, command)]
-    return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-
 def run(*command) -> dict:
     """The result of a script of the repository, run as a user runs it, with its time and the peak
     memory of all children so far. Raises BadInput where it fails.
@@ -103,7 +95,9 @@ def kill_midway(command, runs: Path, delay_s=0.0, in_checkpoint=False) -> Path |
     """Kill a training into `runs` some time after its first checkpoint, or in the next one after
     that. Returns the run's folder, or None where it had ended before, or wrote no checkpoint then.
     """
-    process = start(*command, "--runs", runs)
+    command = [sys.executable, *map(str, command), "--runs", runs]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=REPOSITORY, **silent)
     while process.poll() is None and not any(runs.glob("*/last.pt")):
         time.sleep(0.002)
     time.sleep(delay_s)

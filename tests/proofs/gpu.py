@@ -2,12 +2,9 @@
 table in DIR/gpu.md.
 
 python tests/proofs/gpu.py --out DIR [--data DIR|TAR] [--sections a,b,...] [--budget SECONDS]
-                           [--before FILE]
-python tests/proofs/gpu.py --pack TAR     the real patches that travel to a machine with a GPU
 
-Each row is written as soon as it is measured. Sections that FILE, or DIR/gpu.json of the same
-commit, holds whole are kept. Without a GPU the same runs in small, and what needs CUDA is skipped
-by name.
+Each row is written as soon as it is measured. Sections that DIR/gpu.json of the same commit holds
+whole are kept. Without a GPU the same runs in small, and what needs CUDA is skipped by name.
 """
 
 import contextlib
@@ -17,23 +14,20 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from conftest import REAL_SAMPLE, REPOSITORY
+from conftest import REPOSITORY
 
 from lib import pcam, seeding
 from lib.command import (
@@ -48,7 +42,7 @@ from lib.command import (
     script,
 )
 from lib.device import choose_device
-from lib.files import atomic_write, read_json
+from lib.files import read_cache, read_json
 from lib.machine import describe_machine
 from lib.splitwriter import SplitWriter
 from proofs import kill_midway, made_now, row, run, write_results
@@ -61,9 +55,6 @@ from proofs.trainer import (
     wait_for,
 )
 
-PACKED = REPOSITORY / "data" / "gpu" / "gpu-data.tar"
-# patches of each class
-PACKED_PATCHES, MOST_PACKED_BYTES = {"train": 4000, "valid": 1000}, 54_000_000
 MODELS = ("p4m", "resnet18")
 # by default the first epochs see the centre alone, which is faster
 WHOLE_PATCHES = {"crop_epochs": 0}
@@ -81,20 +72,20 @@ class Context:
 
     device: torch.device
     small: bool
-    data: Path
+    data: Path | None
     scratch: Path
 
     def patches(self) -> Path:
         """The PCam folder to measure with: the one that was given, or, made once, one of the tar,
         or a synthetic one.
         """
-        if not self.data.is_file() and self.data != PACKED:
+        if self.data and not self.data.is_file():
             return self.data
         folder, is_made = self.scratch / "data", self.scratch / "data-is-made"
         if not is_made.exists():
             num = self.size(8000, 512)
             sizes = ("--train", num, "--valid", num // 4, "--test", 0)
-            how = ("import", self.data) if self.data.is_file() else ("synthetic", *sizes)
+            how = ("import", self.data) if self.data else ("synthetic", *sizes)
             run("prepare.py", *how, "--to", folder)
             is_made.touch()
         return folder
@@ -129,14 +120,6 @@ def section(seconds: float, cuda_only: bool = False):
     return register
 
 
-def equality(asked: str, is_equal: bool) -> dict:
-    return row(asked, "equal" if is_equal else "different", is_equal, "equal")
-
-
-def compare_rates(one: float, other: float) -> str:
-    return f"({one:,.0f} and {other:,.0f} images/s)"
-
-
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB"
@@ -148,36 +131,23 @@ def peak_memory(device: torch.device) -> str:
 
 @section(80)
 def environment(ctx):
-    """The machine, each test that needs CUDA, and the patches"""
+    """The machine, the tests that need CUDA, and the patches"""
     machine = describe_machine(ctx.device)
     keys = ("gpu", "driver", "cuda", "cudnn", "cpu", "num_cores")
     about = "".join(f"{key} {machine[key]}, " for key in keys if key in machine)
     python = sys.version.split()[0]
     yield row("the machine", f"{about}torch {torch.__version__}, python {python}")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "-m", "cuda"]
-    command.append("tests/test_cuda.py")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_cuda.py"]
     tested = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     say(tested.stdout[-4000:])
-    for outcome, name in re.findall(r"(?m)^(PASSED|FAILED|ERROR) \S+?::(\S+)", tested.stdout):
-        yield row(name.removeprefix("test_"), outcome.lower(), outcome == "PASSED", "passed")
     counts = one_line((tested.stdout + tested.stderr).strip().rpartition("\n")[2])
     is_held = tested.returncode == 0 if ctx.device.type == "cuda" else None
     yield row("the tests that need CUDA pass", counts, is_held, "all")
     started = time.monotonic()
     data = ctx.patches()
-    numbers = " + ".join(f"{len(pcam.open_split(data, split)):,}" for split in PACKED_PATCHES)
+    numbers = " + ".join(f"{len(pcam.open_split(data, split)):,}" for split in ("train", "valid"))
     took_s = time.monotonic() - started
     yield row("the patches", f"{numbers} in {data}, there after {took_s:.1f} s")
-
-
-@section(40, cuda_only=True)
-def graph(ctx):
-    """What it is worth that a step is one CUDA graph"""
-    for model, size in itertools.product(MODELS, (64, 256)):
-        changes = {"model": model, "batch_size": size, **WHOLE_PATCHES}
-        captured, plain = ctx.rates(1, changes, changes | {"captured": False})
-        ratio = f"{captured / plain:.2f}x {compare_rates(captured, plain)}"
-        yield row(f"{model}, batch {size}: captured steps against plain ones", ratio)
 
 
 def run_together(*commands) -> list[dict]:
@@ -212,7 +182,9 @@ def twins(ctx):
 
 
 def equal_weights(asked: str, one: dict, other: dict) -> dict:
-    return equality(f"{asked}: equal weights", one["weights_sha256"] == other["weights_sha256"])
+    is_equal = one["weights_sha256"] == other["weights_sha256"]
+    measured = "equal" if is_equal else "different"
+    return row(f"{asked}: equal weights", measured, is_equal, "equal")
 
 
 @section(45)
@@ -225,7 +197,7 @@ def determinism_price(ctx):
             f"{model}, batch {changes['batch_size']}: share of the steps a second that"
             " deterministic=true costs"
         )
-        share = f"{1 - strict / free:.1%} {compare_rates(strict, free)}"
+        share = f"{1 - strict / free:.1%} ({strict:,.0f} and {free:,.0f} images/s)"
         yield row(asked, share, ctx.goal(strict >= 0.85 * free), "15%")
 
 
@@ -352,30 +324,21 @@ def profile_kernels(trainer: Trainer, num: int, path: Path) -> list[dict]:
 
 @section(30, cuda_only=True)
 def profile(ctx):
-    """Where a step's time goes"""
-    num = 10
-    for model, size in itertools.product(MODELS, (1024, 256)):
+    """For how much of a step the GPU is idle"""
+    num, size = 10, 1024
+    for model in MODELS:
         trainer = ctx.trainer(model=model, batch_size=size, **WHOLE_PATCHES)
         # without the profiler, which makes the host slower
         step_us = 1e6 * size / trainer.images_per_s(1.0)
         kernels = profile_kernels(trainer, num, ctx.scratch / f"{model}.json")
-        busy_step_us = busy_us(kernels) / num
-        idle = 1 - busy_step_us / step_us
+        idle = 1 - busy_us(kernels) / num / step_us
         step = f"{len(kernels) / num:.0f} kernels, {step_us / 1000:.2f} ms"
         asked = (
             f"{model}, batch {size}: a step (idle: 1 - busy time, profiled, over its time, not"
             " profiled)"
         )
-        is_goal = size == 1024
-        is_held, limit = (idle < GOAL_IDLE, f"{GOAL_IDLE:.0%}") if is_goal else (None, "")
-        yield row(asked, f"{step}, the GPU idle for {idle:.1%}", is_held, limit)
-        spent = Counter()
-        for kernel in kernels:
-            spent[kernel["name"]] += kernel["dur"] / num
-        for name, kernel_us in spent.most_common(0 if is_goal else 10):
-            share = f"{kernel_us / busy_step_us:.1%} of the busy time"
-            asked = f"{model}, a step's share of {name[:100]}"
-            yield row(asked, f"{kernel_us / 1000:.3f} ms, {share}")
+        measured = f"{step}, the GPU idle for {idle:.1%}"
+        yield row(asked, measured, idle < GOAL_IDLE, f"{GOAL_IDLE:.0%}")
 
 
 @section(40, cuda_only=True)
@@ -388,10 +351,6 @@ def small_slice(ctx):
     asked = "p4m, batch 64, whole patches: memory with the sample resident, without CUDA's own"
     measured = f"{reserved / 2**20:,.0f} MiB, {images_per_s:,.0f} images/s"
     yield row(asked, measured, reserved <= SLICE_BYTES, "4,864 MiB")
-    resident, streamed = ctx.rates(3, {"residence": "device"}, {"residence": "host"})
-    asked = "p4m, batch 64, the centre: the rate from host memory, of the resident one"
-    measured = f"{streamed / resident:.1%} {compare_rates(streamed, resident)}"
-    yield row(asked, measured, streamed >= 0.9 * resident, "90%")
 
 
 @section(100, cuda_only=True)
@@ -468,68 +427,20 @@ def describe_device(_ctx):
     yield {"device": device, "card": describe_machine(device).get("gpu", "none")}
 
 
-def pack(path: Path) -> int:
-    """Write the first patches of each class of the real sample as one tar; gives its bytes. Raises
-    BadInput for too many.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        with tarfile.open(fileobj=file, mode="w") as packed:
-            for split, num in PACKED_PATCHES.items():
-                taken = Counter()
-                with tarfile.open(REAL_SAMPLE / f"{split}.tar") as sample:
-                    for member in sample:
-                        folder = PurePosixPath(member.name).parent
-                        if member.isreg() and taken[folder] < num:
-                            taken[folder] += 1
-                            packed.addfile(member, sample.extractfile(member))
-        num_bytes = file.tell()
-        if num_bytes > MOST_PACKED_BYTES:
-            limit = f"at most {MOST_PACKED_BYTES:,} can travel"
-            raise BadInput(f"{path} would have {num_bytes:,} bytes, {limit}")
-    return num_bytes
+def measure(result: dict, name: str, ctx: Context, seconds: float, origin: dict, save) -> None:
+    """Run a section into its `result`, each of whose rows is saved as soon as it is measured."""
+    last_at = time.monotonic()
 
+    def keep(line):
+        nonlocal last_at
+        now = time.monotonic()
+        result["rows"].append(line | origin | {"seconds": round(now - last_at, 2)})
+        last_at = now
+        missed = " MISSED" if line["held"] is False else ""
+        say(f"{name}: {line['asked']}: {line['measured']}{missed}")
+        save()
 
-class Results:
-    """What gpu.json holds, by section: what an earlier file says, and what is measured now."""
-
-    def __init__(self, out: Path, before: Path | None, made: dict):
-        self.out, self.made, self.sections = out / "gpu", made, {}
-        out.mkdir(parents=True, exist_ok=True)
-        earlier = before or self.out.with_suffix(".json")
-        if before or earlier.exists():
-            for name, result in read_json(earlier).items():
-                if before or result["commit"] == made["commit"]:
-                    self.sections[name] = result
-
-    def is_done(self, name: str) -> bool:
-        return self.sections.get(name, {}).get("state") == "done"
-
-    def save(self) -> list[str]:
-        """Write gpu.json and gpu.md; gives what was missed."""
-        return write_results(self.out, self.sections)
-
-    def skip(self, name: str, reason: str, origin: dict) -> None:
-        """Note why a section does not run; what was measured before is worth more."""
-        line = row(SECTIONS[name][0].__doc__, reason) | origin | {"seconds": 0.0}
-        self.sections.setdefault(name, self.made | {"state": "skipped", "rows": [line]})
-        say(f"{name}: {reason}")
-
-    def measure(self, name: str, ctx: Context, seconds: float, origin: dict) -> None:
-        """Run a section, each of whose rows is saved as soon as it is measured."""
-        result = self.sections[name] = self.made | {"state": "unfinished", "rows": []}
-        last_at = time.monotonic()
-
-        def keep(line):
-            nonlocal last_at
-            now = time.monotonic()
-            result["rows"].append(line | origin | {"seconds": round(now - last_at, 2)})
-            last_at = now
-            missed = " MISSED" if line["held"] is False else ""
-            say(f"{name}: {line['asked']}: {line['measured']}{missed}")
-            self.save()
-
-        result["state"] = carry_out(SECTIONS[name][0], ctx, seconds, keep)
+    result["state"] = carry_out(SECTIONS[name][0], ctx, seconds, keep)
 
 
 def parse(argv):
@@ -537,17 +448,13 @@ def parse(argv):
     add = parser.add_argument
     out = Path("assets/gpu")
     add("--out", type=Path, default=out, metavar="DIR", help="for gpu.json and gpu.md")
-    what = "a PCam folder, or a tar of images"
-    add("--data", type=Path, default=PACKED, metavar="DIR|TAR", help=what)
+    what = "a PCam folder, or a tar of images (default: synthetic patches)"
+    add("--data", type=Path, metavar="DIR|TAR", help=what)
     what = f"some of {','.join(SECTIONS)} (default: those that are not done)"
     add("--sections", default="", help=what)
     what = "for all sections (default: 330)"
     add("--budget", type=float, default=330, metavar="SECONDS", help=what)
-    what = "an earlier gpu.json, whose sections are kept"
-    add("--before", type=Path, metavar="FILE", help=what)
     add("--commit", help="of this code, where git is missing")
-    what = "write the real patches that travel, and end"
-    add("--pack", type=Path, metavar="TAR", help=what)
     args = parser.parse_args(argv)
     args.sections = args.sections.split(",") if args.sections else []
     unknown = set(args.sections) - set(SECTIONS)
@@ -560,35 +467,45 @@ def parse(argv):
 def main(argv=None) -> int:
     started = time.monotonic()
     args = parse(argv)
-    if args.pack:
-        print_result({"tar": str(args.pack), "bytes": pack(args.pack)})
-        return EXIT_DONE
     made = made_now()
     made["commit"] = args.commit or made["commit"]
-    results = Results(args.out, args.before, made)
-    todo = args.sections or [name for name in SECTIONS if not results.is_done(name)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    out = args.out / "gpu"
+    sections = {}
+    for name, result in read_cache(out.with_suffix(".json")).items():
+        if result["commit"] == made["commit"]:
+            sections[name] = result
+    save = functools.partial(write_results, out, sections)
+    done = [name for name, result in sections.items() if result["state"] == "done"]
+    todo = args.sections or [name for name in SECTIONS if name not in done]
     with tempfile.TemporaryDirectory(prefix="proof-gpu-", ignore_cleanup_errors=True) as scratch:
-        ctx = Context(torch.device("cpu"), True, args.data.absolute(), Path(scratch))
+        data = args.data and args.data.absolute()
+        ctx = Context(torch.device("cpu"), True, data, Path(scratch))
         lines = []
         if carry_out(describe_device, ctx, 60, lines.append) != "done":
             raise BadInput(f"the device cannot be used: {lines[-1]['measured']}")
         ctx.device, card = lines[0]["device"], lines[0]["card"]
         ctx.small = ctx.device.type == "cpu"
         say(f"{ctx.device} ({card}), {', '.join(todo) or 'nothing is to do'}")
-        for name in sorted(todo, key=results.is_done):
-            _, seconds, cuda_only = SECTIONS[name]
+        for name in sorted(todo, key=done.count):
+            function, seconds, cuda_only = SECTIONS[name]
             left = args.budget - (time.monotonic() - started)
             origin = {"section": name, "card": card, "torch": torch.__version__}
-            if cuda_only and ctx.device.type == "cpu":
-                results.skip(name, "skipped: no CUDA device", origin)
-            elif left < min(seconds / 2, 30):
-                results.skip(name, "not run: budget", origin)
+            reason = "not run: budget" if left < min(seconds / 2, 30) else ""
+            if cuda_only and ctx.small:
+                reason = "skipped: no CUDA device"
+            if reason:
+                # what was measured before is worth more
+                line = row(function.__doc__, reason) | origin | {"seconds": 0.0}
+                sections.setdefault(name, made | {"state": "skipped", "rows": [line]})
+                say(f"{name}: {reason}")
             else:
-                results.measure(name, ctx, min(seconds, left), origin)
-            results.save()
-    missed = results.save()
-    states = {name: result["state"] for name, result in results.sections.items()}
-    table = str(results.out.with_suffix(".md"))
+                sections[name] = made | {"state": "unfinished", "rows": []}
+                measure(sections[name], name, ctx, min(seconds, left), origin, save)
+            save()
+    missed = save()
+    states = {name: result["state"] for name, result in sections.items()}
+    table = str(out.with_suffix(".md"))
     print_result({"missed": missed, "sections": states, "table": table})
     return EXIT_FINDING if missed else EXIT_DONE
 

@@ -4,7 +4,6 @@ beside torchvision's PCAM in a DataLoader, and ResNet-18 beside timm's (pip inst
 python tests/proofs/rates.py [views] [inference] [timm] [--data data/sample] [--run assets/champion]
 """
 
-import dataclasses
 import functools
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from torchvision.models import resnet18
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from lib.augment import PCAM_MEAN, PCAM_STD, VIEWS, turned_views
-from lib.batches import PatchSource
 from lib.calibration import calibrate
 from lib.checkpoint import load_model
 from lib.config import load_config
@@ -32,7 +30,6 @@ from lib.files import read_csv
 from lib.machine import keep_freed_memory, num_cores, resolve_threads
 from lib.metrics import compute_auc, sigmoid
 from lib.pcam import open_split
-from lib.predict import predict_rows
 from proofs import prove, row, run
 from proofs.trainer import Trainer, median_rates, rate
 
@@ -125,10 +122,9 @@ def compare_inference(args, scratch: Path) -> list[dict]:
     """inference.py in turn with the loop: over one view, and over the default number of views
     beside the usual eight.
     """
-    rows = []
-    for views, loop_views in ((1, 1), (load_config().views, 8)):
-        rows += compare_speed(args, scratch / "predictions.csv", views, loop_views)
-    return rows
+    out = scratch / "predictions.csv"
+    default = compare_speed(args, out, load_config().views, 8)
+    return [*compare_speed(args, out, 1, 1), *default]
 
 
 def compare_speed(args, out: Path, views: int, loop_views: int) -> list[dict]:
@@ -160,16 +156,11 @@ def compare_speed(args, out: Path, views: int, loop_views: int) -> list[dict]:
     return [speed, row(asked, f"{auc:.5f} and {loop_auc:.5f}", is_held, f"{MAX_AUC_CHANGE:g}")]
 
 
-def compare_views(args, _scratch) -> list[dict]:
-    """The AUC on valid over one, four and eight views, in float32."""
-    model, cfg, _ = load_model(args.run)
-    cfg = dataclasses.replace(cfg, precision="fp32")
-    split = open_split(args.data, "valid")
-    source = PatchSource(split.images, "disk", choose_device(args.device))
-    model, index = model.to(source.device), np.arange(len(split))
-    auc = {}
-    for views in VIEWS:
-        auc[views] = compute_auc(split.labels, predict_rows(model, source, index, cfg, views))
+def compare_views(args, scratch: Path) -> list[dict]:
+    """The AUC on valid over one, four and eight views."""
+    out = scratch / "predictions.csv"
+    command = ["inference.py", "--ckpt", args.run, args.data, "--split", "valid", "--out", out]
+    auc = {views: run(*command, "--views", views)["scores"]["auc"] for views in VIEWS}
     measured = ", ".join(f"{value:.5f} over {views}" for views, value in auc.items())
     asked = "AUC on valid over four views, at half the computing of eight"
     is_held = abs(auc[4] - auc[8]) <= MAX_AUC_CHANGE
