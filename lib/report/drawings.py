@@ -12,7 +12,6 @@ from lib.figures import (
     column,
     draw_confusion,
     figure_png,
-    line_style,
     new_figure,
 )
 from lib.files import read_csv
@@ -60,7 +59,7 @@ def plot_runs(runs: dict[str, Path], curves, with_mean=False):
             rows = read_csv(run / file) if (run / file).is_file() else []
             line = np.stack([column(rows, x), column(rows, name)])
             lines.append(line)
-            axes.plot(*line, linewidth=0.7, label=label, **line_style(number))
+            axes.plot(*line, linewidth=0.7, label=label)
             if with_mean and name == "grad_norm":
                 spikes = line[:, norm_ratios(line[1]) > SPIKE]
                 axes.plot(*spikes, "kv", label=None if number else "spike")

@@ -59,7 +59,7 @@ def plot_parallel(ranges: dict, rows: list[dict], promoted: list[str]):
     for row in sorted(rows, key=lambda row: row["AUC"]):  # the best ones on top
         heights = [height_of(spec, row[name]) for name, spec in ranges.items()]
         width = 2.4 if row["trial"] in promoted else 0.9
-        axes.plot(heights, color=colours.to_rgba(row["AUC"]), linewidth=width)
+        axes.plot(heights, color=colours.to_rgba(row["AUC"]), linestyle="-", linewidth=width)
     for number, spec in enumerate(ranges.values()):
         axes.axvline(number, color="black", linewidth=0.8)
         (bounds,) = spec.values()
