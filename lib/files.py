@@ -204,8 +204,9 @@ class CsvLog:
     """
 
     def __init__(self, path, header, last: int):
+        self.path = Path(path)
         rows = []
-        for row in read_csv(path) if Path(path).exists() else []:
+        for row in read_csv(path) if self.path.exists() else []:
             if int(row[header[0]]) <= last:
                 # an older program may have had other columns
                 rows.append([row.get(name, "") for name in header])

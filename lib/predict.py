@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import PREPROCESSING, no_augmentation, normalise, turned_views
+from lib.augment import PREPROCESSING, normalise, turned_views
 from lib.batches import PatchSource, Rows, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
@@ -46,8 +46,8 @@ def predict_batch(
             [predict_batch(model, part, precision, views, preprocessing) for part in parts]
         )
     mean, std = preprocessing["mean"], preprocessing["std"]
-    plain = no_augmentation(len(images), images.device)
-    inputs = normalise(images, plain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
+    gain = torch.ones(len(images), 3, device=images.device)
+    inputs = normalise(images, gain, 1 - gain, mean, std, input_dtype(precision))  # (B, 3, 96, 96)
     pixels = inputs.permute(0, 2, 3, 1)
     # generators, so that one view at a time is in memory
     turned = turned_views(pixels, num=views) if views > 1 else [pixels]
