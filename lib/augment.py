@@ -130,10 +130,7 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
 
 def cut_windows(images: torch.Tensor, shift: torch.Tensor, crop: int) -> torch.Tensor:
     """`move_pixels` on a CPU without a symmetry: rows of pixels are copied as they are."""
-    size = images.shape[1]
-    if crop == size and not shift.any():
-        return images
-    border = (size - crop) // 2
+    border = (images.shape[1] - crop) // 2
     margin = max(0, int(shift.abs().max()) - border)
     pixels = images.numpy()
     if margin:

@@ -118,8 +118,7 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
             return "device"
         fits_host = images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2)
         return "host" if fits_host else "disk"
-    is_on_cpu = residence == "device" and device.type == "cpu"
-    return "host" if is_on_cpu else residence
+    return residence
 
 
 def read_whole(images: Images, device: torch.device | str) -> torch.Tensor:

@@ -43,7 +43,7 @@ def atomic_path(path):
     names no file, such as for a full disk, or the temporary one gets the name `path`.
     """
     path = Path(path)
-    temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
