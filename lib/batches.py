@@ -3,7 +3,6 @@ busy with the batch before.
 """
 
 import contextlib
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -225,12 +224,14 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
         parts = []
         for label in (0, 1):
             members = torch.from_numpy(rows.index[rows.labels == label]).to(device)
-            repeats = []
-            for repeat in range(math.ceil(num_per_class / len(members))):
+            num_missing = num_per_class
+            repeat = 0
+            while num_missing > 0:
                 position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
                 order = position_permutation(len(members), *position, device=device)
-                repeats.append(members[order] + repeat * num_total)
-            parts.append(torch.cat(repeats)[:num_per_class])
+                parts.append(members[order[:num_missing]] + repeat * num_total)
+                num_missing -= len(members)
+                repeat += 1
         keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 

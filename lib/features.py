@@ -90,13 +90,12 @@ def compute_features(
 
 def measure_features(patches: np.ndarray) -> np.ndarray:
     """Features float64 (B, 6), columns as NAMES, of patches uint8 (B, 96, 96, 3)."""
-    measured = np.empty((len(patches), len(NAMES)))
+    blocks = []
     for start in range(0, len(patches), BLOCK):
         part = patches[start : start + BLOCK]
         features = compute_features(part, count_values(part), grey_planes(part))
-        for column, name in enumerate(NAMES):
-            measured[start : start + BLOCK, column] = features[name]
-    return measured
+        blocks.append(np.stack([features[name] for name in NAMES], 1))
+    return np.concatenate(blocks, dtype=np.float64)
 
 
 def build_reference(train: np.ndarray, valid: np.ndarray, groups: np.ndarray) -> dict:
