@@ -66,7 +66,7 @@ def plot_runs(runs: dict[str, Path], curves, with_mean=False):
         if with_mean:
             shortest = min(line.shape[1] for line in lines)
             mean = np.mean([line[:, :shortest] for line in lines], 0)
-            axes.plot(*block_means(mean), "k", linewidth=2.4, label="mean")
+            axes.plot(*block_means(mean), "k-", linewidth=2.4, label="mean")
         for score in constant:
             answer = column(rows, score)[0]
             axes.axhline(answer, color="grey", linestyle=":", label="constant answer")
