@@ -50,9 +50,9 @@ set +eu
 
 if [ -n "$data" ]; then
   copy=$NODE_SCRATCH/pcam-$SLURM_JOB_ID
-  # the last one holds digests that go by the times of the files; it and the CSVs need not be there
+  # the CSVs need not be there
   shopt -s nullglob
-  if mkdir -p -- "$copy" && cp -p -- "$data"/*.h5 "$data"/*.csv "$data"/.pcam-sha256.json* "$copy"; then
+  if mkdir -p -- "$copy" && cp -p -- "$data"/*.h5 "$data"/*.csv "$copy"; then
     echo "data copied to $copy" >&2
   else
     echo "the data could not be copied to $copy: they are read from $data" >&2

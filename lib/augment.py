@@ -81,13 +81,6 @@ def turns_patches(cfg: Config) -> bool:
     return cfg.symmetries and cfg.model != "p4m"
 
 
-def no_augmentation(num: int, device="cpu") -> Draws:
-    """Draws that leave patches as they are."""
-    zeros = torch.zeros(num, 3, device=device)
-    still = zeros.long()
-    return Draws(still[:, 0], still[:, :2], zeros + 1, zeros)
-
-
 def turned_views(images: torch.Tensor, shift=VIEW_SHIFT, num: int = 8):
     """Yield patches (B, S, S, C) of any type in `num` symmetries (4 or 8), each then moved by
     `shift` pixels (y, x). Where a shift leaves the patch the edge is repeated.
@@ -137,10 +130,7 @@ def move_pixels(images: torch.Tensor, draws: Draws, crop: int = 96) -> torch.Ten
 
 def cut_windows(images: torch.Tensor, shift: torch.Tensor, crop: int) -> torch.Tensor:
     """`move_pixels` on a CPU without a symmetry: rows of pixels are copied as they are."""
-    size = images.shape[1]
-    if crop == size and not shift.any():
-        return images
-    border = (size - crop) // 2
+    border = (images.shape[1] - crop) // 2
     margin = max(0, int(shift.abs().max()) - border)
     pixels = images.numpy()
     if margin:
@@ -159,17 +149,17 @@ def on_device(values: tuple, device: torch.device) -> torch.Tensor:
 
 
 def normalise(
-    images: torch.Tensor, draws: Draws, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32
+    images: torch.Tensor, gain, offset, mean=PCAM_MEAN, std=PCAM_STD, dtype=torch.float32
 ) -> torch.Tensor:
-    """Patches uint8 (B, 96, 96, 3) with the drawn gain and offset, minus `mean`, over `std`:
+    """Patches uint8 (B, 96, 96, 3) with gain and offset (B, 3), minus `mean`, over `std`:
     (B, 3, 96, 96) `dtype`, channels last.
     """
     num, height, width, num_channels = images.shape
     mean, std = on_device((tuple(mean), tuple(std)), images.device)
     # a row of a patch is 288 numbers R G B R G B ...; with factors repeated in the same way one
     # long loop serves a row
-    scale = (draws.gain / (255.0 * std)).repeat(1, width)[:, None]  # (B, 1, 288)
-    bias = ((draws.offset - mean) / std).repeat(1, width)[:, None]
+    scale = (gain / (255.0 * std)).repeat(1, width)[:, None]  # (B, 1, 288)
+    bias = ((offset - mean) / std).repeat(1, width)[:, None]
     rows = images.reshape(num, height, width * num_channels)
     out = torch.empty(rows.shape, dtype=dtype, device=images.device)
     chunk = CHUNK if images.device.type == "cpu" else num
@@ -185,7 +175,8 @@ def model_input(
     """The input of a model in training, of patches uint8 (B, 96, 96, 3): (B, 3, crop, crop)
     `dtype`, channels last.
     """
-    return normalise(move_pixels(images, draws, crop), draws, dtype=dtype)
+    moved = move_pixels(images, draws, crop)
+    return normalise(moved, draws.gain, draws.offset, dtype=dtype)
 
 
 def patch_size(cfg: Config, epoch: int) -> int:

@@ -3,7 +3,6 @@ busy with the batch before.
 """
 
 import contextlib
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -79,11 +78,9 @@ class PatchSource:
         self.images = images
         self.device = device
         self.residence = choose_residence(images, residence, device)
-        self.patches = None  # (N, 96, 96, 3) uint8, unless they stay on the disk
-        if self.residence == "device":
-            self.patches = read_whole(images, device)
-        elif self.residence == "host":
-            self.patches = read_whole(images, torch.device("cpu"))
+        if self.residence != "disk":
+            place = device if self.residence == "device" else "cpu"
+            self.patches = read_whole(images, place)  # (N, 96, 96, 3) uint8
         elif images.mapped is None:
             say(
                 f"note: {images.path.name} is {images.layout}: read slowly, patch by patch;"
@@ -109,15 +106,6 @@ class PatchSource:
         np.take(self.images.mapped, index, axis=0, out=out.numpy(), mode="clip")
         return out
 
-    @property
-    def can_stall(self) -> bool:
-        """Whether a gather may wait for a disk or a transfer, so that a background thread pays.
-
-        From host memory to a CPU a gather is a short copy by all threads. In the background its
-        OpenMP threads compete with the model's, which cost a third of the throughput on two cores.
-        """
-        return self.residence == "disk" or (self.residence == "host" and self.device.type == "cuda")
-
 
 def choose_residence(images: Images, residence: str, device: torch.device) -> str:
     """`disk`, `host` or `device`. `auto` means the fastest of these that takes at most half of the
@@ -128,11 +116,10 @@ def choose_residence(images: Images, residence: str, device: torch.device) -> st
             return "device"
         fits_host = images.num_bytes < min(HOST_BYTES, memory_limit_bytes() // 2)
         return "host" if fits_host else "disk"
-    is_on_cpu = residence == "device" and device.type == "cpu"
-    return "host" if is_on_cpu else residence
+    return residence
 
 
-def read_whole(images: Images, device: torch.device) -> torch.Tensor:
+def read_whole(images: Images, device: torch.device | str) -> torch.Tensor:
     """All patches uint8 (N, 96, 96, 3) on the device, read in file order, at which a networked disk
     is fast.
     """
@@ -152,7 +139,7 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     known.
     """
     index = np.arange(len(split))
-    suspects = {}
+    left_out = Counter()
     if cfg.num_folds:
         groups = groups_for_folds(split, cfg.data_dir)
         in_fold = fold_of_rows(groups, cfg.num_folds) == cfg.fold
@@ -160,9 +147,8 @@ def select_rows(split: Split, cfg: Config, held_out: bool = False) -> Rows:
     # validation keeps quarantined rows, so that scores with and without a quarantine compare
     if cfg.quarantine and not held_out:
         suspects = read_quarantine(cfg.quarantine, split, cfg.quarantine_reasons)
-    is_suspect = np.isin(index, list(suspects))
-    left_out = Counter(suspects[row] for row in index[is_suspect].tolist())
-    index = index[~is_suspect]
+        left_out.update(suspects[row] for row in index.tolist() if row in suspects)
+        index = np.setdiff1d(index, list(suspects))
     limit = cfg.limit_valid if held_out else cfg.limit_train
     if limit:  # drawn at random, so that a file sorted by class or slide gives a fair part, too
         order = position_permutation(len(index), LIMIT).numpy()
@@ -179,12 +165,8 @@ def read_quarantine(path, split: Split, reasons) -> dict[int, str]:
     """Rows of a split that quarantine.csv lists for one of `reasons`, each with the first such
     reason. Raises BadInput for a file that cannot be read, and a row that the split does not have.
     """
-    try:
-        rows = read_edited_csv(path, ("split", "index", "reason"))
-    except OSError as error:  # which names no config key
-        raise BadInput(f"quarantine={path}: {error.strerror.lower()}") from None
     suspects = {}
-    for number, row in enumerate(rows, 2):
+    for number, row in enumerate(read_edited_csv(path, ("split", "index", "reason")), 2):
         if row["split"] != split.name or row["reason"] not in reasons:
             continue
         index = row_number(row["index"])
@@ -241,12 +223,14 @@ def epoch_order(rows: Rows, num_total: int, epoch: int, cfg: Config, device="cpu
         parts = []
         for label in (0, 1):
             members = torch.from_numpy(rows.index[rows.labels == label]).to(device)
-            repeats = []
-            for repeat in range(math.ceil(num_per_class / len(members))):
+            num_missing = num_per_class
+            repeat = 0
+            while num_missing > 0:
                 position = (cfg.seed, epoch, CLASS_ORDER, label, repeat)
                 order = position_permutation(len(members), *position, device=device)
-                repeats.append(members[order] + repeat * num_total)
-            parts.append(torch.cat(repeats)[:num_per_class])
+                parts.append(members[order[:num_missing]] + repeat * num_total)
+                num_missing -= len(members)
+                repeat += 1
         keys = torch.cat(parts)
     return keys[position_permutation(len(keys), cfg.seed, epoch, ORDER, device=device)]
 
@@ -257,9 +241,9 @@ def load_batches(
     """Yield a Batch for each of `batches`, the sample keys int64 (B,) of a batch on any device.
 
     Patches that are not on the device are gathered into a few buffers, which are reused: a batch is
-    valid until the next one is asked for. With `prefetch`, by default where a gather can stall, a
-    background thread does so; its errors are raised here. `wait_s` is the time that the caller
-    waited for the batch. The host never waits for a GPU.
+    valid until the next one is asked for. With `prefetch`, by default where that may wait for a
+    disk or a transfer, a background thread does so; its errors are raised here. `wait_s` is the
+    time that the caller waited for the batch. The host never waits for a GPU.
     """
     if not batches:
         return
@@ -272,7 +256,10 @@ def load_batches(
     if source.residence == "device":
         gathered = ((source.gather(batch_keys % num), 0.0) for batch_keys in device_keys)
     else:
-        prefetch = source.can_stall if prefetch is None else prefetch
+        if prefetch is None:
+            # From host memory to a CPU a gather is a short copy by all threads. In the background
+            # these compete with the model's: a third of the throughput on two cores.
+            prefetch = source.residence == "disk" or device.type == "cuda"
         gathered = gather_ahead(source, (keys % num).cpu().split(sizes), prefetch)
     with contextlib.closing(gathered):
         for batch_keys, (images, wait_s) in zip(device_keys, gathered, strict=True):

@@ -121,12 +121,11 @@ class Table:
         return "\n".join(lines)
 
     def to_html(self) -> str:
-        # a head is aligned like the cell below
-        rows = [html_row(self.header, [*self.rows, self.header][0], "th")]
-        rows += [html_row(row, row, "td") for row in self.rows]
+        first_row = self.rows[0] if self.rows else self.header
+        head = html_row(self.header, first_row, "th")  # aligned like the cells below
+        body = "".join(html_row(row, row, "td") for row in self.rows)
         kind = "dense" if len(self.header) > MOST_WIDE else "wide"
-        body = "".join(rows[1:])
-        return f'<table class="{kind}"><thead>{rows[0]}</thead><tbody>{body}</tbody></table>'
+        return f'<table class="{kind}"><thead>{head}</thead><tbody>{body}</tbody></table>'
 
 
 @dataclass(frozen=True)
@@ -212,10 +211,10 @@ def write_page(path, title: str, blocks) -> Path:
             with atomic_write(Path(path).parent / block.path) as file:
                 file.write(block.png)
         if isinstance(block, Heading) and block.level == 2:
-            text = html.escape(block.text)
-            links.append(f'<li><a href="#{anchor(block.text)}">{text}</a></li>')
-    contents = f"<nav><ul>{''.join(links)}</ul></nav>" if len(links) > MOST_HEADINGS else ""
-    parts = [PAGE.format(title=html.escape(title), style=STYLE), contents]
+            links.append(f"[{block.text}](#{anchor(block.text)})")
+    parts = [PAGE.format(title=html.escape(title), style=STYLE)]
+    if len(links) > MOST_HEADINGS:
+        parts.append(f"<nav>{Items(links).to_html()}</nav>")
     parts += [block.to_html() for block in blocks]
     parts.append(f"<script>{SORTING}</script></body></html>\n")
     with atomic_write(path, "w") as file:

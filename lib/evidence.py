@@ -7,9 +7,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.command import BadInput
 from lib.config import read_yaml
-from lib.files import read_json
+from lib.files import read_cache
 
 NUM_SEEDS = 3
 # audits of some checks alone, and the self-test of the comparison of twins
@@ -118,10 +117,7 @@ def find_origin(folder: Path, runs_dir: Path) -> Path | None:
 
 def weights_of(run: Path) -> str:
     """`weights_sha256` of a finished run; empty for a run that is not finished."""
-    try:
-        return read_json(run / "summary.json").get("weights_sha256") or ""
-    except (OSError, BadInput):
-        return ""
+    return read_cache(run / "summary.json").get("weights_sha256") or ""
 
 
 def command_of(root: Path, name: str) -> str:

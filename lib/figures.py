@@ -16,9 +16,11 @@ CLASSES = ("normal", "tumour")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", "#000000")
 # what tells lines and points apart where colours do not
 LINES, MARKS = ("-", "--", ":", "-."), "osD^vP*X"
+# of 32 lines that differ, 4 of them without colours
+DASHES = [LINES[(number + number // 8) % 4] for number in range(32)]
 plt.rcParams.update(
     {
-        "axes.prop_cycle": cycler(color=COLOURS),
+        "axes.prop_cycle": cycler(color=COLOURS * 4, linestyle=DASHES),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.grid": True,
@@ -62,12 +64,6 @@ def new_figure(num_axes: int, width: float = 4.2, height: float = 3.2):
     return figure, axes[0]
 
 
-def line_style(number: int) -> dict[str, str]:
-    """The colour and the dashes of line `number`; 32 lines differ, 4 of them without colours."""
-    dashes = number + number // len(COLOURS)
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[dashes % len(LINES)]}
-
-
 def add_legend(figure, axes, num_columns: int = 2) -> None:
     """One legend below all axes of a figure, of what one of them shows."""
     handles, labels = axes.get_legend_handles_labels()
@@ -103,23 +99,17 @@ def plot_columns(rows: list[dict], x: str, panels: dict[str, dict[str, str]]):
     return figure
 
 
-def draw_constants(roc, pr, prevalence: float) -> None:
-    """Set up the axes of ROC and precision-recall, each with what constant answers get."""
-    style = {"color": "black", "linestyle": ":", "label": "constant answer"}
-    roc.plot((0, 1), (0, 1), **style)
-    roc.set(title="ROC", xlabel="false positive rate", ylabel="recall")
-    pr.plot((0, 1), (prevalence, prevalence), **style)
-    pr.set(title="precision and recall", xlabel="recall", ylabel="precision")
-
-
 def plot_decisions(labels: np.ndarray, probs: np.ndarray, threshold: float):
     """ROC, precision-recall and the confusion matrix at a threshold, of labels int (N,)."""
     figure, (roc, pr, matrix) = new_figure(3, height=3.6)
-    draw_constants(roc, pr, labels.mean())
     points = curve_points(labels, probs)
     roc.plot(points["false_positive_rate"], points["recall"])
-    pr.plot(points["recall"], points["precision"])
+    roc.axline((0, 0), slope=1, color="black", linestyle=":", label="constant answer")
+    roc.set(title="ROC", xlabel="false positive rate", ylabel="recall")
     roc.legend()
+    pr.plot(points["recall"], points["precision"])
+    pr.axhline(labels.mean(), color="black", linestyle=":")
+    pr.set(title="precision and recall", xlabel="recall", ylabel="precision")
     counts = np.bincount(2 * labels + (probs >= threshold), minlength=4)
     draw_confusion(matrix, counts, f"decided at probability {threshold:.3g}")
     return figure

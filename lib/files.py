@@ -43,7 +43,7 @@ def atomic_path(path):
     names no file, such as for a full disk, or the temporary one gets the name `path`.
     """
     path = Path(path)
-    temporary = Path(f"{path.parent}/.{path.name}.{os.urandom(4).hex()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -101,26 +101,19 @@ def require_space(directory, num_bytes: int) -> None:
         raise BadInput(f"{directory}: {needed_mb:,.1f} MB are needed, {free_mb:,.1f} MB are free")
 
 
-def try_lock(file) -> bool:
+def lock_if_possible(file, path) -> bool:
     """Lock an open file, or its descriptor, for this process. False if another process holds it.
+    Where the file system has no locks, a note about `path` is printed and the answer is True.
 
     The kernel releases the lock when no process has the file open any more, however they ended.
-    Raises OSError where the file system has no locks.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def lock_if_possible(file, path) -> bool:
-    """`try_lock`, and True with a note about `path` where the file system has no locks."""
-    try:
-        return try_lock(file)
     except OSError as error:  # such as NFS mounted without its lock service
         say(f"{path} cannot be locked ({one_line(error)}): let no other process write there")
-        return True
+    return True
 
 
 def write_json(path, value) -> None:
@@ -212,12 +205,12 @@ class CsvLog:
 
     def __init__(self, path, header, last: int):
         self.path = Path(path)
-        rows = read_csv(path) if self.path.exists() else []
-        with atomic_write(path, "w") as file:
-            # rows of an older program may lack a column, which is empty there, or have another one
-            old = csv.DictWriter(file, header, extrasaction="ignore", lineterminator="\n")
-            old.writeheader()
-            old.writerows(row for row in rows if int(row[header[0]]) <= last)
+        rows = []
+        for row in read_csv(path) if self.path.exists() else []:
+            if int(row[header[0]]) <= last:
+                # an older program may have had other columns
+                rows.append([row.get(name, "") for name in header])
+        write_csv(path, header, rows)
         # the buffer is larger than what FLUSH_S seconds write: only whole lines reach the file
         self.file = open(path, "a", buffering=1 << 20, **TEXT)  # noqa: SIM115 (open with the log)
         self.writer = csv.DictWriter(self.file, header, lineterminator="\n")

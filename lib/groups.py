@@ -3,7 +3,6 @@ slide names, patches that are copies or overlap, from the groups.csv of `audit.p
 groups`.
 """
 
-import functools
 import shlex
 from pathlib import Path
 
@@ -28,13 +27,15 @@ def group_of_rows(split: Split, directory) -> np.ndarray | None:
     path = find_groups(split, directory)
     if path is None:
         return split.slides
-    groups = read_groups(path, file_digest(path), split.name, len(split))
-    if groups is None:
+    num = len(split)
+    rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == split.name]
+    group_of_row = {row_number(row["index"]): row["group"] for row in rows}
+    if len(rows) != num or set(group_of_row) != set(range(num)):
         raise BadInput(
-            f"{path} does not list each of the {len(split):,} rows of {split.name} once;"
+            f"{path} does not list each of the {num:,} rows of {split.name} once;"
             f" `{groups_command(directory)}` writes it anew"
         )
-    return groups
+    return np.array([group_of_row[index] for index in range(num)])
 
 
 def groups_for_folds(split: Split, directory) -> np.ndarray:
@@ -87,18 +88,6 @@ def groups_digest(split: Split, directory) -> str | None:
         return None
     group_of_rows(split, directory)
     return file_digest(path)
-
-
-# a training asks three times, and a file may have 262,144 rows; `_digest` is in the cache's key so
-# that a file that was written anew is read anew
-@functools.lru_cache(maxsize=4)
-def read_groups(path, _digest, name: str, num: int) -> np.ndarray | None:
-    """The group of each of `num` rows of a split, None where the file does not list each once."""
-    rows = [row for row in read_edited_csv(path, COLUMNS) if row["split"] == name]
-    group_of_row = {row_number(row["index"]): row["group"] for row in rows}
-    if len(rows) != num or set(group_of_row) != set(range(num)):
-        return None
-    return np.array([group_of_row[index] for index in range(num)])
 
 
 def write_groups(directory, groups: dict[str, np.ndarray]) -> None:

@@ -143,8 +143,8 @@ def refuse(error: OSError):
 
 
 def walk_tar(path: Path):
-    """Yield (name, data) of each plain file in a tar, in its order; `data` is None for a link or a
-    device, and b"" for a file that is no image.
+    """Yield (name, data) of each file in a tar, in its order; `data` is empty for a link, a device
+    and a file that is no image.
 
     Raises BadInput for a tar that is damaged or cut off, and for a member whose path climbs out of
     the folder.
@@ -159,7 +159,7 @@ def walk_tar(path: Path):
                         f"{path} holds the path '{name}', which climbs out of its folder: the whole"
                         " tar is refused"
                     )
-                data = b"" if member.isfile() else None
+                data = b""
                 if member.isfile() and is_image(name.name):
                     data = tar.extractfile(member).read(MAX_BYTES + 1)
                 if not member.isdir():
@@ -239,7 +239,7 @@ def list_images(place: Path, files):
         name = PurePosixPath(source).name
         if is_image(name):
             has_images = True
-            yield Row(source), stored or b""  # a link in a tar has no bytes
+            yield Row(source), stored
         else:
             left_out[describe_other(name)] += 1
     say_left_out(place, left_out)

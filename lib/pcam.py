@@ -18,7 +18,6 @@ from lib.command import BadInput, one_line
 from lib.files import explain_foreign, read_edited_csv
 
 SPLITS = ("train", "valid", "test")
-PARTS = ("x", "y", "meta", "mask")
 PATCH_SHAPE = (96, 96, 3)
 PATCH_BYTES = 96 * 96 * 3
 # the names that Kaggle's copies of PCam give the images
@@ -211,23 +210,18 @@ def find_scale(dataset) -> float:
     if dataset.dtype == np.uint8:
         return 1
     path = dataset.file.filename
-    is_float = dataset.dtype.kind == "f"
     step = max(1, len(dataset) // 64)
     sample = read_rows(dataset, slice(None, None, step)).reshape(-1, PATCH_BYTES)
-    sample = np.where(np.isfinite(sample), sample, np.nan)
-    lowest = np.fmin.reduce(sample, axis=1)
-    highest = np.fmax.reduce(sample, axis=1)
-    is_informative = (lowest < 0) | (highest > 0)  # black patches, and NaN all over, tell nothing
-    low = high = 0
-    if is_informative.any():
-        low = np.median(lowest[is_informative])
-        high = np.median(highest[is_informative])
+    sample = np.where(np.isfinite(sample), sample, 0)
+    ranges = np.stack([sample.min(1), sample.max(1)], 1)
+    informative = ranges[ranges.any(1)]  # black patches, and NaN all over, tell nothing
+    low, high = np.median(informative, 0) if len(informative) else (0, 0)
     if low < 0:
         raise BadInput(
             f"{path}: most patches have values below 0 (to {low:.3g}), so they are normalised; undo"
             " it where they were written: (x * std + mean) * 255, or (x + 1) * 127.5 for -1..1"
         )
-    if is_float and 0 < high <= 1:
+    if dataset.dtype.kind == "f" and 0 < high <= 1:
         return 255
     if high < 512:  # repack clips and counts what is a little above 255
         return 1

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib.augment import no_augmentation, normalise, turned_views
+from lib.augment import normalise, turned_views
 from lib.batches import PatchSource, load_batches, map_ahead
 from lib.centrenet import fold_norms
 from lib.config import Config
@@ -39,8 +39,8 @@ def predict_batch(
     if images.device.type == "cpu" and len(images) > CPU_BATCH:
         parts = images.split(CPU_BATCH)
         return torch.cat([predict_batch(model, part, precision, views) for part in parts])
-    plain = no_augmentation(len(images), images.device)
-    inputs = normalise(images, plain, dtype=input_dtype(precision))  # (B, 3, 96, 96)
+    gain = torch.ones(len(images), 3, device=images.device)
+    inputs = normalise(images, gain, 1 - gain, dtype=input_dtype(precision))  # (B, 3, 96, 96)
     pixels = inputs.permute(0, 2, 3, 1)
     # generators, so that one view at a time is in memory
     turned = turned_views(pixels, num=views) if views > 1 else [pixels]

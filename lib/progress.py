@@ -39,15 +39,15 @@ class Progress:
 
     def line(self) -> str:
         rate = self.num_done / max(time.monotonic() - self.started_at, 1e-9)
-        words = [f"{self.num_done:,} {self.unit}", f"{rate:,.0f}/s"]
+        text = f"{self.label}: {self.num_done:,}"
         if self.total:
-            share = self.num_done / self.total
-            words[0] = f"{self.num_done:,}/{self.total:,} {self.unit} ({share:.0%})"
+            text += f"/{self.total:,}"
+        text += f" {self.unit}, {rate:,.0f}/s"
         if self.total and rate:
-            words.append(f"{format_duration((self.total - self.num_done) / rate)} left")
-        if self.note:
-            words.append(self.note)
-        return f"{self.label}: {', '.join(words)}"
+            left_s = (self.total - self.num_done) / rate
+            share = self.num_done / self.total
+            text += f" ({share:.0%}), {format_duration(left_s)} left"
+        return f"{text}, {self.note}" if self.note else text
 
     def show(self, end: str = "") -> None:
         text = f"{NEW_LINE}{self.line()}{end}" if self.live else f"{self.line()}\n"

@@ -92,12 +92,13 @@ def mark_score(name: str, value, constants: dict, shown: str = ""):
     `constants` has the scores of constant answers under the names of SHOWN_SCORES.
     """
     constant = constant_of(name, constants)
-    if isinstance(value, float) and constant is not None:
-        sign = -1 if name.endswith("loss") else 1
-        if sign * value < sign * constant:
-            warning = f"**(worse than the constant answer, {show(constant)})**"
-            return f"{shown or show(value)} {warning}"
-    return shown or value
+    shown = shown or value
+    if not isinstance(value, float) or constant is None:
+        return shown
+    is_worse = value > constant if name.endswith("loss") else value < constant
+    if not is_worse:
+        return shown
+    return f"{show(shown)} **(worse than the constant answer, {show(constant)})**"
 
 
 def constant_of(name: str, constants: dict):
@@ -107,39 +108,35 @@ def constant_of(name: str, constants: dict):
 
 
 def prediction_blocks(path, threshold: float) -> list:
-    """Scores, curves and example patches of a predictions.csv with labels."""
-    rows, labels, probs = read_predictions(path)
-    clipped = np.clip(probs, 1e-12, 1 - 1e-12)
-    scores = compute_metrics(labels, np.log(clipped / (1 - clipped)), threshold)
-    drawn = figure_png(plot_decisions(labels, probs, threshold))
-    note = (
-        f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says"
-        " nothing for the model."
-    )
-    blocks = [
-        Heading(f"Scores on the {len(rows):,} patches of {Path(path).name}"),
-        score_table(scores, constant_baselines(labels)),
-        Words(note, "note"),
-        Figure("ROC, precision-recall and confusion matrix", drawn),
-    ]
-    wrong = np.flatnonzero((probs >= threshold) != labels)
-    order = np.argsort(-np.abs(probs[wrong] - threshold), kind="stable")
-    shown = [rows[place] for place in wrong[order[:NUM_EXAMPLES]]]
-    patches = [open_images(row["source"]).read([row["index"]])[0] for row in shown]
-    captions = [
-        f"row {row['index']}: {row['label']}, p = {float(row['probability']):.3f}" for row in shown
-    ]
-    heading = Heading(f"The most certain of {len(wrong):,} errors, with label and probability")
-    return [*blocks, heading, Gallery(patches, captions)]
-
-
-def read_predictions(path) -> tuple[list[dict], np.ndarray, np.ndarray]:
-    """The rows of a predictions.csv that have a probability, labels int (N,), probabilities float
-    (N,). Raises BadInput where there are none with a label.
+    """Scores, curves and example patches of a predictions.csv. Raises BadInput where it has no
+    probabilities with labels.
     """
     columns = ("source", "index", "probability", "label")
     rows = [row for row in read_edited_csv(path, columns) if row["probability"]]
     labels = column(rows, "label")
     if not rows or not np.isin(labels, (0, 1)).all():
         raise BadInput(f"{path} needs rows with a label 0 or 1")
-    return rows, labels.astype(int), column(rows, "probability")
+    labels = labels.astype(int)
+    probs = column(rows, "probability")
+    clipped = np.clip(probs, 1e-12, 1 - 1e-12)
+    scores = compute_metrics(labels, np.log(clipped / (1 - clipped)), threshold)
+    drawn = figure_png(plot_decisions(labels, probs, threshold))
+    wrong = np.flatnonzero((probs >= threshold) != labels)
+    order = np.argsort(-np.abs(probs[wrong] - threshold), kind="stable")
+    patches, captions = [], []
+    for place in wrong[order[:NUM_EXAMPLES]]:
+        row = rows[place]
+        patches.append(open_images(row["source"]).read([row["index"]])[0])
+        captions.append(f"row {row['index']}: {row['label']}, p = {probs[place]:.3f}")
+    note = (
+        f"Decisions at probability {threshold:g}. An F2 near that of the constant answer says"
+        " nothing for the model."
+    )
+    return [
+        Heading(f"Scores on the {len(rows):,} patches of {Path(path).name}"),
+        score_table(scores, constant_baselines(labels)),
+        Words(note, "note"),
+        Figure("ROC, precision-recall and confusion matrix", drawn),
+        Heading(f"The most certain of {len(wrong):,} errors, with label and probability"),
+        Gallery(patches, captions),
+    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from lib.command import BadInput, one_line
+from lib.command import BadInput
 from lib.files import atomic_path, lock_if_possible, write_csv
 from lib.pcam import PATCH_SHAPE, split_path
 
@@ -34,15 +34,6 @@ def sole_writer(directory):
                 directory.rmdir()
 
 
-@contextlib.contextmanager
-def explain_full_disk(path):
-    """Name the file where HDF5 cannot write: it raises either error for a full disk."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise BadInput(f"{path}: writing failed ({one_line(error)}); is the disk full?") from None
-
-
 class SplitWriter:
     """Writes a split block by block, as a context manager. The files get their official names when
     all rows are there; an error leaves no file.
@@ -52,13 +43,12 @@ class SplitWriter:
     """
 
     def __init__(self, directory, split: str, num: int, dtype=np.uint8, **storage):
-        self.x_path, self.y_path, self.meta_path = (
-            split_path(directory, split, part) for part in ("x", "y", "meta")
-        )
+        self.directory = directory
+        self.split = split
         self.labels = []
         self.meta = []
         self.stack = contextlib.ExitStack()
-        temporary = self.stack.enter_context(atomic_path(self.x_path))
+        temporary = self.stack.enter_context(atomic_path(split_path(directory, split, "x")))
         # nobody else has the temporary file, and some file systems have no locks
         self.file = h5py.File(temporary, "w", locking=False)
         self.x = self.file.create_dataset("x", (num, *PATCH_SHAPE), dtype, **storage)
@@ -69,8 +59,7 @@ class SplitWriter:
         """
         assert images.dtype == self.x.dtype, images.dtype
         start = len(self.labels)
-        with explain_full_disk(self.x_path):
-            self.x[start : start + len(images)] = images
+        self.x[start : start + len(images)] = images
         self.labels.extend(labels)
         self.meta.extend(meta)
 
@@ -84,17 +73,16 @@ class SplitWriter:
                     self.file.close()
                 raise error
             assert len(self.labels) == len(self.x), len(self.labels)
-            with explain_full_disk(self.x_path):
-                self.file.close()
+            self.file.close()
             if self.meta:
-                write_meta(self.meta_path, self.meta)
-            with atomic_path(self.y_path) as temporary:
+                write_meta(split_path(self.directory, self.split, "meta"), self.meta)
+            with atomic_path(split_path(self.directory, self.split, "y")) as temporary:
                 write_labels(temporary, self.labels)
 
 
 def write_labels(path, labels: np.ndarray) -> None:
     """Write labels (N,) as the official y file: uint8 (N, 1, 1, 1)."""
-    with explain_full_disk(path), h5py.File(path, "w", locking=False) as file:
+    with h5py.File(path, "w", locking=False) as file:
         file["y"] = np.asarray(labels, np.uint8).reshape(-1, 1, 1, 1)
 
 

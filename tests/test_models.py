@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from lib.augment import model_input, no_augmentation, turned_views
+from lib.augment import normalise, turned_views
 from lib.centrenet import GroupBatchNorm, filter_copies, fold_norms
 from lib.command import BadInput
 from lib.config import load_config
@@ -130,7 +130,7 @@ def test_the_trunk_of_torchvisions_file_is_taken_and_the_last_layer_stays_as_dra
 def test_p4m_gives_the_eight_symmetries_of_a_patch_one_logit_and_a_plain_network_does_not():
     images = torch.randint(256, (3, 96, 96, 3), dtype=torch.uint8)
     views = turned_views(images, (0, 0))
-    inputs = [model_input(view, no_augmentation(3)) for view in views]
+    inputs = [normalise(view, torch.ones(3, 3), torch.zeros(3, 3)) for view in views]
     spread = {}
     for name in ("p4m", "cnn"):
         model = with_statistics(build(name))

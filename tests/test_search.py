@@ -18,7 +18,7 @@ import sweep as script
 from lib import rundir
 from lib.command import BadInput
 from lib.config import load_config
-from lib.files import read_json, try_lock, write_csv, write_json
+from lib.files import lock_if_possible, read_json, write_csv, write_json
 from lib.sweep import design, page, rungs, trainers
 
 SPACE = {
@@ -260,7 +260,7 @@ def test_a_claimed_row_is_left_alone_until_its_last_process_is_gone(tmp_path, mo
     row = sweep.rows(0)[0]
     # a trainer that outlives the search keeps the row
     with open(sweep.log_of(row), "ab") as log:
-        assert try_lock(log)
+        assert lock_if_possible(log, "log")
         orphan = subprocess.Popen(["sleep", "60"], stderr=log)
     assert trainers.run_rows(sweep, [row], 1, []) == (1, False)
     orphan.kill()

@@ -72,7 +72,7 @@ def judge_epoch(stages: dict) -> dict:
     """
     apart = stages["apart"]
     background = ()
-    if apart["residence"] == "disk":  # as PatchSource.can_stall
+    if apart["residence"] == "disk":  # as load_batches does it
         background = ("read", "gather")
     elif apart["residence"] == "host" and apart["gpu"] != "none":
         background = ("gather",)

@@ -220,10 +220,6 @@ def list_files(path: Path, scratch: BinaryIO):
             yield File(full.relative_to(path).as_posix(), str(full), full.read_bytes)
             continue
         for name, data in walk_tar(full):
-            if data is None:
-                raise BadInput(
-                    f"{full}: the member '{name}' is a link or a device, only plain files are taken"
-                )
             read = partial(os.pread, scratch.fileno(), len(data), scratch.tell())
             scratch.write(data)
             yield File(name, f"{full}: {name}", read)

@@ -12,7 +12,6 @@ from lib.figures import (
     column,
     draw_confusion,
     figure_png,
-    line_style,
     new_figure,
 )
 from lib.files import read_csv
@@ -60,14 +59,14 @@ def plot_runs(runs: dict[str, Path], curves, with_mean=False):
             rows = read_csv(run / file) if (run / file).is_file() else []
             line = np.stack([column(rows, x), column(rows, name)])
             lines.append(line)
-            axes.plot(*line, linewidth=0.7, label=label, **line_style(number))
+            axes.plot(*line, linewidth=0.7, label=label)
             if with_mean and name == "grad_norm":
                 spikes = line[:, norm_ratios(line[1]) > SPIKE]
                 axes.plot(*spikes, "kv", label=None if number else "spike")
         if with_mean:
             shortest = min(line.shape[1] for line in lines)
             mean = np.mean([line[:, :shortest] for line in lines], 0)
-            axes.plot(*block_means(mean), "k", linewidth=2.4, label="mean")
+            axes.plot(*block_means(mean), "k-", linewidth=2.4, label="mean")
         for score in constant:
             answer = column(rows, score)[0]
             axes.axhline(answer, color="grey", linestyle=":", label="constant answer")

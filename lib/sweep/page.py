@@ -57,7 +57,7 @@ def plot_parallel(ranges: dict, rows: list[dict]):
     ranges = ranges | {"AUC": {"range": [round(score, 4) for score in colours.get_clim()]}}
     for row in sorted(rows, key=lambda row: row["AUC"]):  # the best ones on top
         heights = [height_of(spec, row[name]) for name, spec in ranges.items()]
-        axes.plot(heights, color=colours.to_rgba(row["AUC"]))
+        axes.plot(heights, color=colours.to_rgba(row["AUC"]), linestyle="-")
     for number, spec in enumerate(ranges.values()):
         axes.axvline(number, color="black", linewidth=0.8)
         (bounds,) = spec.values()
