@@ -6,6 +6,7 @@ python train.py --resume RUN [--until-epoch N]
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from pathlib import Path
@@ -225,6 +226,9 @@ def train(cfg, args, run: Path | None, device, ranks) -> int:
                 logits = predict_rows(state.averaged, valid_source, valid_rows.index, cfg, views=1)
                 scores = compute_metrics(valid_rows.labels, logits)
                 eval_s = time.perf_counter() - eval_started_at
+                if not math.isfinite(scores["loss"]):
+                    what = f"the validation loss of epoch {epoch + 1} is {scores['loss']}"
+                    log.raise_diverged(what)
                 is_best = training.note_epoch(progress, scores, cfg)
                 log.add_epoch(scores, baselines, is_best, steps_per_epoch, eval_s)
                 alarm = constant_alarm(scores)

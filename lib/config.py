@@ -72,7 +72,7 @@ class Config:
     cnn_width: Positive
     p4m_width: Positive
     mlp_hidden: tuple[Positive, ...]
-    dropout: Share
+    dropout: Annotated[float, 0, 0.95]
     weights: Place
 
     symmetries: Switch
@@ -95,8 +95,8 @@ class Config:
     decay_epochs: Positive
     decay_factor: Share
     grad_clip: NonNegative
-    label_smoothing: Share
-    ema_decay: Share
+    label_smoothing: Annotated[float, 0, 0.5]
+    ema_decay: Annotated[float, 0, 0.99999]
     precision: Literal["auto", "fp32", "bf16"]
     threads: Natural
     deterministic: Switch

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from lib.command import BadInput, one_line, say, without_nan
 
@@ -194,7 +195,9 @@ def row_number(text: str) -> int | None:
 def write_csv(path, header, rows) -> None:
     """Replace `path` by a header and rows."""
     with atomic_write(path, "w") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        # a writer quotes a cell with a carriage return only where its lines end with one
+        lines = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+        csv.writer(lines, lineterminator="\r\n").writerows([header, *rows])
 
 
 class CsvLog:

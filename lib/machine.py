@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib.command import one_line, say
+from lib.command import BadInput, one_line, say
 from lib.config import Config
 
 
@@ -19,7 +19,10 @@ def read_count(name: str, default: int) -> int:
     """The number in an environment variable, which Slurm or torchrun sets; `default` where it is
     missing or empty.
     """
-    return int(os.environ.get(name) or default)
+    value = os.environ.get(name) or str(default)
+    if not value.isdecimal():
+        raise BadInput(f"{name}={value} is no number: `env -u {name} ...` goes on without it")
+    return int(value)
 
 
 def keep_freed_memory() -> None:

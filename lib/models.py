@@ -80,7 +80,7 @@ def fit_weights(model: nn.Module, name: str, state: dict, source) -> None:
     For torchvision's models the layers before the last one are enough: where the last layer is
     missing, or has another number of classes, the model keeps its own, which was drawn at random.
     """
-    state = {re.sub(PREFIXES, "", key): tensor for key, tensor in state.items()}
+    state = {re.sub(PREFIXES, "", str(key)): tensor for key, tensor in state.items()}
     if name in HEADS:
         head = HEADS[name]
         state = {rename_torchvision(key, head): tensor for key, tensor in state.items()}

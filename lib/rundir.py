@@ -36,6 +36,7 @@ JOB_VARIABLES = (
     "SLURMD_NODENAME",
 )
 # environment variable: JSON of what was submitted and when; the rest of meta.json says what ran
+GIT_S = 30  # a network folder may hang
 SUBMITTED = "PCAM_SUBMITTED"
 # prefixes of environment variables that may change what is computed
 VARIABLES = (
@@ -175,8 +176,10 @@ def run_git(*arguments: str) -> tuple[str, str]:
     """(output, error) of a git command in this repository. One of them is empty."""
     command = ["git", "-C", str(REPOSITORY), *arguments]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    except OSError as error:  # there is no git
+        result = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=GIT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:  # no git, or a folder that hangs
         return "", one_line(error)
     if result.returncode:
         return "", " ".join(result.stderr.split())

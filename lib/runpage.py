@@ -42,7 +42,7 @@ def write_run_page(
     blocks = [
         Words(remark, "note"),
         Heading("The run"),
-        fact_table(run, cfg, read_json(run / "meta.json"), summary, epochs[-1]["images_per_s"]),
+        fact_table(run, cfg, read_json(run / "meta.json"), summary, epochs),
         Heading("Scores"),
         score_table(summary, summary, "val_"),
         Words("Scores of the best epoch on validation, decided at 0.5.", "note"),
@@ -59,16 +59,17 @@ def write_run_page(
     return write_page(out, f"Run {run.name}", blocks)
 
 
-def fact_table(run: Path, cfg, meta: dict, summary: dict, images_per_s: str) -> Table:
+def fact_table(run: Path, cfg, meta: dict, summary: dict, epochs: list[dict]) -> Table:
     """What was trained on what, where and how fast, in its last epoch."""
     machine = meta["machine"]
+    rate = epochs[-1]["images_per_s"]
     num_train = meta["rows"]["train"]["num"]
     facts = [
         ("run", run.name),
         ("status", summary["status"]),
         ("model", f"{cfg.model}, {meta['model']['num_parameters']:,} parameters"),
         ("trained on", f"{num_train:,} patches, {summary['num_epochs']} epochs, seed {cfg.seed}"),
-        ("speed", f"{images_per_s} images/s on {machine['cpu']}, {machine['device']}"),
+        ("speed", f"{rate} images/s on {machine['cpu']}, {machine['device']}"),
         ("wall time", f"{summary['wall_s']:.0f} s"),
         ("commit", meta["commit"] or "not in a git repository"),
         ("weights SHA-256", summary["weights_sha256"]),

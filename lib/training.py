@@ -12,6 +12,7 @@ from torch.nn import functional
 from lib.augment import PREPROCESSING, Draws, draw_at, draw_position, model_input, patch_size
 from lib.batches import Batch
 from lib.checkpoint import evaluated_weights, load_checkpoint, load_weights
+from lib.command import BadInput
 from lib.config import Config
 from lib.device import input_dtype, layer_precision
 from lib.graph import StepGraph
@@ -104,6 +105,8 @@ def restore_state(state: TrainState, path) -> None:
     checkpoint = load_checkpoint(path)
     fit_state(state.model, checkpoint["model"], path)
     fit_state(state.averaged, evaluated_weights(checkpoint), path)
+    if checkpoint["optimizer"] is None:
+        raise BadInput(f"{path} has no optimizer's state: it is a best.pt, which cannot go on")
     state.optimizer.load_state_dict(checkpoint["optimizer"])
     state.progress.update(checkpoint["progress"])
 

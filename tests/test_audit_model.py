@@ -268,7 +268,7 @@ def test_what_cannot_be_audited_is_refused_in_a_sentence(quick_run, tmp_path):
     for sentence, *arguments in (
         ("no file camelyonpatch_level_2_split_test_x.h5", quick_run, fine, out, "--split", "test"),
         ("halves with both labels", quick_run, alike, out),
-        ("did you mean 'slices'", quick_run, fine, out, "--parts", "slides"),
+        ("'slides' is unknown", quick_run, fine, out, "--parts", "slides"),
         ("lr changes the weights", quick_run, fine, out, "lr=1"),
     ):
         code, result = audit_here(*arguments)

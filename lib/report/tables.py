@@ -146,7 +146,9 @@ def tabulate_champion(e: Evidence) -> list:
     summary = e.document(f"{folder}/summary.json")
     meta = e.document(f"{folder}/meta.json")
     e.path(f"{folder}/best.pt")
-    facts = fact_table(e.root / folder, read_run_config(e.root / folder), meta, summary)
+    epochs = e.document(f"{folder}/epochs.csv")
+    cfg = read_run_config(e.root / folder)
+    facts = fact_table(e.root / folder, cfg, meta, summary, epochs)
     return [facts, score_table(summary, summary, "val_")]
 
 
