@@ -16,6 +16,7 @@ import pytest
 import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REAL_SAMPLE = REPOSITORY.parent / "shared" / "pcam-sample"
 sys.path.insert(0, str(REPOSITORY))
 
 # `make test` hands its own variables on, and a test that calls make as a user does has none of them

@@ -1,7 +1,7 @@
 """The champion in assets/: small, whole, and as good on real patches as its summary says."""
 
 import pytest
-from conftest import REPOSITORY, run_script
+from conftest import REAL_SAMPLE, REPOSITORY, run_script
 
 from lib.checkpoint import load_model
 from lib.files import file_digest, read_csv, read_json, write_json
@@ -19,6 +19,19 @@ def test_the_champion_is_small_and_its_files_belong_together():
     assert (
         checkpoint["progress"]["best_scores"]["auc"] == float(best["val_auc"]) < summary["val_auc"]
     ), "of one view, and of eight"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_SAMPLE.is_dir(), reason="needs ../shared/pcam-sample")
+def test_real_patches_are_imported_and_ranked_as_the_champion_says(tmp_path):
+    source, data = tmp_path / "in", tmp_path / "pcam"
+    source.mkdir()
+    (source / "valid.tar").symlink_to(REAL_SAMPLE / "valid.tar")
+    run_script("prepare.py", "import", source, "--to", data, check=0)
+    command = ("inference.py", "--ckpt", CHAMPION, data, "--split", "valid", "--views", 1)
+    result = run_script(*command, "--out", tmp_path / "p.csv", check=0).json
+    recorded = load_model(CHAMPION)[2]["progress"]["best_scores"]["auc"]
+    assert result["num"] == 3000 and result["scores"]["auc"] == pytest.approx(recorded, abs=0.002)
 
 
 @pytest.mark.slow
