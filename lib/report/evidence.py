@@ -98,9 +98,9 @@ class Evidence:
         """A sentence for each way in which the files that were read do not belong together."""
         seeds = self.choices.get("seeds", [])
         champion = self.choices.get("champion", [CHAMPION])[0]
-        audits = {name: self.audit_of(name) for name in self.sources}
-        is_shown = any(name.startswith(f"{champion}/") for name in self.sources)
-        is_shown = is_shown or any(audits.values())
+        folders = sorted({name.rpartition("/")[0] for name in self.sources})
+        audits = [folder for folder in folders if (self.root / folder / "scores.json").is_file()]
+        is_shown = champion in folders or bool(audits)
         problems = []
         rows = []
         for run in [*seeds, champion] if is_shown else seeds:
@@ -111,21 +111,15 @@ class Evidence:
                 problems.append(f"{run} is of no run in runs/, so it is another team's")
             rows.append(row | {"run": run})
         problems += differing(rows, "data")
-        for name in self.sources:
-            folder = name.rpartition("/")[0]
+        for folder in folders:
             try:
-                if audits[name]:
-                    problems += self.check_model_audit(audits[name], champion)
-                elif name.startswith("sweeps/") and is_shown:
+                if folder in audits:
+                    problems += self.check_model_audit(f"{folder}/scores.json", champion)
+                elif folder.startswith("sweeps/") and is_shown:
                     problems += self.check_search(folder, champion)
             except UNREADABLE as error:
-                problems.append(f"{name} cannot be compared: {error!r}")
-        return list(dict.fromkeys(problems))
-
-    def audit_of(self, name: str) -> str:
-        """The scores.json of the audit of a model that a file belongs to; empty for other files."""
-        scores = f"{name.rpartition('/')[0]}/scores.json"
-        return scores if (self.root / scores).is_file() else ""
+                problems.append(f"{folder} cannot be compared: {error!r}")
+        return problems
 
     def check_model_audit(self, name: str, champion: str) -> list[str]:
         """Whether an audit of a model is of the champion, and on its data."""
