@@ -66,6 +66,8 @@ def load_pickle_free(path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"there is no file {path}")
+    if path.suffix == ".safetensors":
+        raise BadInput(f"{path}: save its tensors with torch.save as a state dict, which is read")
     try:
         # torch does not compare the zip's checksums: with a flipped bit it loads another weight
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
@@ -106,7 +108,12 @@ def load_weights(path) -> dict:
     or what another program saved, which is not checked here.
     """
     loaded = load_pickle_free(path)
-    return evaluated_weights(loaded) if loaded.get("kind") == KIND else loaded
+    if loaded.get("kind") == KIND:
+        return evaluated_weights(loaded)
+    for key in ("model", "state_dict"):  # other programs save more than the state
+        if isinstance(loaded.get(key), dict):
+            return loaded[key]
+    return loaded
 
 
 def checkpoint_path(ckpt) -> Path:

@@ -1,13 +1,18 @@
 """Where the computing happens: the device and its number type."""
 
 import dataclasses
+import functools
+import os
 import re
+import warnings
 
 import torch
 
-from lib.command import BadInput
+from lib.command import BadInput, one_line, say
 from lib.config import Config
-from lib.machine import read_count
+from lib.machine import nvidia_smi, read_count
+
+NO_GPU = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES; Slurm sets the last one
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -18,23 +23,49 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         local_rank = read_count("LOCAL_RANK", read_count("SLURM_LOCALID", 0))
         name = f"cuda:{local_rank % num}" if num else "cpu"
+        if not num and local_rank == 0:
+            warn_of_unusable_gpu()
     if name == "cpu":
         return torch.device("cpu")
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise BadInput(f"--device {name}: allowed are auto, cpu, cuda and cuda:N")
     index = int(name.partition(":")[2] or 0)
     if index >= num:
-        raise BadInput(
-            f"--device {name}: torch {torch.__version__} finds {num} CUDA devices here;"
-            " --device auto takes what there is"
-        )
+        reason = "" if num else f" ({why_no_gpu()})"
+        raise BadInput(f"--device {name}: there are {num} CUDA devices for torch here{reason}")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def num_gpus() -> int:
-    """The GPUs that torch can use. torch itself warns of a driver that is too old."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The GPUs that torch can use."""
+    # an old driver warns at length; why_no_gpu gives the reason in one line
+    with warnings.catch_warnings(action="ignore"):
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def why_no_gpu() -> str:
+    """torch's version, and why torch can use no GPU: `torch VERSION: REASON`."""
+    reason = "it finds none"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = one_line(error).partition(". ")[0]
+    return f"torch {torch.__version__}: {reason}"
+
+
+@functools.cache
+def warn_of_unusable_gpu() -> None:
+    """Warn, once, that torch cannot use the GPU that this job was given, or that nvidia-smi lists:
+    a CPU takes hours for what a GPU does in minutes.
+    """
+    gpu = nvidia_smi("name")
+    for name in ("SLURM_JOB_GPUS", "CUDA_VISIBLE_DEVICES"):
+        value = os.environ.get(name, "")
+        if value not in NO_GPU:
+            gpu = f"{name}={value}"
+    if gpu and not gpu.startswith(("unknown", "No devices")):
+        say(f"warning: there is a GPU ({gpu}), but none for {why_no_gpu()}; this uses the CPU")
 
 
 def fast_precision(device: torch.device) -> str:

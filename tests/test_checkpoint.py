@@ -46,6 +46,8 @@ def test_everything_comes_back_as_it_was_saved(fields, tmp_path):
     assert again["weights_sha256"] == weights_sha256(fields["averaged"])
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert weights_sha256(load_weights(path)) == again["weights_sha256"]
+    torch.save({"epoch": 3, "state_dict": fields["averaged"]}, path)
+    assert weights_sha256(load_weights(path)) == again["weights_sha256"], "of another program"
 
 
 def test_torch_opens_it_with_weights_only_and_the_digest_is_the_documented_one(quick_run):

@@ -54,6 +54,19 @@ def test_auto_precision_is_bf16_where_the_processor_computes_it_fast(capability,
     assert device.precision_to_predict("fp32", cpu) == "fp32"
 
 
+@pytest.mark.skipif(HAS_GPU, reason="needs a machine without a GPU that torch can use")
+def test_a_gpu_that_was_given_but_cannot_be_used_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(device, "nvidia_smi", lambda _field: "unknown (no such program)")
+    for variable, is_said in (("", False), ("SLURM_JOB_GPUS", True)):
+        device.warn_of_unusable_gpu.cache_clear()
+        if variable:
+            monkeypatch.setenv(variable, "0")
+        choose_device("auto")
+        assert (f"({variable}=0)" in capsys.readouterr().err) == is_said
+    with pytest.raises(BadInput, match=f"torch {torch.__version__}".replace("+", ".")):
+        choose_device("cuda")
+
+
 @pytest.mark.parametrize("name", ["", "gpu", "cuda:-1", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_in_one_sentence(name):
     with pytest.raises(BadInput, match=f"^--device {name}: [^\n]*$"):
