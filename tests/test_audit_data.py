@@ -377,7 +377,7 @@ def test_the_command_line_names_what_is_wrong(pcam_dir, tmp_path, capsys):
     out = str(tmp_path / "out")
     assert main(["data", str(own), "--out", out, "--checks", "files, values"]) == 0
     for arguments, words in (
-        ((pcam_dir, "--checks", "valuse"), "did you mean 'values'"),
+        ((pcam_dir, "--checks", "valuse"), "'valuse' is unknown"),
         ((pcam_dir, "epochs=x"), "epochs"),
         ((tmp_path / "none",), "no such folder"),
         ((empty,), "is no PCam folder"),

@@ -267,7 +267,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_rows(
         ("--resume tests", "no config.yaml"),
         ("--resume x --config y", "not allowed"),
         ("--runs README.md", "README.md"),
-        ("quarantine=nowhere.csv", "quarantine=nowhere.csv"),
+        ("quarantine=nowhere.csv", "nowhere.csv"),
         ("weights=nowhere.pt", "nowhere.pt"),
         ("limit_train=1", "both are needed"),
         ("model=mlp mlp_hidden=[1000000000]", ""),
