@@ -18,6 +18,8 @@ from lib.config import load_config
 from lib.models import build_model
 from lib.optimizers import build_optimizer
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.device("cuda", 0)
 NUM = 64
 

@@ -16,6 +16,8 @@ import audit
 from lib.audit import replay, twin
 from lib.files import read_csv, read_json, write_csv, write_json
 
+pytestmark = pytest.mark.slow
+
 LAYER = "features.2.second"  # a convolution
 # a draw from a global generator in what training imports would be a source without a control
 UNCONTROLLED = re.compile(
