@@ -4,6 +4,7 @@ HDF5, verify.
 """
 
 import argparse
+import socket
 import sys
 from collections import Counter
 
@@ -46,6 +47,10 @@ def build_parser() -> Parser:
     option = add_verb("download", run_download, words, "--to")
     words = "where the files are, with NAME for the file's name (default: Zenodo)"
     option("--base-url", metavar="URL", help=words)
+    words = "seconds without a byte that count as a cut"
+    option("--timeout", metavar="S", type=float, default=30.0, help=words)
+    words = "a JSON table of rows and MD5 other than the published one"
+    option("--checksums", metavar="FILE", help=words)
     option("--splits", metavar="LIST", default="train,valid,test", help="which of train,valid,test")
 
     words = (
@@ -114,6 +119,7 @@ def run_repack(args) -> int:
 
 
 def run_download(args) -> int:
+    from lib.files import read_json
     from lib.pcam import SPLITS
     from lib.prepare.download import ZENODO, download
 
@@ -121,7 +127,9 @@ def run_download(args) -> int:
     for split in splits:
         if split not in SPLITS:
             raise BadInput(f"--splits names '{split}', allowed are {', '.join(SPLITS)}")
-    names = download(args.to, args.base_url or ZENODO, splits)
+    socket.setdefaulttimeout(args.timeout)
+    official = read_json(args.checksums) if args.checksums else None
+    names = download(args.to, args.base_url or ZENODO, splits, official)
     return verify(args.to, splits, {"fetched": names})
 
 

@@ -5,6 +5,7 @@ before its MD5 is right.
 import gzip
 import http.client
 import shutil
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -44,7 +45,7 @@ class Wanted(NamedTuple):
     num_bytes: int
 
 
-def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL)) -> list[str]:
+def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=None) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that
     were fetched. A packed file that is there already, fetched by hand, is unpacked.
 
@@ -59,7 +60,7 @@ def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL)) -> list[str]:
     with sole_writer(directory):
         files = []
         for split in splits:
-            files += list_wanted(directory, split)
+            files += list_wanted(directory, split, (official or OFFICIAL)[split])
         for leftover in directory.glob(".*.tmp"):  # of a killed download
             leftover.unlink()
         sizes = [file.num_bytes for file in files]
@@ -71,10 +72,11 @@ def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL)) -> list[str]:
     return [file.path.name for file in files]
 
 
-def list_wanted(directory: Path, split: str) -> list[Wanted]:
-    """The files of a split that are not there. Raises BadInput for another one under its name."""
+def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
+    """The `published` files of a split that are not there. Raises BadInput for another one under
+    its name.
+    """
     files = []
-    published = OFFICIAL[split]
     for part, row_bytes in ROW_BYTES.items():
         path = split_path(directory, split, part)
         name = path.name
@@ -159,7 +161,9 @@ def stream(url: str, start: int):
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(
+            request, timeout=socket.getdefaulttimeout() or TIMEOUT_S
+        ) as response:
             offset = start if response.status == 206 else 0
             total = offset + (response.length or 0)
             # what has come; read() would lose it in a stall
