@@ -203,7 +203,7 @@ def test_a_job_runs_the_code_and_config_that_were_submitted_and_status_quotes_a_
     assert meta["untracked_files"] == ["lib/new.py"]
     states = {row["id"]: row["state"] for row in status.json["jobs"]}
     assert states[failing] == "failed, exit 2" and states[after] in ("stopped", "COMPLETING")
-    assert "finds 0 CUDA devices" in status.stderr
+    assert "there are 0 CUDA devices" in status.stderr
 
 
 @needs_slurm
