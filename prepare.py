@@ -4,7 +4,6 @@ HDF5, verify.
 """
 
 import argparse
-import socket
 import sys
 from collections import Counter
 
@@ -127,9 +126,8 @@ def run_download(args) -> int:
     for split in splits:
         if split not in SPLITS:
             raise BadInput(f"--splits names '{split}', allowed are {', '.join(SPLITS)}")
-    socket.setdefaulttimeout(args.timeout)
     official = read_json(args.checksums) if args.checksums else None
-    names = download(args.to, args.base_url or ZENODO, splits, official)
+    names = download(args.to, args.base_url or ZENODO, splits, official, args.timeout)
     return verify(args.to, splits, {"fetched": names})
 
 

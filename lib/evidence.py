@@ -11,8 +11,8 @@ from lib.config import read_yaml
 from lib.files import read_cache
 
 NUM_SEEDS = 3
-# audits of some checks alone, and the self-test of the comparison of twins
-NO_EVIDENCE = re.compile(r"^audit-(groups|part)-|-injected$")
+# audits of some checks alone
+NO_EVIDENCE = re.compile(r"^audit-(groups|part)-")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def find_evidence(root: Path, name: str) -> list[Path]:
     """
     folders = sorted(path.parent for path in root.glob(BY_NAME[name].pattern))
     if name == "twin":
-        folders = [folder for folder in folders if not is_injected(folder)]
+        folders = [folder for folder in folders if not holds_self_test(folder)]
     if name == "champion":
         folders = [folder for folder in folders if find_origin(folder, root / "runs")]
     if name == "seeds":
@@ -100,7 +100,7 @@ def find_evidence(root: Path, name: str) -> list[Path]:
     return [folder for folder in folders if not NO_EVIDENCE.search(folder.name)]
 
 
-def is_injected(folder: Path) -> bool:
+def holds_self_test(folder: Path) -> bool:
     """Whether a comparison of twins is a self-test with a planted fault."""
     path = folder / "findings.json"
     return path.is_file() and '"self-test"' in path.read_text()

@@ -72,8 +72,13 @@ def create_run(runs_dir, cfg: Config) -> Path:
         run = runs_dir / f"{stamp}-{cfg.name}-s{cfg.seed}-{secrets.token_hex(2)}"
         with contextlib.suppress(FileExistsError):
             run.mkdir()
-            write_config(run, cfg)
-            return run
+            break
+    try:
+        write_config(run, cfg)
+    except BaseException:
+        run.rmdir()  # an empty folder would be no run
+        raise
+    return run
 
 
 def write_config(run: Path, cfg: Config) -> None:

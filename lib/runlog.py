@@ -1,6 +1,7 @@
 """The log of a run while it trains: a row for each step and each epoch, and the time spent."""
 
 import collections
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -176,6 +177,8 @@ class RunLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
+        errors = (OSError,) if kind else ()  # the first error is the one to report
         for log in self.logs:
-            log.close()
+            with contextlib.suppress(*errors):
+                log.close()

@@ -2,9 +2,17 @@
 pages are views of them.
 """
 
-from lib.command import say
+from pathlib import Path
+
+from lib.command import BadInput, say
 
 MODEL_PARTS = ("scores", "thresholds", "calibration", "slices", "shortcut", "errors")
+
+
+def require_apart(directory, out: Path) -> None:
+    """Raise BadInput where OUT is the folder of the data."""
+    if Path(directory).resolve() == out.resolve():
+        raise BadInput(f"{directory}: OUT may not be the data themselves")
 
 
 def build_finding(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib.audit import MODEL_PARTS, finding
+from lib.audit import MODEL_PARTS, finding, require_apart
 from lib.audit.evaluation import check_scores, note_opening
 from lib.audit.model_page import NUM_PICTURES, PRICED, write_model_page
 from lib.audit.resampling import LEAST_GROUPS, estimate, spread
@@ -138,10 +138,8 @@ class Audit:
         return calibrate(self.predict(patches, 1), self.checkpoint["calibration"])
 
 
-def require_own(directory, out: Path) -> None:
-    """Raise BadInput where OUT is the data, or holds predictions that no audit of a model wrote."""
-    if Path(directory).resolve() == out.resolve():
-        raise BadInput(f"{directory}: OUT may not be the data themselves")
+def require_own(out: Path) -> None:
+    """Raise BadInput where OUT holds predictions that no audit of a model wrote."""
     if (out / "predictions.csv").exists() and not (out / "scores.json").exists():
         raise BadInput(f"{out} holds a predictions.csv that is no audit's: choose another --out")
 
@@ -172,7 +170,8 @@ def audit_model(
         check_shortcuts,
         show_errors,
     )
-    require_own(directory, out)
+    require_apart(directory, out)
+    require_own(out)
     with sole_writer(out):
         say_duration(audit, parts)
         blocks = audit.blocks(f"predicting {split_name}")

@@ -15,6 +15,7 @@ from lib.audit import finding
 from lib.audit.replay import KINDS, Fault, train
 from lib.command import EXIT_DONE, EXIT_FINDING, BadInput, run_script, say
 from lib.config import Config
+from lib.evidence import holds_self_test
 from lib.files import read_csv, read_json
 from lib.rundir import find_run, is_finished, resume_config
 from lib.sources import locate_sources
@@ -217,8 +218,7 @@ def require_own_folder(out: Path, is_injected: bool) -> None:
     """Make OUT. Raises BadInput where it holds a real comparison and a fault is to be planted, or
     the other way round."""
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "findings.json"
-    if path.exists() and ("self-test" in path.read_text()) != is_injected:
+    if (out / "findings.json").exists() and holds_self_test(out) != is_injected:
         kind = "a real comparison" if is_injected else "a comparison with a planted fault"
         raise BadInput(f"{out} holds {kind}: choose another --out")
 

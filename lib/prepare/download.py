@@ -5,7 +5,6 @@ before its MD5 is right.
 import gzip
 import http.client
 import shutil
-import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -45,13 +44,15 @@ class Wanted(NamedTuple):
     num_bytes: int
 
 
-def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=None) -> list[str]:
+def download(
+    directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=None, timeout_s=None
+) -> list[str]:
     """Bring the published files of `splits` into a folder, unpacked; gives the names of those that
     were fetched. A packed file that is there already, fetched by hand, is unpacked.
 
     `base_url` holds NAME in place of a file's name, or is a folder. Raises BadInput for a server
     that cannot be used or sends other files, a disk too small, or another file under an official
-    name.
+    name. `official` takes the place of the published rows and MD5, and `timeout_s` of TIMEOUT_S.
     """
     directory = Path(directory)
     url = base_url if "NAME" in base_url else f"{base_url.rstrip('/')}/NAME"
@@ -68,7 +69,7 @@ def download(directory, base_url=ZENODO, splits=tuple(OFFICIAL), official=None) 
         begun = sum(path.stat().st_size for path in directory.glob("*.part"))
         require_space(directory, sum(sizes) + max(sizes, default=0) - begun)
         for file in files:
-            bring(file, url.replace("NAME", file.name))
+            bring(file, url.replace("NAME", file.name), timeout_s or TIMEOUT_S)
     return [file.path.name for file in files]
 
 
@@ -94,7 +95,7 @@ def list_wanted(directory: Path, split: str, published: dict) -> list[Wanted]:
     return files
 
 
-def bring(file: Wanted, url: str) -> None:
+def bring(file: Wanted, url: str, timeout_s: float) -> None:
     """Fetch a file, once more where its content is wrong, and give it its official name."""
     by_hand = file.path.with_name(file.name)
     part = file.path.with_name(f"{file.name}.part")
@@ -102,7 +103,7 @@ def bring(file: Wanted, url: str) -> None:
         if by_hand.exists():
             by_hand.rename(part)
         else:
-            fetch(url, part)
+            fetch(url, part, timeout_s)
         md5 = file_digest(part, "md5")
         if md5 == file.md5:
             break
@@ -119,7 +120,7 @@ def bring(file: Wanted, url: str) -> None:
     part.unlink()
 
 
-def fetch(url: str, part: Path) -> None:
+def fetch(url: str, part: Path, timeout_s: float) -> None:
     """Download into `part`, going on at its end. Raises BadInput after NUM_TRIES in a row that got
     no further.
     """
@@ -128,7 +129,7 @@ def fetch(url: str, part: Path) -> None:
         while True:
             try:
                 with open(part, "ab") as file:
-                    for offset, total, block in stream(url, file.tell()):
+                    for offset, total, block in stream(url, file.tell(), timeout_s):
                         if not offset:  # the server began at the start, whatever it was asked for
                             file.truncate(0)
                         file.write(block)
@@ -151,7 +152,7 @@ def fetch(url: str, part: Path) -> None:
             time.sleep(wait_s)
 
 
-def stream(url: str, start: int):
+def stream(url: str, start: int, timeout_s: float):
     """Yield (offset, total, bytes) of a file from `start`, or from 0 where the server knows no
     ranges, until a Cut. `total` is 0 where the server does not say it. Raises BadInput for what
     another try cannot mend.
@@ -161,9 +162,7 @@ def stream(url: str, start: int):
         headers["Range"] = f"bytes={start}-"
     request = urllib.request.Request(url, headers=headers)
     try:
-        with urllib.request.urlopen(
-            request, timeout=socket.getdefaulttimeout() or TIMEOUT_S
-        ) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             offset = start if response.status == 206 else 0
             total = offset + (response.length or 0)
             # what has come; read() would lose it in a stall

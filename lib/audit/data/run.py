@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.audit import build_finding, say_finding
+from lib.audit import build_finding, require_apart, say_finding
 from lib.audit.data import folds
 from lib.audit.data.balance import check_balance
 from lib.audit.data.drift import check_drift
@@ -186,8 +186,7 @@ def audit_data(
     directory = Path(directory)
     if not directory.is_dir():
         raise BadInput(f"{directory}: no such folder")
-    if directory.resolve() == out.resolve():
-        raise BadInput(f"{directory}: OUT may not be the data themselves")
+    require_apart(directory, out)
     load_config(overrides=overrides)  # what is wrong there is said before an hour's work
 
     def predict() -> np.ndarray | None:
